@@ -1,0 +1,1301 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "accelerate",
+#     "bitsandbytes",
+#     "datasets",
+#     "diffusers",
+#     "huggingface_hub",
+#     "numpy",
+#     "peft",
+#     "pillow",
+#     "pyarrow",
+#     "safetensors",
+#     "tensorboard",
+#     "torch",
+#     "torchvision",
+#     "tqdm",
+#     "transformers",
+#     "trl",
+# ]
+# ///
+"""RankDPO for SDXL: a LoRA from ranked images (Kag et al., "Scalable Ranked Preference Optimization", 2024).
+
+The dataset has one row per prompt with k images and their preference probabilities, as `build_synpic.py` writes it.
+
+One GPU:
+
+    accelerate launch train_rankdpo_sdxl.py \
+        --dataset_name outputs/synpic \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
+        --output_dir outputs/rankdpo-sdxl \
+        --mixed_precision bf16 --gradient_checkpointing --use_8bit_adam \
+        --train_batch_size 1 --gradient_accumulation_steps 16 --max_train_steps 1000 \
+        --checkpointing_steps 100
+
+Settings from a file, some of them overridden, and the same run continued after a crash:
+
+    accelerate launch train_rankdpo_sdxl.py --config recipes/rankdpo_sdxl.yaml --beta_dpo 2000
+    accelerate launch train_rankdpo_sdxl.py --config recipes/rankdpo_sdxl.yaml --beta_dpo 2000 \
+        --resume_from_checkpoint latest
+
+Several GPUs: `accelerate launch --multi_gpu --num_processes 4 train_rankdpo_sdxl.py ...`. With the same global batch
+(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same prompts, the
+same timesteps and the same noise in the same optimizer step.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import resource
+import shlex
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import ProjectConfiguration, set_seed
+from datasets import Dataset, Image, List, load_dataset
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import cast_training_params
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image as PILImage
+from PIL import ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+from trl import TrlParser
+
+
+LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "sft", "weighted_sft")
+CACHE_SHARD_ROWS = 64  # prompts per cache file: the unit of work that a crash can lose
+CACHE_VERSION = 1
+
+
+@dataclass
+class ScriptArguments:
+    """Flags carry diffusers' names wherever diffusers has one. `--config file.yaml` reads them from a file."""
+
+    # Model
+    pretrained_model_name_or_path: str = field(
+        default="stabilityai/stable-diffusion-xl-base-1.0", metadata={"help": "SDXL pipeline: Hub id or folder."}
+    )
+    pretrained_vae_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix; it runs in the mixed precision. "
+            "The model's own VAE overflows in fp16 and so always runs in float32."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
+    variant: str | None = field(default=None, metadata={"help": "Variant of the model's files, e.g. fp16."})
+
+    # Data
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Ranked dataset: Hub id, or the folder build_synpic.py wrote. Required."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
+    images_column: str = field(default="images", metadata={"help": "Column of the lists of k images."})
+    prompt_id_column: str = field(
+        default="prompt_id", metadata={"help": "Column of the unique ids that seed each prompt's timestep and noise."}
+    )
+    preference_column: str = field(
+        default="preference_probability", metadata={"help": "Column of the preference probabilities, in [0, 1]."}
+    )
+    rank_column: str = field(
+        default="rank",
+        metadata={"help": "Column of the ranks, 1 = best. A dataset without it is ranked by preference."},
+    )
+    rank_by: str = field(
+        default="all",
+        metadata={"help": "What the labels come from: all (the columns as they are), one reward's name, or random."},
+    )
+    generators: list[str] | None = field(
+        default=None, metadata={"help": "Train on these generators' images only; preferences are computed anew."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N prompts only."})
+    resolution: int = field(default=1024, metadata={"help": "Pixels: shorter side resized to it, centre cropped."})
+    cache_dir: str = field(
+        default="outputs/cache",
+        metadata={"help": "Latents and prompt embeddings are written here once, and reused by every later run."},
+    )
+    vae_batch_size: int = field(default=4, metadata={"help": "Images per VAE forward while encoding."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read the data ahead."})
+
+    # Objective
+    loss_type: str = field(
+        default="rankdpo",
+        metadata={
+            "help": "rankdpo; dpo_gain (gain weights only); dpo (all pairs alike); sft (denoise the best image); "
+            "weighted_sft (denoise all images, weighted by preference).",
+            "choices": LOSS_TYPES,
+        },
+    )
+    beta_dpo: float = field(
+        default=5000.0,
+        metadata={"help": "Strength of the tie to the base model. The margin is beta/2 times mean squared errors."},
+    )
+    rank_source: str = field(
+        default="label",
+        metadata={
+            "help": "Where rankdpo's discounts take the ranks from: label (Algorithm 2) or predicted (the model's "
+            "own scores, LambdaLoss).",
+            "choices": ("label", "predicted"),
+        },
+    )
+
+    # LoRA
+    rank: int = field(default=64, metadata={"help": "LoRA rank; alpha is equal to it, so the scale is 1."})
+
+    # Training
+    output_dir: str = field(default="outputs/rankdpo-sdxl", metadata={"help": "LoRA, card and checkpoints."})
+    seed: int = field(default=0, metadata={"help": "Seeds initialisation, data order, timesteps and noise."})
+    train_batch_size: int = field(default=1, metadata={"help": "Prompts (of k images each) per process and forward."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forwards per optimizer step."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts, if no step count."})
+    max_train_steps: int | None = field(default=None, metadata={"help": "Optimizer steps; overrides the epochs."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler: str = field(
+        default="constant_with_warmup",
+        metadata={"help": "Schedule of the learning rate.", "choices": tuple(kind.value for kind in SchedulerType)},
+    )
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of linear warm-up."})
+    use_8bit_adam: bool = field(default=False, metadata={"help": "AdamW of bitsandbytes with 8-bit states."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2."})
+    adam_weight_decay: float = field(default=1e-2, metadata={"help": "AdamW's weight decay."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    mixed_precision: str = field(
+        default="no",
+        metadata={"help": "Type of the frozen weights and of the forward.", "choices": ("no", "fp16", "bf16")},
+    )
+    allow_tf32: bool = field(default=False, metadata={"help": "TF32 for the float32 matrix products left."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward: less memory, about a third slower."}
+    )
+    checkpointing_steps: int = field(default=500, metadata={"help": "Optimizer steps between two checkpoints."})
+    checkpoints_total_limit: int | None = field(default=None, metadata={"help": "Keep the newest N checkpoints."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint's folder, or latest (none yet: start at the beginning)."}
+    )
+
+    # Validation, trackers, Hub
+    validation_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Prompts of the before/after gallery (default: the dataset's first four)."}
+    )
+    validation_steps: int | None = field(
+        default=None, metadata={"help": "Also draw the validation prompts every N optimizer steps."}
+    )
+    validation_num_inference_steps: int = field(default=30, metadata={"help": "Denoising steps of the gallery."})
+    validation_guidance_scale: float = field(default=5.0, metadata={"help": "Guidance of the gallery."})
+    report_to: str = field(
+        default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, several as all, or none."}
+    )
+    logging_dir: str = field(default="logs", metadata={"help": "Trackers' folder inside output_dir."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload LoRA and card at the end."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository; default: output_dir's name."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make a new repository private."})
+
+    def __post_init__(self):
+        # YAML values bypass argparse, so every type and choice is checked here too.
+        for name, spec in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            choices = spec.metadata.get("choices")
+            if choices and value not in choices:
+                raise SystemExit(f"--{name} {value}: choose from {', '.join(choices)}")
+            if spec.type in (int, int | None) and value is not None and type(value) is not int:
+                raise SystemExit(f"--{name} {value}: must be a whole number")
+            if spec.type is float:
+                try:
+                    setattr(self, name, float(value))  # YAML reads 1e-5 as a string
+                except (TypeError, ValueError):
+                    raise SystemExit(f"--{name} {value}: must be a number") from None
+            if spec.type == list[str] | None and isinstance(value, str):
+                setattr(self, name, [value])
+        for name in ("beta_dpo", "learning_rate", "max_grad_norm", "num_train_epochs"):
+            if not getattr(self, name) > 0:
+                raise SystemExit(f"--{name} {getattr(self, name)}: must be greater than 0")
+        for name in (
+            "rank resolution train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps "
+            "checkpoints_total_limit max_train_samples validation_steps vae_batch_size"
+        ).split():
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise SystemExit(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.resolution % 8:
+            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 8")
+        if not self.dataset_name:
+            raise SystemExit("--dataset_name is missing: a Hub id, or the folder build_synpic.py wrote")
+        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise SystemExit("--mixed_precision fp16 needs a GPU: use bf16 or no")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: check, labels, encode once, read
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from build_synpic.preference_probability
+def preference_probability(scores) -> np.ndarray:
+    """Share of the comparisons an image wins (Algorithm 1): over all rewards, against all other images of its prompt.
+
+    Args:
+        scores: float array (n_rewards, k), higher is better. An equal score counts for neither image.
+
+    Returns:
+        float64 array (k,) in [0, 1].
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    n_rewards, k = scores.shape
+    wins = (scores[:, :, None] > scores[:, None, :]).sum(axis=(0, 2))
+    return wins / (n_rewards * (k - 1))
+
+
+# Copied from build_synpic.preference_rank
+def preference_rank(scores) -> np.ndarray:
+    """Ranks by preference probability, ties broken by the mean standardised reward, then by position.
+
+    Args:
+        scores: float array (n_rewards, k), higher is better.
+
+    Returns:
+        int64 array (k,), a permutation of 1…k; 1 is the best.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    deviation = scores.std(axis=1, keepdims=True)
+    standardised = (scores - scores.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1.0)
+    # Rounded, so that float noise in a mean of equal values cannot decide what position should.
+    tie_breaker = np.round(standardised.mean(axis=0), 9)
+    order = np.lexsort((np.arange(scores.shape[1]), -tie_breaker, -preference_probability(scores)))
+    rank = np.empty(scores.shape[1], dtype=np.int64)
+    rank[order] = np.arange(1, scores.shape[1] + 1)
+    return rank
+
+
+def load_ranked_dataset(args: ScriptArguments) -> Dataset:
+    """Loads and checks the dataset's table; no image is decoded yet. Exits with one line that names what is wrong."""
+    where = f"--dataset_name {args.dataset_name}"
+    try:
+        dataset = load_dataset(
+            args.dataset_name, args.dataset_config_name, split=args.dataset_split, revision=args.dataset_revision
+        )
+    except Exception as error:
+        raise SystemExit(f"{where}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    needed = {
+        "prompt_id_column": args.prompt_id_column,
+        "prompt_column": args.prompt_column,
+        "images_column": args.images_column,
+        "preference_column": args.preference_column,
+    }
+    for flag, column in needed.items():
+        if column not in dataset.column_names:
+            raise SystemExit(
+                f"{where}: no column {column!r} (--{flag}); it has {', '.join(dataset.column_names) or 'none'}"
+            )
+    if not isinstance(getattr(dataset.features[args.images_column], "feature", None), Image):
+        raise SystemExit(f"{where}: column {args.images_column!r} must hold lists of images, List(Image())")
+    if args.max_train_samples:
+        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
+    if len(dataset) == 0:
+        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
+    return dataset.cast_column(args.images_column, List(Image(decode=False)))
+
+
+def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
+    """Checks every row and computes its labels.
+
+    Returns:
+        one dict per row: `prompt_id` str, `prompt` str, `images` (positions of the images used, k of them),
+        `phi` float32 (k,) and `rank` int64 (k,).
+    """
+    columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
+    columns += [name for name in (args.rank_column, "generators", "scores") if name in dataset.column_names]
+    if (args.generators or args.rank_by not in ("all", "random")) and "scores" not in columns:
+        raise SystemExit("--rank_by / --generators need the dataset's `scores` column, which it does not have")
+    if args.generators and "generators" not in columns:
+        raise SystemExit("--generators needs the dataset's `generators` column, which it does not have")
+    n_images = count_images(dataset, args.images_column)
+    labels, seen, expected = [], {}, None
+    for index, row in enumerate(dataset.select_columns(columns)):
+        where = f"row {index} (prompt_id {row[args.prompt_id_column]!r})"
+        prompt_id, prompt, phi = (row[name] for name in columns[:3])
+        if prompt_id is None or prompt_id in seen:
+            raise SystemExit(
+                f"{where}: `{args.prompt_id_column}` is missing or stands at row {seen.get(prompt_id)} too"
+            )
+        seen[prompt_id] = index
+        if not prompt or not prompt.strip():
+            raise SystemExit(f"{where}: the prompt is empty: remove the row")
+        if n_images[index] < 2:
+            raise SystemExit(f"{where}: {n_images[index]} image: a preference needs at least 2 images per prompt")
+        if phi is None or len(phi) != n_images[index] or any(value is None or value != value for value in phi):
+            raise SystemExit(
+                f"{where}: `{args.preference_column}` must give one number for each of the {n_images[index]} images"
+            )
+        if min(phi) < 0 or max(phi) > 1:
+            raise SystemExit(f"{where}: `{args.preference_column}` {phi} is outside [0, 1]")
+        rank = row.get(args.rank_column)
+        if rank is None:
+            rank = np.argsort(np.argsort(-np.array(phi), kind="stable"), kind="stable") + 1
+        elif sorted(rank) != list(range(1, len(phi) + 1)) or np.any(np.diff(np.array(phi)[np.argsort(rank)]) > 0):
+            raise SystemExit(
+                f"{where}: `{args.rank_column}` {list(rank)} contradicts `{args.preference_column}` {phi}: it must be "
+                "a permutation of 1…k that never puts a less preferred image first"
+            )
+        images = list(range(n_images[index]))
+        if args.generators:
+            images = [i for i, name in enumerate(row["generators"]) if name in args.generators]
+            if len(images) < 2:
+                raise SystemExit(
+                    f"{where}: {len(images)} of its images are from --generators {' '.join(args.generators)}; the row "
+                    f"has {', '.join(sorted(set(row['generators'])))}; at least 2 are needed"
+                )
+        if args.rank_by == "random":
+            rank = _generator(args.seed, "random labels", prompt_id).permutation(len(images)) + 1
+            phi = (len(images) - rank) / (len(images) - 1)
+        elif args.generators or args.rank_by != "all":
+            names = sorted(row["scores"]) if args.rank_by == "all" else [args.rank_by]
+            if not set(names) <= set(row["scores"]):
+                raise SystemExit(f"--rank_by {args.rank_by}: no such reward; it has {', '.join(row['scores'])}")
+            scores = np.array([row["scores"][name] for name in names], dtype=np.float64)[:, images]
+            phi, rank = preference_probability(scores), preference_rank(scores)
+        expected = expected or (len(images), where)
+        if len(images) != expected[0]:
+            raise SystemExit(
+                f"{where}: {len(images)} images, but {expected[1]} has {expected[0]}: all rows need the same"
+            )
+        labels.append(
+            {
+                "prompt_id": str(prompt_id),
+                "prompt": prompt,
+                "images": images,
+                "phi": torch.tensor(np.array(phi), dtype=torch.float32),
+                "rank": torch.tensor(np.array(rank), dtype=torch.int64),
+            }
+        )
+    return labels
+
+
+def count_images(dataset: Dataset, column: str) -> list[int]:
+    """Images per row, counted in Arrow: no image is read into Python."""
+    batches = dataset.select_columns([column]).with_format("arrow").iter(256)
+    return [count for table in batches for count in pc.list_value_length(table[column]).fill_null(0).to_pylist()]
+
+
+def _generator(*key) -> np.random.Generator:
+    """A NumPy generator that is a function of the key alone, on every machine and in every process."""
+    digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+
+
+def check_images(dataset: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]) -> None:
+    """Decodes every image once, JPEGs at an eighth of their size, so that a bad one is named before any model loads."""
+    for index in tqdm(rows, desc="check images", disable=len(rows) < 2000):
+        images = dataset[index][args.images_column]
+        for position in labels[index]["images"]:
+            try:
+                with _open_image(images[position]) as image:
+                    image.draft("RGB", (64, 64))
+                    image.load()
+            except Exception as error:
+                raise SystemExit(
+                    f"row {index} (prompt_id {labels[index]['prompt_id']!r}): image {position} does not decode: {error}"
+                ) from None
+
+
+def _open_image(image: dict) -> PILImage.Image:
+    return PILImage.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+
+
+def preprocess_image(image: dict, resolution: int) -> tuple[torch.Tensor, list[float]]:
+    """Resizes the shorter side to `resolution` and crops the centre.
+
+    Returns:
+        pixels, float32 (3, resolution, resolution) in [-1, 1], and SDXL's micro-conditioning of this image:
+        [original height, original width, crop top, crop left, target height, target width] in pixels.
+    """
+    with _open_image(image) as opened:
+        picture = ImageOps.exif_transpose(opened).convert("RGB")
+    original = (picture.height, picture.width)
+    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
+    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
+    picture = TF.crop(picture, top, left, resolution, resolution)
+    return TF.to_tensor(picture) * 2.0 - 1.0, [*original, top, left, resolution, resolution]
+
+
+def model_fingerprint(model: str, revision: str | None) -> str:
+    """What identifies a model's weights: the commit of a Hub snapshot; name, size and date of a folder's files."""
+    if not os.path.isdir(model):
+        index = hf_hub_download(model, "config.json" if "vae" in model else "model_index.json", revision=revision)
+        return f"{model}@{Path(index).parent.name}"
+    files = [path for path in sorted(Path(model).rglob("*")) if path.suffix in (".safetensors", ".bin", ".json")]
+    return "|".join(f"{p.relative_to(model)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+
+
+def cache_key(args: ScriptArguments, dataset: Dataset, labels: list[dict], weight_dtype: torch.dtype) -> str:
+    """Hash of everything that latents and embeddings depend on; labels and hyperparameters are not among it."""
+    parts = [
+        CACHE_VERSION,
+        dataset._fingerprint,
+        args.images_column,
+        args.prompt_column,
+        labels[0]["images"] if args.generators is None else [row["images"] for row in labels],
+        model_fingerprint(args.pretrained_model_name_or_path, args.revision),
+        args.variant,
+        args.pretrained_vae_model_name_or_path
+        and model_fingerprint(args.pretrained_vae_model_name_or_path, revision=None),
+        args.resolution,
+        str(weight_dtype),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+class PromptEncoder:
+    """Both of SDXL's tokenizers and text encoders."""
+
+    def __init__(self, args: ScriptArguments, device, dtype):
+        kwargs = {"revision": args.revision}
+        model = args.pretrained_model_name_or_path
+        self.tokenizers = [
+            AutoTokenizer.from_pretrained(model, subfolder=f"tokenizer{s}", **kwargs) for s in ("", "_2")
+        ]
+        kwargs.update(variant=args.variant, dtype=dtype)
+        self.text_encoders = [
+            CLIPTextModel.from_pretrained(model, subfolder="text_encoder", **kwargs).to(device).eval(),
+            CLIPTextModelWithProjection.from_pretrained(model, subfolder="text_encoder_2", **kwargs).to(device).eval(),
+        ]
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """prompts (n) → prompt embeddings (n, tokens, width), pooled embeddings (n, pooled width)."""
+        outputs = []
+        for tokenizer, text_encoder in zip(self.tokenizers, self.text_encoders):
+            tokens = tokenizer(
+                prompts,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            outputs.append(text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True))
+        prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return prompt_embeds, outputs[1].text_embeds
+
+
+class RankedImages(torch.utils.data.Dataset):
+    """Decodes and preprocesses all images of a row; a DataLoader's workers do it while the GPU encodes."""
+
+    def __init__(self, dataset: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]):
+        self.dataset, self.labels, self.args, self.rows = dataset, labels, args, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        index = self.rows[position]
+        images = self.dataset[index][self.args.images_column]
+        processed = [preprocess_image(images[i], self.args.resolution) for i in self.labels[index]["images"]]
+        return torch.stack([pixels for pixels, _ in processed]), torch.tensor([ids for _, ids in processed]).float()
+
+
+def encode_dataset(args, dataset, labels, folder: Path, vae, accelerator: Accelerator, weight_dtype) -> None:
+    """Writes what is missing of the cache: per prompt its images' latents (the posterior's mean, scaled), the prompt
+    embeddings and the micro-conditioning. Shards do not depend on the number of processes."""
+    shards = [range(i, min(i + CACHE_SHARD_ROWS, len(labels))) for i in range(0, len(labels), CACHE_SHARD_ROWS)]
+    missing = [i for i in range(len(shards)) if not _cache_file(folder, i).exists()]
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    if mine:
+        folder.mkdir(parents=True, exist_ok=True)
+        encode_prompts = PromptEncoder(args, accelerator.device, weight_dtype)
+        rows = [row for i in mine for row in shards[i]]
+        loader = torch.utils.data.DataLoader(
+            RankedImages(dataset, labels, args, rows), batch_size=None, num_workers=args.dataloader_num_workers
+        )
+        images = iter(tqdm(loader, desc="encode", unit="prompt", disable=not accelerator.is_local_main_process))
+        for i in mine:
+            latents, time_ids = [], []
+            for _ in shards[i]:
+                pixels, ids = next(images)
+                latents.append(encode_images(vae, pixels, args.vae_batch_size).to("cpu", weight_dtype))
+                time_ids.append(ids)
+            prompt_embeds, pooled = encode_prompts([labels[row]["prompt"] for row in shards[i]])
+            tensors = {
+                "latents": torch.stack(latents),
+                "prompt_embeds": prompt_embeds.to("cpu", weight_dtype).contiguous(),
+                "pooled_prompt_embeds": pooled.to("cpu", weight_dtype).contiguous(),
+                "time_ids": torch.stack(time_ids),
+            }
+            temporary = _cache_file(folder, i).with_suffix(f".tmp{os.getpid()}")
+            save_file(tensors, temporary)
+            os.replace(temporary, _cache_file(folder, i))
+    accelerator.wait_for_everyone()
+
+
+def _cache_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:06d}.safetensors"
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """pixels (n, 3, H, W) in [-1, 1] → latents (n, C, H/f, W/f), the posterior's mean times the scaling factor."""
+    means = [vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mean for batch in pixels.split(batch_size)]
+    return torch.cat(means) * vae.config.scaling_factor
+
+
+class CachedPrompts(torch.utils.data.Dataset):
+    """Encoded rows with their labels, timestep and noise. An item is named by (epoch, row)."""
+
+    def __init__(self, folder: Path, labels: list[dict], seed: int, num_train_timesteps: int):
+        self.folder, self.labels, self.seed, self.num_train_timesteps = folder, labels, seed, num_train_timesteps
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, index = key
+        shard, offset = divmod(index, CACHE_SHARD_ROWS)
+        file = _open_shard(_cache_file(self.folder, shard))
+        names = ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")
+        item = {name: file.get_slice(name)[offset] for name in names}
+        # One timestep and one noise for all images of the prompt, a function of (seed, epoch, prompt): the same after
+        # a resume and on any number of processes.
+        rng = _generator(self.seed, epoch, self.labels[index]["prompt_id"])
+        item["timesteps"] = torch.tensor(rng.integers(self.num_train_timesteps))
+        item["noise"] = torch.from_numpy(rng.standard_normal(item["latents"].shape[1:], dtype=np.float32))
+        item["phi"], item["rank"] = self.labels[index]["phi"], self.labels[index]["rank"]
+        return item
+
+
+@lru_cache(maxsize=64)
+def _open_shard(path: Path):
+    return safe_open(path, framework="pt")  # memory-mapped: a row is read when it is sliced
+
+
+class EpochSampler:
+    """Names the items of every micro-batch of one process, from an optimizer step on, without end.
+
+    Step s of all processes together takes items s·G … (s+1)·G − 1 of the epochs' shuffled orders laid end to end,
+    G = batch · processes · accumulation, so the order depends on (seed, epoch) only.
+    """
+
+    def __init__(self, args: ScriptArguments, length: int, process_index: int, num_processes: int, start_step: int):
+        self.seed, self.length = args.seed, length
+        self.batch_size, self.start_step = args.train_batch_size, start_step
+        self.process_index, self.num_processes = process_index, num_processes
+        self.accumulation = args.gradient_accumulation_steps
+
+    def __iter__(self):
+        micro_step = self.start_step * self.accumulation
+        while True:
+            start = (micro_step * self.num_processes + self.process_index) * self.batch_size
+            yield [self._item(position) for position in range(start, start + self.batch_size)]
+            micro_step += 1
+
+    def _item(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, self.length)
+        return epoch, int(_epoch_order(self.seed, epoch, self.length)[offset])
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    return _generator(seed, epoch, "order").permutation(length)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objective
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each image, in float32 from the subtraction on.
+
+    Half precision here would ruin the margin: at beta/2 = 2500 it puts an error of 0.2 to 5 on every logit.
+
+    Args:
+        prediction, target: (n, C, H, W).
+
+    Returns:
+        float32 (n,).
+    """
+    return (target.float() - prediction.float()).square().mean(dim=(1, 2, 3))
+
+
+def dcg_weights(phi: torch.Tensor, rank: torch.Tensor | None = None) -> torch.Tensor:
+    """Pairwise DCG weights |2^φ_i − 2^φ_j| · |1/log2(1 + r_i) − 1/log2(1 + r_j)| (RankDPO, Algorithm 2, Eq. 6).
+
+    Args:
+        phi: preference probabilities, float (B, k) in [0, 1].
+        rank: ranks (B, k), 1 = best; default: by phi, ties by position.
+
+    Returns:
+        float32 (B, k, k), symmetric, zero on the diagonal and between images of equal phi.
+    """
+    phi = phi.float()
+    if rank is None:
+        rank = phi.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
+    gain = torch.exp2(phi)
+    discount = 1.0 / torch.log2(1.0 + rank.float())
+    return (gain[:, :, None] - gain[:, None, :]).abs() * (discount[:, :, None] - discount[:, None, :]).abs()
+
+
+def rankdpo_loss(
+    model_errors: torch.Tensor,
+    ref_errors: torch.Tensor | None,
+    phi: torch.Tensor,
+    beta: float,
+    rank: torch.Tensor | None = None,
+    loss_type: str = "rankdpo",
+    rank_source: str = "label",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """RankDPO (Eq. 7) and the paper's other objectives.
+
+    With s = model error − reference error (lower is better) and m_ij = −(β/2)(s_i − s_j), a prompt's loss is
+    −Σ_{i preferred over j} Δ_ij · log σ(m_ij); the batch's is the mean over prompts.
+
+    Args:
+        model_errors: denoising errors under the trained model, float32 (B, k).
+        ref_errors: under the reference model, float32 (B, k); None for sft and weighted_sft, which need none.
+        phi: preference probabilities, float (B, k).
+        beta: β; the margin is β/2 times a difference of *mean* squared errors, Diffusion-DPO's convention.
+        rank: ranks (B, k), 1 = best; default: by phi, ties by position.
+        loss_type: rankdpo (Δ = DCG weight), dpo_gain (Δ = |G|), dpo (Δ = 1, ties left out), sft (error of the best
+            image), weighted_sft (errors weighted by phi, normalised per prompt).
+        rank_source: label, or predicted: the discounts' ranks come from the model's own scores (LambdaLoss).
+
+    Returns:
+        loss, float32 scalar; metrics, detached scalars: `loss`, and for the preference losses `implicit_accuracy`
+        (share of the weighted pairs with m > 0) and `margin` (mean m over the weighted pairs).
+    """
+    phi = phi.float()
+    if loss_type == "sft":
+        best = phi.argmax(dim=1) if rank is None else rank.argmin(dim=1)
+        loss = model_errors.gather(1, best[:, None]).mean()
+        return loss, {"loss": loss.detach()}
+    if loss_type == "weighted_sft":
+        weights = phi / phi.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        loss = (weights * model_errors).sum(dim=1).mean()
+        return loss, {"loss": loss.detach()}
+
+    scores = model_errors - ref_errors
+    margins = -(beta / 2) * (scores[:, :, None] - scores[:, None, :])
+    preferred = phi[:, :, None] > phi[:, None, :]
+    if loss_type == "rankdpo":
+        if rank_source == "predicted":
+            rank = scores.detach().argsort(dim=1, stable=True).argsort(dim=1) + 1
+        weights = dcg_weights(phi, rank)
+    elif loss_type == "dpo_gain":
+        gain = torch.exp2(phi)
+        weights = (gain[:, :, None] - gain[:, None, :]).abs()
+    else:
+        weights = torch.ones_like(margins)
+    weights = weights * preferred
+    loss = -(weights * F.logsigmoid(margins)).sum(dim=(1, 2)).mean()
+
+    weighted = (weights > 0).float()
+    count = weighted.sum().clamp(min=1)
+    metrics = {
+        "loss": loss.detach(),
+        "implicit_accuracy": ((margins > 0) * weighted).sum().detach() / count,
+        "margin": (margins * weighted).sum().detach() / count,
+    }
+    return loss, metrics
+
+
+def training_step(unet, reference, noise_scheduler, batch: dict, args: ScriptArguments, weight_dtype):
+    """One forward of all k images of a batch of prompts, and of the reference where the objective needs it.
+
+    Args:
+        unet: the model as prepared for training; reference: the same model unwrapped, whose adapter is switched off.
+        batch: latents (B, k, C, h, w), noise (B, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width),
+            pooled_prompt_embeds (B, width), time_ids (B, k, 6), phi (B, k), rank (B, k).
+
+    Returns:
+        loss, metrics of `rankdpo_loss`.
+    """
+    batch_size, k = batch["latents"].shape[:2]
+    latents = batch["latents"].flatten(0, 1).float()
+    noise = batch["noise"].repeat_interleave(k, dim=0)
+    timesteps = batch["timesteps"].repeat_interleave(k)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(weight_dtype)
+    if noise_scheduler.config.prediction_type == "epsilon":
+        target = noise
+    else:
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    inputs = {
+        "sample": noisy_latents,
+        "timestep": timesteps,
+        "encoder_hidden_states": batch["prompt_embeds"].repeat_interleave(k, dim=0),
+        "added_cond_kwargs": {
+            "text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(k, dim=0),
+            "time_ids": batch["time_ids"].flatten(0, 1).to(weight_dtype),
+        },
+    }
+    ref_errors = None
+    if args.loss_type not in ("sft", "weighted_sft"):
+        with torch.no_grad(), adapter_off(reference):
+            ref_errors = denoising_error(reference(**inputs).sample, target).view(batch_size, k)
+    model_errors = denoising_error(unet(**inputs).sample, target).view(batch_size, k)
+    return rankdpo_loss(
+        model_errors, ref_errors, batch["phi"], args.beta_dpo, batch["rank"], args.loss_type, args.rank_source
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model, LoRA files, checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def adapter_off(unet):
+    """The base model: the same module and kernels, the LoRA left out. So the scores are exactly 0 at initialisation."""
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
+
+
+def check_model(args: ScriptArguments) -> None:
+    """Exits with one line unless the model is an SDXL pipeline. Reads its `model_index.json` only."""
+    model = args.pretrained_model_name_or_path
+    try:
+        if os.path.isdir(model):
+            index = os.path.join(model, "model_index.json")
+        else:
+            index = hf_hub_download(model, "model_index.json", revision=args.revision)
+        name = json.loads(Path(index).read_text())["_class_name"]
+    except Exception as error:
+        raise SystemExit(
+            f"--pretrained_model_name_or_path {model}: not a diffusers pipeline: {str(error).splitlines()[0]}"
+        ) from None
+    if not name.startswith("StableDiffusionXL"):
+        raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: this script trains SDXL")
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
+    """LoRA on the attention projections: 560 modules of SDXL's UNet. alpha = rank: ComfyUI and diffusers agree."""
+    target_modules = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules))
+
+
+def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames LoRA tensors to the keys that ComfyUI and kohya's tools know.
+
+    Args:
+        lora_state_dict: peft keys, `[unet.]<module>.lora_A.weight` (rank, in) and `….lora_B.weight` (out, rank);
+            trained with alpha = rank.
+
+    Returns:
+        `lora_unet_<module with _>.lora_down.weight`, `.lora_up.weight` and `.alpha` (a float32 scalar, the rank).
+    """
+    renamed = {}
+    for key, tensor in lora_state_dict.items():
+        module, _, matrix = key.removeprefix("unet.").removesuffix(".weight").rpartition(".")
+        if matrix not in ("lora_A", "lora_B"):
+            raise ValueError(f"not a peft LoRA key: {key}")
+        name = "lora_unet_" + module.replace(".", "_")
+        renamed[f"{name}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = tensor
+        if matrix == "lora_A":
+            renamed[f"{name}.alpha"] = torch.tensor(float(tensor.shape[0]))
+    return renamed
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Writes `pytorch_lora_weights.safetensors` (peft keys and adapter metadata: exact in diffusers)."""
+    temporary = folder / ".lora.tmp"
+    StableDiffusionXLPipeline.save_lora_weights(
+        temporary,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    _publish_file(temporary / "pytorch_lora_weights.safetensors", folder / "pytorch_lora_weights.safetensors")
+    shutil.rmtree(temporary)
+
+
+def save_comfyui_lora(unet: UNet2DConditionModel, file: Path) -> None:
+    """Writes the same LoRA under ComfyUI's keys."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(unet).items()}
+    temporary = file.with_suffix(".tmp")
+    save_file(comfyui_state_dict(state_dict), temporary, metadata={"format": "pt"})
+    _publish_file(temporary, file)
+
+
+def _publish_file(temporary: Path, file: Path) -> None:
+    temporary.chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
+    os.replace(temporary, file)
+
+
+def save_checkpoint(output_dir: Path, step: int, unet, optimizer, lr_scheduler, scaler, total_limit) -> None:
+    """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit."""
+    folder = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_lora(unet, temporary)
+    state = {
+        "step": step,
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler else None,
+    }
+    torch.save(state, temporary / "training_state.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    if total_limit:
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def load_checkpoint(folder: Path, unet, optimizer, lr_scheduler, scaler) -> int:
+    """Restores LoRA, optimizer, schedule and loss scale into the objects given; returns the step reached.
+
+    Timesteps, noise and data order are functions of (seed, step), so there is no random state to restore.
+    """
+    lora = load_file(folder / "pytorch_lora_weights.safetensors")
+    lora = {key.removeprefix("unet."): value for key, value in lora.items()}
+    result = set_peft_model_state_dict(unet, lora)
+    if result.unexpected_keys:
+        raise SystemExit(f"{folder}: its LoRA does not fit the model: unexpected {result.unexpected_keys[0]}")
+    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if scaler:
+        scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+# Settings that may differ between a run and its continuation: they do not change what is learnt.
+RESUMABLE = (
+    "resume_from_checkpoint max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit "
+    "train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_num_workers vae_batch_size "
+    "cache_dir validation_prompts validation_steps validation_num_inference_steps validation_guidance_scale report_to "
+    "logging_dir push_to_hub hub_model_id hub_private_repo output_dir"
+).split()
+
+
+def check_output_dir(args: ScriptArguments, num_processes: int) -> Path | None:
+    """Refuses a folder that holds another run; returns the checkpoint to resume from, if any. Writes nothing."""
+    output_dir = Path(args.output_dir)
+    settings = run_settings(args, num_processes)
+    record = output_dir / "run.json"
+    if record.exists():
+        previous = json.loads(record.read_text())
+        differing = [name for name in settings if previous.get(name) != settings[name]]
+        if differing:
+            name = differing[0]
+            raise SystemExit(
+                f"--output_dir {output_dir} holds a run with {name} {previous.get(name)}, not {settings[name]}: "
+                "choose another folder"
+            )
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
+    checkpoints = list_checkpoints(output_dir)
+    if args.resume_from_checkpoint in (None, "latest"):
+        finished = (output_dir / "pytorch_lora_weights.safetensors").exists()
+        if args.resume_from_checkpoint is None and (checkpoints or finished):
+            raise SystemExit(
+                f"--output_dir {output_dir} holds this run's results already: add --resume_from_checkpoint latest to "
+                "continue it, or choose another folder"
+            )
+        return checkpoints[-1] if checkpoints else None
+    folder = Path(args.resume_from_checkpoint)
+    if not (folder / "training_state.pt").exists():
+        raise SystemExit(f"--resume_from_checkpoint {folder}: no checkpoint there")
+    return folder
+
+
+def run_settings(args: ScriptArguments, num_processes: int) -> dict:
+    """What makes two runs the same run: all that changes the result, the batch only as the global batch."""
+    settings = {name: value for name, value in asdict(args).items() if name not in RESUMABLE}
+    settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    return settings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation and card
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Validator:
+    """Draws the validation prompts with the current LoRA, or without it; prompts are encoded once, at construction."""
+
+    def __init__(self, args: ScriptArguments, prompts: list[str], vae, device, dtype):
+        self.args, self.prompts, self.vae, self.dtype = args, prompts, vae, dtype
+        encode_prompts = PromptEncoder(args, device, dtype)
+        # SDXL's pipelines take zeros for the empty negative prompt where the model says so.
+        index = StableDiffusionXLPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+        self.zero_negative = index.get("force_zeros_for_empty_prompt", True)
+        self.embeds = [tensor.cpu() for tensor in encode_prompts(prompts)]
+        self.negative_embeds = [tensor.cpu() for tensor in encode_prompts([""])]
+        if self.zero_negative:
+            self.negative_embeds = [torch.zeros_like(tensor) for tensor in self.negative_embeds]
+
+    @torch.no_grad()
+    def __call__(self, unet, device, lora: bool = True) -> list[PILImage.Image]:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            self.args.pretrained_model_name_or_path,
+            revision=self.args.revision,
+            unet=unet,
+            vae=self.vae.to(device),
+            text_encoder=None,
+            text_encoder_2=None,
+            tokenizer=None,
+            tokenizer_2=None,
+            add_watermarker=False,
+            dtype=self.dtype,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        was_training = unet.training
+        unet.eval()
+        images = []
+        for i in range(len(self.prompts)):
+            prompt_embeds, pooled = (tensor[i : i + 1].to(device) for tensor in self.embeds)
+            negative, negative_pooled = (tensor.to(device) for tensor in self.negative_embeds)
+            call = {
+                "prompt_embeds": prompt_embeds,
+                "pooled_prompt_embeds": pooled,
+                "negative_prompt_embeds": negative,
+                "negative_pooled_prompt_embeds": negative_pooled,
+                "num_inference_steps": self.args.validation_num_inference_steps,
+                "guidance_scale": self.args.validation_guidance_scale,
+                "height": self.args.resolution,
+                "width": self.args.resolution,
+                "generator": torch.Generator("cpu").manual_seed(self.args.seed + i),
+            }
+            with torch.autocast(torch.device(device).type, self.dtype, enabled=self.dtype != torch.float32):
+                if lora:
+                    images.append(pipeline(**call).images[0])
+                else:
+                    with adapter_off(unet):
+                        images.append(pipeline(**call).images[0])
+        unet.train(was_training)
+        self.vae.to("cpu")
+        return images
+
+
+def log_images(accelerator: Accelerator, prompts: list[str], images: list[PILImage.Image], step: int) -> None:
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stacked = np.stack([np.asarray(image) for image in images])
+            tracker.writer.add_images("validation", stacked, step, dataformats="NHWC")
+        elif tracker.name in ("wandb", "trackio"):
+            module = __import__(tracker.name)
+            pictures = {
+                f"validation/{i}": module.Image(image, caption=prompt)
+                for i, (prompt, image) in enumerate(zip(prompts, images))
+            }
+            tracker.log(pictures, step=step)
+
+
+def write_card(args: ScriptArguments, output_dir: Path, prompts, before, after, facts: dict) -> None:
+    """Writes the before/after gallery and the model card."""
+    (output_dir / "images").mkdir(exist_ok=True)
+    widgets, table = [], ["| prompt | base | with this LoRA |", "|---|---|---|"]
+    for i, (prompt, base, tuned) in enumerate(zip(prompts, before, after)):
+        base.save(output_dir / "images" / f"{i}_base.png")
+        tuned.save(output_dir / "images" / f"{i}.png")
+        widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
+        cell = prompt.replace("|", "\\|").replace("\n", " ")
+        table.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
+    dataset_is_local = os.path.isdir(args.dataset_name)
+    data = ModelCardData(
+        base_model=None if os.path.isdir(args.pretrained_model_name_or_path) else args.pretrained_model_name_or_path,
+        library_name="diffusers",
+        license="openrail++",
+        datasets=None if dataset_is_local else [args.dataset_name],
+        tags=[
+            "text-to-image",
+            "diffusers",
+            "diffusers-training",
+            "lora",
+            "template:sd-lora",
+            "stable-diffusion-xl",
+            "rankdpo",
+        ],
+        widget=widgets,
+    )
+    name = output_dir.name
+    figures = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    body = f"""
+# {name}
+
+A LoRA for `{args.pretrained_model_name_or_path}`, trained with `{args.loss_type}` on ranked images
+(`{args.dataset_name}`) by [RankDPO](https://arxiv.org/abs/2410.18013): the model learns to denoise preferred images
+better than the base model does, and the others worse.
+
+<Gallery />
+
+Same prompts, same seeds:
+
+{chr(10).join(table)}
+
+## Use it
+
+With diffusers:
+
+```python
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.float16)
+pipeline.to("cuda")
+pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="pytorch_lora_weights.safetensors")
+image = pipeline({json.dumps(prompts[0])}).images[0]
+```
+
+With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it with the "Load LoRA" node at strength 1.
+
+## How it was made
+
+```bash
+{facts_command()}
+```
+
+| | |
+|---|---|
+{figures}
+"""
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+    temporary = output_dir / ".README.tmp"
+    temporary.write_text(str(card))
+    os.replace(temporary, output_dir / "README.md")
+
+
+def facts_command() -> str:
+    return f"accelerate launch {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(args: ScriptArguments) -> None:
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+    device = accelerator.device
+    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
+    checkpoint = check_output_dir(args, accelerator.num_processes)
+    check_model(args)
+    dataset = load_ranked_dataset(args)
+    labels = make_labels(args, dataset)
+    cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
+    if not _cache_file(cache, (len(labels) - 1) // CACHE_SHARD_ROWS).exists():
+        rows = list(range(accelerator.process_index, len(labels), accelerator.num_processes))
+        check_images(dataset, labels, args, rows)
+    accelerator.wait_for_everyone()
+    api = HfApi()
+    if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
+        url = api.create_repo(args.hub_model_id or output_dir.name, private=args.hub_private_repo, exist_ok=True)
+        args.hub_model_id = url.repo_id
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "run.json").write_text(json.dumps(run_settings(args, accelerator.num_processes), indent=2))
+
+    # Encode once, then let go of the encoders.
+    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    if args.pretrained_vae_model_name_or_path:
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=weight_dtype)
+    else:
+        vae = AutoencoderKL.from_pretrained(**model, subfolder="vae", variant=args.variant, dtype=torch.float32)
+    vae.requires_grad_(False).eval()
+    encode_dataset(args, dataset, labels, cache, vae.to(device), accelerator, weight_dtype)
+    vae.to("cpu")
+    prompts = args.validation_prompts or [row["prompt"] for row in labels[:4]]
+    validator = Validator(args, prompts, vae, device, weight_dtype) if accelerator.is_main_process else None
+    gc.collect()
+    torch.cuda.empty_cache()
+
+    # Model, optimizer, schedule.
+    set_seed(args.seed)
+    noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
+    unet = UNet2DConditionModel.from_pretrained(**model, subfolder="unet", variant=args.variant, dtype=weight_dtype)
+    unet.requires_grad_(False)
+    add_lora(unet, args.rank)
+    cast_training_params(unet, dtype=torch.float32)
+    unet.to(device).train()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    else:
+        optimizer_class = torch.optim.AdamW
+    optimizer = optimizer_class(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    k = len(labels[0]["images"])
+    max_train_steps = args.max_train_steps or -(-int(args.num_train_epochs * len(labels)) // global_batch_size)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+    )
+    start_step = load_checkpoint(checkpoint, unet, optimizer, lr_scheduler, accelerator.scaler) if checkpoint else 0
+    reference = unet  # the same weights, adapter off; never the wrapper, which would synchronise for nothing
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+
+    batches = torch.utils.data.DataLoader(
+        CachedPrompts(cache, labels, args.seed, noise_scheduler.config.num_train_timesteps),
+        batch_sampler=EpochSampler(args, len(labels), accelerator.process_index, accelerator.num_processes, start_step),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(batches)
+    if accelerator.is_main_process:
+        config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
+        accelerator.init_trackers("rankdpo-sdxl", config=config)
+    progress = tqdm(
+        total=max_train_steps, initial=start_step, desc="train", disable=not accelerator.is_local_main_process
+    )
+    accelerator.print(
+        f"{len(labels)} prompts x {k} images, {max_train_steps} steps of {global_batch_size} prompts, "
+        f"{sum(p.numel() for p in parameters):,} trained parameters"
+    )
+    started, step_ended = time.time(), time.time()
+
+    for step in range(start_step + 1, max_train_steps + 1):
+        totals = {}
+        for _ in range(args.gradient_accumulation_steps):
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+            with accelerator.accumulate(unet):
+                with accelerator.autocast():
+                    loss, metrics = training_step(unet, reference, noise_scheduler, batch, args, weight_dtype)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value / args.gradient_accumulation_steps
+        lr_scheduler.step()
+
+        # The only synchronisation of an optimizer step: all metrics of all processes in one reduction.
+        values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
+        logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
+        now = time.time()
+        logs["images_per_second"] = global_batch_size * k / (now - step_ended)
+        step_ended = now
+        progress.update()
+        progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
+        accelerator.log(logs, step=step)
+        if not np.isfinite(logs["loss"]):
+            raise SystemExit(
+                f"step {step}: the loss is {logs['loss']}; the last checkpoint is kept. Lower --learning_rate, or use "
+                "--mixed_precision bf16 and a VAE that does not overflow"
+            )
+
+        if accelerator.is_main_process:
+            if step % args.checkpointing_steps == 0 and step < max_train_steps or step == max_train_steps:
+                save_checkpoint(
+                    output_dir,
+                    step,
+                    reference,
+                    optimizer,
+                    lr_scheduler,
+                    accelerator.scaler,
+                    args.checkpoints_total_limit,
+                )
+            if args.validation_steps and step % args.validation_steps == 0:
+                log_images(accelerator, prompts, validator(reference, device), step)
+                step_ended = time.time()
+
+    progress.close()
+    seconds = time.time() - started
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_lora(reference, output_dir)
+        save_comfyui_lora(reference, output_dir / "comfyui" / f"{output_dir.name}.safetensors")
+        memory = peak_memory_gb(device)
+        before, after = validator(reference, device, lora=False), validator(reference, device)
+        log_images(accelerator, prompts, after, max_train_steps)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        images = (max_train_steps - start_step) * global_batch_size * k
+        facts = {
+            "prompts": f"{len(labels)} ({k} images each)",
+            "steps": f"{max_train_steps} of {global_batch_size} prompts",
+            "seed": args.seed,
+            "hardware": f"{accelerator.num_processes} x {name}",
+            "speed": f"{images / seconds:.1f} images/s" if images else "nothing left to train",
+            "peak memory": f"{memory:.1f} GB",
+            "versions": f"torch {torch.__version__}, " + ", ".join(_versions("diffusers", "transformers", "peft")),
+        }
+        write_card(args, output_dir, prompts, before, after, facts)
+        if args.push_to_hub:
+            kept = ["*.safetensors", "README.md", "images/*", "comfyui/*", "run.json"]
+            try:
+                api.upload_folder(
+                    repo_id=args.hub_model_id,
+                    folder_path=output_dir,
+                    allow_patterns=kept,
+                    ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*"],
+                )
+            except Exception as error:  # the weights are on disk; say how to send them
+                print(
+                    f"upload failed ({str(error).splitlines()[0]}); later: hf upload {args.hub_model_id} {output_dir} "
+                    ". --exclude 'checkpoint-*'",
+                    file=sys.stderr,
+                )
+        print(f"LoRA: {output_dir / 'pytorch_lora_weights.safetensors'}, card: {output_dir / 'README.md'}")
+    accelerator.end_training()
+
+
+def _versions(*packages: str) -> list[str]:
+    from importlib.metadata import version
+
+    return [f"{package} {version(package)}" for package in packages]
+
+
+if __name__ == "__main__":
+    parser = TrlParser(ScriptArguments)
+    (script_args,) = parser.parse_args_and_config()
+    main(script_args)
