@@ -46,11 +46,13 @@ import torch
 from accelerate import PartialState
 from datasets import load_dataset
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 
@@ -623,6 +625,8 @@ def main(args: ScriptArguments) -> None:
 
 
 if __name__ == "__main__":
+    diffusers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
+    transformers_logging.disable_progress_bar()
     parser = TrlParser(ScriptArguments)
     (script_args,) = parser.parse_args_and_config()
     main(script_args)

@@ -72,6 +72,7 @@ from datasets import Dataset, Image, List, load_dataset
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image as PILImage
@@ -81,12 +82,14 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 
 LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "sft", "weighted_sft")
 CACHE_SHARD_ROWS = 64  # prompts per cache file: the unit of work that a crash can lose
 CACHE_VERSION = 1
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass
@@ -540,7 +543,7 @@ def encode_dataset(args, dataset, labels, folder: Path, vae, accelerator: Accele
                 time_ids.append(ids)
             prompt_embeds, pooled = encode_prompts([labels[row]["prompt"] for row in shards[i]])
             tensors = {
-                "latents": torch.stack(latents),
+                "latents": torch.stack(latents).contiguous(),
                 "prompt_embeds": prompt_embeds.to("cpu", weight_dtype).contiguous(),
                 "pooled_prompt_embeds": pooled.to("cpu", weight_dtype).contiguous(),
                 "time_ids": torch.stack(time_ids),
@@ -825,7 +828,7 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
         unet_lora_layers=get_peft_model_state_dict(unet),
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
     )
-    _publish_file(temporary / "pytorch_lora_weights.safetensors", folder / "pytorch_lora_weights.safetensors")
+    _publish_file(temporary / LORA_FILE, folder / LORA_FILE)
     shutil.rmtree(temporary)
 
 
@@ -875,7 +878,7 @@ def load_checkpoint(folder: Path, unet, optimizer, lr_scheduler, scaler) -> int:
 
     Timesteps, noise and data order are functions of (seed, step), so there is no random state to restore.
     """
-    lora = load_file(folder / "pytorch_lora_weights.safetensors")
+    lora = load_file(folder / LORA_FILE)
     lora = {key.removeprefix("unet."): value for key, value in lora.items()}
     result = set_peft_model_state_dict(unet, lora)
     if result.unexpected_keys:
@@ -902,10 +905,12 @@ def check_output_dir(args: ScriptArguments, num_processes: int) -> Path | None:
     output_dir = Path(args.output_dir)
     settings = run_settings(args, num_processes)
     record = output_dir / "run.json"
+    checkpoints = list_checkpoints(output_dir)
+    finished = (output_dir / LORA_FILE).exists()
     if record.exists():
         previous = json.loads(record.read_text())
         differing = [name for name in settings if previous.get(name) != settings[name]]
-        if differing:
+        if differing and (checkpoints or finished):
             name = differing[0]
             raise SystemExit(
                 f"--output_dir {output_dir} holds a run with {name} {previous.get(name)}, not {settings[name]}: "
@@ -913,9 +918,7 @@ def check_output_dir(args: ScriptArguments, num_processes: int) -> Path | None:
             )
     elif output_dir.is_dir() and any(output_dir.iterdir()):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
-    checkpoints = list_checkpoints(output_dir)
     if args.resume_from_checkpoint in (None, "latest"):
-        finished = (output_dir / "pytorch_lora_weights.safetensors").exists()
         if args.resume_from_checkpoint is None and (checkpoints or finished):
             raise SystemExit(
                 f"--output_dir {output_dir} holds this run's results already: add --resume_from_checkpoint latest to "
@@ -1120,6 +1123,12 @@ def main(args: ScriptArguments) -> None:
     check_model(args)
     dataset = load_ranked_dataset(args)
     labels = make_labels(args, dataset)
+    k = len(labels[0]["images"])
+    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    max_train_steps = args.max_train_steps or -(-int(args.num_train_epochs * len(labels)) // global_batch_size)
+    if checkpoint and (output_dir / LORA_FILE).exists() and checkpoint.name == f"checkpoint-{max_train_steps}":
+        accelerator.print(f"{output_dir} is trained already: {max_train_steps} steps")
+        return
     cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
     if not _cache_file(cache, (len(labels) - 1) // CACHE_SHARD_ROWS).exists():
         rows = list(range(accelerator.process_index, len(labels), accelerator.num_processes))
@@ -1171,9 +1180,6 @@ def main(args: ScriptArguments) -> None:
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
-    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    k = len(labels[0]["images"])
-    max_train_steps = args.max_train_steps or -(-int(args.num_train_epochs * len(labels)) // global_batch_size)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
@@ -1296,6 +1302,8 @@ def _versions(*packages: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    diffusers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
+    transformers_logging.disable_progress_bar()
     parser = TrlParser(ScriptArguments)
     (script_args,) = parser.parse_args_and_config()
     main(script_args)
