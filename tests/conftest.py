@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny real pipelines and datasets: real diffusers and transformers classes, a few thousand parameters, no network."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # scripts under test run beside each other
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import importlib  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from io import BytesIO  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from datasets import Dataset, Features, Image, List, Value  # noqa: E402
+from PIL import Image as PILImage  # noqa: E402
+from trl import TrlParser  # noqa: E402
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
+torch.set_num_threads(1)
+
+
+def run(*command, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    """Runs a script of the repository in a process of its own, as a user does."""
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600, **kwargs
+    )
+    if check and result.returncode:
+        raise AssertionError(f"{command}: exit code {result.returncode}\n{result.stderr[-4000:]}")
+    return result
+
+
+def call(script: str, *flags) -> None:
+    """The same inside this process: parse the flags, run the script's main."""
+    module = importlib.import_module(script)
+    (args,) = TrlParser(module.ScriptArguments).parse_args_and_config([str(flag) for flag in flags])
+    module.main(args)
+
+
+def refused(script: str, *flags) -> str:
+    """Runs a script that must refuse; returns its one line."""
+    with pytest.raises(SystemExit) as stopped:
+        call(script, *flags)
+    message = stopped.value.code
+    assert isinstance(message, str) and "\n" not in message.strip(), message
+    return message
+
+
+def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
+    """An SDXL pipeline of 40 thousand parameters for 32x32 images."""
+    import train_generators
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    tokenizer = train_generators.make_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        block_out_channels=[8, 16],
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=[1, 2],
+        transformer_layers_per_block=[1, 1],
+        cross_attention_dim=32,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 16,
+    )
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[4, 4, 8],
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+    )
+    StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(config),
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory) -> Path:
+    return make_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+
+
+def encoded(pixels: np.ndarray) -> dict:
+    buffer = BytesIO()
+    PILImage.fromarray(pixels).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def ranked_rows(n: int = 8, k: int = 4, size: int = 32, seed: int = 0) -> list[dict]:
+    """Rows of the ranked schema: noise pictures, two rewards with random scores."""
+    import world
+
+    from build_synpic import preference_probability, preference_rank
+
+    rng = np.random.default_rng(seed)
+    prompts = [row["prompt"] for row in world.sample_prompts("train", n, seed)]
+    rows = []
+    for i, prompt in enumerate(prompts):
+        scores = rng.normal(size=(2, k)).round(3)
+        rows.append(
+            {
+                "prompt_id": f"p{i}",
+                "prompt": prompt,
+                "images": [encoded(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(k)],
+                "generators": [f"g{j}" for j in range(k)],
+                "seeds": list(range(k)),
+                "scores": {"first": scores[0].tolist(), "second": scores[1].tolist()},
+                "preference_probability": preference_probability(scores).tolist(),
+                "rank": preference_rank(scores).tolist(),
+            }
+        )
+    return rows
+
+
+def write_dataset(folder: Path, rows: list[dict], drop: tuple = (), prefix: str = "") -> Path:
+    features = {
+        "prompt_id": Value("string"),
+        "prompt": Value("string"),
+        "images": List(Image()),
+        "generators": List(Value("string")),
+        "seeds": List(Value("int64")),
+        "scores": {"first": List(Value("float32")), "second": List(Value("float32"))},
+        "preference_probability": List(Value("float32")),
+        "rank": List(Value("int32")),
+    }
+    features = Features({name: kind for name, kind in features.items() if name not in drop})
+    rows = [{name: value for name, value in row.items() if name in features} for row in rows]
+    (folder / "data").mkdir(parents=True)
+    Dataset.from_list(rows, features=features).to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ranked_dataset(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "ranked", ranked_rows(n=10))

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user of build_synpic.py sees: the dataset, what a rerun costs, refusals."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import ROOT, call, make_tiny_sdxl, refused, run
+from datasets import Image, List, Value, load_dataset
+from huggingface_hub import DatasetCard
+from PIL import Image as PILImage
+
+import build_synpic
+
+
+REWARDS = ["shapes/world.py:color_reward", "shapes/world.py:shape_reward", "shapes/world.py:clean_reward"]
+CALL = {"num_inference_steps": 1, "height": 32, "width": 32}
+
+
+@pytest.fixture(scope="session")
+def other_sdxl(tmp_path_factory):
+    return make_tiny_sdxl(tmp_path_factory.mktemp("models") / "other-sdxl", seed=1)
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_sdxl, other_sdxl, tmp_path_factory):
+    """Two generators in one file, three in the other."""
+    folder = tmp_path_factory.mktemp("recipes")
+    entries = [
+        {"name": "one", "model": str(tiny_sdxl), "call": CALL},
+        {"name": "two", "model": str(other_sdxl), "call": {**CALL, "guidance_scale": 3.0}},
+        {"name": "three", "model": str(other_sdxl), "call": CALL},
+    ]
+    (folder / "two.yaml").write_text(yaml.safe_dump(entries[:2]))
+    (folder / "three.yaml").write_text(yaml.safe_dump(entries))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    """Ten prompts, one of them twice; the shards below hold four."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    shapes = [f"a {color} circle" for color in ("red", "green", "blue", "yellow", "purple", "cyan")]
+    shapes += ["a square", "a red circle", "a cross", "two red squares", "three blue circles"]
+    file.write_text("\n".join(shapes) + "\n")
+    return file
+
+
+def flags(prompts, recipe, output, rewards=tuple(REWARDS), generators="two", **more):
+    found = ["--prompts", prompts, "--generators", recipe / f"{generators}.yaml", "--output_dir", output]
+    found += ["--rewards", *rewards, "--shard_size", 4, "--image_format", "png"]
+    return found + [item for name, value in more.items() for item in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="session")
+def built(prompts, recipe, tmp_path_factory):
+    output = tmp_path_factory.mktemp("built") / "synpic"
+    call("build_synpic", *flags(prompts, recipe, output, gpu_hourly_cost=1.5))
+    return output
+
+
+def snapshot(folder: Path) -> dict:
+    """Path → (content, time of writing) of every Parquet file."""
+    files = sorted(folder.rglob("*.parquet"))
+    return {
+        str(f.relative_to(folder)): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns) for f in files
+    }
+
+
+def copy(built: Path, target: Path) -> Path:
+    subprocess.run(["cp", "-a", str(built), str(target)], check=True)
+    return target
+
+
+def written(before: dict, after: dict) -> list[str]:
+    """Files written anew."""
+    return sorted(name for name in after if after[name] != before.get(name))
+
+
+def test_dataset_has_the_schema_and_the_ranking(built):
+    dataset = load_dataset(str(built), split="train")
+    kinds = dataset.features
+    assert list(kinds) == "prompt_id prompt images generators seeds scores preference_probability rank".split()
+    assert kinds["images"] == List(Image()) and kinds["generators"] == List(Value("string"))
+    assert kinds["seeds"] == List(Value("int64")) and kinds["rank"] == List(Value("int32"))
+    assert kinds["preference_probability"] == List(Value("float32"))
+    names = ["color_reward", "shape_reward", "clean_reward"]
+    assert dict(kinds["scores"]) == {name: List(Value("float32")) for name in names}
+    assert len(dataset) == 10 == len(set(dataset["prompt_id"])) and dataset[0]["prompt"] == "a red circle"
+    import world
+
+    for row in dataset:
+        assert row["generators"] == ["one", "two"] and row["seeds"][0] != row["seeds"][1]
+        matrix = np.array([row["scores"][name] for name in names])
+        # The stored images are what was scored.
+        assert np.allclose(matrix[0], world.color_reward(row["images"], [row["prompt"]] * 2), atol=1e-6)
+        wins = (matrix[:, 0] > matrix[:, 1]).mean()
+        assert row["preference_probability"] == pytest.approx([wins, 1 - wins])
+        assert row["rank"] == ([1, 2] if wins > 0.5 else [2, 1])
+
+
+def test_images_are_what_the_pipeline_draws_from_the_stored_seed(built, tiny_sdxl):
+    from diffusers import StableDiffusionXLPipeline
+
+    row = load_dataset(str(built), split="train")[3]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(row["seeds"][0])
+    image = pipeline(row["prompt"], generator=generator, **CALL).images[0]
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(row["images"][0]).astype(int)).max() <= 1
+
+
+def test_card_tells_what_was_built(built):
+    card = DatasetCard.load(built / "README.md")
+    assert card.data.to_dict()["configs"][0]["data_files"][0]["path"] == "data/train-*.parquet"
+    assert card.data.task_categories == ["text-to-image"] and card.data.size_categories == ["n<1K"]
+    for words in ("Kendall's tau", "cost in $ (at 1.5 an hour)", "Share of comparisons won", "num_inference_steps: 1"):
+        assert words in card.text
+    # Two generators: their shares of won comparisons under a reward add up to 1 (there are no equal scores).
+    line = next(line for line in card.text.splitlines() if line.startswith("| color_reward | 0"))
+    assert sum(float(cell) for cell in line.split("|")[2:4]) == pytest.approx(1, abs=0.002)
+    assert PILImage.open(built / "grid.png").width == 512
+
+
+def test_second_run_computes_nothing(built, prompts, recipe, tmp_path, monkeypatch):
+    output = copy(built, tmp_path / "again")
+    before = snapshot(output)
+    monkeypatch.setattr(build_synpic, "Generator", lambda *a: pytest.fail("a generator was loaded"))
+    monkeypatch.setattr(build_synpic, "load_reward_model", lambda *a: pytest.fail("a reward was loaded"))
+    call("build_synpic", *flags(prompts, recipe, output))
+    assert snapshot(output) == before
+
+
+def test_deleted_shard_is_made_again_alone(built, prompts, recipe, tmp_path):
+    output = copy(built, tmp_path / "again")
+    before = snapshot(output)
+    for lost in ("work/images/two/00001.parquet", "work/scores/shape_reward/one/00002.parquet"):
+        (output / lost).unlink()
+        call("build_synpic", *flags(prompts, recipe, output))
+        after = snapshot(output)
+        shard = lost[-13:-8]
+        assert written(before, after) == [f"data/train-{shard}-of-00003.parquet", lost]
+        table = pq.read_table(output / lost)
+        assert table.equals(pq.read_table(built / lost))
+        before = after
+    truncated = output / "data" / "train-00000-of-00003.parquet"
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    call("build_synpic", *flags(prompts, recipe, output))
+    assert load_dataset("parquet", data_files=str(truncated), split="train")[0]["prompt"] == "a red circle"
+
+
+def test_new_generator_and_new_reward_cost_only_themselves(built, prompts, recipe, tmp_path):
+    output = copy(built, tmp_path / "more")
+    before = snapshot(output)
+    call("build_synpic", *flags(prompts, recipe, output, generators="three"))
+    after = snapshot(output)
+    made = [name for name in written(before, after) if name.startswith("work/")]
+    assert made and all("/three/" in name for name in made)
+    dataset = load_dataset(str(output), split="train")
+    assert dataset[0]["generators"] == ["one", "two", "three"] and sorted(dataset[0]["rank"]) == [1, 2, 3]
+
+    before = after
+    rewards = [*REWARDS, "shapes/world.py:count_reward"]
+    call("build_synpic", *flags(prompts, recipe, output, rewards, generators="three"))
+    made = [name for name in written(before, snapshot(output)) if name.startswith("work/")]
+    assert len(made) == 9 and all("/count_reward/" in name for name in made)
+    assert len(load_dataset(str(output), split="train")[0]["scores"]) == 4
+
+
+def test_more_prompts_keep_the_full_shards(built, prompts, recipe, tmp_path):
+    output = copy(built, tmp_path / "more")
+    before = snapshot(output)
+    longer = tmp_path / "longer.txt"
+    longer.write_text(prompts.read_text() + "a triangle\na blue cross\na green cross\n")
+    call("build_synpic", *flags(longer, recipe, output))
+    made = [name for name in written(before, snapshot(output)) if name.startswith("work/images")]
+    assert sorted(made) == [f"work/images/{g}/{s}.parquet" for g in ("one", "two") for s in ("00002", "00003")]
+    assert len(load_dataset(str(output), split="train")) == 13
+
+
+def test_killed_run_is_finished_by_the_next_one_on_two_processes(built, prompts, recipe, tmp_path):
+    output = tmp_path / "killed"
+    arguments = [str(flag) for flag in flags(prompts, recipe, output)]
+    command = [sys.executable, "build_synpic.py", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(output.glob("work/images/*/*.parquet")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (output / "data").exists()
+    kept = snapshot(output)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29527, "build_synpic.py"]
+    run(*launch, *arguments)
+    after = snapshot(output)
+    assert {name: after[name] for name in kept} == kept
+    whole, again = (load_dataset(str(folder), split="train") for folder in (built, output))
+    assert whole["prompt_id"] == again["prompt_id"] and whole["seeds"] == again["seeds"]
+    for a, b in zip(whole, again):
+        assert all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a["images"], b["images"]))
+        assert a["scores"] == b["scores"] and a["rank"] == b["rank"]
+
+
+def test_stages_can_be_run_one_by_one(built, prompts, recipe, tmp_path):
+    output = tmp_path / "stages"
+    assert "is missing: run the generate stage first" in refused(
+        "build_synpic", *flags(prompts, recipe, output), "--stages", "score"
+    )
+    for stage in ("generate", "score", "rank"):
+        call("build_synpic", *flags(prompts, recipe, output), "--stages", stage)
+    whole, again = (load_dataset(str(folder), split="train").remove_columns("images") for folder in (built, output))
+    assert list(whole) == list(again)
+
+
+def test_person_s_edits_of_the_card_stay(built, prompts, recipe, tmp_path):
+    output = copy(built, tmp_path / "edited")
+    card = DatasetCard.load(output / "README.md")
+    card.data.license = "cc-by-4.0"
+    card.data.tags.append("mine")
+    card.save(output / "README.md")
+    call("build_synpic", *flags(prompts, recipe, output))
+    data = DatasetCard.load(output / "README.md").data
+    assert data.license == "cc-by-4.0" and "mine" in data.tags
+
+
+def test_prompts_from_every_source(tmp_path):
+    from datasets import Dataset
+
+    rows = [{"caption": "a cat", "tag": "x"}, {"caption": " a dog ", "tag": "y"}, {"caption": "a cat", "tag": "z"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "p.parquet"))
+    (tmp_path / "folder").mkdir()
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "folder" / "train.parquet"))
+    for name in ("p.jsonl", "p.parquet", "folder"):
+        found = build_synpic.read_prompts(str(tmp_path / name), "caption", "train", None)
+        assert [(row["prompt"], row["tag"]) for row in found] == [("a cat", "x"), ("a dog", "y")]
+    (tmp_path / "p.txt").write_text("a cat\na cat\na dog\na bird\n")
+    assert [row["prompt"] for row in build_synpic.read_prompts(str(tmp_path / "p.txt"), "prompt", "train", 2)] == [
+        "a cat",
+        "a dog",
+    ]
+
+
+def test_stable_cascade_draws_with_its_prior(tmp_path):
+    """Real Stable Cascade classes, tiny: the decoder gets what the prior made of the same prompt and seed."""
+    from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline, StableCascadePriorPipeline
+    from diffusers.models import StableCascadeUNet
+    from diffusers.pipelines.wuerstchen import PaellaVQModel
+    from train_generators import make_tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    text_encoder = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=37,
+            projection_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()
+    common = {
+        "conditioning_dim": 32,
+        "block_out_channels": (16, 32),
+        "num_attention_heads": (2, 2),
+        "down_num_layers_per_block": (1, 1),
+        "up_num_layers_per_block": (1, 1),
+        "down_blocks_repeat_mappers": (1, 1),
+        "up_blocks_repeat_mappers": (1, 1),
+        "block_types_per_layer": (
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+        ),
+        "clip_text_pooled_in_channels": 32,
+        "dropout": (0.1, 0.1),
+        "timestep_ratio_embedding_dim": 16,
+    }
+    prior = StableCascadeUNet(
+        in_channels=16,
+        out_channels=16,
+        clip_text_in_channels=32,
+        clip_image_in_channels=32,
+        switch_level=(False,),
+        self_attn=True,
+        timestep_conditioning_type=("sca", "crp"),
+        **common,
+    )
+    decoder = StableCascadeUNet(in_channels=4, out_channels=4, effnet_in_channels=16, self_attn=False, **common)
+    shared = {"tokenizer": tokenizer, "text_encoder": text_encoder, "scheduler": DDPMWuerstchenScheduler()}
+    StableCascadePriorPipeline(prior=prior, image_encoder=None, feature_extractor=None, **shared).save_pretrained(
+        tmp_path / "prior"
+    )
+    vqgan = PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=2, embed_dim=8)
+    StableCascadeDecoderPipeline(decoder=decoder, vqgan=vqgan, latent_dim_scale=4.0, **shared).save_pretrained(
+        tmp_path / "decoder"
+    )
+    entry = {
+        "name": "cascade",
+        "model": str(tmp_path / "decoder"),
+        "call": {"num_inference_steps": 2, "guidance_scale": 0.0},
+        "prior": {
+            "model": str(tmp_path / "prior"),
+            "call": {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 128, "width": 128},
+        },
+    }
+    draw = build_synpic.Generator(entry, "cpu")
+    images = draw(["a red circle", "a blue cross"], [1, 2])
+    again = draw(["a red circle", "a blue cross"], [1, 3])
+    assert len(images) == 2 and images[0].size[0] >= 32
+    assert np.array_equal(np.asarray(images[0]), np.asarray(again[0]))
+    assert not np.array_equal(np.asarray(images[1]), np.asarray(again[1]))
+
+
+def test_default_generators_are_the_papers_four():
+    entries = build_synpic.read_generators(None)
+    assert [entry["name"] for entry in entries] == ["sdxl", "sd3-medium", "pixart-sigma", "stable-cascade"]
+    assert entries[3]["prior"]["model"] == "stabilityai/stable-cascade-prior"
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clipscore"])
+def test_clip_rewards_equal_the_published_formulas(name, tmp_path, monkeypatch):
+    """The model cards' snippets, image by image, against batches that encode each prompt once."""
+    from train_generators import make_tokenizer
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    text.update(eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config={**tower, "image_size": 32, "patch_size": 8}, projection_dim=24)
+    ).eval()
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(tmp_path / "clip")
+    monkeypatch.setitem(build_synpic.CLIPReward.MODELS, name, (str(tmp_path / "clip"),) * 2)
+    reward = build_synpic.load_reward_model(name, "cpu", torch.float32, batch_size=2)
+
+    rng = np.random.default_rng(0)
+    images = [PILImage.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in [(40, 60), (33, 32)]]
+    images += [images[0].convert("L"), images[1].convert("RGBA"), images[0].convert("P")]
+    prompts = ["a red circle", "two blue squares", "a red circle", "two blue squares", "a red circle"]
+    wanted = []
+    for image, prompt in zip(images, prompts):
+        prompt = f"A photo depicts {prompt}" if name == "clipscore" else prompt
+        with torch.no_grad():
+            image_features = model.get_image_features(
+                **processor(image.convert("RGB"), return_tensors="pt")
+            ).pooler_output
+            text_features = model.get_text_features(
+                **tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+            ).pooler_output
+        cosine = torch.nn.functional.cosine_similarity(image_features, text_features).item()
+        wanted.append(model.logit_scale.exp().item() * cosine if name == "pickscore" else 2.5 * max(cosine, 0))
+    assert reward.score(images, prompts) == pytest.approx(wanted, abs=1e-5)
+    assert len(set(wanted)) > 2
+
+
+BAD_REWARDS = {
+    "nan": ("def f(images, prompts):\n    return [float('nan')] * len(images)\n", ["nan", "finite"]),
+    "count": ("def f(images, prompts):\n    return [1.0]\n", ["1 scores for 2 images"]),
+    "raises": ("def f(images, prompts):\n    raise KeyError('weights')\n", ["fails on a test image", "KeyError"]),
+    "import": ("import no_such_module\n", ["cannot be imported", "no_such_module"]),
+    "name": ("def g(images, prompts):\n    return []\n", ["no function 'f'"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REWARDS)
+def test_bad_reward_functions_are_refused_before_anything_is_drawn(prompts, recipe, tmp_path, monkeypatch, name):
+    text, words = BAD_REWARDS[name]
+    (tmp_path / "rewards.py").write_text(text)
+    monkeypatch.setattr(build_synpic, "Generator", lambda *a: pytest.fail("a generator was loaded"))
+    message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "out", [f"{tmp_path}/rewards.py:f"]))
+    assert all(word in message for word in ["rewards.py:f", *words]), message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"--prompts": "no/such.txt"}, ["no/such.txt", "no such file"]),
+        ({"--prompts": "{tmp}/rows.jsonl"}, ["no column 'prompt'", "text"]),
+        ({"--prompts": "{tmp}/gap.txt"}, ["gap.txt", "row 2", "empty"]),
+        ({"--prompts": "{tmp}/nothing.txt"}, ["nothing.txt", "no prompts"]),
+        ({"--rewards": "beauty"}, ["reward beauty", "pickscore"]),
+        ({"--rewards": "no/file.py:f"}, ["no/file.py"]),
+        ({"--generators": "no.yaml"}, ["no.yaml"]),
+        ({"--generators": "{tmp}/single.yaml"}, ["single.yaml", "at least 2"]),
+        ({"--generators": "{tmp}/broken.yaml"}, ["broken.yaml", "speed"]),
+        ({"--generators": "{tmp}/missing.yaml"}, ["generator a", "no/model"]),
+        ({"--max_prompts": "0"}, ["--max_prompts 0"]),
+        ({"--stages": "draw"}, ["draw"]),
+    ],
+)
+def test_bad_flags_are_named(prompts, recipe, tmp_path, monkeypatch, capsys, change, words):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a cat"}\n')
+    (tmp_path / "gap.txt").write_text("a cat\n\na dog\n")
+    (tmp_path / "nothing.txt").write_text("")
+    (tmp_path / "single.yaml").write_text("[{name: a, model: x}]")
+    (tmp_path / "broken.yaml").write_text("[{name: a, model: x, speed: 3}, {name: b, model: y}]")
+    (tmp_path / "missing.yaml").write_text("[{name: a, model: no/model}, {name: b, model: no/model}]")
+    monkeypatch.setattr(build_synpic, "Generator", lambda *a: pytest.fail("a generator was loaded"))
+    found = flags(prompts, recipe, tmp_path / "out")
+    found += [str(item).format(tmp=tmp_path) for pair in change.items() for item in pair]
+    with pytest.raises(SystemExit) as stopped:
+        call("build_synpic", *found)
+    assert stopped.value.code not in (0, None)
+    message = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_of_another_run_is_refused(built, prompts, recipe, tmp_path):
+    before = snapshot(built)
+    assert "seed 0, not 1" in refused("build_synpic", *flags(prompts, recipe, built, seed=1))
+    other = tmp_path / "other.txt"
+    other.write_text("a cross\na square\n")
+    assert "other prompts" in refused("build_synpic", *flags(other, recipe, built))
+    entries = yaml.safe_load((recipe / "two.yaml").read_text())
+    entries[0]["call"]["num_inference_steps"] = 2
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(entries))
+    assert "images of one" in refused("build_synpic", *flags(prompts, tmp_path, built))
+    assert snapshot(built) == before
+
+
+def test_grid_marks_the_best_image(built):
+    grid = np.asarray(PILImage.open(built / "grid.png"))
+    row = pq.read_table(built / "data" / "train-00000-of-00003.parquet").slice(0, 1).to_pylist()[0]
+    best = row["rank"].index(1)
+    assert grid[22 + 2, best * 256 + 100].tolist() == [0, 200, 0]
+    assert PILImage.open(BytesIO(row["images"][0]["bytes"])).size == (32, 32)

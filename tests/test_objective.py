@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objective against formulas written out pair by pair in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from build_synpic import preference_probability, preference_rank
+from train_rankdpo_sdxl import (
+    ScriptArguments,
+    add_lora,
+    dcg_weights,
+    denoising_error,
+    rankdpo_loss,
+    training_step,
+)
+
+
+def brute_force(model, ref, phi, rank, beta, loss_type):
+    """Mean over prompts of the loss of DESIGN.md section 2, in Python floats."""
+    total = 0.0
+    for m, r, p, order in zip(model, ref, phi, rank):
+        k, loss = len(p), 0.0
+        if loss_type == "sft":
+            loss = m[order.index(1)]
+        elif loss_type == "weighted_sft":
+            loss = sum(w * e for w, e in zip(p, m)) / sum(p)
+        else:
+            for i in range(k):
+                for j in range(k):
+                    if not p[i] > p[j]:
+                        continue
+                    weight = 1.0
+                    if loss_type in ("rankdpo", "dpo_gain"):
+                        weight = 2 ** p[i] - 2 ** p[j]
+                    if loss_type == "rankdpo":
+                        weight *= abs(1 / math.log2(1 + order[i]) - 1 / math.log2(1 + order[j]))
+                    margin = -beta / 2 * ((m[i] - r[i]) - (m[j] - r[j]))
+                    loss += weight * math.log1p(math.exp(-margin))
+        total += loss
+    return total / len(phi)
+
+
+def random_batch(seed=0, batch=5, k=4, n_rewards=5):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(batch, n_rewards, k)).round(1)  # rounded: with ties
+    phi = np.array([preference_probability(s) for s in scores])
+    rank = np.array([preference_rank(s) for s in scores])
+    model, ref = rng.uniform(0.05, 0.15, (2, batch, k))
+    return torch.tensor(model).float(), torch.tensor(ref).float(), torch.tensor(phi).float(), torch.tensor(rank)
+
+
+@pytest.mark.parametrize("loss_type", ["rankdpo", "dpo_gain", "dpo", "sft", "weighted_sft"])
+@pytest.mark.parametrize("seed, k", [(0, 4), (1, 3), (2, 2), (3, 6)])
+def test_loss_equals_brute_force(loss_type, seed, k):
+    model, ref, phi, rank = random_batch(seed, k=k)
+    loss, metrics = rankdpo_loss(model, ref, phi, 50.0, rank, loss_type)
+    wanted = brute_force(*(t.double().tolist() for t in (model, ref, phi)), rank.tolist(), 50.0, loss_type)
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    assert metrics["loss"].item() == loss.item()
+
+
+def test_weights_equal_formula_and_ties_weigh_nothing():
+    phi = torch.tensor([[0.9, 0.5, 0.5, 0.1]])
+    weights = dcg_weights(phi)[0]
+    for i in range(4):
+        for j in range(4):
+            gain = abs(2 ** phi[0, i].item() - 2 ** phi[0, j].item())
+            wanted = gain * abs(1 / math.log2(2 + i) - 1 / math.log2(2 + j))
+            assert weights[i, j].item() == pytest.approx(wanted, rel=1e-6, abs=1e-7)
+    assert weights[1, 2] == 0 and torch.equal(weights, weights.T) and (weights.diagonal() == 0).all()
+    assert weights[0, 3] > weights[1, 3] > 0  # confusing first and last costs more
+
+
+def test_rank_overrides_the_rank_by_phi():
+    phi, rank = torch.tensor([[0.8, 0.4, 0.2]]), torch.tensor([[2, 1, 3]])
+    weight = dcg_weights(phi, rank)[0, 0, 1].item()
+    assert weight == pytest.approx((2**0.8 - 2**0.4) * (1 - 1 / math.log2(3)), rel=1e-6)
+    # Taken from the model: image 2 denoised best, so it ranks first.
+    scores = torch.tensor([[0.03, 0.01, 0.02]])
+    loss, _ = rankdpo_loss(scores, torch.zeros(1, 3), phi, 100.0, rank_source="predicted")
+    wanted, _ = rankdpo_loss(scores, torch.zeros(1, 3), phi, 100.0, rank=torch.tensor([[3, 1, 2]]))
+    assert loss == wanted
+
+
+@pytest.mark.parametrize("loss_type", ["rankdpo", "dpo_gain", "dpo"])
+def test_permutation_changes_nothing(loss_type):
+    model, ref, phi, rank = random_batch(7)
+    order = torch.tensor([2, 0, 3, 1])
+    loss, metrics = rankdpo_loss(model, ref, phi, 50.0, rank, loss_type)
+    again, permuted = rankdpo_loss(*(t[:, order] for t in (model, ref, phi)), 50.0, rank[:, order], loss_type)
+    assert again.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert permuted["implicit_accuracy"] == metrics["implicit_accuracy"]
+
+
+@pytest.mark.parametrize("loss_type", ["rankdpo", "dpo_gain", "dpo"])
+def test_gradient_pushes_preferred_down_and_dispreferred_up(loss_type):
+    model = torch.full((1, 4), 0.1, requires_grad=True)
+    phi = torch.tensor([[0.4, 1.0, 0.4, 0.0]])
+    loss, _ = rankdpo_loss(model, torch.full((1, 4), 0.1), phi, 100.0, loss_type=loss_type)
+    loss.backward()
+    best, tied, worst = model.grad[0, 1], model.grad[0, [0, 2]], model.grad[0, 3]
+    assert best > 0 and worst < 0  # descending the gradient lowers the best image's error and raises the worst's
+    assert best > tied.abs().max() and -worst > tied.abs().max()
+
+
+def test_sft_gradients():
+    model = torch.full((1, 3), 0.1, requires_grad=True)
+    phi = torch.tensor([[0.25, 0.75, 0.0]])
+    rankdpo_loss(model, None, phi, 1.0, loss_type="sft")[0].backward()
+    assert model.grad.tolist() == [[0, 1, 0]]
+    model.grad = None
+    rankdpo_loss(model, None, phi, 1.0, loss_type="weighted_sft")[0].backward()
+    assert model.grad.tolist() == [[0.25, 0.75, 0.0]]
+
+
+def test_two_images_with_unit_weights_are_diffusion_dpo():
+    """Diffusion-DPO's published code, its convention of beta: winner and loser errors of one pair per row."""
+    model, ref, _, _ = random_batch(3, batch=6, k=2)
+    phi = torch.tensor([[1.0, 0.0], [0.0, 1.0]] * 3)
+    winner = phi.argmax(1, keepdim=True)
+    model_w, model_l = model.gather(1, winner), model.gather(1, 1 - winner)
+    ref_w, ref_l = ref.gather(1, winner), ref.gather(1, 1 - winner)
+    beta_dpo = 5000
+    inside_term = -0.5 * beta_dpo * ((model_w - model_l) - (ref_w - ref_l))
+    wanted = -torch.nn.functional.logsigmoid(inside_term).mean()
+    loss, metrics = rankdpo_loss(model, ref, phi, beta_dpo, loss_type="dpo")
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert metrics["implicit_accuracy"].item() == pytest.approx((inside_term > 0).float().mean().item())
+    assert metrics["margin"].item() == pytest.approx(inside_term.mean().item(), rel=1e-5)
+
+
+def test_preference_probability_and_rank_equal_algorithm_1():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        n, k = rng.integers(1, 6), rng.integers(2, 6)
+        scores = rng.integers(0, 4, (n, k)).astype(float)
+        counts = [sum(scores[r, i] > scores[r, j] for r in range(n) for j in range(k) if j != i) for i in range(k)]
+        phi = preference_probability(scores)
+        assert np.allclose(phi, np.array(counts) / (n * (k - 1)))
+        rank = preference_rank(scores)
+        assert sorted(rank) == list(range(1, k + 1))
+        assert (np.diff(phi[np.argsort(rank)]) <= 0).all()
+    # A tie in probability goes to the higher mean standardised reward, then to the position.
+    assert preference_rank([[1.0, 0.0, 0.9], [0.0, 1.0, 0.9]]).tolist() == [2, 3, 1]
+    assert preference_rank([[1.0, 1.0, 1.0]]).tolist() == [1, 2, 3]
+    assert preference_rank([[0.0, 5.0], [9.0, 0.0]]).tolist() == [1, 2]
+
+
+def test_error_is_reduced_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randn(2, 4, 64, 64, generator=generator).bfloat16()
+    target = torch.randn(2, 4, 64, 64, generator=generator)
+    error = denoising_error(prediction, target)
+    assert error.dtype == torch.float32
+    wanted = (target.double() - prediction.double()).square().mean((1, 2, 3))
+    assert torch.allclose(error.double(), wanted, rtol=1e-6)
+
+
+def make_batch(unet, batch=2, k=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    phi = torch.tensor([[0.9, 0.3, 0.6, 0.1], [0.2, 0.2, 0.8, 0.8]])[:batch, :k]
+    return {
+        "latents": torch.randn(batch, k, 4, 8, 8, generator=generator),
+        "noise": torch.randn(batch, 4, 8, 8, generator=generator),
+        "timesteps": torch.tensor([40, 910])[:batch],
+        "prompt_embeds": torch.randn(batch, 16, 32, generator=generator),
+        "pooled_prompt_embeds": torch.randn(batch, 16, generator=generator),
+        "time_ids": torch.tensor([32.0, 32, 0, 0, 32, 32]).expand(batch, k, 6),
+        "phi": phi,
+        "rank": (-phi).argsort(1, stable=True).argsort(1) + 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def lora_unet(tiny_sdxl):
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet")
+    unet.requires_grad_(False)
+    add_lora(unet, rank=4)
+    return unet.train(), DDPMScheduler.from_pretrained(tiny_sdxl, subfolder="scheduler")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_untrained_lora_gives_exactly_log_2_times_the_weights(lora_unet, checkpointing):
+    unet, scheduler = lora_unet
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    args, batch = ScriptArguments(dataset_name="x", beta_dpo=5000), make_batch(unet)
+    loss, metrics = training_step(unet, unet, scheduler, batch, args, torch.float32)
+    pairs = dcg_weights(batch["phi"], batch["rank"]) * (batch["phi"][:, :, None] > batch["phi"][:, None, :])
+    log_2 = torch.tensor(math.log(2), dtype=torch.float32)
+    assert loss.item() == (pairs * log_2).sum((1, 2)).mean().item()
+    assert loss.item() == pytest.approx(math.log(2) * pairs.double().sum().item() / 2, rel=1e-6)
+    assert metrics["margin"].item() == 0 and metrics["implicit_accuracy"].item() == 0
+    loss.backward()
+    unet.disable_gradient_checkpointing()
+    trained = {name for name, p in unet.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    # B starts at 0, so A has no gradient yet, and every B has one.
+    assert trained == {name for name, _ in unet.named_parameters() if "lora_B" in name}
+    unet.zero_grad()
+
+
+def test_step_shares_noise_and_timestep_and_uses_the_schedulers_formula(lora_unet):
+    """Errors of every image, recomputed alone with the textbook formula of the noisy latents."""
+    unet, scheduler = lora_unet
+    batch = make_batch(unet)
+    args = ScriptArguments(dataset_name="x", loss_type="weighted_sft")
+    with torch.no_grad():
+        loss, _ = training_step(unet, unet, scheduler, batch, args, torch.float32)
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        alphas = torch.cumprod(1 - betas, 0)
+        total = 0.0
+        for i in range(2):
+            errors = []
+            for j in range(4):
+                a = alphas[batch["timesteps"][i]]
+                noisy = a.sqrt() * batch["latents"][i, j] + (1 - a).sqrt() * batch["noise"][i]
+                added = {
+                    "text_embeds": batch["pooled_prompt_embeds"][i : i + 1],
+                    "time_ids": batch["time_ids"][i, j][None],
+                }
+                prediction = unet(
+                    noisy[None].float(),
+                    batch["timesteps"][i : i + 1],
+                    batch["prompt_embeds"][i : i + 1],
+                    added_cond_kwargs=added,
+                ).sample
+                errors.append((prediction[0] - batch["noise"][i]).square().mean())
+            phi = batch["phi"][i]
+            total += (torch.stack(errors) * phi).sum() / phi.sum()
+    assert loss.item() == pytest.approx(total.item() / 2, rel=1e-4)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shapes world: the verifier is exact, the rewards are not, the shipped generators work, preferences teach."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import world
+from conftest import ROOT, call, encoded
+from PIL import Image
+
+from build_synpic import preference_probability, preference_rank
+from train_rankdpo_sdxl import ScriptArguments
+
+
+REWARDS = [world.color_reward, world.shape_reward, world.count_reward, world.layout_reward, world.clean_reward]
+
+
+def test_verifier_accepts_every_truth_and_refuses_every_lie():
+    rng = np.random.default_rng(5)
+    rows = world.sample_prompts("train", 300, seed=5) + world.sample_prompts("heldout", 300, seed=5)
+    scenes = [world.parse_prompt(row["prompt"]) for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    truths = [Image.fromarray(world.render(scene, rng)) for scene in scenes]
+    assert world.accuracy(truths, prompts) == [1.0] * len(rows)
+    lies = [Image.fromarray(world.render(world.corrupt(scene, rng), rng)) for scene in scenes]
+    assert world.accuracy(lies, prompts) == [0.0] * len(rows)
+    noise = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(50)]
+    assert sum(world.accuracy(noise, prompts[:50])) == 0
+
+
+def test_splits_share_no_prompt_and_every_prompt_parses():
+    for category in world.CATEGORIES:
+        train, heldout = (set(world.prompts(category, split)) for split in ("train", "heldout"))
+        assert train and heldout and not train & heldout
+        assert {world.parse_prompt(prompt).category for prompt in train | heldout} == {category}
+    with pytest.raises(ValueError, match="not a prompt of the shapes world"):
+        world.parse_prompt("a pink elephant")
+
+
+def test_mean_of_the_rewards_is_better_than_any_single_one():
+    """Share of (truth, lie) pairs that are ordered right."""
+    rng = np.random.default_rng(1)
+    prompts = [row["prompt"] for row in world.sample_prompts("train", 400, seed=1)]
+    scenes = [world.parse_prompt(prompt) for prompt in prompts]
+    truths = [Image.fromarray(world.render(scene, rng)) for scene in scenes]
+    lies = [Image.fromarray(world.render(world.corrupt(scene, rng), rng)) for scene in scenes]
+    good, bad = (np.array([reward(images, prompts) for reward in REWARDS]) for images in (truths, lies))
+    single = (good > bad).mean(axis=1)
+    together = (good.mean(0) > bad.mean(0)).mean()
+    assert (single < 0.9).all() and together > single.max() + 0.03
+    assert world.color_reward(truths[:3], prompts[:3]) == world.color_reward(truths[:3], prompts[:3])
+
+
+def test_shipped_generators_draw_what_is_asked_and_differ_in_quality():
+    from diffusers import DiffusionPipeline
+
+    size = sum(path.stat().st_size for path in (ROOT / "shapes" / "models").rglob("*") if path.is_file())
+    assert size <= 24e6
+    assert json.loads((ROOT / "shapes" / "models" / "TRAINING.json").read_text())["command"]
+    prompts = [row["prompt"] for row in world.sample_prompts("train", 96, seed=2)]
+    found = {}
+    for name in ("base", "early"):
+        pipeline = DiffusionPipeline.from_pretrained(ROOT / "shapes" / "models" / name, dtype=torch.float32)
+        assert type(pipeline).__name__ == "StableDiffusionXLPipeline"
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
+        images = pipeline(prompts, num_inference_steps=12, guidance_scale=3.0, generator=generators).images
+        found[name] = np.mean(world.accuracy(images, prompts))
+    assert found["base"] > 0.25 and found["base"] > found["early"]
+
+
+def truths_and_lies(folder: Path, n: int, seed: int) -> Path:
+    """A ranked dataset of rendered pictures: per prompt two truths and two lies, judged by the five rewards."""
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    rng, rows = np.random.default_rng(seed), []
+    for i, row in enumerate(world.sample_prompts("train", n, seed)):
+        scene = world.parse_prompt(row["prompt"])
+        scenes = [scene, world.corrupt(scene, rng), scene, world.corrupt(scene, rng)]
+        pixels = [world.render(each, rng) for each in scenes]
+        scores = np.array([reward([Image.fromarray(p) for p in pixels], [row["prompt"]] * 4) for reward in REWARDS])
+        rows.append(
+            {
+                "prompt_id": str(i),
+                "prompt": row["prompt"],
+                "images": [encoded(p) for p in pixels],
+                "preference_probability": preference_probability(scores),
+                "rank": preference_rank(scores),
+            }
+        )
+    features = {"prompt_id": Value("string"), "prompt": Value("string"), "images": List(ImageFeature())}
+    features.update(preference_probability=List(Value("float32")), rank=List(Value("int32")))
+    (folder / "data").mkdir(parents=True)
+    Dataset.from_list(rows, features=Features(features)).to_parquet(str(folder / "data" / "train.parquet"))
+    return folder
+
+
+def implicit_accuracy(lora: Path, cache_flags: list, rows: Path) -> float:
+    """Share of the pairs of a dataset that the trained model orders right, at timesteps drawn as in training."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    import train_rankdpo_sdxl as script
+
+    args = ScriptArguments(dataset_name=str(rows), resolution=32, beta_dpo=200.0, rank=8)
+    args.pretrained_model_name_or_path = str(ROOT / "shapes" / "models" / "base")
+    labels = script.make_labels(args, script.load_ranked_dataset(args))
+    cache = Path(cache_flags[1]) / script.cache_key(args, script.load_ranked_dataset(args), labels, torch.float32)
+    scheduler = DDPMScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler")
+    data = script.CachedPrompts(cache, labels, seed=123, num_train_timesteps=1000)
+    unet = UNet2DConditionModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="unet", dtype=torch.float32
+    )
+    script.add_lora(unet, rank=8)
+    state = {k.removeprefix("unet."): v for k, v in load_file(lora / "pytorch_lora_weights.safetensors").items()}
+    set_peft_model_state_dict(unet, state)
+    found = []
+    for start in range(0, len(labels), 16):
+        batch = torch.utils.data.default_collate([data[0, i] for i in range(start, min(start + 16, len(labels)))])
+        with torch.no_grad():
+            _, metrics = script.training_step(unet, unet, scheduler, batch, args, torch.float32)
+        found.append(metrics["implicit_accuracy"].item())
+    return float(np.mean(found))
+
+
+def test_rankdpo_learns_preferences_that_hold_on_other_prompts(tmp_path):
+    """Right labels teach an order that holds on prompts not trained on; random labels do not."""
+    train, test = truths_and_lies(tmp_path / "train", 128, seed=1), truths_and_lies(tmp_path / "test", 96, seed=2)
+    model = ["--pretrained_model_name_or_path", ROOT / "shapes" / "models" / "base", "--resolution", 32]
+    flags = [*model, *"--rank 8 --beta_dpo 200 --learning_rate 5e-4 --train_batch_size 8 --report_to none".split()]
+    flags += ["--validation_num_inference_steps", 1, "--cache_dir", tmp_path / "cache"]
+    for name, more in {"right": [], "random": ["--rank_by", "random"]}.items():
+        here = ["--dataset_name", train, "--output_dir", tmp_path / name, "--max_train_steps", 40]
+        call("train_rankdpo_sdxl", *flags, *here, *more)
+    # Encodes the test prompts; its LoRA is not used.
+    call("train_rankdpo_sdxl", *flags, "--dataset_name", test, "--output_dir", tmp_path / "x", "--max_train_steps", 1)
+    right, random = (
+        implicit_accuracy(tmp_path / name, ["--cache_dir", tmp_path / "cache"], test) for name in ("right", "random")
+    )
+    assert right > 0.6 and right > random + 0.08, (right, random)

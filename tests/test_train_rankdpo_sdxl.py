@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user of train_rankdpo_sdxl.py sees: the LoRA, its effect, resume, several processes, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, call, encoded, ranked_rows, refused, run, write_dataset
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_rankdpo_sdxl as script
+
+
+FLAGS = (
+    "--resolution 32 --rank 4 --learning_rate 1e-2 --beta_dpo 100 --validation_num_inference_steps 2 --report_to none"
+).split()
+
+
+@pytest.fixture(scope="session")
+def flags(tiny_sdxl, ranked_dataset, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    model = ("--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", ranked_dataset, "--cache_dir", cache)
+    return [*model, *FLAGS]
+
+
+@pytest.fixture(scope="session")
+def trained(flags, tmp_path_factory):
+    """One run with checkpoints, a limit, validation and a tracker."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    more = "--max_train_steps 6 --train_batch_size 2 --checkpointing_steps 2 --checkpoints_total_limit 2"
+    more += " --validation_steps 3 --report_to tensorboard"
+    call("train_rankdpo_sdxl", *flags, "--output_dir", folder, *more.split())
+    return folder
+
+
+def test_files_of_a_run(trained):
+    assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert not list(trained.rglob("*tmp*"))
+    card = (trained / "README.md").read_text()
+    assert "library_name: diffusers" in card and "<Gallery />" in card and "TODO" not in card
+    assert "images/s" in card and "peak memory" in card and "accelerate launch" in card
+    for name in ("0.png", "0_base.png", "3.png"):
+        assert Image.open(trained / "images" / name).size == (32, 32)
+    assert list((trained / "logs").rglob("events.out.tfevents*"))
+    mode = (trained / "pytorch_lora_weights.safetensors").stat().st_mode & 0o777
+    assert mode == 0o644
+    endings = [path.name for path in trained.rglob("*.safetensors") if "checkpoint" not in str(path)]
+    assert sum(name.endswith("pytorch_lora_weights.safetensors") for name in endings) == 1
+
+
+@pytest.mark.parametrize("which", ["diffusers", "comfyui"])
+def test_lora_changes_the_images_exactly_as_the_trained_model_does(trained, tiny_sdxl, ranked_dataset, which):
+    """The gallery was drawn by the model in training; an ordinary pipeline draws the same pixels from the files."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
+    prompts = [row["prompt"] for row in ranked_rows(n=10)[:4]]
+
+    def draw(i):
+        image = pipeline(
+            prompts[i],
+            num_inference_steps=2,
+            guidance_scale=5.0,
+            height=32,
+            width=32,
+            generator=torch.Generator("cpu").manual_seed(i),
+        ).images[0]
+        return np.asarray(image)
+
+    for i in range(4):
+        assert np.array_equal(draw(i), np.asarray(Image.open(trained / "images" / f"{i}_base.png")))
+    if which == "diffusers":
+        pipeline.load_lora_weights(trained)
+    else:
+        pipeline.load_lora_weights(trained / "comfyui", weight_name="trained.safetensors")
+    changed = False
+    for i in range(4):
+        tuned = np.asarray(Image.open(trained / "images" / f"{i}.png"))
+        assert np.array_equal(draw(i), tuned)
+        changed |= not np.array_equal(tuned, np.asarray(Image.open(trained / "images" / f"{i}_base.png")))
+    assert changed
+
+
+def test_killed_and_resumed_run_gives_the_same_bits(flags, tmp_path):
+    """12 steps straight against 6, kill -9, resume: the same LoRA, bit for bit, optimizer state and all."""
+    more = "--max_train_steps 12 --train_batch_size 5 --gradient_accumulation_steps 6 --checkpointing_steps 6"
+    more += " --lr_scheduler cosine --lr_warmup_steps 2"
+    command = ["train_rankdpo_sdxl.py", *flags, *more.split(), "--output_dir"]
+    run(*command, tmp_path / "straight")
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, *map(str, [*command, killed])], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (killed / "checkpoint-6").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (killed / "pytorch_lora_weights.safetensors").exists()
+    assert not (killed / "checkpoint-12").exists()
+
+    run(*command, killed, "--resume_from_checkpoint", "latest")
+    for name in ("pytorch_lora_weights.safetensors", "comfyui/{}.safetensors"):
+        files = [(folder / name.format(folder.name)) for folder in (tmp_path / "straight", killed)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    states = [
+        torch.load(f / "checkpoint-12" / "training_state.pt", weights_only=True) for f in (files[0].parents[1], killed)
+    ]
+    for a, b in zip(*(state["optimizer"]["state"].values() for state in states)):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_agree_with_one(flags, tmp_path):
+    more = "--max_train_steps 5 --learning_rate 1e-3".split()
+    run("train_rankdpo_sdxl.py", *flags, *more, "--train_batch_size", 4, "--output_dir", tmp_path / "one")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29517, "train_rankdpo_sdxl.py"]
+    flags = [flag if "cache" not in Path(str(flag)).name else tmp_path / "cache" for flag in flags]
+    run(*launch, *flags, *more, "--train_batch_size", 2, "--output_dir", tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["global_batch_size"] == 4
+    assert "2 x CPU" in (tmp_path / "two" / "README.md").read_text()
+    one, two = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    assert max(tensor.abs().max().item() for name, tensor in one.items() if "lora_B" in name) > 1e-3
+
+
+def test_data_order_and_noise_do_not_depend_on_the_number_of_processes(tmp_path):
+    """Every optimizer step sees the same prompts, and an epoch sees each prompt once."""
+    length, seen = 10, {}
+    for processes, batch, accumulation in [(1, 4, 1), (2, 2, 1), (1, 2, 2), (4, 1, 1), (2, 1, 2)]:
+        args = script.ScriptArguments(
+            dataset_name="x", train_batch_size=batch, gradient_accumulation_steps=accumulation, seed=3
+        )
+        steps = [[] for _ in range(5)]
+        for process in range(processes):
+            sampler = iter(script.EpochSampler(args, length, process, processes, start_step=0))
+            for step in range(5):
+                for _ in range(accumulation):
+                    steps[step] += next(sampler)
+        seen[processes, batch, accumulation] = [sorted(step) for step in steps]
+    assert len({str(order) for order in seen.values()}) == 1
+    items = [item for step in seen[1, 4, 1] for item in step]
+    assert sorted(items) == [(epoch, row) for epoch in range(2) for row in range(length)]
+    resumed = iter(script.EpochSampler(args, length, 0, 1, start_step=2))
+    assert sorted(next(resumed) + next(resumed))[0] in steps[2]
+
+
+def test_images_are_encoded_once_and_shared_by_every_later_run(flags, trained, tmp_path, capfd):
+    call("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "a", "--max_train_steps", 1, "--loss_type", "dpo")
+    assert "encode" not in capfd.readouterr().err
+
+
+def test_cached_rows_hold_what_the_pipeline_would_compute(flags, trained, tiny_sdxl, ranked_dataset):
+    """Prompt embeddings as StableDiffusionXLPipeline.encode_prompt's, latents as the VAE's scaled mean."""
+    from diffusers import StableDiffusionXLPipeline
+
+    cache = Path(flags[flags.index("--cache_dir") + 1])
+    rows = ranked_rows(n=10)
+    shards = [load_file(path) for path in cache.rglob("shard-000000.safetensors")]
+    tensors = next(t for t in shards if t["latents"].dtype == torch.float32 and t["latents"].shape[:2] == (10, 4))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
+    embeds, _, pooled, _ = pipeline.encode_prompt([row["prompt"] for row in rows], do_classifier_free_guidance=False)
+    assert torch.allclose(tensors["prompt_embeds"], embeds, atol=1e-6)
+    assert torch.allclose(tensors["pooled_prompt_embeds"], pooled, atol=1e-6)
+    from io import BytesIO
+
+    image = Image.open(BytesIO(rows[3]["images"][2]["bytes"]))
+    pixels = pipeline.image_processor.preprocess(image)
+    with torch.no_grad():
+        wanted = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+    assert torch.allclose(tensors["latents"][3, 2], wanted[0], atol=1e-5)
+    assert tensors["time_ids"][3, 2].tolist() == [32, 32, 0, 0, 32, 32]
+
+
+@pytest.mark.parametrize(
+    "size, wanted",
+    [((64, 96), [96, 64, 8, 0, 32, 32]), ((100, 40), [40, 100, 0, 24, 32, 32]), ((8, 8), [8, 8, 0, 0, 32, 32])],
+)
+def test_micro_conditioning_is_original_size_crop_and_target(size, wanted):
+    """(width, height) → [original height, width, crop top, left, target height, width]."""
+    picture = encoded(np.zeros((size[1], size[0], 3), dtype=np.uint8))
+    pixels, time_ids = script.preprocess_image(picture, 32)
+    assert pixels.shape == (3, 32, 32) and time_ids == wanted
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--mixed_precision bf16 --gradient_checkpointing",
+        "--use_8bit_adam --rank_source predicted",
+        "--loss_type sft",
+        "--loss_type weighted_sft --rank_by first",
+        "--loss_type dpo_gain --generators g0 g2 --rank_by second",
+        "--rank_by random --dataloader_num_workers 1 --max_train_samples 4",
+    ],
+)
+def test_variants_train(flags, tmp_path, more):
+    call("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "lora", "--max_train_steps", 2, *more.split())
+    lora = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in lora.values())
+    assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-4
+
+
+def test_labels_by_reward_and_by_generator(ranked_dataset):
+    """Recomputed from the scores of the images that are left."""
+    rows = ranked_rows(n=10)
+
+    def labels(**kwargs):
+        args = script.ScriptArguments(dataset_name=str(ranked_dataset), **kwargs)
+        return script.make_labels(args, script.load_ranked_dataset(args))
+
+    for row, label in zip(rows, labels(rank_by="second")):
+        order = np.argsort(-np.array(row["scores"]["second"]))
+        assert label["rank"].argsort().tolist() == order.tolist()
+    for row, label in zip(rows, labels(generators=["g1", "g3"])):
+        wins = sum(row["scores"][name][1] > row["scores"][name][3] for name in ("first", "second"))
+        assert label["images"] == [1, 3] and label["phi"].tolist() == [wins / 2, 1 - wins / 2]
+    random = labels(rank_by="random", seed=1)
+    assert [r["rank"].tolist() for r in random] == [r["rank"].tolist() for r in labels(rank_by="random", seed=1)]
+    assert len({tuple(r["rank"].tolist()) for r in random}) > 3
+
+
+def test_yaml_settings_and_command_line_override(flags, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rank: 2\nlearning_rate: 1e-3\nmax_train_steps: 1\nvalidation_prompts: a red circle\n")
+    keep = [
+        flag for pair in zip(flags[::2], flags[1::2]) if pair[0] not in ("--rank", "--learning_rate") for flag in pair
+    ]
+    call("train_rankdpo_sdxl", *keep, "--config", recipe, "--rank", 3, "--output_dir", tmp_path / "lora")
+    lora = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert {tensor.shape[0] for name, tensor in lora.items() if "lora_A" in name} == {3}
+    assert "a red circle" in (tmp_path / "lora" / "README.md").read_text()
+    recipe.write_text("rank: 16.5\n")
+    assert "--rank 16.5" in refused("train_rankdpo_sdxl", *keep, "--config", recipe)
+    recipe.write_text("loss_type: best\n")
+    assert "--loss_type best" in refused("train_rankdpo_sdxl", *keep, "--config", recipe)
+
+
+# What diffusers' UNet2DConditionModel needs to become SDXL's UNet (stabilityai/stable-diffusion-xl-base-1.0).
+SDXL_UNET = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def test_full_size_sdxl_lora_keys():
+    """560 modules on the real architecture; ComfyUI's 1,680 keys and no other."""
+    from diffusers import UNet2DConditionModel
+    from peft import get_peft_model_state_dict
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL_UNET)
+        assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
+        unet.requires_grad_(False)
+        script.add_lora(unet, rank=64)
+    lora = get_peft_model_state_dict(unet)
+    assert len(lora) == 2 * 560
+    renamed = script.comfyui_state_dict({f"unet.{name}": tensor for name, tensor in lora.items()})
+    assert renamed.keys() == script.comfyui_state_dict(lora).keys() and len(renamed) == 3 * 560
+    prefix = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_"
+    for name in ("q", "k", "v", "out_0"):
+        assert renamed[f"{prefix}{name}.lora_down.weight"].shape == (64, 640)
+        assert renamed[f"{prefix}{name}.lora_up.weight"].shape == (640, 64)
+    assert renamed["lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_k.lora_down.weight"].shape == (
+        64,
+        2048,
+    )
+    alphas = [tensor for name, tensor in renamed.items() if name.endswith(".alpha")]
+    assert len(alphas) == 560
+    with pytest.raises(ValueError, match="not a peft LoRA key"):
+        script.comfyui_state_dict({"unet.conv_in.weight": torch.zeros(1)})
+
+
+def changed(tmp_path, change, drop=()):
+    """A dataset with one row changed."""
+    rows = ranked_rows(n=4)
+    change(rows[2])
+    return write_dataset(tmp_path / "data", rows, drop=drop)
+
+
+BAD_ROWS = {
+    "empty prompt": (lambda row: row.update(prompt="  "), ["row 2", "p2", "prompt is empty"]),
+    "one image": (
+        lambda row: row.update(images=row["images"][:1], preference_probability=[1.0], rank=[1]),
+        ["row 2", "at least 2 images"],
+    ),
+    "phi missing": (lambda row: row.update(preference_probability=None), ["row 2", "preference_probability"]),
+    "phi of wrong length": (lambda row: row.update(preference_probability=[0.5, 0.5]), ["row 2", "4 images"]),
+    "phi is nan": (lambda row: row.update(preference_probability=[0.5, 0.5, float("nan"), 0]), ["row 2"]),
+    "phi above 1": (lambda row: row.update(preference_probability=[1.5, 0.5, 0.2, 0]), ["row 2", "outside [0, 1]"]),
+    "ranks contradict phi": (
+        lambda row: row.update(preference_probability=[1.0, 0.5, 0.2, 0.0], rank=[4, 3, 2, 1]),
+        ["row 2", "contradicts"],
+    ),
+    "ranks no permutation": (lambda row: row.update(rank=[1, 1, 2, 3]), ["row 2", "permutation"]),
+    "image does not decode": (
+        lambda row: row["images"].__setitem__(1, {"bytes": row["images"][1]["bytes"][:300], "path": None}),
+        ["row 2", "p2", "image 1 does not decode"],
+    ),
+    "fewer images than the others": (
+        lambda row: row.update(
+            images=row["images"][:3], preference_probability=[1.0, 0.5, 0.0], rank=[1, 2, 3], generators=["a"] * 3
+        ),
+        ["row 2", "3 images", "row 0"],
+    ),
+    "the same id twice": (lambda row: row.update(prompt_id="p0"), ["row 2", "row 0"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_named(tiny_sdxl, tmp_path, monkeypatch, name):
+    change, words = BAD_ROWS[name]
+    data = changed(tmp_path, change)
+    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    message = refused(
+        "train_rankdpo_sdxl",
+        *("--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", data, "--cache_dir", tmp_path / "cache"),
+        *("--output_dir", tmp_path / "out", *FLAGS),
+    )
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--beta_dpo", 0], ["--beta_dpo 0", "greater than 0"]),
+        (["--beta_dpo", -5], ["--beta_dpo -5"]),
+        (["--learning_rate", 0], ["--learning_rate"]),
+        (["--resolution", 33], ["--resolution 33", "multiple of 8"]),
+        (["--train_batch_size", 0], ["--train_batch_size 0"]),
+        (["--prompt_column", "caption"], ["no column 'caption'", "--prompt_column", "prompt_id"]),
+        (["--images_column", "prompt"], ["'prompt'", "List(Image())"]),
+        (["--rank_by", "beauty"], ["--rank_by beauty", "first, second"]),
+        (["--generators", "g0", "flux"], ["--generators g0 flux", "at least 2"]),
+        (["--dataset_name", "no/such/folder"], ["--dataset_name no/such/folder"]),
+        (["--dataset_split", "validation"], ["--dataset_name", "validation"]),
+        (["--resume_from_checkpoint", "no/checkpoint"], ["no/checkpoint"]),
+        (["--pretrained_model_name_or_path", "no/such"], ["--pretrained_model_name_or_path no/such"]),
+    ],
+)
+def test_bad_flags_are_named(flags, tmp_path, monkeypatch, more, words):
+    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    message = refused("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "out", *more)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_models_are_refused_with_one_line_and_an_exit_code(flags, tmp_path):
+    model = tmp_path / "sd3"
+    model.mkdir()
+    (model / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    result = run(
+        "train_rankdpo_sdxl.py",
+        *(*flags, "--output_dir", tmp_path / "out", "--pretrained_model_name_or_path", model),
+        check=False,
+    )
+    assert result.returncode == 1 and "StableDiffusion3Pipeline" in result.stderr and "SDXL" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_output_folder_of_another_run_is_refused(flags, trained, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    here = ("--output_dir", trained, "--train_batch_size", 2, "--max_train_steps", 6)
+    assert "beta_dpo 100" in refused("train_rankdpo_sdxl", *flags, *here, "--beta_dpo", 7)
+    assert "--resume_from_checkpoint latest" in refused("train_rankdpo_sdxl", *flags, *here)
+    call("train_rankdpo_sdxl", *flags, *here, "--resume_from_checkpoint", "latest")  # finished: nothing to do
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "love.txt").write_text("dear")
+    assert "holds other files" in refused("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "letters")
+    assert os.listdir(tmp_path / "letters") == ["love.txt"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_trains_in_bf16_on_a_gpu(flags, tmp_path):
+    call(
+        "train_rankdpo_sdxl",
+        *(*flags, "--output_dir", tmp_path / "lora", "--mixed_precision", "bf16", "--use_8bit_adam"),
+        *("--max_train_steps", 3, "--dataloader_num_workers", 2),
+    )
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
