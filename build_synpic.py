@@ -43,13 +43,15 @@ done. A generator or a reward added later costs its own shards; then everything 
 import gc
 import hashlib
 import importlib.util
+import itertools
 import json
-import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -88,7 +90,7 @@ DEFAULT_GENERATORS = """
 - name: pixart-sigma
   model: PixArt-alpha/PixArt-Sigma-XL-2-1024-MS
   load: {dtype: float16}
-  call: {num_inference_steps: 20, guidance_scale: 4.5, height: 1024, width: 1024}
+  call: {num_inference_steps: 20, guidance_scale: 4.5, height: 1024, width: 1024, clean_caption: false}
 - name: stable-cascade
   model: stabilityai/stable-cascade
   load: {variant: bf16, dtype: bfloat16}
@@ -160,6 +162,10 @@ class ScriptArguments:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise SystemExit(f"--{name} {value}: must be a whole number, at least 1")
+        if type(self.seed) is not int:
+            raise SystemExit(f"--seed {self.seed}: must be a whole number")
+        if self.gpu_hourly_cost is not None and type(self.gpu_hourly_cost) not in (int, float):
+            raise SystemExit(f"--gpu_hourly_cost {self.gpu_hourly_cost}: must be a number")
         if self.push_to_hub and not self.hub_dataset_id:
             raise SystemExit("--push_to_hub needs --hub_dataset_id user/name")
 
@@ -209,33 +215,42 @@ def preference_rank(scores) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(source: str, column: str, split: str, max_prompts: int | None) -> list[dict]:
+# Copied from train_rankdpo_sdxl.one_line
+def one_line(error: Exception) -> str:
+    """An exception's message on one line, whatever its class and length."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_prompts(
+    source: str, column: str, split: str, max_prompts: int | None, keep: tuple[str, ...] = ()
+) -> list[dict]:
     """Reads prompts in order and drops duplicates.
 
     Returns:
-        list of the rows (dicts) with "prompt" stripped; other columns of the source stay. Exits with one line that
-        names the row if a prompt is empty or the column is missing.
+        one dict per prompt: "prompt", stripped, and the columns to `keep`. Exits with one line that names the row if a
+        prompt is empty, or the column that is missing.
     """
     path = Path(source)
-    if path.suffix == ".txt" and path.is_file():
-        rows = [{column: line} for line in path.read_text(encoding="utf-8").splitlines()]
-    else:
-        try:
+    try:
+        if path.suffix == ".txt" and path.is_file():
+            lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+            rows, columns = [{column: line} for line in lines if lines != [""]], [column]
+        else:
             if path.suffix in (".jsonl", ".json", ".parquet") and path.is_file():
                 kind = "parquet" if path.suffix == ".parquet" else "json"
                 rows = load_dataset(kind, data_files=str(path), split="train")
-            elif path.suffix and not path.exists() and path.suffix in (".txt", ".jsonl", ".json", ".parquet"):
+            elif path.suffix in (".txt", ".jsonl", ".json", ".parquet"):
                 raise FileNotFoundError("no such file")
             else:
                 rows = load_dataset(source, split=split)
-        except Exception as error:
-            raise SystemExit(f"--prompts {source}: cannot be read: {str(error).strip().splitlines()[0]}") from None
-        if column not in rows.column_names:
-            raise SystemExit(
-                f"--prompts {source}: no column {column!r} (--prompt_column); it has {', '.join(rows.column_names)}"
-            )
-        plain = ("Value",)
-        rows = rows.select_columns([name for name, kind in rows.features.items() if type(kind).__name__ in plain])
+            columns = rows.column_names
+    except Exception as error:
+        raise SystemExit(f"--prompts {source}: cannot be read: {one_line(error)}") from None
+    for name in (column, *keep):
+        if name not in columns:
+            raise SystemExit(f"--prompts {source}: no column {name!r}; it has {', '.join(columns)}")
+    if not isinstance(rows, list):  # images of a preference dataset stay unread
+        rows = rows.select_columns(list(dict.fromkeys((column, *keep))))
     found = {}
     for number, row in enumerate(rows, 1):
         prompt = row[column]
@@ -260,24 +275,40 @@ def read_generators(file: str | None) -> list[dict]:
     try:
         entries = yaml.safe_load(Path(file).read_text() if file else DEFAULT_GENERATORS)
     except (OSError, yaml.YAMLError) as error:
-        raise SystemExit(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise SystemExit(f"{where}: cannot be read: {one_line(error)}") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SystemExit(f"{where}: must be a YAML list of generators, each with `name` and `model`")
     for entry in entries:
-        unknown = set(entry) - {"name", "model", "load", "call", "prior"}
-        if not {"name", "model"} <= set(entry) or unknown:
+        check_recipe(where, entry, {"name", "model", "load", "call", "prior"})
+        if not isinstance(entry.get("name"), str) or not re.fullmatch(r"[\w.-]+", entry["name"]):
             raise SystemExit(
-                f"{where}: {entry}: needs `name` and `model`; may have `load`, `call`, `prior`"
-                + (f"; not {', '.join(sorted(unknown))}" if unknown else "")
+                f"{where}: name {entry.get('name')!r} names a folder: use letters, digits, '.', '_' and '-'"
             )
-        if not str(entry["name"]).replace("-", "").replace("_", "").replace(".", "").isalnum():
-            raise SystemExit(f"{where}: name {entry['name']!r} names a folder: use letters, digits, '.', '_' and '-'")
+        if "prior" in entry:
+            check_recipe(where, entry["prior"], {"model", "load", "call"})
     names = [entry["name"] for entry in entries]
     if len(set(names)) < len(names):
         raise SystemExit(f"{where}: two generators share a name: {', '.join(names)}")
     if len(names) < 2:
         raise SystemExit(f"{where}: {len(names)} generator: a ranking needs at least 2 images per prompt")
     return entries
+
+
+def check_recipe(where: str, part: dict, known: set[str]) -> None:
+    """Exits with one line unless a generator, or its prior, has a model and only settings that are known."""
+    if not isinstance(part, dict) or not isinstance(part.get("model"), str):
+        raise SystemExit(f"{where}: {part}: needs a `model`, a Hub id or a folder")
+    if set(part) - known:
+        raise SystemExit(
+            f"{where}: {part}: knows no {', '.join(sorted(set(part) - known))}; has {', '.join(sorted(known))}"
+        )
+    for name in ("load", "call"):
+        if not isinstance(part.get(name, {}), dict):
+            raise SystemExit(f"{where}: {part}: `{name}` must hold names and values")
+    dtypes = part.get("load", {}).get("dtype", "float32")
+    for dtype in dtypes.values() if isinstance(dtypes, dict) else [dtypes]:
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise SystemExit(f"{where}: {part}: dtype {dtype}: choose from float32, float16, bfloat16")
 
 
 def check_generator(entry: dict) -> None:
@@ -293,7 +324,7 @@ def check_generator(entry: dict) -> None:
         except Exception as error:
             raise SystemExit(
                 f"generator {entry['name']}: {part['model']} is not a diffusers pipeline that can be read: "
-                f"{str(error).strip().splitlines()[0]}"
+                f"{one_line(error)}"
             ) from None
 
 
@@ -309,23 +340,16 @@ class FunctionReward:
         file, _, function = name.rpartition(":")
         if not file.endswith(".py") or not function:
             raise SystemExit(f"reward {name}: unknown; choose from {', '.join(REWARDS)}, or path/to/file.py:function")
-        path = Path(file)
-        if not path.is_file():
+        if not Path(file).is_file():
             raise SystemExit(f"reward {name}: no file {file}")
-        spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses and pickling look their module up here
-        sys.path.insert(0, str(path.parent.resolve()))
         try:
-            spec.loader.exec_module(module)
+            module = import_file(str(Path(file).resolve()))
         except Exception as error:
-            raise SystemExit(f"reward {name}: {file} cannot be imported: {error}") from None
-        finally:
-            sys.path.pop(0)
+            raise SystemExit(f"reward {name}: {file} cannot be imported: {one_line(error)}") from None
         if not callable(getattr(module, function, None)):
             raise SystemExit(f"reward {name}: {file} has no function {function!r}")
         self.name, self.function, self.batch_size = name, getattr(module, function), batch_size
-        self.identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        self.identity = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
     def score(self, images: list, prompts: list[str]) -> list[float]:
         scores = []
@@ -336,6 +360,17 @@ class FunctionReward:
                 raise SystemExit(f"reward {self.name}: {len(found)} scores for {len(images[batch])} images")
             scores += [float(score) for score in found]
         return check_scores(self.name, scores, prompts)
+
+
+@cache
+def import_file(file: str):
+    """Runs a Python file once, as a module that finds its neighbours."""
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look their module up here
+    sys.path.append(str(Path(file).parent))
+    spec.loader.exec_module(module)
+    return module
 
 
 class CLIPReward:
@@ -350,11 +385,12 @@ class CLIPReward:
         "clipscore": ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     }
 
-    def __init__(self, name: str, device, dtype, batch_size: int):
+    def __init__(self, name: str, device, batch_size: int):
         model, processor = self.MODELS[name]
         self.name, self.device, self.batch_size = name, device, batch_size
         self.identity = model
-        self.model = CLIPModel.from_pretrained(model, dtype=dtype).to(device).eval()
+        # In float32: bf16 turns PickScore's scale of 100 into 99, a difference as large as what is measured.
+        self.model = CLIPModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
         # The PIL backend is bit-exact with the transform that the published scores were made with.
         self.image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
@@ -367,7 +403,7 @@ class CLIPReward:
         rows = {prompt: row for row, prompt in enumerate(distinct)}
         cosine = (image * text[[rows[prompt] for prompt in prompts]]).sum(dim=-1)
         if self.name == "pickscore":
-            scores = self.model.logit_scale.exp().float() * cosine
+            scores = self.model.logit_scale.exp() * cosine
         else:
             scores = 2.5 * cosine.clamp(min=0)
         return check_scores(self.name, scores.tolist(), prompts)
@@ -380,28 +416,28 @@ class CLIPReward:
             prompts = [f"A photo depicts {prompt}" for prompt in prompts]
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         features = self.model.get_text_features(**tokens.to(self.device)).pooler_output
-        return torch.nn.functional.normalize(features.float(), dim=-1)
+        return torch.nn.functional.normalize(features, dim=-1)
 
     def _encode_images(self, images: list) -> torch.Tensor:
         pixels = self.image_processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
-        features = self.model.get_image_features(pixels.to(self.device, self.model.dtype)).pooler_output
-        return torch.nn.functional.normalize(features.float(), dim=-1)
+        features = self.model.get_image_features(pixels.to(self.device)).pooler_output
+        return torch.nn.functional.normalize(features, dim=-1)
 
 
-def load_reward_model(name: str, device="cpu", dtype=torch.float32, batch_size: int = 32):
+def load_reward_model(name: str, device="cpu", batch_size: int = 32):
     """Loads a reward model by name (pickscore, clipscore, path/to/file.py:function).
 
     Returns:
         an object with `.score(images, prompts) -> list[float]`: PIL images and their prompts, batched inside.
     """
     if name in REWARDS:
-        return CLIPReward(name, device, dtype, batch_size)
+        return CLIPReward(name, device, batch_size)
     return FunctionReward(name, batch_size)
 
 
 def check_scores(name: str, scores: list[float], prompts: list[str]) -> list[float]:
     for score, prompt in zip(scores, prompts):
-        if not math.isfinite(score):
+        if not np.isfinite(np.float32(score)):  # they are stored as float32
             raise SystemExit(f"reward {name}: the score of prompt {prompt!r} is {score}: it must be a finite number")
     return scores
 
@@ -421,11 +457,9 @@ def check_rewards(names: list[str]) -> None:
             FunctionReward(name, batch_size=2)
 
 
-def probe_rewards(names: list[str], generators: list[dict], prompts: list[str]) -> None:
-    """Tries each of the user's functions on two pictures of noise, of the size to come: an error, a wrong count or a
-    NaN shows before hours of drawing."""
-    last = generators[0].get("prior") or generators[0]
-    size = (last.get("call", {}).get("width", 1024), last.get("call", {}).get("height", 1024))
+def probe_rewards(names: list[str], size: tuple[int, int], prompts: list[str]) -> None:
+    """Tries each of the user's functions on two pictures of noise, of the size (width, height) to come: an error, a
+    wrong count or a NaN shows before hours of drawing."""
     noise = np.random.default_rng(0).integers(0, 256, (2, size[1], size[0], 3), dtype=np.uint8)
     images = [PILImage.fromarray(pixels) for pixels in noise]
     for name in names:
@@ -433,7 +467,14 @@ def probe_rewards(names: list[str], generators: list[dict], prompts: list[str]) 
             try:
                 FunctionReward(name, batch_size=2).score(images, (prompts * 2)[:2])
             except Exception as error:
-                raise SystemExit(f"reward {name}: fails on a test image: {type(error).__name__}: {error}") from None
+                message = f"{type(error).__name__}: {one_line(error)}"
+                raise SystemExit(f"reward {name}: fails on a test image: {message}") from None
+
+
+def image_size(entry: dict) -> tuple[int, int] | None:
+    """Width and height of a generator's images, if its recipe says."""
+    call = (entry.get("prior") or entry).get("call", {})
+    return (call["width"], call["height"]) if {"width", "height"} <= set(call) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,17 +502,19 @@ def shard_facts(file: Path) -> dict | None:
         return None
     try:
         return json.loads(pq.read_schema(file).metadata[b"synpic"])
-    except (pa.ArrowException, OSError, KeyError):
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return None
 
 
-def is_complete(file: Path, ids: list[str]) -> bool:
+def is_complete(file: Path, **expected) -> bool:
+    """True if a shard exists that was made for these prompts (and, of scores, for these images)."""
     facts = shard_facts(file)
-    return facts is not None and facts["prompts"] == prompt_digest(ids)
+    return facts is not None and all(facts.get(name) == value for name, value in expected.items())
 
 
-def prompt_digest(ids: list[str]) -> str:
-    return hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
+def digest(items: list) -> str:
+    """A hash of strings or bytes in order."""
+    return hashlib.sha256(b"|".join(x.encode() if isinstance(x, str) else x for x in items)).hexdigest()[:16]
 
 
 def check_settings(folder: Path, settings: dict, what: str) -> None:
@@ -479,10 +522,10 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
     record = folder / "settings.json"
     if record.exists():
         previous = json.loads(record.read_text())
-        for name in settings:
-            if previous.get(name) != settings[name]:
+        for name in {**previous, **settings}:
+            if previous.get(name) != settings.get(name):
                 raise SystemExit(
-                    f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings[name]}: "
+                    f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}: "
                     "choose another --output_dir or another name, or delete that folder"
                 )
 
@@ -492,6 +535,19 @@ def write_settings(folder: Path, settings: dict) -> None:
     temporary = folder / f".settings.tmp{os.getpid()}"
     temporary.write_text(json.dumps(settings, indent=2))
     os.replace(temporary, folder / "settings.json")
+
+
+def generator_settings(entry: dict) -> dict:
+    """A generator's recipe, with what tells a retrained model in the same folder from the old one."""
+    parts = [part["model"] for part in (entry, entry.get("prior")) if part and os.path.isdir(part["model"])]
+    return {**entry, "files": folder_digest(parts[0])} if parts else entry
+
+
+def folder_digest(folder: str) -> str:
+    """A hash of the names, sizes and dates of a folder's weights and configurations."""
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.suffix in (".safetensors", ".bin", ".json")]
+    stats = [f"{file.relative_to(folder)}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
 
 
 def run_settings(args: ScriptArguments) -> dict:
@@ -507,17 +563,21 @@ def reward_settings(name: str) -> dict:
 def check_work(args: ScriptArguments, prompts: list[dict], generators: list[dict]) -> None:
     """Exits with one line if the output folder holds another run: other files, prompts or settings. Writes nothing."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir) / "work"
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (work / "settings.json").exists():
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not work.is_dir():
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
     check_settings(work, run_settings(args), "a run")
     if (work / "prompts.json").exists():
         previous = json.loads((work / "prompts.json").read_text())
         wanted = [row["prompt"] for row in prompts]
-        shared = min(len(previous), len(wanted))
-        if previous[:shared] != wanted[:shared]:
+        if previous[: len(wanted)] != wanted[: len(previous)]:
             raise SystemExit(f"--output_dir {output_dir} holds a run on other prompts: choose another folder")
+        if len(wanted) < len(previous):
+            raise SystemExit(
+                f"--output_dir {output_dir} holds a run on {len(previous)} prompts, not {len(wanted)}: it can "
+                "only grow; choose another folder"
+            )
     for entry in generators:
-        check_settings(work / "images" / entry["name"], entry, f"images of {entry['name']}")
+        check_settings(work / "images" / entry["name"], generator_settings(entry), f"images of {entry['name']}")
     for name in args.rewards:
         check_settings(work / "scores" / reward_name(name), reward_settings(name), f"scores of {reward_name(name)}")
 
@@ -539,10 +599,16 @@ class Generator:
     def _load(part: dict, device) -> DiffusionPipeline:
         kwargs = dict(part.get("load", {}))
         dtype = kwargs.pop("dtype", "float32")
-        # Half precision is for GPUs: on a CPU it is slower, and for some layers missing.
-        kwargs["dtype"] = getattr(torch, dtype) if torch.device(device).type != "cpu" else torch.float32
+        if torch.device(device).type == "cpu":
+            kwargs["dtype"] = torch.float32  # half precision is for GPUs: here it is slower, for some layers missing
+        elif isinstance(dtype, dict):  # by component, as diffusers takes it
+            kwargs["dtype"] = {component: getattr(torch, name) for component, name in dtype.items()}
+        else:
+            kwargs["dtype"] = getattr(torch, dtype)
         pipeline = DiffusionPipeline.from_pretrained(part["model"], **kwargs).to(device)
         pipeline.set_progress_bar_config(disable=True)
+        if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
+            pipeline.vae.enable_slicing()  # decoding a batch at once is what runs out of memory first
         return pipeline
 
     @torch.no_grad()
@@ -572,38 +638,58 @@ def encode_image(image: PILImage.Image, image_format: str) -> bytes:
 
 
 def generate(args: ScriptArguments, rows: list[dict], shards: list[range], generators: list[dict], state) -> None:
-    """Draws what is missing: for each generator (loaded once, then freed) its image shards."""
+    """Draws what is missing: for each generator (loaded once, then freed) its image shards.
+
+    Shards belong to processes by number, not by what is missing: processes look at different times.
+    """
     for entry in generators:
         folder = Path(args.output_dir) / "work" / "images" / entry["name"]
-        write_settings(folder, entry)
+        write_settings(folder, generator_settings(entry))
         ids = [[rows[i]["prompt_id"] for i in shard] for shard in shards]
-        missing = [s for s in range(len(shards)) if not is_complete(shard_file(folder, s), ids[s])]
-        mine = missing[state.process_index :: state.num_processes]
-        if not mine:
+        own = range(state.process_index, len(shards), state.num_processes)
+        missing = [s for s in own if not is_complete(shard_file(folder, s), prompts=digest(ids[s]))]
+        if not missing:
             continue
         draw = Generator(entry, state.device)
         progress = tqdm(
-            total=sum(len(shards[s]) for s in mine),
+            total=sum(len(shards[s]) for s in missing),
             desc=f"draw {entry['name']}",
             unit="image",
             disable=not state.is_local_main_process,
         )
-        for s in mine:
-            started, images, seeds = time.time(), [], []
-            for start in range(0, len(shards[s]), args.generation_batch_size):
-                batch = [rows[i] for i in shards[s]][start : start + args.generation_batch_size]
-                drawn = [image_seed(args.seed, row["prompt_id"], entry["name"]) for row in batch]
-                images += [encode_image(im, args.image_format) for im in draw([row["prompt"] for row in batch], drawn)]
-                seeds += drawn
+        for s in missing:
+            started = time.time()
+            images = read_column(shard_file(folder, s), "prompt_id", "image")  # of a shard that was not full
+            seeds = {id: image_seed(args.seed, id, entry["name"]) for id in ids[s]}
+            todo = [rows[i] for i in shards[s] if rows[i]["prompt_id"] not in images]
+            progress.update(len(shards[s]) - len(todo))
+            for start in range(0, len(todo), args.generation_batch_size):
+                batch = todo[start : start + args.generation_batch_size]
+                drawn = draw([row["prompt"] for row in batch], [seeds[row["prompt_id"]] for row in batch])
+                images |= {row["prompt_id"]: encode_image(im, args.image_format) for row, im in zip(batch, drawn)}
                 progress.update(len(batch))
-            table = pa.table({"prompt_id": ids[s], "image": pa.array(images, pa.binary()), "seed": seeds})
-            facts = {"prompts": prompt_digest(ids[s]), "seconds": time.time() - started}
-            write_table(table, shard_file(folder, s), facts)
+            images = [images[id] for id in ids[s]]
+            columns = {"image": pa.array(images, pa.large_binary()), "seed": list(seeds.values())}
+            facts = {"prompts": digest(ids[s]), "images": digest(images)}
+            facts["seconds"] = time.time() - started + (shard_facts(shard_file(folder, s)) or {}).get("seconds", 0.0)
+            write_table(pa.table({"prompt_id": ids[s], **columns}), shard_file(folder, s), facts)
         progress.close()
         del draw
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
     state.wait_for_everyone()
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def read_column(file: Path, key: str, value: str) -> dict:
+    """One column of a shard by another; nothing if there is no such shard, or it is not readable."""
+    if shard_facts(file) is None:
+        return {}
+    table = pq.read_table(file, columns=[key, value])
+    return dict(zip(table[key].to_pylist(), table[value].to_pylist()))
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -611,43 +697,51 @@ def shard_file(folder: Path, shard: int) -> Path:
 
 
 def score(args: ScriptArguments, rows: list[dict], shards: list[range], generators: list[dict], state) -> None:
-    """Scores what is missing: for each reward model (loaded once, then freed) and generator the score shards."""
+    """Scores what is missing: for each reward model (loaded once, then freed) and generator the score shards.
+
+    Scores belong to images, by the hash of their bytes: an image drawn anew is scored anew.
+    """
     work = Path(args.output_dir) / "work"
-    dtype = torch.float32 if state.device.type == "cpu" else torch.bfloat16
     for name in args.rewards:
         folder = work / "scores" / reward_name(name)
         write_settings(folder, reward_settings(name))
         missing = []
-        for entry in generators:
-            for s, shard in enumerate(shards):
-                ids = [rows[i]["prompt_id"] for i in shard]
-                if not is_complete(shard_file(folder / entry["name"], s), ids):
-                    missing.append((entry["name"], s, ids))
-        mine = missing[state.process_index :: state.num_processes]
-        if not mine:
+        for number, (entry, s) in enumerate((entry, s) for entry in generators for s in range(len(shards))):
+            if number % state.num_processes != state.process_index:
+                continue
+            ids = [rows[i]["prompt_id"] for i in shards[s]]
+            source, target = shard_file(work / "images" / entry["name"], s), shard_file(folder / entry["name"], s)
+            if not is_complete(source, prompts=digest(ids)):
+                raise SystemExit(f"{source} is missing: run the generate stage first")
+            images = shard_facts(source)["images"]
+            if not is_complete(target, prompts=digest(ids), images=images):
+                missing.append((s, ids, source, target, images))
+        if not missing:
             continue
-        reward = load_reward_model(name, state.device, dtype, args.reward_batch_size)
+        reward = load_reward_model(name, state.device, args.reward_batch_size)
         progress = tqdm(
-            total=sum(len(ids) for _, _, ids in mine),
+            total=sum(len(ids) for _, ids, *_ in missing),
             desc=f"score {reward_name(name)}",
             unit="image",
             disable=not state.is_local_main_process,
         )
-        for generator, s, ids in mine:
-            source = shard_file(work / "images" / generator, s)
-            if not is_complete(source, ids):
-                raise SystemExit(f"{source} is missing: run the generate stage first")
+        for s, ids, source, target, images in missing:
             started = time.time()
-            images = [PILImage.open(BytesIO(data)) for data in pq.read_table(source)["image"].to_pylist()]
-            scores = reward.score(images, [rows[i]["prompt"] for i in shards[s]])
-            table = pa.table({"prompt_id": ids, "score": pa.array(scores, pa.float32())})
-            facts = {"prompts": prompt_digest(ids), "seconds": time.time() - started}
-            write_table(table, shard_file(folder / generator, s), facts)
+            data = pq.read_table(source)["image"].to_pylist()
+            hashes = [digest([item, id]) for item, id in zip(data, ids)]
+            scores = read_column(target, "image", "score")
+            todo = [n for n in range(len(ids)) if hashes[n] not in scores]
+            pictures = [PILImage.open(BytesIO(data[n])) for n in todo]
+            found = reward.score(pictures, [rows[shards[s][n]]["prompt"] for n in todo])
+            scores |= {hashes[n]: value for n, value in zip(todo, found)}
+            columns = {"image": hashes, "score": pa.array([scores[item] for item in hashes], pa.float32())}
+            facts = {"prompts": digest(ids), "images": images}
+            facts["seconds"] = time.time() - started + (shard_facts(target) or {}).get("seconds", 0.0)
+            write_table(pa.table({"prompt_id": ids, **columns}), target, facts)
             progress.update(len(ids))
         progress.close()
         del reward
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
     state.wait_for_everyone()
 
 
@@ -667,16 +761,25 @@ def rank(args: ScriptArguments, rows: list[dict], shards: list[range], generator
             "rank": List(Value("int32")),
         }
     )
+    if state.is_main_process:
+        wanted = {data_file(data, s, shards) for s in range(len(shards))}
+        for file in set(data.glob("*.parquet")) - wanted:  # of a run on fewer prompts: both would be read
+            file.unlink()
+    state.wait_for_everyone()
     for s in range(state.process_index, len(shards), state.num_processes):
         ids = [rows[i]["prompt_id"] for i in shards[s]]
         images = {name: shard_file(work / "images" / name, s) for name in names}
         scores = {(r, name): shard_file(work / "scores" / r / name, s) for r in rewards for name in names}
-        for file in [*images.values(), *scores.values()]:
-            if not is_complete(file, ids):
-                raise SystemExit(f"{file} is missing: run the generate and score stages first")
-        parts = [(str(f.relative_to(work)), f.stat().st_mtime_ns) for f in [*images.values(), *scores.values()]]
-        facts = {"prompts": prompt_digest(ids), "parts": hashlib.sha256(json.dumps(parts).encode()).hexdigest()}
-        target = data / f"train-{s:05d}-of-{len(shards):05d}.parquet"
+        parts = {name: shard_facts(file) or {} for name, file in images.items()}
+        for file in images.values():
+            if not is_complete(file, prompts=digest(ids)):
+                raise SystemExit(f"{file} is missing: run the generate stage first")
+        for (_, name), file in scores.items():
+            if not is_complete(file, prompts=digest(ids), images=parts[name]["images"]):
+                raise SystemExit(f"{file} is missing or of other images: run the score stage first")
+        facts = {"prompts": digest(ids), "images": {name: part["images"] for name, part in parts.items()}}
+        facts["scores"] = {r: reward_settings(name) for r, name in zip(rewards, args.rewards)}
+        target = data_file(data, s, shards)
         if shard_facts(target) == facts:
             continue
         drawn = {name: pq.read_table(file).to_pydict() for name, file in images.items()}
@@ -705,12 +808,12 @@ def rank(args: ScriptArguments, rows: list[dict], shards: list[range], generator
         write_table(pa.Table.from_pylist(table, schema=features.arrow_schema), target, facts, row_group_size=20)
     state.wait_for_everyone()
     if state.is_main_process:
-        expected = {f"train-{s:05d}-of-{len(shards):05d}.parquet" for s in range(len(shards))}
-        for file in data.glob("*.parquet"):
-            if file.name not in expected:  # of a run on fewer or more prompts
-                file.unlink()
         write_card(args, rows, generators, names, rewards)
     state.wait_for_everyone()
+
+
+def data_file(folder: Path, shard: int, shards: list) -> Path:
+    return folder / f"train-{shard:05d}-of-{len(shards):05d}.parquet"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -731,8 +834,13 @@ def dataset_statistics(output_dir: Path, rewards: list[str]) -> dict:
         for row in pq.read_table(file, columns=columns).to_pylist():
             matrix = np.array([row["scores"][reward] for reward in rewards])
             wins.append([*(preference_probability(line[None]) for line in matrix), row["preference_probability"]])
-            taus.append([[kendalltau(a, b).statistic for b in matrix] for a in matrix])
-    return {"win_rate": np.mean(wins, axis=0), "tau": np.nanmean(np.array(taus), axis=0)}
+            tau = np.eye(len(rewards))
+            for i, j in itertools.combinations(range(len(rewards)), 2):
+                tau[i, j] = tau[j, i] = kendalltau(matrix[i], matrix[j]).statistic
+            taus.append(tau)
+    known = np.isfinite(taus)  # a reward that gives all images the same score orders nothing
+    taus = np.where(known, taus, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    return {"win_rate": np.mean(wins, axis=0), "tau": taus}
 
 
 def work_seconds(folder: Path) -> float:
@@ -856,40 +964,69 @@ def size_category(n: int) -> str:
     return next((label for bound, label in bounds if n < bound), "n>1M")
 
 
+def create_repo(args: ScriptArguments) -> None:
+    try:
+        private = args.hub_private_repo or None
+        HfApi().create_repo(args.hub_dataset_id, repo_type="dataset", private=private, exist_ok=True)
+    except Exception as error:
+        raise SystemExit(
+            f"--push_to_hub: the dataset repository {args.hub_dataset_id} cannot be had: {one_line(error)}"
+        ) from None
+
+
 def publish(args: ScriptArguments) -> None:
-    """Uploads data, card and picture; files the repository has already are not sent again."""
-    api = HfApi()
-    api.create_repo(args.hub_dataset_id, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
-    api.upload_folder(
-        repo_id=args.hub_dataset_id,
-        repo_type="dataset",
-        folder_path=args.output_dir,
-        allow_patterns=["data/*.parquet", "README.md", "grid.png"],
-        commit_message="Syn-Pic dataset",
-    )
-    print(f"published: https://huggingface.co/datasets/{args.hub_dataset_id}")
+    """Uploads data, card and picture; files the repository has already are not sent again, shards of an earlier size
+    are removed. The client does not retry a commit by itself."""
+    for attempt in range(5):
+        try:
+            HfApi().upload_folder(
+                repo_id=args.hub_dataset_id,
+                repo_type="dataset",
+                folder_path=args.output_dir,
+                allow_patterns=["data/*.parquet", "README.md", "grid.png"],
+                ignore_patterns=[".*", "work/*", "data/.*"],
+                delete_patterns=["data/*.parquet"],
+                commit_message="Syn-Pic dataset",
+            )
+            print(f"published: https://huggingface.co/datasets/{args.hub_dataset_id}")
+            return
+        except Exception as error:
+            message = one_line(error)
+            time.sleep(2**attempt)
+    raise SystemExit(f"publishing {args.hub_dataset_id} failed: {message}; run the same command again to continue")
 
 
 def main(args: ScriptArguments) -> None:
+    # Several processes without a GPU talk through gloo; the first to arrive may have hours to wait for the last.
+    launched = "LOCAL_RANK" in os.environ
+    waiting = {"timeout": timedelta(days=7)} if launched else {}
+    state = PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
+
     # Everything that can be wrong with flags, files and folders is found here, before a model is loaded.
     generators = read_generators(args.generators)
     check_rewards(args.rewards)
     rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
     check_work(args, rows, generators)
-    for entry in generators:
-        check_generator(entry)
-    probe_rewards(args.rewards, generators, [row["prompt"] for row in rows])
-    rows = [{"prompt": row["prompt"], "prompt_id": prompt_id(row["prompt"])} for row in rows]
-    shards = [range(i, min(i + args.shard_size, len(rows))) for i in range(0, len(rows), args.shard_size)]
+    if "generate" in args.stages:
+        for entry in generators:
+            check_generator(entry)
+        if size := image_size(generators[0]):
+            probe_rewards(args.rewards, size, [row["prompt"] for row in rows])
+    state.wait_for_everyone()  # nobody writes before all have looked
+    if args.push_to_hub and state.is_main_process:  # a wrong token or name fails now, not after the work
+        create_repo(args)
 
-    state = PartialState(timeout=timedelta(hours=12)) if "RANK" in os.environ else PartialState()
     work = Path(args.output_dir) / "work"
     if state.is_main_process:
         write_settings(work, run_settings(args))
+        for stale in work.rglob(".*.tmp*"):  # of processes that were killed
+            stale.unlink()
         temporary = work / ".prompts.tmp"
         temporary.write_text(json.dumps([row["prompt"] for row in rows]))
         os.replace(temporary, work / "prompts.json")
     state.wait_for_everyone()
+    rows = [{"prompt": row["prompt"], "prompt_id": prompt_id(row["prompt"])} for row in rows]
+    shards = [range(i, min(i + args.shard_size, len(rows))) for i in range(0, len(rows), args.shard_size)]
     if "generate" in args.stages:
         generate(args, rows, shards, generators, state)
     if "score" in args.stages:
@@ -902,9 +1039,16 @@ def main(args: ScriptArguments) -> None:
         print(f"{len(rows)} prompts x {len(generators)} images in {args.output_dir}")
 
 
+# Copied from train_rankdpo_sdxl.parse_arguments
+def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
+    """Flags of the command line over those of `--config`; a wrong one ends in one line."""
+    try:
+        return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
+    except (ValueError, TypeError, OSError) as error:
+        raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
+
+
 if __name__ == "__main__":
     diffusers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
     transformers_logging.disable_progress_bar()
-    parser = TrlParser(ScriptArguments)
-    (script_args,) = parser.parse_args_and_config()
-    main(script_args)
+    main(parse_arguments())

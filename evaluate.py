@@ -10,6 +10,7 @@
 #     "peft",
 #     "pillow",
 #     "protobuf",
+#     "safetensors",
 #     "sentencepiece",
 #     "torch",
 #     "torchvision",
@@ -32,9 +33,7 @@ the same command again after a crash: images and scores that exist are kept. `ac
 
 import gc
 import hashlib
-import importlib.util
 import json
-import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -50,6 +49,7 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from PIL import Image as PILImage
 from PIL import ImageDraw
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 from transformers.utils import logging as transformers_logging
@@ -130,34 +130,42 @@ class ScriptArguments:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# Copied from train_rankdpo_sdxl.one_line
+def one_line(error: Exception) -> str:
+    return ""
+
+
 # Copied from build_synpic.read_prompts
-def read_prompts(source: str, column: str, split: str, max_prompts: int | None) -> list[dict]:
+def read_prompts(
+    source: str, column: str, split: str, max_prompts: int | None, keep: tuple[str, ...] = ()
+) -> list[dict]:
     """Reads prompts in order and drops duplicates.
 
     Returns:
-        list of the rows (dicts) with "prompt" stripped; other columns of the source stay. Exits with one line that
-        names the row if a prompt is empty or the column is missing.
+        one dict per prompt: "prompt", stripped, and the columns to `keep`. Exits with one line that names the row if a
+        prompt is empty, or the column that is missing.
     """
     path = Path(source)
-    if path.suffix == ".txt" and path.is_file():
-        rows = [{column: line} for line in path.read_text(encoding="utf-8").splitlines()]
-    else:
-        try:
+    try:
+        if path.suffix == ".txt" and path.is_file():
+            lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+            rows, columns = [{column: line} for line in lines if lines != [""]], [column]
+        else:
             if path.suffix in (".jsonl", ".json", ".parquet") and path.is_file():
                 kind = "parquet" if path.suffix == ".parquet" else "json"
                 rows = load_dataset(kind, data_files=str(path), split="train")
-            elif path.suffix and not path.exists() and path.suffix in (".txt", ".jsonl", ".json", ".parquet"):
+            elif path.suffix in (".txt", ".jsonl", ".json", ".parquet"):
                 raise FileNotFoundError("no such file")
             else:
                 rows = load_dataset(source, split=split)
-        except Exception as error:
-            raise SystemExit(f"--prompts {source}: cannot be read: {str(error).strip().splitlines()[0]}") from None
-        if column not in rows.column_names:
-            raise SystemExit(
-                f"--prompts {source}: no column {column!r} (--prompt_column); it has {', '.join(rows.column_names)}"
-            )
-        plain = ("Value",)
-        rows = rows.select_columns([name for name, kind in rows.features.items() if type(kind).__name__ in plain])
+            columns = rows.column_names
+    except Exception as error:
+        raise SystemExit(f"--prompts {source}: cannot be read: {one_line(error)}") from None
+    for name in (column, *keep):
+        if name not in columns:
+            raise SystemExit(f"--prompts {source}: no column {name!r}; it has {', '.join(columns)}")
+    if not isinstance(rows, list):  # images of a preference dataset stay unread
+        rows = rows.select_columns(list(dict.fromkeys((column, *keep))))
     found = {}
     for number, row in enumerate(rows, 1):
         prompt = row[column]
@@ -181,7 +189,7 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
             hf_hub_download(model, "model_index.json", revision=args.revision)
     except Exception as error:
         raise SystemExit(
-            f"--pretrained_model_name_or_path {model}: not a diffusers pipeline: {str(error).strip().splitlines()[0]}"
+            f"--pretrained_model_name_or_path {model}: not a diffusers pipeline: {one_line(error)}"
         ) from None
     models = {BASELINE: {"lora": None, "file": None}}
     for item in args.loras:
@@ -196,8 +204,11 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
             file = Path(path, LORA_FILE) if os.path.isdir(path) else Path(hf_hub_download(path, LORA_FILE))
             if not file.is_file():
                 raise FileNotFoundError(f"no {LORA_FILE} in it")
+            with safe_open(file, framework="pt") as weights:
+                if not any("lora" in key for key in weights.keys()):
+                    raise ValueError(f"{file} holds no LoRA")
         except Exception as error:
-            raise SystemExit(f"--loras {item}: cannot be read: {str(error).strip().splitlines()[0]}") from None
+            raise SystemExit(f"--loras {item}: cannot be read: {one_line(error)}") from None
         models[name] = {"lora": path, "file": str(file)}
     return models
 
@@ -215,23 +226,16 @@ class FunctionReward:
         file, _, function = name.rpartition(":")
         if not file.endswith(".py") or not function:
             raise SystemExit(f"reward {name}: unknown; choose from {', '.join(REWARDS)}, or path/to/file.py:function")
-        path = Path(file)
-        if not path.is_file():
+        if not Path(file).is_file():
             raise SystemExit(f"reward {name}: no file {file}")
-        spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses and pickling look their module up here
-        sys.path.insert(0, str(path.parent.resolve()))
         try:
-            spec.loader.exec_module(module)
+            module = import_file(str(Path(file).resolve()))
         except Exception as error:
-            raise SystemExit(f"reward {name}: {file} cannot be imported: {error}") from None
-        finally:
-            sys.path.pop(0)
+            raise SystemExit(f"reward {name}: {file} cannot be imported: {one_line(error)}") from None
         if not callable(getattr(module, function, None)):
             raise SystemExit(f"reward {name}: {file} has no function {function!r}")
         self.name, self.function, self.batch_size = name, getattr(module, function), batch_size
-        self.identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        self.identity = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
     def score(self, images: list, prompts: list[str]) -> list[float]:
         scores = []
@@ -242,6 +246,11 @@ class FunctionReward:
                 raise SystemExit(f"reward {self.name}: {len(found)} scores for {len(images[batch])} images")
             scores += [float(score) for score in found]
         return check_scores(self.name, scores, prompts)
+
+
+# Copied from build_synpic.import_file
+def import_file(file: str):
+    return None
 
 
 # Copied from build_synpic.CLIPReward
@@ -257,11 +266,12 @@ class CLIPReward:
         "clipscore": ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     }
 
-    def __init__(self, name: str, device, dtype, batch_size: int):
+    def __init__(self, name: str, device, batch_size: int):
         model, processor = self.MODELS[name]
         self.name, self.device, self.batch_size = name, device, batch_size
         self.identity = model
-        self.model = CLIPModel.from_pretrained(model, dtype=dtype).to(device).eval()
+        # In float32: bf16 turns PickScore's scale of 100 into 99, a difference as large as what is measured.
+        self.model = CLIPModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
         # The PIL backend is bit-exact with the transform that the published scores were made with.
         self.image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
@@ -274,7 +284,7 @@ class CLIPReward:
         rows = {prompt: row for row, prompt in enumerate(distinct)}
         cosine = (image * text[[rows[prompt] for prompt in prompts]]).sum(dim=-1)
         if self.name == "pickscore":
-            scores = self.model.logit_scale.exp().float() * cosine
+            scores = self.model.logit_scale.exp() * cosine
         else:
             scores = 2.5 * cosine.clamp(min=0)
         return check_scores(self.name, scores.tolist(), prompts)
@@ -287,30 +297,30 @@ class CLIPReward:
             prompts = [f"A photo depicts {prompt}" for prompt in prompts]
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         features = self.model.get_text_features(**tokens.to(self.device)).pooler_output
-        return torch.nn.functional.normalize(features.float(), dim=-1)
+        return torch.nn.functional.normalize(features, dim=-1)
 
     def _encode_images(self, images: list) -> torch.Tensor:
         pixels = self.image_processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
-        features = self.model.get_image_features(pixels.to(self.device, self.model.dtype)).pooler_output
-        return torch.nn.functional.normalize(features.float(), dim=-1)
+        features = self.model.get_image_features(pixels.to(self.device)).pooler_output
+        return torch.nn.functional.normalize(features, dim=-1)
 
 
 # Copied from build_synpic.load_reward_model
-def load_reward_model(name: str, device="cpu", dtype=torch.float32, batch_size: int = 32):
+def load_reward_model(name: str, device="cpu", batch_size: int = 32):
     """Loads a reward model by name (pickscore, clipscore, path/to/file.py:function).
 
     Returns:
         an object with `.score(images, prompts) -> list[float]`: PIL images and their prompts, batched inside.
     """
     if name in REWARDS:
-        return CLIPReward(name, device, dtype, batch_size)
+        return CLIPReward(name, device, batch_size)
     return FunctionReward(name, batch_size)
 
 
 # Copied from build_synpic.check_scores
 def check_scores(name: str, scores: list[float], prompts: list[str]) -> list[float]:
     for score, prompt in zip(scores, prompts):
-        if not math.isfinite(score):
+        if not np.isfinite(np.float32(score)):  # they are stored as float32
             raise SystemExit(f"reward {name}: the score of prompt {prompt!r} is {score}: it must be a finite number")
     return scores
 
@@ -337,16 +347,21 @@ def check_rewards(names: list[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# Copied from build_synpic.folder_digest
+def folder_digest(folder: str) -> str:
+    return ""
+
+
 # Copied from build_synpic.check_settings
 def check_settings(folder: Path, settings: dict, what: str) -> None:
     """Refuses to mix two runs: what stands in `folder` must have been made with these settings."""
     record = folder / "settings.json"
     if record.exists():
         previous = json.loads(record.read_text())
-        for name in settings:
-            if previous.get(name) != settings[name]:
+        for name in {**previous, **settings}:
+            if previous.get(name) != settings.get(name):
                 raise SystemExit(
-                    f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings[name]}: "
+                    f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}: "
                     "choose another --output_dir or another name, or delete that folder"
                 )
 
@@ -364,6 +379,10 @@ def image_settings(args: ScriptArguments, prompts: list[str], model: dict) -> di
     lora = model["file"] and hashlib.sha256(Path(model["file"]).read_bytes()).hexdigest()[:16]
     return {
         "model": args.pretrained_model_name_or_path,
+        "files": folder_digest(args.pretrained_model_name_or_path)
+        if os.path.isdir(args.pretrained_model_name_or_path)
+        else None,
+        "variant": args.variant,
         "revision": args.revision,
         "lora": lora,
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
@@ -408,6 +427,10 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
             pipeline.set_progress_bar_config(disable=True)
         if model["lora"]:
             pipeline.load_lora_weights(model["file"])
+            if not pipeline.get_active_adapters():  # diffusers only warns
+                raise SystemExit(
+                    f"--loras {name}={model['lora']}: no key of it fits {args.pretrained_model_name_or_path}"
+                )
         size = {"height": args.resolution, "width": args.resolution} if args.resolution else {}
         progress = tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=not state.is_local_main_process)
         for start in range(0, len(missing), args.batch_size):
@@ -442,7 +465,6 @@ def score(args: ScriptArguments, prompts: list[str], models: dict, state: Partia
         metric → model → float64 array (n_prompts, num_images_per_prompt).
     """
     output_dir = Path(args.output_dir)
-    dtype = torch.float32 if state.device.type == "cpu" else torch.bfloat16
     results = {}
     for metric in args.metrics:
         column, reward, results[reward_name(metric)] = reward_name(metric), None, {}
@@ -451,11 +473,14 @@ def score(args: ScriptArguments, prompts: list[str], models: dict, state: Partia
             file = output_dir / "scores" / column / f"{name}.json"
             stored = json.loads(file.read_text()) if file.exists() else {}
             if stored.get("settings") != identity:
-                reward = reward or load_reward_model(metric, state.device, dtype, args.reward_batch_size)
+                reward = reward or load_reward_model(metric, state.device, args.reward_batch_size)
+                items = [(i, n) for i in range(len(prompts)) for n in range(args.num_images_per_prompt)]
                 values = []
-                for i in tqdm(range(len(prompts)), desc=f"{column} of {name}", unit="prompt"):
-                    files = [image_file(output_dir, name, i, n) for n in range(args.num_images_per_prompt)]
-                    values.append(reward.score([PILImage.open(f) for f in files], [prompts[i]] * len(files)))
+                for start in tqdm(range(0, len(items), 256), desc=f"{column} of {name}", unit_scale=256, unit="image"):
+                    batch = items[start : start + 256]
+                    images = [PILImage.open(image_file(output_dir, name, *item)) for item in batch]
+                    values += reward.score(images, [prompts[i] for i, _ in batch])
+                values = np.reshape(values, (len(prompts), args.num_images_per_prompt)).tolist()
                 stored = {"settings": identity, "scores": values}
                 file.parent.mkdir(parents=True, exist_ok=True)
                 temporary = file.with_suffix(".tmp")
@@ -537,22 +562,21 @@ def summarize(results: dict, categories: list[str] | None, seed: int) -> dict:
 
 def markdown_report(summary: dict, metrics: list[str], n_prompts: int, n_images: int) -> str:
     lines = [
-        f"{n_prompts} prompts, {n_images} images per model, the same seeds for all. Lift over the base model with a "
-        "paired bootstrap 95 % interval over prompts; a tie counts half a win.",
+        f"{n_prompts} prompts, {n_images} images per model, the same seeds for all. Lift over the base model and win "
+        "rate with paired bootstrap 95 % intervals over prompts; a tie counts half a win.",
         "",
-        "| model | metric | mean | lift | 95 % interval | win rate |",
-        "|---|---|---|---|---|---|",
+        "| model | metric | mean | lift | 95 % interval | win rate | 95 % interval |",
+        "|---|---|---|---|---|---|---|",
     ]
     for metric in metrics:
         for name, entry in summary.items():
-            cells = [name, metric, f"{entry[metric]:.4f}"]
-            if name == BASELINE:
-                cells += ["", "", ""]
-            else:
-                low, high = entry[f"{metric}_lift_ci95"]
-                cells += [f"{entry[f'{metric}_lift']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
-                cells += [f"{entry[f'{metric}_win_rate']:.3f}"]
+            cells = [name, metric, f"{entry[metric]:.4f}", "", "", "", ""]
+            if name != BASELINE:
+                (low, high), (worst, best) = entry[f"{metric}_lift_ci95"], entry[f"{metric}_win_rate_ci95"]
+                cells[3:5] = [f"{entry[f'{metric}_lift']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+                cells[5:7] = [f"{entry[f'{metric}_win_rate']:.3f}", f"{worst:.3f} to {best:.3f}"]
             lines.append("| " + " | ".join(cells) + " |")
+    for metric in metrics:
         categories = next(iter(summary.values())).get(f"{metric}_by_category", {})
         if categories:
             lines += ["", f"{metric} by category:", "", "| category | prompts | " + " | ".join(summary) + " |"]
@@ -560,8 +584,7 @@ def markdown_report(summary: dict, metrics: list[str], n_prompts: int, n_images:
             for category, part in categories.items():
                 means = [f"{entry[f'{metric}_by_category'][category]['mean']:.3f}" for entry in summary.values()]
                 lines.append(f"| {category} | {part['n_prompts']} | " + " | ".join(means) + " |")
-            lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def grid_picture(args: ScriptArguments, prompts: list[str], models: list[str], cell: int = 192) -> PILImage.Image:
@@ -586,28 +609,28 @@ def grid_picture(args: ScriptArguments, prompts: list[str], models: list[str], c
     return canvas
 
 
+# Copied from train_rankdpo_sdxl.write_text
 def write_text(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+    pass
 
 
 def main(args: ScriptArguments) -> None:
+    launched = "LOCAL_RANK" in os.environ
+    waiting = {"timeout": timedelta(days=7)} if launched else {}
+    state = PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
+
     # Everything that can be wrong with flags, files and folders is found here, before a model is loaded.
     check_rewards(args.metrics)
-    rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
+    keep = (args.category_column,) if args.category_column else ()
+    rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep)
     prompts = [row["prompt"] for row in rows]
-    categories = None
-    if args.category_column:
-        if args.category_column not in rows[0]:
-            raise SystemExit(f"--prompts {args.prompts}: no column {args.category_column!r} (--category_column)")
-        categories = [str(row[args.category_column]) for row in rows]
+    categories = [str(row[args.category_column]) for row in rows] if args.category_column else None
     models = read_models(args)
     output_dir = Path(args.output_dir)
     for name, model in models.items():
         check_settings(output_dir / "images" / name, image_settings(args, prompts, model), f"images of {name}")
+    state.wait_for_everyone()  # nobody writes before all have looked
 
-    state = PartialState(timeout=timedelta(hours=12)) if "RANK" in os.environ else PartialState()
     draw(args, prompts, models, state)
     if state.is_main_process:
         results = score(args, prompts, models, state)
@@ -619,14 +642,24 @@ def main(args: ScriptArguments) -> None:
         record = {"n_prompts": len(prompts), "n_images": n_images, "settings": settings, **summary}
         write_text(output_dir / "results.json", json.dumps(record, indent=2) + "\n")
         write_text(output_dir / "results.md", report)
-        grid_picture(args, prompts, list(models)).save(output_dir / "grid.png")
+        temporary = output_dir / ".grid.tmp.png"
+        grid_picture(args, prompts, list(models)).save(temporary)
+        os.replace(temporary, output_dir / "grid.png")
         print(report)
         print(f"{output_dir / 'results.json'}, {output_dir / 'results.md'}, {output_dir / 'grid.png'}")
+    state.wait_for_everyone()
+
+
+# Copied from train_rankdpo_sdxl.parse_arguments
+def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
+    """Flags of the command line over those of `--config`; a wrong one ends in one line."""
+    try:
+        return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
+    except (ValueError, TypeError, OSError) as error:
+        raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
 
 
 if __name__ == "__main__":
     diffusers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
     transformers_logging.disable_progress_bar()
-    parser = TrlParser(ScriptArguments)
-    (script_args,) = parser.parse_args_and_config()
-    main(script_args)
+    main(parse_arguments())

@@ -48,29 +48,34 @@ same timesteps and the same noise in the same optimizer step.
 
 import gc
 import hashlib
+import importlib
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
-from datasets import Dataset, Image, List, load_dataset
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from datasets import Dataset, Image, load_dataset
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
@@ -87,8 +92,10 @@ from trl import TrlParser
 
 
 LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "sft", "weighted_sft")
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 CACHE_SHARD_ROWS = 64  # prompts per cache file: the unit of work that a crash can lose
 CACHE_VERSION = 1
+BASE_LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -180,7 +187,7 @@ class ScriptArguments:
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler: str = field(
         default="constant_with_warmup",
-        metadata={"help": "Schedule of the learning rate.", "choices": tuple(kind.value for kind in SchedulerType)},
+        metadata={"help": "Schedule of the learning rate.", "choices": LR_SCHEDULERS},
     )
     lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of linear warm-up."})
     use_8bit_adam: bool = field(default=False, metadata={"help": "AdamW of bitsandbytes with 8-bit states."})
@@ -222,29 +229,38 @@ class ScriptArguments:
 
     def __post_init__(self):
         # YAML values bypass argparse, so every type and choice is checked here too.
+        kinds = get_type_hints(type(self))
         for name, spec in self.__dataclass_fields__.items():
             value = getattr(self, name)
             choices = spec.metadata.get("choices")
+            if kinds[name] in (str, str | None) and value is False:
+                value = "no" if name == "mixed_precision" else "none"  # YAML reads a bare no as False
+                setattr(self, name, value)
+            if kinds[name] is bool and type(value) is not bool:
+                raise SystemExit(f"--{name} {value}: must be true or false")
             if choices and value not in choices:
                 raise SystemExit(f"--{name} {value}: choose from {', '.join(choices)}")
-            if spec.type in (int, int | None) and value is not None and type(value) is not int:
+            if kinds[name] in (int, int | None) and value is not None and type(value) is not int:
                 raise SystemExit(f"--{name} {value}: must be a whole number")
-            if spec.type is float:
+            if kinds[name] is float:
                 try:
                     setattr(self, name, float(value))  # YAML reads 1e-5 as a string
                 except (TypeError, ValueError):
                     raise SystemExit(f"--{name} {value}: must be a number") from None
-            if spec.type == list[str] | None and isinstance(value, str):
+            if kinds[name] == list[str] | None and isinstance(value, str):
                 setattr(self, name, [value])
         for name in ("beta_dpo", "learning_rate", "max_grad_norm", "num_train_epochs"):
             if not getattr(self, name) > 0:
                 raise SystemExit(f"--{name} {getattr(self, name)}: must be greater than 0")
         for name in (
             "rank resolution train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps "
-            "checkpoints_total_limit max_train_samples validation_steps vae_batch_size"
+            "checkpoints_total_limit max_train_samples validation_steps vae_batch_size validation_num_inference_steps"
         ).split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SystemExit(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("lr_warmup_steps", "dataloader_num_workers", "adam_beta1", "adam_beta2", "adam_weight_decay"):
+            if getattr(self, name) < 0 or name.startswith("adam_beta") and getattr(self, name) >= 1:
+                raise SystemExit(f"--{name} {getattr(self, name)}: out of range")
         if self.resolution % 8:
             raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 8")
         if not self.dataset_name:
@@ -256,6 +272,11 @@ class ScriptArguments:
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: check, labels, encode once, read
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message on one line, whatever its class and length."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # Copied from build_synpic.preference_probability
@@ -303,7 +324,7 @@ def load_ranked_dataset(args: ScriptArguments) -> Dataset:
             args.dataset_name, args.dataset_config_name, split=args.dataset_split, revision=args.dataset_revision
         )
     except Exception as error:
-        raise SystemExit(f"{where}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise SystemExit(f"{where}: cannot be loaded: {one_line(error)}") from None
     needed = {
         "prompt_id_column": args.prompt_id_column,
         "prompt_column": args.prompt_column,
@@ -321,7 +342,7 @@ def load_ranked_dataset(args: ScriptArguments) -> Dataset:
         dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
     if len(dataset) == 0:
         raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
-    return dataset.cast_column(args.images_column, List(Image(decode=False)))
+    return dataset
 
 
 def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
@@ -360,13 +381,15 @@ def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
         rank = row.get(args.rank_column)
         if rank is None:
             rank = np.argsort(np.argsort(-np.array(phi), kind="stable"), kind="stable") + 1
-        elif sorted(rank) != list(range(1, len(phi) + 1)) or np.any(np.diff(np.array(phi)[np.argsort(rank)]) > 0):
+        elif not is_ranking(rank, phi):
             raise SystemExit(
                 f"{where}: `{args.rank_column}` {list(rank)} contradicts `{args.preference_column}` {phi}: it must be "
                 "a permutation of 1…k that never puts a less preferred image first"
             )
         images = list(range(n_images[index]))
         if args.generators:
+            if len(row["generators"]) != n_images[index]:
+                raise SystemExit(f"{where}: `generators` must name one for each of the {n_images[index]} images")
             images = [i for i, name in enumerate(row["generators"]) if name in args.generators]
             if len(images) < 2:
                 raise SystemExit(
@@ -380,7 +403,11 @@ def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
             names = sorted(row["scores"]) if args.rank_by == "all" else [args.rank_by]
             if not set(names) <= set(row["scores"]):
                 raise SystemExit(f"--rank_by {args.rank_by}: no such reward; it has {', '.join(row['scores'])}")
+            if any(len(row["scores"][name] or []) != n_images[index] for name in names):
+                raise SystemExit(f"{where}: `scores` must give one number per image and reward")
             scores = np.array([row["scores"][name] for name in names], dtype=np.float64)[:, images]
+            if not np.isfinite(scores).all():
+                raise SystemExit(f"{where}: `scores` holds a number that is not finite")
             phi, rank = preference_probability(scores), preference_rank(scores)
         expected = expected or (len(images), where)
         if len(images) != expected[0]:
@@ -392,17 +419,30 @@ def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
                 "prompt_id": str(prompt_id),
                 "prompt": prompt,
                 "images": images,
-                "phi": torch.tensor(np.array(phi), dtype=torch.float32),
-                "rank": torch.tensor(np.array(rank), dtype=torch.int64),
+                "phi": np.array(phi, dtype=np.float32),
+                "rank": np.array(rank, dtype=np.int64),
             }
         )
     return labels
+
+
+def is_ranking(rank: list[int], phi: list[float]) -> bool:
+    """True for a permutation of 1…k that never puts an image before one of higher preference."""
+    if None in rank or sorted(rank) != list(range(1, len(phi) + 1)):
+        return False
+    return bool((np.diff(np.array(phi)[np.argsort(rank)]) <= 0).all())
 
 
 def count_images(dataset: Dataset, column: str) -> list[int]:
     """Images per row, counted in Arrow: no image is read into Python."""
     batches = dataset.select_columns([column]).with_format("arrow").iter(256)
     return [count for table in batches for count in pc.list_value_length(table[column]).fill_null(0).to_pylist()]
+
+
+def read_images(dataset: Dataset, column: str, index: int) -> list[dict]:
+    """A row's images as stored, {"bytes", "path"} each. Read through Arrow: casting the column to undecoded images
+    would write the whole dataset anew."""
+    return dataset.select_columns([column]).with_format("arrow")[index][column][0].as_py()
 
 
 def _generator(*key) -> np.random.Generator:
@@ -412,18 +452,26 @@ def _generator(*key) -> np.random.Generator:
 
 
 def check_images(dataset: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]) -> None:
-    """Decodes every image once, JPEGs at an eighth of their size, so that a bad one is named before any model loads."""
-    for index in tqdm(rows, desc="check images", disable=len(rows) < 2000):
-        images = dataset[index][args.images_column]
-        for position in labels[index]["images"]:
-            try:
-                with _open_image(images[position]) as image:
-                    image.draft("RGB", (64, 64))
-                    image.load()
-            except Exception as error:
-                raise SystemExit(
-                    f"row {index} (prompt_id {labels[index]['prompt_id']!r}): image {position} does not decode: {error}"
-                ) from None
+    """Decodes the rows' images once, JPEGs at an eighth of their size, so that a bad one is named before any model
+    is loaded."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
+        checks = pool.map(partial(_undecodable_image, dataset, args.images_column, labels), rows)
+        for index, found in zip(rows, tqdm(checks, desc="check images", total=len(rows), disable=len(rows) < 2000)):
+            if found:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise SystemExit(f"row {index} (prompt_id {labels[index]['prompt_id']!r}): {found}")
+
+
+def _undecodable_image(dataset: Dataset, column: str, labels: list[dict], index: int) -> str | None:
+    images = read_images(dataset, column, index)
+    for position in labels[index]["images"]:
+        try:
+            with _open_image(images[position]) as image:
+                image.draft("RGB", (64, 64))
+                image.load()
+        except Exception as error:
+            return f"image {position} does not decode: {one_line(error)}"
+    return None
 
 
 def _open_image(image: dict) -> PILImage.Image:
@@ -434,7 +482,7 @@ def preprocess_image(image: dict, resolution: int) -> tuple[torch.Tensor, list[f
     """Resizes the shorter side to `resolution` and crops the centre.
 
     Returns:
-        pixels, float32 (3, resolution, resolution) in [-1, 1], and SDXL's micro-conditioning of this image:
+        pixels, uint8 (3, resolution, resolution), and SDXL's micro-conditioning of this image:
         [original height, original width, crop top, crop left, target height, target width] in pixels.
     """
     with _open_image(image) as opened:
@@ -443,14 +491,17 @@ def preprocess_image(image: dict, resolution: int) -> tuple[torch.Tensor, list[f
     picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
     top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
     picture = TF.crop(picture, top, left, resolution, resolution)
-    return TF.to_tensor(picture) * 2.0 - 1.0, [*original, top, left, resolution, resolution]
+    return TF.pil_to_tensor(picture), [*original, top, left, resolution, resolution]
 
 
-def model_fingerprint(model: str, revision: str | None) -> str:
-    """What identifies a model's weights: the commit of a Hub snapshot; name, size and date of a folder's files."""
+def model_fingerprint(model: str, file: str, revision: str | None = None) -> str:
+    """What identifies a model's weights: the commit of a Hub snapshot; name, size and date of a folder's files.
+
+    Args:
+        file: one of the model's files, `model_index.json` of a pipeline or `config.json` of a single model.
+    """
     if not os.path.isdir(model):
-        index = hf_hub_download(model, "config.json" if "vae" in model else "model_index.json", revision=revision)
-        return f"{model}@{Path(index).parent.name}"
+        return f"{model}@{Path(hf_hub_download(model, file, revision=revision)).parent.name}"
     files = [path for path in sorted(Path(model).rglob("*")) if path.suffix in (".safetensors", ".bin", ".json")]
     return "|".join(f"{p.relative_to(model)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
 
@@ -463,10 +514,10 @@ def cache_key(args: ScriptArguments, dataset: Dataset, labels: list[dict], weigh
         args.images_column,
         args.prompt_column,
         labels[0]["images"] if args.generators is None else [row["images"] for row in labels],
-        model_fingerprint(args.pretrained_model_name_or_path, args.revision),
+        model_fingerprint(args.pretrained_model_name_or_path, "model_index.json", args.revision),
         args.variant,
         args.pretrained_vae_model_name_or_path
-        and model_fingerprint(args.pretrained_vae_model_name_or_path, revision=None),
+        and model_fingerprint(args.pretrained_vae_model_name_or_path, "config.json"),
         args.resolution,
         str(weight_dtype),
     ]
@@ -516,7 +567,7 @@ class RankedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = self.rows[position]
-        images = self.dataset[index][self.args.images_column]
+        images = read_images(self.dataset, self.args.images_column, index)
         processed = [preprocess_image(images[i], self.args.resolution) for i in self.labels[index]["images"]]
         return torch.stack([pixels for pixels, _ in processed]), torch.tensor([ids for _, ids in processed]).float()
 
@@ -524,9 +575,10 @@ class RankedImages(torch.utils.data.Dataset):
 def encode_dataset(args, dataset, labels, folder: Path, vae, accelerator: Accelerator, weight_dtype) -> None:
     """Writes what is missing of the cache: per prompt its images' latents (the posterior's mean, scaled), the prompt
     embeddings and the micro-conditioning. Shards do not depend on the number of processes."""
-    shards = [range(i, min(i + CACHE_SHARD_ROWS, len(labels))) for i in range(0, len(labels), CACHE_SHARD_ROWS)]
-    missing = [i for i in range(len(shards)) if not _cache_file(folder, i).exists()]
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    shards = cache_shards(len(labels))
+    # Owned by number, not dealt out of what is missing: processes look at different times.
+    own = range(accelerator.process_index, len(shards), accelerator.num_processes)
+    mine = [i for i in own if not _cache_file(folder, i).exists()]
     if mine:
         folder.mkdir(parents=True, exist_ok=True)
         encode_prompts = PromptEncoder(args, accelerator.device, weight_dtype)
@@ -550,8 +602,13 @@ def encode_dataset(args, dataset, labels, folder: Path, vae, accelerator: Accele
             }
             temporary = _cache_file(folder, i).with_suffix(f".tmp{os.getpid()}")
             save_file(tensors, temporary)
-            os.replace(temporary, _cache_file(folder, i))
+            _publish_file(temporary, _cache_file(folder, i))
     accelerator.wait_for_everyone()
+
+
+def cache_shards(length: int) -> list[range]:
+    """The rows of every cache file."""
+    return [range(i, min(i + CACHE_SHARD_ROWS, length)) for i in range(0, length, CACHE_SHARD_ROWS)]
 
 
 def _cache_file(folder: Path, shard: int) -> Path:
@@ -560,8 +617,11 @@ def _cache_file(folder: Path, shard: int) -> Path:
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """pixels (n, 3, H, W) in [-1, 1] → latents (n, C, H/f, W/f), the posterior's mean times the scaling factor."""
-    means = [vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mean for batch in pixels.split(batch_size)]
+    """pixels, uint8 (n, 3, H, W) → latents (n, C, H/f, W/f), the posterior's mean times the scaling factor."""
+    means = [
+        vae.encode((batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype)).latent_dist.mean
+        for batch in pixels.split(batch_size)
+    ]
     return torch.cat(means) * vae.config.scaling_factor
 
 
@@ -582,7 +642,8 @@ class CachedPrompts(torch.utils.data.Dataset):
         rng = _generator(self.seed, epoch, self.labels[index]["prompt_id"])
         item["timesteps"] = torch.tensor(rng.integers(self.num_train_timesteps))
         item["noise"] = torch.from_numpy(rng.standard_normal(item["latents"].shape[1:], dtype=np.float32))
-        item["phi"], item["rank"] = self.labels[index]["phi"], self.labels[index]["rank"]
+        item["phi"] = torch.from_numpy(self.labels[index]["phi"])
+        item["rank"] = torch.from_numpy(self.labels[index]["rank"])
         return item
 
 
@@ -776,20 +837,26 @@ def adapter_off(unet):
 
 
 def check_model(args: ScriptArguments) -> None:
-    """Exits with one line unless the model is an SDXL pipeline. Reads its `model_index.json` only."""
-    model = args.pretrained_model_name_or_path
-    try:
-        if os.path.isdir(model):
-            index = os.path.join(model, "model_index.json")
-        else:
-            index = hf_hub_download(model, "model_index.json", revision=args.revision)
-        name = json.loads(Path(index).read_text())["_class_name"]
-    except Exception as error:
-        raise SystemExit(
-            f"--pretrained_model_name_or_path {model}: not a diffusers pipeline: {str(error).splitlines()[0]}"
-        ) from None
-    if not name.startswith("StableDiffusionXL"):
+    """Exits with one line unless the model is an SDXL pipeline. Reads configurations only."""
+    model, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    name = _read_config("pretrained_model_name_or_path", model, "model_index.json", args.revision)["_class_name"]
+    if name not in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"):
         raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: this script trains SDXL")
+    if vae:
+        config = _read_config("pretrained_vae_model_name_or_path", vae, "config.json", None)
+    else:
+        config = _read_config("pretrained_model_name_or_path", model, "vae/config.json", args.revision)
+    if config.get("latents_mean") is not None:  # Playground v2.5
+        raise SystemExit(f"{vae or model}: its VAE standardises latents by `latents_mean`, which SDXL does not")
+
+
+def _read_config(flag: str, model: str, file: str, revision: str | None) -> dict:
+    try:
+        path = os.path.join(model, file) if os.path.isdir(model) else hf_hub_download(model, file, revision=revision)
+        config = json.loads(Path(path).read_text())
+        return config if file != "model_index.json" else {"_class_name": config["_class_name"]}
+    except Exception as error:
+        raise SystemExit(f"--{flag} {model}: not a diffusers model that can be read: {one_line(error)}") from None
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
@@ -823,10 +890,12 @@ def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, to
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     """Writes `pytorch_lora_weights.safetensors` (peft keys and adapter metadata: exact in diffusers)."""
     temporary = folder / ".lora.tmp"
+    metadata = unet.peft_config["default"].to_dict()
+    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order differs from run to run
     StableDiffusionXLPipeline.save_lora_weights(
         temporary,
         unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        unet_lora_adapter_metadata=metadata,
     )
     _publish_file(temporary / LORA_FILE, folder / LORA_FILE)
     shutil.rmtree(temporary)
@@ -863,26 +932,31 @@ def save_checkpoint(output_dir: Path, step: int, unet, optimizer, lr_scheduler, 
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     if total_limit:
-        for old in list_checkpoints(output_dir)[:-total_limit]:
+        others = [path for path in list_checkpoints(output_dir) if path != folder]
+        for old in others[: max(0, len(others) + 1 - total_limit)]:
             shutil.rmtree(old)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def load_checkpoint(folder: Path, unet, optimizer, lr_scheduler, scaler) -> int:
-    """Restores LoRA, optimizer, schedule and loss scale into the objects given; returns the step reached.
+def load_lora(folder: Path, unet) -> None:
+    """Restores a checkpoint's LoRA into the adapter of the model."""
+    lora = {key.removeprefix("unet."): value for key, value in load_file(folder / LORA_FILE).items()}
+    missing = get_peft_model_state_dict(unet).keys() ^ lora.keys()
+    if missing:
+        raise SystemExit(f"{folder}: its LoRA does not fit the model: {sorted(missing)[0]}")
+    set_peft_model_state_dict(unet, lora)
+
+
+def load_training_state(folder: Path, optimizer, lr_scheduler, scaler) -> int:
+    """Restores optimizer, schedule and loss scale; returns the step reached.
 
     Timesteps, noise and data order are functions of (seed, step), so there is no random state to restore.
     """
-    lora = load_file(folder / LORA_FILE)
-    lora = {key.removeprefix("unet."): value for key, value in lora.items()}
-    result = set_peft_model_state_dict(unet, lora)
-    if result.unexpected_keys:
-        raise SystemExit(f"{folder}: its LoRA does not fit the model: unexpected {result.unexpected_keys[0]}")
     state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     lr_scheduler.load_state_dict(state["lr_scheduler"])
@@ -893,7 +967,7 @@ def load_checkpoint(folder: Path, unet, optimizer, lr_scheduler, scaler) -> int:
 
 # Settings that may differ between a run and its continuation: they do not change what is learnt.
 RESUMABLE = (
-    "resume_from_checkpoint max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit "
+    "resume_from_checkpoint checkpointing_steps checkpoints_total_limit "
     "train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_num_workers vae_batch_size "
     "cache_dir validation_prompts validation_steps validation_num_inference_steps validation_guidance_scale report_to "
     "logging_dir push_to_hub hub_model_id hub_private_repo output_dir"
@@ -903,6 +977,8 @@ RESUMABLE = (
 def check_output_dir(args: ScriptArguments, num_processes: int) -> Path | None:
     """Refuses a folder that holds another run; returns the checkpoint to resume from, if any. Writes nothing."""
     output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SystemExit(f"--output_dir {output_dir} is a file")
     settings = run_settings(args, num_processes)
     record = output_dir / "run.json"
     checkpoints = list_checkpoints(output_dir)
@@ -918,22 +994,28 @@ def check_output_dir(args: ScriptArguments, num_processes: int) -> Path | None:
             )
     elif output_dir.is_dir() and any(output_dir.iterdir()):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
-    if args.resume_from_checkpoint in (None, "latest"):
-        if args.resume_from_checkpoint is None and (checkpoints or finished):
+    if args.resume_from_checkpoint is None:
+        if checkpoints or finished:
             raise SystemExit(
                 f"--output_dir {output_dir} holds this run's results already: add --resume_from_checkpoint latest to "
                 "continue it, or choose another folder"
             )
+        return None
+    if args.resume_from_checkpoint == "latest":
+        if finished and not checkpoints:
+            raise SystemExit(f"--output_dir {output_dir} holds a LoRA but no checkpoint to continue from")
         return checkpoints[-1] if checkpoints else None
     folder = Path(args.resume_from_checkpoint)
-    if not (folder / "training_state.pt").exists():
-        raise SystemExit(f"--resume_from_checkpoint {folder}: no checkpoint there")
+    if folder.resolve() not in [path.resolve() for path in checkpoints]:
+        raise SystemExit(f"--resume_from_checkpoint {folder}: not a checkpoint of --output_dir {output_dir}")
     return folder
 
 
 def run_settings(args: ScriptArguments, num_processes: int) -> dict:
     """What makes two runs the same run: all that changes the result, the batch only as the global batch."""
     settings = {name: value for name, value in asdict(args).items() if name not in RESUMABLE}
+    if args.lr_scheduler.startswith("constant"):  # then a run may be made longer; other schedules are shaped by it
+        del settings["max_train_steps"], settings["num_train_epochs"]
     settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     return settings
 
@@ -944,59 +1026,54 @@ def run_settings(args: ScriptArguments, num_processes: int) -> dict:
 
 
 class Validator:
-    """Draws the validation prompts with the current LoRA, or without it; prompts are encoded once, at construction."""
+    """Draws the validation prompts with the current LoRA, or without it; everything is loaded once, at construction."""
 
     def __init__(self, args: ScriptArguments, prompts: list[str], vae, device, dtype):
-        self.args, self.prompts, self.vae, self.dtype = args, prompts, vae, dtype
+        self.args, self.prompts, self.device, self.dtype = args, prompts, device, dtype
         encode_prompts = PromptEncoder(args, device, dtype)
-        # SDXL's pipelines take zeros for the empty negative prompt where the model says so.
-        index = StableDiffusionXLPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
-        self.zero_negative = index.get("force_zeros_for_empty_prompt", True)
+        absent = dict.fromkeys(("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        self.pipeline = StableDiffusionXLPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, revision=args.revision, vae=vae, add_watermarker=False, **absent
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
         self.embeds = [tensor.cpu() for tensor in encode_prompts(prompts)]
         self.negative_embeds = [tensor.cpu() for tensor in encode_prompts([""])]
-        if self.zero_negative:
+        if self.pipeline.config.force_zeros_for_empty_prompt:
             self.negative_embeds = [torch.zeros_like(tensor) for tensor in self.negative_embeds]
 
     @torch.no_grad()
-    def __call__(self, unet, device, lora: bool = True) -> list[PILImage.Image]:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            self.args.pretrained_model_name_or_path,
-            revision=self.args.revision,
-            unet=unet,
-            vae=self.vae.to(device),
-            text_encoder=None,
-            text_encoder_2=None,
-            tokenizer=None,
-            tokenizer_2=None,
-            add_watermarker=False,
-            dtype=self.dtype,
-        )
-        pipeline.set_progress_bar_config(disable=True)
+    def __call__(self, unet, lora: bool = True) -> list[PILImage.Image]:
+        vae = self.pipeline.vae.to(self.device)
+        self.pipeline.register_modules(unet=unet)
         was_training = unet.training
         unet.eval()
         images = []
         for i in range(len(self.prompts)):
-            prompt_embeds, pooled = (tensor[i : i + 1].to(device) for tensor in self.embeds)
-            negative, negative_pooled = (tensor.to(device) for tensor in self.negative_embeds)
-            call = {
-                "prompt_embeds": prompt_embeds,
-                "pooled_prompt_embeds": pooled,
-                "negative_prompt_embeds": negative,
-                "negative_pooled_prompt_embeds": negative_pooled,
-                "num_inference_steps": self.args.validation_num_inference_steps,
-                "guidance_scale": self.args.validation_guidance_scale,
-                "height": self.args.resolution,
-                "width": self.args.resolution,
-                "generator": torch.Generator("cpu").manual_seed(self.args.seed + i),
-            }
-            with torch.autocast(torch.device(device).type, self.dtype, enabled=self.dtype != torch.float32):
-                if lora:
-                    images.append(pipeline(**call).images[0])
-                else:
-                    with adapter_off(unet):
-                        images.append(pipeline(**call).images[0])
+            prompt_embeds, pooled = (tensor[i : i + 1].to(self.device) for tensor in self.embeds)
+            negative, negative_pooled = (tensor.to(self.device) for tensor in self.negative_embeds)
+            half = self.dtype != torch.float32
+            with (
+                torch.autocast(torch.device(self.device).type, self.dtype, enabled=half),
+                nullcontext() if lora else adapter_off(unet),
+            ):
+                latents = self.pipeline(
+                    prompt_embeds=prompt_embeds,
+                    pooled_prompt_embeds=pooled,
+                    negative_prompt_embeds=negative,
+                    negative_pooled_prompt_embeds=negative_pooled,
+                    num_inference_steps=self.args.validation_num_inference_steps,
+                    guidance_scale=self.args.validation_guidance_scale,
+                    height=self.args.resolution,
+                    width=self.args.resolution,
+                    generator=torch.Generator("cpu").manual_seed(self.args.seed + i),
+                    output_type="latent",
+                ).images
+            # Outside of autocast, in the VAE's own type: SDXL's overflows in fp16.
+            pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+            images += self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
         unet.train(was_training)
-        self.vae.to("cpu")
+        self.pipeline.register_modules(unet=None)
+        vae.to("cpu")
         return images
 
 
@@ -1006,7 +1083,7 @@ def log_images(accelerator: Accelerator, prompts: list[str], images: list[PILIma
             stacked = np.stack([np.asarray(image) for image in images])
             tracker.writer.add_images("validation", stacked, step, dataformats="NHWC")
         elif tracker.name in ("wandb", "trackio"):
-            module = __import__(tracker.name)
+            module = importlib.import_module(tracker.name)
             pictures = {
                 f"validation/{i}": module.Image(image, caption=prompt)
                 for i, (prompt, image) in enumerate(zip(prompts, images))
@@ -1028,7 +1105,7 @@ def write_card(args: ScriptArguments, output_dir: Path, prompts, before, after, 
     data = ModelCardData(
         base_model=None if os.path.isdir(args.pretrained_model_name_or_path) else args.pretrained_model_name_or_path,
         library_name="diffusers",
-        license="openrail++",
+        license=BASE_LICENSES.get(args.pretrained_model_name_or_path),
         datasets=None if dataset_is_local else [args.dataset_name],
         tags=[
             "text-to-image",
@@ -1041,7 +1118,7 @@ def write_card(args: ScriptArguments, output_dir: Path, prompts, before, after, 
         ],
         widget=widgets,
     )
-    name = output_dir.name
+    name = output_dir.resolve().name
     figures = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     body = f"""
 # {name}
@@ -1075,7 +1152,7 @@ With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it w
 ## How it was made
 
 ```bash
-{facts_command()}
+{training_command()}
 ```
 
 | | |
@@ -1083,12 +1160,44 @@ With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it w
 {figures}
 """
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
-    temporary = output_dir / ".README.tmp"
-    temporary.write_text(str(card))
-    os.replace(temporary, output_dir / "README.md")
+    write_text(output_dir / "README.md", str(card))
 
 
-def facts_command() -> str:
+def write_text(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+def create_repo(args: ScriptArguments, name: str) -> None:
+    name = args.hub_model_id or name
+    try:
+        args.hub_model_id = HfApi().create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+    except Exception as error:
+        raise SystemExit(f"--push_to_hub: the repository {name} cannot be had: {one_line(error)}") from None
+
+
+def upload(args: ScriptArguments, output_dir: Path) -> None:
+    """Sends LoRA and card; the client does not retry a commit by itself. The weights are on disk whatever happens."""
+    for attempt in range(5):
+        try:
+            HfApi().upload_folder(
+                repo_id=args.hub_model_id,
+                folder_path=output_dir,
+                allow_patterns=[LORA_FILE, "README.md", "run.json", "images/*.png", "comfyui/*.safetensors"],
+                ignore_patterns=[".*", "checkpoint-*"],
+            )
+            return
+        except Exception as error:
+            message = one_line(error)
+            time.sleep(2**attempt)
+    raise SystemExit(
+        f"upload to {args.hub_model_id} failed: {message}; everything is in {output_dir}: run the same command with "
+        "--resume_from_checkpoint latest to upload it"
+    )
+
+
+def training_command() -> str:
     return f"accelerate launch {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}"
 
 
@@ -1104,19 +1213,83 @@ def peak_memory_gb(device: torch.device) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def main(args: ScriptArguments) -> None:
+def make_accelerator(args: ScriptArguments) -> Accelerator:
+    launched = "LOCAL_RANK" in os.environ
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
+        cpu=launched and not torch.cuda.is_available(),  # several processes without a GPU: gloo
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
-    device = accelerator.device
-    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise SystemExit(f"accelerate is set to {kind.value}: a LoRA needs no more than data parallelism")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    else:
+        optimizer_class = torch.optim.AdamW
+    return optimizer_class(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def encode(args, dataset, labels, cache: Path, accelerator: Accelerator, weight_dtype) -> Validator | None:
+    """Encodes what is missing of the cache; the main process gets a validator that holds the VAE, on the CPU."""
+    if args.pretrained_vae_model_name_or_path:
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=weight_dtype)
+    else:
+        model = {"revision": args.revision, "variant": args.variant, "dtype": torch.float32}
+        vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **model)
+    vae.requires_grad_(False).eval().to(accelerator.device)
+    encode_dataset(args, dataset, labels, cache, vae, accelerator, weight_dtype)
+    vae.to("cpu")
+    validator = None
+    if accelerator.is_main_process:
+        prompts = args.validation_prompts or [row["prompt"] for row in labels[:4]]
+        validator = Validator(args, prompts, vae, accelerator.device, weight_dtype)
+    gc.collect()
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    return validator
+
+
+def finish(args, unet, validator: Validator, accelerator: Accelerator, facts: dict) -> None:
+    """Writes the LoRA files, the gallery and, last of all, the card."""
+    output_dir = Path(args.output_dir)
+    save_lora(unet, output_dir)
+    save_comfyui_lora(unet, output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors")
+    before, after = validator(unet, lora=False), validator(unet)
+    log_images(accelerator, validator.prompts, after, facts["steps"])
+    device = accelerator.device
+    facts["hardware"] = f"{accelerator.num_processes} x " + (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    )
+    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
+    write_card(args, output_dir, validator.prompts, before, after, facts)
+    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
+
+
+def main(args: ScriptArguments) -> None:
+    output_dir = Path(args.output_dir)
+    accelerator = make_accelerator(args)
+    device = accelerator.device
+    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
 
     # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
     checkpoint = check_output_dir(args, accelerator.num_processes)
@@ -1125,70 +1298,55 @@ def main(args: ScriptArguments) -> None:
     labels = make_labels(args, dataset)
     k = len(labels[0]["images"])
     global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    max_train_steps = args.max_train_steps or -(-int(args.num_train_epochs * len(labels)) // global_batch_size)
-    if checkpoint and (output_dir / LORA_FILE).exists() and checkpoint.name == f"checkpoint-{max_train_steps}":
-        accelerator.print(f"{output_dir} is trained already: {max_train_steps} steps")
-        return
+    epochs_steps = max(1, round(args.num_train_epochs * len(labels) / global_batch_size))
+    max_train_steps = args.max_train_steps or epochs_steps
+    start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    if start_step > max_train_steps:
+        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
     cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
-    if not _cache_file(cache, (len(labels) - 1) // CACHE_SHARD_ROWS).exists():
-        rows = list(range(accelerator.process_index, len(labels), accelerator.num_processes))
-        check_images(dataset, labels, args, rows)
+    shards = [shard for i, shard in enumerate(cache_shards(len(labels))) if not _cache_file(cache, i).exists()]
+    uncached = [row for shard in shards for row in shard]
+    check_images(dataset, labels, args, uncached[accelerator.process_index :: accelerator.num_processes])
     accelerator.wait_for_everyone()
-    api = HfApi()
     if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
-        url = api.create_repo(args.hub_model_id or output_dir.name, private=args.hub_private_repo, exist_ok=True)
-        args.hub_model_id = url.repo_id
+        create_repo(args, output_dir.resolve().name)
+    if start_step == max_train_steps and (output_dir / "README.md").exists():  # the card is written last
+        accelerator.print(f"{output_dir} is trained already: {max_train_steps} steps")
+        if args.push_to_hub and accelerator.is_main_process:
+            upload(args, output_dir)
+        return
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "run.json").write_text(json.dumps(run_settings(args, accelerator.num_processes), indent=2))
-
-    # Encode once, then let go of the encoders.
-    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=weight_dtype)
-    else:
-        vae = AutoencoderKL.from_pretrained(**model, subfolder="vae", variant=args.variant, dtype=torch.float32)
-    vae.requires_grad_(False).eval()
-    encode_dataset(args, dataset, labels, cache, vae.to(device), accelerator, weight_dtype)
-    vae.to("cpu")
-    prompts = args.validation_prompts or [row["prompt"] for row in labels[:4]]
-    validator = Validator(args, prompts, vae, device, weight_dtype) if accelerator.is_main_process else None
-    gc.collect()
-    torch.cuda.empty_cache()
+        for stale in output_dir.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(stale)
+        write_text(output_dir / "run.json", json.dumps(run_settings(args, accelerator.num_processes), indent=2) + "\n")
+    validator = encode(args, dataset, labels, cache, accelerator, weight_dtype)
 
     # Model, optimizer, schedule.
     set_seed(args.seed)
+    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
     noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
     unet = UNet2DConditionModel.from_pretrained(**model, subfolder="unet", variant=args.variant, dtype=weight_dtype)
     unet.requires_grad_(False)
     add_lora(unet, args.rank)
     cast_training_params(unet, dtype=torch.float32)
+    if checkpoint:
+        load_lora(checkpoint, unet)
     unet.to(device).train()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    else:
-        optimizer_class = torch.optim.AdamW
-    optimizer = optimizer_class(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    optimizer = make_optimizer(args, parameters)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=max_train_steps,
     )
-    start_step = load_checkpoint(checkpoint, unet, optimizer, lr_scheduler, accelerator.scaler) if checkpoint else 0
     reference = unet  # the same weights, adapter off; never the wrapper, which would synchronise for nothing
     unet, optimizer = accelerator.prepare(unet, optimizer)
+    if checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: a sync per tensor and step
+        load_training_state(checkpoint, optimizer, lr_scheduler, accelerator.scaler)
 
     batches = torch.utils.data.DataLoader(
         CachedPrompts(cache, labels, args.seed, noise_scheduler.config.num_train_timesteps),
@@ -1218,14 +1376,16 @@ def main(args: ScriptArguments) -> None:
                     loss, metrics = training_step(unet, reference, noise_scheduler, batch, args, weight_dtype)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / args.gradient_accumulation_steps
-        lr_scheduler.step()
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
 
         # The only synchronisation of an optimizer step: all metrics of all processes in one reduction.
+        totals["grad_norm"] = grad_norm
         values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
         logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
         now = time.time()
@@ -1234,76 +1394,48 @@ def main(args: ScriptArguments) -> None:
         progress.update()
         progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
         accelerator.log(logs, step=step)
-        if not np.isfinite(logs["loss"]):
+        # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
+        if not np.isfinite(logs["loss"]) or not np.isfinite(logs["grad_norm"]) and args.mixed_precision != "fp16":
             raise SystemExit(
-                f"step {step}: the loss is {logs['loss']}; the last checkpoint is kept. Lower --learning_rate, or use "
-                "--mixed_precision bf16 and a VAE that does not overflow"
+                f"step {step}: the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}; the last "
+                "checkpoint is kept. Lower --learning_rate, or take --mixed_precision bf16"
             )
 
-        if accelerator.is_main_process:
-            if step % args.checkpointing_steps == 0 and step < max_train_steps or step == max_train_steps:
-                save_checkpoint(
-                    output_dir,
-                    step,
-                    reference,
-                    optimizer,
-                    lr_scheduler,
-                    accelerator.scaler,
-                    args.checkpoints_total_limit,
-                )
-            if args.validation_steps and step % args.validation_steps == 0:
-                log_images(accelerator, prompts, validator(reference, device), step)
-                step_ended = time.time()
+        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == max_train_steps):
+            total_limit = args.checkpoints_total_limit
+            save_checkpoint(output_dir, step, reference, optimizer, lr_scheduler, accelerator.scaler, total_limit)
+        if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
+            log_images(accelerator, validator.prompts, validator(reference), step)
+            step_ended = time.time()
 
     progress.close()
     seconds = time.time() - started
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_lora(reference, output_dir)
-        save_comfyui_lora(reference, output_dir / "comfyui" / f"{output_dir.name}.safetensors")
-        memory = peak_memory_gb(device)
-        before, after = validator(reference, device, lora=False), validator(reference, device)
-        log_images(accelerator, prompts, after, max_train_steps)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         images = (max_train_steps - start_step) * global_batch_size * k
         facts = {
-            "prompts": f"{len(labels)} ({k} images each)",
-            "steps": f"{max_train_steps} of {global_batch_size} prompts",
+            "prompts": f"{len(labels)} of {k} images",
+            "steps": max_train_steps,
+            "prompts per step": global_batch_size,
             "seed": args.seed,
-            "hardware": f"{accelerator.num_processes} x {name}",
-            "speed": f"{images / seconds:.1f} images/s" if images else "nothing left to train",
-            "peak memory": f"{memory:.1f} GB",
-            "versions": f"torch {torch.__version__}, " + ", ".join(_versions("diffusers", "transformers", "peft")),
+            "speed": f"{images / seconds:.1f} images/s" if images else "not measured",
+            "peak memory": f"{peak_memory_gb(device):.1f} GB",
         }
-        write_card(args, output_dir, prompts, before, after, facts)
+        finish(args, reference, validator, accelerator, facts)
         if args.push_to_hub:
-            kept = ["*.safetensors", "README.md", "images/*", "comfyui/*", "run.json"]
-            try:
-                api.upload_folder(
-                    repo_id=args.hub_model_id,
-                    folder_path=output_dir,
-                    allow_patterns=kept,
-                    ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*"],
-                )
-            except Exception as error:  # the weights are on disk; say how to send them
-                print(
-                    f"upload failed ({str(error).splitlines()[0]}); later: hf upload {args.hub_model_id} {output_dir} "
-                    ". --exclude 'checkpoint-*'",
-                    file=sys.stderr,
-                )
-        print(f"LoRA: {output_dir / 'pytorch_lora_weights.safetensors'}, card: {output_dir / 'README.md'}")
+            upload(args, output_dir)
     accelerator.end_training()
 
 
-def _versions(*packages: str) -> list[str]:
-    from importlib.metadata import version
-
-    return [f"{package} {version(package)}" for package in packages]
+def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
+    """Flags of the command line over those of `--config`; a wrong one ends in one line."""
+    try:
+        return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
+    except (ValueError, TypeError, OSError) as error:
+        raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
 
 
 if __name__ == "__main__":
     diffusers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
     transformers_logging.disable_progress_bar()
-    parser = TrlParser(ScriptArguments)
-    (script_args,) = parser.parse_args_and_config()
-    main(script_args)
+    main(parse_arguments())

@@ -17,9 +17,9 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from datasets import Dataset, Features, Image, List, Value  # noqa: E402
 from PIL import Image as PILImage  # noqa: E402
-from trl import TrlParser  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,9 +39,9 @@ def run(*command, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
 
 def call(script: str, *flags) -> None:
     """The same inside this process: parse the flags, run the script's main."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process may hold one kind of run only
     module = importlib.import_module(script)
-    (args,) = TrlParser(module.ScriptArguments).parse_args_and_config([str(flag) for flag in flags])
-    module.main(args)
+    module.main(module.parse_arguments([str(flag) for flag in flags]))
 
 
 def refused(script: str, *flags) -> str:

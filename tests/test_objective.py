@@ -170,7 +170,7 @@ def make_batch(unet, batch=2, k=4, seed=0):
         "pooled_prompt_embeds": torch.randn(batch, 16, generator=generator),
         "time_ids": torch.tensor([32.0, 32, 0, 0, 32, 32]).expand(batch, k, 6),
         "phi": phi,
-        "rank": (-phi).argsort(1, stable=True).argsort(1) + 1,
+        "rank": (-phi).argsort(dim=1, stable=True).argsort(dim=1) + 1,
     }
 
 

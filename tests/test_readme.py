@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
-from trl import TrlParser
 
 
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
@@ -37,7 +36,7 @@ def test_command_parses(where, command, monkeypatch):
     script, flags = COMMAND.match(command).groups()
     flags = shlex.split(flags.replace("...", ""), comments=True)
     module = importlib.import_module(script)
-    (args,) = TrlParser(module.ScriptArguments).parse_args_and_config(flags)
+    args = module.parse_arguments(flags)
     for flag in ("generators", "prompts"):
         file = getattr(args, flag, None)
         if isinstance(file, str) and file.startswith(("recipes/", "shapes/")):
