@@ -132,7 +132,8 @@ class ScriptArguments:
 
 # Copied from train_rankdpo_sdxl.one_line
 def one_line(error: Exception) -> str:
-    return ""
+    """An exception's message on one line, whatever its class and length."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # Copied from build_synpic.read_prompts
@@ -249,8 +250,15 @@ class FunctionReward:
 
 
 # Copied from build_synpic.import_file
+@cache
 def import_file(file: str):
-    return None
+    """Runs a Python file once, as a module that finds its neighbours."""
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look their module up here
+    sys.path.append(str(Path(file).parent))
+    spec.loader.exec_module(module)
+    return module
 
 
 # Copied from build_synpic.CLIPReward
@@ -349,7 +357,10 @@ def check_rewards(names: list[str]) -> None:
 
 # Copied from build_synpic.folder_digest
 def folder_digest(folder: str) -> str:
-    return ""
+    """A hash of the names, sizes and dates of a folder's weights and configurations."""
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.suffix in (".safetensors", ".bin", ".json")]
+    stats = [f"{file.relative_to(folder)}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
 
 
 # Copied from build_synpic.check_settings
@@ -611,7 +622,9 @@ def grid_picture(args: ScriptArguments, prompts: list[str], models: list[str], c
 
 # Copied from train_rankdpo_sdxl.write_text
 def write_text(file: Path, text: str) -> None:
-    pass
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
 
 
 def main(args: ScriptArguments) -> None:

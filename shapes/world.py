@@ -46,13 +46,16 @@ COLORS = {
     "cyan": (0.16, 0.85, 0.90),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RELATIONS = tuple(OPPOSITE)
 COUNTS = {"two": 2, "three": 3}
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ")
 
 MIN_AREA = 12  # pixels: smaller specks are noise, not objects
+MIN_STRENGTH = 0.22  # how far from the background a pixel of an object is, in RGB of 0 to 1
 MIN_IOU = 0.72  # below this soft IoU with every template an object has no recognisable shape
+MIN_COSINE = 0.9  # between a pixel's difference from the background and a colour's: below it the colour is no colour
 MIN_OFFSET = 3.0  # pixels by which a stated relation must hold
 
 
@@ -101,21 +104,39 @@ def scenes(category: str) -> tuple:
     return tuple(found)
 
 
-def is_heldout(prompt: str) -> bool:
-    """True for the fifth of all prompts that no training, of the generators or by preference, ever sees.
+def split_of(prompt: str) -> str | None:
+    """The split a prompt belongs to: "train", or "heldout" for what no training, of the generators or by preference,
+    ever sees.
 
-    The relational categories are held out by what they ask, under every prefix; the small ones by their full text.
+    The relational categories are held out by what they ask, under every prefix; the small ones by their full text. A
+    scene has two wordings ("A left of B", "B right of A"): held out are those of which no training sees either, and a
+    wording that was kept from training while its mirror was not belongs to neither split.
     """
     scene = parse_prompt(prompt)
-    key = scene.text if scene.category in ("counting", "position", "color_attr") else prompt
-    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 5 == 0
+    by_scene = scene.category in ("counting", "position", "color_attr")
+    if not _in_fold(scene.text if by_scene else prompt):
+        return "train"
+    return "heldout" if not by_scene or _in_fold(mirrored(scene).text) else None
+
+
+def _in_fold(text: str) -> bool:
+    """A fifth of all texts, by their hash."""
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0
+
+
+def mirrored(scene: Scene) -> Scene:
+    """The same scene told from its other end; itself where there is one way to tell it."""
+    if scene.category == "counting":
+        return scene
+    relation = OPPOSITE[scene.relation] if scene.relation else None
+    return replace(scene, objects=scene.objects[::-1], relation=relation)
 
 
 @cache
 def prompts(category: str, split: str) -> tuple:
     """All prompts of a category in `split` ("train" or "heldout")."""
     texts = [prefix + scene.text for scene in scenes(category) for prefix in PREFIXES]
-    return tuple(text for text in texts if is_heldout(text) == (split == "heldout"))
+    return tuple(text for text in texts if split_of(text) == split)
 
 
 @cache
@@ -221,8 +242,7 @@ def corrupt(scene: Scene, rng: np.random.Generator) -> Scene:
     if way == "count":
         return replace(scene, objects=(objects * 2)[: 2 if len(objects) == 3 else 3])
     if way == "relation":
-        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-        return replace(scene, relation=opposite[scene.relation])
+        return replace(scene, relation=OPPOSITE[scene.relation])
     if way == "swap":
         (color_a, shape_a), (color_b, shape_b) = objects
         return replace(scene, objects=((color_b, shape_a), (color_a, shape_b)))
@@ -255,17 +275,19 @@ def detect(image) -> list[dict]:
     directions = np.array(list(COLORS.values())) - background
     lengths = np.linalg.norm(directions, axis=-1)
     cosine = difference @ (directions / lengths[:, None]).T / np.maximum(strength, 1e-6)[..., None]
-    nearest = cosine.argmax(-1)
+    nearest = np.where(cosine.max(-1) >= MIN_COSINE, cosine.argmax(-1), -1)
 
     found = []
     for index, color in enumerate(COLORS):
-        labels, number = ndimage.label((strength > 0.22) & (nearest == index), structure=np.ones((3, 3)))
+        labels, number = ndimage.label((strength > MIN_STRENGTH) & (nearest == index), structure=np.ones((3, 3)))
         for label in range(1, number + 1):
             core = labels == label
             if core.sum() < MIN_AREA:
                 continue
             # Soft coverage over the component and its antialiased rim, on the scale of the component's own colour.
-            rim = ndimage.binary_dilation(core, structure=np.ones((3, 3))) & ((nearest == index) | (strength < 0.22))
+            rim = ndimage.binary_dilation(core, structure=np.ones((3, 3))) & (
+                (nearest == index) | (strength < MIN_STRENGTH)
+            )
             coverage = difference @ directions[index] / lengths[index]
             coverage = np.clip(coverage / np.percentile(coverage[core], 75), 0, 1) * rim
             area = coverage.sum()

@@ -176,15 +176,42 @@ def test_new_generator_and_new_reward_cost_only_themselves(built, prompts, recip
     assert len(load_dataset(str(output), split="train")[0]["scores"]) == 4
 
 
-def test_more_prompts_keep_the_full_shards(built, prompts, recipe, tmp_path):
+def test_more_prompts_keep_the_full_shards(built, prompts, recipe, tmp_path, monkeypatch):
     output = copy(built, tmp_path / "more")
     before = snapshot(output)
     longer = tmp_path / "longer.txt"
     longer.write_text(prompts.read_text() + "a triangle\na blue cross\na green cross\n")
+    drawn, scored = [], []
+    generator, function = build_synpic.Generator.__call__, build_synpic.FunctionReward.score
+    monkeypatch.setattr(
+        build_synpic.Generator, "__call__", lambda self, p, s: drawn.append(len(p)) or generator(self, p, s)
+    )
+    monkeypatch.setattr(
+        build_synpic.FunctionReward, "score", lambda self, i, p: scored.extend([1] * len(p)) or function(self, i, p)
+    )
+    monkeypatch.setattr(build_synpic, "probe_rewards", lambda *a: None)
     call("build_synpic", *flags(longer, recipe, output))
     made = [name for name in written(before, snapshot(output)) if name.startswith("work/images")]
     assert sorted(made) == [f"work/images/{g}/{s}.parquet" for g in ("one", "two") for s in ("00002", "00003")]
+    assert sum(drawn) == 2 * 3 and scored == [1] * 6 * 3  # what the last, unfilled shard held is kept
     assert len(load_dataset(str(output), split="train")) == 13
+    assert "only grow" in refused("build_synpic", *flags(prompts, recipe, output))
+
+
+def test_images_drawn_anew_are_scored_anew(built, prompts, recipe, tmp_path):
+    """Scores belong to images: after a folder of images is deleted and drawn with other settings, none is stale."""
+    output = copy(built, tmp_path / "again")
+    entries = yaml.safe_load((recipe / "two.yaml").read_text())
+    entries[0]["call"]["num_inference_steps"] = 2
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(entries))
+    subprocess.run(["rm", "-r", str(output / "work" / "images" / "one")], check=True)
+    call("build_synpic", *flags(prompts, tmp_path, output))
+    import world
+
+    old, new = (load_dataset(str(folder), split="train") for folder in (built, output))
+    for a, b in zip(old, new):
+        assert not np.array_equal(np.asarray(a["images"][0]), np.asarray(b["images"][0]))
+        assert np.allclose(b["scores"]["color_reward"], world.color_reward(b["images"], [b["prompt"]] * 2), atol=1e-6)
 
 
 def test_killed_run_is_finished_by_the_next_one_on_two_processes(built, prompts, recipe, tmp_path):
@@ -239,7 +266,7 @@ def test_prompts_from_every_source(tmp_path):
     (tmp_path / "folder").mkdir()
     Dataset.from_list(rows).to_parquet(str(tmp_path / "folder" / "train.parquet"))
     for name in ("p.jsonl", "p.parquet", "folder"):
-        found = build_synpic.read_prompts(str(tmp_path / name), "caption", "train", None)
+        found = build_synpic.read_prompts(str(tmp_path / name), "caption", "train", None, ("tag",))
         assert [(row["prompt"], row["tag"]) for row in found] == [("a cat", "x"), ("a dog", "y")]
     (tmp_path / "p.txt").write_text("a cat\na cat\na dog\na bird\n")
     assert [row["prompt"] for row in build_synpic.read_prompts(str(tmp_path / "p.txt"), "prompt", "train", 2)] == [
@@ -348,7 +375,7 @@ def test_clip_rewards_equal_the_published_formulas(name, tmp_path, monkeypatch):
     for part in (model, tokenizer, processor):
         part.save_pretrained(tmp_path / "clip")
     monkeypatch.setitem(build_synpic.CLIPReward.MODELS, name, (str(tmp_path / "clip"),) * 2)
-    reward = build_synpic.load_reward_model(name, "cpu", torch.float32, batch_size=2)
+    reward = build_synpic.load_reward_model(name, "cpu", batch_size=2)
 
     rng = np.random.default_rng(0)
     images = [PILImage.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in [(40, 60), (33, 32)]]

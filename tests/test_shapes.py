@@ -29,12 +29,19 @@ def test_verifier_accepts_every_truth_and_refuses_every_lie():
     assert world.accuracy(lies, prompts) == [0.0] * len(rows)
     noise = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(50)]
     assert sum(world.accuracy(noise, prompts[:50])) == 0
+    for color in (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.0, 0.6, 0.7):  # black, white and pink are no colours here
+        mask = world.shape_mask("circle", 16, 16, 6)[..., None]
+        pixels = Image.fromarray(np.round(255 * (0.15 * (1 - mask) + np.array(color) * mask)).astype(np.uint8))
+        assert world.accuracy([pixels] * 6, [f"a {name} circle" for name in world.COLORS]) == [0.0] * 6
 
 
 def test_splits_share_no_prompt_and_every_prompt_parses():
     for category in world.CATEGORIES:
         train, heldout = (set(world.prompts(category, split)) for split in ("train", "heldout"))
         assert train and heldout and not train & heldout
+        scenes = {world.mirrored(world.parse_prompt(prompt)).text for prompt in heldout}
+        if category in ("counting", "position", "color_attr"):
+            assert not scenes & {world.parse_prompt(prompt).text for prompt in train}
         assert {world.parse_prompt(prompt).category for prompt in train | heldout} == {category}
     with pytest.raises(ValueError, match="not a prompt of the shapes world"):
         world.parse_prompt("a pink elephant")
