@@ -33,11 +33,13 @@ the same command again after a crash: images and scores that exist are kept. `ac
 
 import gc
 import hashlib
+import importlib.util
 import json
 import os
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
