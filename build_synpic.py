@@ -61,10 +61,12 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from accelerate import PartialState
-from datasets import Features, Image, List, Value, load_dataset
+from datasets import DatasetInfo, Features, Image, List, SplitDict, SplitInfo, Value, load_dataset
+from datasets import config as datasets_config
+from datasets.info import DatasetInfosDict
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import DatasetCard, HfApi, hf_hub_download
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi, hf_hub_download
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from scipy.stats import kendalltau
@@ -221,6 +223,18 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+# Copied from train_rankdpo_sdxl.local_cache
+def local_cache(folder: str) -> str | None:
+    """Where `load_dataset` shall cache a local folder; None for a dataset of the Hub.
+
+    By itself it keys the cache of a folder by the patterns in its card, not by its files, and so would serve the old
+    rows of a dataset that was built again.
+    """
+    if not os.path.isdir(folder):
+        return None
+    return os.path.join(datasets_config.HF_DATASETS_CACHE, f"local-{folder_digest(folder)}")
+
+
 def read_prompts(
     source: str, column: str, split: str, max_prompts: int | None, keep: tuple[str, ...] = ()
 ) -> list[dict]:
@@ -242,7 +256,7 @@ def read_prompts(
             elif path.suffix in (".txt", ".jsonl", ".json", ".parquet"):
                 raise FileNotFoundError("no such file")
             else:
-                rows = load_dataset(source, split=split)
+                rows = load_dataset(source, split=split, cache_dir=local_cache(source))
             columns = rows.column_names
     except Exception as error:
         raise SystemExit(f"--prompts {source}: cannot be read: {one_line(error)}") from None
@@ -543,10 +557,12 @@ def generator_settings(entry: dict) -> dict:
     return {**entry, "files": folder_digest(parts[0])} if parts else entry
 
 
+# Copied from train_rankdpo_sdxl.folder_digest
 def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and dates of a folder's weights and configurations."""
-    files = [file for file in sorted(Path(folder).rglob("*")) if file.suffix in (".safetensors", ".bin", ".json")]
-    stats = [f"{file.relative_to(folder)}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+    """A hash of the names, sizes and dates of a folder's files; of build_synpic.py's work files none."""
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    names = [(file.relative_to(folder), file.stat()) for file in files]
+    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names if name.parts[0] != "work"]
     return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
 
 
@@ -808,7 +824,7 @@ def rank(args: ScriptArguments, rows: list[dict], shards: list[range], generator
         write_table(pa.Table.from_pylist(table, schema=features.arrow_schema), target, facts, row_group_size=20)
     state.wait_for_everyone()
     if state.is_main_process:
-        write_card(args, rows, generators, names, rewards)
+        write_card(args, rows, generators, features)
     state.wait_for_everyone()
 
 
@@ -875,9 +891,26 @@ def markdown_table(header: list[str], lines: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in cells)
 
 
-def write_card(args: ScriptArguments, rows, generators: list[dict], names: list[str], rewards: list[str]) -> None:
+def dataset_info(output_dir: Path, features: Features) -> dict:
+    """The card's `dataset_info`. Without it, `load_dataset` on a folder that was built again would serve the rows it
+    cached before: its key is made of the card, not of the files."""
+    files = sorted((output_dir / "data").glob("*.parquet"))
+    metadata = [pq.read_metadata(file) for file in files]
+    size = sum(m.row_group(i).total_byte_size for m in metadata for i in range(m.num_row_groups))
+    split = SplitInfo("train", num_bytes=size, num_examples=sum(m.num_rows for m in metadata))
+    download_size = sum(file.stat().st_size for file in files)
+    data = DatasetCardData()
+    info = DatasetInfo(
+        features=features, splits=SplitDict({"train": split}), download_size=download_size, dataset_size=size
+    )
+    DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    return data.to_dict()["dataset_info"]
+
+
+def write_card(args: ScriptArguments, rows, generators: list[dict], features: Features) -> None:
     """Writes README.md and grid.png. What a person added to the card's front matter stays."""
     output_dir = Path(args.output_dir)
+    names, rewards = [entry["name"] for entry in generators], list(features["scores"])
     statistics = dataset_statistics(output_dir, rewards)
     temporary = output_dir / ".grid.tmp.png"
     grid_picture(output_dir, names).save(temporary)
@@ -953,7 +986,8 @@ Rewards: {", ".join(f"`{name}`" for name in args.rewards)}. Seed {args.seed}.
         "tags": ["synpic", "rankdpo", "preference", "synthetic"],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
     }
-    front = yaml.safe_dump({**own, **data, "size_categories": own["size_categories"]}, sort_keys=False)
+    facts = {"size_categories": own["size_categories"], "dataset_info": dataset_info(output_dir, features)}
+    front = yaml.safe_dump({**own, **data, **facts}, sort_keys=False)
     temporary = output_dir / ".README.tmp"
     temporary.write_text(f"---\n{front}---\n{body}")
     os.replace(temporary, readme)

@@ -45,6 +45,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from datasets import config as datasets_config
 from datasets import load_dataset
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -138,6 +139,18 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+# Copied from train_rankdpo_sdxl.local_cache
+def local_cache(folder: str) -> str | None:
+    """Where `load_dataset` shall cache a local folder; None for a dataset of the Hub.
+
+    By itself it keys the cache of a folder by the patterns in its card, not by its files, and so would serve the old
+    rows of a dataset that was built again.
+    """
+    if not os.path.isdir(folder):
+        return None
+    return os.path.join(datasets_config.HF_DATASETS_CACHE, f"local-{folder_digest(folder)}")
+
+
 # Copied from build_synpic.read_prompts
 def read_prompts(
     source: str, column: str, split: str, max_prompts: int | None, keep: tuple[str, ...] = ()
@@ -160,7 +173,7 @@ def read_prompts(
             elif path.suffix in (".txt", ".jsonl", ".json", ".parquet"):
                 raise FileNotFoundError("no such file")
             else:
-                rows = load_dataset(source, split=split)
+                rows = load_dataset(source, split=split, cache_dir=local_cache(source))
             columns = rows.column_names
     except Exception as error:
         raise SystemExit(f"--prompts {source}: cannot be read: {one_line(error)}") from None
@@ -357,11 +370,12 @@ def check_rewards(names: list[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from build_synpic.folder_digest
+# Copied from train_rankdpo_sdxl.folder_digest
 def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and dates of a folder's weights and configurations."""
-    files = [file for file in sorted(Path(folder).rglob("*")) if file.suffix in (".safetensors", ".bin", ".json")]
-    stats = [f"{file.relative_to(folder)}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+    """A hash of the names, sizes and dates of a folder's files; of build_synpic.py's work files none."""
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    names = [(file.relative_to(folder), file.stat()) for file in files]
+    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names if name.parts[0] != "work"]
     return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
 
 

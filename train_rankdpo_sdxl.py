@@ -74,6 +74,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from datasets import Dataset, Image, load_dataset
+from datasets import config as datasets_config
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -316,12 +317,35 @@ def preference_rank(scores) -> np.ndarray:
     return rank
 
 
+def folder_digest(folder: str) -> str:
+    """A hash of the names, sizes and dates of a folder's files; of build_synpic.py's work files none."""
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    names = [(file.relative_to(folder), file.stat()) for file in files]
+    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names if name.parts[0] != "work"]
+    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
+
+
+def local_cache(folder: str) -> str | None:
+    """Where `load_dataset` shall cache a local folder; None for a dataset of the Hub.
+
+    By itself it keys the cache of a folder by the patterns in its card, not by its files, and so would serve the old
+    rows of a dataset that was built again.
+    """
+    if not os.path.isdir(folder):
+        return None
+    return os.path.join(datasets_config.HF_DATASETS_CACHE, f"local-{folder_digest(folder)}")
+
+
 def load_ranked_dataset(args: ScriptArguments) -> Dataset:
     """Loads and checks the dataset's table; no image is decoded yet. Exits with one line that names what is wrong."""
     where = f"--dataset_name {args.dataset_name}"
     try:
         dataset = load_dataset(
-            args.dataset_name, args.dataset_config_name, split=args.dataset_split, revision=args.dataset_revision
+            args.dataset_name,
+            args.dataset_config_name,
+            split=args.dataset_split,
+            revision=args.dataset_revision,
+            cache_dir=local_cache(args.dataset_name),
         )
     except Exception as error:
         raise SystemExit(f"{where}: cannot be loaded: {one_line(error)}") from None
@@ -502,8 +526,7 @@ def model_fingerprint(model: str, file: str, revision: str | None = None) -> str
     """
     if not os.path.isdir(model):
         return f"{model}@{Path(hf_hub_download(model, file, revision=revision)).parent.name}"
-    files = [path for path in sorted(Path(model).rglob("*")) if path.suffix in (".safetensors", ".bin", ".json")]
-    return "|".join(f"{p.relative_to(model)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    return folder_digest(model)
 
 
 def cache_key(args: ScriptArguments, dataset: Dataset, labels: list[dict], weight_dtype: torch.dtype) -> str:
@@ -511,6 +534,7 @@ def cache_key(args: ScriptArguments, dataset: Dataset, labels: list[dict], weigh
     parts = [
         CACHE_VERSION,
         dataset._fingerprint,
+        folder_digest(args.dataset_name) if os.path.isdir(args.dataset_name) else None,
         args.images_column,
         args.prompt_column,
         labels[0]["images"] if args.generators is None else [row["images"] for row in labels],

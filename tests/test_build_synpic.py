@@ -179,6 +179,7 @@ def test_new_generator_and_new_reward_cost_only_themselves(built, prompts, recip
 def test_more_prompts_keep_the_full_shards(built, prompts, recipe, tmp_path, monkeypatch):
     output = copy(built, tmp_path / "more")
     before = snapshot(output)
+    assert len(load_dataset(str(output), split="train")) == 10  # and is in the cache of datasets now
     longer = tmp_path / "longer.txt"
     longer.write_text(prompts.read_text() + "a triangle\na blue cross\na green cross\n")
     drawn, scored = [], []

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,24 @@ def test_data_order_and_noise_do_not_depend_on_the_number_of_processes(tmp_path)
 def test_images_are_encoded_once_and_shared_by_every_later_run(flags, trained, tmp_path, capfd):
     call("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "a", "--max_train_steps", 1, "--loss_type", "dpo")
     assert "encode" not in capfd.readouterr().err
+
+
+def test_a_dataset_built_again_in_its_folder_is_read_again(flags, tmp_path):
+    """datasets keys its cache of a folder by the card, not by the files; neither rows nor latents may be stale."""
+    found = []
+    for seed in (1, 2):
+        data = tmp_path / "again"
+        shutil.rmtree(data, ignore_errors=True)
+        write_dataset(data, ranked_rows(n=4, seed=seed))
+        card = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet"
+        (data / "README.md").write_text(f"---\n{card}\n---\n")
+        args = script.ScriptArguments(dataset_name=str(data), pretrained_model_name_or_path=str(flags[1]))
+        dataset = script.load_ranked_dataset(args)
+        labels = script.make_labels(args, dataset)
+        found.append(([row["prompt"] for row in labels], script.cache_key(args, dataset, labels, torch.float32)))
+    assert found[0][0] == [row["prompt"] for row in ranked_rows(n=4, seed=1)]
+    assert found[1][0] == [row["prompt"] for row in ranked_rows(n=4, seed=2)]
+    assert found[0][1] != found[1][1]
 
 
 def test_cached_rows_hold_what_the_pipeline_would_compute(flags, trained, tiny_sdxl, ranked_dataset):
