@@ -55,6 +55,7 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
+import diffusers.pipelines
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -613,6 +614,9 @@ class Generator:
 
     @staticmethod
     def _load(part: dict, device) -> DiffusionPipeline:
+        if not hasattr(diffusers.pipelines, "wuerstchen"):
+            # diffusers 0.42 moved this module; Stable Cascade's model_index.json names its old place.
+            diffusers.pipelines.wuerstchen = importlib.import_module("diffusers.pipelines.deprecated.wuerstchen")
         kwargs = dict(part.get("load", {}))
         dtype = kwargs.pop("dtype", "float32")
         if torch.device(device).type == "cpu":

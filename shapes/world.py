@@ -332,16 +332,17 @@ def accuracy(images: list, prompts: list[str]) -> list[float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rewards: each sees one side of the truth, through its own noise. Their average is better than any single one.
+# Rewards: each sees one side of the truth, and misreads some pictures. Their average is better than any single one.
 # ----------------------------------------------------------------------------------------------------------------------
 
-NOISE = 0.15  # standard deviation of each reward's error, in units of its own range of 1
+MISREAD = 0.15  # share of the pictures that a reward misreads: it answers them at random
 
 
-def _noisy(name: str, image, prompt: str, value: float) -> float:
+def _imperfect(name: str, image, prompt: str, value: float) -> float:
     # Seeded by what is scored: the same image and prompt always get the same score, like a real (wrong) model.
     digest = hashlib.sha256(f"{name}|{prompt}|".encode() + np.asarray(image).tobytes()).digest()
-    return float(value + NOISE * np.random.default_rng(list(digest)).normal())
+    rng = np.random.default_rng(list(digest))
+    return round(float(rng.random() if rng.random() < MISREAD else value), 2)
 
 
 def _best_assignment(scene: Scene, found: list[dict], similarity) -> float:
@@ -356,7 +357,7 @@ def _best_assignment(scene: Scene, found: list[dict], similarity) -> float:
 def color_reward(images: list, prompts: list[str]) -> list[float]:
     """Are the asked colours there? Blind to shapes and places."""
     return [
-        _noisy("color", image, prompt, _best_assignment(parse_prompt(prompt), detect(image), _color_similarity))
+        _imperfect("color", image, prompt, _best_assignment(parse_prompt(prompt), detect(image), _color_similarity))
         for image, prompt in zip(images, prompts)
     ]
 
@@ -368,7 +369,7 @@ def _color_similarity(wanted: tuple, thing: dict) -> float:
 def shape_reward(images: list, prompts: list[str]) -> list[float]:
     """Are the asked shapes there? Blind to colours and places."""
     return [
-        _noisy("shape", image, prompt, _best_assignment(parse_prompt(prompt), detect(image), _shape_similarity))
+        _imperfect("shape", image, prompt, _best_assignment(parse_prompt(prompt), detect(image), _shape_similarity))
         for image, prompt in zip(images, prompts)
     ]
 
@@ -380,14 +381,16 @@ def _shape_similarity(wanted: tuple, thing: dict) -> float:
 def count_reward(images: list, prompts: list[str]) -> list[float]:
     """Is the number of objects right? Blind to what they are."""
     return [
-        _noisy("count", image, prompt, 1.0 - min(abs(len(detect(image)) - len(parse_prompt(prompt).objects)), 2) / 2)
+        _imperfect(
+            "count", image, prompt, 1.0 - min(abs(len(detect(image)) - len(parse_prompt(prompt).objects)), 2) / 2
+        )
         for image, prompt in zip(images, prompts)
     ]
 
 
 def layout_reward(images: list, prompts: list[str]) -> list[float]:
     """Do colour, shape and place go together? Knows whole objects and relations, but not how many there should be."""
-    return [_noisy("layout", image, prompt, _layout(prompt, image)) for image, prompt in zip(images, prompts)]
+    return [_imperfect("layout", image, prompt, _layout(prompt, image)) for image, prompt in zip(images, prompts)]
 
 
 def _layout(prompt: str, image) -> float:
@@ -405,12 +408,12 @@ def _layout(prompt: str, image) -> float:
 
 def clean_reward(images: list, prompts: list[str]) -> list[float]:
     """How crisp are the objects? Never reads the prompt."""
-    return [_noisy("clean", image, prompt, _cleanness(image)) for image, prompt in zip(images, prompts)]
+    return [_imperfect("clean", image, prompt, _cleanness(image)) for image, prompt in zip(images, prompts)]
 
 
 def _cleanness(image) -> float:
     found = detect(image)
-    return float(np.clip((np.mean([thing["iou"] for thing in found]) - 0.6) / 0.3, 0, 1)) if found else 0.0
+    return float(np.clip((np.mean([thing["iou"] for thing in found]) - 0.6) / 0.3, 0, 1).round(1)) if found else 0.0
 
 
 def main():

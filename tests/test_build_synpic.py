@@ -104,9 +104,10 @@ def test_dataset_has_the_schema_and_the_ranking(built):
         matrix = np.array([row["scores"][name] for name in names])
         # The stored images are what was scored.
         assert np.allclose(matrix[0], world.color_reward(row["images"], [row["prompt"]] * 2), atol=1e-6)
-        wins = (matrix[:, 0] > matrix[:, 1]).mean()
-        assert row["preference_probability"] == pytest.approx([wins, 1 - wins])
-        assert row["rank"] == ([1, 2] if wins > 0.5 else [2, 1])
+        wins = [(matrix[:, 0] > matrix[:, 1]).mean(), (matrix[:, 1] > matrix[:, 0]).mean()]
+        assert row["preference_probability"] == pytest.approx(wins)
+        if wins[0] != wins[1]:
+            assert row["rank"] == ([1, 2] if wins[0] > wins[1] else [2, 1])
 
 
 def test_images_are_what_the_pipeline_draws_from_the_stored_seed(built, tiny_sdxl):
@@ -125,9 +126,11 @@ def test_card_tells_what_was_built(built):
     assert card.data.task_categories == ["text-to-image"] and card.data.size_categories == ["n<1K"]
     for words in ("Kendall's tau", "cost in $ (at 1.5 an hour)", "Share of comparisons won", "num_inference_steps: 1"):
         assert words in card.text
-    # Two generators: their shares of won comparisons under a reward add up to 1 (there are no equal scores).
+    scores = np.array([row["color_reward"] for row in load_dataset(str(built), split="train")["scores"]])
+    wins = [(scores[:, 0] > scores[:, 1]).mean(), (scores[:, 1] > scores[:, 0]).mean()]
     line = next(line for line in card.text.splitlines() if line.startswith("| color_reward | 0"))
-    assert sum(float(cell) for cell in line.split("|")[2:4]) == pytest.approx(1, abs=0.002)
+    assert [float(cell) for cell in line.split("|")[2:4]] == pytest.approx(wins, abs=6e-4)
+    assert card.data.dataset_info["splits"][0]["num_examples"] == 10
     assert PILImage.open(built / "grid.png").width == 512
 
 
@@ -147,8 +150,7 @@ def test_deleted_shard_is_made_again_alone(built, prompts, recipe, tmp_path):
         (output / lost).unlink()
         call("build_synpic", *flags(prompts, recipe, output))
         after = snapshot(output)
-        shard = lost[-13:-8]
-        assert written(before, after) == [f"data/train-{shard}-of-00003.parquet", lost]
+        assert written(before, after) == [lost]  # and the dataset's shard holds what it held
         table = pq.read_table(output / lost)
         assert table.equals(pq.read_table(built / lost))
         before = after
@@ -280,7 +282,7 @@ def test_stable_cascade_draws_with_its_prior(tmp_path):
     """Real Stable Cascade classes, tiny: the decoder gets what the prior made of the same prompt and seed."""
     from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline, StableCascadePriorPipeline
     from diffusers.models import StableCascadeUNet
-    from diffusers.pipelines.wuerstchen import PaellaVQModel
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
     from train_generators import make_tokenizer
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -335,6 +337,10 @@ def test_stable_cascade_draws_with_its_prior(tmp_path):
     StableCascadeDecoderPipeline(decoder=decoder, vqgan=vqgan, latent_dim_scale=4.0, **shared).save_pretrained(
         tmp_path / "decoder"
     )
+    # As the published model_index.json has it.
+    index = tmp_path / "decoder" / "model_index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "vqgan": ["wuerstchen", "PaellaVQModel"]}))
     entry = {
         "name": "cascade",
         "model": str(tmp_path / "decoder"),
@@ -364,7 +370,7 @@ def test_clip_rewards_equal_the_published_formulas(name, tmp_path, monkeypatch):
     from train_generators import make_tokenizer
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     tokenizer = make_tokenizer()
     tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
