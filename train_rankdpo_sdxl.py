@@ -37,9 +37,10 @@ One GPU:
 
 Settings from a file, some of them overridden, and the same run continued after a crash:
 
-    accelerate launch train_rankdpo_sdxl.py --config recipes/rankdpo_sdxl.yaml --beta_dpo 2000
-    accelerate launch train_rankdpo_sdxl.py --config recipes/rankdpo_sdxl.yaml --beta_dpo 2000 \
-        --resume_from_checkpoint latest
+    accelerate launch train_rankdpo_sdxl.py --config recipes/rankdpo_sdxl.yaml --dataset_name outputs/synpic \
+        --beta_dpo 2000
+    accelerate launch train_rankdpo_sdxl.py --config recipes/rankdpo_sdxl.yaml --dataset_name outputs/synpic \
+        --beta_dpo 2000 --resume_from_checkpoint latest
 
 Several GPUs: `accelerate launch --multi_gpu --num_processes 4 train_rankdpo_sdxl.py ...`. With the same global batch
 (`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same prompts, the

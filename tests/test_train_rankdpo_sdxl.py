@@ -372,7 +372,7 @@ def test_bad_rows_are_named(tiny_sdxl, tmp_path, monkeypatch, name):
         (["--generators", "g0", "flux"], ["--generators g0 flux", "at least 2"]),
         (["--dataset_name", "no/such/folder"], ["--dataset_name no/such/folder"]),
         (["--dataset_split", "validation"], ["--dataset_name", "validation"]),
-        (["--beta", 5], ["--beta"]),
+        (["--no_such_flag", 5], ["--no_such_flag"]),
         (["--config", "no/such.yaml"], ["no/such.yaml"]),
         (["--resume_from_checkpoint", "no/checkpoint"], ["no/checkpoint"]),
         (["--pretrained_model_name_or_path", "no/such"], ["--pretrained_model_name_or_path no/such"]),
