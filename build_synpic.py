@@ -400,12 +400,14 @@ class CLIPReward:
         "clipscore": ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     }
 
-    def __init__(self, name: str, device, batch_size: int):
+    def __init__(self, name: str, device, dtype, batch_size: int):
         model, processor = self.MODELS[name]
         self.name, self.device, self.batch_size = name, device, batch_size
         self.identity = model
-        # In float32: bf16 turns PickScore's scale of 100 into 99, a difference as large as what is measured.
-        self.model = CLIPModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
+        self.model = CLIPModel.from_pretrained(model, dtype=torch.float32).eval()
+        # Taken in float32: bf16 turns PickScore's scale of 100 into 99, a difference as large as what is measured.
+        self.logit_scale = self.model.logit_scale.exp().item()
+        self.model.to(device, dtype)
         # The PIL backend is bit-exact with the transform that the published scores were made with.
         self.image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
@@ -418,7 +420,7 @@ class CLIPReward:
         rows = {prompt: row for row, prompt in enumerate(distinct)}
         cosine = (image * text[[rows[prompt] for prompt in prompts]]).sum(dim=-1)
         if self.name == "pickscore":
-            scores = self.model.logit_scale.exp() * cosine
+            scores = self.logit_scale * cosine
         else:
             scores = 2.5 * cosine.clamp(min=0)
         return check_scores(self.name, scores.tolist(), prompts)
@@ -431,22 +433,22 @@ class CLIPReward:
             prompts = [f"A photo depicts {prompt}" for prompt in prompts]
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         features = self.model.get_text_features(**tokens.to(self.device)).pooler_output
-        return torch.nn.functional.normalize(features, dim=-1)
+        return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def _encode_images(self, images: list) -> torch.Tensor:
         pixels = self.image_processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
-        features = self.model.get_image_features(pixels.to(self.device)).pooler_output
-        return torch.nn.functional.normalize(features, dim=-1)
+        features = self.model.get_image_features(pixels.to(self.device, self.model.dtype)).pooler_output
+        return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
-def load_reward_model(name: str, device="cpu", batch_size: int = 32):
+def load_reward_model(name: str, device="cpu", dtype=torch.float32, batch_size: int = 32):
     """Loads a reward model by name (pickscore, clipscore, path/to/file.py:function).
 
     Returns:
         an object with `.score(images, prompts) -> list[float]`: PIL images and their prompts, batched inside.
     """
     if name in REWARDS:
-        return CLIPReward(name, device, batch_size)
+        return CLIPReward(name, device, dtype, batch_size)
     return FunctionReward(name, batch_size)
 
 
@@ -738,7 +740,7 @@ def score(args: ScriptArguments, rows: list[dict], shards: list[range], generato
                 missing.append((s, ids, source, target, images))
         if not missing:
             continue
-        reward = load_reward_model(name, state.device, args.reward_batch_size)
+        reward = load_reward_model(name, state.device, torch.float32, args.reward_batch_size)
         progress = tqdm(
             total=sum(len(ids) for _, ids, *_ in missing),
             desc=f"score {reward_name(name)}",

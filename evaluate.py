@@ -289,12 +289,14 @@ class CLIPReward:
         "clipscore": ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     }
 
-    def __init__(self, name: str, device, batch_size: int):
+    def __init__(self, name: str, device, dtype, batch_size: int):
         model, processor = self.MODELS[name]
         self.name, self.device, self.batch_size = name, device, batch_size
         self.identity = model
-        # In float32: bf16 turns PickScore's scale of 100 into 99, a difference as large as what is measured.
-        self.model = CLIPModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
+        self.model = CLIPModel.from_pretrained(model, dtype=torch.float32).eval()
+        # Taken in float32: bf16 turns PickScore's scale of 100 into 99, a difference as large as what is measured.
+        self.logit_scale = self.model.logit_scale.exp().item()
+        self.model.to(device, dtype)
         # The PIL backend is bit-exact with the transform that the published scores were made with.
         self.image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
@@ -307,7 +309,7 @@ class CLIPReward:
         rows = {prompt: row for row, prompt in enumerate(distinct)}
         cosine = (image * text[[rows[prompt] for prompt in prompts]]).sum(dim=-1)
         if self.name == "pickscore":
-            scores = self.model.logit_scale.exp() * cosine
+            scores = self.logit_scale * cosine
         else:
             scores = 2.5 * cosine.clamp(min=0)
         return check_scores(self.name, scores.tolist(), prompts)
@@ -320,23 +322,23 @@ class CLIPReward:
             prompts = [f"A photo depicts {prompt}" for prompt in prompts]
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         features = self.model.get_text_features(**tokens.to(self.device)).pooler_output
-        return torch.nn.functional.normalize(features, dim=-1)
+        return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def _encode_images(self, images: list) -> torch.Tensor:
         pixels = self.image_processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
-        features = self.model.get_image_features(pixels.to(self.device)).pooler_output
-        return torch.nn.functional.normalize(features, dim=-1)
+        features = self.model.get_image_features(pixels.to(self.device, self.model.dtype)).pooler_output
+        return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
 # Copied from build_synpic.load_reward_model
-def load_reward_model(name: str, device="cpu", batch_size: int = 32):
+def load_reward_model(name: str, device="cpu", dtype=torch.float32, batch_size: int = 32):
     """Loads a reward model by name (pickscore, clipscore, path/to/file.py:function).
 
     Returns:
         an object with `.score(images, prompts) -> list[float]`: PIL images and their prompts, batched inside.
     """
     if name in REWARDS:
-        return CLIPReward(name, device, batch_size)
+        return CLIPReward(name, device, dtype, batch_size)
     return FunctionReward(name, batch_size)
 
 
@@ -500,7 +502,7 @@ def score(args: ScriptArguments, prompts: list[str], models: dict, state: Partia
             file = output_dir / "scores" / column / f"{name}.json"
             stored = json.loads(file.read_text()) if file.exists() else {}
             if stored.get("settings") != identity:
-                reward = reward or load_reward_model(metric, state.device, args.reward_batch_size)
+                reward = reward or load_reward_model(metric, state.device, torch.float32, args.reward_batch_size)
                 items = [(i, n) for i in range(len(prompts)) for n in range(args.num_images_per_prompt)]
                 values = []
                 for start in tqdm(range(0, len(items), 256), desc=f"{column} of {name}", unit_scale=256, unit="image"):

@@ -382,7 +382,7 @@ def test_clip_rewards_equal_the_published_formulas(name, tmp_path, monkeypatch):
     for part in (model, tokenizer, processor):
         part.save_pretrained(tmp_path / "clip")
     monkeypatch.setitem(build_synpic.CLIPReward.MODELS, name, (str(tmp_path / "clip"),) * 2)
-    reward = build_synpic.load_reward_model(name, "cpu", batch_size=2)
+    reward = build_synpic.load_reward_model(name, "cpu", torch.float32, batch_size=2)
 
     rng = np.random.default_rng(0)
     images = [PILImage.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in [(40, 60), (33, 32)]]
@@ -402,6 +402,9 @@ def test_clip_rewards_equal_the_published_formulas(name, tmp_path, monkeypatch):
         wanted.append(model.logit_scale.exp().item() * cosine if name == "pickscore" else 2.5 * max(cosine, 0))
     assert reward.score(images, prompts) == pytest.approx(wanted, abs=1e-5)
     assert len(set(wanted)) > 2
+    half = build_synpic.load_reward_model(name, "cpu", torch.bfloat16, batch_size=2)
+    assert half.score(images, prompts) == pytest.approx(wanted, abs=0.1)
+    assert half.logit_scale == model.logit_scale.exp().item()
 
 
 BAD_REWARDS = {
