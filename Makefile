@@ -36,6 +36,6 @@ fix-copies: .venv/ready
 	$(BIN)/python tests/test_copies.py --fix
 	$(BIN)/ruff format --quiet .
 
-# The generators that the demo uses, trained from scratch (about 40 minutes on 2 cores).
+# The generators that the demo uses, trained from scratch (48 minutes on 2 cores).
 models: .venv/ready
 	$(BIN)/python shapes/train_generators.py --output_dir shapes/models

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate",
 #     "datasets",
@@ -361,7 +361,7 @@ def check_rewards(names: list[str]) -> None:
     """Exits with one line unless every reward is known; imports the user's own functions."""
     columns = [reward_name(name) for name in names]
     if not columns or len(set(columns)) < len(columns):
-        raise SystemExit(f"--rewards {' '.join(names)}: needs one or more, each with a name of its own")
+        raise SystemExit(f"rewards {' '.join(names)}: one or more are needed, each with a name of its own")
     for name in names:
         if name not in REWARDS:
             FunctionReward(name, batch_size=2)
@@ -374,10 +374,12 @@ def check_rewards(names: list[str]) -> None:
 
 # Copied from train_rankdpo_sdxl.folder_digest
 def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and dates of a folder's files; of build_synpic.py's work files none."""
+    """A hash of the names, sizes and dates of a folder's files: a model's, or a dataset's without what
+    build_synpic.py writes anew at every run (the card and its picture) or for itself (work)."""
     files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     names = [(file.relative_to(folder), file.stat()) for file in files]
-    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names if name.parts[0] != "work"]
+    names = [(name, stat) for name, stat in names if name.parts[0] not in ("work", "README.md", "grid.png")]
+    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
     return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
 
 
@@ -454,6 +456,8 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
                 dtype=getattr(torch, args.dtype),
             ).to(state.device)
             pipeline.set_progress_bar_config(disable=True)
+            if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
+                pipeline.vae.enable_slicing()  # decoding a batch at once is what runs out of memory first
         if model["lora"]:
             pipeline.load_lora_weights(model["file"])
             if not pipeline.get_active_adapters():  # diffusers only warns

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate",
 #     "bitsandbytes",
@@ -319,10 +319,12 @@ def preference_rank(scores) -> np.ndarray:
 
 
 def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and dates of a folder's files; of build_synpic.py's work files none."""
+    """A hash of the names, sizes and dates of a folder's files: a model's, or a dataset's without what
+    build_synpic.py writes anew at every run (the card and its picture) or for itself (work)."""
     files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     names = [(file.relative_to(folder), file.stat()) for file in files]
-    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names if name.parts[0] != "work"]
+    names = [(name, stat) for name, stat in names if name.parts[0] not in ("work", "README.md", "grid.png")]
+    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
     return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
 
 
@@ -379,7 +381,8 @@ def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
     """
     columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
     columns += [name for name in (args.rank_column, "generators", "scores") if name in dataset.column_names]
-    if (args.generators or args.rank_by not in ("all", "random")) and "scores" not in columns:
+    from_scores = args.rank_by != "random" and (args.generators or args.rank_by != "all")
+    if from_scores and "scores" not in columns:
         raise SystemExit("--rank_by / --generators need the dataset's `scores` column, which it does not have")
     if args.generators and "generators" not in columns:
         raise SystemExit("--generators needs the dataset's `generators` column, which it does not have")
@@ -424,7 +427,7 @@ def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
         if args.rank_by == "random":
             rank = _generator(args.seed, "random labels", prompt_id).permutation(len(images)) + 1
             phi = (len(images) - rank) / (len(images) - 1)
-        elif args.generators or args.rank_by != "all":
+        elif from_scores:
             names = sorted(row["scores"]) if args.rank_by == "all" else [args.rank_by]
             if not set(names) <= set(row["scores"]):
                 raise SystemExit(f"--rank_by {args.rank_by}: no such reward; it has {', '.join(row['scores'])}")
@@ -999,12 +1002,11 @@ RESUMABLE = (
 ).split()
 
 
-def check_output_dir(args: ScriptArguments, num_processes: int) -> Path | None:
+def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
     """Refuses a folder that holds another run; returns the checkpoint to resume from, if any. Writes nothing."""
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise SystemExit(f"--output_dir {output_dir} is a file")
-    settings = run_settings(args, num_processes)
     record = output_dir / "run.json"
     checkpoints = list_checkpoints(output_dir)
     finished = (output_dir / LORA_FILE).exists()
@@ -1036,11 +1038,13 @@ def check_output_dir(args: ScriptArguments, num_processes: int) -> Path | None:
     return folder
 
 
-def run_settings(args: ScriptArguments, num_processes: int) -> dict:
+def run_settings(args: ScriptArguments, num_processes: int, labels: list[dict]) -> dict:
     """What makes two runs the same run: all that changes the result, the batch only as the global batch."""
     settings = {name: value for name, value in asdict(args).items() if name not in RESUMABLE}
     if args.lr_scheduler.startswith("constant"):  # then a run may be made longer; other schedules are shaped by it
         del settings["max_train_steps"], settings["num_train_epochs"]
+    rows = [f"{row['prompt_id']}{row['phi'].tolist()}{row['rank'].tolist()}" for row in labels]
+    settings["labels"] = hashlib.sha256("|".join(rows).encode()).hexdigest()[:16]
     settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     return settings
 
@@ -1223,7 +1227,12 @@ def upload(args: ScriptArguments, output_dir: Path) -> None:
 
 
 def training_command() -> str:
-    return f"accelerate launch {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}"
+    """The command as it was given, by `accelerate launch` or by `python`."""
+    launched = "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = ["accelerate", "launch"] if launched else ["python"]
+    launcher += ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
+    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -1317,10 +1326,11 @@ def main(args: ScriptArguments) -> None:
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
 
     # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
-    checkpoint = check_output_dir(args, accelerator.num_processes)
     check_model(args)
     dataset = load_ranked_dataset(args)
     labels = make_labels(args, dataset)
+    settings = run_settings(args, accelerator.num_processes, labels)
+    checkpoint = check_output_dir(args, settings)
     k = len(labels[0]["images"])
     global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     epochs_steps = max(1, round(args.num_train_epochs * len(labels) / global_batch_size))
@@ -1344,7 +1354,7 @@ def main(args: ScriptArguments) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         for stale in output_dir.glob(".checkpoint-*.tmp"):
             shutil.rmtree(stale)
-        write_text(output_dir / "run.json", json.dumps(run_settings(args, accelerator.num_processes), indent=2) + "\n")
+        write_text(output_dir / "run.json", json.dumps(settings, indent=2) + "\n")
     validator = encode(args, dataset, labels, cache, accelerator, weight_dtype)
 
     # Model, optimizer, schedule.
@@ -1386,6 +1396,8 @@ def main(args: ScriptArguments) -> None:
     progress = tqdm(
         total=max_train_steps, initial=start_step, desc="train", disable=not accelerator.is_local_main_process
     )
+    if max_train_steps <= args.lr_warmup_steps:
+        accelerator.print(f"warning: all {max_train_steps} steps are warm-up: add prompts, or raise --max_train_steps")
     accelerator.print(
         f"{len(labels)} prompts x {k} images, {max_train_steps} steps of {global_batch_size} prompts, "
         f"{sum(p.numel() for p in parameters):,} trained parameters"

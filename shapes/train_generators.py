@@ -3,7 +3,7 @@
 
     python shapes/train_generators.py --output_dir shapes/models
 
-Both are `StableDiffusionXLPipeline` folders (real diffusers and transformers classes, 5 million parameters, fp16
+Both are `StableDiffusionXLPipeline` folders (real diffusers and transformers classes, 3.3 million parameters, fp16
 safetensors) that `from_pretrained` loads: `base`, the model that preference training improves, and `early`, the
 average of the weights at half of the same training, a worse model for Syn-Pic to rank. A quarter of the training
 images show one thing other than their caption says (`world.corrupt`), as captions of the web do. That is what
