@@ -47,7 +47,7 @@ def test_files_of_a_run(trained):
     assert not list(trained.rglob("*tmp*"))
     card = (trained / "README.md").read_text()
     assert "library_name: diffusers" in card and "<Gallery />" in card and "TODO" not in card
-    assert "images/s" in card and "peak memory" in card and "accelerate launch" in card
+    assert "images/s" in card and "peak memory" in card and "How it was made" in card
     for name in ("0.png", "0_base.png", "3.png"):
         assert Image.open(trained / "images" / name).size == (32, 32)
     assert list((trained / "logs").rglob("events.out.tfevents*"))
