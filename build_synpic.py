@@ -547,6 +547,13 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
                 )
 
 
+# Copied from train_rankdpo_sdxl.write_text
+def write_text(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
 def write_settings(folder: Path, settings: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".settings.tmp{os.getpid()}"
@@ -773,6 +780,7 @@ def rank(args: ScriptArguments, rows: list[dict], shards: list[range], generator
     """Joins images and scores into the dataset's shards; a shard whose parts did not change is left alone."""
     work, data = Path(args.output_dir) / "work", Path(args.output_dir) / "data"
     names, rewards = [entry["name"] for entry in generators], [reward_name(name) for name in args.rewards]
+    reward_facts = {reward_name(name): reward_settings(name) for name in args.rewards}
     features = Features(
         {
             "prompt_id": Value("string"),
@@ -802,7 +810,7 @@ def rank(args: ScriptArguments, rows: list[dict], shards: list[range], generator
             if not is_complete(file, prompts=digest(ids), images=parts[name]["images"]):
                 raise SystemExit(f"{file} is missing or of other images: run the score stage first")
         facts = {"prompts": digest(ids), "images": {name: part["images"] for name, part in parts.items()}}
-        facts["scores"] = {r: reward_settings(name) for r, name in zip(rewards, args.rewards)}
+        facts["scores"] = reward_facts
         target = data_file(data, s, shards)
         if shard_facts(target) == facts:
             continue
@@ -996,9 +1004,7 @@ Rewards: {", ".join(f"`{name}`" for name in args.rewards)}. Seed {args.seed}.
     }
     facts = {"size_categories": own["size_categories"], "dataset_info": dataset_info(output_dir, features)}
     front = yaml.safe_dump({**own, **data, **facts}, sort_keys=False)
-    temporary = output_dir / ".README.tmp"
-    temporary.write_text(f"---\n{front}---\n{body}")
-    os.replace(temporary, readme)
+    write_text(readme, f"---\n{front}---\n{body}")
 
 
 def size_category(n: int) -> str:
@@ -1063,9 +1069,7 @@ def main(args: ScriptArguments) -> None:
         write_settings(work, run_settings(args))
         for stale in work.rglob(".*.tmp*"):  # of processes that were killed
             stale.unlink()
-        temporary = work / ".prompts.tmp"
-        temporary.write_text(json.dumps([row["prompt"] for row in rows]))
-        os.replace(temporary, work / "prompts.json")
+        write_text(work / "prompts.json", json.dumps([row["prompt"] for row in rows]))
     state.wait_for_everyone()
     rows = [{"prompt": row["prompt"], "prompt_id": prompt_id(row["prompt"])} for row in rows]
     shards = [range(i, min(i + args.shard_size, len(rows))) for i in range(0, len(rows), args.shard_size)]

@@ -516,9 +516,7 @@ def score(args: ScriptArguments, prompts: list[str], models: dict, state: Partia
                 values = np.reshape(values, (len(prompts), args.num_images_per_prompt)).tolist()
                 stored = {"settings": identity, "scores": values}
                 file.parent.mkdir(parents=True, exist_ok=True)
-                temporary = file.with_suffix(".tmp")
-                temporary.write_text(json.dumps(stored))
-                os.replace(temporary, file)
+                write_text(file, json.dumps(stored))
             results[column][name] = np.array(stored["scores"], dtype=np.float64)
         del reward
         gc.collect()

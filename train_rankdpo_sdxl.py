@@ -951,7 +951,6 @@ def save_checkpoint(output_dir: Path, step: int, unet, optimizer, lr_scheduler, 
     temporary.mkdir(parents=True)
     save_lora(unet, temporary)
     state = {
-        "step": step,
         "optimizer": optimizer.state_dict(),
         "lr_scheduler": lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler else None,
@@ -980,8 +979,8 @@ def load_lora(folder: Path, unet) -> None:
     set_peft_model_state_dict(unet, lora)
 
 
-def load_training_state(folder: Path, optimizer, lr_scheduler, scaler) -> int:
-    """Restores optimizer, schedule and loss scale; returns the step reached.
+def load_training_state(folder: Path, optimizer, lr_scheduler, scaler) -> None:
+    """Restores optimizer, schedule and loss scale; the step reached is in the folder's name.
 
     Timesteps, noise and data order are functions of (seed, step), so there is no random state to restore.
     """
@@ -990,7 +989,6 @@ def load_training_state(folder: Path, optimizer, lr_scheduler, scaler) -> int:
     lr_scheduler.load_state_dict(state["lr_scheduler"])
     if scaler:
         scaler.load_state_dict(state["scaler"])
-    return state["step"]
 
 
 # Settings that may differ between a run and its continuation: they do not change what is learnt.
