@@ -5,6 +5,7 @@
 #     "accelerate",
 #     "datasets",
 #     "diffusers",
+#     "ftfy",
 #     "huggingface_hub",
 #     "numpy",
 #     "peft",
@@ -33,15 +34,20 @@ the same command again after a crash: images and scores that exist are kept. `ac
 
 import gc
 import hashlib
+import html
 import importlib.util
 import json
+import math
 import os
 import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -49,18 +55,56 @@ from datasets import config as datasets_config
 from datasets import load_dataset
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, normalize, pad, resize, to_tensor
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 
-# Copied from build_synpic.REWARDS
-REWARDS = ("pickscore", "clipscore")
+# Copied from build_synpic.DEFAULT_REWARDS
+DEFAULT_REWARDS = ("hpsv2.1", "pickscore", "imagereward", "aesthetic", "clipscore")
+
+# Copied from build_synpic.REWARD_MODELS
+REWARD_MODELS = {
+    "hpsv2": ("xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "hpsv2.1": ("xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "imagereward": ("zai-org/ImageReward", "google-bert/bert-base-uncased"),
+    "aesthetic": ("shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", None),
+    "clipscore": ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+    "vqascore": ("zhiqiulin/clip-flant5-xxl", "google/flan-t5-xxl"),
+    # Variants, so named wherever a score is written: HPSv2 with a smoothing resize, VQAScore asked of another model.
+    "hpsv2_antialias": ("xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "hpsv2.1_antialias": ("xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "vqascore_vlm": ("Qwen/Qwen2.5-VL-7B-Instruct", None),
+}
+
+# Copied from build_synpic.VQASCORE_VISION
+VQASCORE_VISION = "openai/clip-vit-large-patch14-336"  # its image processor
 
 BASELINE = "base"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -104,8 +148,8 @@ class ScriptArguments:
 
     # Metrics and output
     metrics: list[str] = field(
-        default_factory=lambda: list(REWARDS),
-        metadata={"help": "pickscore, clipscore, file.py:function with function(images, prompts) -> list of float."},
+        default_factory=lambda: list(DEFAULT_REWARDS),
+        metadata={"help": f"{', '.join(REWARD_MODELS)}, each also as name=checkpoint; file.py:function of your own."},
     )
     reward_batch_size: int = field(default=32, metadata={"help": "Images scored together."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Images, scores, results and report."})
@@ -234,6 +278,21 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# Copied from build_synpic.BadImage
+class BadImage(Exception):
+    """An image that does not decode."""
+
+
+# Copied from build_synpic.decoded
+def decoded(image):
+    """The PIL image, its pixels read."""
+    try:
+        image.load()
+    except Exception as error:  # PIL raises many kinds
+        raise BadImage(f"{type(error).__name__}: {one_line(error)}") from None
+    return image
+
+
 # Copied from build_synpic.FunctionReward
 class FunctionReward:
     """The user's own `function(images, prompts) -> list of float`."""
@@ -241,7 +300,9 @@ class FunctionReward:
     def __init__(self, name: str, batch_size: int):
         file, _, function = name.rpartition(":")
         if not file.endswith(".py") or not function:
-            raise SystemExit(f"reward {name}: unknown; choose from {', '.join(REWARDS)}, or path/to/file.py:function")
+            raise SystemExit(
+                f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or path/to/file.py:function"
+            )
         if not Path(file).is_file():
             raise SystemExit(f"reward {name}: no file {file}")
         try:
@@ -253,15 +314,25 @@ class FunctionReward:
         self.name, self.function, self.batch_size = name, getattr(module, function), batch_size
         self.identity = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
-    def score(self, images: list, prompts: list[str]) -> list[float]:
-        scores = []
-        for start in range(0, len(images), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            found = list(self.function(images[batch], prompts[batch]))
-            if len(found) != len(images[batch]):
-                raise SystemExit(f"reward {self.name}: {len(found)} scores for {len(images[batch])} images")
-            scores += [float(score) for score in found]
-        return check_scores(self.name, scores, prompts)
+    def score(self, images: list, prompts: list[str], skip_bad: bool = False) -> list[float]:
+        """As RewardModel.score."""
+        scores = [math.nan] * len(images)
+        for batch in batches(list(range(len(images))), self.batch_size):
+            good = []
+            for place in batch:
+                try:
+                    decoded(images[place])
+                    good.append(place)
+                except BadImage:
+                    if not skip_bad:
+                        raise
+            found = list(self.function([images[place] for place in good], [prompts[place] for place in good]))
+            if len(found) != len(good):
+                raise SystemExit(f"reward {self.name}: {len(found)} scores for {len(good)} images")
+            check_scores(self.name, found, [prompts[place] for place in good])
+            for place, score in zip(good, found):
+                scores[place] = float(score)
+        return scores
 
 
 # Copied from build_synpic.import_file
@@ -276,70 +347,582 @@ def import_file(file: str):
     return module
 
 
-# Copied from build_synpic.CLIPReward
-class CLIPReward:
-    """PickScore and CLIPScore: a scaled cosine of image and prompt embeddings.
+# Copied from build_synpic.RewardModel
+class RewardModel:
+    """What the reward models share: workers that decode and resize, batches, and every distinct image and prompt of a
+    call encoded once.
 
-    pickscore: Kirstain et al. (2023), exp(logit scale) · cosine, about 20 to 23.
-    clipscore: Hessel et al. (2021), 2.5 · max(cosine, 0), ViT-B/32, prompts prefixed with "A photo depicts".
+    A subclass loads its weights in `load` and gives `prepare` (PIL image → what the model takes, run by a worker),
+    `encode_images` and `encode_prompts` (features of one batch) and `compare` (n of each → n rewards in float32).
     """
 
-    MODELS = {
-        "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
-        "clipscore": ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
-    }
+    def __init__(self, name: str, device="cpu", dtype=None, batch_size: int = 32):
+        self.name, self.kind = name, name.partition("=")[0]
+        self.checkpoint, self.processor = reward_source(name)
+        self.device, self.batch_size = torch.device(device), batch_size
+        # Of the half precisions float16 is the nearer one to float32, but T5 and other language models overflow in it.
+        half = torch.bfloat16 if self.kind.startswith("vqascore") else torch.float16
+        self.dtype = dtype or (half if self.device.type == "cuda" else torch.float32)
+        try:
+            self.load()
+        except Exception as error:
+            raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {one_line(error)}") from None
 
-    def __init__(self, name: str, device, dtype, batch_size: int):
-        model, processor = self.MODELS[name]
-        self.name, self.device, self.batch_size = name, device, batch_size
-        self.identity = model
-        self.model = CLIPModel.from_pretrained(model, dtype=torch.float32).eval()
-        # Taken in float32: bf16 turns PickScore's scale of 100 into 99, a difference as large as what is measured.
-        self.logit_scale = self.model.logit_scale.exp().item()
-        self.model.to(device, dtype)
-        # The PIL backend is bit-exact with the transform that the published scores were made with.
-        self.image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
-        self.tokenizer = AutoTokenizer.from_pretrained(processor)
+    def load_exactly(self, model_class, source: str | None, dtype=torch.float32, **kwargs) -> torch.nn.Module:
+        """A transformers model; a key that the checkpoint lacks, or that the model does not know, is an error."""
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # no report of the keys that differ: here they are an error
+        try:
+            model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        for what in ("missing", "unexpected", "mismatched"):
+            if keys := sorted(map(str, info[f"{what}_keys"])):
+                raise ValueError(f"{len(keys)} {what} keys: {', '.join(keys[:3])}{', …' if keys[3:] else ''}")
+        return model.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def score(self, images: list, prompts: list[str]) -> list[float]:
-        distinct = list(dict.fromkeys(prompts))  # k images share a prompt: encode it once
-        text = torch.cat([self._encode_prompts(batch) for batch in self._batches(distinct)])
-        image = torch.cat([self._encode_images(batch) for batch in self._batches(images)])
-        rows = {prompt: row for row, prompt in enumerate(distinct)}
-        cosine = (image * text[[rows[prompt] for prompt in prompts]]).sum(dim=-1)
-        if self.name == "pickscore":
-            scores = self.logit_scale * cosine
+    def score(self, images: list, prompts: list[str], skip_bad: bool = False) -> list[float]:
+        """The reward of each image for its prompt.
+
+        Args:
+            images: n PIL images; one that is listed again is not encoded again. What `Image.open` has not decoded yet
+                is decoded by the workers.
+            prompts: n prompts.
+            skip_bad: give NaN for an image that does not decode, instead of raising BadImage.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        texts = [row for batch in batches(distinct, self.batch_size) for row in self.encode_prompts(batch)]
+        texts = dict(zip(distinct, texts, strict=True))
+        asked = {}  # image → prompt → positions
+        for position, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            asked.setdefault(id(image), {}).setdefault(prompt, []).append(position)
+        positions, rewards = [], []
+        for batch in self.prepared({id(image): image for image in images}, skip_bad):
+            features = self.encode_images([pixels for _, pixels in batch]) if batch else []
+            pairs = [(row, key, prompt) for row, (key, _) in enumerate(batch) for prompt in asked[key]]
+            positions += [asked[key][prompt] for _, key, prompt in pairs]
+            for part in batches(pairs, self.batch_size):
+                # Rewards stay on the device until all is done: to wait for each batch would leave the device idle.
+                rewards.append(self.compare([features[row] for row, _, _ in part], [texts[text] for *_, text in part]))
+        scores = [math.nan] * len(images)
+        for places, reward in zip(positions, torch.cat(rewards).tolist() if rewards else []):
+            for place in places:
+                scores[place] = reward
+        return scores if skip_bad else check_scores(self.name, scores, prompts)
+
+    def prepared(self, images: dict, skip_bad: bool):
+        """Batches of (key, `prepare`d image), by workers that stay two batches ahead; bad images may be left out."""
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            ahead = deque()
+            for batch in [*batches(list(images.items()), self.batch_size), [], []]:
+                ahead.append([(key, pool.submit(self.decode_and_prepare, image)) for key, image in batch])
+                if len(ahead) > 2:
+                    futures = ahead.popleft()
+                    if skip_bad:
+                        futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
+                    yield [(key, future.result()) for key, future in futures]
+
+    def decode_and_prepare(self, image):
+        return self.prepare(decoded(image))
+
+    def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(pixels).to(self.device, self.dtype)
+
+
+# Copied from build_synpic.batches
+def batches(items: list, size: int):
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+# Copied from build_synpic.HPSReward
+class HPSReward(RewardModel):
+    """HPSv2 and v2.1 (Wu et al., 2023): the cosine of CLIP ViT-H/14, about 0.2 to 0.35, as `hpsv2.score` gives it
+    (`hpsv2.evaluate` shows it times 100)."""
+
+    FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
+
+    def load(self):
+        file = self.FILES[self.kind.removesuffix("_antialias")]
+        weights = torch.load(checkpoint_file(self.checkpoint, file), map_location="cpu", weights_only=True)
+        weights = hf_clip_weights(weights["state_dict"])
+        config = clip_config(weights)
+        self.size = config.vision_config.image_size
+        self.model = self.load_exactly(CLIPModel, None, config=config, state_dict=weights)
+        self.model.to(self.device, self.dtype)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
+
+    def prepare(self, image) -> torch.Tensor:
+        """The longer side to 224, the rest padded with black. When the model was trained and its published scores were
+        made, torchvision resized tensors without antialiasing: so it is done here."""
+        pixels = to_tensor(image.convert("RGB"))
+        scale = self.size / max(pixels.shape[1:])
+        if scale != 1:
+            size = [max(round(side * scale), 1) for side in pixels.shape[1:]]
+            smooth = self.kind.endswith("_antialias")
+            pixels = resize(pixels, size, InterpolationMode.BICUBIC, antialias=smooth)
+        high, wide = self.size - pixels.shape[1], self.size - pixels.shape[2]
+        pixels = pad(pixels, [wide // 2, high // 2, wide - wide // 2, high - high // 2])
+        return normalize(pixels, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
+
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        # Attention is causal and the feature is the first end token's: padding to its right plays no part.
+        tokens = self.tokenize(prompts, padding=True, return_tensors="pt").to(self.device)
+        return unit(self.model.get_text_features(tokens).pooler_output)
+
+    def tokenize(self, prompts: list[str], **kwargs):
+        texts = [clean_text(prompt) for prompt in prompts]
+        # To HPSv2's tokenizer, unlike OpenAI's, "<|endoftext|>" in a prompt is text like any other.
+        kwargs["split_special_tokens"] = self.kind.startswith("hpsv2")
+        return self.tokenizer(texts, truncation=True, max_length=77, **kwargs).input_ids
+
+    def compare(self, images: list, texts: list) -> torch.Tensor:
+        return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
+
+
+# Copied from build_synpic.PickScoreReward
+class PickScoreReward(HPSReward):
+    """PickScore (Kirstain et al., 2023): exp(logit scale) · cosine of CLIP ViT-H/14, about 20 to 23."""
+
+    def load(self):
+        self.model = self.load_exactly(CLIPModel, self.checkpoint)
+        # Taken in float32: bf16 turns the scale of 100 into 99, a difference as large as what is measured.
+        self.logit_scale = self.model.logit_scale.exp().item()
+        self.model.to(self.device, self.dtype)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
+        # The PIL backend is bit-exact with the transform that the published scores were made with.
+        self.image_processor = AutoImageProcessor.from_pretrained(self.processor, backend="pil")
+
+    def prepare(self, image) -> torch.Tensor:
+        image = image.convert("RGB")
+        image.info.pop("transparency", None)  # of a palette image: the processor would blend it, PickScore's did not
+        return self.image_processor(image, return_tensors="pt").pixel_values[0]
+
+    def tokenize(self, prompts: list[str], **kwargs):
+        return self.tokenizer(prompts, truncation=True, max_length=77, **kwargs).input_ids
+
+    def compare(self, images: list, texts: list) -> torch.Tensor:
+        return self.logit_scale * super().compare(images, texts)
+
+
+# Copied from build_synpic.CLIPScoreReward
+class CLIPScoreReward(HPSReward):
+    """CLIPScore as Hessel et al. (2021) define it: 2.5 · max(cosine, 0) of CLIP ViT-B/32, "A photo depicts" first."""
+
+    def load(self):
+        self.model = self.load_exactly(CLIPModel, self.checkpoint).to(self.device, self.dtype)
+        self.size = self.model.config.vision_config.image_size
+        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
+
+    def prepare(self, image) -> torch.Tensor:
+        return clip_pixels(image, self.size)
+
+    def tokenize(self, prompts: list[str], **kwargs):
+        return super().tokenize([f"A photo depicts {prompt}" for prompt in prompts], **kwargs)
+
+    def compare(self, images: list, texts: list) -> torch.Tensor:
+        return 2.5 * super().compare(images, texts).clamp(min=0)
+
+
+# Copied from build_synpic.AestheticReward
+class AestheticReward(RewardModel):
+    """LAION aesthetic predictor v2 (sac+logos+ava1, linear MSE): about 1 to 10; the prompt plays no part."""
+
+    def load(self):
+        weights = checkpoint_weights(self.checkpoint)
+        head = split_keys(weights, "layers.")
+        config = CLIPVisionConfig.from_pretrained(self.checkpoint)
+        self.size = config.image_size
+        self.model = self.load_exactly(CLIPVisionModelWithProjection, None, config=config, state_dict=weights)
+        self.model.to(self.device, self.dtype)
+        self.head = linear_head(head).to(self.device)
+
+    def prepare(self, image) -> torch.Tensor:
+        return clip_pixels(image, self.size)
+
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return self.head(unit(self.model(self.stack(pixels)).image_embeds))[:, 0]
+
+    def encode_prompts(self, prompts: list[str]) -> list:
+        return prompts
+
+    def compare(self, images: list, texts: list) -> torch.Tensor:
+        return torch.stack(images)
+
+
+# Copied from build_synpic.ImageRewardReward
+class ImageRewardReward(RewardModel):
+    """ImageReward v1.0 (Xu et al., 2023): BLIP's text encoder looks at the image, a linear head rates it; -2 to 2."""
+
+    def load(self):
+        weights = torch.load(checkpoint_file(self.checkpoint, "ImageReward.pt"), map_location="cpu", weights_only=True)
+        vision, text, head = blip_weights(weights)
+        vision_config, text_config = blip_configs(vision, text)
+        self.size = vision_config.image_size
+        self.vision = self.load_exactly(BlipVisionModel, None, config=vision_config, state_dict=vision)
+        self.text = self.load_exactly(BlipTextModel, None, config=text_config, state_dict=text, add_pooling_layer=False)
+        self.vision.to(self.device, self.dtype)
+        self.text.to(self.device, self.dtype)
+        self.head = linear_head(head).to(self.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
+        self.tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+
+    def prepare(self, image) -> torch.Tensor:
+        return clip_pixels(image, self.size)
+
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return self.vision(self.stack(pixels)).last_hidden_state
+
+    def encode_prompts(self, prompts: list[str]) -> list:
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        return list(zip(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)))
+
+    def compare(self, images: list, texts: list) -> torch.Tensor:
+        # The decoder that the configuration names is run as an encoder: it sees the text in both directions.
+        hidden = self.text(
+            torch.stack([ids for ids, _ in texts]),
+            attention_mask=torch.stack([mask for _, mask in texts]),
+            encoder_hidden_states=torch.stack(images),
+            is_decoder=False,
+        ).last_hidden_state
+        return (self.head(hidden[:, 0].float())[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+# Copied from build_synpic.VQAScoreReward
+class VQAScoreReward(RewardModel):
+    """VQAScore (Lin et al., 2024) of CLIP-FlanT5: the probability of "Yes" (and the end) as the answer, 0 to 1."""
+
+    BEFORE = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: "
+    )
+    AFTER = '\nDoes this figure show "{}"? Please answer yes or no. ASSISTANT: '
+
+    def load(self):
+        weights = checkpoint_weights(self.checkpoint)
+        vision = split_keys(weights, "vision_tower.vision_tower.")
+        projector = split_keys(weights, "mm_projector.")
+        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
+        # As the official code resizes it: what pads T5's vocabulary to 32128 is no word, and must not share in p.
+        for key in ("shared.weight", "lm_head.weight"):
+            weights[key] = weights[key][: len(self.tokenizer)]
+        weights.pop("embed_tokens.weight", None)  # this and the next two are the same tensor as shared.weight
+        weights["encoder.embed_tokens.weight"] = weights["decoder.embed_tokens.weight"] = weights["shared.weight"]
+        config = T5Config.from_pretrained(self.checkpoint, vocab_size=len(weights["shared.weight"]))
+        config.tie_word_embeddings = config.scale_decoder_outputs = False
+        self.t5 = self.load_exactly(T5ForConditionalGeneration, None, self.dtype, config=config, state_dict=weights).to(
+            self.device
+        )
+        vision_config = clip_vision_config(vision, "vision_model.", head_width=64, hidden_act="quick_gelu")
+        self.vision = self.load_exactly(CLIPVisionModel, None, self.dtype, config=vision_config, state_dict=vision)
+        self.vision.to(self.device)
+        self.projector = torch.nn.Sequential(linear(projector, "0"), torch.nn.GELU(), linear(projector, "2"))
+        if projector:
+            raise ValueError(f"unexpected keys of mm_projector: {', '.join(projector)}")
+        self.projector.to(self.device, self.dtype)
+        clip = self.processor if os.path.isdir(self.processor) else VQASCORE_VISION
+        self.image_processor = AutoImageProcessor.from_pretrained(clip, backend="pil")
+        self.answer = torch.tensor(self.tokenizer("Yes").input_ids, device=self.device)
+
+    def prepare(self, image) -> torch.Tensor:
+        image = image.convert("RGB")
+        side = max(image.size)
+        square = PILImage.new("RGB", (side, side), tuple(int(255 * mean) for mean in OPENAI_CLIP_MEAN))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return self.image_processor(square, return_tensors="pt").pixel_values[0]
+
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        hidden = self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
+        return self.projector(hidden)
+
+    def encode_prompts(self, prompts: list[str]) -> list:
+        # Before and after the image are tokenised apart, so an end token stands before the image too.
+        return [
+            [torch.tensor(self.tokenizer(text).input_ids, device=self.device) for text in (self.BEFORE, after)]
+            for after in map(self.AFTER.format, prompts)
+        ]
+
+    def compare(self, images: list, texts: list) -> torch.Tensor:
+        embed = self.t5.get_input_embeddings()
+        rows = [torch.cat([embed(before), image, embed(after)]) for image, (before, after) in zip(images, texts)]
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(inputs.shape[1], device=self.device) < lengths[:, None]
+        answer = self.answer.repeat(len(rows), 1)
+        logits = self.t5(inputs_embeds=inputs, attention_mask=mask.long(), labels=answer).logits.float()
+        return logits.log_softmax(dim=-1).gather(-1, answer[..., None]).mean(dim=(1, 2)).exp()
+
+
+# Copied from build_synpic.VLMReward
+class VLMReward(RewardModel):
+    """VQAScore's question put to any image-text-to-text model of transformers: the probability of "Yes" as the first
+    token. A variant: its numbers are not those of CLIP-FlanT5."""
+
+    QUESTION = 'Does this image show "{}"? Answer the question with Yes or No.'
+
+    def load(self):
+        self.processor = AutoProcessor.from_pretrained(self.checkpoint)
+        self.processor.tokenizer.padding_side = "left"  # the answer follows the last token
+        self.model = self.load_exactly(AutoModelForImageTextToText, self.checkpoint, self.dtype).to(self.device)
+        self.yes = self.processor.tokenizer("Yes", add_special_tokens=False).input_ids[0]
+
+    def prepare(self, image):
+        return image.convert("RGB")
+
+    def encode_images(self, images: list) -> list:
+        return images
+
+    def encode_prompts(self, prompts: list[str]) -> list[str]:
+        contents = [[{"type": "image"}, {"type": "text", "text": self.QUESTION.format(text)}] for text in prompts]
+        return [
+            self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            for content in contents
+        ]
+
+    def compare(self, images: list, texts: list) -> torch.Tensor:
+        inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
+        logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
+        return logits.softmax(dim=-1)[:, self.yes]
+
+
+# Copied from build_synpic.clean_text
+def clean_text(text: str) -> str:
+    """OpenAI CLIP's cleaning, which HPSv2 and CLIPScore do before tokenising; transformers' tokenizer has none."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+# Copied from build_synpic.clip_pixels
+def clip_pixels(image, size: int) -> torch.Tensor:
+    """OpenAI CLIP's transform, ImageReward's too: PIL image → float32 (3, size, size)."""
+    image = center_crop(resize(image, size, InterpolationMode.BICUBIC), size).convert("RGB")
+    return normalize(to_tensor(image), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+
+# Copied from build_synpic.unit
+def unit(features: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(features.float(), dim=-1)
+
+
+# Copied from build_synpic.checkpoint_file
+def checkpoint_file(checkpoint: str, name: str) -> str:
+    """A file of a folder or of a repository on the Hub."""
+    return os.path.join(checkpoint, name) if os.path.isdir(checkpoint) else hf_hub_download(checkpoint, name)
+
+
+# Copied from build_synpic.checkpoint_weights
+def checkpoint_weights(checkpoint: str) -> dict[str, torch.Tensor]:
+    """All tensors of a transformers checkpoint, a folder or on the Hub, safetensors before pickles."""
+    for kind in ("safetensors", "bin"):
+        folder = checkpoint
+        if not os.path.isdir(checkpoint):
+            folder = snapshot_download(checkpoint, allow_patterns=[f"*.{kind}"])
+        files = sorted(Path(folder).glob(f"*.{kind}"))
+        if files:
+            break
+    else:
+        raise FileNotFoundError("no *.safetensors and no *.bin in it")
+    weights = {}
+    for file in files:
+        weights |= load_file(file) if kind == "safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    return {key: value for key, value in weights.items() if not key.endswith("position_ids")}  # buffers, once saved
+
+
+# Copied from build_synpic.split_keys
+def split_keys(weights: dict, prefix: str) -> dict:
+    """Takes the tensors under a prefix out of `weights`."""
+    return {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
+
+
+# Copied from build_synpic.linear
+def linear(weights: dict, name: str) -> torch.nn.Linear:
+    """Takes a linear layer out of `weights`."""
+    weight, bias = weights.pop(f"{name}.weight"), weights.pop(f"{name}.bias")
+    layer = torch.nn.Linear(*reversed(weight.shape))
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer.requires_grad_(False)
+
+
+# Copied from build_synpic.linear_head
+def linear_head(weights: dict) -> torch.nn.Sequential:
+    """The head of the aesthetic predictor and of ImageReward: five linear layers with dropout, and nothing, between."""
+    head = torch.nn.Sequential(*(linear(weights, name) for name in ("0", "2", "4", "6", "7")))
+    if weights:
+        raise ValueError(f"unexpected keys of the head: {', '.join(weights)}")
+    return head
+
+
+# Copied from build_synpic.hf_clip_weights
+def hf_clip_weights(weights: dict) -> dict:
+    """open_clip's state dict under the names of transformers' CLIPModel."""
+    renames = {
+        ".transformer.resblocks.": ".encoder.layers.",
+        ".ln_pre.": ".pre_layrnorm.",
+        ".ln_post.": ".post_layernorm.",
+        ".ln_final.": ".final_layer_norm.",
+        ".ln_1.": ".layer_norm1.",
+        ".ln_2.": ".layer_norm2.",
+        ".attn.": ".self_attn.",
+        ".mlp.c_fc.": ".mlp.fc1.",
+        ".mlp.c_proj.": ".mlp.fc2.",
+        ".class_embedding": ".embeddings.class_embedding",
+        ".conv1.": ".embeddings.patch_embedding.",
+        ".token_embedding.": ".embeddings.token_embedding.",
+        ".positional_embedding": ".embeddings.position_embedding.weight",
+    }
+    found = {}
+    for key, value in weights.items():
+        if key in ("text_projection", "visual.proj"):  # matrices there, linear layers here
+            found["text_projection.weight" if key == "text_projection" else "visual_projection.weight"] = value.T
+            continue
+        if key == "logit_scale":
+            found[key] = value
+            continue
+        name = f"vision_model.{key[7:]}" if key.startswith("visual.") else f"text_model.{key}"
+        for old, new in renames.items():
+            name = name.replace(old, new)
+        if ".in_proj_" in name:
+            for part, tensor in zip("qkv", value.chunk(3)):
+                found[name.replace("in_proj_", f"{part}_proj.")] = tensor.contiguous()
         else:
-            scores = 2.5 * cosine.clamp(min=0)
-        return check_scores(self.name, scores.tolist(), prompts)
+            found[name] = value
+    return found
 
-    def _batches(self, items: list):
-        return (items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size))
 
-    def _encode_prompts(self, prompts: list[str]) -> torch.Tensor:
-        if self.name == "clipscore":
-            prompts = [f"A photo depicts {prompt}" for prompt in prompts]
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
-        features = self.model.get_text_features(**tokens.to(self.device)).pooler_output
-        return torch.nn.functional.normalize(features.float(), dim=-1)
+# Copied from build_synpic.n_layers
+def n_layers(weights: dict, prefix: str) -> int:
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix))
 
-    def _encode_images(self, images: list) -> torch.Tensor:
-        pixels = self.image_processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
-        features = self.model.get_image_features(pixels.to(self.device, self.model.dtype)).pooler_output
-        return torch.nn.functional.normalize(features.float(), dim=-1)
+
+# Copied from build_synpic.clip_vision_config
+def clip_vision_config(weights: dict, prefix: str, head_width: int, hidden_act: str) -> CLIPVisionConfig:
+    """What the shapes of CLIP's image tower tell, and the two things that they do not."""
+    width, _, patch, _ = weights[f"{prefix}embeddings.patch_embedding.weight"].shape
+    positions = len(weights[f"{prefix}embeddings.position_embedding.weight"])
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(weights[f"{prefix}encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=n_layers(weights, f"{prefix}encoder.layers."),
+        num_attention_heads=width // head_width,
+        patch_size=patch,
+        image_size=patch * math.isqrt(positions - 1),
+        hidden_act=hidden_act,
+    )
+
+
+# Copied from build_synpic.clip_config
+def clip_config(weights: dict) -> CLIPConfig:
+    """The configuration of an open_clip ViT-H/14, or of a smaller relative with heads of the same widths."""
+    vocabulary, width = weights["text_model.embeddings.token_embedding.weight"].shape
+    text = {
+        "hidden_size": width,
+        "intermediate_size": len(weights["text_model.encoder.layers.0.mlp.fc1.weight"]),
+        "num_hidden_layers": n_layers(weights, "text_model.encoder.layers."),
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": len(weights["text_model.embeddings.position_embedding.weight"]),
+        "vocab_size": vocabulary,
+        "eos_token_id": vocabulary - 1,
+        "bos_token_id": vocabulary - 2,
+        "hidden_act": "gelu",
+    }
+    vision = clip_vision_config(weights, "vision_model.", head_width=80, hidden_act="gelu").to_dict()
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=len(weights["text_projection.weight"]))
+
+
+# Copied from build_synpic.blip_weights
+def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
+    """ImageReward's state dict as those of BlipVisionModel, BlipTextModel and the head."""
+    weights = dict(weights)
+    vision, text = split_keys(weights, "blip.visual_encoder."), split_keys(weights, "blip.text_encoder.")
+    head = split_keys(weights, "mlp.layers.")
+    for prefix in ("blip.vision_proj.", "blip.text_proj."):  # of BLIP's pretraining: no part of the reward
+        split_keys(weights, prefix)
+    if weights:
+        raise ValueError(f"{len(weights)} unexpected keys: {', '.join(list(weights)[:3])}")
+    text.pop("embeddings.position_ids", None)
+    renames = {
+        ".cls_token": ".embeddings.class_embedding",
+        ".pos_embed": ".embeddings.position_embedding",
+        ".patch_embed.proj.": ".embeddings.patch_embedding.",
+        ".blocks.": ".encoder.layers.",
+        ".norm1.": ".layer_norm1.",
+        ".norm2.": ".layer_norm2.",
+        ".norm.": ".post_layernorm.",
+        ".attn.qkv.": ".self_attn.qkv.",
+        ".attn.proj.": ".self_attn.projection.",
+    }
+    renamed = {}
+    for key, value in vision.items():
+        name = f".{key}"
+        for old, new in renames.items():
+            name = name.replace(old, new)
+        renamed[name[1:]] = value
+    return renamed, text, head
+
+
+# Copied from build_synpic.blip_configs
+def blip_configs(vision: dict, text: dict) -> tuple[BlipVisionConfig, BlipTextConfig]:
+    """BLIP's two configurations from the shapes; all its heads are 64 wide."""
+    width, _, patch, _ = vision["embeddings.patch_embedding.weight"].shape
+    vision_config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(vision["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=n_layers(vision, "encoder.layers."),
+        num_attention_heads=width // 64,
+        image_size=patch * math.isqrt(vision["embeddings.position_embedding"].shape[1] - 1),
+        patch_size=patch,
+        layer_norm_eps=1e-6,  # the class's own default shifts the features by 7e-3
+    )
+    vocabulary, hidden = text["embeddings.word_embeddings.weight"].shape
+    text_config = BlipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        encoder_hidden_size=width,
+        intermediate_size=len(text["encoder.layer.0.intermediate.dense.weight"]),
+        num_hidden_layers=n_layers(text, "encoder.layer."),
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
+    )
+    return vision_config, text_config
+
+
+# Copied from build_synpic.reward_source
+def reward_source(name: str) -> tuple[str, str | None]:
+    """A reward's checkpoint, and the folder or Hub id of its tokenizer and image processor: the checkpoint's own
+    folder, where they lie in it."""
+    kind, _, checkpoint = name.partition("=")
+    default, processor = REWARD_MODELS[kind]
+    checkpoint = checkpoint or default
+    own = any(os.path.exists(os.path.join(checkpoint, file)) for file in ("tokenizer.json", "tokenizer_config.json"))
+    return checkpoint, checkpoint if own else processor
 
 
 # Copied from build_synpic.load_reward_model
-def load_reward_model(name: str, device="cpu", dtype=torch.float32, batch_size: int = 32):
-    """Loads a reward model by name (pickscore, clipscore, path/to/file.py:function).
+def load_reward_model(name: str, device="cpu", dtype=None, batch_size: int = 32):
+    """Loads a reward model.
+
+    Args:
+        name: one of REWARD_MODELS, with `=checkpoint` (a folder, or a Hub id) for another than the published one; or
+            path/to/file.py:function.
+        dtype: by default float32 on a CPU and half precision on a GPU.
 
     Returns:
         an object with `.score(images, prompts) -> list[float]`: PIL images and their prompts, batched inside.
     """
-    if name in REWARDS:
-        return CLIPReward(name, device, dtype, batch_size)
-    return FunctionReward(name, batch_size)
+    kind = name.partition("=")[0]
+    if kind not in REWARD_MODELS:
+        return FunctionReward(name, batch_size)
+    classes = {
+        "pickscore": PickScoreReward,
+        "imagereward": ImageRewardReward,
+        "aesthetic": AestheticReward,
+        "clipscore": CLIPScoreReward,
+        "vqascore": VQAScoreReward,
+        "vqascore_vlm": VLMReward,
+    }
+    return classes.get(kind, HPSReward)(name, device, dtype, batch_size)
 
 
 # Copied from build_synpic.check_scores
@@ -352,8 +935,21 @@ def check_scores(name: str, scores: list[float], prompts: list[str]) -> list[flo
 
 # Copied from build_synpic.reward_name
 def reward_name(name: str) -> str:
-    """The column of a reward: `shapes/world.py:color_reward` → `color_reward`."""
-    return name.rpartition(":")[2]
+    """The column of a reward: `shapes/world.py:color_reward` → `color_reward`, `pickscore=folder` → `pickscore`."""
+    kind, _, checkpoint = name.partition("=")
+    if kind == "vqascore_vlm":  # the numbers of one model are not those of another
+        return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][0]).name}"
+    return kind if kind in REWARD_MODELS else name.rpartition(":")[2]
+
+
+# Copied from build_synpic.reward_settings
+def reward_settings(name: str) -> dict:
+    """What a reward's scores depend on: its checkpoint, or the text of its file."""
+    if name.partition("=")[0] not in REWARD_MODELS:
+        return {"reward": name.rpartition("/")[2], "sha256": FunctionReward(name, batch_size=1).identity}
+    checkpoint = reward_source(name)[0]
+    files = {"files": folder_digest(checkpoint)} if os.path.isdir(checkpoint) else {}
+    return {"reward": reward_name(name), "checkpoint": checkpoint, **files}
 
 
 # Copied from build_synpic.check_rewards
@@ -363,7 +959,7 @@ def check_rewards(names: list[str]) -> None:
     if not columns or len(set(columns)) < len(columns):
         raise SystemExit(f"rewards {' '.join(names)}: one or more are needed, each with a name of its own")
     for name in names:
-        if name not in REWARDS:
+        if name.partition("=")[0] not in REWARD_MODELS:
             FunctionReward(name, batch_size=2)
 
 
@@ -502,11 +1098,11 @@ def score(args: ScriptArguments, prompts: list[str], models: dict, state: Partia
     for metric in args.metrics:
         column, reward, results[reward_name(metric)] = reward_name(metric), None, {}
         for name, model in models.items():
-            identity = {"metric": metric_identity(metric), **image_settings(args, prompts, model)}
+            identity = {"metric": reward_settings(metric), **image_settings(args, prompts, model)}
             file = output_dir / "scores" / column / f"{name}.json"
             stored = json.loads(file.read_text()) if file.exists() else {}
             if stored.get("settings") != identity:
-                reward = reward or load_reward_model(metric, state.device, torch.float32, args.reward_batch_size)
+                reward = reward or load_reward_model(metric, state.device, batch_size=args.reward_batch_size)
                 items = [(i, n) for i in range(len(prompts)) for n in range(args.num_images_per_prompt)]
                 values = []
                 for start in tqdm(range(0, len(items), 256), desc=f"{column} of {name}", unit_scale=256, unit="image"):
@@ -522,13 +1118,6 @@ def score(args: ScriptArguments, prompts: list[str], models: dict, state: Partia
         gc.collect()
         torch.cuda.empty_cache()
     return results
-
-
-def metric_identity(metric: str) -> str:
-    """What a metric's scores depend on: its model, or the text of its file."""
-    if metric in REWARDS:
-        return CLIPReward.MODELS[metric][0]
-    return FunctionReward(metric, batch_size=1).identity
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,754 @@
+"""The reward models against the official scorers' own code: same random weights, same pictures, same words."""
+
+import functools
+import types
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import official
+import pytest
+import torch
+from PIL import Image as PILImage
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    BlipTextModel,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import build_synpic
+from build_synpic import BadImage, load_reward_model
+
+
+PROMPTS = [
+    "",
+    "   ",
+    "a red bicycle",
+    "A  Red\tBICYCLE\n",
+    "a cat 🐈‍⬛ and a dog 🐕",
+    "一只戴帽子的猫,水彩画",
+    "ネコ ﾈｺ　全角",
+    "“curly” ‘quotes’ — and … dots",
+    "fish &amp; chips &lt;3",
+    "&amp;amp; twice",
+    "mojibake: cafÃ© schÃ¶n",
+    "naïve façade, Škoda, Zürich",
+    "it's we're they'll I'd you've i'm don't",
+    "4k 8K 1920x1080 3.14 №5",
+    "a_b-c/d\\e (f) [g] {h} <i> |j|",
+    "(masterpiece:1.4), best quality, ((detailed)), <lora:foo:0.8>",
+    "<|endoftext|> in the middle",
+    "[SEP] [DEC] [ENC] [CLS]",
+    "word " * 200,
+    "длинное предложение " * 40,
+    "العربية और हिन्दी",
+    "x" * 300,
+    "zero\u200bwidth and soft\u00adhyphen",
+    "e\u0301 against \u00e9",
+]
+WORDS = "portrait of a woman dragon city cyberpunk neon oil painting photo 8k, trending artstation by greg sky".split()
+_rng = np.random.default_rng(0)
+PROMPTS += [" ".join(_rng.choice(WORDS, size=_rng.integers(1, 40))) for _ in range(200 - len(PROMPTS))]
+
+
+def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> PILImage.Image:
+    channels = {"RGB": 3, "RGBA": 4, "L": 1, "LA": 2}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    image = PILImage.fromarray(pixels.squeeze(), mode) if mode == "L" else PILImage.fromarray(pixels, mode)
+    return image
+
+
+def through_file(image: PILImage.Image, kind: str, **options) -> PILImage.Image:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return PILImage.open(buffer)
+
+
+def pictures() -> dict[str, PILImage.Image]:
+    exif = PILImage.Exif()
+    exif[274] = 6  # turned by 90°
+    return {
+        "square": noise(224, 224),
+        "large": noise(512, 512),
+        "odd and wide": noise(333, 201),
+        "odd and high": noise(101, 307),
+        "one pixel off": noise(225, 224),
+        "small": noise(31, 17),
+        "narrow": noise(400, 9),
+        "gray": noise(301, 211, "L"),
+        "RGBA": noise(215, 317, "RGBA"),
+        "LA": noise(120, 311, "LA"),
+        "palette": through_file(noise(257, 199).quantize(32), "PNG"),
+        "palette with transparency": through_file(noise(130, 131).quantize(16), "PNG", transparency=3),
+        "1 bit": noise(100, 240, "L").convert("1"),
+        "jpeg": through_file(noise(640, 427), "JPEG", quality=80),
+        "turned by EXIF": through_file(noise(320, 241), "JPEG", exif=exif.tobytes()),
+        "CMYK": through_file(noise(177, 178).convert("CMYK"), "JPEG"),
+    }
+
+
+@pytest.fixture(scope="module")
+def clip_tokenizer(tmp_path_factory):
+    """OpenAI CLIP's own vocabulary as a transformers tokenizer: what laion/CLIP-ViT-H-14-… holds."""
+    merges = official.merges()
+    letters = list(official.clip().simple_tokenizer.bytes_to_unicode().values())
+    words = [*letters, *(f"{x}</w>" for x in letters), *("".join(merge.split()) for merge in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    folder = tmp_path_factory.mktemp("clip-tokenizer")
+    vocabulary = {word: number for number, word in enumerate(words)}
+    CLIPTokenizer(vocab=vocabulary, merges=[tuple(merge.split()) for merge in merges]).save_pretrained(folder)
+    return folder
+
+
+def with_files(folder, *sources):
+    for source in sources:
+        for file in source.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# HPSv2
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hps(tmp_path_factory, clip_tokenizer):
+    """hpsv2's fork of open_clip at a small size with ViT-H/14's head widths: (model, preprocessing, checkpoint)."""
+    open_clip = official.open_clip()
+    model = open_clip.CLIP(
+        64,
+        {"image_size": 56, "layers": 2, "width": 160, "head_width": 80, "patch_size": 14},
+        {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2},
+        output_dict=True,
+    )
+    official.seeded(model)
+    folder = with_files(tmp_path_factory.mktemp("hpsv2"), clip_tokenizer)
+    for name in ("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"):
+        torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / name)
+    transform = open_clip.image_transform(56, is_train=False, resize_longest_max=True)
+    return model, transform, folder
+
+
+@pytest.fixture
+def without_antialias(monkeypatch):
+    """torchvision before 0.17 did not smooth when it resized a tensor."""
+    transform = official.open_clip().transform
+    resize = functools.partial(transform.F.resize, antialias=False)
+    monkeypatch.setattr(transform, "F", types.SimpleNamespace(resize=resize, pad=transform.F.pad))
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "hpsv2.1"])
+def test_hps_is_the_official_score(hps, name, monkeypatch, without_antialias):
+    model, transform, folder = hps
+    img_score = official.hpsv2()
+    monkeypatch.setattr(img_score, "model_dict", {"model": model, "preprocess_val": transform})
+    monkeypatch.setattr(img_score, "device", "cpu")
+    images = [image.convert("RGB") for image in pictures().values()]
+    reward = load_reward_model(f"{name}={folder}", batch_size=5)
+    for prompt in ("a red bicycle", PROMPTS[4], PROMPTS[18]):
+        checkpoint = str(folder / reward.FILES[name])
+        expected = [float(value) for value in img_score.score(images, prompt, cp=checkpoint)]
+        found = reward.score(images, [prompt] * len(images))
+        assert np.ptp(expected) > 0.01
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", pictures())
+def test_hps_preprocessing_is_bit_exact(hps, name, without_antialias):
+    _, transform, folder = hps
+    image = pictures()[name]
+    image = image.convert("RGB") if image.mode == "RGBA" else image  # its own model cannot take the fourth channel
+    expected = transform(image)
+    found = load_reward_model(f"hpsv2={folder}").prepare(pictures()[name])
+    assert torch.equal(found, expected)
+
+
+def test_hps_antialias_is_todays_torchvision(hps):
+    _, transform, folder = hps
+    smooth, plain = (load_reward_model(f"{name}={folder}") for name in ("hpsv2_antialias", "hpsv2"))
+    image = noise(512, 300)
+    assert torch.equal(smooth.prepare(image), transform(image))
+    assert (smooth.prepare(image) - plain.prepare(image)).abs().mean() > 0.05
+
+
+def test_hps_tokens(hps):
+    assert len(PROMPTS) == 200
+    expected = official.open_clip().tokenize(PROMPTS).tolist()
+    found = load_reward_model(f"hpsv2={hps[2]}").tokenize(PROMPTS)
+    for prompt, row, tokens in zip(PROMPTS, expected, found):
+        assert tokens + [0] * (77 - len(tokens)) == row, prompt
+
+
+def full_size_hps():
+    open_clip = official.open_clip()
+    with torch.device("meta"):
+        return open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+
+
+def shapes(weights: dict) -> dict:
+    return {key: tuple(value.shape) for key, value in weights.items()}
+
+
+def test_all_keys_of_the_full_size_hps():
+    weights = build_synpic.hf_clip_weights(full_size_hps().state_dict())
+    with torch.device("meta"):
+        model = CLIPModel(build_synpic.clip_config(weights))
+    assert shapes(weights) == shapes(model.state_dict())
+    assert sum(value.numel() for value in weights.values()) == 986_109_441
+    assert model.config.vision_config.num_attention_heads == 16
+    assert model.config.text_config.num_attention_heads == 16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PickScore and CLIPScore
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pickscore(tmp_path_factory, clip_tokenizer, hps):
+    """The open_clip model of `hps` as a transformers checkpoint, as PickScore is published."""
+    folder = with_files(tmp_path_factory.mktemp("pickscore"), clip_tokenizer)
+    weights = build_synpic.hf_clip_weights(hps[0].state_dict())
+    model = CLIPModel(build_synpic.clip_config(weights))
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        model.logit_scale.fill_(np.log(100))
+    model.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(folder)
+    return folder
+
+
+def pickscore_pixels(image: PILImage.Image, size: int) -> torch.Tensor:
+    """transformers' CLIPFeatureExtractor of 2023 in words of its own: PIL resize of the shorter side, crop, scale."""
+    image = image.convert("RGB")
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    new = (size, int(size * long / short)) if width <= height else (int(size * long / short), size)
+    pixels = np.asarray(image.resize(new, PILImage.BICUBIC))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    pixels = (pixels[top : top + size, left : left + size] * (1 / 255)).astype(np.float32)
+    mean, std = np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954, 0.26130258, 0.27577711])
+    return torch.from_numpy(((pixels - mean) / std).transpose(2, 0, 1).copy())
+
+
+@pytest.mark.parametrize("name", pictures())
+def test_pickscore_preprocessing_is_bit_exact(pickscore, name):
+    found = load_reward_model(f"pickscore={pickscore}").prepare(pictures()[name])
+    assert torch.equal(found, pickscore_pixels(pictures()[name], 56))
+
+
+def test_pickscore_is_the_scaled_cosine_of_open_clip(hps, pickscore):
+    reward = load_reward_model(f"pickscore={pickscore}", batch_size=3)
+    images = list(pictures().values())
+    prompts = [PROMPTS[2 + i % 5] for i in range(len(images))]
+    pixels = torch.stack([pickscore_pixels(image, 56) for image in images])
+    tokens = [row + [0] * (77 - len(row)) for row in reward.tokenize(prompts)]
+    with torch.no_grad():
+        outputs = hps[0](pixels, torch.tensor(tokens))
+    expected = 100 * (outputs["image_features"] * outputs["text_features"]).sum(dim=-1)
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(reward.score(images, prompts), expected, atol=1e-5 * 100, rtol=0)
+    np.testing.assert_allclose(np.array(reward.score(images, prompts)) / 100, expected / 100, atol=1e-5, rtol=0)
+
+
+def test_pickscore_scale_is_float32_in_half_precision(pickscore):
+    full, half = (load_reward_model(f"pickscore={pickscore}", dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert half.logit_scale == full.logit_scale == pytest.approx(100)
+    images = list(pictures().values())
+    found = half.score(images, ["a red bicycle"] * len(images))
+    np.testing.assert_allclose(found, full.score(images, ["a red bicycle"] * len(images)), atol=1.0)
+
+
+@pytest.fixture(scope="module")
+def openai_clip():
+    """OpenAI's CLIP at a small size, heads 64 wide."""
+    torch.manual_seed(0)
+    return official.seeded(official.clip().model.CLIP(64, 56, 2, 128, 14, 77, 49408, 128, 2, 2))
+
+
+def test_clipscore_is_hessels(openai_clip, clip_tokenizer, tmp_path):
+    with_files(tmp_path, clip_tokenizer)
+    weights = build_synpic.hf_clip_weights(openai_clip.state_dict())
+    vision = build_synpic.clip_vision_config(weights, "vision_model.", head_width=64, hidden_act="quick_gelu")
+    text = {**build_synpic.clip_config(weights).text_config.to_dict(), "hidden_act": "quick_gelu"}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=64))
+    model.load_state_dict(weights)
+    model.save_pretrained(tmp_path)
+    reward = load_reward_model(f"clipscore={tmp_path}", batch_size=4)
+
+    clip = official.clip()
+    transform = clip.clip._transform(56)
+    images = list(pictures().values())
+    for name, image in pictures().items():
+        assert torch.equal(reward.prepare(image), transform(image)), name
+    expected = clip.tokenize([f"A photo depicts {prompt}" for prompt in PROMPTS], truncate=True).tolist()
+    for prompt, row, tokens in zip(PROMPTS, expected, reward.tokenize(PROMPTS)):
+        assert tokens + [0] * (77 - len(tokens)) == row, prompt
+    prompts = [PROMPTS[i % 24] for i in range(len(images))]
+    with torch.no_grad():
+        image_features = openai_clip.encode_image(torch.stack([transform(image) for image in images]))
+        text_features = openai_clip.encode_text(
+            clip.tokenize([f"A photo depicts {prompt}" for prompt in prompts], truncate=True)
+        )
+    expected = 2.5 * torch.nn.functional.cosine_similarity(image_features, text_features).clamp(min=0)
+    np.testing.assert_allclose(reward.score(images, prompts), expected, atol=1e-5, rtol=0)
+    assert expected.std() > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LAION aesthetic
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def publish_aesthetic(model, head, folder):
+    """In the form of shunk031/aesthetics-predictor-v2-…: CLIPVisionModelWithProjection and `layers`."""
+    weights = build_synpic.hf_clip_weights(model.state_dict())
+    weights = {key: value for key, value in weights.items() if key.startswith(("vision_model.", "visual_projection."))}
+    config = build_synpic.clip_vision_config(weights, "vision_model.", head_width=64, hidden_act="quick_gelu")
+    config.projection_dim = len(weights["visual_projection.weight"])
+    config.save_pretrained(folder)
+    weights |= {f"layers.{key}": value for key, value in head.layers.state_dict().items()}
+    weights["vision_model.embeddings.position_ids"] = torch.arange(5)[None]  # as older transformers saved it
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
+
+
+def test_aesthetic_is_the_official_score(openai_clip, tmp_path):
+    official_score = official.image_reward().AestheticScore
+    scorer = official_score.AestheticScore.__new__(official_score.AestheticScore)
+    torch.nn.Module.__init__(scorer)
+    scorer.device, scorer.clip_model = "cpu", openai_clip
+    scorer.preprocess = official.clip().clip._transform(56)
+    scorer.mlp = official.seeded(official_score.MLP(64), seed=1)
+    publish_aesthetic(openai_clip, scorer.mlp, tmp_path)
+    reward = load_reward_model(f"aesthetic={tmp_path}", batch_size=4)
+    images, expected = list(pictures().values()), []
+    for number, (name, image) in enumerate(pictures().items()):
+        assert torch.equal(reward.prepare(image), scorer.preprocess(image)), name
+        path = tmp_path / f"{number}.tiff"
+        image.convert("RGB").save(path)  # the official code opens files
+        images[number] = PILImage.open(path)
+        with torch.no_grad():
+            expected.append(scorer.score("", path))
+    np.testing.assert_allclose(reward.score(images, [""] * len(images)), expected, atol=1e-5, rtol=0)
+    assert np.std(expected) > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ImageReward
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+MED_CONFIG = {
+    "architectures": ["BertModel"],
+    "attention_probs_dropout_prob": 0.1,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "model_type": "bert",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 0,
+    "add_type_embeddings": False,
+    "vocab_size": 30524,
+    "encoder_width": 768,
+    "add_cross_attention": True,
+}
+
+
+@pytest.fixture(scope="module")
+def bert_tokenizer(tmp_path_factory):
+    """A word-piece vocabulary made of the prompts' letters and words."""
+    folder = tmp_path_factory.mktemp("bert")
+    letters = sorted({letter for prompt in PROMPTS for letter in prompt.lower() if not letter.isspace()})
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    words = list(dict.fromkeys(words + WORDS + ["##ing", "word", "##word"]))
+    BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder)
+    return folder
+
+
+def official_image_reward(parts, tokenizer=None, vit: dict | None = None, **med):
+    """`ImageReward.ImageReward` with its image and text encoders at another size."""
+    model = parts.ImageReward.ImageReward.__new__(parts.ImageReward.ImageReward)
+    torch.nn.Module.__init__(model)
+    config = parts.med.BertConfig(**{**MED_CONFIG, **med})
+    size = {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **(vit or {})}
+    config.encoder_width = size["embed_dim"]
+    model.blip = torch.nn.Module()
+    model.blip.visual_encoder = parts.vit.VisionTransformer(**size)
+    model.blip.text_encoder = parts.med.BertModel(config=config, add_pooling_layer=False)
+    model.blip.vision_proj = torch.nn.Linear(size["embed_dim"], 256)
+    model.blip.text_proj = torch.nn.Linear(config.hidden_size, 256)
+    model.blip.tokenizer = tokenizer
+    model.mlp = parts.ImageReward.MLP(config.hidden_size)
+    model.preprocess = parts.ImageReward._transform(size["img_size"])
+    model.device, model.mean, model.std = "cpu", 0.16717362830052426, 1.0333394966054072
+    return model
+
+
+@pytest.fixture(scope="module")
+def image_reward(tmp_path_factory, bert_tokenizer):
+    parts = official.image_reward()
+    folder = with_files(tmp_path_factory.mktemp("imagereward"), bert_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(bert_tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    model = official_image_reward(
+        parts,
+        tokenizer,
+        vit={"img_size": 64, "embed_dim": 128, "depth": 2, "num_heads": 2},
+        **{"hidden_size": 192, "intermediate_size": 256, "num_attention_heads": 3, "num_hidden_layers": 2},
+        vocab_size=len(tokenizer),
+        max_position_embeddings=40,
+    )
+    official.seeded(model)
+    weights = model.state_dict() | {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
+    torch.save(weights, folder / "ImageReward.pt")
+    return model, folder
+
+
+def test_image_reward_is_the_official_score(image_reward):
+    model, folder = image_reward
+    reward = load_reward_model(f"imagereward={folder}", batch_size=5)
+    images = list(pictures().values())
+    for prompt in ("a red bicycle", PROMPTS[0], PROMPTS[18], PROMPTS[5]):
+        with torch.no_grad():
+            _, expected = model.inference_rank(prompt, images)
+            single = model.score(prompt, images[0])
+        found = reward.score(images, [prompt] * len(images))
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+        assert found[0] == pytest.approx(single, abs=1e-5)
+        assert np.std(expected) > 1e-3
+
+
+def test_image_reward_preprocessing_and_tokens(image_reward):
+    model, folder = image_reward
+    reward = load_reward_model(f"imagereward={folder}")
+    for name, image in pictures().items():
+        assert torch.equal(reward.prepare(image), model.preprocess(image)), name
+    tokens = model.blip.tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    for prompt, ids, mask, (found, found_mask) in zip(
+        PROMPTS, tokens.input_ids, tokens.attention_mask, reward.encode_prompts(PROMPTS)
+    ):
+        assert torch.equal(found, ids) and torch.equal(found_mask, mask), prompt
+
+
+def test_all_keys_of_the_full_size_image_reward():
+    with torch.device("meta"):
+        weights = official_image_reward(official.image_reward()).state_dict()
+        vision, text, head = build_synpic.blip_weights(weights)
+        vision_config, text_config = build_synpic.blip_configs(vision, text)
+        assert shapes(vision) == shapes(BlipVisionModel(vision_config).state_dict())
+        assert shapes(text) == shapes(BlipTextModel(text_config, add_pooling_layer=False).state_dict())
+        assert vision_config.num_attention_heads == 16 and text_config.num_attention_heads == 12
+        build_synpic.linear_head(dict(head))
+    left = len(weights) - len(vision) - len(text) - len(head)
+    assert left == 4 + ("blip.text_encoder.embeddings.position_ids" in weights)
+
+
+def test_all_keys_of_the_full_size_aesthetic():
+    with torch.device("meta"):
+        model = official.clip().model.CLIP(768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12)
+        weights = build_synpic.hf_clip_weights(model.state_dict())
+        vision = {key: weights[key] for key in weights if key.startswith(("vision_model.", "visual_projection."))}
+        config = build_synpic.clip_vision_config(vision, "vision_model.", head_width=64, hidden_act="quick_gelu")
+        config.projection_dim = 768
+        assert shapes(vision) == shapes(CLIPVisionModelWithProjection(config).state_dict())
+        assert config.num_attention_heads == 16 and config.image_size == 224
+        head = official.image_reward().AestheticScore.MLP(768).layers.state_dict()
+        build_synpic.linear_head(dict(head))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# VQAScore
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_t5_tokenizer(folder) -> None:
+    """A unigram vocabulary over the prompts' words and letters, with T5's end token."""
+    letters = sorted({letter for prompt in PROMPTS for letter in prompt if not letter.isspace()} | {"\u2581"})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581Yes", -2.0), ("\u2581No", -2.0)]
+    pieces += [(f"\u2581{word}", -4.0) for word in WORDS] + [(letter, -8.0) for letter in letters]
+    tokenizer = Tokenizer(models.Unigram(list(dict(pieces).items()), unk_id=2))
+    tokenizer.normalizer = normalizers.Replace("\n", " ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=2048
+    ).save_pretrained(folder)
+
+
+T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 0,
+}
+VISION_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+}
+
+
+def official_clip_t5(t5: dict, vision: dict, folder):
+    """t2v-metrics' CLIPT5ForConditionalGeneration, and its weights under the names of its published checkpoints."""
+    clip_t5 = official.clip_t5()
+    CLIPVisionModel(CLIPVisionConfig(**vision)).save_pretrained(folder)
+    config = clip_t5.CLIPT5Config(
+        **t5,
+        mm_vision_tower=str(folder),
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        mm_projector_type="mlp2x_gelu",
+        mm_hidden_size=vision["hidden_size"],
+    )
+    config.scale_decoder_outputs = False  # transformers 5's name for what T5 1.1 and FLAN never did
+    return clip_t5.CLIPT5ForConditionalGeneration(config)
+
+
+def published(weights: dict) -> dict:
+    """transformers 5.23 took the `vision_model.` out of CLIPVisionModel's names; the checkpoints are older."""
+    old, new = "vision_tower.vision_tower.", "vision_tower.vision_tower.vision_model."
+    return {new + key.removeprefix(old).removeprefix("vision_model.") if key.startswith(old) else key: value
+            for key, value in weights.items()}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def vqascore(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vqascore")
+    make_t5_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    tower = {**VISION_336, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3, "image_size": 56}
+    small = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    tower_folder = tmp_path_factory.mktemp("tower")
+    processor.save_pretrained(tower_folder)
+    processor.save_pretrained(folder)
+    model = official_clip_t5(
+        {**T5_XXL, **small, "vocab_size": len(tokenizer) + 7}, {**tower, "num_attention_heads": 2}, tower_folder
+    )
+    official.seeded(model)
+    for part in (model.encoder, model.decoder):  # one tensor in the transformers of its day
+        part.embed_tokens.weight = model.shared.weight
+    model.config.save_pretrained(folder)
+    weights = published(model.state_dict())
+    assert {"shared.weight", "lm_head.weight", "mm_projector.2.bias"} < set(weights)
+    torch.save(weights, folder / "pytorch_model.bin")
+    model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer, processor, folder
+
+
+def test_vqascore_is_the_official_score(vqascore):
+    """As t2v_metrics' CLIPT5Model.forward does it, with its model class and its way to tokenise."""
+    model, tokenizer, processor, folder = vqascore
+    reward = load_reward_model(f"vqascore={folder}", batch_size=3)
+    images, prompts = list(pictures().values())[:8], [PROMPTS[i] for i in (2, 4, 0, 2, 30, 18, 7, 2)]
+    expected = []
+    for image, prompt in zip(images, prompts):
+        image = image.convert("RGB")
+        side = max(image.size)
+        square = PILImage.new("RGB", (side, side), (122, 116, 104))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        question = (
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions. USER: <image>\n"
+            f'Does this figure show "{prompt}"? Please answer yes or no. ASSISTANT: '
+        )
+        before, after = (tokenizer(chunk).input_ids for chunk in question.split("<image>"))
+        assert before[-1] == after[-1] == 1
+        ids, labels = torch.tensor([[*before, -200, *after]]), torch.tensor([tokenizer("Yes").input_ids])
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                decoder_attention_mask=torch.ones_like(labels),
+                labels=labels,
+                images=processor(square, return_tensors="pt").pixel_values,
+                return_dict=True,
+            ).logits
+        expected.append((-torch.nn.functional.cross_entropy(logits[0], labels[0])).exp().item())
+    found = reward.score(images, prompts)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-4)
+    assert np.std(expected) > 0.05 * np.mean(expected)
+
+
+def test_all_keys_of_the_full_size_vqascore(tmp_path, monkeypatch):
+    monkeypatch.setattr(CLIPVisionModel, "save_pretrained", lambda *_: None)
+    monkeypatch.setattr(CLIPVisionModel, "from_pretrained", lambda *_: CLIPVisionModel(CLIPVisionConfig(**VISION_336)))
+    monkeypatch.setattr(CLIPImageProcessor, "from_pretrained", lambda *_: None)
+    with torch.device("meta"):
+        weights = published(official_clip_t5(T5_XXL, VISION_336, tmp_path).state_dict())
+        vision = build_synpic.split_keys(weights, "vision_tower.vision_tower.")
+        projector = build_synpic.split_keys(weights, "mm_projector.")
+        config = build_synpic.clip_vision_config(vision, "vision_model.", head_width=64, hidden_act="quick_gelu")
+        assert {name: getattr(config, name) for name in VISION_336} == VISION_336
+        t5 = T5ForConditionalGeneration(T5Config(**T5_XXL)).state_dict()
+        assert shapes({key: weights[key] for key in t5}) == shapes(t5)
+        assert set(weights) - set(t5) <= {"embed_tokens.weight"}
+        assert shapes(projector) == {
+            "0.weight": (4096, 1024),
+            "0.bias": (4096,),
+            "2.weight": (4096, 4096),
+            "2.bias": (4096,),
+        }
+
+
+def test_any_vlm_as_a_variant(tmp_path):
+    """p("Yes") as the first token, of each pair alone without padding, by the model's own forward."""
+    make_t5_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    template = (
+        "{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }}"
+        "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    )
+    processor = LlavaProcessor(
+        image_processor, tokenizer, patch_size=14, vision_feature_select_strategy="default", chat_template=template,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    folder = tmp_path / "Tiny-LLaVA-1B"
+    processor.save_pretrained(folder)
+    tower = {**VISION_336, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "image_size": 56}
+    tower["num_attention_heads"] = 2
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**tower), text_config=LlamaConfig(**text), image_token_index=image_token
+        )
+    )
+    official.seeded(model).save_pretrained(folder)
+
+    name = f"vqascore_vlm={folder}"
+    assert build_synpic.reward_name(name) == "vqascore_vlm_Tiny-LLaVA-1B"
+    images, prompts, expected = list(pictures().values())[:6], [PROMPTS[i] for i in (2, 40, 2, 0, 4, 50)], []
+    for image, prompt in zip(images, prompts):
+        text = f'USER: <image> Does this image show "{prompt}"? Answer the question with Yes or No. ASSISTANT:'
+        inputs = processor(images=image.convert("RGB"), text=text, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1]
+        expected.append(logits.softmax(dim=-1)[tokenizer.convert_tokens_to_ids("\u2581Yes")].item())
+    found = load_reward_model(name, batch_size=4).score(images, prompts)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-4)
+    assert np.std(expected) > 0.05 * np.mean(expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Common behaviour
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
+@pytest.mark.parametrize("name", ["hpsv2", "pickscore", "imagereward", "aesthetic", "vqascore"])
+def test_other_keys_are_an_error(name, change, request, tmp_path):
+    """Never a partial load: one key too few, one too many, one of another size, in the middle of the network."""
+    if name == "aesthetic":
+        publish_aesthetic(
+            request.getfixturevalue("openai_clip"), official.image_reward().AestheticScore.MLP(64), tmp_path
+        )
+    else:
+        fixture = {"hpsv2": "hps", "imagereward": "image_reward"}.get(name, name)
+        source = request.getfixturevalue(fixture)
+        with_files(tmp_path, source if isinstance(source, Path) else source[-1])
+    file = next(file for file in tmp_path.iterdir() if file.suffix in (".pt", ".bin", ".safetensors"))
+    file = tmp_path / "HPS_v2_compressed.pt" if name == "hpsv2" else file
+    stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file)
+    weights = stored["state_dict"] if name == "hpsv2" else stored
+    key = {
+        "hpsv2": "visual.transformer.resblocks.1.mlp.c_fc.bias",
+        "pickscore": "vision_model.encoder.layers.1.mlp.fc1.bias",
+        "imagereward": "blip.text_encoder.encoder.layer.1.output.dense.bias",
+        "aesthetic": "layers.2.bias",
+        "vqascore": "encoder.block.1.layer.1.DenseReluDense.wo.weight",
+    }[name]
+    value = weights.pop(key)
+    if change == "unexpected":
+        weights |= {key: value, f"{key}_ema": value.clone()}
+    if change == "mismatched":
+        weights[key] = torch.zeros(value.shape[0] + 1, *value.shape[1:])
+    save_file(stored, file) if file.suffix == ".safetensors" else torch.save(stored, file)
+    with pytest.raises(SystemExit) as stopped:
+        load_reward_model(f"{name}={tmp_path}")
+    message = str(stopped.value)
+    assert "\n" not in message and "cannot be loaded" in message and str(tmp_path) in message
+
+
+def test_each_image_and_prompt_is_encoded_once(hps, monkeypatch):
+    reward = load_reward_model(f"hpsv2={hps[2]}", batch_size=4)
+    a, b, c = noise(60, 60, seed=1), noise(60, 60, seed=2), noise(60, 60, seed=3)
+    images, prompts = [a, b, a, c, a, b], ["x", "y", "y", "x", "x", "y"]
+    alone = [reward.score([image], [prompt])[0] for image, prompt in zip(images, prompts)]
+    encoded = {"encode_images": [], "encode_prompts": []}
+
+    def spy(name):
+        encode = getattr(reward, name)
+        monkeypatch.setattr(reward, name, lambda batch: encoded[name].extend(batch) or encode(batch))
+
+    for name in encoded:
+        spy(name)
+    np.testing.assert_allclose(reward.score(images, prompts), alone, atol=1e-6)
+    assert len(encoded["encode_images"]) == 3 and encoded["encode_prompts"] == ["x", "y"]
+    assert reward.score([], []) == []
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "function"])
+def test_bad_images(hps, tmp_path, name):
+    """Skipped ones give NaN and leave the others' scores as they are."""
+    (tmp_path / "mine.py").write_text(
+        "def bright(images, prompts):\n    return [im.getpixel((0, 0))[0] for im in images]\n"
+    )
+    name = f"hpsv2={hps[2]}" if name == "hpsv2" else f"{tmp_path}/mine.py:bright"
+    reward = load_reward_model(name, batch_size=3)
+    buffer = BytesIO()
+    noise(400, 400).save(buffer, "JPEG")
+    cut = PILImage.open(BytesIO(buffer.getvalue()[:9000]))
+    good = [noise(60, 60, seed=seed) for seed in range(4)]
+    expected = reward.score(good, ["x"] * 4)
+    found = reward.score([good[0], cut, *good[1:]], ["x"] * 5, skip_bad=True)
+    assert np.isnan(found[1])
+    np.testing.assert_allclose(np.delete(found, 1), expected, atol=1e-6)
+    with pytest.raises(BadImage, match="truncated"):
+        reward.score([good[0], PILImage.open(BytesIO(buffer.getvalue()[:9000]))], ["x"] * 2)
+    assert all(np.isnan(reward.score([cut] * 2, ["x", "y"], skip_bad=True)))
+
+
+def test_half_precision_stays_near(hps):
+    full, half = (load_reward_model(f"hpsv2={hps[2]}", dtype=dtype) for dtype in (None, torch.float16))
+    images = list(pictures().values())
+    prompts = ["a red bicycle"] * len(images)
+    np.testing.assert_allclose(half.score(images, prompts), full.score(images, prompts), atol=5e-3)
