@@ -488,6 +488,10 @@ class RewardModel:
         for what in ("missing", "unexpected", "mismatched"):
             if keys := sorted(map(str, info[f"{what}_keys"])):
                 raise ValueError(f"{len(keys)} {what} keys: {', '.join(keys[:3])}{', …' if keys[3:] else ''}")
+        # Out of the mapped file into memory of our own: weights that lie across the boundaries of 64 bytes give, on a
+        # CPU, other last digits from run to run.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
         return model.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -514,11 +518,13 @@ class RewardModel:
             for part in batches(pairs, self.batch_size):
                 # Rewards stay on the device until all is done: to wait for each batch would leave the device idle.
                 rewards.append(self.compare([features[row] for row, _, _ in part], [texts[text] for *_, text in part]))
+        rewards = torch.cat(rewards).tolist() if rewards else []
+        check_scores(self.name, rewards, [prompts[places[0]] for places in positions])
         scores = [math.nan] * len(images)
-        for places, reward in zip(positions, torch.cat(rewards).tolist() if rewards else []):
+        for places, reward in zip(positions, rewards):
             for place in places:
                 scores[place] = reward
-        return scores if skip_bad else check_scores(self.name, scores, prompts)
+        return scores
 
     def prepared(self, images: dict, skip_bad: bool):
         """Batches of (key, `prepare`d image), by workers that stay two batches ahead; bad images may be left out."""

@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: Apache-2.0
+"""score_pairs.py through the command line: what the sorted dataset holds, resuming, refusals."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, call, refused, run
+from datasets import Dataset, Features, Image, Value, load_dataset
+from PIL import Image as PILImage
+
+import score_pairs
+
+
+# A reward that can be computed by hand, counts what it is asked and, where told to, is slow.
+REWARD = """
+import os, time
+from pathlib import Path
+
+def mine(images, prompts):
+    with open(Path(__file__).with_name("log.txt"), "a") as log:
+        log.write("".join(f"{image.getpixel((0, 0))} {prompt}\\n" for image, prompt in zip(images, prompts)))
+    time.sleep(float(os.environ.get("SLOW", 0)) * len(images))
+    return [image.getpixel((0, 0))[0] / 255 + len(prompt) / 1000 for image, prompt in zip(images, prompts)]
+"""
+
+
+def picture(red: int, size: int = 8, kind: str = "PNG") -> bytes:
+    buffer = BytesIO()
+    PILImage.new("RGB", (size, size), (red, 10, 20)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def pick_a_pic(n: int, seed: int = 0, uids: bool = True) -> list[dict]:
+    """Rows as Pick-a-Pic's: sessions in which the preferred image meets the next one; some ties, some without label."""
+    rng = np.random.default_rng(seed)
+    rows, left = [], None
+    for i in range(n):
+        if i % 8 == 0:
+            caption, left = f"prompt {i // 8 % 40}", int(rng.integers(256))
+        right = int(rng.integers(256))
+        label = float(rng.choice([0, 1, 0.5], p=[0.45, 0.45, 0.1]))
+        row = {
+            "caption": caption,
+            "jpg_0": picture(left),
+            "jpg_1": picture(right),
+            "label_0": label,
+            "label_1": 1 - label,
+            "has_label": bool(rng.random() > 0.05),
+            "ranking_id": i,
+        }
+        if uids:
+            row |= {"image_0_uid": f"image-{left}", "image_1_uid": f"image-{right}"}
+        rows.append(row)
+        left = left if label == 1 else right
+    return rows
+
+
+def write(folder: Path, rows: list[dict], files: int = 3, features: Features | None = None) -> Path:
+    (folder / "data").mkdir(parents=True)
+    for number in range(files):
+        part = rows[number * len(rows) // files : (number + 1) * len(rows) // files]
+        target = folder / "data" / f"train-{number:05d}-of-{files:05d}.parquet"
+        columns = {name: [row[name] for row in part] for name in features or part[0]}
+        Dataset.from_dict(columns, features=features).to_parquet(str(target), batch_size=50)
+    return folder
+
+
+@pytest.fixture
+def reward(tmp_path) -> str:
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "reward.py").write_text(REWARD)
+    return f"{tmp_path}/reward/reward.py:mine"
+
+
+def asked(reward: str) -> list[str]:
+    log = Path(reward.rpartition("/")[0], "log.txt")
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def flags(dataset: Path, reward: str, output: Path, **more) -> list:
+    given = {"dataset_name": dataset, "reward": reward, "output_dir": output, "shard_size": 16, **more}
+    return [item for name, value in given.items() for item in (f"--{name}", value)]
+
+
+def by_hand(rows: list[dict]) -> list[dict]:
+    """The same dataset, by loops: ranked pairs with ψ and Q, best first."""
+    red = lambda data: PILImage.open(BytesIO(data)).getpixel((0, 0))[0]  # noqa: E731
+    found = []
+    for row in rows:
+        if row["has_label"] and row["label_0"] != 0.5:
+            raw = [np.float32(red(row[name]) / 255 + len(row["caption"]) / 1000) for name in ("jpg_0", "jpg_1")]
+            found.append({**row, "raw": raw})
+    raws = np.array([row["raw"] for row in found], dtype=np.float64)
+    for row in found:
+        psi = [(min(max((float(raw) - raws.mean()) / raws.std(), -3), 3) + 3) / 6 for raw in row["raw"]]
+        winner, loser = (psi[0], psi[1]) if row["label_0"] == 1 else (psi[1], psi[0])
+        row |= {"score_0": psi[0], "score_1": psi[1], "quality": winner * (1 - loser)}
+    return sorted(found, key=lambda row: -row["quality"])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [file for name in ("scores", "data") for file in sorted((folder / name).glob("*"))]
+    files += [folder / "README.md", folder / "statistics.json"]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formulas
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_pair_quality():
+    """Equation 1; the best pair is a sure winner against a sure loser."""
+    found = score_pairs.pair_quality([0.31, 1.0, 0.2, 0.0], [0.2, 0.0, 0.31, 1.0])
+    np.testing.assert_allclose(found, [0.31 * 0.8, 1.0, 0.2 * 0.69, 0.0], rtol=1e-15)
+
+
+def test_preference_scores_of_the_paper():
+    rewards = np.array([-5.0, -3.0, 0.0, 0.3, 3.0, 7.0])
+    score = lambda name, values=rewards: score_pairs.preference_score(name, "auto", values, 1.0, 2.0)  # noqa: E731
+    np.testing.assert_allclose(score("hpsv2"), [0, 0, 0, 0.3, 1, 1])
+    np.testing.assert_allclose(score("hpsv2.1=some/folder"), [0, 0, 0, 0.3, 1, 1])
+    np.testing.assert_allclose(score("imagereward"), [0, 0, 0.5, 0.55, 1, 1])
+    np.testing.assert_allclose(score("aesthetic"), [0, 0, 0, 0.03, 0.3, 0.7])
+    np.testing.assert_allclose(score("pickscore"), [0, (-2 + 3) / 6, 2.5 / 6, 2.65 / 6, 4 / 6, 1])
+    np.testing.assert_allclose(score("a.py:mine"), score("pickscore"))
+    with pytest.raises(SystemExit, match="must be in .0, 1."):
+        score_pairs.preference_score("hpsv2", "none", rewards, 1.0, 2.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the dataset holds
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uids", [True, False], ids=["ids", "no ids"])
+def test_sorted_dataset(tmp_path, reward, uids):
+    rows = pick_a_pic(120, uids=uids)
+    source = write(tmp_path / "pairs", rows)
+    call("score_pairs", *flags(source, reward, tmp_path / "out"))
+    expected = by_hand(rows)
+    found = load_dataset(str(tmp_path / "out"), "scores", split="train", cache_dir=tmp_path / "cache")
+    own = {"caption", "label_0", "label_1", "has_label", "ranking_id", "image_0_uid", "image_1_uid"}
+    assert set(found.column_names) == own | {"score_0", "score_1", "quality", "quality_rank"}
+    assert [row["ranking_id"] for row in found] == [row["ranking_id"] for row in expected]
+    assert found["quality_rank"][:] == list(range(1, len(expected) + 1))
+    for name in ("score_0", "score_1", "quality"):
+        np.testing.assert_allclose(found[name][:], [row[name] for row in expected], rtol=1e-6)
+    for row, other in zip(found, expected):
+        assert row["caption"] == other["caption"] and row["label_0"] == other["label_0"]
+    # Every distinct image of a prompt was asked once, those of ties and unlabelled pairs not at all.
+    used = {(row["caption"], row[name]) for row in expected for name in ("jpg_0", "jpg_1")}
+    assert len(asked(reward)) == len(set(asked(reward))) == len(used) < 2 * len(expected)
+    statistics = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    ties = sum(row["label_0"] == 0.5 and row["has_label"] for row in rows)
+    assert statistics["rows"] == 120 and statistics["ties"] == ties > 0
+    assert statistics["without_label"] == sum(not row["has_label"] for row in rows) > 0
+    assert statistics["ranked"] == len(expected)
+
+
+def test_top_fraction_and_images(tmp_path, reward):
+    """The best tenth with its images; then, without scoring anything again, another share without them."""
+    rows = pick_a_pic(120)
+    source, out = write(tmp_path / "pairs", rows), tmp_path / "out"
+    call("score_pairs", *flags(source, reward, out, top_fraction=0.1), "--include_images")
+    expected = by_hand(rows)
+    n = round(0.1 * len(expected))
+    found = load_dataset(str(out), split="train", cache_dir=tmp_path / "cache")
+    assert [row["ranking_id"] for row in found] == [row["ranking_id"] for row in expected[:n]]
+    assert [row["jpg_1"] for row in found] == [row["jpg_1"] for row in expected[:n]]
+    plain = load_dataset(str(out), "scores", split="train", cache_dir=tmp_path / "cache")
+    assert plain["quality"][:] == found["quality"][:] and "jpg_0" not in plain.column_names
+    card = (out / "README.md").read_text()
+    for name in ("difference", "quality", "best", "worst"):
+        assert f"figures/{name}.png" in card
+        assert PILImage.open(out / "figures" / f"{name}.png").size[0] > 100
+    worst = np.asarray(PILImage.open(out / "figures" / "worst.png"))
+    last = expected[-1]
+    reds = [PILImage.open(BytesIO(last[name])).getpixel((0, 0))[0] for name in ("jpg_0", "jpg_1")]
+    winner, loser = reds if last["label_0"] == 1 else reversed(reds)
+    assert worst[100, 100, 0] == winner and worst[224 + 100, 100, 0] == loser
+
+    before = asked(reward)
+    call("score_pairs", *flags(source, reward, out, top_fraction=0.5))
+    assert asked(reward) == before
+    plain = load_dataset(str(out), "scores", split="train", cache_dir=tmp_path / "cache")
+    assert len(plain) == round(0.5 * len(expected))
+    assert not list((out / "data").glob("*")), "the images of the earlier run do not fit the card"
+    card = (out / "README.md").read_text()
+    assert "best.png" not in card and "The images are not in it" in card
+
+
+def test_other_forms_of_pairs(tmp_path, reward):
+    """Image columns, paths, files and two folders hold the same pairs: the same qualities."""
+    rows = [row for row in pick_a_pic(40) if row["has_label"] and row["label_0"] != 0.5]
+    for row in rows:  # the first image is the better one
+        if row["label_0"] == 0:
+            row["jpg_0"], row["jpg_1"] = row["jpg_1"], row["jpg_0"]
+    expected = [row["quality"] for row in by_hand([{**row, "label_0": 1.0} for row in rows])]
+    columns = {"prompt_column": "prompt", "image_0_column": "chosen", "image_1_column": "rejected"}
+    columns["label_0_column"] = "none"
+
+    def qualities(name, *more, **given):
+        out = tmp_path / f"out-{name}"
+        call("score_pairs", *flags(tmp_path / name, reward, out, **given)[2 if more else 0 :], *more)
+        return load_dataset(str(out), "scores", split="train", cache_dir=tmp_path / "cache")["quality"][:]
+
+    features = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
+    images = [
+        {"prompt": r["caption"], "chosen": {"bytes": r["jpg_0"]}, "rejected": {"bytes": r["jpg_1"]}} for r in rows
+    ]
+    write(tmp_path / "images", images, features=features)
+    np.testing.assert_allclose(qualities("images", **columns), expected, rtol=1e-6)
+
+    paths = []
+    (tmp_path / "paths" / "pictures").mkdir(parents=True)
+    for i, row in enumerate(rows):
+        for name in ("jpg_0", "jpg_1"):
+            (tmp_path / "paths" / "pictures" / f"{i}-{name}.png").write_bytes(row[name])
+        paths.append(
+            {"prompt": row["caption"], **{c: f"pictures/{i}-jpg_{s}.png" for s, c in enumerate(("chosen", "rejected"))}}
+        )
+    (tmp_path / "paths" / "train.jsonl").write_text("\n".join(map(json.dumps, paths)))
+    np.testing.assert_allclose(qualities("paths", **columns), expected, rtol=1e-6)
+    np.testing.assert_allclose(qualities("paths/train.jsonl", **columns), expected, rtol=1e-6)
+
+    for side, folder in enumerate(("better", "worse")):
+        (tmp_path / folder).mkdir()
+        for i, row in enumerate(rows):
+            (tmp_path / folder / f"{i:03d}.png").write_bytes(row[f"jpg_{side}"])
+            if side == 0:
+                (tmp_path / folder / f"{i:03d}.txt").write_text(row["caption"] + "\n")
+    two = ("--winner_dir", tmp_path / "better", "--loser_dir", tmp_path / "worse")
+    np.testing.assert_allclose(qualities("folders", *two), expected, rtol=1e-6)
+    call("score_pairs", *flags(tmp_path, reward, tmp_path / "out-folders")[2:], *two, "--include_images")
+    first = load_dataset(str(tmp_path / "out-folders"), split="train", cache_dir=tmp_path / "cache")[0]
+    assert isinstance(first["jpg_0"], PILImage.Image)
+
+    (tmp_path / "worse" / "000.png").unlink()
+    assert "only one of the two folders: 000" in refused(
+        "score_pairs", *two, "--output_dir", tmp_path / "new", "--reward", reward
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resuming, processes, memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "score_pairs.py", *map(str, arguments)]
+
+
+def test_killed_and_resumed(tmp_path, reward):
+    """2,000 pairs, kill -9 at a random moment of the scoring, resumed: the same bytes, and nothing complete is scored
+    again."""
+    source = write(tmp_path / "pairs", pick_a_pic(2000, seed=1), files=4)
+    given = {"shard_size": 50, "top_fraction": 0.5, "include_images": "true"}
+    run("score_pairs.py", *flags(source, reward, tmp_path / "a" / "out", **given))
+    total = asked(reward)
+    assert len(total) == len(set(total)) > 1000
+    Path(reward.rpartition("/")[0], "log.txt").unlink()
+
+    process = subprocess.Popen(
+        command(*flags(source, reward, tmp_path / "b" / "out", **given)),
+        cwd=ROOT,
+        env={**os.environ, "SLOW": "0.005"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    scores, wanted = tmp_path / "b" / "out" / "work" / "scores", int(np.random.default_rng().integers(3, 25))
+    while len(list(scores.glob("[0-9]*.parquet"))) < wanted:
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    complete = len(list(scores.glob("[0-9]*.parquet")))
+    kept = sum(pq.read_metadata(file).num_rows for file in scores.glob("[0-9]*.parquet"))
+    assert wanted <= complete < 40 and not (tmp_path / "b" / "out" / "README.md").exists()
+    Path(reward.rpartition("/")[0], "log.txt").unlink()
+    run("score_pairs.py", *flags(source, reward, tmp_path / "b" / "out", **given))
+    assert len(asked(reward)) == len(total) - kept
+    whole, resumed = digests(tmp_path / "a" / "out"), digests(tmp_path / "b" / "out")
+    card = whole.pop("README.md"), resumed.pop("README.md")  # the one names its folder
+    assert whole == resumed and len(whole) > 2 and card[0] != card[1]
+    text = (tmp_path / "b" / "out" / "README.md").read_text().replace(f"{tmp_path}/b", f"{tmp_path}/a")
+    assert text == (tmp_path / "a" / "out" / "README.md").read_text()
+
+
+def test_two_processes_give_the_same_as_one(tmp_path, reward):
+    source = write(tmp_path / "pairs", pick_a_pic(300, seed=2), files=3)
+    call("score_pairs", *flags(source, reward, tmp_path / "a" / "out"))
+    one = asked(reward)
+    Path(reward.rpartition("/")[0], "log.txt").unlink()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "score_pairs.py"]
+    run(*torchrun, *flags(source, reward, tmp_path / "b" / "out"))
+    assert sorted(asked(reward)) == sorted(one)
+    a, b = digests(tmp_path / "a" / "out"), digests(tmp_path / "b" / "out")
+    card = a.pop("README.md"), b.pop("README.md")
+    assert a == b and card
+
+
+def test_real_reward_model_does_not_depend_on_processes(tmp_path):
+    """The same bytes with a network in float32: every image stands in the same batch, whoever scores it."""
+    folder = make_tiny_pickscore(tmp_path / "clip")
+    source = write(tmp_path / "pairs", pick_a_pic(96, seed=3), files=2)
+    given = {"shard_size": 10, "reward_batch_size": 4}
+    call("score_pairs", *flags(source, f"pickscore={folder}", tmp_path / "a" / "out", **given))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "score_pairs.py"]
+    run(*torchrun, *flags(source, f"pickscore={folder}", tmp_path / "b" / "out", **given))
+    a, b = digests(tmp_path / "a" / "out"), digests(tmp_path / "b" / "out")
+    assert a.pop("README.md") and b.pop("README.md") and a == b
+
+
+def make_tiny_pickscore(folder: Path) -> Path:
+    import torch
+    import train_generators
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    torch.manual_seed(0)
+    tokenizer = train_generators.make_tokenizer()
+    tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def peak_memory(*arguments) -> float:
+    """MB at the highest, of a run in a process of its own."""
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path('score_pairs.py', run_name='__main__'); "
+        "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
+    output = run("-c", code, "score_pairs.py", *arguments).stdout
+    return float(output.rpartition("peak ")[2]) / 1024
+
+
+def test_memory_does_not_grow_with_the_dataset(tmp_path, reward):
+    """500 and 5,000 pairs of images of 60 kB: 0.06 and 0.6 GB of data; with the images in the output."""
+    noise = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
+    image = PILImage.fromarray(noise)
+    peaks = {}
+    for n in (500, 5000):
+        rows = []
+        for i in range(n):
+            row = {"caption": f"prompt {i // 16}", "label_0": float(i % 2)}
+            for side in (0, 1):
+                image.putpixel((0, 0), (i % 256, side, i // 256))
+                buffer = BytesIO()
+                image.save(buffer, "BMP")
+                row |= {f"jpg_{side}": buffer.getvalue(), f"image_{side}_uid": f"{i}-{side}"}
+            rows.append(row)
+        write(tmp_path / f"pairs-{n}", rows, files=n // 500)
+        given = {"shard_size": 64, "include_images": "true"}
+        peaks[n] = peak_memory(*flags(tmp_path / f"pairs-{n}", reward, tmp_path / f"out-{n}", **given))
+    size = sum(file.stat().st_size for file in (tmp_path / "pairs-5000").rglob("*.parquet")) / 1e6
+    print(f"peak memory in MB: {peaks}; the dataset of 5,000 pairs has {size:.0f} MB")
+    assert size > 600
+    assert peaks[5000] < peaks[500] + 0.1 * size, peaks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_images_are_named_counted_and_left_out(tmp_path, reward):
+    rows = [row for row in pick_a_pic(60, seed=4) if row["has_label"] and row["label_0"] != 0.5]
+    for i, row in enumerate(rows):
+        row |= {"image_0_uid": f"{i}a", "image_1_uid": f"{i}b"}
+    large = PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    buffer = BytesIO()
+    large.save(buffer, "JPEG")
+    rows[3]["jpg_1"] = buffer.getvalue()[:-900]
+    rows[7]["jpg_0"] = b"not an image"
+    rows[11]["jpg_0"] = b""
+    source, out = write(tmp_path / "pairs", rows, files=1), tmp_path / "out"
+    result = run("score_pairs.py", *flags(source, reward, out))
+    card = (out / "README.md").read_text()
+    for text in ("row 3: jpg_1: OSError: image file is trunc", "row 7: jpg_0: Unidentified", "row 11: jpg_0: no data"):
+        assert text in result.stderr and text in card, result.stderr
+    assert "3 with an image that does not decode" in result.stdout
+    found = load_dataset(str(out), "scores", split="train", cache_dir=tmp_path / "cache")
+    assert len(found) == len(rows) - 3
+    assert not {rows[i]["ranking_id"] for i in (3, 7, 11)} & set(found["ranking_id"])
+
+    message = refused("score_pairs", *flags(source, reward, out, on_bad_image="fail"))
+    assert "row 3: jpg_1" in message and "--on_bad_image skip" in message
+    message = refused("score_pairs", *flags(source, reward, tmp_path / "new", on_bad_image="fail"))
+    assert "--on_bad_image skip" in message
+
+
+BAD = {
+    "label of 2": (lambda rows: rows[17].update(label_0=2.0), {}, "row 17: label_0 is 2.0: must be 0, 0.5 or 1"),
+    "label of strings": (
+        lambda rows: [row.update(label_0=str(row["label_0"])) for row in rows],
+        {},
+        "column 'label_0' holds string: it must hold 0, 0.5 or 1",
+    ),
+    "no labels": (lambda rows: [row.update(label_0=0.5) for row in rows], {}, "keeps none of 24 pairs: "),
+    "no column": (lambda rows: None, {"prompt_column": "prompt"}, "no column 'prompt'; it has caption, jpg_0"),
+    "no image column": (lambda rows: None, {"image_1_column": "chosen"}, "no column 'chosen'"),
+    "image column of numbers": (lambda rows: None, {"image_1_column": "label_0"}, "must be bytes, Image or paths"),
+    "prompt column of numbers": (lambda rows: None, {"prompt_column": "label_0"}, "holds float64, not text"),
+    "prompt missing": (lambda rows: rows[5].update(caption=None), {}, "row 5: caption is empty"),
+    "no rows": (lambda rows: rows.clear(), {}, "split 'train' has no rows"),
+    "no such split": (lambda rows: None, {"dataset_split": "test"}, "cannot be read"),
+    "unknown reward": (
+        lambda rows: None,
+        {"reward": "hps"},
+        "reward hps: unknown; choose from hpsv2, hpsv2.1, pickscore",
+    ),
+    "fraction": (lambda rows: None, {"top_fraction": 5.33}, "--top_fraction 5.33: must be above 0 and at most 1"),
+    "too small a fraction": (lambda rows: None, {"top_fraction": 0.001}, "keeps none of 24 pairs"),
+    "policy": (lambda rows: None, {"on_bad_image": "ignore"}, "invalid choice"),
+    "no such folder": (lambda rows: None, {"dataset_name": "no/such/folder"}, "cannot be read"),
+    "no checkpoint": (lambda rows: None, {"reward": "pickscore=/no/such/folder"}, "reward pickscore=/no/such/folder: "),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(tmp_path, reward, name):
+    change, given, words = BAD[name]
+    rows = [{**row, "has_label": True} for row in pick_a_pic(24, seed=5)]
+    features = Dataset.from_list(rows).features
+    change(rows)
+    if name == "label of strings":
+        features = None
+    source = write(tmp_path / "pairs", rows, files=1, features=features)
+    given = {"dataset_name": source, "reward": reward, "output_dir": tmp_path / "out", **given}
+    if name == "policy":
+        result = run("score_pairs.py", *(x for item in given.items() for x in (f"--{item[0]}", item[1])), check=False)
+        assert result.returncode == 2 and words in result.stderr
+        return
+    message = refused("score_pairs", *(item for k, v in given.items() for item in (f"--{k}", v)))
+    assert words in message, message
+    if not name.startswith(("no labels", "too small")):
+        assert not asked(reward), "it scored before it looked"
+
+
+def test_another_run_in_the_folder_is_refused(tmp_path, reward):
+    source = write(tmp_path / "pairs", pick_a_pic(24))
+    call("score_pairs", *flags(source, reward, tmp_path / "out"))
+    assert "reward" in refused("score_pairs", *flags(source, "hpsv2", tmp_path / "out"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    assert "holds other files" in refused("score_pairs", *flags(source, reward, tmp_path / "full"))
