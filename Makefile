@@ -1,11 +1,11 @@
-# make demo · test · quality · fix-copies: each makes and reuses .venv by itself.
+# make demo · test · quality · fix-copies · bench: each makes and reuses .venv by itself.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test quality fix-copies models
+.PHONY: demo test quality fix-copies models bench
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,10 @@ quality: .venv/ready
 fix-copies: .venv/ready
 	$(BIN)/python tests/test_copies.py --fix
 	$(BIN)/ruff format --quiet .
+
+# Side by side with the official scorer, full size (10 minutes on 2 cores).
+bench: .venv/ready-test
+	$(BIN)/python benchmarks/score_speed.py
 
 # The generators that the demo uses, trained from scratch (48 minutes on 2 cores).
 models: .venv/ready

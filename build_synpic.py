@@ -27,10 +27,9 @@
 No human labels: every prompt is drawn by k text-to-image models, every reward model scores the k images, and an
 image's preference probability is the share of all comparisons that it wins.
 
-The paper's four generators, ranked by PickScore and CLIPScore, for the first 1,000 prompts of a text file:
+The paper's four generators, ranked by five reward models, for the first 1,000 prompts of a text file:
 
-    python build_synpic.py --prompts prompts.txt --max_prompts 1000 --rewards pickscore clipscore \
-        --output_dir outputs/synpic
+    python build_synpic.py --prompts prompts.txt --max_prompts 1000 --output_dir outputs/synpic
 
 Several GPUs, own generators, own reward, prompts of a dataset on the Hub, published:
 
@@ -75,6 +74,7 @@ from datasets.info import DatasetInfosDict
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from safetensors.torch import load_file
@@ -397,8 +397,9 @@ class BadImage(Exception):
 
 
 def decoded(image):
-    """The PIL image, its pixels read."""
+    """The PIL image, or the one in these bytes, its pixels read."""
     try:
+        image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image
         image.load()
     except Exception as error:  # PIL raises many kinds
         raise BadImage(f"{type(error).__name__}: {one_line(error)}") from None
@@ -429,15 +430,16 @@ class FunctionReward:
         """As RewardModel.score."""
         scores = [math.nan] * len(images)
         for batch in batches(list(range(len(images))), self.batch_size):
-            good = []
+            good = {}
             for place in batch:
                 try:
-                    decoded(images[place])
-                    good.append(place)
+                    good[place] = decoded(images[place])
                 except BadImage:
                     if not skip_bad:
                         raise
-            found = list(self.function([images[place] for place in good], [prompts[place] for place in good]))
+            if not good:
+                continue
+            found = list(self.function(list(good.values()), [prompts[place] for place in good]))
             if len(found) != len(good):
                 raise SystemExit(f"reward {self.name}: {len(found)} scores for {len(good)} images")
             check_scores(self.name, found, [prompts[place] for place in good])
@@ -475,7 +477,8 @@ class RewardModel:
         try:
             self.load()
         except Exception as error:
-            raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {one_line(error)}") from None
+            message = f"{type(error).__name__}: {one_line(error)}"
+            raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {message}") from None
 
     def load_exactly(self, model_class, source: str | None, dtype=torch.float32, **kwargs) -> torch.nn.Module:
         """A transformers model; a key that the checkpoint lacks, or that the model does not know, is an error."""
@@ -499,8 +502,8 @@ class RewardModel:
         """The reward of each image for its prompt.
 
         Args:
-            images: n PIL images; one that is listed again is not encoded again. What `Image.open` has not decoded yet
-                is decoded by the workers.
+            images: n PIL images, or the bytes of their files, which the workers decode and then forget; an object that
+                is listed again is not encoded again.
             prompts: n prompts.
             skip_bad: give NaN for an image that does not decode, instead of raising BadImage.
         """
@@ -606,7 +609,7 @@ class PickScoreReward(HPSReward):
         self.model.to(self.device, self.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
         # The PIL backend is bit-exact with the transform that the published scores were made with.
-        self.image_processor = AutoImageProcessor.from_pretrained(self.processor, backend="pil")
+        self.image_processor = image_processor(self.checkpoint, self.processor)
 
     def prepare(self, image) -> torch.Tensor:
         image = image.convert("RGB")
@@ -712,6 +715,9 @@ class VQAScoreReward(RewardModel):
     def load(self):
         weights = checkpoint_weights(self.checkpoint)
         vision = split_keys(weights, "vision_tower.vision_tower.")
+        if not vision:  # frozen in its training, so a checkpoint may leave it out
+            vision = checkpoint_weights(VQASCORE_VISION)
+            vision = {key: value for key, value in vision.items() if key.startswith("vision_model.")}
         projector = split_keys(weights, "mm_projector.")
         self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
         # As the official code resizes it: what pads T5's vocabulary to 32128 is no word, and must not share in p.
@@ -731,8 +737,7 @@ class VQAScoreReward(RewardModel):
         if projector:
             raise ValueError(f"unexpected keys of mm_projector: {', '.join(projector)}")
         self.projector.to(self.device, self.dtype)
-        clip = self.processor if os.path.isdir(self.processor) else VQASCORE_VISION
-        self.image_processor = AutoImageProcessor.from_pretrained(clip, backend="pil")
+        self.image_processor = image_processor(self.checkpoint, VQASCORE_VISION)
         self.answer = torch.tensor(self.tokenizer("Yes").input_ids, device=self.device)
 
     def prepare(self, image) -> torch.Tensor:
@@ -790,6 +795,7 @@ class VLMReward(RewardModel):
         ]
 
     def compare(self, images: list, texts: list) -> torch.Tensor:
+        images = [[image] for image in images]  # one image a text: a flat list would be many images of the first
         inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
         return logits.softmax(dim=-1)[:, self.yes]
@@ -815,20 +821,27 @@ def checkpoint_file(checkpoint: str, name: str) -> str:
     return os.path.join(checkpoint, name) if os.path.isdir(checkpoint) else hf_hub_download(checkpoint, name)
 
 
+def image_processor(checkpoint: str, default: str):
+    """The image processor in the checkpoint's folder, else the default one, on PIL: its other backend deviates."""
+    own = os.path.exists(os.path.join(checkpoint, "preprocessor_config.json"))
+    return AutoImageProcessor.from_pretrained(checkpoint if own else default, backend="pil")
+
+
 def checkpoint_weights(checkpoint: str) -> dict[str, torch.Tensor]:
     """All tensors of a transformers checkpoint, a folder or on the Hub, safetensors before pickles."""
-    for kind in ("safetensors", "bin"):
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         folder = checkpoint
         if not os.path.isdir(checkpoint):
-            folder = snapshot_download(checkpoint, allow_patterns=[f"*.{kind}"])
-        files = sorted(Path(folder).glob(f"*.{kind}"))
+            folder = snapshot_download(checkpoint, allow_patterns=[pattern])
+        files = sorted(Path(folder).glob(pattern))
         if files:
             break
     else:
-        raise FileNotFoundError("no *.safetensors and no *.bin in it")
+        raise FileNotFoundError("no model*.safetensors and no pytorch_model*.bin in it")
     weights = {}
     for file in files:
-        weights |= load_file(file) if kind == "safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        safe = file.suffix == ".safetensors"
+        weights |= load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
     return {key: value for key, value in weights.items() if not key.endswith("position_ids")}  # buffers, once saved
 
 
@@ -1046,8 +1059,18 @@ def check_rewards(names: list[str]) -> None:
     if not columns or len(set(columns)) < len(columns):
         raise SystemExit(f"rewards {' '.join(names)}: one or more are needed, each with a name of its own")
     for name in names:
-        if name.partition("=")[0] not in REWARD_MODELS:
+        kind, _, checkpoint = name.partition("=")
+        if kind not in REWARD_MODELS:
             FunctionReward(name, batch_size=2)
+        elif "=" in name and not os.path.isdir(checkpoint) and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+            raise SystemExit(f"reward {name}: {checkpoint!r} is no folder, and no id of a repository on the Hub")
+        elif checkpoint and not os.path.isdir(checkpoint):
+            try:
+                HfApi().model_info(checkpoint)
+            except RepositoryNotFoundError:
+                raise SystemExit(f"reward {name}: the Hub has no model {checkpoint}, or not for your token") from None
+            except Exception:  # no network: it may lie in the cache
+                pass
 
 
 def probe_rewards(names: list[str], size: tuple[int, int], prompts: list[str]) -> None:
@@ -1332,8 +1355,7 @@ def score(args: ScriptArguments, rows: list[dict], shards: list[range], generato
             hashes = [digest([item, id]) for item, id in zip(data, ids)]
             scores = read_column(target, "image", "score")
             todo = [n for n in range(len(ids)) if hashes[n] not in scores]
-            pictures = [PILImage.open(BytesIO(data[n])) for n in todo]
-            found = reward.score(pictures, [rows[shards[s][n]]["prompt"] for n in todo])
+            found = reward.score([data[n] for n in todo], [rows[shards[s][n]]["prompt"] for n in todo])
             scores |= {hashes[n]: value for n, value in zip(todo, found)}
             columns = {"image": hashes, "score": pa.array([scores[item] for item in hashes], pa.float32())}
             facts = {"prompts": digest(ids), "images": images}

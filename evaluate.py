@@ -24,7 +24,7 @@
 
     python evaluate.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --dtype float16 \
         --loras rankdpo=outputs/rankdpo-sdxl dpo=user/dpo-lora \
-        --prompts prompts.txt --max_prompts 500 --metrics pickscore clipscore my_metrics.py:sharpness \
+        --prompts prompts.txt --max_prompts 500 --metrics hpsv2.1 imagereward my_metrics.py:sharpness \
         --output_dir outputs/evaluation
 
 Writes `results.json`, `results.md` and `grid.png`. Every metric's mean comes with its lift over the base model and the
@@ -39,12 +39,14 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import ftfy
@@ -55,7 +57,8 @@ from datasets import config as datasets_config
 from datasets import load_dataset
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from safetensors import safe_open
@@ -285,8 +288,9 @@ class BadImage(Exception):
 
 # Copied from build_synpic.decoded
 def decoded(image):
-    """The PIL image, its pixels read."""
+    """The PIL image, or the one in these bytes, its pixels read."""
     try:
+        image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image
         image.load()
     except Exception as error:  # PIL raises many kinds
         raise BadImage(f"{type(error).__name__}: {one_line(error)}") from None
@@ -318,15 +322,16 @@ class FunctionReward:
         """As RewardModel.score."""
         scores = [math.nan] * len(images)
         for batch in batches(list(range(len(images))), self.batch_size):
-            good = []
+            good = {}
             for place in batch:
                 try:
-                    decoded(images[place])
-                    good.append(place)
+                    good[place] = decoded(images[place])
                 except BadImage:
                     if not skip_bad:
                         raise
-            found = list(self.function([images[place] for place in good], [prompts[place] for place in good]))
+            if not good:
+                continue
+            found = list(self.function(list(good.values()), [prompts[place] for place in good]))
             if len(found) != len(good):
                 raise SystemExit(f"reward {self.name}: {len(found)} scores for {len(good)} images")
             check_scores(self.name, found, [prompts[place] for place in good])
@@ -366,7 +371,8 @@ class RewardModel:
         try:
             self.load()
         except Exception as error:
-            raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {one_line(error)}") from None
+            message = f"{type(error).__name__}: {one_line(error)}"
+            raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {message}") from None
 
     def load_exactly(self, model_class, source: str | None, dtype=torch.float32, **kwargs) -> torch.nn.Module:
         """A transformers model; a key that the checkpoint lacks, or that the model does not know, is an error."""
@@ -390,8 +396,8 @@ class RewardModel:
         """The reward of each image for its prompt.
 
         Args:
-            images: n PIL images; one that is listed again is not encoded again. What `Image.open` has not decoded yet
-                is decoded by the workers.
+            images: n PIL images, or the bytes of their files, which the workers decode and then forget; an object that
+                is listed again is not encoded again.
             prompts: n prompts.
             skip_bad: give NaN for an image that does not decode, instead of raising BadImage.
         """
@@ -500,7 +506,7 @@ class PickScoreReward(HPSReward):
         self.model.to(self.device, self.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
         # The PIL backend is bit-exact with the transform that the published scores were made with.
-        self.image_processor = AutoImageProcessor.from_pretrained(self.processor, backend="pil")
+        self.image_processor = image_processor(self.checkpoint, self.processor)
 
     def prepare(self, image) -> torch.Tensor:
         image = image.convert("RGB")
@@ -610,6 +616,9 @@ class VQAScoreReward(RewardModel):
     def load(self):
         weights = checkpoint_weights(self.checkpoint)
         vision = split_keys(weights, "vision_tower.vision_tower.")
+        if not vision:  # frozen in its training, so a checkpoint may leave it out
+            vision = checkpoint_weights(VQASCORE_VISION)
+            vision = {key: value for key, value in vision.items() if key.startswith("vision_model.")}
         projector = split_keys(weights, "mm_projector.")
         self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
         # As the official code resizes it: what pads T5's vocabulary to 32128 is no word, and must not share in p.
@@ -629,8 +638,7 @@ class VQAScoreReward(RewardModel):
         if projector:
             raise ValueError(f"unexpected keys of mm_projector: {', '.join(projector)}")
         self.projector.to(self.device, self.dtype)
-        clip = self.processor if os.path.isdir(self.processor) else VQASCORE_VISION
-        self.image_processor = AutoImageProcessor.from_pretrained(clip, backend="pil")
+        self.image_processor = image_processor(self.checkpoint, VQASCORE_VISION)
         self.answer = torch.tensor(self.tokenizer("Yes").input_ids, device=self.device)
 
     def prepare(self, image) -> torch.Tensor:
@@ -689,6 +697,7 @@ class VLMReward(RewardModel):
         ]
 
     def compare(self, images: list, texts: list) -> torch.Tensor:
+        images = [[image] for image in images]  # one image a text: a flat list would be many images of the first
         inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
         return logits.softmax(dim=-1)[:, self.yes]
@@ -718,21 +727,29 @@ def checkpoint_file(checkpoint: str, name: str) -> str:
     return os.path.join(checkpoint, name) if os.path.isdir(checkpoint) else hf_hub_download(checkpoint, name)
 
 
+# Copied from build_synpic.image_processor
+def image_processor(checkpoint: str, default: str):
+    """The image processor in the checkpoint's folder, else the default one, on PIL: its other backend deviates."""
+    own = os.path.exists(os.path.join(checkpoint, "preprocessor_config.json"))
+    return AutoImageProcessor.from_pretrained(checkpoint if own else default, backend="pil")
+
+
 # Copied from build_synpic.checkpoint_weights
 def checkpoint_weights(checkpoint: str) -> dict[str, torch.Tensor]:
     """All tensors of a transformers checkpoint, a folder or on the Hub, safetensors before pickles."""
-    for kind in ("safetensors", "bin"):
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         folder = checkpoint
         if not os.path.isdir(checkpoint):
-            folder = snapshot_download(checkpoint, allow_patterns=[f"*.{kind}"])
-        files = sorted(Path(folder).glob(f"*.{kind}"))
+            folder = snapshot_download(checkpoint, allow_patterns=[pattern])
+        files = sorted(Path(folder).glob(pattern))
         if files:
             break
     else:
-        raise FileNotFoundError("no *.safetensors and no *.bin in it")
+        raise FileNotFoundError("no model*.safetensors and no pytorch_model*.bin in it")
     weights = {}
     for file in files:
-        weights |= load_file(file) if kind == "safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        safe = file.suffix == ".safetensors"
+        weights |= load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
     return {key: value for key, value in weights.items() if not key.endswith("position_ids")}  # buffers, once saved
 
 
@@ -965,8 +982,18 @@ def check_rewards(names: list[str]) -> None:
     if not columns or len(set(columns)) < len(columns):
         raise SystemExit(f"rewards {' '.join(names)}: one or more are needed, each with a name of its own")
     for name in names:
-        if name.partition("=")[0] not in REWARD_MODELS:
+        kind, _, checkpoint = name.partition("=")
+        if kind not in REWARD_MODELS:
             FunctionReward(name, batch_size=2)
+        elif "=" in name and not os.path.isdir(checkpoint) and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+            raise SystemExit(f"reward {name}: {checkpoint!r} is no folder, and no id of a repository on the Hub")
+        elif checkpoint and not os.path.isdir(checkpoint):
+            try:
+                HfApi().model_info(checkpoint)
+            except RepositoryNotFoundError:
+                raise SystemExit(f"reward {name}: the Hub has no model {checkpoint}, or not for your token") from None
+            except Exception:  # no network: it may lie in the cache
+                pass
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ from datasets import (
 from datasets import config as datasets_config
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from safetensors.torch import load_file
@@ -248,9 +249,9 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
         float64 array of the same shape. Exits with one line if `none` finds a reward outside [0, 1].
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    kind = reward_name(reward)
+    kind = reward.partition("=")[0]  # a function of the user's may have the name of a reward
     if normalization == "auto":
-        if kind.startswith(("hpsv2", "clipscore", "vqascore")):
+        if kind in REWARD_MODELS and kind.startswith(("hpsv2", "clipscore", "vqascore")):
             return rewards.clip(0, 1)
         if kind == "imagereward":
             return (rewards.clip(-3, 3) + 3) / 6
@@ -259,7 +260,9 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
     if normalization == "none":
         if rewards.size and not (rewards.min() >= 0 and rewards.max() <= 1):
             found = f"{rewards.min():.4g} to {rewards.max():.4g}"
-            raise SystemExit(f"--normalization none: {kind} must be in [0, 1], but goes from {found}; try standardize")
+            raise SystemExit(
+                f"--normalization none: {reward} must be in [0, 1], but goes from {found}; try standardize"
+            )
         return rewards
     return (((rewards - mean) / std).clip(-3, 3) + 3) / 6
 
@@ -296,6 +299,14 @@ def folder_digest(folder: str) -> str:
     names = [(name, stat) for name, stat in names if name.parts[0] not in ("work", "README.md", "grid.png")]
     stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
     return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
+
+
+def hub_commit(args: ScriptArguments) -> str:
+    """The commit of the dataset: what was read before a crash and what is read after must be the same."""
+    try:
+        return HfApi().dataset_info(args.dataset_name, revision=args.dataset_revision).sha
+    except Exception as error:
+        raise SystemExit(f"--dataset_name {args.dataset_name}: cannot be read: {one_line(error)}") from None
 
 
 class Pairs:
@@ -340,13 +351,20 @@ class Pairs:
 
     def tables(self, file: int, columns: list[str], start: int = 0, size: int = 100):
         """Tables of `size` rows of one file, from row `start` of it."""
-        stream = self.open(tuple(columns)).shard(num_shards=self.num_files, index=file)
-        for table in stream.skip(start).with_format("arrow").iter(batch_size=size):
-            yield table.select(columns)
+        try:
+            stream = self.open(tuple(columns)).shard(num_shards=self.num_files, index=file)
+            for table in stream.skip(start).with_format("arrow").iter(batch_size=size):
+                yield table.select(columns)
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            where = f"{self.where}: file {file} of {self.num_files}"
+            message = f"{where} cannot be read: {one_line(error)}; the same command continues from here"
+            raise SystemExit(message) from None
 
     def folder(self) -> str:
         """What relative paths of images are relative to."""
-        name = self.args.dataset_name or ""
+        if self.args.winner_dir:
+            return common_folder(self.args)
+        name = self.args.dataset_name
         return name if os.path.isdir(name) else os.path.dirname(name) if os.path.isfile(name) else ""
 
     def check_columns(self) -> None:
@@ -375,20 +393,21 @@ class Pairs:
     def light_columns(self) -> list[str]:
         """The dataset's own columns without pictures."""
         heavy = {name for name, feature in self.features.items() if has_bytes(feature)}
-        return [name for name in self.features if name not in heavy | set(self.images)]
+        return [name for name in self.features if name not in heavy]
 
     def is_path(self, column: str) -> bool:
         return getattr(self.features[column], "dtype", None) == "string"
+
+    def is_binary(self, column: str) -> bool:
+        return getattr(self.features[column], "dtype", None) in ("binary", "large_binary")
 
     def bytes_of(self, value) -> bytes:
         """An image's file, whatever kind its column is of; an empty one if it cannot be read."""
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value["path"]
         if isinstance(value, str):
-            try:
-                return Path(self.root, value).read_bytes()
-            except OSError:
-                return b""
+            path = Path(self.root, value)
+            return path.read_bytes() if path.is_file() else b""  # any other trouble with it ends the run
         return value or b""
 
 
@@ -400,13 +419,24 @@ def has_bytes(feature) -> bool:
     return isinstance(feature, Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
 
 
+def common_folder(args: ScriptArguments) -> str:
+    """What the paths of images in two folders are written relative to."""
+    return os.path.commonpath([Path(args.winner_dir).resolve(), Path(args.loser_dir).resolve()])
+
+
 def folder_pairs(args: ScriptArguments) -> Dataset:
     """Pairs of images of the same name in two folders; captions from text files beside the winners."""
     kinds = (".png", ".jpg", ".jpeg", ".webp")
-    winners, losers = (
-        {file.stem: file for file in sorted(Path(folder).iterdir()) if file.suffix.lower() in kinds}
-        for folder in (args.winner_dir, args.loser_dir)
-    )
+    folders = []
+    for folder in (args.winner_dir, args.loser_dir):
+        files = [file for file in sorted(Path(folder).iterdir()) if file.suffix.lower() in kinds]
+        if not files:
+            raise FileNotFoundError(f"no {', '.join(kinds)} in {folder}")
+        for one, other in zip(files, files[1:]):
+            if one.stem == other.stem:
+                raise ValueError(f"{one} and {other} have the same name: remove one")
+        folders.append({file.stem: file for file in files})
+    winners, losers = folders
     if set(winners) != set(losers):
         alone = sorted(set(winners) ^ set(losers))
         raise ValueError(f"{len(alone)} images are in only one of the two folders: {', '.join(alone[:5])}")
@@ -416,7 +446,8 @@ def folder_pairs(args: ScriptArguments) -> Dataset:
         if not caption.exists():
             raise FileNotFoundError(f"no caption {caption}")
         text = caption.read_text(encoding="utf-8-sig").strip()
-        paths = {args.image_0_column: str(winner.resolve()), args.image_1_column: str(losers[stem].resolve())}
+        files = {args.image_0_column: winner, args.image_1_column: losers[stem]}
+        paths = {name: str(file.resolve().relative_to(common_folder(args))) for name, file in files.items()}
         rows.append({args.prompt_column: text, **paths, args.label_0_column: 1.0})
     return Dataset.from_list(rows)
 
@@ -433,8 +464,9 @@ class BadImage(Exception):
 
 # Copied from build_synpic.decoded
 def decoded(image):
-    """The PIL image, its pixels read."""
+    """The PIL image, or the one in these bytes, its pixels read."""
     try:
+        image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image
         image.load()
     except Exception as error:  # PIL raises many kinds
         raise BadImage(f"{type(error).__name__}: {one_line(error)}") from None
@@ -466,15 +498,16 @@ class FunctionReward:
         """As RewardModel.score."""
         scores = [math.nan] * len(images)
         for batch in batches(list(range(len(images))), self.batch_size):
-            good = []
+            good = {}
             for place in batch:
                 try:
-                    decoded(images[place])
-                    good.append(place)
+                    good[place] = decoded(images[place])
                 except BadImage:
                     if not skip_bad:
                         raise
-            found = list(self.function([images[place] for place in good], [prompts[place] for place in good]))
+            if not good:
+                continue
+            found = list(self.function(list(good.values()), [prompts[place] for place in good]))
             if len(found) != len(good):
                 raise SystemExit(f"reward {self.name}: {len(found)} scores for {len(good)} images")
             check_scores(self.name, found, [prompts[place] for place in good])
@@ -514,7 +547,8 @@ class RewardModel:
         try:
             self.load()
         except Exception as error:
-            raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {one_line(error)}") from None
+            message = f"{type(error).__name__}: {one_line(error)}"
+            raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {message}") from None
 
     def load_exactly(self, model_class, source: str | None, dtype=torch.float32, **kwargs) -> torch.nn.Module:
         """A transformers model; a key that the checkpoint lacks, or that the model does not know, is an error."""
@@ -538,8 +572,8 @@ class RewardModel:
         """The reward of each image for its prompt.
 
         Args:
-            images: n PIL images; one that is listed again is not encoded again. What `Image.open` has not decoded yet
-                is decoded by the workers.
+            images: n PIL images, or the bytes of their files, which the workers decode and then forget; an object that
+                is listed again is not encoded again.
             prompts: n prompts.
             skip_bad: give NaN for an image that does not decode, instead of raising BadImage.
         """
@@ -648,7 +682,7 @@ class PickScoreReward(HPSReward):
         self.model.to(self.device, self.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
         # The PIL backend is bit-exact with the transform that the published scores were made with.
-        self.image_processor = AutoImageProcessor.from_pretrained(self.processor, backend="pil")
+        self.image_processor = image_processor(self.checkpoint, self.processor)
 
     def prepare(self, image) -> torch.Tensor:
         image = image.convert("RGB")
@@ -758,6 +792,9 @@ class VQAScoreReward(RewardModel):
     def load(self):
         weights = checkpoint_weights(self.checkpoint)
         vision = split_keys(weights, "vision_tower.vision_tower.")
+        if not vision:  # frozen in its training, so a checkpoint may leave it out
+            vision = checkpoint_weights(VQASCORE_VISION)
+            vision = {key: value for key, value in vision.items() if key.startswith("vision_model.")}
         projector = split_keys(weights, "mm_projector.")
         self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
         # As the official code resizes it: what pads T5's vocabulary to 32128 is no word, and must not share in p.
@@ -777,8 +814,7 @@ class VQAScoreReward(RewardModel):
         if projector:
             raise ValueError(f"unexpected keys of mm_projector: {', '.join(projector)}")
         self.projector.to(self.device, self.dtype)
-        clip = self.processor if os.path.isdir(self.processor) else VQASCORE_VISION
-        self.image_processor = AutoImageProcessor.from_pretrained(clip, backend="pil")
+        self.image_processor = image_processor(self.checkpoint, VQASCORE_VISION)
         self.answer = torch.tensor(self.tokenizer("Yes").input_ids, device=self.device)
 
     def prepare(self, image) -> torch.Tensor:
@@ -837,6 +873,7 @@ class VLMReward(RewardModel):
         ]
 
     def compare(self, images: list, texts: list) -> torch.Tensor:
+        images = [[image] for image in images]  # one image a text: a flat list would be many images of the first
         inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
         return logits.softmax(dim=-1)[:, self.yes]
@@ -866,21 +903,29 @@ def checkpoint_file(checkpoint: str, name: str) -> str:
     return os.path.join(checkpoint, name) if os.path.isdir(checkpoint) else hf_hub_download(checkpoint, name)
 
 
+# Copied from build_synpic.image_processor
+def image_processor(checkpoint: str, default: str):
+    """The image processor in the checkpoint's folder, else the default one, on PIL: its other backend deviates."""
+    own = os.path.exists(os.path.join(checkpoint, "preprocessor_config.json"))
+    return AutoImageProcessor.from_pretrained(checkpoint if own else default, backend="pil")
+
+
 # Copied from build_synpic.checkpoint_weights
 def checkpoint_weights(checkpoint: str) -> dict[str, torch.Tensor]:
     """All tensors of a transformers checkpoint, a folder or on the Hub, safetensors before pickles."""
-    for kind in ("safetensors", "bin"):
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         folder = checkpoint
         if not os.path.isdir(checkpoint):
-            folder = snapshot_download(checkpoint, allow_patterns=[f"*.{kind}"])
-        files = sorted(Path(folder).glob(f"*.{kind}"))
+            folder = snapshot_download(checkpoint, allow_patterns=[pattern])
+        files = sorted(Path(folder).glob(pattern))
         if files:
             break
     else:
-        raise FileNotFoundError("no *.safetensors and no *.bin in it")
+        raise FileNotFoundError("no model*.safetensors and no pytorch_model*.bin in it")
     weights = {}
     for file in files:
-        weights |= load_file(file) if kind == "safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        safe = file.suffix == ".safetensors"
+        weights |= load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
     return {key: value for key, value in weights.items() if not key.endswith("position_ids")}  # buffers, once saved
 
 
@@ -1113,8 +1158,18 @@ def check_rewards(names: list[str]) -> None:
     if not columns or len(set(columns)) < len(columns):
         raise SystemExit(f"rewards {' '.join(names)}: one or more are needed, each with a name of its own")
     for name in names:
-        if name.partition("=")[0] not in REWARD_MODELS:
+        kind, _, checkpoint = name.partition("=")
+        if kind not in REWARD_MODELS:
             FunctionReward(name, batch_size=2)
+        elif "=" in name and not os.path.isdir(checkpoint) and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+            raise SystemExit(f"reward {name}: {checkpoint!r} is no folder, and no id of a repository on the Hub")
+        elif checkpoint and not os.path.isdir(checkpoint):
+            try:
+                HfApi().model_info(checkpoint)
+            except RepositoryNotFoundError:
+                raise SystemExit(f"reward {name}: the Hub has no model {checkpoint}, or not for your token") from None
+            except Exception:  # no network: it may lie in the cache
+                pass
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1185,22 +1240,30 @@ def write_settings(folder: Path, settings: dict) -> None:
 
 
 def run_settings(args: ScriptArguments) -> dict:
-    """What the work in `output_dir` depends on. The kept fraction, the normalization and the figures are made anew."""
+    """What the work in `output_dir` depends on. Another reward adds its scores; fraction and figures are made anew."""
     names = (
         "dataset_name dataset_config_name dataset_revision dataset_split winner_dir loser_dir prompt_column "
         "image_0_column image_1_column label_0_column has_label_column image_0_uid_column image_1_uid_column shard_size"
     ).split()
-    folders = [name for name in (args.dataset_name, args.winner_dir, args.loser_dir) if name and os.path.isdir(name)]
-    settings = {name: getattr(args, name) for name in names}
-    return settings | {"files": [folder_digest(name) for name in folders], "reward": reward_settings(args.reward)}
+    local = [name for name in (args.dataset_name, args.winner_dir, args.loser_dir) if name and os.path.exists(name)]
+    return {name: getattr(args, name) for name in names} | {"files": [source_digest(name) for name in local]}
+
+
+def source_digest(path: str) -> str:
+    """Tells a dataset that was changed from the one that was read before."""
+    if os.path.isdir(path):
+        return folder_digest(path)
+    stat = os.stat(path)
+    return digest(f"{stat.st_size}|{stat.st_mtime_ns}").hex()
 
 
 def index_file(work: Path, file: int) -> Path:
     return work / "index" / f"{file:05d}.parquet"
 
 
-def score_file(work: Path, file: int, shard: int) -> Path:
-    return work / "scores" / f"{file:05d}-{shard:05d}.parquet"
+def score_file(args: ScriptArguments, shard: dict) -> Path:
+    folder = Path(args.output_dir) / "work" / "scores" / reward_name(args.reward)
+    return folder / f"{shard['file']:05d}-{shard['shard']:05d}.parquet"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1247,7 +1310,7 @@ def index_columns(args: ScriptArguments, pairs: Pairs) -> list[str]:
     """The light columns, and those images that have no id of their own: their bytes are hashed."""
     uids = (args.image_0_uid_column, args.image_1_uid_column)
     images = [image for image, uid in zip(pairs.images, uids) if uid not in pairs.features]
-    return pairs.light_columns + images
+    return list(dict.fromkeys(pairs.light_columns + images))
 
 
 def index_rows(args: ScriptArguments, pairs: Pairs, table: pa.Table, file: int, first_row: int) -> dict[str, pa.Array]:
@@ -1272,10 +1335,9 @@ def index_rows(args: ScriptArguments, pairs: Pairs, table: pa.Table, file: int, 
     found |= {"_status": pa.array(status, pa.int8()), "_winner": pa.array(winner, pa.int8())}
     for side, (image, uid) in enumerate(zip(pairs.images, (args.image_0_uid_column, args.image_1_uid_column))):
         uids = columns[uid] if uid in pairs.features else [image_uid(pairs, image, value) for value in columns[image]]
-        if not all(isinstance(item, str | int) and item != "" for item in uids):
-            raise SystemExit(
-                f"{pairs.where}: {uid} is empty in some row: name another column with --image_{side}_uid_column"
-            )
+        if not all(isinstance(item, str | int | bytes) and item not in ("", b"") for item in uids):
+            where = f"{pairs.where}: row {first_row} of file {file}, or one of the {len(uids) - 1} after it"
+            raise SystemExit(f"{where}: {uid} is empty: name another column with --image_{side}_uid_column")
         if uid not in pairs.features:
             found[uid] = pa.array(uids)
         keys = [np.frombuffer(digest(f"{item}|{prompt}"), np.uint64)[0] for item, prompt in zip(uids, prompts)]
@@ -1341,13 +1403,13 @@ def shards_to_score(args: ScriptArguments, pairs: Pairs) -> list[dict]:
 
 def score(args: ScriptArguments, pairs: Pairs, shards: list[dict], state: PartialState) -> None:
     """Scores what is missing. Shards belong to processes in runs, so that each reads its own part of the dataset."""
-    work = Path(args.output_dir) / "work"
+    write_settings(score_file(args, {"file": 0, "shard": 0}).parent, reward_settings(args.reward))
     own = np.array_split(np.arange(len(shards)), state.num_processes)[state.process_index]
     missing = []
     for number in own:
         shard = shards[number]
         facts = {"keys": digest(shard["keys"].tobytes()).hex()}
-        if not is_complete(score_file(work, shard["file"], shard["shard"]), **facts):
+        if not is_complete(score_file(args, shard), **facts):
             missing.append((shard, facts))
     if missing:
         reward = load_reward_model(args.reward, state.device, batch_size=args.reward_batch_size)
@@ -1379,54 +1441,37 @@ def shard_tables(args: ScriptArguments, pairs: Pairs, missing: list[tuple]):
 
 
 def score_shard(args: ScriptArguments, pairs: Pairs, reward, shard: dict, facts: dict, table: pa.Table) -> None:
-    started = time.time()
-    images, prompts, errors = [], [], []
-    for row, side in shard["places"].tolist():
-        images.append(open_image(pairs.bytes_of(table[pairs.images[side]][row].as_py())))
-        prompts.append(table[args.prompt_column][row].as_py())
-    good = [place for place, image in enumerate(images) if not isinstance(image, str)]
-    found = reward.score([images[place] for place in good], [prompts[place] for place in good], skip_bad=True)
-    scores = np.full(len(images), np.nan)
-    scores[good] = found
-    for place, (row, side) in enumerate(shard["places"].tolist()):
-        error = images[place] if isinstance(images[place], str) else ""
-        if np.isnan(scores[place]) and not error:
-            error = why_bad(pairs.bytes_of(table[pairs.images[side]][row].as_py()))
-        if error:
-            number = shard["shard"] * args.shard_size + row
-            where = f"row {number}" + (f" of file {shard['file']}" if pairs.num_files > 1 else "")
-            error = f"{where}: {pairs.images[side]}: {error}"
+    started, places = time.time(), shard["places"].tolist()
+    images = [pairs.bytes_of(table[pairs.images[side]][row].as_py()) for row, side in places]
+    prompts = [table[args.prompt_column][row].as_py() for row, _ in places]
+    scores, errors = reward.score(images, prompts, skip_bad=True), [""] * len(places)
+    for place, (row, side) in enumerate(places):
+        if math.isnan(scores[place]):
+            where = f"row {shard['shard'] * args.shard_size + row}"
+            where += f" of file {shard['file']}" if pairs.num_files > 1 else ""
+            errors[place] = f"{where}: {pairs.images[side]}: {why_bad(images[place])}"
             if args.on_bad_image == "fail":
-                raise SystemExit(f"{pairs.where}: {error}; --on_bad_image skip leaves its pairs out")
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-        errors.append(error)
+                raise SystemExit(f"{pairs.where}: {errors[place]}; --on_bad_image skip leaves its pairs out")
+            tqdm.write(f"skipped: {errors[place]}", file=sys.stderr)
     columns = {"key": shard["keys"], "score": pa.array(scores, pa.float32()), "error": errors}
-    target = score_file(Path(args.output_dir) / "work", shard["file"], shard["shard"])
-    write_table(pa.table(columns), target, {**facts, "seconds": time.time() - started})
-
-
-def open_image(data: bytes):
-    """A PIL image, not yet decoded; or what is wrong with it."""
-    try:
-        return PILImage.open(BytesIO(data))
-    except Exception as error:  # PIL raises many kinds
-        return "no data" if not data else f"{type(error).__name__}: {one_line(error)}"
+    write_table(pa.table(columns), score_file(args, shard), {**facts, "seconds": time.time() - started})
 
 
 def why_bad(data: bytes) -> str:
+    if not data:
+        return "no such file, or an empty one"
     try:
-        decoded(PILImage.open(BytesIO(data)))
-    except Exception as error:
-        return one_line(error)
-    return "its score is not a number"
+        decoded(data)
+    except BadImage as error:
+        return str(error)
+    return "it did not decode"
 
 
 def read_scores(args: ScriptArguments, pairs: Pairs, shards: list[dict]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Sorted keys, their scores (NaN: bad image), and what was wrong with the bad ones."""
-    work = Path(args.output_dir) / "work"
     keys, scores, errors = [np.empty(0, np.uint64)], [np.empty(0)], []
     for shard in shards:
-        table = pq.read_table(score_file(work, shard["file"], shard["shard"]))
+        table = pq.read_table(score_file(args, shard))
         keys.append(table["key"].to_numpy())
         scores.append(table["score"].to_numpy().astype(np.float64))
         errors += [error for error in table["error"].to_pylist() if error]
@@ -1511,13 +1556,13 @@ def output_features(args: ScriptArguments, pairs: Pairs, with_images: bool) -> F
     for name in (args.image_0_uid_column, args.image_1_uid_column):
         features.setdefault(name, Value("string"))
     if with_images:
-        features |= {name: Image() if pairs.is_path(name) else pairs.features[name] for name in pairs.images}
+        features |= {name: pairs.features[name] if pairs.is_binary(name) else Image() for name in pairs.images}
     new = {"score_0": "float64", "score_1": "float64", "quality": "float64", "quality_rank": "int64"}
     return Features(features | {name: Value(kind) for name, kind in new.items()})
 
 
-def write_dataset(args: ScriptArguments, pairs: Pairs, ranking: dict) -> bool:
-    """Writes the kept pairs, best first, and says whether anything changed.
+def write_dataset(args: ScriptArguments, pairs: Pairs, ranking: dict) -> None:
+    """Writes the kept pairs, best first, unless they stand there already.
 
     Sorting happens on disk: rows go to the bucket of their output file as they come, then each bucket is sorted, so
     that memory holds one output file at most.
@@ -1531,8 +1576,10 @@ def write_dataset(args: ScriptArguments, pairs: Pairs, ranking: dict) -> bool:
     wanted = {data_file(output_dir / folder, number, files) for folder in folders for number in files}
     stale = {*(output_dir / "scores").glob("*.parquet"), *(output_dir / "data").glob("*.parquet")} - wanted
     if not stale and all(shard_facts(file) == facts for file in wanted):
-        return False
+        return
 
+    for file in (output_dir / "figures").glob("*.png"):  # they show the earlier run
+        file.unlink()
     rank = np.full(len(ranking["psi"]), -1)
     rank[ranking["order"][:kept]] = np.arange(kept)
     buckets = output_dir / "work" / "buckets"
@@ -1562,11 +1609,13 @@ def write_dataset(args: ScriptArguments, pairs: Pairs, ranking: dict) -> bool:
         for folder in folders:
             schema = output_features(args, pairs, folder == "data").arrow_schema
             target = data_file(output_dir / folder, number, files)
-            write_table(table.select(schema.names).cast(schema), target, facts, 20 if folder == "data" else 1000)
+            images = pairs.images if folder == "data" else []  # else these are paths, or nothing
+            held = [f"_image_of_{name}" if name in images else name for name in schema.names]
+            part = table.select(held).rename_columns(schema.names).cast(schema)
+            write_table(part, target, facts, 20 if folder == "data" else 1000)
         (buckets / f"{number}.arrow").unlink()
     for file in stale:  # of a run with another fraction: both would be read
         file.unlink()
-    return True
 
 
 def kept_rows(args: ScriptArguments, pairs: Pairs, ranking: dict, rank: np.ndarray, file: int, start: int):
@@ -1580,9 +1629,7 @@ def kept_rows(args: ScriptArguments, pairs: Pairs, ranking: dict, rank: np.ndarr
     images = pairs.tables(file, pairs.images, size=size) if args.include_images else None
     for batch in pq.ParquetFile(index_file(work, file)).iter_batches(size, columns=names):
         table = pa.Table.from_batches([batch])
-        if images is not None:
-            for name, column in zip(pairs.images, next(images).columns):
-                table = table.append_column(name, embedded(pairs, column) if pairs.is_path(name) else column)
+        pictures = next(images) if images is not None else None
         rows = np.arange(start, start + len(table))
         psi = ranking["psi"][rows]
         lines, winner = np.arange(len(rows)), ranking["winner"][rows]
@@ -1595,14 +1642,22 @@ def kept_rows(args: ScriptArguments, pairs: Pairs, ranking: dict, rank: np.ndarr
         for name, values in new.items():
             table = table.append_column(name, pa.array(values))
         start += len(table)
-        table = table.filter(pa.array(rank[rows] >= 0))
+        kept = pa.array(rank[rows] >= 0)
+        table = table.filter(kept)
+        if pictures is not None:
+            for name, column in zip(pairs.images, pictures.filter(kept).columns):
+                column = column if pairs.is_binary(name) else embedded(pairs, column)
+                table = table.append_column(f"_image_of_{name}", column)
         if len(table):
             yield table
 
 
-def embedded(pairs: Pairs, paths: pa.ChunkedArray) -> pa.Array:
-    """Paths of images as Image values, with the files' bytes."""
-    values = [{"bytes": pairs.bytes_of(path), "path": os.path.basename(path)} for path in paths.to_pylist()]
+def embedded(pairs: Pairs, images: pa.ChunkedArray) -> pa.Array:
+    """Paths and Images as Images that hold their files' bytes."""
+    values = []
+    for value in images.to_pylist():
+        path = value["path"] if isinstance(value, dict) else value
+        values.append({"bytes": pairs.bytes_of(value), "path": path and os.path.basename(path)})
     return pa.array(values, Image().pa_type)
 
 
@@ -1613,19 +1668,22 @@ def embedded(pairs: Pairs, paths: pa.ChunkedArray) -> pa.Array:
 
 def draw_figures(args: ScriptArguments, ranking: dict) -> None:
     """Figures 1a and 1b of the paper: the distribution of ψ_w − ψ_l, and Q over the sorted index."""
+    folder = Path(args.output_dir) / "figures"
+    if (folder / "difference.png").exists() and (folder / "quality.png").exists():
+        return
     name = reward_name(args.reward)
     figure, axes = pyplot.subplots(figsize=(6, 4))
     axes.hist(ranking["difference"], bins=100, color="tab:blue")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(xlabel=f"ψ(winner) − ψ(loser), {name}", ylabel="pairs")
-    save_figure(figure, Path(args.output_dir) / "figures" / "difference.png")
+    save_figure(figure, folder / "difference.png")
     figure, axes = pyplot.subplots(figsize=(6, 4))
     shown = np.unique(np.linspace(0, len(ranking["quality"]) - 1, 2000).astype(int))
     axes.plot(shown + 1, ranking["quality"][shown], color="tab:blue")
     axes.axvspan(0, ranking["kept"], color="tab:green", alpha=0.2, label=f"kept: {ranking['kept']}")
     axes.set(xlabel="rank", ylabel=f"Q, {name}")
     axes.legend()
-    save_figure(figure, Path(args.output_dir) / "figures" / "quality.png")
+    save_figure(figure, folder / "quality.png")
 
 
 def save_figure(figure, file: Path) -> None:
@@ -1639,8 +1697,11 @@ def save_figure(figure, file: Path) -> None:
 
 def draw_examples(args: ScriptArguments, pairs: Pairs, ranking: dict, cell: int = 224) -> None:
     """Strips of the best and the worst pairs: winners above, losers below."""
-    starts = np.cumsum([0, *(pq.read_metadata(index_file(Path(args.output_dir) / "work", f)).num_rows
-                             for f in range(pairs.num_files))])  # fmt: skip
+    folder = Path(args.output_dir) / "figures"
+    if (folder / "best.png").exists() and (folder / "worst.png").exists():
+        return
+    work = Path(args.output_dir) / "work"
+    starts = np.cumsum([0, *(pq.read_metadata(index_file(work, file)).num_rows for file in range(pairs.num_files))])
     columns = list(dict.fromkeys([args.prompt_column, *pairs.images]))
     number = min(args.num_examples, len(ranking["order"]))
     for name, rows in {"best": ranking["order"][:number], "worst": ranking["order"][::-1][:number]}.items():
@@ -1658,7 +1719,7 @@ def draw_examples(args: ScriptArguments, pairs: Pairs, ranking: dict, cell: int 
                 canvas.paste(image.resize(size, resample), (column * cell, line * cell))
             text = table[args.prompt_column][0].as_py()[: cell // 7].encode("latin-1", "replace").decode("latin-1")
             drawing.text((column * cell + 4, 2 * cell + 5), text, fill="black")
-        file = Path(args.output_dir) / "figures" / f"{name}.png"
+        file = folder / f"{name}.png"
         temporary = file.with_name(f".{file.name}.tmp.png")
         canvas.save(temporary)
         os.replace(temporary, file)
@@ -1711,12 +1772,15 @@ def write_card(args: ScriptArguments, pairs: Pairs, ranking: dict) -> None:
         len(quality) - 1,
     ]
     sizes = ", ".join(f"{quality[mark]:.4f}" for mark in marks)
+    made = ""
+    if args.image_0_uid_column not in pairs.features and not pairs.is_path(args.image_0_column):
+        made = " (BLAKE2b of the image's file, 16 bytes in hexadecimal)"
     images = (
         ""
         if args.include_images
         else (
             f" The images are not in it: join them from `{source}` by `{args.image_0_uid_column}` and "
-            f"`{args.image_1_uid_column}`."
+            f"`{args.image_1_uid_column}`{made}."
         )
     )
     pictures = ""
@@ -1793,6 +1857,7 @@ Q at rank 1, at 1 %, 5.33 %, 10 %, 25 %, 50 %, 75 % and at the last: {sizes}.
         **({"source_datasets": [args.dataset_name]} if is_hub else {}),
     }
     facts = {"configs": configs, "size_categories": [size_category(kept)], "dataset_info": dataset_infos(args, pairs)}
+    data = {name: value for name, value in data.items() if name not in facts}
     write_text(readme, f"---\n{yaml.safe_dump({**own, **data, **facts}, sort_keys=False)}---\n{body}")
     write_text(output_dir / "statistics.json", json.dumps({**statistics, **counts, "kept": kept}, indent=2) + "\n")
 
@@ -1843,14 +1908,20 @@ def main(args: ScriptArguments) -> None:
     output_dir, work = Path(args.output_dir), Path(args.output_dir) / "work"
     if output_dir.is_dir() and any(output_dir.iterdir()) and not work.is_dir():
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
+    if args.dataset_name and output_dir.resolve().is_relative_to(Path(args.dataset_name).resolve()):
+        raise SystemExit(f"--output_dir {output_dir} is inside the dataset: choose another folder")
+    if args.dataset_name and not os.path.exists(args.dataset_name):
+        args.dataset_revision = hub_commit(args)
     check_settings(work, run_settings(args), "a run")
+    name = reward_name(args.reward)
+    check_settings(work / "scores" / name, reward_settings(args.reward), f"scores of {name}")
     pairs = Pairs(args)
     state.wait_for_everyone()  # nobody writes before all have looked
     if args.push_to_hub and state.is_main_process:  # a wrong token or name fails now, not after the work
         create_repo(args)
     if state.is_main_process:
         write_settings(work, run_settings(args))
-        for stale in work.rglob(".*.tmp*"):  # of processes that were killed
+        for stale in output_dir.rglob(".*.tmp*"):  # of processes that were killed
             stale.unlink()
     state.wait_for_everyone()
 
@@ -1859,10 +1930,10 @@ def main(args: ScriptArguments) -> None:
     score(args, pairs, shards, state)
     if state.is_main_process:
         ranking = rank_pairs(args, pairs, shards)
-        if write_dataset(args, pairs, ranking):
-            draw_figures(args, ranking)
-            if args.num_examples:
-                draw_examples(args, pairs, ranking)
+        write_dataset(args, pairs, ranking)
+        draw_figures(args, ranking)
+        if args.num_examples:
+            draw_examples(args, pairs, ranking)
         write_card(args, pairs, ranking)
         if args.push_to_hub:
             publish(args)

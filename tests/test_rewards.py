@@ -535,7 +535,8 @@ def official_clip_t5(t5: dict, vision: dict, folder):
         mm_projector_type="mlp2x_gelu",
         mm_hidden_size=vision["hidden_size"],
     )
-    config.scale_decoder_outputs = False  # transformers 5's name for what T5 1.1 and FLAN never did
+    # transformers 5 ties and scales by itself what T5 1.1 and FLAN never did.
+    config.tie_word_embeddings = config.scale_decoder_outputs = False
     return clip_t5.CLIPT5ForConditionalGeneration(config)
 
 
@@ -566,6 +567,7 @@ def vqascore(tmp_path_factory):
     model.config.save_pretrained(folder)
     weights = published(model.state_dict())
     assert {"shared.weight", "lm_head.weight", "mm_projector.2.bias"} < set(weights)
+    assert not torch.equal(weights["lm_head.weight"], weights["shared.weight"])
     torch.save(weights, folder / "pytorch_model.bin")
     model.resize_token_embeddings(len(tokenizer))
     return model, tokenizer, processor, folder

@@ -134,6 +134,8 @@ def test_preference_scores_of_the_paper():
     np.testing.assert_allclose(score("aesthetic"), [0, 0, 0, 0.03, 0.3, 0.7])
     np.testing.assert_allclose(score("pickscore"), [0, (-2 + 3) / 6, 2.5 / 6, 2.65 / 6, 4 / 6, 1])
     np.testing.assert_allclose(score("a.py:mine"), score("pickscore"))
+    np.testing.assert_allclose(score("a.py:clipscore100"), score("pickscore"))
+    np.testing.assert_allclose(score("a.py:aesthetic"), score("pickscore"))
     with pytest.raises(SystemExit, match="must be in .0, 1."):
         score_pairs.preference_score("hpsv2", "none", rewards, 1.0, 2.0)
 
@@ -245,6 +247,8 @@ def test_other_forms_of_pairs(tmp_path, reward):
     call("score_pairs", *flags(tmp_path, reward, tmp_path / "out-folders")[2:], *two, "--include_images")
     first = load_dataset(str(tmp_path / "out-folders"), split="train", cache_dir=tmp_path / "cache")[0]
     assert isinstance(first["jpg_0"], PILImage.Image)
+    plain = load_dataset(str(tmp_path / "out-folders"), "scores", split="train", cache_dir=tmp_path / "cache")
+    assert "better/007.png" in plain["jpg_0"] and "worse/007.png" in plain["jpg_1"]
 
     (tmp_path / "worse" / "000.png").unlink()
     assert "only one of the two folders: 000" in refused(
@@ -278,7 +282,7 @@ def test_killed_and_resumed(tmp_path, reward):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    scores, wanted = tmp_path / "b" / "out" / "work" / "scores", int(np.random.default_rng().integers(3, 25))
+    scores, wanted = tmp_path / "b" / "out" / "work" / "scores" / "mine", int(np.random.default_rng().integers(3, 25))
     while len(list(scores.glob("[0-9]*.parquet"))) < wanted:
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.01)
@@ -391,7 +395,11 @@ def test_bad_images_are_named_counted_and_left_out(tmp_path, reward):
     source, out = write(tmp_path / "pairs", rows, files=1), tmp_path / "out"
     result = run("score_pairs.py", *flags(source, reward, out))
     card = (out / "README.md").read_text()
-    for text in ("row 3: jpg_1: OSError: image file is trunc", "row 7: jpg_0: Unidentified", "row 11: jpg_0: no data"):
+    for text in (
+        "row 3: jpg_1: OSError: image file is trunc",
+        "row 7: jpg_0: Unidentified",
+        "row 11: jpg_0: no such file, or an empty one",
+    ):
         assert text in result.stderr and text in card, result.stderr
     assert "3 with an image that does not decode" in result.stdout
     found = load_dataset(str(out), "scores", split="train", cache_dir=tmp_path / "cache")
@@ -455,7 +463,64 @@ def test_bad_input_is_one_line(tmp_path, reward, name):
 def test_another_run_in_the_folder_is_refused(tmp_path, reward):
     source = write(tmp_path / "pairs", pick_a_pic(24))
     call("score_pairs", *flags(source, reward, tmp_path / "out"))
-    assert "reward" in refused("score_pairs", *flags(source, "hpsv2", tmp_path / "out"))
+    rows = pick_a_pic(24)
+    rows[3]["label_0"] = 1 - rows[3]["label_0"]
+    file = next((source / "data").glob("*.parquet"))
+    before = file.read_bytes()
+    Dataset.from_list(rows[:8]).to_parquet(str(file))
+    assert "made with files" in refused("score_pairs", *flags(source, reward, tmp_path / "out"))
+    assert file.read_bytes() != before
+    assert "inside the dataset" in refused("score_pairs", *flags(source, reward, source / "out"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     assert "holds other files" in refused("score_pairs", *flags(source, reward, tmp_path / "full"))
+
+
+def test_bad_paths_with_images(tmp_path, reward):
+    """A path that is missing, and one that is null, cost their own pairs only; files of tied pairs are not read."""
+    (tmp_path / "pairs").mkdir()
+    rows = []
+    for i in range(12):
+        for side in (0, 1):
+            (tmp_path / "pairs" / f"{i}-{side}.png").write_bytes(picture(17 * i + 3 * side))
+        rows.append({"prompt": f"p{i}", "a": f"{i}-0.png", "b": f"{i}-1.png", "label_0": 1.0})
+    rows[2]["a"] = None
+    rows[5]["b"] = "nowhere.png"
+    rows[7]["label_0"] = 0.5
+    (tmp_path / "pairs" / "7-0.png").unlink()
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "pairs" / "train.parquet"))
+    columns = {"prompt_column": "prompt", "image_0_column": "a", "image_1_column": "b", "include_images": "true"}
+    call("score_pairs", *flags(tmp_path / "pairs", reward, tmp_path / "out", **columns))
+    found = load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
+    assert sorted(found["prompt"]) == sorted({f"p{i}" for i in range(12)} - {"p2", "p5", "p7"})
+    row = next(row for row in found if row["prompt"] == "p3")
+    assert row["a"].getpixel((0, 0))[0] == 51 and row["b"].getpixel((0, 0))[0] == 54
+    plain = load_dataset(str(tmp_path / "out"), "scores", split="train", cache_dir=tmp_path / "cache")
+    assert "3-0.png" in plain["a"], "paths join the scores to the images"
+
+
+def test_another_reward_adds_its_scores(tmp_path, reward):
+    """The first reward's scores stay: to come back to it costs nothing."""
+    source = write(tmp_path / "pairs", pick_a_pic(40))
+    other = tmp_path / "other.py"
+    other.write_text("def other(images, prompts):\n    return [-image.getpixel((0, 0))[0] for image in images]\n")
+    call("score_pairs", *flags(source, reward, tmp_path / "out"))
+    first, log = digests(tmp_path / "out"), asked(reward)
+    call("score_pairs", *flags(source, f"{other}:other", tmp_path / "out"))
+    assert digests(tmp_path / "out") != first
+    call("score_pairs", *flags(source, reward, tmp_path / "out"))
+    assert digests(tmp_path / "out") == first and asked(reward) == log
+
+
+def test_killed_after_the_dataset_before_the_figures(tmp_path, reward, monkeypatch):
+    source = write(tmp_path / "pairs", pick_a_pic(40))
+    call("score_pairs", *flags(source, reward, tmp_path / "out"))
+    figure = tmp_path / "out" / "figures" / "quality.png"
+    before = figure.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(score_pairs, "draw_figures", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call("score_pairs", *flags(source, reward, tmp_path / "out", top_fraction=0.5))
+    assert not figure.exists()
+    call("score_pairs", *flags(source, reward, tmp_path / "out", top_fraction=0.5))
+    assert figure.read_bytes() != before
