@@ -41,7 +41,7 @@ fix-copies: .venv/ready
 	$(BIN)/python tests/test_copies.py --fix
 	$(BIN)/ruff format --quiet .
 
-# Side by side with the official scorer, full size (10 minutes on 2 cores).
+# Side by side with the official scorer, full size (18 minutes on 2 cores).
 bench: .venv/ready-test
 	$(BIN)/python benchmarks/score_speed.py
 
