@@ -1,4 +1,4 @@
-# make demo · test · quality · fix-copies · bench: each makes and reuses .venv by itself.
+# make demo · test · quality · fix-copies · bench · models: each makes and reuses .venv by itself.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin

@@ -35,7 +35,7 @@ Several GPUs, own generators, own reward, prompts of a dataset on the Hub, publi
 
     accelerate launch build_synpic.py --prompts user/prompts --prompt_column caption \
         --generators recipes/synpic_sdxl.yaml --rewards pickscore my_rewards.py:sharpness \
-        --output_dir outputs/synpic --push_to_hub --hub_dataset_id user/synpic
+        --output_dir outputs/synpic-sdxl --push_to_hub --hub_dataset_id user/synpic
 
 The work is cut into shards under `<output_dir>/work`. Run the same command again after a crash: only what is missing is
 done. A generator or a reward added later costs its own shards; then everything is ranked anew.
@@ -770,8 +770,8 @@ class VQAScoreReward(RewardModel):
 
 
 class VLMReward(RewardModel):
-    """VQAScore's question put to any image-text-to-text model of transformers: the probability of "Yes" as the first
-    token. A variant: its numbers are not those of CLIP-FlanT5."""
+    """A question like VQAScore's put to an image-text-to-text model of transformers: the probability of "Yes" as the
+    first token. A variant: its numbers are not those of CLIP-FlanT5."""
 
     QUESTION = 'Does this image show "{}"? Answer the question with Yes or No.'
 

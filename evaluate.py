@@ -24,7 +24,7 @@
 
     python evaluate.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --dtype float16 \
         --loras rankdpo=outputs/rankdpo-sdxl dpo=user/dpo-lora \
-        --prompts prompts.txt --max_prompts 500 --metrics hpsv2.1 imagereward my_metrics.py:sharpness \
+        --prompts prompts.txt --max_prompts 500 --metrics hpsv2.1 imagereward my_rewards.py:sharpness \
         --output_dir outputs/evaluation
 
 Writes `results.json`, `results.md` and `grid.png`. Every metric's mean comes with its lift over the base model and the
@@ -672,8 +672,8 @@ class VQAScoreReward(RewardModel):
 
 # Copied from build_synpic.VLMReward
 class VLMReward(RewardModel):
-    """VQAScore's question put to any image-text-to-text model of transformers: the probability of "Yes" as the first
-    token. A variant: its numbers are not those of CLIP-FlanT5."""
+    """A question like VQAScore's put to an image-text-to-text model of transformers: the probability of "Yes" as the
+    first token. A variant: its numbers are not those of CLIP-FlanT5."""
 
     QUESTION = 'Does this image show "{}"? Answer the question with Yes or No.'
 

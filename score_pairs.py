@@ -23,8 +23,8 @@
 # ///
 """Scores preference pairs and sorts them by quality: the Quality Sorted Dataset of DPO-QSD.
 
-A pair's quality is Q = ψ(winner) · (1 − ψ(loser)), with a reward model as ψ: the probability that the label is right.
-Training on the best 5 % of the pairs, in this order, beats training on all of them.
+A pair's quality is Q = ψ(winner) · (1 − ψ(loser)), with a reward model as ψ, read as the probability to be preferred.
+The paper reports better models from the best 5.33 % of the pairs, in this order, than from all of them.
 
 Pick-a-Pic from the Hub, streamed, as in the paper (HPSv2):
 
@@ -191,7 +191,8 @@ class ScriptArguments:
     # Work and output
     output_dir: str = field(default="outputs/qsd", metadata={"help": "Dataset, figures, card, shards in work/."})
     include_images: bool = field(
-        default=False, metadata={"help": "Write, and push, the images too; by default only ids, prompts and scores."}
+        default=False,
+        metadata={"help": "Write, and push, the images too; by default all other columns and the scores."},
     )
     num_examples: int = field(default=5, metadata={"help": "Best and worst pairs to show in pictures; 0: none."})
     shard_size: int = field(default=512, metadata={"help": "Pairs per shard of work: what a crash can lose."})
@@ -848,8 +849,8 @@ class VQAScoreReward(RewardModel):
 
 # Copied from build_synpic.VLMReward
 class VLMReward(RewardModel):
-    """VQAScore's question put to any image-text-to-text model of transformers: the probability of "Yes" as the first
-    token. A variant: its numbers are not those of CLIP-FlanT5."""
+    """A question like VQAScore's put to an image-text-to-text model of transformers: the probability of "Yes" as the
+    first token. A variant: its numbers are not those of CLIP-FlanT5."""
 
     QUESTION = 'Does this image show "{}"? Answer the question with Yes or No.'
 

@@ -9,7 +9,7 @@ Three ways to the same numbers, on the same pairs, block by block in turn:
   so it is timed on few pairs;
 - fair loop: the same function with the checkpoint loaded once. On today's torch, without its obsolete dependencies
   (tests/official.py); what it computes is untouched;
-- ours: score_pairs.py from Parquet to the sorted dataset, the model loaded once as well.
+- ours: score_pairs.py from Parquet to the sorted dataset, the model loaded before, not timed.
 
 The pairs are reused as Pick-a-Pic's are: 16 pairs a prompt (959.5k pairs, 58k captions), collected by an app that keeps
 the preferred image and replaces the other, so of 17 images; 4 of them (24 %) stand in more than one pair, 1 (6 %) in
@@ -120,7 +120,7 @@ def official_scores(img_score, rows: list[dict], checkpoint: Path) -> tuple[np.n
 
 
 def our_scores(rows: list[dict], reward, folder: Path) -> tuple[np.ndarray, float]:
-    """The same from score_pairs.py, Parquet to sorted Parquet; the images/s of all its work."""
+    """The same from score_pairs.py, Parquet to sorted Parquet, and the seconds of all its work."""
     (folder / "pairs").mkdir(parents=True)
     numbered = [{**row, "number": number} for number, row in enumerate(rows)]
     pq.write_table(pa.Table.from_pylist(numbered), folder / "pairs" / "train.parquet", row_group_size=100)
