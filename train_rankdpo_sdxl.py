@@ -98,6 +98,11 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 CACHE_SHARD_ROWS = 64  # prompts per cache file: the unit of work that a crash can lose
 CACHE_VERSION = 1
 BASE_LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
+SCRIPT_OF_PIPELINE = {
+    "StableDiffusionPipeline": "train_dpo_qsd.py",
+    "StableDiffusionXLPipeline": "train_rankdpo_sdxl.py",
+    "StableDiffusion3Pipeline": "train_rankdpo_sd3.py",
+}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -568,8 +573,8 @@ class PromptEncoder:
         ]
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """prompts (n) → prompt embeddings (n, tokens, width), pooled embeddings (n, pooled width)."""
+    def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """prompts (n) → prompt_embeds (n, tokens, width), pooled_prompt_embeds (n, pooled width)."""
         outputs = []
         for tokenizer, text_encoder in zip(self.tokenizers, self.text_encoders):
             tokens = tokenizer(
@@ -581,7 +586,7 @@ class PromptEncoder:
             )
             outputs.append(text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True))
         prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return prompt_embeds, outputs[1].text_embeds
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": outputs[1].text_embeds}
 
 
 class RankedImages(torch.utils.data.Dataset):
@@ -600,16 +605,13 @@ class RankedImages(torch.utils.data.Dataset):
         return torch.stack([pixels for pixels, _ in processed]), torch.tensor([ids for _, ids in processed]).float()
 
 
-def encode_dataset(args, dataset, labels, folder: Path, vae, accelerator: Accelerator, weight_dtype) -> None:
+def encode_dataset(args, dataset, labels, folder: Path, vae, encode_prompts, accelerator, weight_dtype) -> None:
     """Writes what is missing of the cache: per prompt its images' latents (the posterior's mean, scaled), the prompt
     embeddings and the micro-conditioning. Shards do not depend on the number of processes."""
     shards = cache_shards(len(labels))
-    # Owned by number, not dealt out of what is missing: processes look at different times.
-    own = range(accelerator.process_index, len(shards), accelerator.num_processes)
-    mine = [i for i in own if not _cache_file(folder, i).exists()]
+    mine = missing_shards(folder, len(labels), accelerator)
     if mine:
         folder.mkdir(parents=True, exist_ok=True)
-        encode_prompts = PromptEncoder(args, accelerator.device, weight_dtype)
         rows = [row for i in mine for row in shards[i]]
         loader = torch.utils.data.DataLoader(
             RankedImages(dataset, labels, args, rows), batch_size=None, num_workers=args.dataloader_num_workers
@@ -621,13 +623,9 @@ def encode_dataset(args, dataset, labels, folder: Path, vae, accelerator: Accele
                 pixels, ids = next(images)
                 latents.append(encode_images(vae, pixels, args.vae_batch_size).to("cpu", weight_dtype))
                 time_ids.append(ids)
-            prompt_embeds, pooled = encode_prompts([labels[row]["prompt"] for row in shards[i]])
-            tensors = {
-                "latents": torch.stack(latents).contiguous(),
-                "prompt_embeds": prompt_embeds.to("cpu", weight_dtype).contiguous(),
-                "pooled_prompt_embeds": pooled.to("cpu", weight_dtype).contiguous(),
-                "time_ids": torch.stack(time_ids),
-            }
+            tensors = {"latents": torch.stack(latents).contiguous(), "time_ids": torch.stack(time_ids)}
+            for name, tensor in encode_prompts([labels[row]["prompt"] for row in shards[i]]).items():
+                tensors[name] = tensor.to("cpu", weight_dtype).contiguous()
             temporary = _cache_file(folder, i).with_suffix(f".tmp{os.getpid()}")
             save_file(tensors, temporary)
             _publish_file(temporary, _cache_file(folder, i))
@@ -637,6 +635,15 @@ def encode_dataset(args, dataset, labels, folder: Path, vae, accelerator: Accele
 def cache_shards(length: int) -> list[range]:
     """The rows of every cache file."""
     return [range(i, min(i + CACHE_SHARD_ROWS, length)) for i in range(0, length, CACHE_SHARD_ROWS)]
+
+
+def missing_shards(folder: Path, length: int, accelerator: Accelerator) -> list[int]:
+    """This process's shards that are not in the cache yet.
+
+    Owned by number, not dealt out of what is missing: processes look at different times.
+    """
+    own = range(accelerator.process_index, len(cache_shards(length)), accelerator.num_processes)
+    return [i for i in own if not _cache_file(folder, i).exists()]
 
 
 def _cache_file(folder: Path, shard: int) -> Path:
@@ -663,8 +670,7 @@ class CachedPrompts(torch.utils.data.Dataset):
         epoch, index = key
         shard, offset = divmod(index, CACHE_SHARD_ROWS)
         file = _open_shard(_cache_file(self.folder, shard))
-        names = ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")
-        item = {name: file.get_slice(name)[offset] for name in names}
+        item = {name: file.get_slice(name)[offset] for name in file.keys()}
         # One timestep and one noise for all images of the prompt, a function of (seed, epoch, prompt): the same after
         # a resume and on any number of processes.
         rng = _generator(self.seed, epoch, self.labels[index]["prompt_id"])
@@ -869,7 +875,7 @@ def check_model(args: ScriptArguments) -> None:
     model, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     name = _read_config("pretrained_model_name_or_path", model, "model_index.json", args.revision)["_class_name"]
     if name not in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"):
-        raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: this script trains SDXL")
+        raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: this script trains SDXL{_other(name)}")
     if vae:
         config = _read_config("pretrained_vae_model_name_or_path", vae, "config.json", None)
     else:
@@ -878,11 +884,18 @@ def check_model(args: ScriptArguments) -> None:
         raise SystemExit(f"{vae or model}: its VAE standardises latents by `latents_mean`, which SDXL does not")
 
 
+def _other(pipeline_class: str) -> str:
+    script = SCRIPT_OF_PIPELINE.get(pipeline_class)
+    return f"; take {script}" if script else ""
+
+
 def _read_config(flag: str, model: str, file: str, revision: str | None) -> dict:
     try:
         path = os.path.join(model, file) if os.path.isdir(model) else hf_hub_download(model, file, revision=revision)
         config = json.loads(Path(path).read_text())
-        return config if file != "model_index.json" else {"_class_name": config["_class_name"]}
+        if file == "model_index.json" and "_class_name" not in config:
+            raise ValueError("its model_index.json names no pipeline class")
+        return config
     except Exception as error:
         raise SystemExit(f"--{flag} {model}: not a diffusers model that can be read: {one_line(error)}") from None
 
@@ -1055,16 +1068,15 @@ def run_settings(args: ScriptArguments, num_processes: int, labels: list[dict]) 
 class Validator:
     """Draws the validation prompts with the current LoRA, or without it; everything is loaded once, at construction."""
 
-    def __init__(self, args: ScriptArguments, prompts: list[str], vae, device, dtype):
+    def __init__(self, args: ScriptArguments, prompts: list[str], vae, encode_prompts: PromptEncoder, device, dtype):
         self.args, self.prompts, self.device, self.dtype = args, prompts, device, dtype
-        encode_prompts = PromptEncoder(args, device, dtype)
         absent = dict.fromkeys(("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         self.pipeline = StableDiffusionXLPipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, vae=vae, add_watermarker=False, **absent
         )
         self.pipeline.set_progress_bar_config(disable=True)
-        self.embeds = [tensor.cpu() for tensor in encode_prompts(prompts)]
-        self.negative_embeds = [tensor.cpu() for tensor in encode_prompts([""])]
+        self.embeds = [tensor.cpu() for tensor in encode_prompts(prompts).values()]
+        self.negative_embeds = [tensor.cpu() for tensor in encode_prompts([""]).values()]
         if self.pipeline.config.force_zeros_for_empty_prompt:
             self.negative_embeds = [torch.zeros_like(tensor) for tensor in self.negative_embeds]
 
@@ -1288,12 +1300,16 @@ def encode(args, dataset, labels, cache: Path, accelerator: Accelerator, weight_
         model = {"revision": args.revision, "variant": args.variant, "dtype": torch.float32}
         vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **model)
     vae.requires_grad_(False).eval().to(accelerator.device)
-    encode_dataset(args, dataset, labels, cache, vae, accelerator, weight_dtype)
+    encode_prompts = None
+    if accelerator.is_main_process or missing_shards(cache, len(labels), accelerator):
+        encode_prompts = PromptEncoder(args, accelerator.device, weight_dtype)
+    encode_dataset(args, dataset, labels, cache, vae, encode_prompts, accelerator, weight_dtype)
     vae.to("cpu")
     validator = None
     if accelerator.is_main_process:
         prompts = args.validation_prompts or [row["prompt"] for row in labels[:4]]
-        validator = Validator(args, prompts, vae, accelerator.device, weight_dtype)
+        validator = Validator(args, prompts, vae, encode_prompts, accelerator.device, weight_dtype)
+    del encode_prompts
     gc.collect()
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -25,7 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import world
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -204,8 +210,8 @@ def train_generator(pipeline: StableDiffusionXLPipeline, latents, captions, step
     return early, averaged
 
 
-def save(pipeline: StableDiffusionXLPipeline, modules, folder: Path) -> None:
-    pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2 = modules
+def save(pipeline: DiffusionPipeline, modules: dict[str, torch.nn.Module], folder: Path) -> None:
+    pipeline.register_modules(**modules)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.to(dtype=torch.float16).save_pretrained(temporary)
@@ -249,8 +255,9 @@ def main():
     )
     early, final = train_generator(pipeline, latents, captions, args.steps)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    save(pipeline, early, args.output_dir / "early")
-    save(pipeline, final, args.output_dir / "base")
+    names = ("unet", "text_encoder", "text_encoder_2")
+    save(pipeline, dict(zip(names, early)), args.output_dir / "early")
+    save(pipeline, dict(zip(names, final)), args.output_dir / "base")
     record = {
         "command": "python " + " ".join(sys.argv),
         "seed": args.seed,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code that several standalone scripts need is copied under `# Copied from SCRIPT.NAME [with OLD->NEW]`.
+"""Code that several standalone scripts need is copied under `# Copied from SCRIPT.NAME [with OLD->NEW, OLD->NEW]`.
 
 A test fails where a copy differs from its original; `make fix-copies` rewrites the copies.
 """
@@ -13,7 +13,7 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = re.compile(r"^# Copied from (\w+)\.(\w+)(?: with (\S+?)->(\S+))?$")
+MARK = re.compile(r"^# Copied from (\w+)\.(\w+)(?: with (\S+->\S+(?:, \S+->\S+)*))?$")
 
 
 def definition(text: str, name: str | None = None, line: int | None = None) -> tuple[int, int]:
@@ -41,12 +41,12 @@ def copies() -> list[tuple[Path, int]]:
 def expected(path: Path, number: int) -> tuple[list[str], slice]:
     """What should stand under a mark, and where it stands."""
     text = path.read_text()
-    script, name, old, new = MARK.match(text.splitlines()[number]).groups()
+    script, name, renamed = MARK.match(text.splitlines()[number]).groups()
     original = (ROOT / f"{script}.py").read_text()
     first, last = definition(original, name=name)
     lines = original.splitlines()[first:last]
-    if old:
-        lines = [line.replace(old, new) for line in lines]
+    for pair in renamed.split(", ") if renamed else []:
+        lines = [line.replace(*pair.split("->")) for line in lines]
     return lines, slice(*definition(text, line=number + 1))
 
 
