@@ -111,6 +111,80 @@ def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def make_tiny_sd3(folder: Path, seed: int = 0, t5: bool = True, qk_norm: str | None = None) -> Path:
+    """An SD3 pipeline of 60 thousand parameters for 32x32 images; with `qk_norm` and a second attention, an SD3.5."""
+    import train_generators
+    import train_sd3_generator
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_3 = train_generators.make_tokenizer(), train_sd3_generator.make_t5_tokenizer()
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=12,
+        intermediate_size=24,
+        projection_dim=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    t5_config = T5Config(vocab_size=len(tokenizer_3), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,  # wider than both CLIPs side by side, as SD3's
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=8,
+        qk_norm=qk_norm,
+        dual_attention_layers=(0,) if qk_norm else (),
+    )
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[4, 4, 8],
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=16,
+        sample_size=32,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(clip),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(clip),
+        tokenizer_2=tokenizer,
+        text_encoder_3=T5EncoderModel(t5_config) if t5 else None,
+        tokenizer_3=tokenizer_3 if t5 else None,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory) -> Path:
+    return make_tiny_sd3(tmp_path_factory.mktemp("models") / "tiny-sd3")
+
+
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory) -> Path:
     return make_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")

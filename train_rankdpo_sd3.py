@@ -1,0 +1,1594 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "accelerate",
+#     "bitsandbytes",
+#     "datasets",
+#     "diffusers",
+#     "huggingface_hub",
+#     "numpy",
+#     "peft",
+#     "pillow",
+#     "pyarrow",
+#     "safetensors",
+#     "tensorboard",
+#     "torch",
+#     "torchvision",
+#     "tqdm",
+#     "transformers",
+#     "trl",
+# ]
+# ///
+"""RankDPO for SD3-Medium and SD3.5: a LoRA from ranked images (Kag et al., "Scalable Ranked Preference Optimization",
+2024), by flow matching.
+
+The dataset has one row per prompt with k images and their preference probabilities, as `build_synpic.py` writes it.
+
+One GPU:
+
+    accelerate launch train_rankdpo_sd3.py \
+        --dataset_name outputs/synpic \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers \
+        --output_dir outputs/rankdpo-sd3 \
+        --mixed_precision bf16 --gradient_checkpointing --use_8bit_adam \
+        --train_batch_size 1 --gradient_accumulation_steps 16 --max_train_steps 1000 \
+        --checkpointing_steps 100
+
+Settings from a file, some of them overridden, and the same run continued after a crash:
+
+    accelerate launch train_rankdpo_sd3.py --config recipes/rankdpo_sd3.yaml --dataset_name outputs/synpic \
+        --beta_dpo 1000
+    accelerate launch train_rankdpo_sd3.py --config recipes/rankdpo_sd3.yaml --dataset_name outputs/synpic \
+        --beta_dpo 1000 --resume_from_checkpoint latest
+
+Several GPUs: `accelerate launch --multi_gpu --num_processes 4 train_rankdpo_sd3.py ...`. With the same global batch
+(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same prompts, the
+same timesteps and the same noise in the same optimizer step.
+"""
+
+import gc
+import hashlib
+import importlib
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import lru_cache, partial
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from datasets import Dataset, Image, load_dataset
+from datasets import config as datasets_config
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import (
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image as PILImage
+from PIL import ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+from transformers.utils import logging as transformers_logging
+from trl import TrlParser
+
+
+# Copied from train_rankdpo_sdxl.LOSS_TYPES
+LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "sft", "weighted_sft")
+WEIGHTING_SCHEMES = ("uniform", "logit_normal", "mode", "cosmap")
+# Copied from train_rankdpo_sdxl.LR_SCHEDULERS
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+# Copied from train_rankdpo_sdxl.CACHE_SHARD_ROWS
+CACHE_SHARD_ROWS = 64  # prompts per cache file: the unit of work that a crash can lose
+# Copied from train_rankdpo_sdxl.CACHE_VERSION
+CACHE_VERSION = 1
+BASE_LICENSES = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": "stabilityai-ai-community",
+    "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community",
+    "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community",
+}
+# Copied from train_rankdpo_sdxl.SCRIPT_OF_PIPELINE
+SCRIPT_OF_PIPELINE = {
+    "StableDiffusionPipeline": "train_dpo_qsd.py",
+    "StableDiffusionXLPipeline": "train_rankdpo_sdxl.py",
+    "StableDiffusion3Pipeline": "train_rankdpo_sd3.py",
+}
+# Copied from train_rankdpo_sdxl.LORA_FILE
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass
+class ScriptArguments:
+    """Flags carry diffusers' names wherever diffusers has one. `--config file.yaml` reads them from a file."""
+
+    # Model
+    pretrained_model_name_or_path: str = field(
+        default="stabilityai/stable-diffusion-3-medium-diffusers",
+        metadata={"help": "SD3 or SD3.5 pipeline: Hub id or folder."},
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
+    variant: str | None = field(default=None, metadata={"help": "Variant of the model's files, e.g. fp16."})
+    use_text_encoder_3: bool = field(
+        default=True,
+        metadata={"help": "T5. Without it zeros stand for its embeddings, as in a pipeline without text_encoder_3."},
+    )
+    max_sequence_length: int = field(
+        default=256, metadata={"help": "T5 tokens of a prompt, up to 512; 256 is the pipeline's default."}
+    )
+
+    # Data
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Ranked dataset: Hub id, or the folder build_synpic.py wrote. Required."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
+    images_column: str = field(default="images", metadata={"help": "Column of the lists of k images."})
+    prompt_id_column: str = field(
+        default="prompt_id", metadata={"help": "Column of the unique ids that seed each prompt's timestep and noise."}
+    )
+    preference_column: str = field(
+        default="preference_probability", metadata={"help": "Column of the preference probabilities, in [0, 1]."}
+    )
+    rank_column: str = field(
+        default="rank",
+        metadata={"help": "Column of the ranks, 1 = best. A dataset without it is ranked by preference."},
+    )
+    rank_by: str = field(
+        default="all",
+        metadata={"help": "What the labels come from: all (the columns as they are), one reward's name, or random."},
+    )
+    generators: list[str] | None = field(
+        default=None, metadata={"help": "Train on these generators' images only; preferences are computed anew."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N prompts only."})
+    cache_text_embeddings: bool = field(
+        default=True,
+        metadata={"help": "false: keep the text encoders in memory and encode prompts at every step, to spare disk."},
+    )
+    resolution: int = field(default=1024, metadata={"help": "Pixels: shorter side resized to it, centre cropped."})
+    cache_dir: str = field(
+        default="outputs/cache",
+        metadata={"help": "Latents and prompt embeddings are written here once, and reused by every later run."},
+    )
+    vae_batch_size: int = field(default=4, metadata={"help": "Images per VAE forward while encoding."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read the data ahead."})
+
+    # Objective
+    loss_type: str = field(
+        default="rankdpo",
+        metadata={
+            "help": "rankdpo; dpo_gain (gain weights only); dpo (all pairs alike); sft (denoise the best image); "
+            "weighted_sft (denoise all images, weighted by preference).",
+            "choices": LOSS_TYPES,
+        },
+    )
+    beta_dpo: float = field(
+        default=2000.0,
+        metadata={
+            "help": "Strength of the tie to the base model. The margin is beta/2 times mean squared errors. "
+            "The paper does not print its value for SD3."
+        },
+    )
+    rank_source: str = field(
+        default="label",
+        metadata={
+            "help": "Where rankdpo's discounts take the ranks from: label (Algorithm 2) or predicted (the model's "
+            "own scores, LambdaLoss).",
+            "choices": ("label", "predicted"),
+        },
+    )
+
+    weighting_scheme: str = field(
+        default="uniform",
+        metadata={
+            "help": "As in diffusers: density of the timesteps uniform, logit_normal or mode; cosmap draws uniformly "
+            "and weighs the errors.",
+            "choices": WEIGHTING_SCHEMES,
+        },
+    )
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of logit_normal."})
+    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit_normal."})
+    mode_scale: float = field(default=1.29, metadata={"help": "Scale of mode."})
+
+    # LoRA
+    rank: int = field(default=64, metadata={"help": "LoRA rank; alpha is equal to it, so the scale is 1."})
+
+    # Training
+    output_dir: str = field(default="outputs/rankdpo-sd3", metadata={"help": "LoRA, card and checkpoints."})
+    seed: int = field(default=0, metadata={"help": "Seeds initialisation, data order, timesteps and noise."})
+    train_batch_size: int = field(default=1, metadata={"help": "Prompts (of k images each) per process and forward."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forwards per optimizer step."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts, if no step count."})
+    max_train_steps: int | None = field(default=None, metadata={"help": "Optimizer steps; overrides the epochs."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler: str = field(
+        default="constant_with_warmup",
+        metadata={"help": "Schedule of the learning rate.", "choices": LR_SCHEDULERS},
+    )
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of linear warm-up."})
+    use_8bit_adam: bool = field(default=False, metadata={"help": "AdamW of bitsandbytes with 8-bit states."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2."})
+    adam_weight_decay: float = field(default=1e-2, metadata={"help": "AdamW's weight decay."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    mixed_precision: str = field(
+        default="no",
+        metadata={"help": "Type of the frozen weights and of the forward.", "choices": ("no", "fp16", "bf16")},
+    )
+    allow_tf32: bool = field(default=False, metadata={"help": "TF32 for the float32 matrix products left."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward: less memory, about a third slower."}
+    )
+    checkpointing_steps: int = field(default=500, metadata={"help": "Optimizer steps between two checkpoints."})
+    checkpoints_total_limit: int | None = field(default=None, metadata={"help": "Keep the newest N checkpoints."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint's folder, or latest (none yet: start at the beginning)."}
+    )
+
+    # Validation, trackers, Hub
+    validation_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Prompts of the before/after gallery (default: the dataset's first four)."}
+    )
+    validation_steps: int | None = field(
+        default=None, metadata={"help": "Also draw the validation prompts every N optimizer steps."}
+    )
+    validation_num_inference_steps: int = field(default=28, metadata={"help": "Denoising steps of the gallery."})
+    validation_guidance_scale: float = field(default=7.0, metadata={"help": "Guidance of the gallery."})
+    report_to: str = field(
+        default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, several as all, or none."}
+    )
+    logging_dir: str = field(default="logs", metadata={"help": "Trackers' folder inside output_dir."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload LoRA and card at the end."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository; default: output_dir's name."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make a new repository private."})
+
+    def __post_init__(self):
+        # YAML values bypass argparse, so every type and choice is checked here too.
+        kinds = get_type_hints(type(self))
+        for name, spec in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            choices = spec.metadata.get("choices")
+            if kinds[name] in (str, str | None) and value is False:
+                value = "no" if name == "mixed_precision" else "none"  # YAML reads a bare no as False
+                setattr(self, name, value)
+            if kinds[name] is bool and type(value) is not bool:
+                raise SystemExit(f"--{name} {value}: must be true or false")
+            if choices and value not in choices:
+                raise SystemExit(f"--{name} {value}: choose from {', '.join(choices)}")
+            if kinds[name] in (int, int | None) and value is not None and type(value) is not int:
+                raise SystemExit(f"--{name} {value}: must be a whole number")
+            if kinds[name] is float:
+                try:
+                    setattr(self, name, float(value))  # YAML reads 1e-5 as a string
+                except (TypeError, ValueError):
+                    raise SystemExit(f"--{name} {value}: must be a number") from None
+            if kinds[name] == list[str] | None and isinstance(value, str):
+                setattr(self, name, [value])
+        for name in ("beta_dpo", "logit_std", "learning_rate", "max_grad_norm", "num_train_epochs"):
+            if not getattr(self, name) > 0:
+                raise SystemExit(f"--{name} {getattr(self, name)}: must be greater than 0")
+        for name in (
+            "rank resolution train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps "
+            "checkpoints_total_limit max_train_samples validation_steps vae_batch_size validation_num_inference_steps"
+        ).split():
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise SystemExit(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("lr_warmup_steps", "dataloader_num_workers", "adam_beta1", "adam_beta2", "adam_weight_decay"):
+            if getattr(self, name) < 0 or name.startswith("adam_beta") and getattr(self, name) >= 1:
+                raise SystemExit(f"--{name} {getattr(self, name)}: out of range")
+        if self.resolution % 16:
+            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 16")
+        if not 1 <= self.max_sequence_length <= 512:
+            raise SystemExit(f"--max_sequence_length {self.max_sequence_length}: must be from 1 to 512")
+        if not self.dataset_name:
+            raise SystemExit("--dataset_name is missing: a Hub id, or the folder build_synpic.py wrote")
+        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise SystemExit("--mixed_precision fp16 needs a GPU: use bf16 or no")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: check, labels, encode once, read
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_rankdpo_sdxl.one_line
+def one_line(error: Exception) -> str:
+    """An exception's message on one line, whatever its class and length."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# Copied from build_synpic.preference_probability
+def preference_probability(scores) -> np.ndarray:
+    """Share of the comparisons an image wins (Algorithm 1): over all rewards, against all other images of its prompt.
+
+    Args:
+        scores: float array (n_rewards, k), higher is better. An equal score counts for neither image.
+
+    Returns:
+        float64 array (k,) in [0, 1].
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    n_rewards, k = scores.shape
+    wins = (scores[:, :, None] > scores[:, None, :]).sum(axis=(0, 2))
+    return wins / (n_rewards * (k - 1))
+
+
+# Copied from build_synpic.preference_rank
+def preference_rank(scores) -> np.ndarray:
+    """Ranks by preference probability, ties broken by the mean standardised reward, then by position.
+
+    Args:
+        scores: float array (n_rewards, k), higher is better.
+
+    Returns:
+        int64 array (k,), a permutation of 1…k; 1 is the best.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    deviation = scores.std(axis=1, keepdims=True)
+    standardised = (scores - scores.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1.0)
+    # Rounded, so that float noise in a mean of equal values cannot decide what position should.
+    tie_breaker = np.round(standardised.mean(axis=0), 9)
+    order = np.lexsort((np.arange(scores.shape[1]), -tie_breaker, -preference_probability(scores)))
+    rank = np.empty(scores.shape[1], dtype=np.int64)
+    rank[order] = np.arange(1, scores.shape[1] + 1)
+    return rank
+
+
+# Copied from train_rankdpo_sdxl.folder_digest
+def folder_digest(folder: str) -> str:
+    """A hash of the names, sizes and dates of a folder's files: a model's, or a dataset's without what
+    build_synpic.py writes anew at every run (the card and its picture) or for itself (work)."""
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    names = [(file.relative_to(folder), file.stat()) for file in files]
+    names = [(name, stat) for name, stat in names if name.parts[0] not in ("work", "README.md", "grid.png")]
+    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
+    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
+
+
+# Copied from train_rankdpo_sdxl.local_cache
+def local_cache(folder: str) -> str | None:
+    """Where `load_dataset` shall cache a local folder; None for a dataset of the Hub.
+
+    By itself it keys the cache of a folder by the patterns in its card, not by its files, and so would serve the old
+    rows of a dataset that was built again.
+    """
+    if not os.path.isdir(folder):
+        return None
+    return os.path.join(datasets_config.HF_DATASETS_CACHE, f"local-{folder_digest(folder)}")
+
+
+# Copied from train_rankdpo_sdxl.load_ranked_dataset
+def load_ranked_dataset(args: ScriptArguments) -> Dataset:
+    """Loads and checks the dataset's table; no image is decoded yet. Exits with one line that names what is wrong."""
+    where = f"--dataset_name {args.dataset_name}"
+    try:
+        dataset = load_dataset(
+            args.dataset_name,
+            args.dataset_config_name,
+            split=args.dataset_split,
+            revision=args.dataset_revision,
+            cache_dir=local_cache(args.dataset_name),
+        )
+    except Exception as error:
+        raise SystemExit(f"{where}: cannot be loaded: {one_line(error)}") from None
+    needed = {
+        "prompt_id_column": args.prompt_id_column,
+        "prompt_column": args.prompt_column,
+        "images_column": args.images_column,
+        "preference_column": args.preference_column,
+    }
+    for flag, column in needed.items():
+        if column not in dataset.column_names:
+            raise SystemExit(
+                f"{where}: no column {column!r} (--{flag}); it has {', '.join(dataset.column_names) or 'none'}"
+            )
+    if not isinstance(getattr(dataset.features[args.images_column], "feature", None), Image):
+        raise SystemExit(f"{where}: column {args.images_column!r} must hold lists of images, List(Image())")
+    if args.max_train_samples:
+        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
+    if len(dataset) == 0:
+        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
+    return dataset
+
+
+# Copied from train_rankdpo_sdxl.make_labels
+def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
+    """Checks every row and computes its labels.
+
+    Returns:
+        one dict per row: `prompt_id` str, `prompt` str, `images` (positions of the images used, k of them),
+        `phi` float32 (k,) and `rank` int64 (k,).
+    """
+    columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
+    columns += [name for name in (args.rank_column, "generators", "scores") if name in dataset.column_names]
+    from_scores = args.rank_by != "random" and (args.generators or args.rank_by != "all")
+    if from_scores and "scores" not in columns:
+        raise SystemExit("--rank_by / --generators need the dataset's `scores` column, which it does not have")
+    if args.generators and "generators" not in columns:
+        raise SystemExit("--generators needs the dataset's `generators` column, which it does not have")
+    n_images = count_images(dataset, args.images_column)
+    labels, seen, expected = [], {}, None
+    for index, row in enumerate(dataset.select_columns(columns)):
+        where = f"row {index} (prompt_id {row[args.prompt_id_column]!r})"
+        prompt_id, prompt, phi = (row[name] for name in columns[:3])
+        if prompt_id is None or prompt_id in seen:
+            raise SystemExit(
+                f"{where}: `{args.prompt_id_column}` is missing or stands at row {seen.get(prompt_id)} too"
+            )
+        seen[prompt_id] = index
+        if not prompt or not prompt.strip():
+            raise SystemExit(f"{where}: the prompt is empty: remove the row")
+        if n_images[index] < 2:
+            raise SystemExit(f"{where}: {n_images[index]} image: a preference needs at least 2 images per prompt")
+        if phi is None or len(phi) != n_images[index] or any(value is None or value != value for value in phi):
+            raise SystemExit(
+                f"{where}: `{args.preference_column}` must give one number for each of the {n_images[index]} images"
+            )
+        if min(phi) < 0 or max(phi) > 1:
+            raise SystemExit(f"{where}: `{args.preference_column}` {phi} is outside [0, 1]")
+        rank = row.get(args.rank_column)
+        if rank is None:
+            rank = np.argsort(np.argsort(-np.array(phi), kind="stable"), kind="stable") + 1
+        elif not is_ranking(rank, phi):
+            raise SystemExit(
+                f"{where}: `{args.rank_column}` {list(rank)} contradicts `{args.preference_column}` {phi}: it must be "
+                "a permutation of 1…k that never puts a less preferred image first"
+            )
+        images = list(range(n_images[index]))
+        if args.generators:
+            if len(row["generators"]) != n_images[index]:
+                raise SystemExit(f"{where}: `generators` must name one for each of the {n_images[index]} images")
+            images = [i for i, name in enumerate(row["generators"]) if name in args.generators]
+            if len(images) < 2:
+                raise SystemExit(
+                    f"{where}: {len(images)} of its images are from --generators {' '.join(args.generators)}; the row "
+                    f"has {', '.join(sorted(set(row['generators'])))}; at least 2 are needed"
+                )
+        if args.rank_by == "random":
+            rank = _generator(args.seed, "random labels", prompt_id).permutation(len(images)) + 1
+            phi = (len(images) - rank) / (len(images) - 1)
+        elif from_scores:
+            names = sorted(row["scores"]) if args.rank_by == "all" else [args.rank_by]
+            if not set(names) <= set(row["scores"]):
+                raise SystemExit(f"--rank_by {args.rank_by}: no such reward; it has {', '.join(row['scores'])}")
+            if any(len(row["scores"][name] or []) != n_images[index] for name in names):
+                raise SystemExit(f"{where}: `scores` must give one number per image and reward")
+            scores = np.array([row["scores"][name] for name in names], dtype=np.float64)[:, images]
+            if not np.isfinite(scores).all():
+                raise SystemExit(f"{where}: `scores` holds a number that is not finite")
+            phi, rank = preference_probability(scores), preference_rank(scores)
+        expected = expected or (len(images), where)
+        if len(images) != expected[0]:
+            raise SystemExit(
+                f"{where}: {len(images)} images, but {expected[1]} has {expected[0]}: all rows need the same"
+            )
+        labels.append(
+            {
+                "prompt_id": str(prompt_id),
+                "prompt": prompt,
+                "images": images,
+                "phi": np.array(phi, dtype=np.float32),
+                "rank": np.array(rank, dtype=np.int64),
+            }
+        )
+    return labels
+
+
+# Copied from train_rankdpo_sdxl.is_ranking
+def is_ranking(rank: list[int], phi: list[float]) -> bool:
+    """True for a permutation of 1…k that never puts an image before one of higher preference."""
+    if None in rank or sorted(rank) != list(range(1, len(phi) + 1)):
+        return False
+    return bool((np.diff(np.array(phi)[np.argsort(rank)]) <= 0).all())
+
+
+# Copied from train_rankdpo_sdxl.count_images
+def count_images(dataset: Dataset, column: str) -> list[int]:
+    """Images per row, counted in Arrow: no image is read into Python."""
+    batches = dataset.select_columns([column]).with_format("arrow").iter(256)
+    return [count for table in batches for count in pc.list_value_length(table[column]).fill_null(0).to_pylist()]
+
+
+# Copied from train_rankdpo_sdxl.read_images
+def read_images(dataset: Dataset, column: str, index: int) -> list[dict]:
+    """A row's images as stored, {"bytes", "path"} each. Read through Arrow: casting the column to undecoded images
+    would write the whole dataset anew."""
+    return dataset.select_columns([column]).with_format("arrow")[index][column][0].as_py()
+
+
+# Copied from train_rankdpo_sdxl._generator
+def _generator(*key) -> np.random.Generator:
+    """A NumPy generator that is a function of the key alone, on every machine and in every process."""
+    digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+
+
+# Copied from train_rankdpo_sdxl.check_images
+def check_images(dataset: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]) -> None:
+    """Decodes the rows' images once, JPEGs at an eighth of their size, so that a bad one is named before any model
+    is loaded."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
+        checks = pool.map(partial(_undecodable_image, dataset, args.images_column, labels), rows)
+        for index, found in zip(rows, tqdm(checks, desc="check images", total=len(rows), disable=len(rows) < 2000)):
+            if found:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise SystemExit(f"row {index} (prompt_id {labels[index]['prompt_id']!r}): {found}")
+
+
+# Copied from train_rankdpo_sdxl._undecodable_image
+def _undecodable_image(dataset: Dataset, column: str, labels: list[dict], index: int) -> str | None:
+    images = read_images(dataset, column, index)
+    for position in labels[index]["images"]:
+        try:
+            with _open_image(images[position]) as image:
+                image.draft("RGB", (64, 64))
+                image.load()
+        except Exception as error:
+            return f"image {position} does not decode: {one_line(error)}"
+    return None
+
+
+# Copied from train_rankdpo_sdxl._open_image
+def _open_image(image: dict) -> PILImage.Image:
+    return PILImage.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+
+
+def preprocess_image(image: dict, resolution: int) -> torch.Tensor:
+    """Resizes the shorter side to `resolution` and crops the centre.
+
+    Returns:
+        pixels, uint8 (3, resolution, resolution).
+    """
+    with _open_image(image) as opened:
+        picture = ImageOps.exif_transpose(opened).convert("RGB")
+    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
+    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
+    picture = TF.crop(picture, top, left, resolution, resolution)
+    return TF.pil_to_tensor(picture)
+
+
+# Copied from train_rankdpo_sdxl.model_fingerprint
+def model_fingerprint(model: str, file: str, revision: str | None = None) -> str:
+    """What identifies a model's weights: the commit of a Hub snapshot; name, size and date of a folder's files.
+
+    Args:
+        file: one of the model's files, `model_index.json` of a pipeline or `config.json` of a single model.
+    """
+    if not os.path.isdir(model):
+        return f"{model}@{Path(hf_hub_download(model, file, revision=revision)).parent.name}"
+    return folder_digest(model)
+
+
+def cache_key(args: ScriptArguments, dataset: Dataset, labels: list[dict], weight_dtype: torch.dtype) -> str:
+    """Hash of everything that latents and embeddings depend on; labels and hyperparameters are not among it."""
+    parts = [
+        CACHE_VERSION,
+        dataset._fingerprint,
+        folder_digest(args.dataset_name) if os.path.isdir(args.dataset_name) else None,
+        args.images_column,
+        args.prompt_column,
+        labels[0]["images"] if args.generators is None else [row["images"] for row in labels],
+        model_fingerprint(args.pretrained_model_name_or_path, "model_index.json", args.revision),
+        args.variant,
+        args.cache_text_embeddings and [args.max_sequence_length, args.use_text_encoder_3],
+        args.resolution,
+        str(weight_dtype),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+class PromptEncoder:
+    """SD3's tokenizers and text encoders: two CLIPs and, where it is used, T5."""
+
+    def __init__(self, args: ScriptArguments, device, dtype):
+        kwargs = {"revision": args.revision}
+        model, encoders = args.pretrained_model_name_or_path, [CLIPTextModelWithProjection] * 2
+        if args.use_text_encoder_3:
+            encoders.append(T5EncoderModel)
+        suffixes = ("", "_2", "_3")[: len(encoders)]
+        self.tokenizers = [AutoTokenizer.from_pretrained(model, subfolder=f"tokenizer{s}", **kwargs) for s in suffixes]
+        kwargs.update(variant=args.variant, dtype=dtype)
+        self.text_encoders = [
+            encoder.from_pretrained(model, subfolder=f"text_encoder{s}", **kwargs).to(device).eval()
+            for encoder, s in zip(encoders, suffixes)
+        ]
+        # Both CLIPs' tokens stand side by side, so the first tokenizer's length counts.
+        self.lengths = [self.tokenizers[0].model_max_length] * 2 + [args.max_sequence_length]
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """prompts (n) → clip_embeds (n, tokens, width of both), pooled_prompt_embeds (n, pooled width of both) and,
+        where T5 is used, t5_embeds (n, max_sequence_length, width), padding tokens and all: the transformer has no
+        mask and attends to them. What it sees as zeros is not kept; `joint_prompt_embeds` puts it there."""
+        outputs = []
+        for tokenizer, text_encoder, length in zip(self.tokenizers, self.text_encoders, self.lengths):
+            tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            outputs.append(text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True))
+        embeds = {
+            "clip_embeds": torch.cat([output.hidden_states[-2] for output in outputs[:2]], dim=-1),
+            "pooled_prompt_embeds": torch.cat([output.text_embeds for output in outputs[:2]], dim=-1),
+        }
+        if len(outputs) == 3:
+            embeds["t5_embeds"] = outputs[2].last_hidden_state
+        return embeds
+
+
+def joint_prompt_embeds(embeds: dict[str, torch.Tensor], width: int, t5_tokens: int) -> torch.Tensor:
+    """What SD3's transformer attends to, as StableDiffusion3Pipeline.encode_prompt makes it.
+
+    Args:
+        embeds: of `PromptEncoder`; width: of the transformer's prompt embeddings; t5_tokens: `max_sequence_length`.
+
+    Returns:
+        (n, CLIP tokens + t5_tokens, width): CLIP's embeddings filled up with zeros, then T5's, zeros without it.
+    """
+    clip_embeds = embeds["clip_embeds"]
+    t5_embeds = embeds.get("t5_embeds")
+    if t5_embeds is None:
+        t5_embeds = clip_embeds.new_zeros(len(clip_embeds), t5_tokens, width)
+    return torch.cat([F.pad(clip_embeds, (0, width - clip_embeds.shape[-1])), t5_embeds], dim=1)
+
+
+class RankedImages(torch.utils.data.Dataset):
+    """Decodes and preprocesses all images of a row; a DataLoader's workers do it while the GPU encodes."""
+
+    def __init__(self, dataset: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]):
+        self.dataset, self.labels, self.args, self.rows = dataset, labels, args, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        index = self.rows[position]
+        images = read_images(self.dataset, self.args.images_column, index)
+        return torch.stack([preprocess_image(images[i], self.args.resolution) for i in self.labels[index]["images"]])
+
+
+def encode_dataset(args, dataset, labels, folder: Path, vae, encode_prompts, accelerator, weight_dtype) -> None:
+    """Writes what is missing of the cache: per prompt its images' latents (the posterior's mean, shifted and scaled)
+    and, if they are cached, the prompt embeddings. Shards do not depend on the number of processes."""
+    shards = cache_shards(len(labels))
+    mine = missing_shards(folder, len(labels), accelerator)
+    if mine:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [row for i in mine for row in shards[i]]
+        loader = torch.utils.data.DataLoader(
+            RankedImages(dataset, labels, args, rows), batch_size=None, num_workers=args.dataloader_num_workers
+        )
+        images = iter(tqdm(loader, desc="encode", unit="prompt", disable=not accelerator.is_local_main_process))
+        for i in mine:
+            latents = [encode_images(vae, next(images), args.vae_batch_size).to("cpu", weight_dtype) for _ in shards[i]]
+            tensors = {"latents": torch.stack(latents).contiguous()}
+            if args.cache_text_embeddings:
+                for name, tensor in encode_prompts([labels[row]["prompt"] for row in shards[i]]).items():
+                    tensors[name] = tensor.to("cpu", weight_dtype).contiguous()
+            temporary = _cache_file(folder, i).with_suffix(f".tmp{os.getpid()}")
+            save_file(tensors, temporary)
+            _publish_file(temporary, _cache_file(folder, i))
+    accelerator.wait_for_everyone()
+
+
+# Copied from train_rankdpo_sdxl.cache_shards
+def cache_shards(length: int) -> list[range]:
+    """The rows of every cache file."""
+    return [range(i, min(i + CACHE_SHARD_ROWS, length)) for i in range(0, length, CACHE_SHARD_ROWS)]
+
+
+# Copied from train_rankdpo_sdxl.missing_shards
+def missing_shards(folder: Path, length: int, accelerator: Accelerator) -> list[int]:
+    """This process's shards that are not in the cache yet.
+
+    Owned by number, not dealt out of what is missing: processes look at different times.
+    """
+    own = range(accelerator.process_index, len(cache_shards(length)), accelerator.num_processes)
+    return [i for i in own if not _cache_file(folder, i).exists()]
+
+
+# Copied from train_rankdpo_sdxl._cache_file
+def _cache_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:06d}.safetensors"
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """pixels, uint8 (n, 3, H, W) → latents (n, C, H/f, W/f), the posterior's mean, shifted and scaled."""
+    means = [
+        vae.encode((batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype)).latent_dist.mean
+        for batch in pixels.split(batch_size)
+    ]
+    return (torch.cat(means) - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+class CachedPrompts(torch.utils.data.Dataset):
+    """Encoded rows with their labels, timestep and noise. An item is named by (epoch, row)."""
+
+    def __init__(self, folder: Path, labels: list[dict], args: ScriptArguments, noise_scheduler):
+        self.folder, self.labels, self.args, self.noise_scheduler = folder, labels, args, noise_scheduler
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, index = key
+        shard, offset = divmod(index, CACHE_SHARD_ROWS)
+        file = _open_shard(_cache_file(self.folder, shard))
+        item = {name: file.get_slice(name)[offset] for name in file.keys()}
+        # One timestep and one noise for all images of the prompt, a function of (seed, epoch, prompt): the same after
+        # a resume and on any number of processes.
+        rng = _generator(self.args.seed, epoch, self.labels[index]["prompt_id"])
+        seed = int(rng.integers(2**63))
+        item["timesteps"], item["sigmas"] = draw_timestep(self.args, self.noise_scheduler, seed)
+        item["noise"] = torch.from_numpy(rng.standard_normal(item["latents"].shape[1:], dtype=np.float32))
+        item["phi"] = torch.from_numpy(self.labels[index]["phi"])
+        item["rank"] = torch.from_numpy(self.labels[index]["rank"])
+        if not self.args.cache_text_embeddings:
+            item["prompt"] = self.labels[index]["prompt"]
+        return item
+
+
+# Copied from train_rankdpo_sdxl._open_shard
+@lru_cache(maxsize=64)
+def _open_shard(path: Path):
+    return safe_open(path, framework="pt")  # memory-mapped: a row is read when it is sliced
+
+
+# Copied from train_rankdpo_sdxl.EpochSampler
+class EpochSampler:
+    """Names the items of every micro-batch of one process, from an optimizer step on, without end.
+
+    Step s of all processes together takes items s·G … (s+1)·G − 1 of the epochs' shuffled orders laid end to end,
+    G = batch · processes · accumulation, so the order depends on (seed, epoch) only.
+    """
+
+    def __init__(self, args: ScriptArguments, length: int, process_index: int, num_processes: int, start_step: int):
+        self.seed, self.length = args.seed, length
+        self.batch_size, self.start_step = args.train_batch_size, start_step
+        self.process_index, self.num_processes = process_index, num_processes
+        self.accumulation = args.gradient_accumulation_steps
+
+    def __iter__(self):
+        micro_step = self.start_step * self.accumulation
+        while True:
+            start = (micro_step * self.num_processes + self.process_index) * self.batch_size
+            yield [self._item(position) for position in range(start, start + self.batch_size)]
+            micro_step += 1
+
+    def _item(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, self.length)
+        return epoch, int(_epoch_order(self.seed, epoch, self.length)[offset])
+
+
+# Copied from train_rankdpo_sdxl._epoch_order
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    return _generator(seed, epoch, "order").permutation(length)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objective
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_rankdpo_sdxl.denoising_error
+def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each image, in float32 from the subtraction on.
+
+    Half precision here would ruin the margin: at beta/2 = 2500 it puts an error of 0.2 to 5 on every logit.
+
+    Args:
+        prediction, target: (n, C, H, W).
+
+    Returns:
+        float32 (n,).
+    """
+    return (target.float() - prediction.float()).square().mean(dim=(1, 2, 3))
+
+
+# Copied from train_rankdpo_sdxl.dcg_weights
+def dcg_weights(phi: torch.Tensor, rank: torch.Tensor | None = None) -> torch.Tensor:
+    """Pairwise DCG weights |2^φ_i − 2^φ_j| · |1/log2(1 + r_i) − 1/log2(1 + r_j)| (RankDPO, Algorithm 2, Eq. 6).
+
+    Args:
+        phi: preference probabilities, float (B, k) in [0, 1].
+        rank: ranks (B, k), 1 = best; default: by phi, ties by position.
+
+    Returns:
+        float32 (B, k, k), symmetric, zero on the diagonal and between images of equal phi.
+    """
+    phi = phi.float()
+    if rank is None:
+        rank = phi.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
+    gain = torch.exp2(phi)
+    discount = 1.0 / torch.log2(1.0 + rank.float())
+    return (gain[:, :, None] - gain[:, None, :]).abs() * (discount[:, :, None] - discount[:, None, :]).abs()
+
+
+# Copied from train_rankdpo_sdxl.rankdpo_loss
+def rankdpo_loss(
+    model_errors: torch.Tensor,
+    ref_errors: torch.Tensor | None,
+    phi: torch.Tensor,
+    beta: float,
+    rank: torch.Tensor | None = None,
+    loss_type: str = "rankdpo",
+    rank_source: str = "label",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """RankDPO (Eq. 7) and the paper's other objectives.
+
+    With s = model error − reference error (lower is better) and m_ij = −(β/2)(s_i − s_j), a prompt's loss is
+    −Σ_{i preferred over j} Δ_ij · log σ(m_ij); the batch's is the mean over prompts.
+
+    Args:
+        model_errors: denoising errors under the trained model, float32 (B, k).
+        ref_errors: under the reference model, float32 (B, k); None for sft and weighted_sft, which need none.
+        phi: preference probabilities, float (B, k).
+        beta: β; the margin is β/2 times a difference of *mean* squared errors, Diffusion-DPO's convention.
+        rank: ranks (B, k), 1 = best; default: by phi, ties by position.
+        loss_type: rankdpo (Δ = DCG weight), dpo_gain (Δ = |G|), dpo (Δ = 1, ties left out), sft (error of the best
+            image), weighted_sft (errors weighted by phi, normalised per prompt).
+        rank_source: label, or predicted: the discounts' ranks come from the model's own scores (LambdaLoss).
+
+    Returns:
+        loss, float32 scalar; metrics, detached scalars: `loss`, and for the preference losses `implicit_accuracy`
+        (share of the weighted pairs with m > 0) and `margin` (mean m over the weighted pairs).
+    """
+    phi = phi.float()
+    if loss_type == "sft":
+        best = phi.argmax(dim=1) if rank is None else rank.argmin(dim=1)
+        loss = model_errors.gather(1, best[:, None]).mean()
+        return loss, {"loss": loss.detach()}
+    if loss_type == "weighted_sft":
+        weights = phi / phi.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        loss = (weights * model_errors).sum(dim=1).mean()
+        return loss, {"loss": loss.detach()}
+
+    scores = model_errors - ref_errors
+    margins = -(beta / 2) * (scores[:, :, None] - scores[:, None, :])
+    preferred = phi[:, :, None] > phi[:, None, :]
+    if loss_type == "rankdpo":
+        if rank_source == "predicted":
+            rank = scores.detach().argsort(dim=1, stable=True).argsort(dim=1) + 1
+        weights = dcg_weights(phi, rank)
+    elif loss_type == "dpo_gain":
+        gain = torch.exp2(phi)
+        weights = (gain[:, :, None] - gain[:, None, :]).abs()
+    else:
+        weights = torch.ones_like(margins)
+    weights = weights * preferred
+    loss = -(weights * F.logsigmoid(margins)).sum(dim=(1, 2)).mean()
+
+    weighted = (weights > 0).float()
+    count = weighted.sum().clamp(min=1)
+    metrics = {
+        "loss": loss.detach(),
+        "implicit_accuracy": ((margins > 0) * weighted).sum().detach() / count,
+        "margin": (margins * weighted).sum().detach() / count,
+    }
+    return loss, metrics
+
+
+def draw_timestep(args: ScriptArguments, noise_scheduler, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One timestep of the training schedule, whose sigmas the model's shift has moved, by the density asked for.
+
+    Returns:
+        timestep in [0, 1000] and sigma in [0, 1], float32 scalars.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    u = compute_density_for_timestep_sampling(
+        args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
+    )
+    steps = noise_scheduler.config.num_train_timesteps
+    index = (u * steps).long().clamp(0, steps - 1).item()  # the mode density reaches 1
+    return noise_scheduler.timesteps[index], noise_scheduler.sigmas[index]
+
+
+def training_step(transformer, reference, batch: dict, args: ScriptArguments, weight_dtype):
+    """One forward of all k images of a batch of prompts, and of the reference where the objective needs it.
+
+    Args:
+        transformer: the model as prepared for training; reference: the same model unwrapped, whose adapter is switched
+            off.
+        batch: latents (B, k, C, h, w), noise (B, C, h, w), timesteps (B,), sigmas (B,), clip_embeds (B, tokens, width),
+            pooled_prompt_embeds (B, width), t5_embeds (B, tokens, width) where T5 is used, phi (B, k), rank (B, k).
+
+    Returns:
+        loss, metrics of `rankdpo_loss`.
+    """
+    batch_size, k = batch["latents"].shape[:2]
+    latents = batch["latents"].flatten(0, 1).float()
+    noise = batch["noise"].repeat_interleave(k, dim=0)
+    sigmas = batch["sigmas"].repeat_interleave(k).view(-1, 1, 1, 1)
+    noisy_latents = ((1.0 - sigmas) * latents + sigmas * noise).to(weight_dtype)
+    target = noise - latents
+    prompt_embeds = joint_prompt_embeds(batch, reference.config.joint_attention_dim, args.max_sequence_length)
+    inputs = {
+        "hidden_states": noisy_latents,
+        "timestep": batch["timesteps"].repeat_interleave(k),
+        "encoder_hidden_states": prompt_embeds.to(weight_dtype).repeat_interleave(k, dim=0),
+        "pooled_projections": batch["pooled_prompt_embeds"].to(weight_dtype).repeat_interleave(k, dim=0),
+    }
+    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, batch["sigmas"])[:, None]
+    ref_errors = None
+    if args.loss_type not in ("sft", "weighted_sft"):
+        with torch.no_grad(), adapter_off(reference):
+            ref_errors = weighting * denoising_error(reference(**inputs).sample, target).view(batch_size, k)
+    model_errors = weighting * denoising_error(transformer(**inputs).sample, target).view(batch_size, k)
+    return rankdpo_loss(
+        model_errors, ref_errors, batch["phi"], args.beta_dpo, batch["rank"], args.loss_type, args.rank_source
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model, LoRA files, checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_rankdpo_sdxl.adapter_off with unet->transformer
+@contextmanager
+def adapter_off(transformer):
+    """The base model: the same module and kernels, the LoRA left out. So the scores are exactly 0 at initialisation."""
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+
+
+def check_model(args: ScriptArguments) -> None:
+    """Exits with one line unless the model is an SD3 pipeline; one without T5 is trained without it. Reads
+    configurations only."""
+    model = args.pretrained_model_name_or_path
+    pipeline = _read_config("pretrained_model_name_or_path", model, "model_index.json", args.revision)
+    name = pipeline["_class_name"]
+    if name not in ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"):
+        raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: this script trains SD3{_other(name)}")
+    file = "scheduler/scheduler_config.json"
+    scheduler = _read_config("pretrained_model_name_or_path", model, file, args.revision)
+    if scheduler.get("use_dynamic_shifting"):
+        raise SystemExit(f"{model}: its scheduler shifts by resolution (`use_dynamic_shifting`), which SD3's does not")
+    if pipeline.get("text_encoder_3", [None])[0] is None:
+        args.use_text_encoder_3 = False
+
+
+# Copied from train_rankdpo_sdxl._other
+def _other(pipeline_class: str) -> str:
+    script = SCRIPT_OF_PIPELINE.get(pipeline_class)
+    return f"; take {script}" if script else ""
+
+
+# Copied from train_rankdpo_sdxl._read_config
+def _read_config(flag: str, model: str, file: str, revision: str | None) -> dict:
+    try:
+        path = os.path.join(model, file) if os.path.isdir(model) else hf_hub_download(model, file, revision=revision)
+        config = json.loads(Path(path).read_text())
+        if file == "model_index.json" and "_class_name" not in config:
+            raise ValueError("its model_index.json names no pipeline class")
+        return config
+    except Exception as error:
+        raise SystemExit(f"--{flag} {model}: not a diffusers model that can be read: {one_line(error)}") from None
+
+
+def add_lora(transformer: SD3Transformer2DModel, rank: int) -> None:
+    """LoRA on the attention projections of image and text: 191 modules of SD3-Medium, 243 of SD3.5-Medium, whose first
+    blocks attend twice, 303 of SD3.5-Large. alpha = rank: ComfyUI and diffusers agree."""
+    target_modules = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    transformer.add_adapter(
+        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules)
+    )
+
+
+def save_lora(transformer: SD3Transformer2DModel, folder: Path) -> None:
+    """Writes `pytorch_lora_weights.safetensors` (peft keys and adapter metadata): exact in diffusers and in ComfyUI."""
+    temporary = folder / ".lora.tmp"
+    metadata = transformer.peft_config["default"].to_dict()
+    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order differs from run to run
+    StableDiffusion3Pipeline.save_lora_weights(
+        temporary,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=metadata,
+    )
+    _publish_file(temporary / LORA_FILE, folder / LORA_FILE)
+    shutil.rmtree(temporary)
+
+
+# Copied from train_rankdpo_sdxl._publish_file
+def _publish_file(temporary: Path, file: Path) -> None:
+    temporary.chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
+    os.replace(temporary, file)
+
+
+# Copied from train_rankdpo_sdxl.save_checkpoint with unet->transformer
+def save_checkpoint(output_dir: Path, step: int, transformer, optimizer, lr_scheduler, scaler, total_limit) -> None:
+    """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit."""
+    folder = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_lora(transformer, temporary)
+    state = {
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler else None,
+    }
+    torch.save(state, temporary / "training_state.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    if total_limit:
+        others = [path for path in list_checkpoints(output_dir) if path != folder]
+        for old in others[: max(0, len(others) + 1 - total_limit)]:
+            shutil.rmtree(old)
+
+
+# Copied from train_rankdpo_sdxl.list_checkpoints
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+# Copied from train_rankdpo_sdxl.load_lora with unet->transformer
+def load_lora(folder: Path, transformer) -> None:
+    """Restores a checkpoint's LoRA into the adapter of the model."""
+    lora = {key.removeprefix("transformer."): value for key, value in load_file(folder / LORA_FILE).items()}
+    missing = get_peft_model_state_dict(transformer).keys() ^ lora.keys()
+    if missing:
+        raise SystemExit(f"{folder}: its LoRA does not fit the model: {sorted(missing)[0]}")
+    set_peft_model_state_dict(transformer, lora)
+
+
+# Copied from train_rankdpo_sdxl.load_training_state
+def load_training_state(folder: Path, optimizer, lr_scheduler, scaler) -> None:
+    """Restores optimizer, schedule and loss scale; the step reached is in the folder's name.
+
+    Timesteps, noise and data order are functions of (seed, step), so there is no random state to restore.
+    """
+    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if scaler:
+        scaler.load_state_dict(state["scaler"])
+
+
+# Settings that may differ between a run and its continuation: they do not change what is learnt.
+# Copied from train_rankdpo_sdxl.RESUMABLE
+RESUMABLE = (
+    "resume_from_checkpoint checkpointing_steps checkpoints_total_limit "
+    "train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_num_workers vae_batch_size "
+    "cache_dir validation_prompts validation_steps validation_num_inference_steps validation_guidance_scale report_to "
+    "logging_dir push_to_hub hub_model_id hub_private_repo output_dir"
+).split()
+
+
+# Copied from train_rankdpo_sdxl.check_output_dir
+def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
+    """Refuses a folder that holds another run; returns the checkpoint to resume from, if any. Writes nothing."""
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SystemExit(f"--output_dir {output_dir} is a file")
+    record = output_dir / "run.json"
+    checkpoints = list_checkpoints(output_dir)
+    finished = (output_dir / LORA_FILE).exists()
+    if record.exists():
+        previous = json.loads(record.read_text())
+        differing = [name for name in settings if previous.get(name) != settings[name]]
+        if differing and (checkpoints or finished):
+            name = differing[0]
+            raise SystemExit(
+                f"--output_dir {output_dir} holds a run with {name} {previous.get(name)}, not {settings[name]}: "
+                "choose another folder"
+            )
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
+    if args.resume_from_checkpoint is None:
+        if checkpoints or finished:
+            raise SystemExit(
+                f"--output_dir {output_dir} holds this run's results already: add --resume_from_checkpoint latest to "
+                "continue it, or choose another folder"
+            )
+        return None
+    if args.resume_from_checkpoint == "latest":
+        if finished and not checkpoints:
+            raise SystemExit(f"--output_dir {output_dir} holds a LoRA but no checkpoint to continue from")
+        return checkpoints[-1] if checkpoints else None
+    folder = Path(args.resume_from_checkpoint)
+    if folder.resolve() not in [path.resolve() for path in checkpoints]:
+        raise SystemExit(f"--resume_from_checkpoint {folder}: not a checkpoint of --output_dir {output_dir}")
+    return folder
+
+
+# Copied from train_rankdpo_sdxl.run_settings
+def run_settings(args: ScriptArguments, num_processes: int, labels: list[dict]) -> dict:
+    """What makes two runs the same run: all that changes the result, the batch only as the global batch."""
+    settings = {name: value for name, value in asdict(args).items() if name not in RESUMABLE}
+    if args.lr_scheduler.startswith("constant"):  # then a run may be made longer; other schedules are shaped by it
+        del settings["max_train_steps"], settings["num_train_epochs"]
+    rows = [f"{row['prompt_id']}{row['phi'].tolist()}{row['rank'].tolist()}" for row in labels]
+    settings["labels"] = hashlib.sha256("|".join(rows).encode()).hexdigest()[:16]
+    settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    return settings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation and card
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Validator:
+    """Draws the validation prompts with the current LoRA, or without it; everything is loaded once, at construction."""
+
+    def __init__(self, args: ScriptArguments, prompts: list[str], vae, encode_prompts: PromptEncoder, device, dtype):
+        self.args, self.prompts, self.device, self.dtype = args, prompts, device, dtype
+        absent = ["transformer", *(f"{part}{s}" for part in ("text_encoder", "tokenizer") for s in ("", "_2", "_3"))]
+        self.pipeline = StableDiffusion3Pipeline.from_pretrained(
+            args.pretrained_model_name_or_path, revision=args.revision, vae=vae, **dict.fromkeys(absent)
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+        embeds = [encode_prompts([prompt]) for prompt in (*prompts, "")]  # one by one, as a pipeline does
+        self.embeds = {name: torch.cat([embed[name].cpu() for embed in embeds]) for name in embeds[0]}
+
+    @torch.no_grad()
+    def __call__(self, transformer, lora: bool = True) -> list[PILImage.Image]:
+        vae = self.pipeline.vae.to(self.device)
+        self.pipeline.register_modules(transformer=transformer)
+        was_training = transformer.training
+        transformer.eval()
+        images = []
+        for i in range(len(self.prompts)):
+            width, tokens = transformer.config.joint_attention_dim, self.args.max_sequence_length
+            prompt_embeds = joint_prompt_embeds(self.embeds, width, tokens).to(self.device)
+            pooled = self.embeds["pooled_prompt_embeds"].to(self.device)
+            half = self.dtype != torch.float32
+            with (
+                torch.autocast(torch.device(self.device).type, self.dtype, enabled=half),
+                nullcontext() if lora else adapter_off(transformer),
+            ):
+                latents = self.pipeline(
+                    prompt_embeds=prompt_embeds[i : i + 1],
+                    pooled_prompt_embeds=pooled[i : i + 1],
+                    negative_prompt_embeds=prompt_embeds[-1:],
+                    negative_pooled_prompt_embeds=pooled[-1:],
+                    num_inference_steps=self.args.validation_num_inference_steps,
+                    guidance_scale=self.args.validation_guidance_scale,
+                    height=self.args.resolution,
+                    width=self.args.resolution,
+                    generator=torch.Generator("cpu").manual_seed(self.args.seed + i),
+                    output_type="latent",
+                ).images
+            # Outside of autocast, in the VAE's own type.
+            latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+            pixels = vae.decode(latents).sample
+            images += self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+        transformer.train(was_training)
+        self.pipeline.register_modules(transformer=None)
+        vae.to("cpu")
+        return images
+
+
+# Copied from train_rankdpo_sdxl.log_images
+def log_images(accelerator: Accelerator, prompts: list[str], images: list[PILImage.Image], step: int) -> None:
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stacked = np.stack([np.asarray(image) for image in images])
+            tracker.writer.add_images("validation", stacked, step, dataformats="NHWC")
+        elif tracker.name in ("wandb", "trackio"):
+            module = importlib.import_module(tracker.name)
+            pictures = {
+                f"validation/{i}": module.Image(image, caption=prompt)
+                for i, (prompt, image) in enumerate(zip(prompts, images))
+            }
+            tracker.log(pictures, step=step)
+
+
+def write_card(args: ScriptArguments, output_dir: Path, prompts, before, after, facts: dict) -> None:
+    """Writes the before/after gallery and the model card."""
+    (output_dir / "images").mkdir(exist_ok=True)
+    widgets, table = [], ["| prompt | base | with this LoRA |", "|---|---|---|"]
+    for i, (prompt, base, tuned) in enumerate(zip(prompts, before, after)):
+        base.save(output_dir / "images" / f"{i}_base.png")
+        tuned.save(output_dir / "images" / f"{i}.png")
+        widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
+        cell = prompt.replace("|", "\\|").replace("\n", " ")
+        table.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
+    dataset_is_local = os.path.isdir(args.dataset_name)
+    license_link = None
+    if args.pretrained_model_name_or_path in BASE_LICENSES:
+        license_link = f"https://huggingface.co/{args.pretrained_model_name_or_path}/blob/main/LICENSE.md"
+    without_t5 = "" if args.use_text_encoder_3 else ", text_encoder_3=None, tokenizer_3=None"
+    data = ModelCardData(
+        base_model=None if os.path.isdir(args.pretrained_model_name_or_path) else args.pretrained_model_name_or_path,
+        library_name="diffusers",
+        license="other" if args.pretrained_model_name_or_path in BASE_LICENSES else None,
+        license_name=BASE_LICENSES.get(args.pretrained_model_name_or_path),
+        license_link=license_link,
+        datasets=None if dataset_is_local else [args.dataset_name],
+        tags=[
+            "text-to-image",
+            "diffusers",
+            "diffusers-training",
+            "lora",
+            "template:sd-lora",
+            "sd3",
+            "rankdpo",
+        ],
+        widget=widgets,
+    )
+    name = output_dir.resolve().name
+    figures = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    body = f"""
+# {name}
+
+A LoRA for `{args.pretrained_model_name_or_path}`, trained with `{args.loss_type}` on ranked images
+(`{args.dataset_name}`) by [RankDPO](https://arxiv.org/abs/2410.18013): the model learns to denoise preferred images
+better than the base model does, and the others worse.
+
+<Gallery />
+
+Same prompts, same seeds:
+
+{chr(10).join(table)}
+
+## Use it
+
+With diffusers:
+
+```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = StableDiffusion3Pipeline.from_pretrained(
+    "{args.pretrained_model_name_or_path}", dtype=torch.bfloat16{without_t5}
+)
+pipeline.to("cuda")
+pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="pytorch_lora_weights.safetensors")
+image = pipeline({json.dumps(prompts[0])}).images[0]
+```
+
+With ComfyUI: put `pytorch_lora_weights.safetensors` into `models/loras` as `{name}.safetensors` and load it with the
+"Load LoRA" node at strength 1.
+
+## How it was made
+
+```bash
+{training_command()}
+```
+
+| | |
+|---|---|
+{figures}
+"""
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+    write_text(output_dir / "README.md", str(card))
+
+
+# Copied from train_rankdpo_sdxl.write_text
+def write_text(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+# Copied from train_rankdpo_sdxl.create_repo
+def create_repo(args: ScriptArguments, name: str) -> None:
+    name = args.hub_model_id or name
+    try:
+        args.hub_model_id = HfApi().create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+    except Exception as error:
+        raise SystemExit(f"--push_to_hub: the repository {name} cannot be had: {one_line(error)}") from None
+
+
+def upload(args: ScriptArguments, output_dir: Path) -> None:
+    """Sends LoRA and card; the client does not retry a commit by itself. The weights are on disk whatever happens."""
+    for attempt in range(5):
+        try:
+            HfApi().upload_folder(
+                repo_id=args.hub_model_id,
+                folder_path=output_dir,
+                allow_patterns=[LORA_FILE, "README.md", "run.json", "images/*.png"],
+                ignore_patterns=[".*", "checkpoint-*"],
+            )
+            return
+        except Exception as error:
+            message = one_line(error)
+            time.sleep(2**attempt)
+    raise SystemExit(
+        f"upload to {args.hub_model_id} failed: {message}; everything is in {output_dir}: run the same command with "
+        "--resume_from_checkpoint latest to upload it"
+    )
+
+
+# Copied from train_rankdpo_sdxl.training_command
+def training_command() -> str:
+    """The command as it was given, by `accelerate launch` or by `python`."""
+    launched = "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = ["accelerate", "launch"] if launched else ["python"]
+    launcher += ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
+    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+# Copied from train_rankdpo_sdxl.peak_memory_gb
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_rankdpo_sdxl.make_accelerator
+def make_accelerator(args: ScriptArguments) -> Accelerator:
+    launched = "LOCAL_RANK" in os.environ
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        cpu=launched and not torch.cuda.is_available(),  # several processes without a GPU: gloo
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise SystemExit(f"accelerate is set to {kind.value}: a LoRA needs no more than data parallelism")
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+# Copied from train_rankdpo_sdxl.make_optimizer
+def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    else:
+        optimizer_class = torch.optim.AdamW
+    return optimizer_class(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def encode(args, dataset, labels, cache: Path, accelerator: Accelerator, weight_dtype):
+    """Encodes what is missing of the cache.
+
+    Returns:
+        in the main process a validator that holds the VAE, on the CPU, else None; the prompt encoder if it will be
+        needed at every step, else None.
+    """
+    model = {"revision": args.revision, "variant": args.variant, "dtype": torch.float32}
+    vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **model)
+    vae.requires_grad_(False).eval().to(accelerator.device)
+    encode_prompts = None
+    on_the_fly = not args.cache_text_embeddings
+    if accelerator.is_main_process or on_the_fly or missing_shards(cache, len(labels), accelerator):
+        encode_prompts = PromptEncoder(args, accelerator.device, weight_dtype)
+    encode_dataset(args, dataset, labels, cache, vae, encode_prompts, accelerator, weight_dtype)
+    vae.to("cpu")
+    validator = None
+    if accelerator.is_main_process:
+        prompts = args.validation_prompts or [row["prompt"] for row in labels[:4]]
+        validator = Validator(args, prompts, vae, encode_prompts, accelerator.device, weight_dtype)
+    if not on_the_fly:
+        encode_prompts = None
+    gc.collect()
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    return validator, encode_prompts
+
+
+def finish(args, transformer, validator: Validator, accelerator: Accelerator, facts: dict) -> None:
+    """Writes the LoRA files, the gallery and, last of all, the card."""
+    output_dir = Path(args.output_dir)
+    save_lora(transformer, output_dir)
+    before, after = validator(transformer, lora=False), validator(transformer)
+    log_images(accelerator, validator.prompts, after, facts["steps"])
+    device = accelerator.device
+    facts["hardware"] = f"{accelerator.num_processes} x " + (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    )
+    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
+    write_card(args, output_dir, validator.prompts, before, after, facts)
+    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
+
+
+def main(args: ScriptArguments) -> None:
+    output_dir = Path(args.output_dir)
+    accelerator = make_accelerator(args)
+    device = accelerator.device
+    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+
+    # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
+    check_model(args)
+    dataset = load_ranked_dataset(args)
+    labels = make_labels(args, dataset)
+    settings = run_settings(args, accelerator.num_processes, labels)
+    checkpoint = check_output_dir(args, settings)
+    k = len(labels[0]["images"])
+    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    epochs_steps = max(1, round(args.num_train_epochs * len(labels) / global_batch_size))
+    max_train_steps = args.max_train_steps or epochs_steps
+    start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    if start_step > max_train_steps:
+        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
+    cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
+    shards = [shard for i, shard in enumerate(cache_shards(len(labels))) if not _cache_file(cache, i).exists()]
+    uncached = [row for shard in shards for row in shard]
+    check_images(dataset, labels, args, uncached[accelerator.process_index :: accelerator.num_processes])
+    accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
+        create_repo(args, output_dir.resolve().name)
+    if start_step == max_train_steps and (output_dir / "README.md").exists():  # the card is written last
+        accelerator.print(f"{output_dir} is trained already: {max_train_steps} steps")
+        if args.push_to_hub and accelerator.is_main_process:
+            upload(args, output_dir)
+        return
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for stale in output_dir.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(stale)
+        write_text(output_dir / "run.json", json.dumps(settings, indent=2) + "\n")
+    validator, encode_prompts = encode(args, dataset, labels, cache, accelerator, weight_dtype)
+
+    # Model, optimizer, schedule.
+    set_seed(args.seed)
+    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**model, subfolder="scheduler")
+    transformer = SD3Transformer2DModel.from_pretrained(
+        **model, subfolder="transformer", variant=args.variant, dtype=weight_dtype
+    )
+    transformer.requires_grad_(False)
+    add_lora(transformer, args.rank)
+    cast_training_params(transformer, dtype=torch.float32)
+    if checkpoint:
+        load_lora(checkpoint, transformer)
+    transformer.to(device).train()
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(args, parameters)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+    )
+    reference = transformer  # the same weights, adapter off; never the wrapper, which would synchronise for nothing
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    if checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: a sync per tensor and step
+        load_training_state(checkpoint, optimizer, lr_scheduler, accelerator.scaler)
+
+    batches = torch.utils.data.DataLoader(
+        CachedPrompts(cache, labels, args, noise_scheduler),
+        batch_sampler=EpochSampler(args, len(labels), accelerator.process_index, accelerator.num_processes, start_step),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(batches)
+    if accelerator.is_main_process:
+        config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
+        accelerator.init_trackers("rankdpo-sd3", config=config)
+    progress = tqdm(
+        total=max_train_steps, initial=start_step, desc="train", disable=not accelerator.is_local_main_process
+    )
+    if max_train_steps <= args.lr_warmup_steps:
+        accelerator.print(f"warning: all {max_train_steps} steps are warm-up: add prompts, or raise --max_train_steps")
+    accelerator.print(
+        f"{len(labels)} prompts x {k} images, {max_train_steps} steps of {global_batch_size} prompts, "
+        f"{sum(p.numel() for p in parameters):,} trained parameters"
+    )
+    started, step_ended = time.time(), time.time()
+
+    for step in range(start_step + 1, max_train_steps + 1):
+        totals = {}
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)
+            if encode_prompts:
+                batch.update(encode_prompts(batch.pop("prompt")))
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            with accelerator.accumulate(transformer):
+                with accelerator.autocast():
+                    loss, metrics = training_step(transformer, reference, batch, args, weight_dtype)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value / args.gradient_accumulation_steps
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+
+        # The only synchronisation of an optimizer step: all metrics of all processes in one reduction.
+        totals["grad_norm"] = grad_norm
+        values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
+        logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
+        now = time.time()
+        logs["images_per_second"] = global_batch_size * k / (now - step_ended)
+        step_ended = now
+        progress.update()
+        progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
+        accelerator.log(logs, step=step)
+        # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
+        if not np.isfinite(logs["loss"]) or not np.isfinite(logs["grad_norm"]) and args.mixed_precision != "fp16":
+            raise SystemExit(
+                f"step {step}: the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}; the last "
+                "checkpoint is kept. Lower --learning_rate, or take --mixed_precision bf16"
+            )
+
+        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == max_train_steps):
+            total_limit = args.checkpoints_total_limit
+            save_checkpoint(output_dir, step, reference, optimizer, lr_scheduler, accelerator.scaler, total_limit)
+        if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
+            log_images(accelerator, validator.prompts, validator(reference), step)
+            step_ended = time.time()
+
+    progress.close()
+    seconds = time.time() - started
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        images = (max_train_steps - start_step) * global_batch_size * k
+        facts = {
+            "prompts": f"{len(labels)} of {k} images",
+            "steps": max_train_steps,
+            "prompts per step": global_batch_size,
+            "seed": args.seed,
+            "speed": f"{images / seconds:.1f} images/s" if images else "not measured",
+            "peak memory": f"{peak_memory_gb(device):.1f} GB",
+        }
+        finish(args, reference, validator, accelerator, facts)
+        if args.push_to_hub:
+            upload(args, output_dir)
+    accelerator.end_training()
+
+
+# Copied from train_rankdpo_sdxl.parse_arguments
+def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
+    """Flags of the command line over those of `--config`; a wrong one ends in one line."""
+    try:
+        return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
+    except (ValueError, TypeError, OSError) as error:
+        raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
+
+
+if __name__ == "__main__":
+    diffusers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
+    transformers_logging.disable_progress_bar()
+    main(parse_arguments())
