@@ -1,11 +1,11 @@
-# make demo · test · quality · fix-copies · bench · models: each makes and reuses .venv by itself.
+# make demo · demo-sd3 · test · quality · fix-copies · bench · models: each makes and reuses .venv by itself.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test quality fix-copies models bench
+.PHONY: demo demo-sd3 test quality fix-copies models bench
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,18 @@ demo: .venv/ready
 	$(BIN)/python train_rankdpo_sdxl.py --config shapes/rankdpo.yaml --dataset_name $(DEMO)/synpic \
 		--cache_dir $(DEMO)/cache --output_dir $(DEMO)/lora --resume_from_checkpoint latest
 	$(BIN)/python evaluate.py --config shapes/evaluate.yaml --prompts $(DEMO)/heldout.jsonl \
+		--loras rankdpo=$(DEMO)/lora --output_dir $(DEMO)/evaluation
+	$(BIN)/python shapes/report.py $(DEMO)
+
+# The same for the SD3 architecture.
+demo-sd3: DEMO := outputs/demo-sd3
+demo-sd3: .venv/ready
+	$(BIN)/python shapes/world.py --split train --num_prompts 400 --output $(DEMO)/train.jsonl
+	$(BIN)/python shapes/world.py --split heldout --num_prompts 200 --seed 1 --output $(DEMO)/heldout.jsonl
+	$(BIN)/python build_synpic.py --config shapes/synpic_sd3.yaml --prompts $(DEMO)/train.jsonl --output_dir $(DEMO)/synpic
+	$(BIN)/python train_rankdpo_sd3.py --config shapes/rankdpo_sd3.yaml --dataset_name $(DEMO)/synpic \
+		--cache_dir $(DEMO)/cache --output_dir $(DEMO)/lora --resume_from_checkpoint latest
+	$(BIN)/python evaluate.py --config shapes/evaluate_sd3.yaml --prompts $(DEMO)/heldout.jsonl \
 		--loras rankdpo=$(DEMO)/lora --output_dir $(DEMO)/evaluation
 	$(BIN)/python shapes/report.py $(DEMO)
 
@@ -45,6 +57,7 @@ fix-copies: .venv/ready
 bench: .venv/ready-test
 	$(BIN)/python benchmarks/score_speed.py
 
-# The generators that the demo uses, trained from scratch (48 minutes on 2 cores).
+# The generators that the demos use, trained from scratch.
 models: .venv/ready
 	$(BIN)/python shapes/train_generators.py --output_dir shapes/models
+	$(BIN)/python shapes/train_sd3_generator.py --output_dir shapes/models

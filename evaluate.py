@@ -146,6 +146,12 @@ class ScriptArguments:
     num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
     guidance_scale: float = field(default=5.0, metadata={"help": "Classifier-free guidance."})
     resolution: int | None = field(default=None, metadata={"help": "Pixels a side; default: the model's own."})
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "T5 tokens of a prompt, for pipelines with T5; default: the pipeline's own."}
+    )
+    use_text_encoder_3: bool = field(
+        default=True, metadata={"help": "SD3's T5. false: draw without it, as a LoRA trained without it is used."}
+    )
     batch_size: int = field(default=4, metadata={"help": "Images drawn together."})
     seed: int = field(default=0, metadata={"help": "Seeds the images and the bootstrap."})
 
@@ -164,11 +170,14 @@ class ScriptArguments:
             raise SystemExit("--prompts is missing: a text, .jsonl or .parquet file, or a dataset")
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise SystemExit(f"--dtype {self.dtype}: choose from float32, float16, bfloat16")
+        if type(self.use_text_encoder_3) is not bool:
+            raise SystemExit(f"--use_text_encoder_3 {self.use_text_encoder_3}: must be true or false")
         for name in ("loras", "metrics"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         for name in (
-            "max_prompts num_images_per_prompt num_inference_steps resolution batch_size reward_batch_size grid_rows"
+            "max_prompts num_images_per_prompt num_inference_steps resolution max_sequence_length batch_size "
+            "reward_batch_size grid_rows"
         ).split():
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -1050,6 +1059,8 @@ def image_settings(args: ScriptArguments, prompts: list[str], model: dict) -> di
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
         "resolution": args.resolution,
+        "max_sequence_length": args.max_sequence_length,
+        "use_text_encoder_3": args.use_text_encoder_3,
         "dtype": args.dtype,
         "seed": args.seed,
     }
@@ -1083,6 +1094,7 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
                 revision=args.revision,
                 variant=args.variant,
                 dtype=getattr(torch, args.dtype),
+                **({} if args.use_text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}),
             ).to(state.device)
             pipeline.set_progress_bar_config(disable=True)
             if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
@@ -1093,7 +1105,9 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
                 raise SystemExit(
                     f"--loras {name}={model['lora']}: no key of it fits {args.pretrained_model_name_or_path}"
                 )
-        size = {"height": args.resolution, "width": args.resolution} if args.resolution else {}
+        options = {"height": args.resolution, "width": args.resolution} if args.resolution else {}
+        if args.max_sequence_length:
+            options["max_sequence_length"] = args.max_sequence_length
         progress = tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=not state.is_local_main_process)
         for start in range(0, len(missing), args.batch_size):
             batch = missing[start : start + args.batch_size]
@@ -1103,7 +1117,7 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
-                **size,
+                **options,
             ).images
             for item, image in zip(batch, images):
                 file = image_file(output_dir, name, *item)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends `make demo`: writes `results.json` beside its parts and says in a few lines what came out."""
+"""Ends `make demo` and `make demo-sd3`: writes `results.json` and says in a few lines what came out."""
 
 import json
 import os
@@ -21,7 +21,11 @@ def main(demo: Path) -> None:
     low, high = tuned["accuracy_lift_ci95"]
     k = len(dataset[0]["generators"])
     print(f"\nSyn-Pic    {len(dataset)} prompts x {k} images, {len(dataset.features['scores'])} rewards: {demo}/synpic")
-    print(f"LoRA       {demo}/lora/pytorch_lora_weights.safetensors (ComfyUI: {demo}/lora/comfyui/lora.safetensors)")
+    comfyui = demo / "lora" / "comfyui" / "lora.safetensors"
+    print(
+        f"LoRA       {demo}/lora/pytorch_lora_weights.safetensors "
+        f"(ComfyUI: {comfyui if comfyui.exists() else 'the same file'})"
+    )
     print(
         f"Accuracy   {base['accuracy']:.3f} -> {tuned['accuracy']:.3f} on {results['n_images']} images of "
         f"{results['n_prompts']} held-out prompts, judged exactly"

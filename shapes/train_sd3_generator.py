@@ -29,7 +29,7 @@ from diffusers import (
 )
 from tqdm import tqdm
 from train_generators import MAX_TOKENS, make_data, make_tokenizer, save, train_vae
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 
 WIDTH = 128  # of the transformer, and of both CLIP encoders side by side
@@ -45,31 +45,27 @@ def make_t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_TOKENS)
 
 
-def make_text_encoders(tokenizer, tokenizer_3) -> list[torch.nn.Module]:
-    clip = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH // 2,
-        intermediate_size=WIDTH,
-        projection_dim=WIDTH // 2,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def make_text_encoders(tokenizer_3: T5Tokenizer, clip_model: Path) -> list[torch.nn.Module]:
+    """Two CLIPs that begin as the SDXL generator's second one: SD3's were trained beforehand too. T5 begins at zero."""
+    clip = [CLIPTextModelWithProjection.from_pretrained(clip_model, subfolder="text_encoder_2") for _ in range(2)]
     t5 = T5Config(
-        vocab_size=len(tokenizer_3), d_model=WIDTH, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
+        vocab_size=len(tokenizer_3),
+        d_model=WIDTH,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    return [CLIPTextModelWithProjection(clip), CLIPTextModelWithProjection(clip), T5EncoderModel(t5)]
+    )
+    return [*(encoder.float() for encoder in clip), T5EncoderModel(t5)]
 
 
 def make_vae() -> AutoencoderKL:
     return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[16, 32, 32, 48],
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[16, 32, 48],
         layers_per_block=1,
         norm_num_groups=8,
         latent_channels=16,
@@ -81,8 +77,8 @@ def make_vae() -> AutoencoderKL:
 
 def make_transformer() -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
-        sample_size=world.SIZE // 8,
-        patch_size=1,
+        sample_size=world.SIZE // 4,
+        patch_size=2,
         in_channels=16,
         out_channels=16,
         num_layers=6,
@@ -92,6 +88,7 @@ def make_transformer() -> SD3Transformer2DModel:
         caption_projection_dim=WIDTH,
         pooled_projection_dim=WIDTH,
         pos_embed_max_size=world.SIZE // 8,
+        qk_norm="rms_norm",
     )
 
 
@@ -166,7 +163,7 @@ def main():
     parser = argparse.ArgumentParser(description="Train the shapes world's SD3-architecture generator.")
     parser.add_argument("--output_dir", type=Path, default=Path("shapes/models"))
     parser.add_argument("--num_images", type=int, default=24000)
-    parser.add_argument("--vae_steps", type=int, default=1500)
+    parser.add_argument("--vae_steps", type=int, default=1200)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -175,7 +172,7 @@ def main():
 
     pixels, captions = make_data(args.num_images, args.seed)
     tokenizer, tokenizer_3 = make_tokenizer(), make_t5_tokenizer()
-    text_encoders = make_text_encoders(tokenizer, tokenizer_3)
+    text_encoders = make_text_encoders(tokenizer_3, args.output_dir / "base")
     vae = make_vae()
     train_vae(vae, pixels, args.vae_steps)
     latents = encode_images(vae, pixels)
