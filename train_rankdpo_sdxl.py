@@ -1075,8 +1075,12 @@ class Validator:
             args.pretrained_model_name_or_path, revision=args.revision, vae=vae, add_watermarker=False, **absent
         )
         self.pipeline.set_progress_bar_config(disable=True)
-        self.embeds = [tensor.cpu() for tensor in encode_prompts(prompts).values()]
-        self.negative_embeds = [tensor.cpu() for tensor in encode_prompts([""]).values()]
+        # One by one, as a pipeline does.
+        *embeds, negative = (
+            [tensor.cpu() for tensor in encode_prompts([prompt]).values()] for prompt in (*prompts, "")
+        )
+        self.embeds = [torch.cat(tensors) for tensors in zip(*embeds)]
+        self.negative_embeds = negative
         if self.pipeline.config.force_zeros_for_empty_prompt:
             self.negative_embeds = [torch.zeros_like(tensor) for tensor in self.negative_embeds]
 

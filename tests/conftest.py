@@ -111,6 +111,66 @@ def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def make_tiny_sd(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
+    """An SD1.5 pipeline of 25 thousand parameters for 32x32 images; with v_prediction, an SD2.1."""
+    import train_generators
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    tokenizer = train_generators.make_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+        block_out_channels=[8, 16],
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+    )
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[4, 4, 8],
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory) -> Path:
+    return make_tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd")
+
+
 def make_tiny_sd3(folder: Path, seed: int = 0, t5: bool = True, qk_norm: str | None = None) -> Path:
     """An SD3 pipeline of 60 thousand parameters for 32x32 images; with `qk_norm` and a second attention, an SD3.5."""
     import train_generators
@@ -243,3 +303,51 @@ def write_dataset(folder: Path, rows: list[dict], drop: tuple = (), prefix: str 
 @pytest.fixture(scope="session")
 def ranked_dataset(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "ranked", ranked_rows(n=10))
+
+
+def pair_rows(n: int = 24, size: int = 32, seed: int = 0) -> list[dict]:
+    """Rows as score_pairs.py writes them, not in the order of their quality; row 5 is a tie, row 6 has no label."""
+    import world
+
+    rng = np.random.default_rng(seed)
+    prompts = [row["prompt"] for row in world.sample_prompts("train", n, seed)]
+    quality = rng.permutation(n) / n
+    rows = []
+    for i, prompt in enumerate(prompts):
+        pictures = [encoded(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))["bytes"] for _ in range(2)]
+        rows.append(
+            {
+                "caption": prompt,
+                "jpg_0": pictures[0],
+                "jpg_1": pictures[1],
+                "image_0_uid": f"a{i}",
+                "image_1_uid": f"b{i}",
+                "label_0": 0.5 if i == 5 else float(rng.integers(2)),
+                "has_label": i != 6,
+                "quality": float(quality[i]),
+            }
+        )
+    return rows
+
+
+def write_pairs(folder: Path, rows: list[dict], drop: tuple = (), **kinds) -> Path:
+    features = {
+        "caption": Value("string"),
+        "jpg_0": Value("binary"),
+        "jpg_1": Value("binary"),
+        "image_0_uid": Value("string"),
+        "image_1_uid": Value("string"),
+        "label_0": Value("float64"),
+        "has_label": Value("bool"),
+        "quality": Value("float64"),
+    }
+    features = Features({name: kinds.get(name, kind) for name, kind in features.items() if name not in drop})
+    rows = [{name: value for name, value in row.items() if name in features} for row in rows]
+    (folder / "data").mkdir(parents=True)
+    Dataset.from_list(rows, features=features).to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair_dataset(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs", pair_rows())

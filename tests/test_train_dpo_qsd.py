@@ -1,0 +1,539 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user of train_dpo_qsd.py sees: which pairs are trained on, in which order, with which loss."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, call, encoded, make_tiny_sd, make_tiny_sd3, pair_rows, refused, run, write_pairs
+from datasets import Image as ImageFeature
+from datasets import Value
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_dpo_qsd as script
+from train_dpo_qsd import pair_loss
+
+
+FLAGS = (
+    "--rank 4 --learning_rate 1e-2 --beta_dpo 100 --validation_num_inference_steps 2 --report_to none --top_fraction 1"
+).split()
+
+
+@pytest.fixture(scope="session")
+def flags(tiny_sd, pair_dataset, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    model = ("--pretrained_model_name_or_path", tiny_sd, "--dataset_name", pair_dataset, "--cache_dir", cache)
+    return [*model, *FLAGS]
+
+
+# The losses
+
+
+def errors(seed=0, n=64):
+    rng = np.random.default_rng(seed)
+    return [torch.tensor(values) for values in rng.uniform(0.02, 0.4, (4, n))]
+
+
+def by_hand(loss_type, mw, ml, rw, rl, beta, lam):
+    """One pair in Python floats."""
+    sigma = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    if loss_type == "orpo":
+        odds = [math.exp(-e) / (1 - math.exp(-e)) for e in (mw, ml)]
+        return mw - lam * math.log(sigma(math.log(odds[0] / odds[1])))
+    margin = beta / 2 * ((ml - rl) - (mw - rw))
+    if loss_type == "hinge":
+        return max(0.0, 1 - margin)
+    if loss_type == "ipo":
+        h = margin / beta
+        return beta**2 * (h - 1 / (2 * beta)) ** 2
+    return -math.log(sigma(margin))
+
+
+@pytest.mark.parametrize("loss_type", script.LOSS_TYPES)
+@pytest.mark.parametrize("dtype, rel", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_losses_equal_the_formulas(loss_type, dtype, rel):
+    values = [e.to(dtype) for e in errors()]
+    loss, metrics = pair_loss(*values, 30.0, loss_type, orpo_lambda=0.3)
+    wanted = np.mean([by_hand(loss_type, *row, 30.0, 0.3) for row in zip(*(e.tolist() for e in values))])
+    assert loss.item() == pytest.approx(wanted, rel=rel)
+    better = values[1] > values[0] if loss_type == "orpo" else values[1] - values[3] > values[0] - values[2]
+    assert metrics["implicit_accuracy"].item() == pytest.approx(better.double().mean().item())
+    assert metrics["loss"].item() == loss.item() and not metrics["margin"].requires_grad
+
+
+@pytest.mark.parametrize("loss_type", script.LOSS_TYPES)
+def test_gradients_lower_the_winners_error_and_raise_the_losers(loss_type):
+    """Also ORPO's, whose sign is wrong in a well-known script; and against finite differences."""
+    winner, loser = (torch.tensor([0.1, 0.3], dtype=torch.float64, requires_grad=True) for _ in range(2))
+    ref = torch.tensor([0.1, 0.3], dtype=torch.float64)
+    reference = (None, None) if loss_type == "orpo" else (ref, ref)
+    pair_loss(winner, loser, *reference, 5.0, loss_type)[0].backward()
+    assert (winner.grad > 0).all() and (loser.grad < 0).all()
+    function = lambda e_w, e_l: pair_loss(e_w, e_l, *reference, 5.0, loss_type)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(function, (winner, loser))
+
+
+def test_sigmoid_is_diffusion_dpos_published_formula():
+    """As train.py of DiffusionDPO computes it, with its beta."""
+    model_w, model_l, ref_w, ref_l = errors(1)
+    beta_dpo = 2000
+    model_diff, ref_diff = model_w - model_l, ref_w - ref_l
+    inside_term = -0.5 * beta_dpo * (model_diff - ref_diff)
+    wanted = -1 * torch.nn.functional.logsigmoid(inside_term).mean()
+    loss, metrics = pair_loss(model_w, model_l, ref_w, ref_l, beta_dpo, "sigmoid")
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert metrics["implicit_accuracy"].item() == pytest.approx((inside_term > 0).double().mean().item())
+
+
+def test_orpo_is_finite_for_tiny_and_large_errors():
+    values = torch.tensor([1e-7, 1e-3, 1.0, 20.0], requires_grad=True)
+    loss, _ = pair_loss(values, values.flip(0), None, None, 1.0, "orpo")
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(values.grad).all()
+
+
+@pytest.mark.parametrize("family", ["sd", "sd-v", "sdxl"])
+def test_untrained_lora_gives_exactly_the_loss_of_a_zero_margin(family, tiny_sd, tiny_sdxl, tmp_path):
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
+    model = {"sd": tiny_sd, "sdxl": tiny_sdxl}.get(family) or make_tiny_sd(tmp_path / "v", 0, "v_prediction")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    unet.requires_grad_(False)
+    script.add_lora(unet, rank=4)
+    unet.train()
+    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    batch = {
+        "latents": torch.randn(3, 2, 4, 8, 8),
+        "noise": torch.randn(3, 4, 8, 8),
+        "timesteps": torch.tensor([20, 500, 980]),
+        "prompt_embeds": torch.randn(3, 16, 32 if family == "sdxl" else 16),
+        "time_ids": torch.tensor([32.0, 32, 0, 0, 32, 32]).expand(3, 2, 6),
+    }
+    if family == "sdxl":
+        batch["pooled_prompt_embeds"] = torch.randn(3, 16)
+    for loss_type, wanted in [("sigmoid", math.log(2)), ("hinge", 1.0), ("ipo", 0.25)]:
+        args = script.ScriptArguments(dataset_name="x", loss_type=loss_type, beta_dpo=5000.0)
+        loss, metrics = script.training_step(unet, unet, scheduler, batch, args, torch.float32)
+        assert loss.item() == torch.tensor(wanted).item() and metrics["margin"].item() == 0
+
+    # The error of each branch, from the textbook formulas of noise and velocity.
+    args = script.ScriptArguments(dataset_name="x", loss_type="orpo", orpo_lambda=1e-30, beta_dpo=1.0)
+    loss, _ = script.training_step(unet, unet, scheduler, batch, args, torch.float32)
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    a = alphas[batch["timesteps"]].view(3, 1, 1, 1)
+    x, noise = batch["latents"][:, 0].double(), batch["noise"].double()
+    target = a.sqrt() * noise - (1 - a).sqrt() * x if family == "sd-v" else noise
+    added = None
+    if family == "sdxl":
+        added = {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": batch["time_ids"][:, 0]}
+    with torch.no_grad():
+        prediction = unet(
+            (a.sqrt() * x + (1 - a).sqrt() * noise).float(),
+            batch["timesteps"],
+            batch["prompt_embeds"],
+            added_cond_kwargs=added,
+        ).sample
+    assert loss.item() == pytest.approx((prediction - target).square().mean().item(), rel=1e-5)
+
+
+# A run
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_lora_changes_the_images_exactly_as_the_trained_model_does(family, tiny_sd, tiny_sdxl, flags, tmp_path):
+    """An ordinary pipeline draws the gallery's pixels from either file."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    model, kwargs = tiny_sd, {"safety_checker": None}
+    pipeline_class = StableDiffusionPipeline
+    if family == "sdxl":
+        model, kwargs, pipeline_class = tiny_sdxl, {}, StableDiffusionXLPipeline
+    folder = tmp_path / "run"
+    more = "--max_train_steps 6 --train_batch_size 2 --checkpointing_steps 2".split()
+    more += ["--pretrained_model_name_or_path", model, "--cache_dir", tmp_path / "cache"]
+    call("train_dpo_qsd", *flags, *more, "--output_dir", folder)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [f"checkpoint-{i}" for i in (2, 4, 6)]
+    rows = pair_rows()
+    labelled = [row for i, row in enumerate(rows) if i not in (5, 6)]
+    prompts = [row["caption"] for row in sorted(labelled, key=lambda row: -row["quality"])[:4]]
+
+    pipeline = pipeline_class.from_pretrained(model, dtype=torch.float32, **kwargs)
+
+    def draw(i):
+        image = pipeline(
+            prompts[i],
+            num_inference_steps=2,
+            guidance_scale=7.5,
+            height=32,
+            width=32,
+            generator=torch.Generator("cpu").manual_seed(i),
+        ).images[0]
+        return np.asarray(image)
+
+    for files in ({}, {"weight_name": "run.safetensors"}):
+        for i in range(4):
+            assert np.array_equal(draw(i), np.asarray(Image.open(folder / "images" / f"{i}_base.png")))
+        pipeline.load_lora_weights(folder / "comfyui" if files else folder, **files)
+        tuned = [np.asarray(Image.open(folder / "images" / f"{i}.png")) for i in range(4)]
+        assert all(np.array_equal(draw(i), tuned[i]) for i in range(4))
+        assert not all(np.array_equal(tuned[i], Image.open(folder / "images" / f"{i}_base.png")) for i in range(4))
+        pipeline.unload_lora_weights()
+    card = (folder / "README.md").read_text()
+    assert pipeline_class.__name__ in card and "dpo-qsd" in card and "TODO" not in card
+    assert "22 of 24 (1 ties, 1 without a label)" in card
+
+
+SPY = """
+import json, os, sys
+sys.path.insert(0, {root!r})
+import train_dpo_qsd as script
+
+original = script.CachedPairs.__getitem__
+
+def spied(self, key):
+    with open({log!r} + f"/{{os.environ.get('RANK', 0)}}.jsonl", "a") as file:
+        file.write(json.dumps([key[0], self.labels[key[1]]["pair_id"]]) + "\\n")
+    return original(self, key)
+
+script.CachedPairs.__getitem__ = spied
+script.main(script.parse_arguments())
+"""
+
+
+def pairs_seen(tmp_path, name, processes, command, kill_at=None):
+    """Runs the training with every read of a pair written down: per process a list of (epoch, pair id)."""
+    log = tmp_path / name
+    log.mkdir(exist_ok=True)
+    spy = tmp_path / f"{name}.py"
+    spy.write_text(SPY.format(root=str(ROOT), log=str(log)))
+    launch = [sys.executable, spy]
+    if processes > 1:
+        port = 29600 + processes
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            processes,
+            "--master_port",
+            port,
+            spy,
+        ]
+    command = list(map(str, [*launch, *command]))
+    if kill_at:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not kill_at.exists():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    else:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stderr[-3000:]
+    files = sorted(log.glob("*.jsonl"))
+    return [[tuple(json.loads(line)) for line in file.read_text().splitlines()] for file in files]
+
+
+def test_pairs_are_seen_best_first_by_any_number_of_processes_and_after_kill_9(flags, tmp_path):
+    """Each optimizer step takes the next pairs of the sorted order, whoever computes them; a second epoch begins again
+    with the best."""
+    rows = pair_rows()
+    labelled = [i for i in range(24) if i not in (5, 6)]
+    order = [str(i) for i in sorted(labelled, key=lambda i: -rows[i]["quality"])]
+    wanted = [(epoch, pair) for epoch in range(2) for pair in order][:30]  # 5 steps of 6 pairs, 22 an epoch
+    more = [*flags, "--max_train_steps", 5, "--checkpointing_steps", 2, "--report_to", "none"]
+    loras = {}
+    for name, processes, batch, accumulation in [("one", 1, 3, 2), ("two", 2, 3, 1), ("three", 3, 1, 2)]:
+        shape = ["--train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
+        seen = pairs_seen(tmp_path, name, processes, [*more, *shape, "--output_dir", tmp_path / f"{name}-run"])
+        assert len(seen) == processes
+        per_step = batch * accumulation
+        for step in range(5):
+            together = [pair for process in seen for pair in process[step * per_step : (step + 1) * per_step]]
+            assert sorted(together) == sorted(wanted[step * 6 : step * 6 + 6]), (name, step)
+        if processes == 1:
+            assert seen[0] == wanted
+        loras[name] = load_file(tmp_path / f"{name}-run" / "pytorch_lora_weights.safetensors")
+
+    shape = ["--train_batch_size", 3, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "killed-run"]
+    seen = pairs_seen(tmp_path, "killed", 1, [*more, *shape], kill_at=tmp_path / "killed-run" / "checkpoint-2")
+    assert seen[0] == wanted[: len(seen[0])] and len(seen[0]) < 30
+    seen = pairs_seen(tmp_path, "resumed", 1, [*more, *shape, "--resume_from_checkpoint", "latest"])
+    assert seen[0] in (wanted[12:], wanted[24:])
+    loras["killed"] = load_file(tmp_path / "killed-run" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(loras["one"][key], loras["killed"][key]) for key in loras["one"])
+    for name in ("two", "three"):
+        assert max((loras["one"][key] - loras[name][key]).abs().max().item() for key in loras["one"]) < 1e-4
+
+
+def selection(pair_dataset, **kwargs):
+    args = script.ScriptArguments(dataset_name=str(pair_dataset), **kwargs)
+    _, pairs = script.load_pairs(args)
+    return args, pairs, *script.select_pairs(args, pairs)
+
+
+def test_random_order_takes_every_pair_once_an_epoch_and_needs_no_quality(tmp_path):
+    data = write_pairs(tmp_path / "pairs", pair_rows(), drop=("quality",))
+    args, _, rows, winners, counts = selection(data, order="random", top_fraction=1.0, train_batch_size=11, seed=3)
+    labelled = [i for i in range(24) if i not in (5, 6)]
+    assert sorted(rows) == labelled and list(rows) != labelled
+    assert counts == {"rows": 24, "ties": 1, "without_label": 1, "selected": 22}
+    labels = pair_rows()
+    assert [1 - w for w in winners] == [int(labels[row]["label_0"]) for row in rows]
+    steps = iter(script.EpochSampler(args, 22, 0, 1, start_step=0))
+    epochs = [next(steps) + next(steps) for _ in range(3)]
+    for number, epoch in enumerate(epochs):
+        assert sorted(epoch) == [(number, i) for i in range(22)]
+    assert len({str([row for _, row in epoch]) for epoch in epochs}) == 3
+    assert list(selection(data, order="random", top_fraction=1.0, seed=3)[2]) == list(rows)
+    assert list(selection(data, order="random", top_fraction=1.0, seed=4)[2]) != list(rows)
+
+
+def test_top_fraction_and_min_quality_select_the_best(pair_dataset):
+    quality = [row["quality"] for row in pair_rows()]
+    best = sorted((i for i in range(24) if i not in (5, 6)), key=lambda i: -quality[i])
+    assert list(selection(pair_dataset, top_fraction=0.25)[2]) == best[:6]  # of 22
+    assert sorted(selection(pair_dataset, top_fraction=0.25, order="random")[2]) == sorted(best[:6])
+    found = selection(pair_dataset, top_fraction=1.0, min_quality=0.5)[2]
+    assert list(found) == [i for i in best if quality[i] >= 0.5]
+
+
+def test_only_what_is_trained_on_is_encoded(flags, tmp_path, monkeypatch):
+    """And a larger share goes on from the shards of a smaller one."""
+    encoded_images, original = [], script.encode_images
+    monkeypatch.setattr(
+        script,
+        "encode_images",
+        lambda vae, pixels, size: encoded_images.append(len(pixels)) or original(vae, pixels, size),
+    )
+    monkeypatch.setattr(script, "CACHE_SHARD_ROWS", 4)
+    common = [*flags, "--cache_dir", tmp_path / "cache", "--train_batch_size", 2]
+    call("train_dpo_qsd", *common, "--top_fraction", 0.36, "--output_dir", tmp_path / "a")  # 8 of 22, an epoch
+    assert sum(encoded_images) == 2 * 8
+    encoded_images.clear()
+    call("train_dpo_qsd", *common, "--max_train_steps", 6, "--output_dir", tmp_path / "b")  # 12 of 22
+    assert sum(encoded_images) == 2 * 4
+    encoded_images.clear()
+    call("train_dpo_qsd", *common, "--top_fraction", 0.5, "--output_dir", tmp_path / "c", "--max_train_steps", 2)
+    assert sum(encoded_images) == 0
+
+
+@pytest.mark.parametrize("ids", ["columns", "content"])
+def test_scores_without_images_are_joined_by_the_images_ids(flags, pair_dataset, tmp_path, ids):
+    """Images in another dataset, in another order, some of them on the other side: the same LoRA."""
+    from hashlib import blake2b
+
+    rows = pair_rows()
+    scores = [dict(row) for row in rows]
+    if ids == "content":
+        for row in scores:
+            row.update({f"image_{i}_uid": blake2b(row[f"jpg_{i}"], digest_size=16).hexdigest() for i in (0, 1)})
+    images = [dict(row) for row in rows[::-1]]
+    for row in images[::3]:
+        for name in ("jpg_{}", "image_{}_uid"):
+            row[name.format(0)], row[name.format(1)] = row[name.format(1)], row[name.format(0)]
+    images.insert(0, {**pair_rows(seed=1)[0], "image_0_uid": "x", "image_1_uid": "y"})
+    absent = ("image_0_uid", "image_1_uid") if ids == "content" else ()
+    kinds = {"jpg_0": ImageFeature()} if ids == "columns" else {}
+    if kinds:
+        images = [{**row, "jpg_0": {"bytes": row["jpg_0"], "path": None}} for row in images]
+    holder = write_pairs(tmp_path / "images", images, drop=("quality", "label_0", "caption", *absent), **kinds)
+    table = write_pairs(tmp_path / "scores", scores, drop=("jpg_0", "jpg_1"))
+
+    more = ["--max_train_steps", 4, "--train_batch_size", 5, "--cache_dir", tmp_path / "cache"]
+    call("train_dpo_qsd", *flags, *more, "--output_dir", tmp_path / "inline")
+    joined = ["--dataset_name", holder, "--scores_dataset_name", table, "--output_dir", tmp_path / "joined"]
+    call("train_dpo_qsd", *flags, *more, *joined)
+    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("inline", "joined"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_output_of_score_pairs_is_trained_on_as_it_is(tiny_sd, tmp_path):
+    """The way of the README: score, then train, from the dataset with images and from the scores alone."""
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(
+        "import numpy as np\n\n\ndef brightness(images, prompts):\n"
+        "    return [float(np.asarray(image).mean()) for image in images]\n"
+    )
+    rng = np.random.default_rng(0)
+    rows = pair_rows(12)
+    for row in rows:
+        for name in ("jpg_0", "jpg_1"):
+            row[name] = encoded(np.full((32, 32, 3), rng.integers(256), dtype=np.uint8))["bytes"]
+    source = write_pairs(tmp_path / "pairs", rows, drop=("quality",))
+    qsd = tmp_path / "qsd"
+    call(
+        "score_pairs",
+        *("--dataset_name", source, "--reward", f"{rewards}:brightness", "--output_dir", qsd, "--include_images"),
+        *("--num_examples", 0),
+    )
+    model = ["--pretrained_model_name_or_path", tiny_sd, "--cache_dir", tmp_path / "cache", *FLAGS]
+    model += ["--max_train_steps", 3, "--train_batch_size", 2]
+    call("train_dpo_qsd", *model, "--dataset_name", qsd, "--output_dir", tmp_path / "with-images")
+    scores = ["--scores_dataset_name", qsd, "--scores_dataset_config_name", "scores", "--dataset_name", source]
+    call("train_dpo_qsd", *model, *scores, "--output_dir", tmp_path / "joined")
+    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("with-images", "joined"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--loss_type hinge --mixed_precision bf16 --gradient_checkpointing",
+        "--loss_type ipo --use_8bit_adam --order random",
+        "--loss_type orpo --dataloader_num_workers 1 --orpo_lambda 0.5",
+    ],
+)
+def test_variants_train(flags, tmp_path, more):
+    call("train_dpo_qsd", *flags, "--output_dir", tmp_path / "lora", "--max_train_steps", 3, *more.split())
+    lora = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in lora.values())
+    assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-4
+
+
+def test_defaults_belong_to_the_family(tiny_sd, tiny_sdxl):
+    for model, family, beta, lr in [(tiny_sd, "sd", 2000.0, 1e-4), (tiny_sdxl, "sdxl", 5000.0, 1e-5)]:
+        args = script.ScriptArguments(dataset_name="x", pretrained_model_name_or_path=str(model))
+        assert script.check_model(args) == family
+        assert (args.beta_dpo, args.learning_rate, args.resolution) == (beta, lr, 32)
+        args = script.ScriptArguments(dataset_name="x", pretrained_model_name_or_path=str(model), beta_dpo=7.0)
+        script.check_model(args)
+        assert args.beta_dpo == 7.0
+
+
+# What diffusers' UNet2DConditionModel needs to become SD1.5's UNet (stable-diffusion-v1-5/stable-diffusion-v1-5).
+SD15_UNET = {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+def test_full_size_sd15_lora_keys():
+    """128 modules on the real architecture, 256 peft keys; 384 of ComfyUI's."""
+    from diffusers import UNet2DConditionModel
+    from peft import get_peft_model_state_dict
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15_UNET)
+        assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+        unet.requires_grad_(False)
+        script.add_lora(unet, rank=64)
+    lora = get_peft_model_state_dict(unet)
+    assert len(lora) == 256
+    renamed = script.comfyui_state_dict({f"unet.{name}": tensor for name, tensor in lora.items()})
+    assert len(renamed) == 3 * 128
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
+    assert renamed[key].shape == (64, 768)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--top_fraction", 0.001], ["--top_fraction 0.001", "none of 22", "best quality"]),
+        (["--min_quality", 2], ["--min_quality 2", "none of 22", "0.9"]),
+        (["--top_fraction", 0], ["--top_fraction 0", "greater than 0"]),
+        (["--top_fraction", 5.33], ["--top_fraction 5.33", "at most 1"]),
+        (["--beta_dpo", 0], ["--beta_dpo 0", "greater than 0"]),
+        (["--quality_column", "q"], ["no column 'q'", "score_pairs.py", "--order random"]),
+        (["--prompt_column", "text"], ["no column 'text'", "--prompt_column", "caption"]),
+        (["--image_0_column", "caption"], ["'caption'", "bytes or Image"]),
+        (["--label_0_column", "caption"], ["'caption'", "string", "numbers"]),
+        (["--dataset_name", "no/such/folder"], ["--dataset_name no/such/folder"]),
+        (["--scores_dataset_name", "no/such"], ["--scores_dataset_name no/such"]),
+        (["--resolution", 33], ["--resolution 33", "multiple of 8"]),
+        (["--resume_from_checkpoint", "no/checkpoint"], ["no/checkpoint"]),
+    ],
+)
+def test_bad_flags_are_named(flags, tmp_path, monkeypatch, more, words):
+    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    message = refused("train_dpo_qsd", *flags, "--output_dir", tmp_path / "out", *more)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+BAD_ROWS = {
+    "label 2": (lambda row: row.update(label_0=2.0), ["row 7", "label_0", "2.0", "0, 0.5 or 1"]),
+    "quality is nan": (lambda row: row.update(quality=float("nan")), ["row 7", "quality"]),
+    "quality is missing": (lambda row: row.update(quality=None), ["row 7", "quality"]),
+    "no prompt": (lambda row: row.update(caption=" "), ["row 7", "caption", "empty"]),
+    "image does not decode": (lambda row: row.update(jpg_1=row["jpg_1"][:200]), ["row 7", "jpg_1", "does not decode"]),
+    "no image": (lambda row: row.update(jpg_0=None), ["row 7", "jpg_0", "does not decode"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_named(flags, tmp_path, monkeypatch, name):
+    change, words = BAD_ROWS[name]
+    rows = pair_rows()
+    change(rows[7])
+    data = write_pairs(tmp_path / "pairs", rows)
+    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    more = ["--dataset_name", data, "--output_dir", tmp_path / "out"]
+    message = refused("train_dpo_qsd", *flags, *more)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_quality_says_how_to_make_it(flags, tmp_path):
+    data = write_pairs(tmp_path / "pairs", pair_rows(), drop=("quality",))
+    message = refused("train_dpo_qsd", *flags, "--dataset_name", data, "--output_dir", tmp_path / "out")
+    assert "score_pairs.py" in message and "'quality'" in message
+
+
+def test_ids_that_do_not_join_are_counted_and_shown(flags, tmp_path):
+    rows = pair_rows()
+    scores = [dict(row) for row in rows]
+    scores[3]["image_0_uid"], scores[9]["image_1_uid"] = "lost-1", "lost-2"
+    table = write_pairs(tmp_path / "scores", scores, drop=("jpg_0", "jpg_1"))
+    message = refused("train_dpo_qsd", *flags, "--scores_dataset_name", table, "--output_dir", tmp_path / "out")
+    assert "2 of the 22 pairs" in message and "lost-1" in message and "lost-2" in message
+    table = write_pairs(tmp_path / "more", scores, drop=("jpg_0", "jpg_1", "image_0_uid"))
+    message = refused("train_dpo_qsd", *flags, "--scores_dataset_name", table, "--output_dir", tmp_path / "out")
+    assert "no column 'image_0_uid'" in message and "--image_0_uid_column" in message
+
+
+def test_labels_of_strings_and_whole_numbers(flags, tmp_path):
+    rows = [{**row, "label_0": str(row["label_0"])} for row in pair_rows()]
+    data = write_pairs(tmp_path / "strings", rows, label_0=Value("string"))
+    message = refused("train_dpo_qsd", *flags, "--dataset_name", data, "--output_dir", tmp_path / "out")
+    assert "'label_0' holds string" in message
+    rows = [{**row, "label_0": int(row["label_0"])} for row in pair_rows()]
+    found = selection(write_pairs(tmp_path / "whole", rows, label_0=Value("int64")), top_fraction=1.0)
+    assert found[4]["selected"] == 23  # the tie of row 5 was rounded to a loss
+
+
+def test_sd3_and_other_runs_are_refused(flags, tmp_path):
+    model = make_tiny_sd3(tmp_path / "sd3")
+    result = run(
+        "train_dpo_qsd.py",
+        *(*flags, "--output_dir", tmp_path / "out", "--pretrained_model_name_or_path", model),
+        check=False,
+    )
+    assert result.returncode == 1 and "train_rankdpo_sd3.py" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+    call("train_dpo_qsd", *flags, "--output_dir", tmp_path / "run", "--max_train_steps", 1)
+    message = refused("train_dpo_qsd", *flags, "--output_dir", tmp_path / "run", "--top_fraction", 0.5)
+    assert "top_fraction 1.0, not 0.5" in message
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_trains_in_bf16_on_a_gpu(flags, tmp_path):
+    call(
+        "train_dpo_qsd",
+        *(*flags, "--output_dir", tmp_path / "lora", "--mixed_precision", "bf16", "--use_8bit_adam"),
+        *("--max_train_steps", 3, "--dataloader_num_workers", 2),
+    )
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
