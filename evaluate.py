@@ -7,6 +7,7 @@
 #     "diffusers",
 #     "ftfy",
 #     "huggingface_hub",
+#     "matplotlib",
 #     "numpy",
 #     "peft",
 #     "pillow",
@@ -27,9 +28,16 @@
         --prompts prompts.txt --max_prompts 500 --metrics hpsv2.1 imagereward my_rewards.py:sharpness \
         --output_dir outputs/evaluation
 
-Writes `results.json`, `results.md` and `grid.png`. Every metric's mean comes with its lift over the base model and the
-lift's 95 % interval: a bootstrap over prompts, paired, since all models draw the same prompts from the same noise. Run
-the same command again after a crash: images and scores that exist are kept. `accelerate launch` shares the drawing.
+How far does a run get with how much data? Every checkpoint of a run, metrics over the pairs (or prompts) seen:
+
+    python evaluate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dtype float16 \
+        --eval_checkpoints qsd=outputs/dpo-qsd-sd15 random=outputs/dpo-sd15 --prompts prompts.txt \
+        --output_dir outputs/curves
+
+Writes `results.json`, `results.md`, `grid.png` and, of checkpoints, `curves.png`. Every metric's mean comes with its
+lift over the base model and the lift's 95 % interval: a bootstrap over prompts, paired, since all models draw the same
+prompts from the same noise. Run the same command again after a crash: images and scores that exist are kept.
+`accelerate launch` shares the drawing.
 """
 
 import gc
@@ -50,6 +58,7 @@ from io import BytesIO
 from pathlib import Path
 
 import ftfy
+import matplotlib
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -86,6 +95,10 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging as transformers_logging
 from trl import TrlParser
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
 
 
 # Copied from build_synpic.DEFAULT_REWARDS
@@ -125,6 +138,12 @@ class ScriptArguments:
     variant: str | None = field(default=None, metadata={"help": "Variant of the model's files, e.g. fp16."})
     loras: list[str] = field(
         default_factory=list, metadata={"help": "name=folder or name=Hub id of each LoRA to compare with the base."}
+    )
+    eval_checkpoints: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "name=output_dir of training runs: all their checkpoints, drawn as curves over the data seen."
+        },
     )
     dtype: str = field(
         default="float32",
@@ -172,7 +191,7 @@ class ScriptArguments:
             raise SystemExit(f"--dtype {self.dtype}: choose from float32, float16, bfloat16")
         if type(self.use_text_encoder_3) is not bool:
             raise SystemExit(f"--use_text_encoder_3 {self.use_text_encoder_3}: must be true or false")
-        for name in ("loras", "metrics"):
+        for name in ("loras", "eval_checkpoints", "metrics"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         for name in (
@@ -252,7 +271,8 @@ def read_prompts(
 
 
 def read_models(args: ScriptArguments) -> dict[str, dict]:
-    """Name → {"lora": folder or Hub id or None, "file": local path of the weights}; the base model comes first."""
+    """Name → {"lora": folder or Hub id or None, "file": local path of the weights}, the base model first; a checkpoint
+    has also "run", its run's name, and "seen", the pairs or prompts that the run had seen."""
     model = args.pretrained_model_name_or_path
     try:
         if os.path.isdir(model):
@@ -265,24 +285,47 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
         ) from None
     models = {BASELINE: {"lora": None, "file": None}}
     for item in args.loras:
-        name, _, path = item.partition("=")
-        if not path or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-            raise SystemExit(
-                f"--loras {item}: must be name=folder or name=Hub id; name of letters, digits, '.', '_', '-'"
-            )
-        if name in models or name in RESERVED:
-            raise SystemExit(f"--loras {item}: the name {name!r} is taken")
+        name, path = named_path("--loras", item, models)
         try:
             file = Path(path, LORA_FILE) if os.path.isdir(path) else Path(hf_hub_download(path, LORA_FILE))
-            if not file.is_file():
-                raise FileNotFoundError(f"no {LORA_FILE} in it")
-            with safe_open(file, framework="pt") as weights:
-                if not any("lora" in key for key in weights.keys()):
-                    raise ValueError(f"{file} holds no LoRA")
+            check_lora(file)
         except Exception as error:
             raise SystemExit(f"--loras {item}: cannot be read: {one_line(error)}") from None
         models[name] = {"lora": path, "file": str(file)}
+    for item in args.eval_checkpoints:
+        name, path = named_path("--eval_checkpoints", item, models)
+        try:
+            per_step = json.loads(Path(path, "run.json").read_text())["global_batch_size"]
+            steps = [re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in Path(path).iterdir()]
+            steps = sorted(int(step.group(1)) for step in steps if step)
+            if not steps:
+                raise FileNotFoundError("no checkpoint in it")
+            for step in steps:
+                folder = Path(path, f"checkpoint-{step}")
+                check_lora(folder / LORA_FILE)
+                facts = {"lora": str(folder), "file": str(folder / LORA_FILE), "run": name, "seen": step * per_step}
+                models[f"{name}@{step}"] = facts
+        except Exception as error:
+            raise SystemExit(f"--eval_checkpoints {item}: not a training run's folder: {one_line(error)}") from None
     return models
+
+
+def named_path(flag: str, item: str, models: dict) -> tuple[str, str]:
+    """name=path in two, the name checked."""
+    name, _, path = item.partition("=")
+    if not path or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise SystemExit(f"{flag} {item}: must be name=folder or name=Hub id; name of letters, digits, '.', '_', '-'")
+    if name in RESERVED or name in models or any(name == model.get("run") for model in models.values()):
+        raise SystemExit(f"{flag} {item}: the name {name!r} is taken")
+    return name, path
+
+
+def check_lora(file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"no {LORA_FILE} in it")
+    with safe_open(file, framework="pt") as weights:
+        if not any("lora" in key for key in weights.keys()):
+            raise ValueError(f"{file} holds no LoRA")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1172,7 +1215,7 @@ def score(args: ScriptArguments, prompts: list[str], models: dict, state: Partia
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-RESERVED = ("n_prompts", "n_images", "settings")
+RESERVED = ("n_prompts", "n_images", "settings", "checkpoints")
 
 
 def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 10_000) -> tuple[float, float]:
@@ -1276,6 +1319,34 @@ def grid_picture(args: ScriptArguments, prompts: list[str], models: list[str], c
     return canvas
 
 
+def draw_curves(summary: dict, models: dict, metrics: list[str], file: Path) -> None:
+    """Every metric over the pairs or prompts that a run had seen, with the 95 % intervals of the lift over the base."""
+    runs = list(dict.fromkeys(model["run"] for model in models.values() if "run" in model))
+    figure, panels = pyplot.subplots(1, len(metrics), figsize=(5 * len(metrics), 4), squeeze=False)
+    for axes, metric in zip(panels[0], metrics):
+        base = summary[BASELINE][metric]
+        for run in runs:
+            names = [name for name, model in models.items() if model.get("run") == run]
+            seen = [0] + [models[name]["seen"] for name in names]
+            axes.plot(seen, [base] + [summary[name][metric] for name in names], marker="o", markersize=3, label=run)
+            intervals = [(0.0, 0.0)] + [summary[name][f"{metric}_lift_ci95"] for name in names]
+            axes.fill_between(seen, *([base + end for end in ends] for ends in zip(*intervals)), alpha=0.2)
+        axes.axhline(base, color="black", linewidth=0.8, linestyle=":", label=BASELINE)
+        axes.set(xlabel="seen in training", ylabel=metric)
+    panels[0][0].legend()
+    save_figure(figure, file)
+
+
+# Copied from score_pairs.save_figure
+def save_figure(figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp.png")
+    figure.tight_layout()
+    figure.savefig(temporary, dpi=100)
+    pyplot.close(figure)
+    os.replace(temporary, file)
+
+
 # Copied from train_rankdpo_sdxl.write_text
 def write_text(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
@@ -1307,15 +1378,25 @@ def main(args: ScriptArguments) -> None:
         n_images = len(prompts) * args.num_images_per_prompt
         settings = image_settings(args, prompts, models[BASELINE])
         settings["loras"] = {name: model["lora"] for name, model in models.items() if model["lora"]}
+        checkpoints = {
+            name: {key: model[key] for key in ("run", "seen")} for name, model in models.items() if "run" in model
+        }
         report = markdown_report(summary, list(results), len(prompts), n_images)
         record = {"n_prompts": len(prompts), "n_images": n_images, "settings": settings, **summary}
+        shown = list(models)
+        if checkpoints:
+            record["checkpoints"] = checkpoints
+            draw_curves(summary, models, list(results), output_dir / "curves.png")
+            last = {model["run"]: name for name, model in models.items() if "run" in model}  # steps are in order
+            shown = [name for name in models if name not in checkpoints or name in last.values()]
         write_text(output_dir / "results.json", json.dumps(record, indent=2) + "\n")
         write_text(output_dir / "results.md", report)
         temporary = output_dir / ".grid.tmp.png"
-        grid_picture(args, prompts, list(models)).save(temporary)
+        grid_picture(args, prompts, shown).save(temporary)
         os.replace(temporary, output_dir / "grid.png")
         print(report)
-        print(f"{output_dir / 'results.json'}, {output_dir / 'results.md'}, {output_dir / 'grid.png'}")
+        files = ["results.json", "results.md", "grid.png"] + ["curves.png"] * bool(checkpoints)
+        print(", ".join(str(output_dir / file) for file in files))
     state.wait_for_everyone()
 
 

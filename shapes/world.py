@@ -416,6 +416,12 @@ def _cleanness(image) -> float:
     return float(np.clip((np.mean([thing["iou"] for thing in found]) - 0.6) / 0.3, 0, 1).round(1)) if found else 0.0
 
 
+def preference(images: list, prompts: list[str]) -> list[float]:
+    """The five together: a preference model, in [0, 1]."""
+    rewards = (color_reward, shape_reward, count_reward, layout_reward, clean_reward)
+    return np.mean([reward(images, prompts) for reward in rewards], axis=0).tolist()
+
+
 def main():
     parser = argparse.ArgumentParser(description="Write a list of shapes-world prompts as JSON lines.")
     parser.add_argument("--split", choices=("train", "heldout"), required=True)

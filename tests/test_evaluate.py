@@ -112,3 +112,53 @@ def test_images_of_other_settings_are_not_mixed(tmp_path, tiny_sdxl, lora):
     call("evaluate", *flags, "--max_prompts", 2)
     assert "images of base" in refused("evaluate", *flags, "--max_prompts", 2, "--guidance_scale", 9)
     assert "prompts" in refused("evaluate", *flags, "--max_prompts", 3)
+
+
+def test_checkpoints_become_curves_over_the_pairs_seen(tmp_path, tiny_sd, pair_dataset):
+    """Every checkpoint of two runs, as many pairs along as its steps took; the grid shows the last ones."""
+    flags = ["--pretrained_model_name_or_path", tiny_sd, "--dataset_name", pair_dataset, "--top_fraction", 1]
+    flags += "--rank 4 --learning_rate 1e-2 --report_to none --validation_num_inference_steps 1".split()
+    flags += ["--cache_dir", tmp_path / "cache", "--max_train_steps", 4, "--checkpointing_steps", 2]
+    call("train_dpo_qsd", *flags, "--train_batch_size", 3, "--output_dir", tmp_path / "qsd")
+    call("train_dpo_qsd", *flags, "--train_batch_size", 2, "--order", "random", "--output_dir", tmp_path / "random")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    (tmp_path / "metric.py").write_text(
+        "import numpy as np\ndef brightness(images, prompts):\n    return [np.asarray(i).mean() for i in images]\n"
+    )
+    evaluation = ["--pretrained_model_name_or_path", tiny_sd, "--prompts", tmp_path / "prompts.txt"]
+    evaluation += ["--metrics", f"{tmp_path}/metric.py:brightness", "--num_inference_steps", 2]
+    evaluation += ["--output_dir", tmp_path / "out"]
+    runs = ["--eval_checkpoints", f"qsd={tmp_path / 'qsd'}", f"random={tmp_path / 'random'}"]
+    call("evaluate", *evaluation, *runs)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: (c["run"], c["seen"]) for name, c in results["checkpoints"].items()} == {
+        "qsd@2": ("qsd", 6),
+        "qsd@4": ("qsd", 12),
+        "random@2": ("random", 4),
+        "random@4": ("random", 8),
+    }
+    values = [results[name]["brightness"] for name in ("base", *results["checkpoints"])]
+    assert len(set(values)) == 5  # every checkpoint's own LoRA was drawn with
+    picture = Image.open(tmp_path / "out" / "curves.png")
+    assert picture.size == (500, 400) and np.asarray(picture.convert("L")).min() < 100
+    assert Image.open(tmp_path / "out" / "grid.png").width == 3 * 192 + 2 * 12  # base and the last of each run
+
+    message = refused("evaluate", *evaluation, "--eval_checkpoints", f"qsd={tmp_path / 'cache'}")
+    assert "--eval_checkpoints" in message and "not a training run's folder" in message
+    twice = ["--eval_checkpoints", f"a={tmp_path / 'qsd'}", f"a={tmp_path / 'random'}"]
+    assert "'a' is taken" in refused("evaluate", *evaluation, *twice)
+
+
+def test_sd3_is_drawn_with_the_tokens_asked_for_and_without_t5(tmp_path, tiny_sd3):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    (tmp_path / "metric.py").write_text(
+        "import numpy as np\ndef brightness(images, prompts):\n    return [np.asarray(i).mean() for i in images]\n"
+    )
+    flags = ["--pretrained_model_name_or_path", tiny_sd3, "--prompts", tmp_path / "prompts.txt"]
+    flags += ["--metrics", f"{tmp_path}/metric.py:brightness", "--num_inference_steps", 2, "--resolution", 32]
+    found = []
+    for number, more in enumerate((["--max_sequence_length", 20], ["--max_sequence_length", 40], [])):
+        more = more or ["--use_text_encoder_3", "false", "--max_sequence_length", 20]
+        call("evaluate", *flags, *more, "--output_dir", tmp_path / str(number))
+        found.append(json.loads((tmp_path / str(number) / "results.json").read_text())["base"]["brightness"])
+    assert len(set(found)) == 3

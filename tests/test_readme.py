@@ -58,7 +58,7 @@ def test_recipes_parse():
             build_synpic.read_generators(str(path))
         else:
             script = path.stem.split("_")[0]
-            assert script in ("rankdpo", "synpic", "evaluate"), path.name
+            assert script in ("rankdpo", "qsd", "synpic", "evaluate"), path.name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

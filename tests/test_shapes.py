@@ -62,6 +62,26 @@ def test_mean_of_the_rewards_is_better_than_any_single_one():
     assert world.color_reward(truths[:3], prompts[:3]) == world.color_reward(truths[:3], prompts[:3])
 
 
+def test_noisy_pairs_are_labelled_by_the_verifier_and_flipped(tmp_path):
+    import pairs
+    from datasets import load_dataset
+
+    truths_and_lies(tmp_path / "synpic", 40, seed=3)
+    dataset = load_dataset("parquet", data_files=str(tmp_path / "synpic" / "data" / "*.parquet"), split="train")
+    from io import BytesIO
+
+    for flip, low, high in ((0.0, 0, 0), (0.3, 25, 75)):
+        rows, counts = pairs.make_pairs(dataset, flip, seed=1)
+        wrong = 0
+        for row in rows:
+            images = [Image.open(BytesIO(row[name])) for name in ("jpg_0", "jpg_1")]
+            one, other = world.accuracy(images, [row["caption"]] * 2)
+            assert (row["label_0"] == 0.5) == (one == other)
+            wrong += row["label_0"] != 0.5 and (row["label_0"] == 1) != (one > other)
+        assert counts == {"pairs": 240, "labelled": 160, "flipped": wrong} and low <= wrong <= high
+    assert len({row["image_0_uid"] for row in rows} | {row["image_1_uid"] for row in rows}) == 160
+
+
 def test_shipped_generators_draw_what_is_asked_and_differ_in_quality():
     from diffusers import DiffusionPipeline
 
