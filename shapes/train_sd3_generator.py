@@ -3,7 +3,7 @@
 
     python shapes/train_sd3_generator.py --output_dir shapes/models
 
-The folder `sd3` is a `StableDiffusion3Pipeline` (real diffusers and transformers classes, 4.4 million parameters, fp16
+The folder `sd3` is a `StableDiffusion3Pipeline` (real diffusers and transformers classes, 4.6 million parameters, fp16
 safetensors): a multimodal diffusion transformer on 16-channel latents with a shift and a scale, flow matching, two
 CLIP text encoders and a T5. It learns from the same images as the SDXL ones, a quarter of them with a wrong caption
 (see train_generators.py); now and then without T5, so that it also draws when T5 is left out.
@@ -164,7 +164,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("shapes/models"))
     parser.add_argument("--num_images", type=int, default=24000)
     parser.add_argument("--vae_steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.time()

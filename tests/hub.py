@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hub of our own for the tests: what huggingface_hub and datasets ask of huggingface.co, in memory, with faults.
+
+    python tests/hub.py PORT-FILE [FAULT NUMBER]
+
+The real clients talk to it over HTTP, in processes of their own, with HF_ENDPOINT set. A fault answers the NUMBER-th
+request that could change something (or all of them from there on, for `always-…`) as a busy or broken Hub would.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+import time
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+TOKEN = "hf_marker_that_must_appear_nowhere"
+USER = "user"
+FAULTS = ("409", "412", "429", "500", "503", "drop", "slow")
+LFS_SUFFIXES = (".parquet", ".safetensors", ".png", ".jpg", ".pt", ".bin")
+
+
+class Repo:
+    """One repository: commits, each the whole list of its files."""
+
+    def __init__(self, private: bool):
+        self.private = private
+        self.commits = [("0" * 40, {})]  # (sha, path → content)
+
+    @property
+    def head(self) -> tuple[str, dict[str, bytes]]:
+        return self.commits[-1]
+
+    def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        if revision in ("main", "HEAD"):
+            return self.head
+        return next((commit for commit in self.commits if commit[0] == revision), None)
+
+
+class Hub:
+    """The server's state. `repos` by (kind, id), kind "models" or "datasets"; `log` of (method, path); `uploaded`:
+    path of every file's content as it came in by LFS, once for every time that it came."""
+
+    def __init__(self, fault: str | None = None, number: int = 0):
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.objects: dict[str, bytes] = {}
+        self.log: list[tuple[str, str]] = []
+        self.uploaded: list[tuple[str, int]] = []
+        self.fault, self.number, self.writes = fault, number, 0
+        self.lock = threading.Lock()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def environment(self) -> dict[str, str]:
+        """What a client's process needs to talk to this Hub and to nothing else."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+
+    def files(self, kind: str, repo_id: str) -> dict[str, bytes]:
+        return self.repos[kind, repo_id].head[1]
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    # Answers
+
+    def answer(self, status: int, body=b"", **headers) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        if "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(content)))
+        if not isinstance(body, bytes):
+            self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def missing(self, code: str, **headers) -> None:
+        self.answer(404, {"error": code}, X_Error_Code=code, X_Error_Message=code, **headers)
+
+    def faulty(self) -> bool:
+        """Whether this request, one that could change something, was answered with the fault."""
+        hub = self.hub
+        with hub.lock:
+            hub.writes += 1
+            always = (hub.fault or "").startswith("always-")
+            due = hub.fault and (hub.writes == hub.number or always and hub.writes >= hub.number)
+        if not due:
+            return False
+        fault = hub.fault.removeprefix("always-")
+        if fault == "slow":
+            time.sleep(2)
+            return False
+        if fault == "drop":
+            self.close_connection = True
+            self.connection.shutdown(2)
+            return True
+        headers = {"Retry_After": 1} if fault == "429" else {}
+        self.answer(int(fault), {"error": f"injected {fault}"}, **headers)
+        return True
+
+    # Requests
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        path, query = unquote(url.path), parse_qs(url.query)
+        self.hub.log.append((self.command, path))
+        if path == "/api/whoami-v2":
+            allowed = self.headers.get("authorization") == f"Bearer {TOKEN}"
+            known = {"type": "user", "name": USER, "auth": {"accessToken": {"role": "write", "displayName": "t"}}}
+            return self.answer(200, known) if allowed else self.answer(401, {"error": "Invalid credentials"})
+        match = re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/([^/]+)(?:/(.*))?)?)?", path
+        )
+        if match:
+            return self.repo_information(*match.groups(), query)
+        match = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if match:
+            return self.file("datasets" if match.group(1) else "models", *match.groups()[1:])
+        return self.missing("EntryNotFound")
+
+    def repo_information(self, kind, repo_id, what, revision, folder, query) -> None:
+        repo = self.hub.repos.get((kind, repo_id))
+        if repo is None:
+            return self.missing("RepoNotFound")
+        if what == "refs":
+            branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.head[0]}
+            return self.answer(200, {"branches": [branch], "converts": [], "tags": []})
+        commit = repo.at(revision or "main")
+        if commit is None:
+            return self.missing("RevisionNotFound")
+        sha, files = commit
+        if what == "tree":
+            return self.tree(files, folder or "", "true" in query.get("recursive", []) + query.get("recursive", ["x"]))
+        siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
+        common = {"id": repo_id, "sha": sha, "siblings": siblings, "private": repo.private, "tags": [], "gated": False}
+        self.answer(200, {**common, "disabled": False, "downloads": 0, "likes": 0, "author": USER})
+
+    def tree(self, files: dict[str, bytes], folder: str, recursive: bool) -> None:
+        entries, folders, prefix = [], set(), folder.rstrip("/") + "/" if folder else ""
+        for name, content in files.items():
+            if not name.startswith(prefix):
+                continue
+            rest = name[len(prefix) :]
+            parts = rest.split("/")[:-1]
+            for depth in range(1, len(parts) + 1):
+                if recursive or depth == 1:
+                    folders.add(prefix + "/".join(parts[:depth]))
+            if parts and not recursive:
+                continue
+            entry = {"type": "file", "oid": git_oid(content), "size": len(content), "path": name}
+            if is_lfs(name):
+                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+            entries.append(entry)
+        if folder and not entries and not folders:
+            return self.missing("EntryNotFound")
+        entries += [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in sorted(folders)]
+        self.answer(200, entries)
+
+    def file(self, kind: str, repo_id: str, revision: str, name: str) -> None:
+        repo = self.hub.repos.get((kind, repo_id))
+        commit = repo.at(revision) if repo else None
+        if commit is None:
+            return self.missing("RepoNotFound" if repo is None else "RevisionNotFound")
+        sha, files = commit
+        if name not in files:
+            return self.missing("EntryNotFound", X_Repo_Commit=sha)
+        content = files[name]
+        oid = hashlib.sha256(content).hexdigest() if is_lfs(name) else git_oid(content)
+        headers = {"X_Repo_Commit": sha, "ETag": f'"{oid}"', "Accept_Ranges": "bytes"}
+        if is_lfs(name):
+            headers |= {"X_Linked_Etag": f'"{oid}"', "X_Linked_Size": len(content)}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))
+        if wanted:
+            start, end = int(wanted.group(1)), int(wanted.group(2) or len(content) - 1)
+            part = content[start : end + 1]
+            return self.answer(206, part, Content_Range=f"bytes {start}-{end}/{len(content)}", **headers)
+        self.answer(200, content, Content_Length=len(content), **headers)
+
+    def do_POST(self):
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        body = self.body()
+        self.hub.log.append(("POST", path))
+        if path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if self.headers.get("authorization") != f"Bearer {TOKEN}":
+            return self.answer(401, {"error": "Invalid credentials"})
+        if self.faulty():
+            return None
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        match = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(preupload|commit)/([^/]+)", path)
+        if match:
+            kind, repo_id, what, _ = match.groups()
+            repo = self.hub.repos.get((kind, repo_id))
+            if repo is None:
+                return self.missing("RepoNotFound")
+            return (
+                self.preupload(repo, json.loads(body))
+                if what == "preupload"
+                else self.commit(kind, repo_id, repo, body)
+            )
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self.lfs_batch(json.loads(body))
+        return self.missing("EntryNotFound")
+
+    def do_PUT(self):
+        path = unquote(urlsplit(self.path).path)
+        body = self.body()
+        self.hub.log.append(("PUT", path))
+        if self.faulty():
+            return None
+        oid = path.rsplit("/", 1)[1]
+        if hashlib.sha256(body).hexdigest() != oid:
+            return self.answer(422, {"error": "content differs from its hash"})
+        with self.hub.lock:
+            self.hub.objects[oid] = body
+            self.hub.uploaded.append((oid, len(body)))
+        return self.answer(200)
+
+    def body(self) -> bytes:
+        if self.headers.get("transfer-encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("content-length", 0)))
+
+    def create(self, wanted: dict) -> None:
+        kind = f"{wanted.get('type') or 'model'}s"
+        repo_id = f"{wanted.get('organization') or USER}/{wanted['name']}"
+        url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{repo_id}"
+        with self.hub.lock:
+            if (kind, repo_id) in self.hub.repos:
+                return self.answer(409, {"error": "You already created this repo", "url": url})
+            private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+            self.hub.repos[kind, repo_id] = Repo(private)
+        return self.answer(200, {"url": url, "name": repo_id, "id": uuid.uuid4().hex})
+
+    def preupload(self, repo: Repo, wanted: dict) -> None:
+        files, answers = repo.head[1], []
+        for file in wanted["files"]:
+            path, known = file["path"], None
+            if path in files:
+                content = files[path]
+                known = hashlib.sha256(content).hexdigest() if is_lfs(path) else git_oid(content)
+            mode = "lfs" if is_lfs(path) else "regular"
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": known})
+        self.answer(200, {"files": answers})
+
+    def lfs_batch(self, wanted: dict) -> None:
+        objects = []
+        for item in wanted["objects"]:
+            answer = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.hub.objects:
+                answer["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}", "header": {}}}
+            objects.append(answer)
+        self.answer(200, {"transfer": "basic", "objects": objects})
+
+    def commit(self, kind: str, repo_id: str, repo: Repo, body: bytes) -> None:
+        lines = [json.loads(line) for line in body.splitlines() if line.strip()]
+        header = next(line["value"] for line in lines if line["key"] == "header")
+        with self.hub.lock:
+            parent = header.get("parentCommit")
+            if parent and parent != repo.head[0]:
+                return self.answer(412, {"error": "A commit has happened since. Please refresh and try again."})
+            files = dict(repo.head[1])
+            for line in lines:
+                value = line["value"]
+                if line["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    if value["oid"] not in self.hub.objects:
+                        return self.answer(400, {"error": f"no object {value['oid']}"})
+                    files[value["path"]] = self.hub.objects[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    files.pop(value["path"], None)
+                elif line["key"] == "deletedFolder":
+                    gone = value["path"].rstrip("/") + "/"
+                    files = {name: content for name, content in files.items() if not name.startswith(gone)}
+            sha = hashlib.sha1(f"{repo_id}{len(repo.commits)}".encode()).hexdigest()
+            repo.commits.append((sha, files))
+        prefix = "datasets/" if kind == "datasets" else ""
+        url = f"{self.hub.url}/{prefix}{repo_id}/commit/{sha}"
+        self.answer(200, {"success": True, "commitOid": sha, "commitUrl": url})
+
+
+def is_lfs(path: str) -> bool:
+    return path.endswith(LFS_SUFFIXES)
+
+
+def git_oid(content: bytes) -> str:
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
