@@ -44,6 +44,7 @@ import gc
 import hashlib
 import html
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -1056,10 +1057,11 @@ def check_rewards(names: list[str]) -> None:
 # Copied from train_rankdpo_sdxl.folder_digest
 def folder_digest(folder: str) -> str:
     """A hash of the names, sizes and dates of a folder's files: a model's, or a dataset's without what
-    build_synpic.py writes anew at every run (the card and its picture) or for itself (work)."""
+    build_synpic.py and score_pairs.py write anew at every run (card, pictures, statistics) or for themselves (work)."""
     files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     names = [(file.relative_to(folder), file.stat()) for file in files]
-    names = [(name, stat) for name, stat in names if name.parts[0] not in ("work", "README.md", "grid.png")]
+    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
+    names = [(name, stat) for name, stat in names if name.parts[0] not in others]
     stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
     return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
 
@@ -1102,10 +1104,10 @@ def image_settings(args: ScriptArguments, prompts: list[str], model: dict) -> di
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
         "resolution": args.resolution,
-        "max_sequence_length": args.max_sequence_length,
-        "use_text_encoder_3": args.use_text_encoder_3,
         "dtype": args.dtype,
         "seed": args.seed,
+        **({"max_sequence_length": args.max_sequence_length} if args.max_sequence_length else {}),
+        **({} if args.use_text_encoder_3 else {"use_text_encoder_3": False}),
     }
 
 
@@ -1140,16 +1142,20 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
                 **({} if args.use_text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}),
             ).to(state.device)
             pipeline.set_progress_bar_config(disable=True)
+            if getattr(pipeline, "safety_checker", None) is not None:
+                pipeline.register_modules(safety_checker=None)  # SD1.5's: it would black out images, and be scored
             if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
                 pipeline.vae.enable_slicing()  # decoding a batch at once is what runs out of memory first
         if model["lora"]:
             pipeline.load_lora_weights(model["file"])
             if not pipeline.get_active_adapters():  # diffusers only warns
-                raise SystemExit(
-                    f"--loras {name}={model['lora']}: no key of it fits {args.pretrained_model_name_or_path}"
-                )
+                raise SystemExit(f"{model['lora']} ({name}): no key of it fits {args.pretrained_model_name_or_path}")
         options = {"height": args.resolution, "width": args.resolution} if args.resolution else {}
         if args.max_sequence_length:
+            if "max_sequence_length" not in inspect.signature(pipeline.__call__).parameters:
+                raise SystemExit(
+                    f"--max_sequence_length: a {type(pipeline).__name__} has no such thing: leave the flag out"
+                )
             options["max_sequence_length"] = args.max_sequence_length
         progress = tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=not state.is_local_main_process)
         for start in range(0, len(missing), args.batch_size):

@@ -294,10 +294,11 @@ def local_cache(folder: str) -> str | None:
 # Copied from train_rankdpo_sdxl.folder_digest
 def folder_digest(folder: str) -> str:
     """A hash of the names, sizes and dates of a folder's files: a model's, or a dataset's without what
-    build_synpic.py writes anew at every run (the card and its picture) or for itself (work)."""
+    build_synpic.py and score_pairs.py write anew at every run (card, pictures, statistics) or for themselves (work)."""
     files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     names = [(file.relative_to(folder), file.stat()) for file in files]
-    names = [(name, stat) for name, stat in names if name.parts[0] not in ("work", "README.md", "grid.png")]
+    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
+    names = [(name, stat) for name, stat in names if name.parts[0] not in others]
     stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
     return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
 

@@ -23,23 +23,22 @@
 """DPO-QSD: preference fine-tuning of SD1.5, SD2.1 and SDXL on the best pairs first ("Effective Text-to-Image Alignment
 with Quality Aware Pair Ranking"): a LoRA from the output of `score_pairs.py`.
 
-SD1.5 on the best 5.33 % of the pairs, the paper's setting on one GPU:
+SD1.5 on the best tenth of own pairs, scored with `score_pairs.py --include_images`:
 
     accelerate launch train_dpo_qsd.py \
-        --dataset_name outputs/pickapic-qsd \
+        --dataset_name outputs/my-qsd --top_fraction 0.1 \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
-        --top_fraction 0.0533 --mixed_precision bf16 \
-        --train_batch_size 8 --gradient_accumulation_steps 16 --checkpointing_steps 50 \
+        --mixed_precision bf16 --train_batch_size 8 --gradient_accumulation_steps 16 --checkpointing_steps 50 \
         --output_dir outputs/dpo-qsd-sd15
 
-The scores without the images, joined with the dataset that holds them by the images' ids:
+The paper's setting on Pick-a-Pic; the scores hold no images, which are found in the dataset that was scored:
 
-    accelerate launch train_dpo_qsd.py --config recipes/qsd_sdxl.yaml \
-        --dataset_name liuhuohuo2/pick-a-pic-v2 --scores_dataset_name user/pickapic-qsd
+    accelerate launch train_dpo_qsd.py --config recipes/qsd_sd15.yaml \
+        --dataset_name liuhuohuo2/pick-a-pic-v2 --scores_dataset_name outputs/pickapic-qsd
 
-Its baseline, all pairs at random:
+Its baseline, all pairs at random, needs no scores:
 
-    accelerate launch train_dpo_qsd.py --config recipes/qsd_sd15_baseline.yaml --dataset_name outputs/pickapic-qsd
+    accelerate launch train_dpo_qsd.py --config recipes/qsd_sd15_baseline.yaml --dataset_name liuhuohuo2/pick-a-pic-v2
 
 `--resume_from_checkpoint latest` continues after a crash. Several GPUs: `accelerate launch --multi_gpu --num_processes
 8 train_dpo_qsd.py ...`; with the same global batch (`train_batch_size` x processes x `gradient_accumulation_steps`)
@@ -249,7 +248,7 @@ class ScriptArguments:
 
     # Validation, trackers, Hub
     validation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Prompts of the before/after gallery (default: the dataset's first four)."}
+        default=None, metadata={"help": "Prompts of the before/after gallery (default: those of the first pairs)."}
     )
     validation_steps: int | None = field(
         default=None, metadata={"help": "Also draw the validation prompts every N optimizer steps."}
@@ -322,10 +321,11 @@ def one_line(error: Exception) -> str:
 # Copied from train_rankdpo_sdxl.folder_digest
 def folder_digest(folder: str) -> str:
     """A hash of the names, sizes and dates of a folder's files: a model's, or a dataset's without what
-    build_synpic.py writes anew at every run (the card and its picture) or for itself (work)."""
+    build_synpic.py and score_pairs.py write anew at every run (card, pictures, statistics) or for themselves (work)."""
     files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     names = [(file.relative_to(folder), file.stat()) for file in files]
-    names = [(name, stat) for name, stat in names if name.parts[0] not in ("work", "README.md", "grid.png")]
+    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
+    names = [(name, stat) for name, stat in names if name.parts[0] not in others]
     stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
     return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
 
@@ -361,9 +361,13 @@ def load_pairs(args: ScriptArguments) -> tuple[Dataset, Dataset]:
     for where, dataset, need in ((images_flag, images, images_need), (pairs_flag, pairs, pairs_need)):
         for flag, column in need.items():
             if column not in dataset.column_names:
-                raise SystemExit(
-                    f"{where}: no column {column!r} (--{flag}); it has {', '.join(dataset.column_names) or 'none'}"
-                )
+                hint = ""
+                if flag.endswith(("0_column", "1_column")) and not args.scores_dataset_name and needs_quality(args):
+                    hint = (
+                        "; if it holds scores only, name it by --scores_dataset_name, and the images by --dataset_name"
+                    )
+                have = ", ".join(dataset.column_names) or "none"
+                raise SystemExit(f"{where}: no column {column!r} (--{flag}); it has {have}{hint}")
         if len(dataset) == 0:
             raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
     if needs_quality(args) and args.quality_column not in pairs.column_names:
@@ -375,8 +379,7 @@ def load_pairs(args: ScriptArguments) -> tuple[Dataset, Dataset]:
         kind = images.features[column]
         if not isinstance(kind, Image) and getattr(kind, "dtype", None) not in ("binary", "large_binary"):
             raise SystemExit(f"{images_flag}: column {column!r} must hold bytes or Image")
-    numbers = [args.label_0_column] * (args.label_0_column != "none") + [args.quality_column] * needs_quality(args)
-    for column in numbers:
+    for column in number_columns(args, pairs):
         kind = getattr(pairs.features[column], "dtype", "")
         if not re.match(r"float|int|uint|bool|null", kind):
             raise SystemExit(f"{pairs_flag}: column {column!r} holds {kind or 'lists'}: it must hold numbers")
@@ -397,6 +400,12 @@ def _load_table(args: ScriptArguments, prefix: str) -> Dataset:
         raise SystemExit(f"--{prefix}dataset_name {name}: cannot be loaded: {one_line(error)}") from None
 
 
+def number_columns(args: ScriptArguments, pairs: Dataset) -> list[str]:
+    """The columns that decide which pairs are taken."""
+    names = [args.label_0_column, args.has_label_column] + [args.quality_column] * needs_quality(args)
+    return [name for name in names if name in pairs.column_names]
+
+
 def needs_quality(args: ScriptArguments) -> bool:
     """Whether the pairs' quality decides anything."""
     return args.order == "sorted" or args.top_fraction < 1 or args.min_quality is not None
@@ -409,28 +418,31 @@ def select_pairs(args: ScriptArguments, pairs: Dataset) -> tuple[np.ndarray, np.
 
     Returns:
         rows, int64 (n,); of each, the side of the winner, int64 (n,), 0 or 1; counts: rows, ties, without_label,
-        selected.
+        labelled, selected.
     """
-    names = [args.label_0_column, args.has_label_column, args.quality_column]
-    table = pairs.select_columns([name for name in names if name in pairs.column_names]).with_format("arrow")[:]
-    columns = {name: table[name].cast(pa.float64()).to_numpy() for name in table.column_names}
+    where = args.scores_dataset_name or args.dataset_name
+    columns = {}
+    for name in number_columns(args, pairs):
+        column = pairs.select_columns([name]).with_format("arrow")[:].column(0)
+        columns[name] = column.cast(pa.float64()).to_numpy()
     labels = columns.get(args.label_0_column, np.ones(len(pairs)))  # null: NaN
-    unlabelled = np.isnan(labels) | (columns.get(args.has_label_column, np.ones(len(pairs))) == 0)
+    unlabelled = np.isnan(labels) | (columns.get(args.has_label_column, np.ones(len(pairs))) != 1)
     wrong = np.flatnonzero(~unlabelled & ~np.isin(labels, (0, 0.5, 1)))
     if len(wrong):
-        raise SystemExit(f"row {wrong[0]}: `{args.label_0_column}` is {labels[wrong[0]]}: must be 0, 0.5 or 1")
+        raise SystemExit(f"{where}: row {wrong[0]}: `{args.label_0_column}` is {labels[wrong[0]]}: must be 0, 0.5 or 1")
     rows = labelled = np.flatnonzero(~unlabelled & (labels != 0.5))
     counts = {
         "rows": len(pairs),
         "ties": int((~unlabelled & (labels == 0.5)).sum()),
         "without_label": int(unlabelled.sum()),
+        "labelled": len(labelled),
     }
     if needs_quality(args):
         quality = columns[args.quality_column]
         unknown = labelled[~np.isfinite(quality[labelled])]
         if len(unknown):
             raise SystemExit(
-                f"row {unknown[0]}: `{args.quality_column}` is {quality[unknown[0]]}: score it, or remove it"
+                f"{where}: row {unknown[0]}: `{args.quality_column}` is {quality[unknown[0]]}: score it, or remove it"
             )
         rows = labelled[np.argsort(-quality[labelled], kind="stable")]  # equal ones stay in the dataset's order
         rows = rows[: round(args.top_fraction * len(rows))]
@@ -447,6 +459,15 @@ def select_pairs(args: ScriptArguments, pairs: Dataset) -> tuple[np.ndarray, np.
         rows = rows[_epoch_order(args.seed, 0, len(rows))]
     counts["selected"] = len(rows)
     return rows, np.where(labels[rows] == 1, 0, 1), counts
+
+
+def describe(args: ScriptArguments, counts: dict, used: int) -> str:
+    """Which pairs a run trains on, in words."""
+    labelled = f"{counts['labelled']} labelled pairs"
+    if args.order == "sorted":
+        return f"the best {used} of {labelled}, the best first"
+    chosen = labelled if counts["selected"] == counts["labelled"] else f"the best {counts['selected']} of {labelled}"
+    return f"{used} of {chosen}, in random order"
 
 
 def make_labels(args: ScriptArguments, images: Dataset, pairs: Dataset, rows, winners) -> list[dict]:
@@ -478,45 +499,56 @@ def make_labels(args: ScriptArguments, images: Dataset, pairs: Dataset, rows, wi
     labels = []
     for i, (row, prompt, winner) in enumerate(zip(rows.tolist(), prompts, winners.tolist())):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise SystemExit(f"row {row}: `{args.prompt_column}` is empty: remove the row, or write a prompt")
+            where = args.scores_dataset_name or args.dataset_name
+            raise SystemExit(f"{where}: row {row}: `{args.prompt_column}` is empty: remove the row, or write a prompt")
         labels.append({"pair_id": str(row), "prompt": prompt, "images": [found[winner][i], found[1 - winner][i]]})
     return labels
 
 
 def locate_images(args: ScriptArguments, images: Dataset, wanted: set) -> dict:
-    """Id → (row, column) of the wanted images. Where the dataset has no ids, they are hashes of the images' bytes, as
-    score_pairs.py makes them."""
+    """Id → (row, column) of the wanted images. Where the dataset has no ids, they are hashes of the images' files, as
+    score_pairs.py makes them; `datasets` keeps those, so that only the first run reads all images for them."""
     places = {}
     for uid, column in ((args.image_0_uid_column, args.image_0_column), (args.image_1_uid_column, args.image_1_column)):
-        has_ids = uid in images.column_names
-        batches = (
-            images.select_columns([uid if has_ids else column]).with_format("arrow").iter(10_000 if has_ids else 64)
-        )
+        ids = images
+        if uid not in images.column_names:
+            ids = stored_images(images, column).map(content_ids, batched=True, batch_size=64, desc=f"ids of {column}")
+            uid = "content_id"
         row = 0
-        for batch in tqdm(batches, desc=f"find {column}", disable=len(images) < 100_000 and has_ids):
-            values = batch.column(0).to_pylist()
-            for value in values if has_ids else map(content_id, values):
+        for batch in ids.select_columns([uid]).with_format("arrow").iter(10_000):
+            for value in batch.column(0).to_pylist():
                 if value in wanted:
                     places.setdefault(value, (row, column))
                 row += 1
     return places
 
 
-def content_id(value) -> str:
-    """An image's id made from its bytes."""
-    return hashlib.blake2b(_stored(value)["bytes"] or b"", digest_size=16).hexdigest()
+def content_ids(table: pa.Table) -> pa.Table:
+    """Ids made from the images' files; null where there is none."""
+    ids = []
+    for value in map(as_stored, table.column(0).to_pylist()):
+        data = value["bytes"]
+        if data is None and value["path"] and os.path.isfile(value["path"]):
+            data = Path(value["path"]).read_bytes()
+        ids.append(hashlib.blake2b(data, digest_size=16).hexdigest() if data else None)
+    return pa.table({"content_id": pa.array(ids, pa.string())})
 
 
-def _stored(value) -> dict:
+def as_stored(value) -> dict:
     """An image as {"bytes", "path"}, whatever kind its column is of."""
     return value if isinstance(value, dict) else {"bytes": value, "path": None}
 
 
-def read_images(dataset: Dataset, places: list[tuple[int, str]]) -> list[dict]:
-    """The images at these places as stored, {"bytes", "path"} each. Read through Arrow, so that nothing else is decoded
-    or copied."""
-    arrow = dataset.with_format("arrow")
-    return [_stored(arrow.select_columns([column])[row][column][0].as_py()) for row, column in places]
+# Copied from train_rankdpo_sdxl.stored_images
+def stored_images(dataset: Dataset, column: str) -> Dataset:
+    """The images as stored, undecoded. In Arrow's format: casting the column would write the whole dataset anew. Made
+    once: every such view copies the dataset's list of files."""
+    return dataset.select_columns([column]).with_format("arrow")
+
+
+def read_images(images: dict[str, Dataset], places: list[tuple[int, str]]) -> list[dict]:
+    """The images at these (row, column), {"bytes", "path"} each; `images` holds the `stored_images` of both columns."""
+    return [as_stored(images[column][row].column(0)[0].as_py()) for row, column in places]
 
 
 # Copied from train_rankdpo_sdxl._generator
@@ -526,19 +558,19 @@ def _generator(*key) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
-def check_images(dataset: Dataset, labels: list[dict], rows: list[int]) -> None:
+def check_images(images: dict[str, Dataset], labels: list[dict], rows: list[int]) -> None:
     """Decodes the pairs' images once, JPEGs at an eighth of their size, so that a bad one is named before any model is
     loaded."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-        checks = pool.map(partial(_undecodable_image, dataset, labels), rows)
+        checks = pool.map(partial(_undecodable_image, images, labels), rows)
         for index, found in zip(rows, tqdm(checks, desc="check images", total=len(rows), disable=len(rows) < 2000)):
             if found:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise SystemExit(f"pair of row {labels[index]['pair_id']}: {found}")
+                raise SystemExit(f"the pair of row {labels[index]['pair_id']}: {found}")
 
 
-def _undecodable_image(dataset: Dataset, labels: list[dict], index: int) -> str | None:
-    for place, image in zip(labels[index]["images"], read_images(dataset, labels[index]["images"])):
+def _undecodable_image(images: dict[str, Dataset], labels: list[dict], index: int) -> str | None:
+    for place, image in zip(labels[index]["images"], read_images(images, labels[index]["images"])):
         try:
             with _open_image(image) as opened:
                 opened.draft("RGB", (64, 64))
@@ -640,19 +672,19 @@ class PromptEncoder:
 class PairImages(torch.utils.data.Dataset):
     """Decodes and preprocesses both images of a pair; a DataLoader's workers do it while the GPU encodes."""
 
-    def __init__(self, dataset: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]):
-        self.dataset, self.labels, self.args, self.rows = dataset, labels, args, rows
+    def __init__(self, images: dict[str, Dataset], labels: list[dict], args: ScriptArguments, rows: list[int]):
+        self.images, self.labels, self.args, self.rows = images, labels, args, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images = read_images(self.dataset, self.labels[self.rows[position]]["images"])
+        images = read_images(self.images, self.labels[self.rows[position]]["images"])
         processed = [preprocess_image(image, self.args.resolution) for image in images]
         return torch.stack([pixels for pixels, _ in processed]), torch.tensor([ids for _, ids in processed]).float()
 
 
-def encode_dataset(args, dataset, labels, folder: Path, vae, encode_prompts, accelerator, weight_dtype) -> None:
+def encode_dataset(args, images, labels, folder: Path, vae, encode_prompts, accelerator, weight_dtype) -> None:
     """Writes what is missing of the cache: per pair the latents of winner and loser (the posterior's mean, scaled), the
     prompt embeddings and SDXL's micro-conditioning. Shards do not depend on the number of processes."""
     shards = cache_shards(len(labels))
@@ -661,13 +693,13 @@ def encode_dataset(args, dataset, labels, folder: Path, vae, encode_prompts, acc
         folder.mkdir(parents=True, exist_ok=True)
         rows = [row for i in mine for row in shards[i]]
         loader = torch.utils.data.DataLoader(
-            PairImages(dataset, labels, args, rows), batch_size=None, num_workers=args.dataloader_num_workers
+            PairImages(images, labels, args, rows), batch_size=None, num_workers=args.dataloader_num_workers
         )
-        images = iter(tqdm(loader, desc="encode", unit="pair", disable=not accelerator.is_local_main_process))
+        decoded = iter(tqdm(loader, desc="encode", unit="pair", disable=not accelerator.is_local_main_process))
         for i in mine:
             latents, time_ids = [], []
             for _ in shards[i]:
-                pixels, ids = next(images)
+                pixels, ids = next(decoded)
                 latents.append(encode_images(vae, pixels, args.vae_batch_size).to("cpu", weight_dtype))
                 time_ids.append(ids)
             tensors = {"latents": torch.stack(latents).contiguous(), "time_ids": torch.stack(time_ids)}
@@ -1209,10 +1241,9 @@ def write_card(args: ScriptArguments, family: str, output_dir: Path, prompts, be
         "sd": ("stable-diffusion", "StableDiffusionPipeline"),
         "sdxl": ("stable-diffusion-xl", "StableDiffusionXLPipeline"),
     }[family]
-    if args.order == "sorted":
-        how = f"on the best {args.top_fraction:.2%} of the pairs by quality, the best first"
-    else:
-        how = f"on {args.top_fraction:.2%} of the pairs, in random order"
+    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
+    if args.loss_type == "orpo":
+        learns = "the model learns to denoise preferred images, and the others worse than those"
     data = ModelCardData(
         base_model=None if os.path.isdir(args.pretrained_model_name_or_path) else args.pretrained_model_name_or_path,
         library_name="diffusers",
@@ -1235,9 +1266,9 @@ def write_card(args: ScriptArguments, family: str, output_dir: Path, prompts, be
     body = f"""
 # {name}
 
-A LoRA for `{args.pretrained_model_name_or_path}`, trained with `{args.loss_type}` {how}
-(`{args.scores_dataset_name or args.dataset_name}`), after *Effective Text-to-Image Alignment with Quality Aware Pair
-Ranking* (DPO-QSD): the model learns to denoise preferred images better than the base model does, and the others worse.
+A LoRA for `{args.pretrained_model_name_or_path}`, trained with `{args.loss_type}` on {facts["pairs"]}
+of `{args.scores_dataset_name or args.dataset_name}`, after *Effective Text-to-Image Alignment with Quality Aware Pair
+Ranking* (DPO-QSD): {learns}.
 
 <Gallery />
 
@@ -1372,7 +1403,7 @@ def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optim
     )
 
 
-def encode(args, family: str, dataset, labels, cache: Path, accelerator: Accelerator, weight_dtype) -> Validator | None:
+def encode(args, family: str, images, labels, cache: Path, accelerator: Accelerator, weight_dtype) -> Validator | None:
     """Encodes what is missing of the cache; the main process gets a validator that holds the VAE, on the CPU."""
     if args.pretrained_vae_model_name_or_path:
         vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=weight_dtype)
@@ -1383,11 +1414,11 @@ def encode(args, family: str, dataset, labels, cache: Path, accelerator: Acceler
     encode_prompts = None
     if accelerator.is_main_process or missing_shards(cache, len(labels), accelerator):
         encode_prompts = PromptEncoder(args, family, accelerator.device, weight_dtype)
-    encode_dataset(args, dataset, labels, cache, vae, encode_prompts, accelerator, weight_dtype)
+    encode_dataset(args, images, labels, cache, vae, encode_prompts, accelerator, weight_dtype)
     vae.to("cpu")
     validator = None
     if accelerator.is_main_process:
-        prompts = args.validation_prompts or [row["prompt"] for row in labels[:4]]
+        prompts = args.validation_prompts or list(dict.fromkeys(row["prompt"] for row in labels))[:4]
         validator = Validator(args, prompts, vae, encode_prompts, accelerator.device, weight_dtype)
     del encode_prompts
     gc.collect()
@@ -1421,7 +1452,7 @@ def main(args: ScriptArguments) -> None:
 
     # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
     family = check_model(args)
-    images, pairs = load_pairs(args)
+    dataset, pairs = load_pairs(args)
     rows, winners, counts = select_pairs(args, pairs)
     settings = run_settings(args, accelerator.num_processes, rows, winners)
     checkpoint = check_output_dir(args, settings)
@@ -1432,10 +1463,12 @@ def main(args: ScriptArguments) -> None:
     if start_step > max_train_steps:
         raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
     used = min(len(rows), max_train_steps * global_batch_size)  # only what will be trained on is encoded
-    labels = make_labels(args, images, pairs, rows[:used], winners[:used])
-    cache = Path(args.cache_dir) / cache_key(args, images, pairs, weight_dtype)
+    with accelerator.main_process_first():  # ids that have to be made are made once
+        labels = make_labels(args, dataset, pairs, rows[:used], winners[:used])
+    cache = Path(args.cache_dir) / cache_key(args, dataset, pairs, weight_dtype)
     shards = [shard for i, shard in enumerate(cache_shards(used)) if not _cache_file(cache, i, used).exists()]
     uncached = [row for shard in shards for row in shard]
+    images = {column: stored_images(dataset, column) for column in (args.image_0_column, args.image_1_column)}
     check_images(images, labels, uncached[accelerator.process_index :: accelerator.num_processes])
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
@@ -1494,8 +1527,8 @@ def main(args: ScriptArguments) -> None:
     if max_train_steps <= args.lr_warmup_steps:
         accelerator.print(f"warning: all {max_train_steps} steps are warm-up: add pairs, or raise --max_train_steps")
     accelerator.print(
-        f"{counts['rows']} pairs: {counts['ties']} ties, {counts['without_label']} without a label, "
-        f"{counts['selected']} selected ({args.order}), {used} used in {max_train_steps} steps of {global_batch_size}; "
+        f"{counts['rows']} pairs: {counts['ties']} ties, {counts['without_label']} without a label; training on "
+        f"{describe(args, counts, used)}: {max_train_steps} steps of {global_batch_size}, "
         f"{sum(p.numel() for p in parameters):,} trained parameters"
     )
     started, step_ended = time.time(), time.time()
@@ -1547,12 +1580,14 @@ def main(args: ScriptArguments) -> None:
     if accelerator.is_main_process:
         trained_images = (max_train_steps - start_step) * global_batch_size * 2
         facts = {
-            "pairs": f"{counts['selected']} of {counts['rows']} ({counts['ties']} ties, {counts['without_label']} "
-            f"without a label), {used} of them used",
-            "order": args.order,
+            "pairs": describe(args, counts, used),
             "steps": max_train_steps,
             "pairs per step": global_batch_size,
-            "beta, learning rate, rank": f"{args.beta_dpo:g}, {args.learning_rate:g}, {args.rank}",
+            "lambda" if args.loss_type == "orpo" else "beta": args.orpo_lambda
+            if args.loss_type == "orpo"
+            else args.beta_dpo,
+            "learning rate": args.learning_rate,
+            "LoRA rank": args.rank,
             "seed": args.seed,
             "speed": f"{trained_images / seconds:.1f} images/s" if trained_images else "not measured",
             "peak memory": f"{peak_memory_gb(device):.1f} GB",

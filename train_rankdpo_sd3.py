@@ -111,10 +111,13 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 CACHE_SHARD_ROWS = 64  # prompts per cache file: the unit of work that a crash can lose
 # Copied from train_rankdpo_sdxl.CACHE_VERSION
 CACHE_VERSION = 1
-BASE_LICENSES = {
-    "stabilityai/stable-diffusion-3-medium-diffusers": "stabilityai-ai-community",
-    "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community",
-    "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community",
+BASE_LICENSES = {  # license_link; the license_name of all is stabilityai-ai-community
+    f"stabilityai/{name}": f"https://huggingface.co/stabilityai/{home}/blob/main/LICENSE.md"
+    for name, home in {
+        "stable-diffusion-3-medium-diffusers": "stable-diffusion-3-medium",
+        "stable-diffusion-3.5-medium": "stable-diffusion-3.5-medium",
+        "stable-diffusion-3.5-large": "stable-diffusion-3.5-large",
+    }.items()
 }
 # Copied from train_rankdpo_sdxl.SCRIPT_OF_PIPELINE
 SCRIPT_OF_PIPELINE = {
@@ -136,7 +139,7 @@ class ScriptArguments:
         metadata={"help": "SD3 or SD3.5 pipeline: Hub id or folder."},
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
-    variant: str | None = field(default=None, metadata={"help": "Variant of the model's files, e.g. fp16."})
+    variant: str | None = field(default=None, metadata={"help": "Variant of the model's files."})
     use_text_encoder_3: bool = field(
         default=True,
         metadata={"help": "T5. Without it zeros stand for its embeddings, as in a pipeline without text_encoder_3."},
@@ -212,8 +215,8 @@ class ScriptArguments:
     weighting_scheme: str = field(
         default="uniform",
         metadata={
-            "help": "As in diffusers: density of the timesteps uniform, logit_normal or mode; cosmap draws uniformly "
-            "and weighs the errors.",
+            "help": "As in diffusers: density of the timesteps uniform (diffusers: none), logit_normal or mode; cosmap "
+            "draws uniformly and weighs the errors.",
             "choices": WEIGHTING_SCHEMES,
         },
     )
@@ -369,10 +372,11 @@ def preference_rank(scores) -> np.ndarray:
 # Copied from train_rankdpo_sdxl.folder_digest
 def folder_digest(folder: str) -> str:
     """A hash of the names, sizes and dates of a folder's files: a model's, or a dataset's without what
-    build_synpic.py writes anew at every run (the card and its picture) or for itself (work)."""
+    build_synpic.py and score_pairs.py write anew at every run (card, pictures, statistics) or for themselves (work)."""
     files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     names = [(file.relative_to(folder), file.stat()) for file in files]
-    names = [(name, stat) for name, stat in names if name.parts[0] not in ("work", "README.md", "grid.png")]
+    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
+    names = [(name, stat) for name, stat in names if name.parts[0] not in others]
     stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
     return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
 
@@ -521,11 +525,17 @@ def count_images(dataset: Dataset, column: str) -> list[int]:
     return [count for table in batches for count in pc.list_value_length(table[column]).fill_null(0).to_pylist()]
 
 
+# Copied from train_rankdpo_sdxl.stored_images
+def stored_images(dataset: Dataset, column: str) -> Dataset:
+    """The images as stored, undecoded. In Arrow's format: casting the column would write the whole dataset anew. Made
+    once: every such view copies the dataset's list of files."""
+    return dataset.select_columns([column]).with_format("arrow")
+
+
 # Copied from train_rankdpo_sdxl.read_images
-def read_images(dataset: Dataset, column: str, index: int) -> list[dict]:
-    """A row's images as stored, {"bytes", "path"} each. Read through Arrow: casting the column to undecoded images
-    would write the whole dataset anew."""
-    return dataset.select_columns([column]).with_format("arrow")[index][column][0].as_py()
+def read_images(images: Dataset, index: int) -> list[dict]:
+    """A row of `stored_images`: {"bytes", "path"} of each image."""
+    return images[index].column(0)[0].as_py()
 
 
 # Copied from train_rankdpo_sdxl._generator
@@ -536,11 +546,11 @@ def _generator(*key) -> np.random.Generator:
 
 
 # Copied from train_rankdpo_sdxl.check_images
-def check_images(dataset: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]) -> None:
+def check_images(images: Dataset, labels: list[dict], rows: list[int]) -> None:
     """Decodes the rows' images once, JPEGs at an eighth of their size, so that a bad one is named before any model
     is loaded."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-        checks = pool.map(partial(_undecodable_image, dataset, args.images_column, labels), rows)
+        checks = pool.map(partial(_undecodable_image, images, labels), rows)
         for index, found in zip(rows, tqdm(checks, desc="check images", total=len(rows), disable=len(rows) < 2000)):
             if found:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -548,11 +558,11 @@ def check_images(dataset: Dataset, labels: list[dict], args: ScriptArguments, ro
 
 
 # Copied from train_rankdpo_sdxl._undecodable_image
-def _undecodable_image(dataset: Dataset, column: str, labels: list[dict], index: int) -> str | None:
-    images = read_images(dataset, column, index)
+def _undecodable_image(images: Dataset, labels: list[dict], index: int) -> str | None:
+    row = read_images(images, index)
     for position in labels[index]["images"]:
         try:
-            with _open_image(images[position]) as image:
+            with _open_image(row[position]) as image:
                 image.draft("RGB", (64, 64))
                 image.load()
         except Exception as error:
@@ -602,7 +612,7 @@ def cache_key(args: ScriptArguments, dataset: Dataset, labels: list[dict], weigh
         labels[0]["images"] if args.generators is None else [row["images"] for row in labels],
         model_fingerprint(args.pretrained_model_name_or_path, "model_index.json", args.revision),
         args.variant,
-        args.cache_text_embeddings and [args.max_sequence_length, args.use_text_encoder_3],
+        args.cache_text_embeddings and ["clip", args.use_text_encoder_3 and args.max_sequence_length],
         args.resolution,
         str(weight_dtype),
     ]
@@ -635,7 +645,8 @@ class PromptEncoder:
         outputs = []
         for tokenizer, text_encoder, length in zip(self.tokenizers, self.text_encoders, self.lengths):
             tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            outputs.append(text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True))
+            is_clip = len(outputs) < 2  # all 25 hidden states of T5 would be gigabytes
+            outputs.append(text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=is_clip))
         embeds = {
             "clip_embeds": torch.cat([output.hidden_states[-2] for output in outputs[:2]], dim=-1),
             "pooled_prompt_embeds": torch.cat([output.text_embeds for output in outputs[:2]], dim=-1),
@@ -664,19 +675,19 @@ def joint_prompt_embeds(embeds: dict[str, torch.Tensor], width: int, t5_tokens: 
 class RankedImages(torch.utils.data.Dataset):
     """Decodes and preprocesses all images of a row; a DataLoader's workers do it while the GPU encodes."""
 
-    def __init__(self, dataset: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]):
-        self.dataset, self.labels, self.args, self.rows = dataset, labels, args, rows
+    def __init__(self, images: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]):
+        self.images, self.labels, self.args, self.rows = images, labels, args, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, position: int) -> torch.Tensor:
         index = self.rows[position]
-        images = read_images(self.dataset, self.args.images_column, index)
+        images = read_images(self.images, index)
         return torch.stack([preprocess_image(images[i], self.args.resolution) for i in self.labels[index]["images"]])
 
 
-def encode_dataset(args, dataset, labels, folder: Path, vae, encode_prompts, accelerator, weight_dtype) -> None:
+def encode_dataset(args, images, labels, folder: Path, vae, encode_prompts, accelerator, weight_dtype) -> None:
     """Writes what is missing of the cache: per prompt its images' latents (the posterior's mean, shifted and scaled)
     and, if they are cached, the prompt embeddings. Shards do not depend on the number of processes."""
     shards = cache_shards(len(labels))
@@ -685,15 +696,20 @@ def encode_dataset(args, dataset, labels, folder: Path, vae, encode_prompts, acc
         folder.mkdir(parents=True, exist_ok=True)
         rows = [row for i in mine for row in shards[i]]
         loader = torch.utils.data.DataLoader(
-            RankedImages(dataset, labels, args, rows), batch_size=None, num_workers=args.dataloader_num_workers
+            RankedImages(images, labels, args, rows), batch_size=None, num_workers=args.dataloader_num_workers
         )
-        images = iter(tqdm(loader, desc="encode", unit="prompt", disable=not accelerator.is_local_main_process))
+        decoded = iter(tqdm(loader, desc="encode", unit="prompt", disable=not accelerator.is_local_main_process))
         for i in mine:
-            latents = [encode_images(vae, next(images), args.vae_batch_size).to("cpu", weight_dtype) for _ in shards[i]]
+            latents = [
+                encode_images(vae, next(decoded), args.vae_batch_size).to("cpu", weight_dtype) for _ in shards[i]
+            ]
             tensors = {"latents": torch.stack(latents).contiguous()}
             if args.cache_text_embeddings:
-                for name, tensor in encode_prompts([labels[row]["prompt"] for row in shards[i]]).items():
-                    tensors[name] = tensor.to("cpu", weight_dtype).contiguous()
+                prompts = [labels[row]["prompt"] for row in shards[i]]
+                # A few at a time: T5 of 64 prompts would take gigabytes.
+                parts = [encode_prompts(prompts[j : j + 8]) for j in range(0, len(prompts), 8)]
+                for name in parts[0]:
+                    tensors[name] = torch.cat([part[name] for part in parts]).to("cpu", weight_dtype).contiguous()
             temporary = _cache_file(folder, i).with_suffix(f".tmp{os.getpid()}")
             save_file(tensors, temporary)
             _publish_file(temporary, _cache_file(folder, i))
@@ -1219,15 +1235,15 @@ def write_card(args: ScriptArguments, output_dir: Path, prompts, before, after, 
         cell = prompt.replace("|", "\\|").replace("\n", " ")
         table.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
     dataset_is_local = os.path.isdir(args.dataset_name)
-    license_link = None
-    if args.pretrained_model_name_or_path in BASE_LICENSES:
-        license_link = f"https://huggingface.co/{args.pretrained_model_name_or_path}/blob/main/LICENSE.md"
+    license_link = BASE_LICENSES.get(args.pretrained_model_name_or_path)
+    # The pipeline's default is 256 tokens; what was trained with is what to draw with.
+    tokens = "" if args.max_sequence_length == 256 else f", max_sequence_length={args.max_sequence_length}"
     without_t5 = "" if args.use_text_encoder_3 else ", text_encoder_3=None, tokenizer_3=None"
     data = ModelCardData(
         base_model=None if os.path.isdir(args.pretrained_model_name_or_path) else args.pretrained_model_name_or_path,
         library_name="diffusers",
-        license="other" if args.pretrained_model_name_or_path in BASE_LICENSES else None,
-        license_name=BASE_LICENSES.get(args.pretrained_model_name_or_path),
+        license="other" if license_link else None,
+        license_name="stabilityai-ai-community" if license_link else None,
         license_link=license_link,
         datasets=None if dataset_is_local else [args.dataset_name],
         tags=[
@@ -1269,7 +1285,7 @@ pipeline = StableDiffusion3Pipeline.from_pretrained(
 )
 pipeline.to("cuda")
 pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="pytorch_lora_weights.safetensors")
-image = pipeline({json.dumps(prompts[0])}).images[0]
+image = pipeline({json.dumps(prompts[0])}{tokens}).images[0]
 ```
 
 With ComfyUI: put `pytorch_lora_weights.safetensors` into `models/loras` as `{name}.safetensors` and load it with the
@@ -1385,7 +1401,7 @@ def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optim
     )
 
 
-def encode(args, dataset, labels, cache: Path, accelerator: Accelerator, weight_dtype):
+def encode(args, images, labels, cache: Path, accelerator: Accelerator, weight_dtype):
     """Encodes what is missing of the cache.
 
     Returns:
@@ -1399,7 +1415,7 @@ def encode(args, dataset, labels, cache: Path, accelerator: Accelerator, weight_
     on_the_fly = not args.cache_text_embeddings
     if accelerator.is_main_process or on_the_fly or missing_shards(cache, len(labels), accelerator):
         encode_prompts = PromptEncoder(args, accelerator.device, weight_dtype)
-    encode_dataset(args, dataset, labels, cache, vae, encode_prompts, accelerator, weight_dtype)
+    encode_dataset(args, images, labels, cache, vae, encode_prompts, accelerator, weight_dtype)
     vae.to("cpu")
     validator = None
     if accelerator.is_main_process:
@@ -1451,7 +1467,8 @@ def main(args: ScriptArguments) -> None:
     cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
     shards = [shard for i, shard in enumerate(cache_shards(len(labels))) if not _cache_file(cache, i).exists()]
     uncached = [row for shard in shards for row in shard]
-    check_images(dataset, labels, args, uncached[accelerator.process_index :: accelerator.num_processes])
+    images = stored_images(dataset, args.images_column)
+    check_images(images, labels, uncached[accelerator.process_index :: accelerator.num_processes])
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
         create_repo(args, output_dir.resolve().name)
@@ -1465,7 +1482,7 @@ def main(args: ScriptArguments) -> None:
         for stale in output_dir.glob(".checkpoint-*.tmp"):
             shutil.rmtree(stale)
         write_text(output_dir / "run.json", json.dumps(settings, indent=2) + "\n")
-    validator, encode_prompts = encode(args, dataset, labels, cache, accelerator, weight_dtype)
+    validator, encode_prompts = encode(args, images, labels, cache, accelerator, weight_dtype)
 
     # Model, optimizer, schedule.
     set_seed(args.seed)
@@ -1569,6 +1586,7 @@ def main(args: ScriptArguments) -> None:
             "prompts": f"{len(labels)} of {k} images",
             "steps": max_train_steps,
             "prompts per step": global_batch_size,
+            "T5": f"{args.max_sequence_length} tokens" if args.use_text_encoder_3 else "without",
             "seed": args.seed,
             "speed": f"{images / seconds:.1f} images/s" if images else "not measured",
             "peak memory": f"{peak_memory_gb(device):.1f} GB",

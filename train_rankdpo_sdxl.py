@@ -325,10 +325,11 @@ def preference_rank(scores) -> np.ndarray:
 
 def folder_digest(folder: str) -> str:
     """A hash of the names, sizes and dates of a folder's files: a model's, or a dataset's without what
-    build_synpic.py writes anew at every run (the card and its picture) or for itself (work)."""
+    build_synpic.py and score_pairs.py write anew at every run (card, pictures, statistics) or for themselves (work)."""
     files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     names = [(file.relative_to(folder), file.stat()) for file in files]
-    names = [(name, stat) for name, stat in names if name.parts[0] not in ("work", "README.md", "grid.png")]
+    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
+    names = [(name, stat) for name, stat in names if name.parts[0] not in others]
     stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
     return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
 
@@ -472,10 +473,15 @@ def count_images(dataset: Dataset, column: str) -> list[int]:
     return [count for table in batches for count in pc.list_value_length(table[column]).fill_null(0).to_pylist()]
 
 
-def read_images(dataset: Dataset, column: str, index: int) -> list[dict]:
-    """A row's images as stored, {"bytes", "path"} each. Read through Arrow: casting the column to undecoded images
-    would write the whole dataset anew."""
-    return dataset.select_columns([column]).with_format("arrow")[index][column][0].as_py()
+def stored_images(dataset: Dataset, column: str) -> Dataset:
+    """The images as stored, undecoded. In Arrow's format: casting the column would write the whole dataset anew. Made
+    once: every such view copies the dataset's list of files."""
+    return dataset.select_columns([column]).with_format("arrow")
+
+
+def read_images(images: Dataset, index: int) -> list[dict]:
+    """A row of `stored_images`: {"bytes", "path"} of each image."""
+    return images[index].column(0)[0].as_py()
 
 
 def _generator(*key) -> np.random.Generator:
@@ -484,22 +490,22 @@ def _generator(*key) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
-def check_images(dataset: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]) -> None:
+def check_images(images: Dataset, labels: list[dict], rows: list[int]) -> None:
     """Decodes the rows' images once, JPEGs at an eighth of their size, so that a bad one is named before any model
     is loaded."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-        checks = pool.map(partial(_undecodable_image, dataset, args.images_column, labels), rows)
+        checks = pool.map(partial(_undecodable_image, images, labels), rows)
         for index, found in zip(rows, tqdm(checks, desc="check images", total=len(rows), disable=len(rows) < 2000)):
             if found:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise SystemExit(f"row {index} (prompt_id {labels[index]['prompt_id']!r}): {found}")
 
 
-def _undecodable_image(dataset: Dataset, column: str, labels: list[dict], index: int) -> str | None:
-    images = read_images(dataset, column, index)
+def _undecodable_image(images: Dataset, labels: list[dict], index: int) -> str | None:
+    row = read_images(images, index)
     for position in labels[index]["images"]:
         try:
-            with _open_image(images[position]) as image:
+            with _open_image(row[position]) as image:
                 image.draft("RGB", (64, 64))
                 image.load()
         except Exception as error:
@@ -592,20 +598,20 @@ class PromptEncoder:
 class RankedImages(torch.utils.data.Dataset):
     """Decodes and preprocesses all images of a row; a DataLoader's workers do it while the GPU encodes."""
 
-    def __init__(self, dataset: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]):
-        self.dataset, self.labels, self.args, self.rows = dataset, labels, args, rows
+    def __init__(self, images: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]):
+        self.images, self.labels, self.args, self.rows = images, labels, args, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = self.rows[position]
-        images = read_images(self.dataset, self.args.images_column, index)
+        images = read_images(self.images, index)
         processed = [preprocess_image(images[i], self.args.resolution) for i in self.labels[index]["images"]]
         return torch.stack([pixels for pixels, _ in processed]), torch.tensor([ids for _, ids in processed]).float()
 
 
-def encode_dataset(args, dataset, labels, folder: Path, vae, encode_prompts, accelerator, weight_dtype) -> None:
+def encode_dataset(args, images, labels, folder: Path, vae, encode_prompts, accelerator, weight_dtype) -> None:
     """Writes what is missing of the cache: per prompt its images' latents (the posterior's mean, scaled), the prompt
     embeddings and the micro-conditioning. Shards do not depend on the number of processes."""
     shards = cache_shards(len(labels))
@@ -614,13 +620,13 @@ def encode_dataset(args, dataset, labels, folder: Path, vae, encode_prompts, acc
         folder.mkdir(parents=True, exist_ok=True)
         rows = [row for i in mine for row in shards[i]]
         loader = torch.utils.data.DataLoader(
-            RankedImages(dataset, labels, args, rows), batch_size=None, num_workers=args.dataloader_num_workers
+            RankedImages(images, labels, args, rows), batch_size=None, num_workers=args.dataloader_num_workers
         )
-        images = iter(tqdm(loader, desc="encode", unit="prompt", disable=not accelerator.is_local_main_process))
+        decoded = iter(tqdm(loader, desc="encode", unit="prompt", disable=not accelerator.is_local_main_process))
         for i in mine:
             latents, time_ids = [], []
             for _ in shards[i]:
-                pixels, ids = next(images)
+                pixels, ids = next(decoded)
                 latents.append(encode_images(vae, pixels, args.vae_batch_size).to("cpu", weight_dtype))
                 time_ids.append(ids)
             tensors = {"latents": torch.stack(latents).contiguous(), "time_ids": torch.stack(time_ids)}
@@ -1296,7 +1302,7 @@ def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optim
     )
 
 
-def encode(args, dataset, labels, cache: Path, accelerator: Accelerator, weight_dtype) -> Validator | None:
+def encode(args, images, labels, cache: Path, accelerator: Accelerator, weight_dtype) -> Validator | None:
     """Encodes what is missing of the cache; the main process gets a validator that holds the VAE, on the CPU."""
     if args.pretrained_vae_model_name_or_path:
         vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=weight_dtype)
@@ -1307,7 +1313,7 @@ def encode(args, dataset, labels, cache: Path, accelerator: Accelerator, weight_
     encode_prompts = None
     if accelerator.is_main_process or missing_shards(cache, len(labels), accelerator):
         encode_prompts = PromptEncoder(args, accelerator.device, weight_dtype)
-    encode_dataset(args, dataset, labels, cache, vae, encode_prompts, accelerator, weight_dtype)
+    encode_dataset(args, images, labels, cache, vae, encode_prompts, accelerator, weight_dtype)
     vae.to("cpu")
     validator = None
     if accelerator.is_main_process:
@@ -1359,7 +1365,8 @@ def main(args: ScriptArguments) -> None:
     cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
     shards = [shard for i, shard in enumerate(cache_shards(len(labels))) if not _cache_file(cache, i).exists()]
     uncached = [row for shard in shards for row in shard]
-    check_images(dataset, labels, args, uncached[accelerator.process_index :: accelerator.num_processes])
+    images = stored_images(dataset, args.images_column)
+    check_images(images, labels, uncached[accelerator.process_index :: accelerator.num_processes])
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
         create_repo(args, output_dir.resolve().name)
@@ -1373,7 +1380,7 @@ def main(args: ScriptArguments) -> None:
         for stale in output_dir.glob(".checkpoint-*.tmp"):
             shutil.rmtree(stale)
         write_text(output_dir / "run.json", json.dumps(settings, indent=2) + "\n")
-    validator = encode(args, dataset, labels, cache, accelerator, weight_dtype)
+    validator = encode(args, images, labels, cache, accelerator, weight_dtype)
 
     # Model, optimizer, schedule.
     set_seed(args.seed)

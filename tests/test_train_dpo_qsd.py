@@ -188,7 +188,7 @@ def test_lora_changes_the_images_exactly_as_the_trained_model_does(family, tiny_
         pipeline.unload_lora_weights()
     card = (folder / "README.md").read_text()
     assert pipeline_class.__name__ in card and "dpo-qsd" in card and "TODO" not in card
-    assert "22 of 24 (1 ties, 1 without a label)" in card
+    assert "on the best 12 of 22 labelled pairs, the best first" in card
 
 
 SPY = """
@@ -284,7 +284,7 @@ def test_random_order_takes_every_pair_once_an_epoch_and_needs_no_quality(tmp_pa
     args, _, rows, winners, counts = selection(data, order="random", top_fraction=1.0, train_batch_size=11, seed=3)
     labelled = [i for i in range(24) if i not in (5, 6)]
     assert sorted(rows) == labelled and list(rows) != labelled
-    assert counts == {"rows": 24, "ties": 1, "without_label": 1, "selected": 22}
+    assert counts == {"rows": 24, "ties": 1, "without_label": 1, "labelled": 22, "selected": 22}
     labels = pair_rows()
     assert [1 - w for w in winners] == [int(labels[row]["label_0"]) for row in rows]
     steps = iter(script.EpochSampler(args, 22, 0, 1, start_step=0))

@@ -78,7 +78,7 @@ def test_one_file_and_a_card_that_says_how_to_use_it(trained):
     card = (trained / "README.md").read_text()
     assert "StableDiffusion3Pipeline" in card and "- sd3" in card and "<Gallery />" in card
     assert "models/loras" in card and "comfyui/" not in card
-    assert "text_encoder_3=None" not in card
+    assert "text_encoder_3=None" not in card and "max_sequence_length=20).images[0]" in card
 
 
 @pytest.mark.parametrize("model", script.BASE_LICENSES)
@@ -92,9 +92,10 @@ def test_card_carries_the_licence_of_the_base(model, tmp_path):
     script.write_card(args, tmp_path, ["a red circle"], [picture], [picture], {"steps": 1})
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "other" and card.data.license_name == "stabilityai-ai-community"
-    assert card.data.license_link == f"https://huggingface.co/{model}/blob/main/LICENSE.md"
+    home = model.removesuffix("-diffusers")
+    assert card.data.license_link == f"https://huggingface.co/{home}/blob/main/LICENSE.md"
     assert card.data.base_model == model and card.data.datasets == ["user/synpic"]
-    assert "text_encoder_3=None, tokenizer_3=None" in card.text
+    assert "text_encoder_3=None, tokenizer_3=None" in card.text and "max_sequence_length" not in card.text
 
 
 def test_killed_and_resumed_run_gives_the_same_bits(flags, tmp_path):
