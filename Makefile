@@ -27,8 +27,8 @@ demo: .venv/ready
 # The same for the SD3 architecture.
 demo-sd3: DEMO := outputs/demo-sd3
 demo-sd3: .venv/ready
-	$(BIN)/python shapes/world.py --split train --num_prompts 400 --output $(DEMO)/train.jsonl
-	$(BIN)/python shapes/world.py --split heldout --num_prompts 200 --seed 1 --output $(DEMO)/heldout.jsonl
+	$(BIN)/python shapes/world.py --split train --num_prompts 800 --output $(DEMO)/train.jsonl
+	$(BIN)/python shapes/world.py --split heldout --num_prompts 400 --seed 1 --output $(DEMO)/heldout.jsonl
 	$(BIN)/python build_synpic.py --config shapes/synpic_sd3.yaml --prompts $(DEMO)/train.jsonl --output_dir $(DEMO)/synpic
 	$(BIN)/python train_rankdpo_sd3.py --config shapes/rankdpo_sd3.yaml --dataset_name $(DEMO)/synpic \
 		--cache_dir $(DEMO)/cache --output_dir $(DEMO)/lora --resume_from_checkpoint latest
