@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hub of our own for the tests: what huggingface_hub and datasets ask of huggingface.co, in memory, with faults.
 
-    python tests/hub.py PORT-FILE [FAULT NUMBER]
-
-The real clients talk to it over HTTP, in processes of their own, with HF_ENDPOINT set. A fault answers the NUMBER-th
-request that could change something (or all of them from there on, for `always-…`) as a busy or broken Hub would.
+The real clients talk to it over HTTP, in processes of their own, with HF_ENDPOINT set. `Hub(fault, number)` answers the
+number-th request that could change something (for `always-…` all of them from there on) as a busy or broken Hub would.
 """
 
 import base64
