@@ -38,7 +38,8 @@ def main(demo: Path) -> None:
     mean = {method: np.mean([scores[f"{method}-{seed}"] for seed in seeds], axis=0) for method in METHODS}
     rows = [("base", scores["base"], None)]
     rows += [(title, mean[method], mean[method] - scores["base"]) for method, title in METHODS.items()]
-    print(f"\n| {len(seeds)} seeds, {len(scores['base'])} held-out prompts | accuracy | lift, paired 95 % interval |")
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(seeds)}"
+    print(f"\n| {which}, {len(scores['base'])} held-out prompts | accuracy | lift, paired 95 % interval |")
     print("|---|---|---|")
     for title, accuracy, lift in rows:
         cell = "" if lift is None else "{:+.3f} ({:+.3f} to {:+.3f})".format(lift.mean(), *interval(lift))

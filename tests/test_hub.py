@@ -68,7 +68,9 @@ def test_from_a_prompt_list_to_a_lora_that_loads_from_the_hub(server, tiny_sdxl,
     client(server, tmp_path / "other-home", "-c", LOAD, *prompts)
 
     train = ["train_rankdpo_sdxl.py", "--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", "user/synpic"]
-    train += "--resolution 32 --rank 2 --learning_rate 1e-2 --max_train_steps 2 --report_to none --loss_type sft".split()
+    train += (
+        "--resolution 32 --rank 2 --learning_rate 1e-2 --max_train_steps 2 --report_to none --loss_type sft".split()
+    )
     train += ["--validation_num_inference_steps", 1, "--cache_dir", tmp_path / "cache"]
     train += ["--output_dir", tmp_path / "lora", "--push_to_hub", "--hub_model_id", "user/lora"]
     client(server, tmp_path / "other-home", *train)
