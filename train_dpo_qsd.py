@@ -1466,10 +1466,9 @@ def main(args: ScriptArguments) -> None:
     with accelerator.main_process_first():  # ids that have to be made are made once
         labels = make_labels(args, dataset, pairs, rows[:used], winners[:used])
     cache = Path(args.cache_dir) / cache_key(args, dataset, pairs, weight_dtype)
-    shards = [shard for i, shard in enumerate(cache_shards(used)) if not _cache_file(cache, i, used).exists()]
-    uncached = [row for shard in shards for row in shard]
+    shards = cache_shards(used)
     images = {column: stored_images(dataset, column) for column in (args.image_0_column, args.image_1_column)}
-    check_images(images, labels, uncached[accelerator.process_index :: accelerator.num_processes])
+    check_images(images, labels, [row for i in missing_shards(cache, used, accelerator) for row in shards[i]])
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
         create_repo(args, output_dir.resolve().name)

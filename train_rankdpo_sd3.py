@@ -1465,10 +1465,9 @@ def main(args: ScriptArguments) -> None:
     if start_step > max_train_steps:
         raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
     cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
-    shards = [shard for i, shard in enumerate(cache_shards(len(labels))) if not _cache_file(cache, i).exists()]
-    uncached = [row for shard in shards for row in shard]
+    shards = cache_shards(len(labels))
     images = stored_images(dataset, args.images_column)
-    check_images(images, labels, uncached[accelerator.process_index :: accelerator.num_processes])
+    check_images(images, labels, [row for i in missing_shards(cache, len(labels), accelerator) for row in shards[i]])
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
         create_repo(args, output_dir.resolve().name)

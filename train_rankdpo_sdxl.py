@@ -1081,14 +1081,12 @@ class Validator:
             args.pretrained_model_name_or_path, revision=args.revision, vae=vae, add_watermarker=False, **absent
         )
         self.pipeline.set_progress_bar_config(disable=True)
-        # One by one, as a pipeline does.
-        *embeds, negative = (
-            [tensor.cpu() for tensor in encode_prompts([prompt]).values()] for prompt in (*prompts, "")
-        )
-        self.embeds = [torch.cat(tensors) for tensors in zip(*embeds)]
-        self.negative_embeds = negative
+        embeds = [encode_prompts([prompt]) for prompt in (*prompts, "")]  # one by one, as a pipeline does
+        self.embeds = {name: torch.cat([embed[name].cpu() for embed in embeds[:-1]]) for name in embeds[0]}
+        negative = {f"negative_{name}": tensor.cpu() for name, tensor in embeds[-1].items()}
         if self.pipeline.config.force_zeros_for_empty_prompt:
-            self.negative_embeds = [torch.zeros_like(tensor) for tensor in self.negative_embeds]
+            negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
+        self.negative_embeds = negative
 
     @torch.no_grad()
     def __call__(self, unet, lora: bool = True) -> list[PILImage.Image]:
@@ -1098,18 +1096,14 @@ class Validator:
         unet.eval()
         images = []
         for i in range(len(self.prompts)):
-            prompt_embeds, pooled = (tensor[i : i + 1].to(self.device) for tensor in self.embeds)
-            negative, negative_pooled = (tensor.to(self.device) for tensor in self.negative_embeds)
+            embeds = {name: tensor[i : i + 1] for name, tensor in self.embeds.items()} | self.negative_embeds
             half = self.dtype != torch.float32
             with (
                 torch.autocast(torch.device(self.device).type, self.dtype, enabled=half),
                 nullcontext() if lora else adapter_off(unet),
             ):
                 latents = self.pipeline(
-                    prompt_embeds=prompt_embeds,
-                    pooled_prompt_embeds=pooled,
-                    negative_prompt_embeds=negative,
-                    negative_pooled_prompt_embeds=negative_pooled,
+                    **{name: tensor.to(self.device) for name, tensor in embeds.items()},
                     num_inference_steps=self.args.validation_num_inference_steps,
                     guidance_scale=self.args.validation_guidance_scale,
                     height=self.args.resolution,
@@ -1363,10 +1357,9 @@ def main(args: ScriptArguments) -> None:
     if start_step > max_train_steps:
         raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
     cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
-    shards = [shard for i, shard in enumerate(cache_shards(len(labels))) if not _cache_file(cache, i).exists()]
-    uncached = [row for shard in shards for row in shard]
+    shards = cache_shards(len(labels))
     images = stored_images(dataset, args.images_column)
-    check_images(images, labels, uncached[accelerator.process_index :: accelerator.num_processes])
+    check_images(images, labels, [row for i in missing_shards(cache, len(labels), accelerator) for row in shards[i]])
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
         create_repo(args, output_dir.resolve().name)

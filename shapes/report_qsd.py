@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 
 METHODS = {
@@ -18,12 +19,10 @@ METHODS = {
 }
 
 
-def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
+def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % bootstrap interval of a mean over prompts."""
-    rng = np.random.default_rng(0)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    found = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=0)
+    return found.confidence_interval.low, found.confidence_interval.high
 
 
 def main(demo: Path) -> None:

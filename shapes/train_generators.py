@@ -221,6 +221,20 @@ def save(pipeline: DiffusionPipeline, modules: dict[str, torch.nn.Module], folde
     os.replace(temporary, folder)
 
 
+def write_record(args: argparse.Namespace, started: float, file: str) -> None:
+    """What made the models: command, seed, time, versions."""
+    record = {
+        "command": "python " + " ".join(sys.argv),
+        "seed": args.seed,
+        "seconds": round(time.time() - started),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    (args.output_dir / file).write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
 def main():
     parser = argparse.ArgumentParser(description="Train the shapes world's generators.")
     parser.add_argument("--output_dir", type=Path, default=Path("shapes/models"))
@@ -258,16 +272,7 @@ def main():
     names = ("unet", "text_encoder", "text_encoder_2")
     save(pipeline, dict(zip(names, early)), args.output_dir / "early")
     save(pipeline, dict(zip(names, final)), args.output_dir / "base")
-    record = {
-        "command": "python " + " ".join(sys.argv),
-        "seed": args.seed,
-        "seconds": round(time.time() - started),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    (args.output_dir / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
+    write_record(args, started, "TRAINING.json")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ CLIP text encoders and a T5. It learns from the same images as the SDXL ones, a 
 
 import argparse
 import copy
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from tqdm import tqdm
-from train_generators import MAX_TOKENS, make_data, make_tokenizer, save, train_vae
+from train_generators import MAX_TOKENS, make_data, make_tokenizer, save, train_vae, write_record
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 
@@ -190,16 +188,7 @@ def main():
     averaged = train_generator(pipeline, latents, captions, args.steps)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     save(pipeline, dict(zip(MODULES, averaged)), args.output_dir / "sd3")
-    record = {
-        "command": "python " + " ".join(sys.argv),
-        "seed": args.seed,
-        "seconds": round(time.time() - started),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    (args.output_dir / "TRAINING_SD3.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
+    write_record(args, started, "TRAINING_SD3.json")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # scripts under test run beside e
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import importlib  # noqa: E402
+import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+import time  # noqa: E402
 from io import BytesIO  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -53,19 +55,25 @@ def refused(script: str, *flags) -> str:
     return message
 
 
-def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
-    """An SDXL pipeline of 40 thousand parameters for 32x32 images."""
-    import train_generators
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+def run_until(file: Path, *command) -> None:
+    """Runs a script as `run` does, and kills it with -9 as soon as the file is there."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not file.exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
-    torch.manual_seed(seed)
-    tokenizer = train_generators.make_tokenizer()
-    config = CLIPTextConfig(
+
+def tiny_clip(tokenizer, width: int):
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=16,
@@ -73,6 +81,32 @@ def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def tiny_vae(**kwargs):
+    """A VAE for 32x32 images that makes latents a quarter as large."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[4, 4, 8],
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+        **kwargs,
+    )
+
+
+def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
+    """An SDXL pipeline of 40 thousand parameters for 32x32 images."""
+    import train_generators
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    tokenizer = train_generators.make_tokenizer()
+    config = tiny_clip(tokenizer, 16)
     unet = UNet2DConditionModel(
         sample_size=8,
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
@@ -88,15 +122,7 @@ def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=6 * 4 + 16,
     )
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[4, 4, 8],
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=32,
-    )
+    vae = tiny_vae(latent_channels=4)
     StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(config),
@@ -114,23 +140,12 @@ def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
 def make_tiny_sd(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
     """An SD1.5 pipeline of 25 thousand parameters for 32x32 images; with v_prediction, an SD2.1."""
     import train_generators
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
     torch.manual_seed(seed)
     tokenizer = train_generators.make_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = tiny_clip(tokenizer, 16)
     unet = UNet2DConditionModel(
         sample_size=8,
         down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -141,15 +156,7 @@ def make_tiny_sd(folder: Path, seed: int = 0, prediction_type: str = "epsilon") 
         attention_head_dim=2,
         cross_attention_dim=16,
     )
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[4, 4, 8],
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=32,
-    )
+    vae = tiny_vae(latent_channels=4)
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
     )
@@ -176,27 +183,15 @@ def make_tiny_sd3(folder: Path, seed: int = 0, t5: bool = True, qk_norm: str | N
     import train_generators
     import train_sd3_generator
     from diffusers import (
-        AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
     tokenizer, tokenizer_3 = train_generators.make_tokenizer(), train_sd3_generator.make_t5_tokenizer()
-    clip = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=12,
-        intermediate_size=24,
-        projection_dim=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    clip = tiny_clip(tokenizer, 12)
     t5_config = T5Config(vocab_size=len(tokenizer_3), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -213,18 +208,8 @@ def make_tiny_sd3(folder: Path, seed: int = 0, t5: bool = True, qk_norm: str | N
         qk_norm=qk_norm,
         dual_attention_layers=(0,) if qk_norm else (),
     )
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[4, 4, 8],
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=16,
-        sample_size=32,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+    vae = tiny_vae(
+        latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
     )
     StableDiffusion3Pipeline(
         transformer=transformer,
@@ -282,6 +267,15 @@ def ranked_rows(n: int = 8, k: int = 4, size: int = 32, seed: int = 0) -> list[d
     return rows
 
 
+def _write(folder: Path, rows: list[dict], features: dict) -> Path:
+    """One Parquet file of these columns of the rows."""
+    rows = [{name: value for name, value in row.items() if name in features} for row in rows]
+    (folder / "data").mkdir(parents=True)
+    table = Dataset.from_list(rows, features=Features(features))
+    table.to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
+    return folder
+
+
 def write_dataset(folder: Path, rows: list[dict], drop: tuple = (), prefix: str = "") -> Path:
     features = {
         "prompt_id": Value("string"),
@@ -293,11 +287,7 @@ def write_dataset(folder: Path, rows: list[dict], drop: tuple = (), prefix: str 
         "preference_probability": List(Value("float32")),
         "rank": List(Value("int32")),
     }
-    features = Features({name: kind for name, kind in features.items() if name not in drop})
-    rows = [{name: value for name, value in row.items() if name in features} for row in rows]
-    (folder / "data").mkdir(parents=True)
-    Dataset.from_list(rows, features=features).to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
-    return folder
+    return _write(folder, rows, {name: kind for name, kind in features.items() if name not in drop})
 
 
 @pytest.fixture(scope="session")
@@ -341,11 +331,7 @@ def write_pairs(folder: Path, rows: list[dict], drop: tuple = (), **kinds) -> Pa
         "has_label": Value("bool"),
         "quality": Value("float64"),
     }
-    features = Features({name: kinds.get(name, kind) for name, kind in features.items() if name not in drop})
-    rows = [{name: value for name, value in row.items() if name in features} for row in rows]
-    (folder / "data").mkdir(parents=True)
-    Dataset.from_list(rows, features=features).to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
-    return folder
+    return _write(folder, rows, {name: kinds.get(name, kind) for name, kind in features.items() if name not in drop})
 
 
 @pytest.fixture(scope="session")

@@ -22,15 +22,20 @@ def lora(tiny_sdxl, ranked_dataset, tmp_path_factory):
     return folder / "lora"
 
 
+def brightness(tmp_path) -> str:
+    """A metric in a file of the user's own."""
+    (tmp_path / "metric.py").write_text(
+        "import numpy as np\ndef brightness(images, prompts):\n    return [np.asarray(i).mean() for i in images]\n"
+    )
+    return f"{tmp_path}/metric.py:brightness"
+
+
 def make_flags(tmp_path, tiny_sdxl, lora, output="out"):
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": row["prompt"], "kind": "odd" if i % 2 else "even"} for i, row in enumerate(ranked_rows(6))]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "metric.py").write_text(
-        "import numpy as np\ndef brightness(images, prompts):\n    return [np.asarray(i).mean() for i in images]\n"
-    )
     flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--prompts", prompts, "--loras", f"mine={lora}"]
-    flags += ["--metrics", f"{tmp_path}/metric.py:brightness", "--num_images_per_prompt", 2, "--batch_size", 3]
+    flags += ["--metrics", brightness(tmp_path), "--num_images_per_prompt", 2, "--batch_size", 3]
     return [*flags, *"--num_inference_steps 2 --category_column kind".split(), "--output_dir", tmp_path / output]
 
 
@@ -122,11 +127,8 @@ def test_checkpoints_become_curves_over_the_pairs_seen(tmp_path, tiny_sd, pair_d
     call("train_dpo_qsd", *flags, "--train_batch_size", 3, "--output_dir", tmp_path / "qsd")
     call("train_dpo_qsd", *flags, "--train_batch_size", 2, "--order", "random", "--output_dir", tmp_path / "random")
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
-    (tmp_path / "metric.py").write_text(
-        "import numpy as np\ndef brightness(images, prompts):\n    return [np.asarray(i).mean() for i in images]\n"
-    )
     evaluation = ["--pretrained_model_name_or_path", tiny_sd, "--prompts", tmp_path / "prompts.txt"]
-    evaluation += ["--metrics", f"{tmp_path}/metric.py:brightness", "--num_inference_steps", 2]
+    evaluation += ["--metrics", brightness(tmp_path), "--num_inference_steps", 2]
     evaluation += ["--output_dir", tmp_path / "out"]
     runs = ["--eval_checkpoints", f"qsd={tmp_path / 'qsd'}", f"random={tmp_path / 'random'}"]
     call("evaluate", *evaluation, *runs)
@@ -151,11 +153,8 @@ def test_checkpoints_become_curves_over_the_pairs_seen(tmp_path, tiny_sd, pair_d
 
 def test_sd3_is_drawn_with_the_tokens_asked_for_and_without_t5(tmp_path, tiny_sd3):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    (tmp_path / "metric.py").write_text(
-        "import numpy as np\ndef brightness(images, prompts):\n    return [np.asarray(i).mean() for i in images]\n"
-    )
     flags = ["--pretrained_model_name_or_path", tiny_sd3, "--prompts", tmp_path / "prompts.txt"]
-    flags += ["--metrics", f"{tmp_path}/metric.py:brightness", "--num_inference_steps", 2, "--resolution", 32]
+    flags += ["--metrics", brightness(tmp_path), "--num_inference_steps", 2, "--resolution", 32]
     found = []
     for number, more in enumerate((["--max_sequence_length", 20], ["--max_sequence_length", 40], [])):
         more = more or ["--use_text_encoder_3", "false", "--max_sequence_length", 20]

@@ -3,15 +3,11 @@
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, encoded, make_tiny_sd, make_tiny_sd3, pair_rows, refused, run, write_pairs
+from conftest import ROOT, call, encoded, make_tiny_sd, make_tiny_sd3, pair_rows, refused, run, run_until, write_pairs
 from datasets import Image as ImageFeature
 from datasets import Value
 from PIL import Image
@@ -214,11 +210,10 @@ def pairs_seen(tmp_path, name, processes, command, kill_at=None):
     log.mkdir(exist_ok=True)
     spy = tmp_path / f"{name}.py"
     spy.write_text(SPY.format(root=str(ROOT), log=str(log)))
-    launch = [sys.executable, spy]
+    launch = [spy]
     if processes > 1:
         port = 29600 + processes
         launch = [
-            sys.executable,
             "-m",
             "torch.distributed.run",
             "--nproc_per_node",
@@ -227,16 +222,10 @@ def pairs_seen(tmp_path, name, processes, command, kill_at=None):
             port,
             spy,
         ]
-    command = list(map(str, [*launch, *command]))
     if kill_at:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not kill_at.exists():
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        run_until(kill_at, *launch, *command)
     else:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert result.returncode == 0, result.stderr[-3000:]
+        run(*launch, *command)
     files = sorted(log.glob("*.jsonl"))
     return [[tuple(json.loads(line)) for line in file.read_text().splitlines()] for file in files]
 

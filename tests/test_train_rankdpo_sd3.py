@@ -3,16 +3,12 @@
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, make_tiny_sd3, ranked_rows, refused, run
+from conftest import call, make_tiny_sd3, ranked_rows, refused, run, run_until
 from PIL import Image
 from safetensors.torch import load_file
 from test_train_rankdpo_sdxl import BAD_ROWS, changed
@@ -105,13 +101,8 @@ def test_killed_and_resumed_run_gives_the_same_bits(flags, tmp_path):
     run(*command, tmp_path / "straight")
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, *map(str, [*command, killed])], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not (killed / "checkpoint-6").exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (killed / "checkpoint-12").exists()
+    run_until(killed / "checkpoint-6", *command, killed)
+    assert not (killed / "checkpoint-12").exists()
 
     run(*command, killed, "--resume_from_checkpoint", "latest")
     a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "straight", killed))

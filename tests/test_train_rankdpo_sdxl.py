@@ -4,16 +4,12 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, encoded, ranked_rows, refused, run, write_dataset
+from conftest import call, encoded, ranked_rows, refused, run, run_until, write_dataset
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -98,13 +94,8 @@ def test_killed_and_resumed_run_gives_the_same_bits(flags, tmp_path):
     run(*command, tmp_path / "straight")
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, *map(str, [*command, killed])], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not (killed / "checkpoint-6").exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (killed / "pytorch_lora_weights.safetensors").exists()
+    run_until(killed / "checkpoint-6", *command, killed)
+    assert not (killed / "pytorch_lora_weights.safetensors").exists()
     assert not (killed / "checkpoint-12").exists()
 
     run(*command, killed, "--resume_from_checkpoint", "latest")
