@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LoRA files' keys at full size against lists of what ComfyUI and kohya's tools know.
+
+tests/golden/*.txt: of SDXL and SD1.5 the names that ComfyUI (comfy/lora.py: `lora_unet_` and diffusers' path with `_`)
+and kohya's tools take; of SD3-Medium those of diffusers' own file, which ComfyUI takes as it is (`transformer.` and
+diffusers' path; `add_*_proj` and `to_add_out` are the text's attention, which the last block does not put out).
+"""
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_train_dpo_qsd import SD15_UNET
+from test_train_rankdpo_sd3 import SD3_MEDIUM
+from test_train_rankdpo_sdxl import SDXL_UNET
+
+import train_dpo_qsd
+import train_rankdpo_sd3
+import train_rankdpo_sdxl
+
+
+RANK = 2
+
+
+def golden(name: str) -> list[str]:
+    return (ROOT / "tests" / "golden" / f"{name}.txt").read_text().split()
+
+
+def full_size(script, model_class, config: dict):
+    """The architecture without weights, and a real LoRA on it."""
+    with torch.device("meta"):
+        model = model_class(**config)
+        model.requires_grad_(False)
+        script.add_lora(model, rank=RANK)
+    for name, module in model.named_modules():
+        if name.endswith((".lora_A", ".lora_B")):
+            module.to_empty(device="cpu")
+            torch.nn.init.normal_(module["default"].weight)
+    return model
+
+
+@pytest.mark.parametrize(
+    "script, config, name, modules",
+    [
+        (train_rankdpo_sdxl, SDXL_UNET, "sdxl", 560),
+        (train_dpo_qsd, SDXL_UNET, "sdxl", 560),
+        (train_dpo_qsd, SD15_UNET, "sd15", 128),
+    ],
+    ids=["rankdpo-sdxl", "qsd-sdxl", "qsd-sd15"],
+)
+def test_unet_lora_files_hold_the_golden_keys(script, config, name, modules, tmp_path):
+    unet = full_size(script, UNet2DConditionModel, config)
+    script.save_lora(unet, tmp_path)
+    script.save_comfyui_lora(unet, tmp_path / "comfyui.safetensors")
+    diffusers, comfyui = load_file(tmp_path / script.LORA_FILE), load_file(tmp_path / "comfyui.safetensors")
+
+    wanted = golden(name)
+    assert len(wanted) == modules
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert comfyui.keys() == {f"{module}.{part}" for module in wanted for part in parts}
+    assert all(tensor == RANK for key, tensor in comfyui.items() if key.endswith(".alpha"))
+    paths = {key.removesuffix(".lora_A.weight") for key in diffusers if key.endswith(".lora_A.weight")}
+    assert len(diffusers) == 2 * modules and {"lora_" + path.replace(".", "_") for path in paths} == set(wanted)
+    for path in paths:
+        module = "lora_" + path.replace(".", "_")
+        assert torch.equal(diffusers[f"{path}.lora_A.weight"], comfyui[f"{module}.lora_down.weight"])
+        assert torch.equal(diffusers[f"{path}.lora_B.weight"], comfyui[f"{module}.lora_up.weight"])
+    assert convert_state_dict_to_kohya(diffusers).keys() == comfyui.keys()
+    with safe_open(tmp_path / script.LORA_FILE, framework="pt") as file:
+        metadata = file.metadata()["lora_adapter_metadata"]
+    assert f'"unet.lora_alpha": {RANK}' in metadata and f'"unet.r": {RANK}' in metadata
+
+
+def test_sd3_lora_file_holds_the_golden_keys(tmp_path):
+    transformer = full_size(train_rankdpo_sd3, SD3Transformer2DModel, SD3_MEDIUM)
+    train_rankdpo_sd3.save_lora(transformer, tmp_path)
+    wanted = golden("sd3_medium")
+    assert len(wanted) == 191
+    found = load_file(tmp_path / train_rankdpo_sd3.LORA_FILE)
+    assert found.keys() == {f"{module}.{part}.weight" for module in wanted for part in ("lora_A", "lora_B")}
+    with safe_open(tmp_path / train_rankdpo_sd3.LORA_FILE, framework="pt") as file:
+        metadata = file.metadata()["lora_adapter_metadata"]
+    assert f'"transformer.lora_alpha": {RANK}' in metadata and f'"transformer.r": {RANK}' in metadata
