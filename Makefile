@@ -67,7 +67,7 @@ demo-qsd: .venv/ready
 	touch $@
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 quality: .venv/ready
 	$(BIN)/ruff check .
