@@ -38,7 +38,9 @@ Several GPUs, own generators, own reward, prompts of a dataset on the Hub, publi
         --output_dir outputs/synpic-sdxl --push_to_hub --hub_dataset_id user/synpic
 
 The work is cut into shards under `<output_dir>/work`. Run the same command again after a crash: only what is missing is
-done. A generator or a reward added later costs its own shards; then everything is ranked anew.
+done. A generator or a reward added later costs its own shards; then everything is ranked anew. With `--push_to_hub` the
+dataset's files are sent as they are finished and appear in one commit at the end; another configuration in that
+repository, and what people wrote on its card, stays.
 """
 
 import gc
@@ -56,7 +58,9 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from fnmatch import fnmatch
 from functools import cache
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
@@ -73,8 +77,21 @@ from datasets import config as datasets_config
 from datasets.info import DatasetInfosDict
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DatasetCardData,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import get_session
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from safetensors.torch import load_file
@@ -105,6 +122,10 @@ from trl import TrlParser
 
 
 STAGES = ("generate", "score", "rank", "publish")
+DATA_FILES = ("data/train-*-of-*.parquet", "scores/train-*-of-*.parquet")
+CARD_FACTS = ("size_categories",)  # of the front matter, what a run states anew beside its configurations
+CARD_BEGIN = "<!-- build_synpic.py writes from here to its second mark; text before and after is kept. -->"
+CARD_END = "<!-- End of what build_synpic.py wrote. -->"
 # The paper names PickScore, ImageReward and HPSv2 among its five rewards; the other two are a choice of ours.
 DEFAULT_REWARDS = ("hpsv2.1", "pickscore", "imagereward", "aesthetic", "clipscore")
 
@@ -1297,11 +1318,16 @@ def generate(args: ScriptArguments, rows: list[dict], shards: list[range], gener
             columns = {"image": pa.array(images, pa.large_binary()), "seed": list(seeds.values())}
             facts = {"prompts": digest(ids[s]), "images": digest(images)}
             facts["seconds"] = time.time() - started + (shard_facts(shard_file(folder, s)) or {}).get("seconds", 0.0)
+            facts["device"] = device_name(state.device)
             write_table(pa.table({"prompt_id": ids[s], **columns}), shard_file(folder, s), facts)
         progress.close()
         del draw
         free_memory()
     state.wait_for_everyone()
+
+
+def device_name(device) -> str:
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
 
 
 def free_memory() -> None:
@@ -1361,6 +1387,7 @@ def score(args: ScriptArguments, rows: list[dict], shards: list[range], generato
             columns = {"image": hashes, "score": pa.array([scores[item] for item in hashes], pa.float32())}
             facts = {"prompts": digest(ids), "images": images}
             facts["seconds"] = time.time() - started + (shard_facts(target) or {}).get("seconds", 0.0)
+            facts["device"] = device_name(state.device)
             write_table(pa.table({"prompt_id": ids, **columns}), target, facts)
             progress.update(len(ids))
         progress.close()
@@ -1370,10 +1397,10 @@ def score(args: ScriptArguments, rows: list[dict], shards: list[range], generato
 
 
 def rank(args: ScriptArguments, rows: list[dict], shards: list[range], generators: list[dict], state) -> None:
-    """Joins images and scores into the dataset's shards; a shard whose parts did not change is left alone."""
-    work, data = Path(args.output_dir) / "work", Path(args.output_dir) / "data"
-    names, rewards = [entry["name"] for entry in generators], [reward_name(name) for name in args.rewards]
-    reward_facts = {reward_name(name): reward_settings(name) for name in args.rewards}
+    """Joins images and scores into the dataset's files. Where they are to be published, a file that is finished is sent
+    while the next is made."""
+    data = Path(args.output_dir) / "data"
+    rewards = [reward_name(name) for name in args.rewards]
     features = Features(
         {
             "prompt_id": Value("string"),
@@ -1386,55 +1413,95 @@ def rank(args: ScriptArguments, rows: list[dict], shards: list[range], generator
             "rank": List(Value("int32")),
         }
     )
+    per_file = math.ceil(len(shards) / 200)  # the dataset can be published in one commit
+    parts = [range(s, min(s + per_file, len(shards))) for s in range(0, len(shards), per_file)]
     if state.is_main_process:
-        wanted = {data_file(data, s, shards) for s in range(len(shards))}
+        wanted = {data_file(data, number, parts) for number in range(len(parts))}
         for file in set(data.glob("*.parquet")) - wanted:  # of a run on fewer prompts: both would be read
             file.unlink()
     state.wait_for_everyone()
-    for s in range(state.process_index, len(shards), state.num_processes):
-        ids = [rows[i]["prompt_id"] for i in shards[s]]
-        images = {name: shard_file(work / "images" / name, s) for name in names}
-        scores = {(r, name): shard_file(work / "scores" / r / name, s) for r in rewards for name in names}
-        parts = {name: shard_facts(file) or {} for name, file in images.items()}
-        for file in images.values():
-            if not is_complete(file, prompts=digest(ids)):
-                raise SystemExit(f"{file} is missing: run the generate stage first")
-        for (_, name), file in scores.items():
-            if not is_complete(file, prompts=digest(ids), images=parts[name]["images"]):
-                raise SystemExit(f"{file} is missing or of other images: run the score stage first")
-        facts = {"prompts": digest(ids), "images": {name: part["images"] for name, part in parts.items()}}
-        facts["scores"] = reward_facts
-        target = data_file(data, s, shards)
-        if shard_facts(target) == facts:
-            continue
-        drawn = {name: pq.read_table(file).to_pydict() for name, file in images.items()}
-        scored = {key: pq.read_table(file)["score"].to_pylist() for key, file in scores.items()}
-        table = []
-        for position, i in enumerate(shards[s]):
-            matrix = np.array([[scored[r, name][position] for name in names] for r in rewards])
-            table.append(
-                {
-                    "prompt_id": rows[i]["prompt_id"],
-                    "prompt": rows[i]["prompt"],
-                    "images": [
-                        {
-                            "bytes": drawn[name]["image"][position],
-                            "path": f"{rows[i]['prompt_id']}_{name}.{args.image_format}",
-                        }
-                        for name in names
-                    ],
-                    "generators": names,
-                    "seeds": [drawn[name]["seed"][position] for name in names],
-                    "scores": {r: matrix[j].tolist() for j, r in enumerate(rewards)},
-                    "preference_probability": preference_probability(matrix).tolist(),
-                    "rank": preference_rank(matrix).tolist(),
-                }
-            )
-        write_table(pa.Table.from_pylist(table, schema=features.arrow_schema), target, facts, row_group_size=20)
+    publishing = args.push_to_hub and "publish" in args.stages
+    with DatasetUpload(args.hub_dataset_id if publishing else None) as upload:
+        for number in range(state.process_index, len(parts), state.num_processes):
+            target = data_file(data, number, parts)
+            rank_shards(args, {s: [rows[i] for i in shards[s]] for s in parts[number]}, target, generators, features)
+            upload.send(f"data/{target.name}", target)
     state.wait_for_everyone()
     if state.is_main_process:
+        write_scores(args, features)
         write_card(args, rows, generators, features)
     state.wait_for_everyone()
+
+
+def rank_shards(args: ScriptArguments, shards: dict[int, list], target: Path, generators: list[dict], features) -> None:
+    """Joins shards, number → rows, into one file of the dataset, unless it stands there, made of the same parts."""
+    work, names = Path(args.output_dir) / "work", [entry["name"] for entry in generators]
+    rewards = {reward_name(name): reward_settings(name) for name in args.rewards}
+    facts = {"prompts": [], "images": {name: [] for name in names}, "scores": rewards}
+    for s, rows in shards.items():
+        ids = [row["prompt_id"] for row in rows]
+        facts["prompts"].append(digest(ids))
+        for name in names:
+            file = shard_file(work / "images" / name, s)
+            if not is_complete(file, prompts=digest(ids)):
+                raise SystemExit(f"{file} is missing: run the generate stage first")
+            images = shard_facts(file)["images"]
+            facts["images"][name].append(images)
+            for reward in rewards:
+                file = shard_file(work / "scores" / reward / name, s)
+                if not is_complete(file, prompts=digest(ids), images=images):
+                    raise SystemExit(f"{file} is missing or of other images: run the score stage first")
+    if shard_facts(target) != facts:
+        table = pa.concat_tables(
+            ranked_table(args, s, rows, names, list(rewards), features) for s, rows in shards.items()
+        )
+        # Row groups of at most 64 MB: the Hub's viewer reads a whole one to show a page.
+        write_table(table, target, facts, row_group_size=min(max(64_000_000 * len(table) // table.nbytes, 1), 100))
+
+
+def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[str], rewards: list[str], features):
+    """The rows of one shard with their images, scores, preferences and ranks."""
+    work = Path(args.output_dir) / "work"
+    drawn = {name: pq.read_table(shard_file(work / "images" / name, s)).to_pydict() for name in names}
+    files = {(r, name): shard_file(work / "scores" / r / name, s) for r in rewards for name in names}
+    scored = {key: pq.read_table(file)["score"].to_pylist() for key, file in files.items()}
+    table = []
+    for i, row in enumerate(rows):
+        matrix = np.array([[scored[r, name][i] for name in names] for r in rewards])
+        paths = [f"{row['prompt_id']}_{name}.{args.image_format}" for name in names]
+        table.append(
+            {
+                "prompt_id": row["prompt_id"],
+                "prompt": row["prompt"],
+                "images": [{"bytes": drawn[name]["image"][i], "path": path} for name, path in zip(names, paths)],
+                "generators": names,
+                "seeds": [drawn[name]["seed"][i] for name in names],
+                "scores": {r: matrix[j].tolist() for j, r in enumerate(rewards)},
+                "preference_probability": preference_probability(matrix).tolist(),
+                "rank": preference_rank(matrix).tolist(),
+            }
+        )
+    return pa.Table.from_pylist(table, schema=features.arrow_schema)
+
+
+def write_scores(args: ScriptArguments, features: Features) -> None:
+    """The dataset without its images, a configuration of its own: small, quickly read. What did not change is left."""
+    output_dir, features = Path(args.output_dir), without_images(features)
+    sources = sorted((output_dir / "data").glob("*.parquet"))
+    per_file = max(1, 100_000 * len(sources) // sum(pq.read_metadata(file).num_rows for file in sources))
+    parts = [sources[i : i + per_file] for i in range(0, len(sources), per_file)]
+    wanted = [data_file(output_dir / "scores", number, parts) for number in range(len(parts))]
+    for file in set((output_dir / "scores").glob("*.parquet")) - set(wanted):
+        file.unlink()
+    for part, target in zip(parts, wanted):
+        facts = {"data": digest([json.dumps(shard_facts(file), sort_keys=True) for file in part])}
+        if shard_facts(target) != facts:
+            table = pa.concat_tables(pq.read_table(file, columns=list(features)) for file in part)
+            write_table(table.cast(features.arrow_schema), target, facts, row_group_size=1000)
+
+
+def without_images(features: Features) -> Features:
+    return Features({name: feature for name, feature in features.items() if name != "images"})
 
 
 def data_file(folder: Path, shard: int, shards: list) -> Path:
@@ -1468,8 +1535,10 @@ def dataset_statistics(output_dir: Path, rewards: list[str]) -> dict:
     return {"win_rate": np.mean(wins, axis=0), "tau": taus}
 
 
-def work_seconds(folder: Path) -> float:
-    return sum((shard_facts(file) or {}).get("seconds", 0.0) for file in folder.rglob("*.parquet"))
+def work_facts(folder: Path) -> tuple[float, set[str]]:
+    """Seconds that the shards in a folder took, and the devices that they were made on."""
+    facts = [shard_facts(file) or {} for file in folder.rglob("*.parquet")]
+    return sum(fact.get("seconds", 0.0) for fact in facts), {fact["device"] for fact in facts if "device" in fact}
 
 
 def grid_picture(output_dir: Path, names: list[str], rows: int = 6, cell: int = 256) -> PILImage.Image:
@@ -1500,24 +1569,29 @@ def markdown_table(header: list[str], lines: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in cells)
 
 
-def dataset_info(output_dir: Path, features: Features) -> dict:
-    """The card's `dataset_info`. Without it, `load_dataset` on a folder that was built again would serve the rows it
-    cached before: its key is made of the card, not of the files."""
-    files = sorted((output_dir / "data").glob("*.parquet"))
-    metadata = [pq.read_metadata(file) for file in files]
-    size = sum(m.row_group(i).total_byte_size for m in metadata for i in range(m.num_row_groups))
-    split = SplitInfo("train", num_bytes=size, num_examples=sum(m.num_rows for m in metadata))
-    download_size = sum(file.stat().st_size for file in files)
-    data = DatasetCardData()
-    info = DatasetInfo(
-        features=features, splits=SplitDict({"train": split}), download_size=download_size, dataset_size=size
-    )
-    DatasetInfosDict({"default": info}).to_dataset_card_data(data)
-    return data.to_dict()["dataset_info"]
+def dataset_infos(output_dir: Path, configs: dict[str, tuple[str, Features]]) -> list[dict]:
+    """The card's `dataset_info`: configuration → its folder and features. Without it, `load_dataset` on a folder that
+    was built again would serve the rows it cached before: its key is made of the card, not of the files."""
+    infos = []
+    for config, (folder, features) in configs.items():
+        files = sorted((output_dir / folder).glob("*.parquet"))
+        metadata = [pq.read_metadata(file) for file in files]
+        size = sum(m.row_group(i).total_byte_size for m in metadata for i in range(m.num_row_groups))
+        split = SplitInfo("train", num_bytes=size, num_examples=sum(m.num_rows for m in metadata))
+        info = DatasetInfo(
+            features=features,
+            splits=SplitDict({"train": split}),
+            download_size=sum(file.stat().st_size for file in files),
+            dataset_size=size,
+        )
+        data = DatasetCardData()
+        DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+        infos.append({"config_name": config, **data.to_dict()["dataset_info"]})
+    return infos
 
 
 def write_card(args: ScriptArguments, rows, generators: list[dict], features: Features) -> None:
-    """Writes README.md and grid.png. What a person added to the card's front matter stays."""
+    """Writes README.md and grid.png."""
     output_dir = Path(args.output_dir)
     names, rewards = [entry["name"] for entry in generators], list(features["scores"])
     statistics = dataset_statistics(output_dir, rewards)
@@ -1525,23 +1599,35 @@ def write_card(args: ScriptArguments, rows, generators: list[dict], features: Fe
     grid_picture(output_dir, names).save(temporary)
     os.replace(temporary, output_dir / "grid.png")
 
-    times = [[f"images of {name}", work_seconds(output_dir / "work" / "images" / name)] for name in names]
-    times += [[f"scores of {reward}", work_seconds(output_dir / "work" / "scores" / reward)] for reward in rewards]
-    total = sum(seconds for _, seconds in times)
-    rate = args.gpu_hourly_cost
+    work, rate = output_dir / "work", args.gpu_hourly_cost
+    jobs = {f"images of {name}": (len(rows), work / "images" / name) for name in names}
+    jobs |= {f"scores of {reward}": (len(rows) * len(names), work / "scores" / reward) for reward in rewards}
+    jobs = {what: (images, *work_facts(folder)) for what, (images, folder) in jobs.items()}
+    jobs["total"] = (0, sum(seconds for _, seconds, _ in jobs.values()), set())
     lines = [
-        [what, f"{seconds / 3600:.3f}"] + ([f"{seconds / 3600 * rate:.2f}"] if rate else [])
-        for what, seconds in [*times, ["total", total]]
+        [
+            what,
+            images or "",
+            f"{images / seconds:.2f}" if images and seconds else "",
+            f"{seconds / 3600:.3f}",
+            *([f"{seconds / 3600 * rate:.2f}"] if rate else []),
+            ", ".join(sorted(devices)),
+        ]
+        for what, (images, seconds, devices) in jobs.items()
     ]
-    header = ["work", "hours x processes"] + ([f"cost in $ (at {rate} an hour)"] if rate else [])
+    header = ["work", "images", "images/s of a process", "hours x processes"]
+    header += [f"cost in $ (at {rate} an hour)"] if rate else []
+    header += ["device"]
     wins = [
         [label, *(f"{value:.3f}" for value in line)]
         for label, line in zip([*rewards, "all: preference probability"], statistics["win_rate"])
     ]
     taus = [[reward, *(f"{value:.2f}" for value in line)] for reward, line in zip(rewards, statistics["tau"])]
     recipe = yaml.safe_dump(generators, sort_keys=False)
-    body = f"""
-# {output_dir.name}
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "datasets"))
+    name = args.hub_dataset_id or output_dir
+    body = f"""{CARD_BEGIN}
+# {output_dir.resolve().name}
 
 {len(rows)} prompts, each drawn by {len(names)} text-to-image models and ranked by {len(rewards)} reward models: a
 fully synthetic preference dataset built with [Syn-Pic](https://arxiv.org/abs/2410.18013), for RankDPO.
@@ -1562,7 +1648,8 @@ fully synthetic preference dataset built with [Syn-Pic](https://arxiv.org/abs/24
 ```python
 from datasets import load_dataset
 
-dataset = load_dataset("{args.hub_dataset_id or output_dir}", split="train")
+dataset = load_dataset("{name}", split="train")
+scores = load_dataset("{name}", "scores", split="train")  # without the images: all other columns, small
 ```
 
 ## Share of comparisons won
@@ -1577,27 +1664,53 @@ dataset = load_dataset("{args.hub_dataset_id or output_dir}", split="train")
 
 {markdown_table(header, lines)}
 
-## Generators
+## How it was made
 
 ```yaml
 {recipe.strip()}
 ```
 
-Rewards: {", ".join(f"`{name}`" for name in args.rewards)}. Seed {args.seed}.
+Rewards: {", ".join(f"`{reward}`" for reward in args.rewards)}. Seed {args.seed}. {libraries}. Hash of prompts, images
+and rewards: {data_hash(output_dir)}.
+{CARD_END}
 """
-    readme = output_dir / "README.md"
-    data = DatasetCard.load(readme).data.to_dict() if readme.exists() else {}
-    own = {
-        "pretty_name": output_dir.name,
+    configs = {"default": ("data", features), "scores": ("scores", without_images(features))}
+    front = {
+        "pretty_name": output_dir.resolve().name,
         "language": ["en"],
         "task_categories": ["text-to-image"],
         "size_categories": [size_category(len(rows))],
         "tags": ["synpic", "rankdpo", "preference", "synthetic"],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
+        "configs": card_configs(configs),
+        "dataset_info": dataset_infos(output_dir, configs),
     }
-    facts = {"size_categories": own["size_categories"], "dataset_info": dataset_info(output_dir, features)}
-    front = yaml.safe_dump({**own, **data, **facts}, sort_keys=False)
-    write_text(readme, f"---\n{front}---\n{body}")
+    write_card_file(output_dir / "README.md", front, body)
+
+
+# Copied from train_rankdpo_sdxl.write_card_file
+def write_card_file(file: Path, front: dict, body: str) -> None:
+    """Writes a card, or what is new into the one that stands."""
+    card = join_card(front, body)
+    if file.exists():
+        standing, text = split_card(file.read_text())
+        for name in ("configs", "dataset_info"):  # a folder holds no other configurations than those written now
+            standing.pop(name, None)
+        card = merge_cards(card, join_card(standing, text))
+    write_text(file, card)
+
+
+def card_configs(configs: dict[str, tuple[str, Features]]) -> list[dict]:
+    """The card's `configs`; `load_dataset` without a name takes the one called default."""
+    return [
+        {"config_name": config, "data_files": [{"split": "train", "path": f"{folder}/train-*.parquet"}]}
+        for config, (folder, _) in configs.items()
+    ]
+
+
+def data_hash(output_dir: Path) -> str:
+    """A hash of what the dataset's files were made of: prompts, images, rewards."""
+    facts = [shard_facts(file) for file in sorted((output_dir / "data").glob("*.parquet"))]
+    return digest([json.dumps(fact, sort_keys=True) for fact in facts])
 
 
 def size_category(n: int) -> str:
@@ -1605,36 +1718,227 @@ def size_category(n: int) -> str:
     return next((label for bound, label in bounds if n < bound), "n>1M")
 
 
-def create_repo(args: ScriptArguments) -> None:
+# ----------------------------------------------------------------------------------------------------------------------
+# Hub
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# What asking again does not mend: a malformed name, no token, no network wanted.
+# Copied from train_rankdpo_sdxl.LASTING_ERRORS
+LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+# Copied from train_rankdpo_sdxl.COMMIT_FILES
+COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+
+
+# Copied from train_rankdpo_sdxl.retried
+def retried(request, *arguments, **options):
+    """Asks the Hub again, after growing pauses, for what passes by itself: 409, 412, 429, 5xx, a lost connection, one
+    that has gone silent.
+
+    The client repeats reads and uploads of files by itself, but no commit and no making of a repository.
+    """
+    for pause in (1, 2, 4, 8, 16, None):
+        get_session().timeout = 300  # seconds without a byte; the client by itself would wait for ever
+        try:
+            return request(*arguments, **options)
+        except Exception as error:  # the client's own, and its transport's, whose classes differ between versions
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", None)
+            lasting = isinstance(error, LASTING_ERRORS) if status is None else status < 500
+            lasting = lasting and status not in (408, 409, 412, 429)
+            if pause is None or lasting and not isinstance(error, json.JSONDecodeError):  # that is a proxy's error page
+                raise
+            time.sleep(max(pause, wanted_pause(response)) if status else pause)
+
+
+# Copied from train_rankdpo_sdxl.wanted_pause
+def wanted_pause(response) -> int:
+    """Seconds that a 429 asks to wait: `Retry-After: 55`, or `RateLimit: "api";r=0;t=55`; at most one window of 330."""
+    limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", "")) if response.status_code == 429 else None
+    wanted = limit.group(1) if limit else response.headers.get("Retry-After", "")
+    return min(int(wanted), 330) if wanted.isdigit() else 0
+
+
+# Copied from train_rankdpo_sdxl.create_repo
+def create_repo(name: str, repo_type: str, private: bool) -> str:
+    """Makes the repository unless it exists, and exits with one line unless the token may write to it.
+
+    Returns:
+        its whole id, with the namespace.
+    """
     try:
-        private = args.hub_private_repo or None
-        HfApi().create_repo(args.hub_dataset_id, repo_type="dataset", private=private, exist_ok=True)
+        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        repo_id = retried(HfApi().create_repo, name, **options).repo_id
+        retried(_check_write_access, repo_id, repo_type)
     except Exception as error:
         raise SystemExit(
-            f"--push_to_hub: the dataset repository {args.hub_dataset_id} cannot be had: {one_line(error)}"
+            f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}; it takes a "
+            "token with write access (hf auth login, or HF_TOKEN)"
         ) from None
+    return repo_id
 
 
-def publish(args: ScriptArguments) -> None:
-    """Uploads data, card and picture; files the repository has already are not sent again, shards of an earlier size
-    are removed. The client does not retry a commit by itself."""
-    for attempt in range(5):
-        try:
-            HfApi().upload_folder(
-                repo_id=args.hub_dataset_id,
-                repo_type="dataset",
-                folder_path=args.output_dir,
-                allow_patterns=["data/*.parquet", "README.md", "grid.png"],
-                ignore_patterns=[".*", "work/*", "data/.*"],
-                delete_patterns=["data/*.parquet"],
-                commit_message="Syn-Pic dataset",
-            )
-            print(f"published: https://huggingface.co/datasets/{args.hub_dataset_id}")
+# Copied from train_rankdpo_sdxl._check_write_access
+def _check_write_access(repo_id: str, repo_type: str) -> None:
+    try:
+        HfApi().auth_check(repo_id, repo_type=repo_type, write=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 404:  # a Hub of one's own may not know the question
+            raise
+    HfApi().repo_info(repo_id, repo_type=repo_type)
+
+
+# Copied from train_rankdpo_sdxl.push_to_hub
+def push_to_hub(
+    repo_id: str,
+    repo_type: str,
+    files: dict[str, Path | bytes],
+    message: str,
+    card: str = "",
+    replace: tuple[str, ...] = (),
+) -> str:
+    """Sends files in one commit (more than COMMIT_FILES in several), after failures again. What the Hub has already is
+    not sent again.
+
+    Args:
+        files: name in the repository → local file, or its content.
+        card: README.md, merged into the one that stands there.
+        replace: patterns of names; what matches one there and is not among the files is deleted.
+
+    Returns:
+        the card as it stands there now.
+    """
+    parts = list(files.items())
+    while len(parts) > COMMIT_FILES:  # the card goes with each: it is what tells these files as ours
+        retried(_commit, repo_id, repo_type, dict(parts[:COMMIT_FILES]), f"{message} (part)", card, (), files)
+        parts = parts[COMMIT_FILES:]
+    return retried(_commit, repo_id, repo_type, dict(parts), message, card, replace, files)
+
+
+# Copied from train_rankdpo_sdxl._commit
+def _commit(repo_id, repo_type, part: dict, message: str, card: str, replace: tuple[str, ...], files: dict) -> str:
+    # A commit upon the very state that was read: if somebody edits the card meanwhile, this is a 412, and asked anew.
+    head = HfApi().repo_info(repo_id, repo_type=repo_type)
+    standing = {file.rfilename for file in head.siblings}
+    operations = [CommitOperationAdd(name, content) for name, content in part.items()]
+    if card:
+        if "README.md" in standing:
+            theirs = hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=head.sha)
+            card = merge_cards(card, Path(theirs).read_text())
+        operations.append(CommitOperationAdd("README.md", card.encode()))
+    stale = {name for name in standing - files.keys() if any(fnmatch(name, pattern) for pattern in replace)}
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
+    HfApi().create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head.sha)
+    return card
+
+
+# Copied from train_rankdpo_sdxl.split_card
+def split_card(text: str) -> tuple[dict, str]:
+    """A card's front matter and body."""
+    match = re.match(r"\s*---\s*?\n(.*?)^---[ \t\r]*$\n?", text, re.S | re.M)
+    return (yaml.safe_load(match.group(1)) or {}, text[match.end() :]) if match else ({}, text)
+
+
+# Copied from train_rankdpo_sdxl.join_card
+def join_card(front: dict, body: str) -> str:
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}"
+
+
+# Copied from train_rankdpo_sdxl.merge_cards
+def merge_cards(mine: str, theirs: str) -> str:
+    """A card written anew, with what people made of the one that stands.
+
+    Of the front matter CARD_FACTS are mine, everything else theirs if they have it; what is listed by configuration, or
+    by the dataset of an evaluation, stays where it is of others. Of the body the part between the marks is mine,
+    everything around it theirs.
+    """
+    (front, body), (their_front, their_body) = split_card(mine), split_card(theirs)
+    if "license" in their_front:  # a licence's name and link belong to it
+        front = {name: value for name, value in front.items() if "license_" not in name or name in their_front}
+    merged = {**front, **their_front, **{name: front[name] for name in CARD_FACTS if name in front}}
+    for name in ("configs", "dataset_info"):
+        if name in front and name in their_front:
+            parts = [part if isinstance(part, list) else [part] for part in (front[name], their_front[name])]
+            own = [part.get("config_name", "default") for part in parts[0]]
+            merged[name] = parts[0] + [part for part in parts[1] if part.get("config_name", "default") not in own]
+    if front.get("model-index") and their_front.get("model-index"):
+        (own,), (their, *more) = front["model-index"], their_front["model-index"]
+        datasets = [result["dataset"] for result in own["results"]]
+        others = [result for result in their.get("results") or [] if result.get("dataset") not in datasets]
+        merged["model-index"] = [{**own, **their, "results": others + own["results"]}, *more]
+    block = re.search(f"{re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}", body, re.S)
+    block = block.group(0) if block else body.strip()
+    before, begin, rest = their_body.rpartition(CARD_BEGIN)
+    _, end, after = rest.partition(CARD_END)
+    if begin and end:
+        body = f"{before}{block}{after}"
+    elif their_body.strip():
+        body = f"{their_body.rstrip()}\n\n{block}\n"
+    return join_card(merged, body)
+
+
+def check_dataset_repo(repo_id: str, patterns: tuple[str, ...]) -> None:
+    """Exits with one line if publishing would replace data that this script has not written."""
+    try:
+        head = retried(HfApi().repo_info, repo_id, repo_type="dataset")
+        files, card = {file.rfilename for file in head.siblings}, ""
+        if "README.md" in files:
+            file = retried(hf_hub_download, repo_id, "README.md", repo_type="dataset", revision=head.sha)
+            card = Path(file).read_text()
+    except Exception as error:
+        raise SystemExit(f"--push_to_hub: the dataset repository {repo_id} cannot be read: {one_line(error)}") from None
+    foreign = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in patterns))
+    if foreign and CARD_BEGIN not in card:
+        raise SystemExit(
+            f"--hub_dataset_id {repo_id} holds other data ({foreign[0]}), which would be replaced: choose another name"
+        )
+
+
+class DatasetUpload:
+    """Sends files as they are finished, beside the work; with None as repository, none. They appear in the repository
+    with the commit of `push_to_hub`, which has nothing left to send then. Leaving the context waits for the last."""
+
+    def __init__(self, repo_id: str | None):
+        self.repo_id, self.executor, self.failed = repo_id, ThreadPoolExecutor(1), False
+
+    def send(self, name: str, file: Path) -> None:
+        if self.repo_id:
+            self.executor.submit(self._send, name, file)
+
+    def _send(self, name: str, file: Path) -> None:
+        if self.failed:  # push_to_hub will try again, and say what is wrong
             return
-        except Exception as error:
-            message = one_line(error)
-            time.sleep(2**attempt)
-    raise SystemExit(f"publishing {args.hub_dataset_id} failed: {message}; run the same command again to continue")
+        try:
+            additions = [CommitOperationAdd(name, file)]
+            retried(HfApi().preupload_lfs_files, self.repo_id, additions, repo_type="dataset")
+        except Exception:
+            self.failed = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.executor.shutdown(cancel_futures=kind is not None)
+
+
+def publish(args: ScriptArguments, data: tuple[str, ...], others: tuple[str, ...]) -> None:
+    """Sends the card and what matches these patterns, `data` in the place of all that matches them in the repository.
+    Exits with one line if that fails."""
+    output_dir = Path(args.output_dir)
+    files = sorted(file for pattern in (*data, *others) for file in output_dir.glob(pattern))
+    files = {file.relative_to(output_dir).as_posix(): file for file in files}
+    try:
+        card = (output_dir / "README.md").read_text()
+        # A dataset that is published only now had no repository to name in its card.
+        card = re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{args.hub_dataset_id}"', card)
+        card = push_to_hub(args.hub_dataset_id, "dataset", files, "Dataset", card, data)
+    except Exception as error:
+        raise SystemExit(
+            f"upload to {args.hub_dataset_id} failed: {one_line(error)}; everything is in {output_dir}: run the same "
+            "command again to upload what is missing"
+        ) from None
+    write_text(output_dir / "README.md", card)
+    print(f"published: {HfApi().endpoint}/datasets/{args.hub_dataset_id}")
 
 
 def main(args: ScriptArguments) -> None:
@@ -1654,8 +1958,10 @@ def main(args: ScriptArguments) -> None:
         if size := image_size(generators[0]):
             probe_rewards(args.rewards, size, [row["prompt"] for row in rows])
     state.wait_for_everyone()  # nobody writes before all have looked
-    if args.push_to_hub and state.is_main_process:  # a wrong token or name fails now, not after the work
-        create_repo(args)
+    if args.push_to_hub:  # a wrong token or name fails now, not after the work
+        with state.main_process_first():
+            args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
+            check_dataset_repo(args.hub_dataset_id, DATA_FILES)
 
     work = Path(args.output_dir) / "work"
     if state.is_main_process:
@@ -1673,7 +1979,7 @@ def main(args: ScriptArguments) -> None:
     if "rank" in args.stages:
         rank(args, rows, shards, generators, state)
     if "publish" in args.stages and args.push_to_hub and state.is_main_process:
-        publish(args)
+        publish(args, DATA_FILES, ("grid.png",))
     if state.is_main_process:
         print(f"{len(rows)} prompts x {len(generators)} images in {args.output_dir}")
 

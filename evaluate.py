@@ -12,6 +12,7 @@
 #     "peft",
 #     "pillow",
 #     "protobuf",
+#     "pyyaml",
 #     "safetensors",
 #     "sentencepiece",
 #     "torch",
@@ -38,6 +39,11 @@ Writes `results.json`, `results.md`, `grid.png` and, of checkpoints, `curves.png
 lift over the base model and the lift's 95 % interval: a bootstrap over prompts, paired, since all models draw the same
 prompts from the same noise. Run the same command again after a crash: images and scores that exist are kept.
 `accelerate launch` shares the drawing.
+
+Onto the LoRA's page on the Hub, results in its card (table, picture and `model-index`):
+
+    python evaluate.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --dtype float16 \
+        --loras rankdpo=user/rankdpo-sdxl --prompts prompts.txt --output_dir outputs/evaluation --push_to_hub
 """
 
 import gc
@@ -50,10 +56,12 @@ import math
 import os
 import re
 import sys
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from fnmatch import fnmatch
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -62,13 +70,26 @@ import ftfy
 import matplotlib
 import numpy as np
 import torch
+import yaml
 from accelerate import PartialState
 from datasets import config as datasets_config
 from datasets import load_dataset
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import get_session
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from safetensors import safe_open
@@ -125,6 +146,9 @@ VQASCORE_VISION = "openai/clip-vit-large-patch14-336"  # its image processor
 
 BASELINE = "base"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+CARD_FACTS = ()  # of the front matter this script states nothing but results, in model-index
+CARD_BEGIN = "<!-- evaluate.py writes from here to its second mark; text before and after is kept. -->"
+CARD_END = "<!-- End of what evaluate.py wrote. -->"
 
 
 @dataclass
@@ -183,6 +207,12 @@ class ScriptArguments:
     reward_batch_size: int = field(default=32, metadata={"help": "Images scored together."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Images, scores, results and report."})
     grid_rows: int = field(default=8, metadata={"help": "Prompts in the picture."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Put results.json, grid.png and card onto the Hub."})
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "Repository of the one LoRA; default: the repository of each that is given by a Hub id."},
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make a new repository private."})
 
     def __post_init__(self):
         # YAML values bypass argparse, so types and choices are checked here too.
@@ -192,6 +222,9 @@ class ScriptArguments:
             raise SystemExit(f"--dtype {self.dtype}: choose from float32, float16, bfloat16")
         if type(self.use_text_encoder_3) is not bool:
             raise SystemExit(f"--use_text_encoder_3 {self.use_text_encoder_3}: must be true or false")
+        for name in ("push_to_hub", "hub_private_repo"):
+            if type(getattr(self, name)) is not bool:
+                raise SystemExit(f"--{name} {getattr(self, name)}: must be true or false")
         for name in ("loras", "eval_checkpoints", "metrics"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
@@ -1353,6 +1386,232 @@ def save_figure(figure, file: Path) -> None:
     os.replace(temporary, file)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Hub
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# What asking again does not mend: a malformed name, no token, no network wanted.
+# Copied from train_rankdpo_sdxl.LASTING_ERRORS
+LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+# Copied from train_rankdpo_sdxl.COMMIT_FILES
+COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+
+
+# Copied from train_rankdpo_sdxl.retried
+def retried(request, *arguments, **options):
+    """Asks the Hub again, after growing pauses, for what passes by itself: 409, 412, 429, 5xx, a lost connection, one
+    that has gone silent.
+
+    The client repeats reads and uploads of files by itself, but no commit and no making of a repository.
+    """
+    for pause in (1, 2, 4, 8, 16, None):
+        get_session().timeout = 300  # seconds without a byte; the client by itself would wait for ever
+        try:
+            return request(*arguments, **options)
+        except Exception as error:  # the client's own, and its transport's, whose classes differ between versions
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", None)
+            lasting = isinstance(error, LASTING_ERRORS) if status is None else status < 500
+            lasting = lasting and status not in (408, 409, 412, 429)
+            if pause is None or lasting and not isinstance(error, json.JSONDecodeError):  # that is a proxy's error page
+                raise
+            time.sleep(max(pause, wanted_pause(response)) if status else pause)
+
+
+# Copied from train_rankdpo_sdxl.wanted_pause
+def wanted_pause(response) -> int:
+    """Seconds that a 429 asks to wait: `Retry-After: 55`, or `RateLimit: "api";r=0;t=55`; at most one window of 330."""
+    limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", "")) if response.status_code == 429 else None
+    wanted = limit.group(1) if limit else response.headers.get("Retry-After", "")
+    return min(int(wanted), 330) if wanted.isdigit() else 0
+
+
+# Copied from train_rankdpo_sdxl.create_repo
+def create_repo(name: str, repo_type: str, private: bool) -> str:
+    """Makes the repository unless it exists, and exits with one line unless the token may write to it.
+
+    Returns:
+        its whole id, with the namespace.
+    """
+    try:
+        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        repo_id = retried(HfApi().create_repo, name, **options).repo_id
+        retried(_check_write_access, repo_id, repo_type)
+    except Exception as error:
+        raise SystemExit(
+            f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}; it takes a "
+            "token with write access (hf auth login, or HF_TOKEN)"
+        ) from None
+    return repo_id
+
+
+# Copied from train_rankdpo_sdxl._check_write_access
+def _check_write_access(repo_id: str, repo_type: str) -> None:
+    try:
+        HfApi().auth_check(repo_id, repo_type=repo_type, write=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 404:  # a Hub of one's own may not know the question
+            raise
+    HfApi().repo_info(repo_id, repo_type=repo_type)
+
+
+# Copied from train_rankdpo_sdxl.push_to_hub
+def push_to_hub(
+    repo_id: str,
+    repo_type: str,
+    files: dict[str, Path | bytes],
+    message: str,
+    card: str = "",
+    replace: tuple[str, ...] = (),
+) -> str:
+    """Sends files in one commit (more than COMMIT_FILES in several), after failures again. What the Hub has already is
+    not sent again.
+
+    Args:
+        files: name in the repository → local file, or its content.
+        card: README.md, merged into the one that stands there.
+        replace: patterns of names; what matches one there and is not among the files is deleted.
+
+    Returns:
+        the card as it stands there now.
+    """
+    parts = list(files.items())
+    while len(parts) > COMMIT_FILES:  # the card goes with each: it is what tells these files as ours
+        retried(_commit, repo_id, repo_type, dict(parts[:COMMIT_FILES]), f"{message} (part)", card, (), files)
+        parts = parts[COMMIT_FILES:]
+    return retried(_commit, repo_id, repo_type, dict(parts), message, card, replace, files)
+
+
+# Copied from train_rankdpo_sdxl._commit
+def _commit(repo_id, repo_type, part: dict, message: str, card: str, replace: tuple[str, ...], files: dict) -> str:
+    # A commit upon the very state that was read: if somebody edits the card meanwhile, this is a 412, and asked anew.
+    head = HfApi().repo_info(repo_id, repo_type=repo_type)
+    standing = {file.rfilename for file in head.siblings}
+    operations = [CommitOperationAdd(name, content) for name, content in part.items()]
+    if card:
+        if "README.md" in standing:
+            theirs = hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=head.sha)
+            card = merge_cards(card, Path(theirs).read_text())
+        operations.append(CommitOperationAdd("README.md", card.encode()))
+    stale = {name for name in standing - files.keys() if any(fnmatch(name, pattern) for pattern in replace)}
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
+    HfApi().create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head.sha)
+    return card
+
+
+# Copied from train_rankdpo_sdxl.split_card
+def split_card(text: str) -> tuple[dict, str]:
+    """A card's front matter and body."""
+    match = re.match(r"\s*---\s*?\n(.*?)^---[ \t\r]*$\n?", text, re.S | re.M)
+    return (yaml.safe_load(match.group(1)) or {}, text[match.end() :]) if match else ({}, text)
+
+
+# Copied from train_rankdpo_sdxl.join_card
+def join_card(front: dict, body: str) -> str:
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}"
+
+
+# Copied from train_rankdpo_sdxl.merge_cards
+def merge_cards(mine: str, theirs: str) -> str:
+    """A card written anew, with what people made of the one that stands.
+
+    Of the front matter CARD_FACTS are mine, everything else theirs if they have it; what is listed by configuration, or
+    by the dataset of an evaluation, stays where it is of others. Of the body the part between the marks is mine,
+    everything around it theirs.
+    """
+    (front, body), (their_front, their_body) = split_card(mine), split_card(theirs)
+    if "license" in their_front:  # a licence's name and link belong to it
+        front = {name: value for name, value in front.items() if "license_" not in name or name in their_front}
+    merged = {**front, **their_front, **{name: front[name] for name in CARD_FACTS if name in front}}
+    for name in ("configs", "dataset_info"):
+        if name in front and name in their_front:
+            parts = [part if isinstance(part, list) else [part] for part in (front[name], their_front[name])]
+            own = [part.get("config_name", "default") for part in parts[0]]
+            merged[name] = parts[0] + [part for part in parts[1] if part.get("config_name", "default") not in own]
+    if front.get("model-index") and their_front.get("model-index"):
+        (own,), (their, *more) = front["model-index"], their_front["model-index"]
+        datasets = [result["dataset"] for result in own["results"]]
+        others = [result for result in their.get("results") or [] if result.get("dataset") not in datasets]
+        merged["model-index"] = [{**own, **their, "results": others + own["results"]}, *more]
+    block = re.search(f"{re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}", body, re.S)
+    block = block.group(0) if block else body.strip()
+    before, begin, rest = their_body.rpartition(CARD_BEGIN)
+    _, end, after = rest.partition(CARD_END)
+    if begin and end:
+        body = f"{before}{block}{after}"
+    elif their_body.strip():
+        body = f"{their_body.rstrip()}\n\n{block}\n"
+    return join_card(merged, body)
+
+
+def hub_repositories(args: ScriptArguments, models: dict[str, dict]) -> dict[str, str]:
+    """Name of a LoRA → repository that gets its results; exits with one line if there is none."""
+    loras = {name: model["lora"] for name, model in models.items() if model["lora"] and "run" not in model}
+    if args.hub_model_id:
+        meant = [name for name, lora in loras.items() if lora == args.hub_model_id] or list(loras)
+        if len(meant) != 1:
+            raise SystemExit(f"--hub_model_id {args.hub_model_id}: is none of the {len(loras)} LoRAs in --loras")
+        return {meant[0]: args.hub_model_id}
+    found = {name: lora for name, lora in loras.items() if not os.path.isdir(lora)}
+    if not found:
+        raise SystemExit("--push_to_hub: no LoRA in --loras is a Hub id: say with --hub_model_id where results go")
+    return found
+
+
+def results_card(args: ScriptArguments, name: str, repo_id: str, record: dict, report: str, metrics: list[str]) -> str:
+    """A card of nothing but a LoRA's results, to be merged into the card that stands on the Hub."""
+    drawing = ("num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution", "seed")
+    prompts = {"type": "prompts", "name": f"{os.path.basename(args.prompts)}, {record['n_prompts']} prompts"}
+    if not os.path.exists(args.prompts):
+        prompts |= {"type": args.prompts, "split": args.prompt_split}
+    prompts["args"] = {key: record["settings"][key] for key in ("prompts", *drawing)}
+    values = []
+    for metric in metrics:
+        lift, win_rate = record[name][f"{metric}_lift"], record[name][f"{metric}_win_rate"]
+        values.append({"type": metric, "name": metric, "value": record[name][metric]})
+        values.append({"type": metric, "name": f"{metric}, lift over the base model", "value": lift})
+        values.append({"type": "win_rate", "name": f"{metric}, win rate over the base model", "value": win_rate})
+    task = {"type": "text-to-image", "name": "Text-to-Image Generation"}
+    model = args.pretrained_model_name_or_path
+    front = {
+        **({} if os.path.isdir(model) else {"base_model": model}),
+        "library_name": "diffusers",
+        "model-index": [
+            {"name": repo_id.split("/")[-1], "results": [{"task": task, "dataset": prompts, "metrics": values}]}
+        ],
+    }
+    base = os.path.basename(model) if os.path.isdir(model) else model
+    settings = ", ".join(f"`{key}` {value}" for key, value in prompts["args"].items() if key != "prompts")
+    others = [other for other in record["settings"]["loras"] if other != name]
+    here = f"`{name}` is this LoRA" + (f"; {', '.join(f'`{other}`' for other in others)}: others." if others else ".")
+    body = f"""{CARD_BEGIN}
+## Evaluation
+
+{here} Base model: `{base}`. Prompts: {prompts["name"]}. {settings}.
+
+{report}
+![The same prompts and seeds for all models](grid.png)
+
+All figures are in [results.json](results.json).
+{CARD_END}
+"""
+    return join_card(front, body)
+
+
+def publish(args: ScriptArguments, repo_id: str, card: str) -> None:
+    """Sends the results to the repository of one LoRA; exits with one line if that fails."""
+    output_dir = Path(args.output_dir)
+    files = [output_dir / name for name in ("results.json", "results.md", "grid.png", "curves.png")]
+    try:
+        push_to_hub(repo_id, "model", {file.name: file for file in files if file.exists()}, "Evaluation", card)
+    except Exception as error:
+        raise SystemExit(
+            f"upload to {repo_id} failed: {one_line(error)}; everything is in {output_dir}: run the same command again"
+        ) from None
+    print(f"published: {HfApi().endpoint}/{repo_id}")
+
+
 # Copied from train_rankdpo_sdxl.write_text
 def write_text(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
@@ -1376,6 +1635,11 @@ def main(args: ScriptArguments) -> None:
     for name, model in models.items():
         check_settings(output_dir / "images" / name, image_settings(args, prompts, model), f"images of {name}")
     state.wait_for_everyone()  # nobody writes before all have looked
+    repositories = hub_repositories(args, models) if args.push_to_hub else {}
+    if state.is_main_process:  # a wrong token or name fails now, not after the work
+        repositories = {
+            name: create_repo(repo_id, "model", args.hub_private_repo) for name, repo_id in repositories.items()
+        }
 
     draw(args, prompts, models, state)
     if state.is_main_process:
@@ -1403,6 +1667,8 @@ def main(args: ScriptArguments) -> None:
         print(report)
         files = ["results.json", "results.md", "grid.png"] + ["curves.png"] * bool(checkpoints)
         print(", ".join(str(output_dir / file) for file in files))
+        for name, repo_id in repositories.items():
+            publish(args, repo_id, results_card(args, name, repo_id, record, report, list(results)))
     state.wait_for_everyone()
 
 

@@ -59,7 +59,9 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from fnmatch import fnmatch
 from functools import cache
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
@@ -86,8 +88,21 @@ from datasets import (
 )
 from datasets import config as datasets_config
 from datasets.info import DatasetInfosDict
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DatasetCardData,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import get_session
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from safetensors.torch import load_file
@@ -120,6 +135,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 
+CARD_FACTS = ("size_categories",)  # of the front matter, what a run states anew beside its configurations
+CARD_BEGIN = "<!-- score_pairs.py writes from here to its second mark; text before and after is kept. -->"
+CARD_END = "<!-- End of what score_pairs.py wrote. -->"
 # Copied from build_synpic.REWARD_MODELS
 REWARD_MODELS = {
     "hpsv2": ("xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
@@ -1563,16 +1581,16 @@ def output_features(args: ScriptArguments, pairs: Pairs, with_images: bool) -> F
     return Features(features | {name: Value(kind) for name, kind in new.items()})
 
 
-def write_dataset(args: ScriptArguments, pairs: Pairs, ranking: dict) -> None:
+def write_dataset(args: ScriptArguments, pairs: Pairs, ranking: dict, upload) -> None:
     """Writes the kept pairs, best first, unless they stand there already.
 
     Sorting happens on disk: rows go to the bucket of their output file as they come, then each bucket is sorted, so
     that memory holds one output file at most.
     """
     output_dir, kept = Path(args.output_dir), ranking["kept"]
-    rows_per_file = max(500, math.ceil(kept / 2000)) if args.include_images else 100_000
+    rows_per_file = max(500, math.ceil(kept / 200)) if args.include_images else 100_000
     files = range(math.ceil(kept / rows_per_file))
-    folders = ["scores", "data"] if args.include_images else ["scores"]
+    folders = data_folders(args)
     identity = np.concatenate([ranking["order"][:kept].astype(float), ranking["psi"][ranking["order"][:kept]].ravel()])
     facts = {"pairs": digest(identity.tobytes(), 16).hex()}
     wanted = {data_file(output_dir / folder, number, files) for folder in folders for number in files}
@@ -1615,6 +1633,7 @@ def write_dataset(args: ScriptArguments, pairs: Pairs, ranking: dict) -> None:
             held = [f"_image_of_{name}" if name in images else name for name in schema.names]
             part = table.select(held).rename_columns(schema.names).cast(schema)
             write_table(part, target, facts, 20 if folder == "data" else 1000)
+            upload.send(f"{folder}/{target.name}", target)
         (buckets / f"{number}.arrow").unlink()
     for file in stale:  # of a run with another fraction: both would be read
         file.unlink()
@@ -1739,29 +1758,35 @@ def size_category(n: int) -> str:
     return next((label for bound, label in bounds if n < bound), "n>1M")
 
 
-def dataset_infos(args: ScriptArguments, pairs: Pairs) -> dict:
-    """The card's `dataset_info`, one for each configuration. It also keeps `load_dataset` on a folder that was written
-    again from serving the rows it cached before."""
-    infos = {}
-    for config, folder in {"scores": "scores", **({"default": "data"} if args.include_images else {})}.items():
-        files = sorted((Path(args.output_dir) / folder).glob("*.parquet"))
+def data_folders(args: ScriptArguments) -> list[str]:
+    """Folder of each configuration that is written: `data` has the images."""
+    return ["data", "scores"] if args.include_images else ["scores"]
+
+
+# Copied from build_synpic.dataset_infos
+def dataset_infos(output_dir: Path, configs: dict[str, tuple[str, Features]]) -> list[dict]:
+    """The card's `dataset_info`: configuration → its folder and features. Without it, `load_dataset` on a folder that
+    was built again would serve the rows it cached before: its key is made of the card, not of the files."""
+    infos = []
+    for config, (folder, features) in configs.items():
+        files = sorted((output_dir / folder).glob("*.parquet"))
         metadata = [pq.read_metadata(file) for file in files]
         size = sum(m.row_group(i).total_byte_size for m in metadata for i in range(m.num_row_groups))
         split = SplitInfo("train", num_bytes=size, num_examples=sum(m.num_rows for m in metadata))
-        infos[config] = DatasetInfo(
-            features=output_features(args, pairs, folder == "data"),
+        info = DatasetInfo(
+            features=features,
             splits=SplitDict({"train": split}),
             download_size=sum(file.stat().st_size for file in files),
             dataset_size=size,
-            config_name=config,
         )
-    data = DatasetCardData()
-    DatasetInfosDict(infos).to_dataset_card_data(data)
-    return data.to_dict()["dataset_info"]
+        data = DatasetCardData()
+        DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+        infos.append({"config_name": config, **data.to_dict()["dataset_info"]})
+    return infos
 
 
 def write_card(args: ScriptArguments, pairs: Pairs, ranking: dict) -> None:
-    """Writes README.md. What a person added to its front matter stays."""
+    """Writes README.md and statistics.json."""
     output_dir, counts, statistics = Path(args.output_dir), ranking["counts"], ranking["statistics"]
     name, kept = reward_name(args.reward), ranking["kept"]
     source = args.dataset_name or f"{args.winner_dir} and {args.loser_dir}"
@@ -1808,9 +1833,10 @@ The worst pairs, where the reward model contradicts the label most:
         ["ranked", counts["ranked"]],
         [f"kept (`--top_fraction {args.top_fraction:g}`)", kept],
     ]
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets"))
     which = '"default"' if args.include_images else '"scores"'
-    body = f"""
-# {output_dir.name}
+    body = f"""{CARD_BEGIN}
+# {output_dir.resolve().name}
 
 Preference pairs of `{source}`, sorted by how much a reward model trusts their labels: a Quality Sorted Dataset for
 DPO-QSD. Row 1 is the best pair: train in this order, without shuffling.{images}
@@ -1844,59 +1870,281 @@ Q at rank 1, at 1 %, 5.33 %, 10 %, 25 %, 50 %, 75 % and at the last: {sizes}.
 ![Distribution of ψ(winner) − ψ(loser)](figures/difference.png)
 
 ![Q over the sorted pairs](figures/quality.png)
-{pictures}"""
-    configs = [{"config_name": "scores", "data_files": [{"split": "train", "path": "scores/train-*.parquet"}]}]
-    if args.include_images:
-        default = {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}
-        configs = [{**default, "default": True}, *configs]
-    readme = output_dir / "README.md"
-    data = DatasetCard.load(readme).data.to_dict() if readme.exists() else {}
-    own = {
-        "pretty_name": output_dir.name,
+{pictures}
+## How it was made
+
+Reward `{args.reward}`{f", pairs at commit {args.dataset_revision}" if args.dataset_revision else ""}. {libraries}. Hash
+of pairs, order and ψ: {data_hash(output_dir)}.
+{CARD_END}
+"""
+    configs = {
+        "default" if folder == "data" else folder: (folder, output_features(args, pairs, folder == "data"))
+        for folder in data_folders(args)
+    }
+    front = {
+        "pretty_name": output_dir.resolve().name,
         "language": ["en"],
         "task_categories": ["text-to-image"],
+        "size_categories": [size_category(kept)],
         "tags": ["dpo-qsd", "preference", "dpo"],
         **({"source_datasets": [args.dataset_name]} if is_hub else {}),
+        "configs": card_configs(configs),
+        "dataset_info": dataset_infos(output_dir, configs),
     }
-    facts = {"configs": configs, "size_categories": [size_category(kept)], "dataset_info": dataset_infos(args, pairs)}
-    data = {name: value for name, value in data.items() if name not in facts}
-    write_text(readme, f"---\n{yaml.safe_dump({**own, **data, **facts}, sort_keys=False)}---\n{body}")
+    write_card_file(output_dir / "README.md", front, body)
     write_text(output_dir / "statistics.json", json.dumps({**statistics, **counts, "kept": kept}, indent=2) + "\n")
 
 
-# Copied from build_synpic.create_repo
-def create_repo(args: ScriptArguments) -> None:
+# Copied from train_rankdpo_sdxl.write_card_file
+def write_card_file(file: Path, front: dict, body: str) -> None:
+    """Writes a card, or what is new into the one that stands."""
+    card = join_card(front, body)
+    if file.exists():
+        standing, text = split_card(file.read_text())
+        for name in ("configs", "dataset_info"):  # a folder holds no other configurations than those written now
+            standing.pop(name, None)
+        card = merge_cards(card, join_card(standing, text))
+    write_text(file, card)
+
+
+# Copied from build_synpic.card_configs
+def card_configs(configs: dict[str, tuple[str, Features]]) -> list[dict]:
+    """The card's `configs`; `load_dataset` without a name takes the one called default."""
+    return [
+        {"config_name": config, "data_files": [{"split": "train", "path": f"{folder}/train-*.parquet"}]}
+        for config, (folder, _) in configs.items()
+    ]
+
+
+def data_hash(output_dir: Path) -> str:
+    """A hash of what the dataset's files hold: pairs, order, ψ."""
+    return shard_facts(min((output_dir / "scores").glob("*.parquet")))["pairs"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hub
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# What asking again does not mend: a malformed name, no token, no network wanted.
+# Copied from train_rankdpo_sdxl.LASTING_ERRORS
+LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+# Copied from train_rankdpo_sdxl.COMMIT_FILES
+COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+
+
+# Copied from train_rankdpo_sdxl.retried
+def retried(request, *arguments, **options):
+    """Asks the Hub again, after growing pauses, for what passes by itself: 409, 412, 429, 5xx, a lost connection, one
+    that has gone silent.
+
+    The client repeats reads and uploads of files by itself, but no commit and no making of a repository.
+    """
+    for pause in (1, 2, 4, 8, 16, None):
+        get_session().timeout = 300  # seconds without a byte; the client by itself would wait for ever
+        try:
+            return request(*arguments, **options)
+        except Exception as error:  # the client's own, and its transport's, whose classes differ between versions
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", None)
+            lasting = isinstance(error, LASTING_ERRORS) if status is None else status < 500
+            lasting = lasting and status not in (408, 409, 412, 429)
+            if pause is None or lasting and not isinstance(error, json.JSONDecodeError):  # that is a proxy's error page
+                raise
+            time.sleep(max(pause, wanted_pause(response)) if status else pause)
+
+
+# Copied from train_rankdpo_sdxl.wanted_pause
+def wanted_pause(response) -> int:
+    """Seconds that a 429 asks to wait: `Retry-After: 55`, or `RateLimit: "api";r=0;t=55`; at most one window of 330."""
+    limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", "")) if response.status_code == 429 else None
+    wanted = limit.group(1) if limit else response.headers.get("Retry-After", "")
+    return min(int(wanted), 330) if wanted.isdigit() else 0
+
+
+# Copied from train_rankdpo_sdxl.create_repo
+def create_repo(name: str, repo_type: str, private: bool) -> str:
+    """Makes the repository unless it exists, and exits with one line unless the token may write to it.
+
+    Returns:
+        its whole id, with the namespace.
+    """
     try:
-        private = args.hub_private_repo or None
-        HfApi().create_repo(args.hub_dataset_id, repo_type="dataset", private=private, exist_ok=True)
+        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        repo_id = retried(HfApi().create_repo, name, **options).repo_id
+        retried(_check_write_access, repo_id, repo_type)
     except Exception as error:
         raise SystemExit(
-            f"--push_to_hub: the dataset repository {args.hub_dataset_id} cannot be had: {one_line(error)}"
+            f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}; it takes a "
+            "token with write access (hf auth login, or HF_TOKEN)"
         ) from None
+    return repo_id
 
 
-def publish(args: ScriptArguments) -> None:
-    """Uploads the dataset; files the repository has already are not sent again, those of an earlier size are removed.
-    The client does not retry a commit by itself."""
-    own = ["scores/*.parquet", "README.md", "statistics.json", "figures/difference.png", "figures/quality.png"]
-    own += ["data/*.parquet", "figures/best.png", "figures/worst.png"] if args.include_images else []
-    for attempt in range(5):
-        try:
-            HfApi().upload_folder(
-                repo_id=args.hub_dataset_id,
-                repo_type="dataset",
-                folder_path=args.output_dir,
-                allow_patterns=own,
-                ignore_patterns=[".*", "work/*", "data/.*", "scores/.*", "figures/.*"],
-                delete_patterns=["data/*.parquet", "scores/*.parquet"],
-                commit_message="Quality sorted pairs",
-            )
-            print(f"published: https://huggingface.co/datasets/{args.hub_dataset_id}")
+# Copied from train_rankdpo_sdxl._check_write_access
+def _check_write_access(repo_id: str, repo_type: str) -> None:
+    try:
+        HfApi().auth_check(repo_id, repo_type=repo_type, write=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 404:  # a Hub of one's own may not know the question
+            raise
+    HfApi().repo_info(repo_id, repo_type=repo_type)
+
+
+# Copied from train_rankdpo_sdxl.push_to_hub
+def push_to_hub(
+    repo_id: str,
+    repo_type: str,
+    files: dict[str, Path | bytes],
+    message: str,
+    card: str = "",
+    replace: tuple[str, ...] = (),
+) -> str:
+    """Sends files in one commit (more than COMMIT_FILES in several), after failures again. What the Hub has already is
+    not sent again.
+
+    Args:
+        files: name in the repository → local file, or its content.
+        card: README.md, merged into the one that stands there.
+        replace: patterns of names; what matches one there and is not among the files is deleted.
+
+    Returns:
+        the card as it stands there now.
+    """
+    parts = list(files.items())
+    while len(parts) > COMMIT_FILES:  # the card goes with each: it is what tells these files as ours
+        retried(_commit, repo_id, repo_type, dict(parts[:COMMIT_FILES]), f"{message} (part)", card, (), files)
+        parts = parts[COMMIT_FILES:]
+    return retried(_commit, repo_id, repo_type, dict(parts), message, card, replace, files)
+
+
+# Copied from train_rankdpo_sdxl._commit
+def _commit(repo_id, repo_type, part: dict, message: str, card: str, replace: tuple[str, ...], files: dict) -> str:
+    # A commit upon the very state that was read: if somebody edits the card meanwhile, this is a 412, and asked anew.
+    head = HfApi().repo_info(repo_id, repo_type=repo_type)
+    standing = {file.rfilename for file in head.siblings}
+    operations = [CommitOperationAdd(name, content) for name, content in part.items()]
+    if card:
+        if "README.md" in standing:
+            theirs = hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=head.sha)
+            card = merge_cards(card, Path(theirs).read_text())
+        operations.append(CommitOperationAdd("README.md", card.encode()))
+    stale = {name for name in standing - files.keys() if any(fnmatch(name, pattern) for pattern in replace)}
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
+    HfApi().create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head.sha)
+    return card
+
+
+# Copied from train_rankdpo_sdxl.split_card
+def split_card(text: str) -> tuple[dict, str]:
+    """A card's front matter and body."""
+    match = re.match(r"\s*---\s*?\n(.*?)^---[ \t\r]*$\n?", text, re.S | re.M)
+    return (yaml.safe_load(match.group(1)) or {}, text[match.end() :]) if match else ({}, text)
+
+
+# Copied from train_rankdpo_sdxl.join_card
+def join_card(front: dict, body: str) -> str:
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}"
+
+
+# Copied from train_rankdpo_sdxl.merge_cards
+def merge_cards(mine: str, theirs: str) -> str:
+    """A card written anew, with what people made of the one that stands.
+
+    Of the front matter CARD_FACTS are mine, everything else theirs if they have it; what is listed by configuration, or
+    by the dataset of an evaluation, stays where it is of others. Of the body the part between the marks is mine,
+    everything around it theirs.
+    """
+    (front, body), (their_front, their_body) = split_card(mine), split_card(theirs)
+    if "license" in their_front:  # a licence's name and link belong to it
+        front = {name: value for name, value in front.items() if "license_" not in name or name in their_front}
+    merged = {**front, **their_front, **{name: front[name] for name in CARD_FACTS if name in front}}
+    for name in ("configs", "dataset_info"):
+        if name in front and name in their_front:
+            parts = [part if isinstance(part, list) else [part] for part in (front[name], their_front[name])]
+            own = [part.get("config_name", "default") for part in parts[0]]
+            merged[name] = parts[0] + [part for part in parts[1] if part.get("config_name", "default") not in own]
+    if front.get("model-index") and their_front.get("model-index"):
+        (own,), (their, *more) = front["model-index"], their_front["model-index"]
+        datasets = [result["dataset"] for result in own["results"]]
+        others = [result for result in their.get("results") or [] if result.get("dataset") not in datasets]
+        merged["model-index"] = [{**own, **their, "results": others + own["results"]}, *more]
+    block = re.search(f"{re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}", body, re.S)
+    block = block.group(0) if block else body.strip()
+    before, begin, rest = their_body.rpartition(CARD_BEGIN)
+    _, end, after = rest.partition(CARD_END)
+    if begin and end:
+        body = f"{before}{block}{after}"
+    elif their_body.strip():
+        body = f"{their_body.rstrip()}\n\n{block}\n"
+    return join_card(merged, body)
+
+
+# Copied from build_synpic.check_dataset_repo
+def check_dataset_repo(repo_id: str, patterns: tuple[str, ...]) -> None:
+    """Exits with one line if publishing would replace data that this script has not written."""
+    try:
+        head = retried(HfApi().repo_info, repo_id, repo_type="dataset")
+        files, card = {file.rfilename for file in head.siblings}, ""
+        if "README.md" in files:
+            file = retried(hf_hub_download, repo_id, "README.md", repo_type="dataset", revision=head.sha)
+            card = Path(file).read_text()
+    except Exception as error:
+        raise SystemExit(f"--push_to_hub: the dataset repository {repo_id} cannot be read: {one_line(error)}") from None
+    foreign = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in patterns))
+    if foreign and CARD_BEGIN not in card:
+        raise SystemExit(
+            f"--hub_dataset_id {repo_id} holds other data ({foreign[0]}), which would be replaced: choose another name"
+        )
+
+
+# Copied from build_synpic.DatasetUpload
+class DatasetUpload:
+    """Sends files as they are finished, beside the work; with None as repository, none. They appear in the repository
+    with the commit of `push_to_hub`, which has nothing left to send then. Leaving the context waits for the last."""
+
+    def __init__(self, repo_id: str | None):
+        self.repo_id, self.executor, self.failed = repo_id, ThreadPoolExecutor(1), False
+
+    def send(self, name: str, file: Path) -> None:
+        if self.repo_id:
+            self.executor.submit(self._send, name, file)
+
+    def _send(self, name: str, file: Path) -> None:
+        if self.failed:  # push_to_hub will try again, and say what is wrong
             return
-        except Exception as error:
-            message = one_line(error)
-            time.sleep(2**attempt)
-    raise SystemExit(f"publishing {args.hub_dataset_id} failed: {message}; run the same command again to continue")
+        try:
+            additions = [CommitOperationAdd(name, file)]
+            retried(HfApi().preupload_lfs_files, self.repo_id, additions, repo_type="dataset")
+        except Exception:
+            self.failed = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.executor.shutdown(cancel_futures=kind is not None)
+
+
+# Copied from build_synpic.publish
+def publish(args: ScriptArguments, data: tuple[str, ...], others: tuple[str, ...]) -> None:
+    """Sends the card and what matches these patterns, `data` in the place of all that matches them in the repository.
+    Exits with one line if that fails."""
+    output_dir = Path(args.output_dir)
+    files = sorted(file for pattern in (*data, *others) for file in output_dir.glob(pattern))
+    files = {file.relative_to(output_dir).as_posix(): file for file in files}
+    try:
+        card = (output_dir / "README.md").read_text()
+        # A dataset that is published only now had no repository to name in its card.
+        card = re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{args.hub_dataset_id}"', card)
+        card = push_to_hub(args.hub_dataset_id, "dataset", files, "Dataset", card, data)
+    except Exception as error:
+        raise SystemExit(
+            f"upload to {args.hub_dataset_id} failed: {one_line(error)}; everything is in {output_dir}: run the same "
+            "command again to upload what is missing"
+        ) from None
+    write_text(output_dir / "README.md", card)
+    print(f"published: {HfApi().endpoint}/datasets/{args.hub_dataset_id}")
 
 
 def main(args: ScriptArguments) -> None:
@@ -1919,8 +2167,10 @@ def main(args: ScriptArguments) -> None:
     check_settings(work / "scores" / name, reward_settings(args.reward), f"scores of {name}")
     pairs = Pairs(args)
     state.wait_for_everyone()  # nobody writes before all have looked
+    published = tuple(f"{folder}/train-*-of-*.parquet" for folder in data_folders(args))
     if args.push_to_hub and state.is_main_process:  # a wrong token or name fails now, not after the work
-        create_repo(args)
+        args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
+        check_dataset_repo(args.hub_dataset_id, published)
     if state.is_main_process:
         write_settings(work, run_settings(args))
         for stale in output_dir.rglob(".*.tmp*"):  # of processes that were killed
@@ -1932,13 +2182,15 @@ def main(args: ScriptArguments) -> None:
     score(args, pairs, shards, state)
     if state.is_main_process:
         ranking = rank_pairs(args, pairs, shards)
-        write_dataset(args, pairs, ranking)
+        with DatasetUpload(args.hub_dataset_id if args.push_to_hub else None) as upload:
+            write_dataset(args, pairs, ranking, upload)
         draw_figures(args, ranking)
         if args.num_examples:
             draw_examples(args, pairs, ranking)
         write_card(args, pairs, ranking)
         if args.push_to_hub:
-            publish(args)
+            figures = ["difference.png", "quality.png"] + (["best.png", "worst.png"] if args.include_images else [])
+            publish(args, published, ("statistics.json", *(f"figures/{name}" for name in figures)))
         print(f"{describe(ranking['counts'])}; the best {ranking['kept']} of them, sorted, in {output_dir}")
     state.wait_for_everyone()
 

@@ -11,6 +11,7 @@
 #     "peft",
 #     "pillow",
 #     "pyarrow",
+#     "pyyaml",
 #     "safetensors",
 #     "tensorboard",
 #     "torch",
@@ -60,6 +61,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from fnmatch import fnmatch
 from functools import lru_cache, partial
 from importlib.metadata import version
 from io import BytesIO
@@ -70,6 +72,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from datasets import Dataset, Image, load_dataset
@@ -84,7 +87,9 @@ from diffusers import (
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image as PILImage
 from PIL import ImageOps
@@ -103,9 +108,11 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 CACHE_SHARD_ROWS = 64  # pairs per cache file: the unit of work that a crash can lose
 # Copied from train_rankdpo_sdxl.CACHE_VERSION
 CACHE_VERSION = 1
+# Copied from train_rankdpo_sdxl.HUB_STRATEGIES
+HUB_STRATEGIES = ("end", "checkpoint")
 BASE_LICENSES = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
-    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": {"license": "creativeml-openrail-m"},
+    "stabilityai/stable-diffusion-xl-base-1.0": {"license": "openrail++"},
 }
 # Per family: beta and learning rate of the paper.
 DEFAULTS = {"sd": {"beta_dpo": 2000.0, "learning_rate": 1e-4}, "sdxl": {"beta_dpo": 5000.0, "learning_rate": 1e-5}}
@@ -117,6 +124,12 @@ SCRIPT_OF_PIPELINE = {
 }
 # Copied from train_rankdpo_sdxl.LORA_FILE
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# Copied from train_rankdpo_sdxl.LOG_FILE
+LOG_FILE = "training_log.jsonl"
+# Copied from train_rankdpo_sdxl.CARD_FACTS
+CARD_FACTS = ("base_model", "datasets", "widget")  # of the front matter, what a run states anew
+CARD_BEGIN = "<!-- train_dpo_qsd.py writes from here to its second mark; text before and after is kept. -->"
+CARD_END = "<!-- End of what train_dpo_qsd.py wrote. -->"
 
 
 @dataclass
@@ -259,9 +272,16 @@ class ScriptArguments:
         default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, several as all, or none."}
     )
     logging_dir: str = field(default="logs", metadata={"help": "Trackers' folder inside output_dir."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload LoRA and card at the end."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload LoRA, card, gallery and log to the Hub."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository; default: output_dir's name."})
     hub_private_repo: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "end, or checkpoint: the LoRA of every checkpoint too, sent while the training goes on.",
+            "choices": HUB_STRATEGIES,
+        },
+    )
 
     def __post_init__(self):
         # YAML values bypass argparse, so every type and choice is checked here too.
@@ -1101,7 +1121,7 @@ RESUMABLE = (
     "resume_from_checkpoint checkpointing_steps checkpoints_total_limit "
     "train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_num_workers vae_batch_size "
     "cache_dir validation_prompts validation_steps validation_num_inference_steps validation_guidance_scale report_to "
-    "logging_dir push_to_hub hub_model_id hub_private_repo output_dir"
+    "logging_dir push_to_hub hub_model_id hub_private_repo hub_strategy output_dir"
 ).split()
 
 
@@ -1244,12 +1264,13 @@ def write_card(args: ScriptArguments, family: str, output_dir: Path, prompts, be
     learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
     if args.loss_type == "orpo":
         learns = "the model learns to denoise preferred images, and the others worse than those"
-    data = ModelCardData(
-        base_model=None if os.path.isdir(args.pretrained_model_name_or_path) else args.pretrained_model_name_or_path,
-        library_name="diffusers",
-        license=BASE_LICENSES.get(args.pretrained_model_name_or_path),
-        datasets=datasets or None,
-        tags=[
+    model = args.pretrained_model_name_or_path
+    front = {  # what is a folder of this machine is nothing for the Hub to link
+        **({} if os.path.isdir(model) else {"base_model": model}),
+        "library_name": "diffusers",
+        **base_license(model, args.revision),
+        **({"datasets": datasets} if datasets else {}),
+        "tags": [
             "text-to-image",
             "diffusers",
             "diffusers-training",
@@ -1259,11 +1280,11 @@ def write_card(args: ScriptArguments, family: str, output_dir: Path, prompts, be
             "dpo",
             "dpo-qsd",
         ],
-        widget=widgets,
-    )
+        "widget": widgets,
+    }
     name = output_dir.resolve().name
     figures = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    body = f"""
+    body = f"""{CARD_BEGIN}
 # {name}
 
 A LoRA for `{args.pretrained_model_name_or_path}`, trained with `{args.loss_type}` on {facts["pairs"]}
@@ -1301,9 +1322,72 @@ With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it w
 | | |
 |---|---|
 {figures}
+
+Loss, margins, learning rate and speed of every step are in [{LOG_FILE}]({LOG_FILE}). All settings that are not the
+script's defaults, as a file for `--config`:
+
+```yaml
+{changed_settings(args)}
+```
+{CARD_END}
 """
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
-    write_text(output_dir / "README.md", str(card))
+    write_card_file(output_dir / "README.md", front, body)
+
+
+# Copied from train_rankdpo_sdxl.write_card_file
+def write_card_file(file: Path, front: dict, body: str) -> None:
+    """Writes a card, or what is new into the one that stands."""
+    card = join_card(front, body)
+    if file.exists():
+        standing, text = split_card(file.read_text())
+        for name in ("configs", "dataset_info"):  # a folder holds no other configurations than those written now
+            standing.pop(name, None)
+        card = merge_cards(card, join_card(standing, text))
+    write_text(file, card)
+
+
+# Copied from train_rankdpo_sdxl.base_license
+def base_license(model: str, revision: str | None) -> dict:
+    """The licence fields of the base model's card, which a LoRA of it inherits; none if the card cannot be read."""
+    if model in BASE_LICENSES:
+        return BASE_LICENSES[model]
+    try:
+        local = os.path.isdir(model)
+        card = Path(model, "README.md") if local else hf_hub_download(model, "README.md", revision=revision)
+        front = split_card(Path(card).read_text())[0]
+    except Exception:  # no card, no network, a card with broken front matter: the licence stays for the user to name
+        return {}
+    found = {name: front[name] for name in ("license", "license_name", "license_link") if name in front}
+    if "license_link" in found and not str(found["license_link"]).startswith("http") and not local:
+        found["license_link"] = f"https://huggingface.co/{model}/blob/main/{found['license_link']}"
+    return found
+
+
+# Copied from train_rankdpo_sdxl.data_identity
+def data_identity(dataset: Dataset, labels: str) -> str:
+    """Which data it was: the commit, of a dataset from the Hub, and the hash of the labels."""
+    folders = {Path(file["filename"]).parent.name for file in dataset.cache_files}  # datasets names them by the commit
+    commits = [f"commit {folder}" for folder in sorted(folders) if re.fullmatch("[0-9a-f]{40}", folder)]
+    return ", ".join([*commits, f"hash of rows and labels {labels}"])
+
+
+# Copied from train_rankdpo_sdxl.changed_settings
+def changed_settings(args: ScriptArguments) -> str:
+    """What is not the default and bears on the result, as YAML for `--config`."""
+    fields = {name: spec.default for name, spec in type(args).__dataclass_fields__.items()}
+    elsewhere = "output_dir cache_dir logging_dir resume_from_checkpoint push_to_hub hub_model_id hub_private_repo"
+    elsewhere += " hub_strategy report_to dataloader_num_workers"
+    settings = {name: value for name, value in asdict(args).items() if value != fields[name]}
+    settings = {name: value for name, value in settings.items() if name not in elsewhere.split()}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()
+
+
+# Copied from train_rankdpo_sdxl.open_log
+def open_log(file: Path, step: int):
+    """Opens the training log, a JSON object a line, to go on after `step`; lines of later steps are done anew."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    write_text(file, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
+    return open(file, "a", buffering=1)
 
 
 # Copied from train_rankdpo_sdxl.write_text
@@ -1313,34 +1397,220 @@ def write_text(file: Path, text: str) -> None:
     os.replace(temporary, file)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Hub
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# What asking again does not mend: a malformed name, no token, no network wanted.
+# Copied from train_rankdpo_sdxl.LASTING_ERRORS
+LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+# Copied from train_rankdpo_sdxl.COMMIT_FILES
+COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+
+
+# Copied from train_rankdpo_sdxl.retried
+def retried(request, *arguments, **options):
+    """Asks the Hub again, after growing pauses, for what passes by itself: 409, 412, 429, 5xx, a lost connection, one
+    that has gone silent.
+
+    The client repeats reads and uploads of files by itself, but no commit and no making of a repository.
+    """
+    for pause in (1, 2, 4, 8, 16, None):
+        get_session().timeout = 300  # seconds without a byte; the client by itself would wait for ever
+        try:
+            return request(*arguments, **options)
+        except Exception as error:  # the client's own, and its transport's, whose classes differ between versions
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", None)
+            lasting = isinstance(error, LASTING_ERRORS) if status is None else status < 500
+            lasting = lasting and status not in (408, 409, 412, 429)
+            if pause is None or lasting and not isinstance(error, json.JSONDecodeError):  # that is a proxy's error page
+                raise
+            time.sleep(max(pause, wanted_pause(response)) if status else pause)
+
+
+# Copied from train_rankdpo_sdxl.wanted_pause
+def wanted_pause(response) -> int:
+    """Seconds that a 429 asks to wait: `Retry-After: 55`, or `RateLimit: "api";r=0;t=55`; at most one window of 330."""
+    limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", "")) if response.status_code == 429 else None
+    wanted = limit.group(1) if limit else response.headers.get("Retry-After", "")
+    return min(int(wanted), 330) if wanted.isdigit() else 0
+
+
 # Copied from train_rankdpo_sdxl.create_repo
-def create_repo(args: ScriptArguments, name: str) -> None:
-    name = args.hub_model_id or name
+def create_repo(name: str, repo_type: str, private: bool) -> str:
+    """Makes the repository unless it exists, and exits with one line unless the token may write to it.
+
+    Returns:
+        its whole id, with the namespace.
+    """
     try:
-        args.hub_model_id = HfApi().create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        repo_id = retried(HfApi().create_repo, name, **options).repo_id
+        retried(_check_write_access, repo_id, repo_type)
     except Exception as error:
-        raise SystemExit(f"--push_to_hub: the repository {name} cannot be had: {one_line(error)}") from None
+        raise SystemExit(
+            f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}; it takes a "
+            "token with write access (hf auth login, or HF_TOKEN)"
+        ) from None
+    return repo_id
+
+
+# Copied from train_rankdpo_sdxl._check_write_access
+def _check_write_access(repo_id: str, repo_type: str) -> None:
+    try:
+        HfApi().auth_check(repo_id, repo_type=repo_type, write=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 404:  # a Hub of one's own may not know the question
+            raise
+    HfApi().repo_info(repo_id, repo_type=repo_type)
+
+
+# Copied from train_rankdpo_sdxl.push_to_hub
+def push_to_hub(
+    repo_id: str,
+    repo_type: str,
+    files: dict[str, Path | bytes],
+    message: str,
+    card: str = "",
+    replace: tuple[str, ...] = (),
+) -> str:
+    """Sends files in one commit (more than COMMIT_FILES in several), after failures again. What the Hub has already is
+    not sent again.
+
+    Args:
+        files: name in the repository → local file, or its content.
+        card: README.md, merged into the one that stands there.
+        replace: patterns of names; what matches one there and is not among the files is deleted.
+
+    Returns:
+        the card as it stands there now.
+    """
+    parts = list(files.items())
+    while len(parts) > COMMIT_FILES:  # the card goes with each: it is what tells these files as ours
+        retried(_commit, repo_id, repo_type, dict(parts[:COMMIT_FILES]), f"{message} (part)", card, (), files)
+        parts = parts[COMMIT_FILES:]
+    return retried(_commit, repo_id, repo_type, dict(parts), message, card, replace, files)
+
+
+# Copied from train_rankdpo_sdxl._commit
+def _commit(repo_id, repo_type, part: dict, message: str, card: str, replace: tuple[str, ...], files: dict) -> str:
+    # A commit upon the very state that was read: if somebody edits the card meanwhile, this is a 412, and asked anew.
+    head = HfApi().repo_info(repo_id, repo_type=repo_type)
+    standing = {file.rfilename for file in head.siblings}
+    operations = [CommitOperationAdd(name, content) for name, content in part.items()]
+    if card:
+        if "README.md" in standing:
+            theirs = hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=head.sha)
+            card = merge_cards(card, Path(theirs).read_text())
+        operations.append(CommitOperationAdd("README.md", card.encode()))
+    stale = {name for name in standing - files.keys() if any(fnmatch(name, pattern) for pattern in replace)}
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
+    HfApi().create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head.sha)
+    return card
+
+
+# Copied from train_rankdpo_sdxl.split_card
+def split_card(text: str) -> tuple[dict, str]:
+    """A card's front matter and body."""
+    match = re.match(r"\s*---\s*?\n(.*?)^---[ \t\r]*$\n?", text, re.S | re.M)
+    return (yaml.safe_load(match.group(1)) or {}, text[match.end() :]) if match else ({}, text)
+
+
+# Copied from train_rankdpo_sdxl.join_card
+def join_card(front: dict, body: str) -> str:
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}"
+
+
+# Copied from train_rankdpo_sdxl.merge_cards
+def merge_cards(mine: str, theirs: str) -> str:
+    """A card written anew, with what people made of the one that stands.
+
+    Of the front matter CARD_FACTS are mine, everything else theirs if they have it; what is listed by configuration, or
+    by the dataset of an evaluation, stays where it is of others. Of the body the part between the marks is mine,
+    everything around it theirs.
+    """
+    (front, body), (their_front, their_body) = split_card(mine), split_card(theirs)
+    if "license" in their_front:  # a licence's name and link belong to it
+        front = {name: value for name, value in front.items() if "license_" not in name or name in their_front}
+    merged = {**front, **their_front, **{name: front[name] for name in CARD_FACTS if name in front}}
+    for name in ("configs", "dataset_info"):
+        if name in front and name in their_front:
+            parts = [part if isinstance(part, list) else [part] for part in (front[name], their_front[name])]
+            own = [part.get("config_name", "default") for part in parts[0]]
+            merged[name] = parts[0] + [part for part in parts[1] if part.get("config_name", "default") not in own]
+    if front.get("model-index") and their_front.get("model-index"):
+        (own,), (their, *more) = front["model-index"], their_front["model-index"]
+        datasets = [result["dataset"] for result in own["results"]]
+        others = [result for result in their.get("results") or [] if result.get("dataset") not in datasets]
+        merged["model-index"] = [{**own, **their, "results": others + own["results"]}, *more]
+    block = re.search(f"{re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}", body, re.S)
+    block = block.group(0) if block else body.strip()
+    before, begin, rest = their_body.rpartition(CARD_BEGIN)
+    _, end, after = rest.partition(CARD_END)
+    if begin and end:
+        body = f"{before}{block}{after}"
+    elif their_body.strip():
+        body = f"{their_body.rstrip()}\n\n{block}\n"
+    return join_card(merged, body)
+
+
+# Copied from train_rankdpo_sdxl.hub_files
+def hub_files(output_dir: Path) -> dict[str, Path]:
+    """Name in the repository → file: not the checkpoints, with their optimizer states, and not the trackers' files."""
+    patterns = (LORA_FILE, "comfyui/*.safetensors", "images/*.png", "run.json", LOG_FILE)
+    files = [file for pattern in patterns for file in sorted(output_dir.glob(pattern))]
+    return {file.relative_to(output_dir).as_posix(): file for file in files}
 
 
 # Copied from train_rankdpo_sdxl.upload
 def upload(args: ScriptArguments, output_dir: Path) -> None:
-    """Sends LoRA and card; the client does not retry a commit by itself. The weights are on disk whatever happens."""
-    for attempt in range(5):
-        try:
-            HfApi().upload_folder(
-                repo_id=args.hub_model_id,
-                folder_path=output_dir,
-                allow_patterns=[LORA_FILE, "README.md", "run.json", "images/*.png", "comfyui/*.safetensors"],
-                ignore_patterns=[".*", "checkpoint-*"],
-            )
+    """Sends LoRA, card, gallery and log. Where that fails it says how to do it later: everything is on disk."""
+    enable_progress_bars()
+    try:
+        card = (output_dir / "README.md").read_text()
+        # A run that is published only now had no repository to name in its card.
+        card = re.sub(r'load_lora_weights\("[^"]*"', f'load_lora_weights("{args.hub_model_id}"', card)
+        card = push_to_hub(args.hub_model_id, "model", hub_files(output_dir), "LoRA, card and gallery", card)
+    except Exception as error:
+        command = ["hf", "upload", args.hub_model_id, str(output_dir), ".", "--exclude", "checkpoint-*"]
+        command = shlex.join([*command, "--exclude", f"{args.logging_dir}/*"])
+        raise SystemExit(
+            f"upload to {args.hub_model_id} failed: {one_line(error)}; everything is in {output_dir}. The same command "
+            "with --resume_from_checkpoint latest uploads it, and keeps what people wrote on its card; the folder "
+            f"as it is: {command}"
+        ) from None
+    write_text(output_dir / "README.md", card)
+    print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
+
+
+# Copied from train_rankdpo_sdxl.CheckpointUpload
+class CheckpointUpload:
+    """Sends the LoRA of a checkpoint while the training goes on, one at a time; a checkpoint that comes while another
+    is on its way is left to the next, or to the end."""
+
+    def __init__(self, repo_id: str):
+        self.repo_id, self.executor, self.sending = repo_id, ThreadPoolExecutor(1), None
+        disable_progress_bars()  # they would be drawn over that of the training
+
+    def __call__(self, output_dir: Path, checkpoint: Path) -> None:
+        if self.sending and not self.sending.done():
             return
+        # Read now: by the time it is sent, checkpoints_total_limit may have removed the folder.
+        files = {LORA_FILE: (checkpoint / LORA_FILE).read_bytes()}
+        files |= {name: (output_dir / name).read_bytes() for name in (LOG_FILE, "run.json")}
+        self.sending = self.executor.submit(self._send, files, checkpoint.name)
+
+    def _send(self, files: dict[str, bytes], checkpoint: str) -> None:
+        try:
+            push_to_hub(self.repo_id, "model", files, f"LoRA of {checkpoint}")
         except Exception as error:
-            message = one_line(error)
-            time.sleep(2**attempt)
-    raise SystemExit(
-        f"upload to {args.hub_model_id} failed: {message}; everything is in {output_dir}: run the same command with "
-        "--resume_from_checkpoint latest to upload it"
-    )
+            message = f"upload of {checkpoint} to {self.repo_id} failed: {one_line(error)}; the training goes on"
+            tqdm.write(message, file=sys.stderr)
+
+    def wait(self) -> None:
+        self.executor.shutdown()
 
 
 # Copied from train_rankdpo_sdxl.training_command
@@ -1471,7 +1741,7 @@ def main(args: ScriptArguments) -> None:
     check_images(images, labels, [row for i in missing_shards(cache, used, accelerator) for row in shards[i]])
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
-        create_repo(args, output_dir.resolve().name)
+        args.hub_model_id = create_repo(args.hub_model_id or output_dir.resolve().name, "model", args.hub_private_repo)
     if start_step == max_train_steps and (output_dir / "README.md").exists():  # the card is written last
         accelerator.print(f"{output_dir} is trained already: {max_train_steps} steps")
         if args.push_to_hub and accelerator.is_main_process:
@@ -1520,6 +1790,7 @@ def main(args: ScriptArguments) -> None:
     if accelerator.is_main_process:
         config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
         accelerator.init_trackers("dpo-qsd", config=config)
+        log = open_log(output_dir / LOG_FILE, start_step)
     progress = tqdm(
         total=max_train_steps, initial=start_step, desc="train", disable=not accelerator.is_local_main_process
     )
@@ -1530,6 +1801,9 @@ def main(args: ScriptArguments) -> None:
         f"{describe(args, counts, used)}: {max_train_steps} steps of {global_batch_size}, "
         f"{sum(p.numel() for p in parameters):,} trained parameters"
     )
+    upload_checkpoint = None
+    if args.push_to_hub and args.hub_strategy == "checkpoint" and accelerator.is_main_process:
+        upload_checkpoint = CheckpointUpload(args.hub_model_id)
     started, step_ended = time.time(), time.time()
 
     for step in range(start_step + 1, max_train_steps + 1):
@@ -1559,6 +1833,8 @@ def main(args: ScriptArguments) -> None:
         progress.update()
         progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
         accelerator.log(logs, step=step)
+        if accelerator.is_main_process:
+            log.write(json.dumps({"step": step, **logs}) + "\n")
         # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
         if not np.isfinite(logs["loss"]) or not np.isfinite(logs["grad_norm"]) and args.mixed_precision != "fp16":
             raise SystemExit(
@@ -1569,6 +1845,8 @@ def main(args: ScriptArguments) -> None:
         if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == max_train_steps):
             total_limit = args.checkpoints_total_limit
             save_checkpoint(output_dir, step, reference, optimizer, lr_scheduler, accelerator.scaler, total_limit)
+            if upload_checkpoint and step < max_train_steps:
+                upload_checkpoint(output_dir, output_dir / f"checkpoint-{step}")
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
             log_images(accelerator, validator.prompts, validator(reference), step)
             step_ended = time.time()
@@ -1588,10 +1866,14 @@ def main(args: ScriptArguments) -> None:
             "learning rate": args.learning_rate,
             "LoRA rank": args.rank,
             "seed": args.seed,
+            "data": data_identity(dataset, settings["pairs"]),
             "speed": f"{trained_images / seconds:.1f} images/s" if trained_images else "not measured",
             "peak memory": f"{peak_memory_gb(device):.1f} GB",
         }
+        log.close()
         finish(args, family, reference, validator, accelerator, facts)
+        if upload_checkpoint:
+            upload_checkpoint.wait()
         if args.push_to_hub:
             upload(args, output_dir)
     accelerator.end_training()

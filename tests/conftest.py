@@ -16,6 +16,7 @@ import time  # noqa: E402
 from io import BytesIO  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import hub  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -337,3 +338,14 @@ def write_pairs(folder: Path, rows: list[dict], drop: tuple = (), **kinds) -> Pa
 @pytest.fixture(scope="session")
 def pair_dataset(tmp_path_factory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs", pair_rows())
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A Hub; afterwards its token stands in no file, neither there nor on this machine."""
+    server = hub.Hub()
+    yield server
+    server.close()
+    assert hub.TOKEN.encode() not in b"".join(server.contents())
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or hub.TOKEN.encode() not in file.read_bytes(), file

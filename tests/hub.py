@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hub of our own for the tests: what huggingface_hub and datasets ask of huggingface.co, in memory, with faults.
 
-The real clients talk to it over HTTP, in processes of their own, with HF_ENDPOINT set. `Hub(fault, number)` answers the
-number-th request that could change something (for `always-…` all of them from there on) as a busy or broken Hub would.
+The real clients talk to it over HTTP, in processes of their own, with HF_ENDPOINT set. `inject(fault, number)` makes it
+answer the number-th request from then on (for `always-…` all later ones too) as a busy or broken Hub would.
 """
 
 import base64
 import hashlib
+import io
 import json
 import re
 import threading
@@ -18,7 +19,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_marker_that_must_appear_nowhere"
 USER = "user"
-FAULTS = ("409", "412", "429", "500", "503", "drop", "slow")
 LFS_SUFFIXES = (".parquet", ".safetensors", ".png", ".jpg", ".pt", ".bin")
 
 
@@ -41,21 +41,33 @@ class Repo:
 
 class Hub:
     """The server's state. `repos` by (kind, id), kind "models" or "datasets"; `log` of (method, path); `uploaded`:
-    path of every file's content as it came in by LFS, once for every time that it came."""
+    (hash, size) of every content that came in by LFS, once for every time that it came. `stall_after`: that many files
+    are taken in, then uploads hang, until it is None again; what hung is lost."""
 
-    def __init__(self, fault: str | None = None, number: int = 0):
+    def __init__(self):
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.log: list[tuple[str, str]] = []
         self.uploaded: list[tuple[str, int]] = []
-        self.fault, self.number, self.writes = fault, number, 0
+        self.read_only: set[str] = set()  # repositories that the token may not write to
+        self.fault, self.number, self.requests, self.stall_after = None, 0, 0, None
+        self.stalled = threading.Event()
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def inject(self, fault: str | None, number: int = 1) -> None:
+        """`fault`: a status (502 as an HTML page), `drop` (the connection is closed, no answer), `lost` (the same, but
+        what was asked is done first) or `slow`; with `always-` in front, from the number-th request on."""
+        self.fault, self.number, self.requests = fault, number, 0
+
+    def clear(self) -> None:
+        self.repos, self.objects, self.log, self.uploaded = {}, {}, [], []
+
     def close(self) -> None:
+        self.stall_after = None
         self.server.shutdown()
         self.server.server_close()
 
@@ -69,8 +81,18 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 
+    def contents(self) -> list[bytes]:
+        """Every file of every commit of every repository."""
+        return [content for repo in self.repos.values() for _, files in repo.commits for content in files.values()]
+
     def files(self, kind: str, repo_id: str) -> dict[str, bytes]:
         return self.repos[kind, repo_id].head[1]
+
+    def commit(self, kind: str, repo_id: str, files: dict[str, bytes]) -> None:
+        """What a person does on the Hub's pages: files added or changed."""
+        repo = self.repos.setdefault((kind, repo_id), Repo(private=False))
+        sha = hashlib.sha1(uuid.uuid4().bytes).hexdigest()
+        repo.commits.append((sha, {**repo.head[1], **files}))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -99,22 +121,28 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(404, {"error": code}, X_Error_Code=code, X_Error_Message=code, **headers)
 
     def faulty(self) -> bool:
-        """Whether this request, one that could change something, was answered with the fault."""
+        """Whether this request was answered with the fault."""
         hub = self.hub
         with hub.lock:
-            hub.writes += 1
+            hub.requests += 1
             always = (hub.fault or "").startswith("always-")
-            due = hub.fault and (hub.writes == hub.number or always and hub.writes >= hub.number)
+            due = hub.fault and (hub.requests == hub.number or always and hub.requests >= hub.number)
         if not due:
             return False
         fault = hub.fault.removeprefix("always-")
         if fault == "slow":
-            time.sleep(2)
+            time.sleep(0.5)
+            return False
+        if fault == "lost":
+            self.wfile = io.BytesIO()  # the answer goes nowhere; `finish` then closes the connection
+            self.close_connection = True
             return False
         if fault == "drop":
             self.close_connection = True
             self.connection.shutdown(2)
             return True
+        if fault == "502":  # a proxy's page, not the Hub's own answer
+            return self.answer(502, b"<html>injected 502 Bad Gateway</html>", Content_Type="text/html") or True
         headers = {"Retry_After": 1} if fault == "429" else {}
         self.answer(int(fault), {"error": f"injected {fault}"}, **headers)
         return True
@@ -128,10 +156,16 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
         self.hub.log.append((self.command, path))
+        if self.faulty():
+            return None
+        allowed = self.headers.get("authorization") == f"Bearer {TOKEN}"
         if path == "/api/whoami-v2":
-            allowed = self.headers.get("authorization") == f"Bearer {TOKEN}"
             known = {"type": "user", "name": USER, "auth": {"accessToken": {"role": "write", "displayName": "t"}}}
             return self.answer(200, known) if allowed else self.answer(401, {"error": "Invalid credentials"})
+        match = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/auth-check/write", path)
+        if match:
+            writable = allowed and match.group(2) not in self.hub.read_only
+            return self.answer(200, {}) if writable else self.answer(403, {"error": "You have no write access."})
         match = re.fullmatch(
             r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/([^/]+)(?:/(.*))?)?)?", path
         )
@@ -154,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.missing("RevisionNotFound")
         sha, files = commit
         if what == "tree":
-            return self.tree(files, folder or "", "true" in query.get("recursive", []) + query.get("recursive", ["x"]))
+            return self.tree(files, folder or "", "true" in query.get("recursive", []))
         siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
         common = {"id": repo_id, "sha": sha, "siblings": siblings, "private": repo.private, "tags": [], "gated": False}
         self.answer(200, {**common, "disabled": False, "downloads": 0, "likes": 0, "author": USER})
@@ -205,12 +239,12 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(url.path)
         body = self.body()
         self.hub.log.append(("POST", path))
+        if self.faulty():
+            return None
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if self.headers.get("authorization") != f"Bearer {TOKEN}":
             return self.answer(401, {"error": "Invalid credentials"})
-        if self.faulty():
-            return None
         if path == "/api/repos/create":
             return self.create(json.loads(body))
         match = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(preupload|commit)/([^/]+)", path)
@@ -219,6 +253,8 @@ class Handler(BaseHTTPRequestHandler):
             repo = self.hub.repos.get((kind, repo_id))
             if repo is None:
                 return self.missing("RepoNotFound")
+            if repo_id in self.hub.read_only:
+                return self.answer(403, {"error": "You have no write access."})
             return (
                 self.preupload(repo, json.loads(body))
                 if what == "preupload"
@@ -233,6 +269,12 @@ class Handler(BaseHTTPRequestHandler):
         body = self.body()
         self.hub.log.append(("PUT", path))
         if self.faulty():
+            return None
+        if self.hub.stall_after is not None and len(self.hub.uploaded) >= self.hub.stall_after:
+            self.hub.stalled.set()
+            while self.hub.stall_after is not None:
+                time.sleep(0.05)
+            self.close_connection = True
             return None
         oid = path.rsplit("/", 1)[1]
         if hashlib.sha256(body).hexdigest() != oid:
@@ -300,11 +342,13 @@ class Handler(BaseHTTPRequestHandler):
                         return self.answer(400, {"error": f"no object {value['oid']}"})
                     files[value["path"]] = self.hub.objects[value["oid"]]
                 elif line["key"] == "deletedFile":
-                    files.pop(value["path"], None)
+                    if value["path"] not in files:
+                        return self.answer(404, {"error": "A file with this name doesn't exist"})
+                    del files[value["path"]]
                 elif line["key"] == "deletedFolder":
                     gone = value["path"].rstrip("/") + "/"
                     files = {name: content for name, content in files.items() if not name.startswith(gone)}
-            sha = hashlib.sha1(f"{repo_id}{len(repo.commits)}".encode()).hexdigest()
+            sha = hashlib.sha1(uuid.uuid4().bytes).hexdigest()
             repo.commits.append((sha, files))
         prefix = "datasets/" if kind == "datasets" else ""
         url = f"{self.hub.url}/{prefix}{repo_id}/commit/{sha}"

@@ -130,8 +130,60 @@ def test_card_tells_what_was_built(built):
     wins = [(scores[:, 0] > scores[:, 1]).mean(), (scores[:, 1] > scores[:, 0]).mean()]
     line = next(line for line in card.text.splitlines() if line.startswith("| color_reward | 0"))
     assert [float(cell) for cell in line.split("|")[2:4]] == pytest.approx(wins, abs=6e-4)
-    assert card.data.dataset_info["splits"][0]["num_examples"] == 10
+    assert [info["splits"][0]["num_examples"] for info in card.data.dataset_info] == [10, 10]
     assert PILImage.open(built / "grid.png").width == 512
+
+
+def test_scores_are_a_configuration_without_images(built):
+    whole, scores = (load_dataset(str(built), name, split="train") for name in ("default", "scores"))
+    assert scores.column_names == [name for name in whole.column_names if name != "images"]
+    assert scores.to_list() == whole.remove_columns("images").to_list()
+
+
+def test_what_people_wrote_on_the_card_stays(built, prompts, recipe, tmp_path):
+    output = copy(built, tmp_path / "again")
+    card = DatasetCard.load(output / "README.md")
+    card.data.license, card.data.tags = "cc0-1.0", [*card.data.tags, "mine"]
+    card.text = f"Before.\n{card.text}\nAfter.\n"
+    card.save(output / "README.md")
+    call("build_synpic", *flags(prompts, recipe, output), "--gpu_hourly_cost", 3)
+    again = DatasetCard.load(output / "README.md")
+    assert again.data.license == "cc0-1.0" and "mine" in again.data.tags
+    assert again.text.strip().startswith("Before.") and again.text.strip().endswith("After.")
+    assert (
+        "at 3 an hour" in again.text
+        or "at 3.0 an hour" in again.text
+        and "at 1.5 an hour" not in again.text
+        and again.text.count("## Time and cost") == 1
+    )
+
+
+def test_many_shards_make_few_files(recipe, tmp_path, monkeypatch):
+    """What the Hub takes in one commit: at most 200 files; every prompt once, in order, with its own images."""
+
+    class Painter:
+        def __init__(self, *arguments):
+            pass
+
+        def __call__(self, prompts, seeds):
+            return [
+                PILImage.new("RGB", (8, 8), (seed % 256, 0, int(prompt[1:]) % 256))
+                for prompt, seed in zip(prompts, seeds)
+            ]
+
+    monkeypatch.setattr(build_synpic, "Generator", Painter)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"p{i}" for i in range(405)) + "\n")
+    (tmp_path / "mine.py").write_text("def red(images, prompts):\n    return [i.getpixel((0, 0))[0] for i in images]\n")
+    given = flags(tmp_path / "prompts.txt", recipe, tmp_path / "out", [f"{tmp_path / 'mine.py'}:red"])
+    call("build_synpic", *given, "--shard_size", 2)
+    assert len(list((tmp_path / "out" / "data").iterdir())) == 102  # 203 shards, two a file
+    dataset = load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
+    assert dataset["prompt"][:] == [f"p{i}" for i in range(405)]
+    for i in (0, 1, 2, 3, 204, 404):
+        row = dataset[i]
+        pixels = [image.getpixel((0, 0)) for image in row["images"]]
+        assert pixels == [(seed % 256, 0, i % 256) for seed in row["seeds"]]
+        assert row["scores"]["red"] == [red for red, _, _ in pixels]
 
 
 def test_second_run_computes_nothing(built, prompts, recipe, tmp_path, monkeypatch):

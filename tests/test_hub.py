@@ -1,34 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets and LoRAs on a Hub: real clients in processes of their own against tests/hub.py."""
+"""Datasets, LoRAs and results on a Hub: real clients in processes of their own against tests/hub.py."""
 
+import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
+from io import BytesIO
+from pathlib import Path
 
 import hub
-import pytest
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
-from conftest import ROOT
+from conftest import ROOT, pair_rows, write_pairs
 
 
-def client(server, home, *command, check=True, token=hub.TOKEN):
-    """Runs a command as a user of this Hub, with a cache of its own; returns its result. The token is never printed."""
+PROMPTS = [f"a {color} {shape}" for shape in ("circle", "square") for color in ("red", "green", "blue")]
+
+
+def start(server, home, *command, token=hub.TOKEN, **options) -> subprocess.Popen:
+    """A command as a user of this Hub gives it, with a cache of its own; it pauses a hundred times shorter."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= server.environment() | {"HF_TOKEN": token, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert token not in result.stdout + result.stderr
-    if check:
-        assert result.returncode == 0, result.stderr[-4000:]
-    return result
+    environment["PYTHONPATH"] = str(ROOT / "tests" / "hurried")
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
 
 
-@pytest.fixture
-def server():
-    server = hub.Hub()
-    yield server
-    server.close()
+def client(server, home, *command, check=True, token=hub.TOKEN) -> subprocess.CompletedProcess:
+    """Runs it to its end. The token is never printed."""
+    process = start(server, home, *command, token=token, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = process.communicate(timeout=600)
+    assert token not in output + errors
+    assert not check or process.returncode == 0, errors[-4000:]
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def last_line(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-4000:]
+    return result.stderr.strip().splitlines()[-1]
+
+
+def write_build(folder: Path, model: Path, rewards=("color_reward", "clean_reward"), prompts=PROMPTS) -> list:
+    """The command that builds a dataset of two generators and publishes it."""
+    call = {"num_inference_steps": 1, "height": 32, "width": 32}
+    entries = [{"name": name, "model": str(model), "call": call} for name in ("one", "two")]
+    (folder / "two.yaml").write_text(yaml.safe_dump(entries))
+    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    build = ["build_synpic.py", "--prompts", folder / "prompts.txt", "--generators", folder / "two.yaml"]
+    build += ["--rewards", *(f"shapes/world.py:{reward}" for reward in rewards), "--shard_size", 2]
+    return [*build, "--output_dir", folder / "synpic", "--push_to_hub", "--hub_dataset_id", "user/synpic"]
+
+
+TRAIN = "--resolution 32 --rank 2 --learning_rate 1e-2 --max_train_steps 6 --report_to none --loss_type sft".split()
+TRAIN += "--validation_num_inference_steps 1".split()
+
+
+def write_train(folder: Path, model: Path, dataset, *more) -> list:
+    train = ["train_rankdpo_sdxl.py", "--pretrained_model_name_or_path", model, "--dataset_name", dataset, *TRAIN]
+    train += ["--cache_dir", folder / "cache", "--output_dir", folder / "lora"]
+    return [*train, "--push_to_hub", "--hub_model_id", "user/lora", *more]
 
 
 LOAD = """
@@ -38,6 +74,8 @@ for streaming in (False, True):
     rows = list(load_dataset("user/synpic", split="train", streaming=streaming))
     assert sorted(row["prompt"] for row in rows) == sorted(sys.argv[1:]), rows
     assert all(len(row["images"]) == 2 and row["images"][0].size == (32, 32) for row in rows)
+    scores = list(load_dataset("user/synpic", "scores", split="train", streaming=streaming))
+    assert [{**row, "images": None} for row in rows] == [{**row, "images": None} for row in scores]
 """
 DRAW = """
 import sys
@@ -51,37 +89,49 @@ print(sum(tensor.abs().sum().item() > 0 for tensor in loaded))
 
 
 def test_from_a_prompt_list_to_a_lora_that_loads_from_the_hub(server, tiny_sdxl, tmp_path):
-    """Build and push; load_dataset, streaming too; train from that id and push; load_lora_weights."""
-    call = {"num_inference_steps": 1, "height": 32, "width": 32}
-    entries = [{"name": name, "model": str(tiny_sdxl), "call": call} for name in ("one", "two")]
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(entries))
-    prompts = [f"a {color} circle" for color in ("red", "green", "blue", "yellow")]
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
-    build = ["build_synpic.py", "--prompts", tmp_path / "prompts.txt", "--generators", tmp_path / "two.yaml"]
-    build += ["--rewards", "shapes/world.py:color_reward", "shapes/world.py:clean_reward", "--shard_size", 2]
-    build += ["--output_dir", tmp_path / "synpic", "--push_to_hub", "--hub_dataset_id", "user/synpic"]
+    """Build and push, killed in the middle of the upload, and again; load_dataset, streaming too; train from that id
+    and push every checkpoint; load_lora_weights."""
+    build = write_build(tmp_path, tiny_sdxl)
+    server.stall_after = 2
+    process = start(server, tmp_path / "home", *build, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not server.stalled.is_set():
+        time.sleep(0.05)
+    # The first files were sent while the others were made, and nobody sees a part of the dataset.
+    assert server.files("datasets", "user/synpic") == {}
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and len(server.uploaded) == 2
+    server.stall_after = None
     client(server, tmp_path / "home", *build)
-    assert "README.md" in server.files("datasets", "user/synpic")
-    sent = len(server.uploaded)
-    client(server, tmp_path / "home", *build)  # nothing is sent twice
-    assert len(server.uploaded) == sent
-    client(server, tmp_path / "other-home", "-c", LOAD, *prompts)
-
-    train = ["train_rankdpo_sdxl.py", "--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", "user/synpic"]
-    train += (
-        "--resolution 32 --rank 2 --learning_rate 1e-2 --max_train_steps 2 --report_to none --loss_type sft".split()
+    files = server.files("datasets", "user/synpic")
+    assert len(server.uploaded) == len(set(server.uploaded)) == sum(hub.is_lfs(name) for name in files)
+    assert sorted(files) == sorted(
+        [*(f"data/train-0000{i}-of-00003.parquet" for i in range(3)), "scores/train-00000-of-00001.parquet"]
+        + ["README.md", "grid.png"]
     )
-    train += ["--validation_num_inference_steps", 1, "--cache_dir", tmp_path / "cache"]
-    train += ["--output_dir", tmp_path / "lora", "--push_to_hub", "--hub_model_id", "user/lora"]
-    client(server, tmp_path / "other-home", *train)
+    commits = len(server.repos["datasets", "user/synpic"].commits)
+    client(server, tmp_path / "home", *build)  # nothing is sent twice, and no empty commit is made
+    assert len(server.uploaded) == len(set(server.uploaded))
+    assert len(server.repos["datasets", "user/synpic"].commits) == commits
+    client(server, tmp_path / "other-home", "-c", LOAD, *PROMPTS)
+
+    train = write_train(tmp_path, tiny_sdxl, "user/synpic", "--checkpointing_steps", 2, "--hub_strategy", "checkpoint")
+    printed = client(server, tmp_path / "other-home", *train).stdout
+    assert f"published: {server.url}/user/lora" in printed
     files = server.files("models", "user/lora")
     wanted = {"README.md", "comfyui/lora.safetensors", "images/0.png", "pytorch_lora_weights.safetensors", "run.json"}
-    assert wanted <= files.keys() and not any("checkpoint" in name for name in files)
-    assert b"datasets:\n- user/synpic" in files["README.md"]
+    assert wanted | {"training_log.jsonl"} <= files.keys() and not any("checkpoint" in name for name in files)
+    for name, content in files.items():
+        assert content == (tmp_path / "lora" / name).read_bytes(), name
+    assert [json.loads(line)["step"] for line in files["training_log.jsonl"].splitlines()] == [1, 2, 3, 4, 5, 6]
+    card = files["README.md"].decode()
+    commit = server.repos["datasets", "user/synpic"].head[0]
+    assert "datasets:\n- user/synpic" in card and f"commit {commit}" in card and "TODO" not in card
+    # A checkpoint's LoRA came before, and was another.
+    earlier = [files for _, files in server.repos["models", "user/lora"].commits[:-1]]
+    earlier = [files["pytorch_lora_weights.safetensors"] for files in earlier if files]
+    assert earlier and files["pytorch_lora_weights.safetensors"] not in earlier
     drawn = client(server, tmp_path / "third-home", "-c", DRAW, tiny_sdxl)
     assert int(drawn.stdout.split()[-1]) == sum(key.endswith("lora_B.weight") for key in lora_keys(files))
-    everything = [content for repo in server.repos.values() for _, files in repo.commits for content in files.values()]
-    assert not any(hub.TOKEN.encode() in content for content in everything)
 
 
 def lora_keys(files: dict[str, bytes]) -> list[str]:
@@ -90,10 +140,197 @@ def lora_keys(files: dict[str, bytes]) -> list[str]:
     return list(load(files["pytorch_lora_weights.safetensors"]))
 
 
-def test_a_wrong_token_fails_before_any_work(server, tiny_sdxl, ranked_dataset, tmp_path):
-    train = ["train_rankdpo_sdxl.py", "--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", ranked_dataset]
-    train += ["--resolution", 32, "--output_dir", tmp_path / "lora", "--push_to_hub", "--hub_model_id", "user/lora"]
-    result = client(server, tmp_path / "home", *train, check=False, token="hf_wrong")
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 1 and last.startswith("--push_to_hub: the repository user/lora cannot be had"), last
+def test_a_token_that_may_not_write_fails_before_any_work(server, tiny_sdxl, ranked_dataset, tmp_path):
+    train = write_train(tmp_path, tiny_sdxl, ranked_dataset)
+    line = last_line(client(server, tmp_path / "home", *train, check=False, token="hf_wrong"))
+    assert line.startswith("--push_to_hub: the model repository user/lora cannot be written to"), line
+    server.commit("models", "user/lora", {})
+    server.read_only.add("user/lora")
+    line = last_line(client(server, tmp_path / "home", *train, check=False))
+    assert "no write access" in line and "hf auth login" in line, line
     assert not (tmp_path / "lora").exists()
+
+    build = write_build(tmp_path, tiny_sdxl)
+    line = last_line(client(server, tmp_path / "home", *build, check=False, token="hf_wrong"))
+    assert line.startswith("--push_to_hub: the dataset repository user/synpic cannot be written to"), line
+    server.commit("datasets", "user/synpic", {"data/train-00000-of-00002.parquet": b"somebody's"})
+    line = last_line(client(server, tmp_path / "home", *build, check=False))
+    assert line.startswith("--hub_dataset_id user/synpic holds other data (data/train-00000-of-00002.parquet)"), line
+    assert not (tmp_path / "synpic").exists()
+
+
+OTHER_CARD = """---
+license: cc-by-4.0
+configs:
+- config_name: extra
+  data_files: extra/rows.parquet
+---
+What people wrote before.
+"""
+LOAD_EXTRA = """
+from datasets import load_dataset
+assert load_dataset("user/synpic", "extra", split="train").to_list() == [{"text": "one"}]
+print(len(load_dataset("user/synpic", split="train")))
+"""
+
+
+def test_other_configurations_and_edits_of_the_card_stay(server, tiny_sdxl, tmp_path):
+    buffer = BytesIO()
+    pq.write_table(pa.table({"text": ["one"]}), buffer)
+    server.commit(
+        "datasets", "user/synpic", {"README.md": OTHER_CARD.encode(), "extra/rows.parquet": buffer.getvalue()}
+    )
+    client(server, tmp_path / "home", *write_build(tmp_path, tiny_sdxl))
+    assert client(server, tmp_path / "a", "-c", LOAD_EXTRA).stdout.strip() == "6"
+    card = server.files("datasets", "user/synpic")["README.md"].decode()
+    assert "cc-by-4.0" in card and "What people wrote before." in card and "## Time and cost" in card
+
+    # Somebody edits the card on the Hub; the dataset grows by two prompts and a reward.
+    card = card.replace("license: cc-by-4.0", "license: cc0-1.0\nviewer: true") + "\nWhat people wrote after.\n"
+    server.commit("datasets", "user/synpic", {"README.md": card.encode()})
+    rewards = ("color_reward", "clean_reward", "shape_reward")
+    more = [*PROMPTS, "a red triangle", "a blue triangle"]
+    client(server, tmp_path / "home", *write_build(tmp_path, tiny_sdxl, rewards, more))
+    assert client(server, tmp_path / "b", "-c", LOAD_EXTRA).stdout.strip() == "8"
+    files = server.files("datasets", "user/synpic")
+    assert sorted(name for name in files if name.startswith("data/")) == [
+        f"data/train-0000{i}-of-00004.parquet" for i in range(4)
+    ]
+    card = files["README.md"].decode()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "cc0-1.0" and front["viewer"] is True
+    assert [config["config_name"] for config in front["configs"]] == ["default", "scores", "extra"]
+    assert card.count("What people wrote before.") == card.count("What people wrote after.") == 1
+    assert card.count("## Time and cost") == 1 and "shape_reward" in card and "8 prompts" in card
+    assert card == (tmp_path / "synpic" / "README.md").read_text()
+
+
+def test_merged_card():
+    """What the two sides of a card become, key by key and mark by mark."""
+    from train_rankdpo_sdxl import CARD_BEGIN, CARD_END, join_card, merge_cards, split_card
+
+    block = f"{CARD_BEGIN}\nnew\n{CARD_END}"
+    mine = join_card({"license": "other", "license_name": "sai", "tags": ["a"], "widget": [2]}, f"{block}\n")
+
+    def merged(front: str, body: str) -> tuple[dict, str]:
+        card = merge_cards(mine, f"---\n{front}---\n{body}")
+        assert merge_cards(mine, card) == card  # once more changes nothing
+        return split_card(card)
+
+    assert merged("", "") == split_card(mine)
+    front, body = merged("license: mit\nwidget: [1]\nmine: é\n", "Text.\n")
+    assert front == {"tags": ["a"], "widget": [2], "license": "mit", "mine": "é"}
+    assert body.strip() == f"Text.\n\n{block}"
+    old = f"{CARD_BEGIN}\nold\n{CARD_END}"
+    assert merged("tags: []\n", f"A\r\n{old} B")[1].strip() == f"A\r\n{block} B"
+    # Somebody deleted the end mark, or all of the card's head.
+    assert merged("", f"A {CARD_BEGIN} old B")[1].strip() == f"A {CARD_BEGIN} old B\n\n{block}"
+    assert split_card(merge_cards(mine, "only text"))[1].strip() == f"only text\n\n{block}"
+
+
+LOAD_PAIRS = """
+from datasets import load_dataset
+scores = load_dataset("user/qsd", "scores", split="train")
+whole = load_dataset("user/qsd", split="train")
+assert scores["quality_rank"] == whole["quality_rank"] == list(range(1, len(whole) + 1))
+assert "chosen" not in scores.column_names
+print(len(whole), whole[0]["jpg_0"][:4] if isinstance(whole[0]["jpg_0"], bytes) else whole[0]["jpg_0"].size)
+"""
+
+
+def test_sorted_pairs_are_published_and_the_next_fraction_replaces_them(server, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", pair_rows(24))
+    score = ["score_pairs.py", "--dataset_name", pairs, "--reward", "shapes/world.py:clean_reward", "--include_images"]
+    score += ["--output_dir", tmp_path / "qsd", "--push_to_hub", "--hub_dataset_id", "user/qsd"]
+    client(server, tmp_path / "home", *score, "--top_fraction", 1)
+    assert int(client(server, tmp_path / "a", "-c", LOAD_PAIRS).stdout.split()[0]) > 10
+    client(server, tmp_path / "home", *score, "--top_fraction", 0.2)
+    assert int(client(server, tmp_path / "b", "-c", LOAD_PAIRS).stdout.split()[0]) < 6
+    names = set(server.files("datasets", "user/qsd"))
+    assert {"README.md", "statistics.json", "figures/best.png", "figures/quality.png"} <= names
+    assert not any("work" in name for name in names)
+
+
+def test_an_upload_that_fails_costs_no_weights_and_names_the_command(server, tiny_sdxl, ranked_dataset, tmp_path):
+    """The Hub goes away after the training has begun; later the printed command uploads the folder."""
+    train = write_train(tmp_path, tiny_sdxl, ranked_dataset, "--checkpointing_steps", 2, "--hub_strategy", "checkpoint")
+    process = start(server, tmp_path / "home", *train, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    threading.Thread(target=break_down_after_creation, args=(server,), daemon=True).start()
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 1 and "Traceback" not in errors and hub.TOKEN not in output + errors
+    assert re.search(r"^upload of checkpoint-2 to user/lora failed: .*; the training goes on$", errors, re.M), errors
+    line = errors.strip().splitlines()[-1]
+    assert line.startswith("upload to user/lora failed: ") and f"everything is in {tmp_path / 'lora'}" in line, line
+    assert server.files("models", "user/lora") == {}
+    for name in ("pytorch_lora_weights.safetensors", "README.md", "comfyui/lora.safetensors"):
+        assert (tmp_path / "lora" / name).exists()
+
+    server.inject(None)
+    command = shlex.split(line.partition("as it is: ")[2])
+    assert command[:2] == ["hf", "upload"]
+    client(server, tmp_path / "home", Path(sys.executable).with_name("hf"), *command[1:])
+    files = server.files("models", "user/lora")
+    assert {"pytorch_lora_weights.safetensors", "README.md", "comfyui/lora.safetensors"} <= files.keys()
+    assert not any("checkpoint" in name or "state" in name for name in files)
+    client(server, tmp_path / "home", *train, "--resume_from_checkpoint", "latest")  # sends what is left, no more
+
+
+def break_down_after_creation(server) -> None:
+    while ("models", "user/lora") not in server.repos or len(server.log) < 3:
+        pass
+    server.inject("always-503")
+
+
+BASE_CARD = "---\nlicense: openrail++\nlicense_link: LICENSE.md\n---\nThe base model.\n"
+
+
+def test_results_go_into_the_card_and_stay_there(server, tiny_sdxl, ranked_dataset, tmp_path):
+    """Trained from a base model on the Hub, whose licence is carried over; evaluated, edited, evaluated and published
+    again."""
+    base = {
+        path.relative_to(tiny_sdxl).as_posix(): path.read_bytes() for path in tiny_sdxl.rglob("*") if path.is_file()
+    }
+    server.commit("models", "user/base", {**base, "README.md": BASE_CARD.encode()})
+    train = write_train(tmp_path, "user/base", ranked_dataset)
+    client(server, tmp_path / "home", *train)
+    card = server.files("models", "user/lora")["README.md"].decode()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "user/base" and front["license"] == "openrail++"
+    assert front["license_link"] == "https://huggingface.co/user/base/blob/main/LICENSE.md"
+
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    evaluate = ["evaluate.py", "--pretrained_model_name_or_path", "user/base", "--loras", "mine=user/lora"]
+    evaluate += ["--prompts", tmp_path / "prompts.txt", "--num_inference_steps", 1, "--resolution", 32]
+    evaluate += ["--metrics", "shapes/world.py:clean_reward", "--output_dir", tmp_path / "evaluation", "--push_to_hub"]
+    client(server, tmp_path / "home", *evaluate)
+    files = server.files("models", "user/lora")
+    results = json.loads(files["results.json"])
+    assert files["grid.png"] == (tmp_path / "evaluation" / "grid.png").read_bytes()
+    edited = files["README.md"].decode() + "\nA remark of mine.\n"
+    edited = edited.replace("license: openrail++", "license: openrail++\nnew_version: user/next")
+    server.commit("models", "user/lora", {"README.md": edited.encode()})
+
+    client(
+        server, tmp_path / "home", *evaluate, "--metrics", *[f"shapes/world.py:{n}_reward" for n in ("clean", "color")]
+    )
+    client(server, tmp_path / "home", *train, "--resume_from_checkpoint", "latest")
+    card = server.files("models", "user/lora")["README.md"].decode()
+    assert card.count("## Evaluation") == card.count("## Use it") == card.count("A remark of mine.") == 1
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["new_version"] == "user/next" and front["widget"][0]["output"]["url"] == "images/0.png"
+    (index,) = front["model-index"]
+    (result,) = index["results"]
+    values = {metric["name"]: metric["value"] for metric in result["metrics"]}
+    assert index["name"] == "lora" and result["task"]["type"] == "text-to-image"
+    assert values["clean_reward"] == results["mine"]["clean_reward"] and "color_reward" in values
+    check = "from huggingface_hub import ModelCard; print(ModelCard.load('user/lora').data.eval_results[0].metric_type)"
+    assert client(server, tmp_path / "b", "-c", check).stdout.split()[-1] == "clean_reward"
+
+
+def test_where_results_should_go_is_asked_before_any_work(server, tiny_sdxl, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    evaluate = ["evaluate.py", "--pretrained_model_name_or_path", tiny_sdxl, "--prompts", tmp_path / "prompts.txt"]
+    evaluate += ["--metrics", "shapes/world.py:clean_reward", "--output_dir", tmp_path / "evaluation", "--push_to_hub"]
+    line = last_line(client(server, tmp_path / "home", *evaluate, check=False))
+    assert line == "--push_to_hub: no LoRA in --loras is a Hub id: say with --hub_model_id where results go"
+    assert not (tmp_path / "evaluation").exists()

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, call, refused, run
-from datasets import Dataset, Features, Image, Value, load_dataset
+from datasets import Dataset, Features, Image, Value, get_dataset_config_names, load_dataset
 from PIL import Image as PILImage
 
 import score_pairs
@@ -197,6 +197,7 @@ def test_top_fraction_and_images(tmp_path, reward):
     assert asked(reward) == before
     plain = load_dataset(str(out), "scores", split="train", cache_dir=tmp_path / "cache")
     assert len(plain) == round(0.5 * len(expected))
+    assert get_dataset_config_names(str(out)) == ["scores"]
     assert not list((out / "data").glob("*")), "the images of the earlier run do not fit the card"
     card = (out / "README.md").read_text()
     assert "best.png" not in card and "The images are not in it" in card

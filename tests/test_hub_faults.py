@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Uploads to a Hub that answers badly: each fault at each request in turn, with the real client."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import hub
+from test_hub import OTHER_CARD, client, start, write_build, write_train
+
+
+FAULTS = ("409", "412", "429", "502", "503", "drop", "lost", "slow")
+
+
+# Runs a script's main again and again, the Hub behaving otherwise each time; one line in, one line of JSON out.
+DRIVER = """
+import importlib, io, json, sys, traceback
+from contextlib import redirect_stderr, redirect_stdout
+from accelerate.state import AcceleratorState
+module = importlib.import_module(sys.argv[1])
+module.COMMIT_FILES = int(sys.argv[2]) or module.COMMIT_FILES
+for line in sys.stdin:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    text, code = io.StringIO(), 0
+    with redirect_stdout(text), redirect_stderr(text):
+        try:
+            module.main(module.parse_arguments(json.loads(line)))
+        except SystemExit as stopped:
+            code = str(stopped.code)
+        except BaseException:
+            code = traceback.format_exc()
+    print(json.dumps([code, text.getvalue()]), flush=True)
+"""
+
+
+class Driver:
+    def __init__(self, server, home: Path, script: str, flags: list, commit_files: int = 0):
+        self.flags = json.dumps([str(flag) for flag in flags]) + "\n"
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = start(server, home, "-c", DRIVER, script, commit_files, **options)
+
+    def __call__(self) -> str | int:
+        """0, or the line that the script ended with."""
+        self.process.stdin.write(self.flags)
+        self.process.stdin.flush()
+        code, printed = json.loads(self.process.stdout.readline())
+        assert hub.TOKEN not in f"{code}{printed}"
+        assert code == 0 or "\n" not in code.strip(), code
+        return code
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def check_faults(server, run: Driver, before: dict, faults, wanted: tuple[str, str], local: Path) -> None:
+    """Each fault at each request in turn: complete. From each request on: complete, or one line and all kept here."""
+    kind, repo_id = wanted
+
+    def reset(fault, number) -> None:
+        server.clear()
+        for (other, name), files in before.items():
+            server.commit(other, name, files)
+        server.inject(fault, number)
+
+    reset(None, 1)
+    assert run() == 0
+    requests, complete = server.requests, server.files(kind, repo_id)
+    kept = {path: path.read_bytes() for path in local.rglob("*") if path.is_file()}
+    for fault in faults:
+        for number in range(1, requests + 1):
+            reset(fault, number)
+            code = run()
+            assert code == 0 and server.files(kind, repo_id) == complete, (fault, number, code)
+            again = len(server.uploaded) - len(set(server.uploaded))
+            assert again <= (fault == "lost"), (fault, number)  # a lost answer: one file may have to be sent again
+    for number in range(1, requests + 1):
+        reset("always-503", number)
+        code = run()
+        failed = server.repos.get((kind, repo_id))
+        if code == 0:
+            assert server.files(kind, repo_id) == complete, number
+        else:
+            assert repo_id in code and ("503" in code or "on the Hub" in code), code
+            assert failed is None or server.files(kind, repo_id) == before.get(wanted, {}), number
+        assert {path: path.read_bytes() for path in kept} == kept
+    reset(None, 1)
+    assert run() == 0 and server.files(kind, repo_id) == complete
+
+
+def test_dataset_upload_under_every_fault(server, tiny_sdxl, tmp_path):
+    build = write_build(tmp_path, tiny_sdxl)
+    client(server, tmp_path / "home", *build)
+    wanted, before = ("datasets", "user/synpic"), {"README.md": OTHER_CARD.encode()}
+    # The commit alone, into a repository that exists; then with the upload beside the ranking, into a new one.
+    run = Driver(server, tmp_path / "home", "build_synpic", [*build[1:], "--stages", "publish"])
+    check_faults(server, run, {wanted: before}, FAULTS, wanted, tmp_path / "synpic")
+    run.close()
+    run = Driver(server, tmp_path / "home", "build_synpic", [*build[1:], "--stages", "rank", "publish"])
+    check_faults(server, run, {}, ("409", "lost"), wanted, tmp_path / "synpic")
+    run.close()
+
+
+def test_lora_upload_under_every_fault(server, tiny_sdxl, ranked_dataset, tmp_path):
+    train = write_train(tmp_path, tiny_sdxl, ranked_dataset)
+    client(server, tmp_path / "home", *train)
+    run = Driver(server, tmp_path / "home", "train_rankdpo_sdxl", [*train[1:], "--resume_from_checkpoint", "latest"])
+    check_faults(server, run, {}, ("412", "503", "lost"), ("models", "user/lora"), tmp_path / "lora")
+    run.close()
+
+
+def test_a_dataset_of_several_commits_is_finished_by_the_next_run(server, tiny_sdxl, tmp_path):
+    build = write_build(tmp_path, tiny_sdxl)
+    client(server, tmp_path / "home", *build)
+    complete = server.files("datasets", "user/synpic")
+    run = Driver(server, tmp_path / "home", "build_synpic", [*build[1:], "--stages", "publish"], commit_files=2)
+    server.clear()
+    server.inject(None)
+    assert run() == 0 and server.files("datasets", "user/synpic") == complete
+    assert len(server.repos["datasets", "user/synpic"].commits) > 2
+    requests, unfinished = server.requests, set()
+    for number in (requests // 2, requests - 3):
+        server.clear()
+        server.inject("always-503", number)
+        assert isinstance(run(), str)
+        unfinished.add(frozenset(server.files("datasets", "user/synpic")))
+        server.inject(None)
+        assert run() == 0 and server.files("datasets", "user/synpic") == complete, number
+    assert len(unfinished) > 1, unfinished
+    run.close()
