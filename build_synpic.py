@@ -1728,6 +1728,8 @@ def size_category(n: int) -> str:
 LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 # Copied from train_rankdpo_sdxl.COMMIT_FILES
 COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+# Copied from train_rankdpo_sdxl.HUB_TIMEOUT
+HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
 
 
 # Copied from train_rankdpo_sdxl.retried
@@ -1738,7 +1740,7 @@ def retried(request, *arguments, **options):
     The client repeats reads and uploads of files by itself, but no commit and no making of a repository.
     """
     for pause in (1, 2, 4, 8, 16, None):
-        get_session().timeout = 300  # seconds without a byte; the client by itself would wait for ever
+        get_session().timeout = HUB_TIMEOUT
         try:
             return request(*arguments, **options)
         except Exception as error:  # the client's own, and its transport's, whose classes differ between versions
@@ -1785,7 +1787,7 @@ def _check_write_access(repo_id: str, repo_type: str) -> None:
     except HfHubHTTPError as error:
         if error.response.status_code != 404:  # a Hub of one's own may not know the question
             raise
-    HfApi().repo_info(repo_id, repo_type=repo_type)
+    HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
 
 
 # Copied from train_rankdpo_sdxl.push_to_hub
@@ -1818,7 +1820,7 @@ def push_to_hub(
 # Copied from train_rankdpo_sdxl._commit
 def _commit(repo_id, repo_type, part: dict, message: str, card: str, replace: tuple[str, ...], files: dict) -> str:
     # A commit upon the very state that was read: if somebody edits the card meanwhile, this is a 412, and asked anew.
-    head = HfApi().repo_info(repo_id, repo_type=repo_type)
+    head = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
     standing = {file.rfilename for file in head.siblings}
     operations = [CommitOperationAdd(name, content) for name, content in part.items()]
     if card:
@@ -1880,7 +1882,7 @@ def merge_cards(mine: str, theirs: str) -> str:
 def check_dataset_repo(repo_id: str, patterns: tuple[str, ...]) -> None:
     """Exits with one line if publishing would replace data that this script has not written."""
     try:
-        head = retried(HfApi().repo_info, repo_id, repo_type="dataset")
+        head = retried(HfApi().repo_info, repo_id, repo_type="dataset", timeout=HUB_TIMEOUT)
         files, card = {file.rfilename for file in head.siblings}, ""
         if "README.md" in files:
             file = retried(hf_hub_download, repo_id, "README.md", repo_type="dataset", revision=head.sha)

@@ -1931,6 +1931,8 @@ def data_hash(output_dir: Path) -> str:
 LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 # Copied from train_rankdpo_sdxl.COMMIT_FILES
 COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+# Copied from train_rankdpo_sdxl.HUB_TIMEOUT
+HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
 
 
 # Copied from train_rankdpo_sdxl.retried
@@ -1941,7 +1943,7 @@ def retried(request, *arguments, **options):
     The client repeats reads and uploads of files by itself, but no commit and no making of a repository.
     """
     for pause in (1, 2, 4, 8, 16, None):
-        get_session().timeout = 300  # seconds without a byte; the client by itself would wait for ever
+        get_session().timeout = HUB_TIMEOUT
         try:
             return request(*arguments, **options)
         except Exception as error:  # the client's own, and its transport's, whose classes differ between versions
@@ -1988,7 +1990,7 @@ def _check_write_access(repo_id: str, repo_type: str) -> None:
     except HfHubHTTPError as error:
         if error.response.status_code != 404:  # a Hub of one's own may not know the question
             raise
-    HfApi().repo_info(repo_id, repo_type=repo_type)
+    HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
 
 
 # Copied from train_rankdpo_sdxl.push_to_hub
@@ -2021,7 +2023,7 @@ def push_to_hub(
 # Copied from train_rankdpo_sdxl._commit
 def _commit(repo_id, repo_type, part: dict, message: str, card: str, replace: tuple[str, ...], files: dict) -> str:
     # A commit upon the very state that was read: if somebody edits the card meanwhile, this is a 412, and asked anew.
-    head = HfApi().repo_info(repo_id, repo_type=repo_type)
+    head = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
     standing = {file.rfilename for file in head.siblings}
     operations = [CommitOperationAdd(name, content) for name, content in part.items()]
     if card:
@@ -2084,7 +2086,7 @@ def merge_cards(mine: str, theirs: str) -> str:
 def check_dataset_repo(repo_id: str, patterns: tuple[str, ...]) -> None:
     """Exits with one line if publishing would replace data that this script has not written."""
     try:
-        head = retried(HfApi().repo_info, repo_id, repo_type="dataset")
+        head = retried(HfApi().repo_info, repo_id, repo_type="dataset", timeout=HUB_TIMEOUT)
         files, card = {file.rfilename for file in head.siblings}, ""
         if "README.md" in files:
             file = retried(hf_hub_download, repo_id, "README.md", repo_type="dataset", revision=head.sha)

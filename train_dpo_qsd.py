@@ -1407,6 +1407,8 @@ def write_text(file: Path, text: str) -> None:
 LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 # Copied from train_rankdpo_sdxl.COMMIT_FILES
 COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+# Copied from train_rankdpo_sdxl.HUB_TIMEOUT
+HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
 
 
 # Copied from train_rankdpo_sdxl.retried
@@ -1417,7 +1419,7 @@ def retried(request, *arguments, **options):
     The client repeats reads and uploads of files by itself, but no commit and no making of a repository.
     """
     for pause in (1, 2, 4, 8, 16, None):
-        get_session().timeout = 300  # seconds without a byte; the client by itself would wait for ever
+        get_session().timeout = HUB_TIMEOUT
         try:
             return request(*arguments, **options)
         except Exception as error:  # the client's own, and its transport's, whose classes differ between versions
@@ -1464,7 +1466,7 @@ def _check_write_access(repo_id: str, repo_type: str) -> None:
     except HfHubHTTPError as error:
         if error.response.status_code != 404:  # a Hub of one's own may not know the question
             raise
-    HfApi().repo_info(repo_id, repo_type=repo_type)
+    HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
 
 
 # Copied from train_rankdpo_sdxl.push_to_hub
@@ -1497,7 +1499,7 @@ def push_to_hub(
 # Copied from train_rankdpo_sdxl._commit
 def _commit(repo_id, repo_type, part: dict, message: str, card: str, replace: tuple[str, ...], files: dict) -> str:
     # A commit upon the very state that was read: if somebody edits the card meanwhile, this is a 412, and asked anew.
-    head = HfApi().repo_info(repo_id, repo_type=repo_type)
+    head = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
     standing = {file.rfilename for file in head.siblings}
     operations = [CommitOperationAdd(name, content) for name, content in part.items()]
     if card:

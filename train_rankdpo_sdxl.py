@@ -1298,6 +1298,7 @@ def write_text(file: Path, text: str) -> None:
 # What asking again does not mend: a malformed name, no token, no network wanted.
 LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
 
 
 def retried(request, *arguments, **options):
@@ -1307,7 +1308,7 @@ def retried(request, *arguments, **options):
     The client repeats reads and uploads of files by itself, but no commit and no making of a repository.
     """
     for pause in (1, 2, 4, 8, 16, None):
-        get_session().timeout = 300  # seconds without a byte; the client by itself would wait for ever
+        get_session().timeout = HUB_TIMEOUT
         try:
             return request(*arguments, **options)
         except Exception as error:  # the client's own, and its transport's, whose classes differ between versions
@@ -1351,7 +1352,7 @@ def _check_write_access(repo_id: str, repo_type: str) -> None:
     except HfHubHTTPError as error:
         if error.response.status_code != 404:  # a Hub of one's own may not know the question
             raise
-    HfApi().repo_info(repo_id, repo_type=repo_type)
+    HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
 
 
 def push_to_hub(
@@ -1382,7 +1383,7 @@ def push_to_hub(
 
 def _commit(repo_id, repo_type, part: dict, message: str, card: str, replace: tuple[str, ...], files: dict) -> str:
     # A commit upon the very state that was read: if somebody edits the card meanwhile, this is a 412, and asked anew.
-    head = HfApi().repo_info(repo_id, repo_type=repo_type)
+    head = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
     standing = {file.rfilename for file in head.siblings}
     operations = [CommitOperationAdd(name, content) for name, content in part.items()]
     if card:

@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
             return False
         fault = hub.fault.removeprefix("always-")
         if fault == "slow":
-            time.sleep(0.5)
+            time.sleep(1.6)  # a client that waits a second has gone by then; what it asked is done late
             return False
         if fault == "lost":
             self.wfile = io.BytesIO()  # the answer goes nowhere; `finish` then closes the connection
