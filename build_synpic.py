@@ -279,6 +279,234 @@ def preference_rank(scores) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Stages: draw, score, rank
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def generate(args: ScriptArguments, rows: list[dict], shards: list[range], generators: list[dict], state) -> None:
+    """Draws what is missing: for each generator (loaded once, then freed) its image shards.
+
+    Shards belong to processes by number, not by what is missing: processes look at different times.
+    """
+    for entry in generators:
+        folder = Path(args.output_dir) / "work" / "images" / entry["name"]
+        write_settings(folder, generator_settings(entry))
+        ids = [[rows[i]["prompt_id"] for i in shard] for shard in shards]
+        own = range(state.process_index, len(shards), state.num_processes)
+        missing = [s for s in own if not is_complete(shard_file(folder, s), prompts=digest(ids[s]))]
+        if not missing:
+            continue
+        draw = Generator(entry, state.device)
+        progress = tqdm(
+            total=sum(len(shards[s]) for s in missing),
+            desc=f"draw {entry['name']}",
+            unit="image",
+            disable=not state.is_local_main_process,
+        )
+        for s in missing:
+            started = time.time()
+            images = read_column(shard_file(folder, s), "prompt_id", "image")  # of a shard that was not full
+            seeds = {id: image_seed(args.seed, id, entry["name"]) for id in ids[s]}
+            todo = [rows[i] for i in shards[s] if rows[i]["prompt_id"] not in images]
+            progress.update(len(shards[s]) - len(todo))
+            for start in range(0, len(todo), args.generation_batch_size):
+                batch = todo[start : start + args.generation_batch_size]
+                drawn = draw([row["prompt"] for row in batch], [seeds[row["prompt_id"]] for row in batch])
+                images |= {row["prompt_id"]: encode_image(im, args.image_format) for row, im in zip(batch, drawn)}
+                progress.update(len(batch))
+            images = [images[id] for id in ids[s]]
+            columns = {"image": pa.array(images, pa.large_binary()), "seed": list(seeds.values())}
+            facts = {"prompts": digest(ids[s]), "images": digest(images)}
+            facts["seconds"] = time.time() - started + (shard_facts(shard_file(folder, s)) or {}).get("seconds", 0.0)
+            facts["device"] = device_name(state.device)
+            write_table(pa.table({"prompt_id": ids[s], **columns}), shard_file(folder, s), facts)
+        progress.close()
+        del draw
+        free_memory()
+    state.wait_for_everyone()
+
+
+def score(args: ScriptArguments, rows: list[dict], shards: list[range], generators: list[dict], state) -> None:
+    """Scores what is missing: for each reward model (loaded once, then freed) and generator the score shards.
+
+    Scores belong to images, by the hash of their bytes: an image drawn anew is scored anew.
+    """
+    work = Path(args.output_dir) / "work"
+    for name in args.rewards:
+        folder = work / "scores" / reward_name(name)
+        write_settings(folder, reward_settings(name))
+        missing = []
+        for number, (entry, s) in enumerate((entry, s) for entry in generators for s in range(len(shards))):
+            if number % state.num_processes != state.process_index:
+                continue
+            ids = [rows[i]["prompt_id"] for i in shards[s]]
+            source, target = shard_file(work / "images" / entry["name"], s), shard_file(folder / entry["name"], s)
+            if not is_complete(source, prompts=digest(ids)):
+                raise SystemExit(f"{source} is missing: run the generate stage first")
+            images = shard_facts(source)["images"]
+            if not is_complete(target, prompts=digest(ids), images=images):
+                missing.append((s, ids, source, target, images))
+        if not missing:
+            continue
+        reward = load_reward_model(name, state.device, batch_size=args.reward_batch_size)
+        progress = tqdm(
+            total=sum(len(ids) for _, ids, *_ in missing),
+            desc=f"score {reward_name(name)}",
+            unit="image",
+            disable=not state.is_local_main_process,
+        )
+        for s, ids, source, target, images in missing:
+            started = time.time()
+            data = pq.read_table(source)["image"].to_pylist()
+            hashes = [digest([item, id]) for item, id in zip(data, ids)]
+            scores = read_column(target, "image", "score")
+            todo = [n for n in range(len(ids)) if hashes[n] not in scores]
+            found = reward.score([data[n] for n in todo], [rows[shards[s][n]]["prompt"] for n in todo])
+            scores |= {hashes[n]: value for n, value in zip(todo, found)}
+            columns = {"image": hashes, "score": pa.array([scores[item] for item in hashes], pa.float32())}
+            facts = {"prompts": digest(ids), "images": images}
+            facts["seconds"] = time.time() - started + (shard_facts(target) or {}).get("seconds", 0.0)
+            facts["device"] = device_name(state.device)
+            write_table(pa.table({"prompt_id": ids, **columns}), target, facts)
+            progress.update(len(ids))
+        progress.close()
+        del reward
+        free_memory()
+    state.wait_for_everyone()
+
+
+def rank(args: ScriptArguments, rows: list[dict], shards: list[range], generators: list[dict], state) -> None:
+    """Joins images and scores into the dataset's files. Where they are to be published, a file that is finished is sent
+    while the next is made."""
+    data = Path(args.output_dir) / "data"
+    rewards = [reward_name(name) for name in args.rewards]
+    features = Features(
+        {
+            "prompt_id": Value("string"),
+            "prompt": Value("string"),
+            "images": List(Image()),
+            "generators": List(Value("string")),
+            "seeds": List(Value("int64")),
+            "scores": {reward: List(Value("float32")) for reward in rewards},
+            "preference_probability": List(Value("float32")),
+            "rank": List(Value("int32")),
+        }
+    )
+    per_file = math.ceil(len(shards) / 200)  # the dataset can be published in one commit
+    parts = [range(s, min(s + per_file, len(shards))) for s in range(0, len(shards), per_file)]
+    if state.is_main_process:
+        wanted = {data_file(data, number, parts) for number in range(len(parts))}
+        for file in set(data.glob("*.parquet")) - wanted:  # of a run on fewer prompts: both would be read
+            file.unlink()
+    state.wait_for_everyone()
+    publishing = args.push_to_hub and "publish" in args.stages
+    with DatasetUpload(args.hub_dataset_id if publishing else None) as upload:
+        for number in range(state.process_index, len(parts), state.num_processes):
+            target = data_file(data, number, parts)
+            rank_shards(args, {s: [rows[i] for i in shards[s]] for s in parts[number]}, target, generators, features)
+            upload.send(f"data/{target.name}", target)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_scores(args, features)
+        write_card(args, rows, generators, features)
+    state.wait_for_everyone()
+
+
+def rank_shards(args: ScriptArguments, shards: dict[int, list], target: Path, generators: list[dict], features) -> None:
+    """Joins shards, number → rows, into one file of the dataset, unless it stands there, made of the same parts."""
+    work, names = Path(args.output_dir) / "work", [entry["name"] for entry in generators]
+    rewards = {reward_name(name): reward_settings(name) for name in args.rewards}
+    facts = {"prompts": [], "images": {name: [] for name in names}, "scores": rewards}
+    for s, rows in shards.items():
+        ids = [row["prompt_id"] for row in rows]
+        facts["prompts"].append(digest(ids))
+        for name in names:
+            file = shard_file(work / "images" / name, s)
+            if not is_complete(file, prompts=digest(ids)):
+                raise SystemExit(f"{file} is missing: run the generate stage first")
+            images = shard_facts(file)["images"]
+            facts["images"][name].append(images)
+            for reward in rewards:
+                file = shard_file(work / "scores" / reward / name, s)
+                if not is_complete(file, prompts=digest(ids), images=images):
+                    raise SystemExit(f"{file} is missing or of other images: run the score stage first")
+    if shard_facts(target) != facts:
+        table = pa.concat_tables(
+            ranked_table(args, s, rows, names, list(rewards), features) for s, rows in shards.items()
+        )
+        # Row groups of at most 64 MB: the Hub's viewer reads a whole one to show a page.
+        write_table(table, target, facts, row_group_size=min(max(64_000_000 * len(table) // table.nbytes, 1), 100))
+
+
+def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[str], rewards: list[str], features):
+    """The rows of one shard with their images, scores, preferences and ranks."""
+    work = Path(args.output_dir) / "work"
+    drawn = {name: pq.read_table(shard_file(work / "images" / name, s)).to_pydict() for name in names}
+    files = {(r, name): shard_file(work / "scores" / r / name, s) for r in rewards for name in names}
+    scored = {key: pq.read_table(file)["score"].to_pylist() for key, file in files.items()}
+    table = []
+    for i, row in enumerate(rows):
+        matrix = np.array([[scored[r, name][i] for name in names] for r in rewards])
+        paths = [f"{row['prompt_id']}_{name}.{args.image_format}" for name in names]
+        table.append(
+            {
+                "prompt_id": row["prompt_id"],
+                "prompt": row["prompt"],
+                "images": [{"bytes": drawn[name]["image"][i], "path": path} for name, path in zip(names, paths)],
+                "generators": names,
+                "seeds": [drawn[name]["seed"][i] for name in names],
+                "scores": {r: matrix[j].tolist() for j, r in enumerate(rewards)},
+                "preference_probability": preference_probability(matrix).tolist(),
+                "rank": preference_rank(matrix).tolist(),
+            }
+        )
+    return pa.Table.from_pylist(table, schema=features.arrow_schema)
+
+
+def main(args: ScriptArguments) -> None:
+    # Several processes without a GPU talk through gloo; the first to arrive may have hours to wait for the last.
+    launched = "LOCAL_RANK" in os.environ
+    waiting = {"timeout": timedelta(days=7)} if launched else {}
+    state = PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
+
+    # Everything that can be wrong with flags, files and folders is found here, before a model is loaded.
+    generators = read_generators(args.generators)
+    check_rewards(args.rewards)
+    rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
+    check_work(args, rows, generators)
+    if "generate" in args.stages:
+        for entry in generators:
+            check_generator(entry)
+        if size := image_size(generators[0]):
+            probe_rewards(args.rewards, size, [row["prompt"] for row in rows])
+    state.wait_for_everyone()  # nobody writes before all have looked
+    if args.push_to_hub:  # a wrong token or name fails now, not after the work
+        with state.main_process_first():
+            args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
+            check_dataset_repo(args.hub_dataset_id, DATA_FILES)
+
+    work = Path(args.output_dir) / "work"
+    if state.is_main_process:
+        write_settings(work, run_settings(args))
+        for stale in work.rglob(".*.tmp*"):  # of processes that were killed
+            stale.unlink()
+        write_text(work / "prompts.json", json.dumps([row["prompt"] for row in rows]))
+    state.wait_for_everyone()
+    rows = [{"prompt": row["prompt"], "prompt_id": prompt_id(row["prompt"])} for row in rows]
+    shards = [range(i, min(i + args.shard_size, len(rows))) for i in range(0, len(rows), args.shard_size)]
+    if "generate" in args.stages:
+        generate(args, rows, shards, generators, state)
+    if "score" in args.stages:
+        score(args, rows, shards, generators, state)
+    if "rank" in args.stages:
+        rank(args, rows, shards, generators, state)
+    if "publish" in args.stages and args.push_to_hub and state.is_main_process:
+        publish(args, DATA_FILES, ("grid.png",))
+    if state.is_main_process:
+        print(f"{len(rows)} prompts x {len(generators)} images in {args.output_dir}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Prompts and recipe
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1283,49 +1511,6 @@ def encode_image(image: PILImage.Image, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def generate(args: ScriptArguments, rows: list[dict], shards: list[range], generators: list[dict], state) -> None:
-    """Draws what is missing: for each generator (loaded once, then freed) its image shards.
-
-    Shards belong to processes by number, not by what is missing: processes look at different times.
-    """
-    for entry in generators:
-        folder = Path(args.output_dir) / "work" / "images" / entry["name"]
-        write_settings(folder, generator_settings(entry))
-        ids = [[rows[i]["prompt_id"] for i in shard] for shard in shards]
-        own = range(state.process_index, len(shards), state.num_processes)
-        missing = [s for s in own if not is_complete(shard_file(folder, s), prompts=digest(ids[s]))]
-        if not missing:
-            continue
-        draw = Generator(entry, state.device)
-        progress = tqdm(
-            total=sum(len(shards[s]) for s in missing),
-            desc=f"draw {entry['name']}",
-            unit="image",
-            disable=not state.is_local_main_process,
-        )
-        for s in missing:
-            started = time.time()
-            images = read_column(shard_file(folder, s), "prompt_id", "image")  # of a shard that was not full
-            seeds = {id: image_seed(args.seed, id, entry["name"]) for id in ids[s]}
-            todo = [rows[i] for i in shards[s] if rows[i]["prompt_id"] not in images]
-            progress.update(len(shards[s]) - len(todo))
-            for start in range(0, len(todo), args.generation_batch_size):
-                batch = todo[start : start + args.generation_batch_size]
-                drawn = draw([row["prompt"] for row in batch], [seeds[row["prompt_id"]] for row in batch])
-                images |= {row["prompt_id"]: encode_image(im, args.image_format) for row, im in zip(batch, drawn)}
-                progress.update(len(batch))
-            images = [images[id] for id in ids[s]]
-            columns = {"image": pa.array(images, pa.large_binary()), "seed": list(seeds.values())}
-            facts = {"prompts": digest(ids[s]), "images": digest(images)}
-            facts["seconds"] = time.time() - started + (shard_facts(shard_file(folder, s)) or {}).get("seconds", 0.0)
-            facts["device"] = device_name(state.device)
-            write_table(pa.table({"prompt_id": ids[s], **columns}), shard_file(folder, s), facts)
-        progress.close()
-        del draw
-        free_memory()
-    state.wait_for_everyone()
-
-
 def device_name(device) -> str:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
 
@@ -1345,143 +1530,6 @@ def read_column(file: Path, key: str, value: str) -> dict:
 
 def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.parquet"
-
-
-def score(args: ScriptArguments, rows: list[dict], shards: list[range], generators: list[dict], state) -> None:
-    """Scores what is missing: for each reward model (loaded once, then freed) and generator the score shards.
-
-    Scores belong to images, by the hash of their bytes: an image drawn anew is scored anew.
-    """
-    work = Path(args.output_dir) / "work"
-    for name in args.rewards:
-        folder = work / "scores" / reward_name(name)
-        write_settings(folder, reward_settings(name))
-        missing = []
-        for number, (entry, s) in enumerate((entry, s) for entry in generators for s in range(len(shards))):
-            if number % state.num_processes != state.process_index:
-                continue
-            ids = [rows[i]["prompt_id"] for i in shards[s]]
-            source, target = shard_file(work / "images" / entry["name"], s), shard_file(folder / entry["name"], s)
-            if not is_complete(source, prompts=digest(ids)):
-                raise SystemExit(f"{source} is missing: run the generate stage first")
-            images = shard_facts(source)["images"]
-            if not is_complete(target, prompts=digest(ids), images=images):
-                missing.append((s, ids, source, target, images))
-        if not missing:
-            continue
-        reward = load_reward_model(name, state.device, batch_size=args.reward_batch_size)
-        progress = tqdm(
-            total=sum(len(ids) for _, ids, *_ in missing),
-            desc=f"score {reward_name(name)}",
-            unit="image",
-            disable=not state.is_local_main_process,
-        )
-        for s, ids, source, target, images in missing:
-            started = time.time()
-            data = pq.read_table(source)["image"].to_pylist()
-            hashes = [digest([item, id]) for item, id in zip(data, ids)]
-            scores = read_column(target, "image", "score")
-            todo = [n for n in range(len(ids)) if hashes[n] not in scores]
-            found = reward.score([data[n] for n in todo], [rows[shards[s][n]]["prompt"] for n in todo])
-            scores |= {hashes[n]: value for n, value in zip(todo, found)}
-            columns = {"image": hashes, "score": pa.array([scores[item] for item in hashes], pa.float32())}
-            facts = {"prompts": digest(ids), "images": images}
-            facts["seconds"] = time.time() - started + (shard_facts(target) or {}).get("seconds", 0.0)
-            facts["device"] = device_name(state.device)
-            write_table(pa.table({"prompt_id": ids, **columns}), target, facts)
-            progress.update(len(ids))
-        progress.close()
-        del reward
-        free_memory()
-    state.wait_for_everyone()
-
-
-def rank(args: ScriptArguments, rows: list[dict], shards: list[range], generators: list[dict], state) -> None:
-    """Joins images and scores into the dataset's files. Where they are to be published, a file that is finished is sent
-    while the next is made."""
-    data = Path(args.output_dir) / "data"
-    rewards = [reward_name(name) for name in args.rewards]
-    features = Features(
-        {
-            "prompt_id": Value("string"),
-            "prompt": Value("string"),
-            "images": List(Image()),
-            "generators": List(Value("string")),
-            "seeds": List(Value("int64")),
-            "scores": {reward: List(Value("float32")) for reward in rewards},
-            "preference_probability": List(Value("float32")),
-            "rank": List(Value("int32")),
-        }
-    )
-    per_file = math.ceil(len(shards) / 200)  # the dataset can be published in one commit
-    parts = [range(s, min(s + per_file, len(shards))) for s in range(0, len(shards), per_file)]
-    if state.is_main_process:
-        wanted = {data_file(data, number, parts) for number in range(len(parts))}
-        for file in set(data.glob("*.parquet")) - wanted:  # of a run on fewer prompts: both would be read
-            file.unlink()
-    state.wait_for_everyone()
-    publishing = args.push_to_hub and "publish" in args.stages
-    with DatasetUpload(args.hub_dataset_id if publishing else None) as upload:
-        for number in range(state.process_index, len(parts), state.num_processes):
-            target = data_file(data, number, parts)
-            rank_shards(args, {s: [rows[i] for i in shards[s]] for s in parts[number]}, target, generators, features)
-            upload.send(f"data/{target.name}", target)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_scores(args, features)
-        write_card(args, rows, generators, features)
-    state.wait_for_everyone()
-
-
-def rank_shards(args: ScriptArguments, shards: dict[int, list], target: Path, generators: list[dict], features) -> None:
-    """Joins shards, number → rows, into one file of the dataset, unless it stands there, made of the same parts."""
-    work, names = Path(args.output_dir) / "work", [entry["name"] for entry in generators]
-    rewards = {reward_name(name): reward_settings(name) for name in args.rewards}
-    facts = {"prompts": [], "images": {name: [] for name in names}, "scores": rewards}
-    for s, rows in shards.items():
-        ids = [row["prompt_id"] for row in rows]
-        facts["prompts"].append(digest(ids))
-        for name in names:
-            file = shard_file(work / "images" / name, s)
-            if not is_complete(file, prompts=digest(ids)):
-                raise SystemExit(f"{file} is missing: run the generate stage first")
-            images = shard_facts(file)["images"]
-            facts["images"][name].append(images)
-            for reward in rewards:
-                file = shard_file(work / "scores" / reward / name, s)
-                if not is_complete(file, prompts=digest(ids), images=images):
-                    raise SystemExit(f"{file} is missing or of other images: run the score stage first")
-    if shard_facts(target) != facts:
-        table = pa.concat_tables(
-            ranked_table(args, s, rows, names, list(rewards), features) for s, rows in shards.items()
-        )
-        # Row groups of at most 64 MB: the Hub's viewer reads a whole one to show a page.
-        write_table(table, target, facts, row_group_size=min(max(64_000_000 * len(table) // table.nbytes, 1), 100))
-
-
-def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[str], rewards: list[str], features):
-    """The rows of one shard with their images, scores, preferences and ranks."""
-    work = Path(args.output_dir) / "work"
-    drawn = {name: pq.read_table(shard_file(work / "images" / name, s)).to_pydict() for name in names}
-    files = {(r, name): shard_file(work / "scores" / r / name, s) for r in rewards for name in names}
-    scored = {key: pq.read_table(file)["score"].to_pylist() for key, file in files.items()}
-    table = []
-    for i, row in enumerate(rows):
-        matrix = np.array([[scored[r, name][i] for name in names] for r in rewards])
-        paths = [f"{row['prompt_id']}_{name}.{args.image_format}" for name in names]
-        table.append(
-            {
-                "prompt_id": row["prompt_id"],
-                "prompt": row["prompt"],
-                "images": [{"bytes": drawn[name]["image"][i], "path": path} for name, path in zip(names, paths)],
-                "generators": names,
-                "seeds": [drawn[name]["seed"][i] for name in names],
-                "scores": {r: matrix[j].tolist() for j, r in enumerate(rewards)},
-                "preference_probability": preference_probability(matrix).tolist(),
-                "rank": preference_rank(matrix).tolist(),
-            }
-        )
-    return pa.Table.from_pylist(table, schema=features.arrow_schema)
 
 
 def write_scores(args: ScriptArguments, features: Features) -> None:
@@ -1726,8 +1774,12 @@ def size_category(n: int) -> str:
 # What asking again does not mend: a malformed name, no token, no network wanted.
 # Copied from train_rankdpo_sdxl.LASTING_ERRORS
 LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+
+
 # Copied from train_rankdpo_sdxl.COMMIT_FILES
 COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+
+
 # Copied from train_rankdpo_sdxl.HUB_TIMEOUT
 HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
 
@@ -1943,49 +1995,6 @@ def publish(args: ScriptArguments, data: tuple[str, ...], others: tuple[str, ...
     print(f"published: {HfApi().endpoint}/datasets/{args.hub_dataset_id}")
 
 
-def main(args: ScriptArguments) -> None:
-    # Several processes without a GPU talk through gloo; the first to arrive may have hours to wait for the last.
-    launched = "LOCAL_RANK" in os.environ
-    waiting = {"timeout": timedelta(days=7)} if launched else {}
-    state = PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
-
-    # Everything that can be wrong with flags, files and folders is found here, before a model is loaded.
-    generators = read_generators(args.generators)
-    check_rewards(args.rewards)
-    rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
-    check_work(args, rows, generators)
-    if "generate" in args.stages:
-        for entry in generators:
-            check_generator(entry)
-        if size := image_size(generators[0]):
-            probe_rewards(args.rewards, size, [row["prompt"] for row in rows])
-    state.wait_for_everyone()  # nobody writes before all have looked
-    if args.push_to_hub:  # a wrong token or name fails now, not after the work
-        with state.main_process_first():
-            args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
-            check_dataset_repo(args.hub_dataset_id, DATA_FILES)
-
-    work = Path(args.output_dir) / "work"
-    if state.is_main_process:
-        write_settings(work, run_settings(args))
-        for stale in work.rglob(".*.tmp*"):  # of processes that were killed
-            stale.unlink()
-        write_text(work / "prompts.json", json.dumps([row["prompt"] for row in rows]))
-    state.wait_for_everyone()
-    rows = [{"prompt": row["prompt"], "prompt_id": prompt_id(row["prompt"])} for row in rows]
-    shards = [range(i, min(i + args.shard_size, len(rows))) for i in range(0, len(rows), args.shard_size)]
-    if "generate" in args.stages:
-        generate(args, rows, shards, generators, state)
-    if "score" in args.stages:
-        score(args, rows, shards, generators, state)
-    if "rank" in args.stages:
-        rank(args, rows, shards, generators, state)
-    if "publish" in args.stages and args.push_to_hub and state.is_main_process:
-        publish(args, DATA_FILES, ("grid.png",))
-    if state.is_main_process:
-        print(f"{len(rows)} prompts x {len(generators)} images in {args.output_dir}")
-
-
 # Copied from train_rankdpo_sdxl.parse_arguments
 def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
     """Flags of the command line over those of `--config`; a wrong one ends in one line."""
@@ -1993,6 +2002,11 @@ def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
         return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
     except (ValueError, TypeError, OSError) as error:
         raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Start
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

@@ -238,6 +238,220 @@ class ScriptArguments:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `values` (n,), resampled with replacement.
+
+    One value per prompt: the images of a prompt are not independent of each other.
+    """
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def compare(scores: np.ndarray, baseline: np.ndarray, seed: int) -> dict:
+    """Lift and win rate of a model over the baseline, image by image, with paired bootstrap intervals over prompts.
+
+    Args:
+        scores, baseline: (n_prompts, n_images) of the same prompts and seeds.
+
+    Returns:
+        `lift` (difference of means), `lift_ci95`, `win_rate` (share of images that score higher, a tie counts half),
+        `win_rate_ci95`.
+    """
+    difference = (scores - baseline).mean(axis=1)
+    wins = ((scores > baseline) + 0.5 * (scores == baseline)).mean(axis=1)
+    return {
+        "lift": float(difference.mean()),
+        "lift_ci95": bootstrap_interval(difference, seed),
+        "win_rate": float(wins.mean()),
+        "win_rate_ci95": bootstrap_interval(wins, seed),
+    }
+
+
+def summarize(results: dict, categories: list[str] | None, seed: int) -> dict:
+    """Model → {metric: mean, metric_lift, …, metric_by_category: {category: {n_prompts, mean, lift, …}}}."""
+    summary = {}
+    for metric, by_model in results.items():
+        for name, scores in by_model.items():
+            entry = summary.setdefault(name, {})
+            entry[metric] = float(scores.mean())
+            if name != BASELINE:
+                found = compare(scores, by_model[BASELINE], seed)
+                entry.update({f"{metric}_{key}": value for key, value in found.items()})
+            if categories:
+                entry[f"{metric}_by_category"] = {}
+                for category in dict.fromkeys(categories):
+                    chosen = np.array([other == category for other in categories])
+                    part = {"n_prompts": int(chosen.sum()), "mean": float(scores[chosen].mean())}
+                    if name != BASELINE:
+                        part.update(compare(scores[chosen], by_model[BASELINE][chosen], seed))
+                    entry[f"{metric}_by_category"][category] = part
+    return summary
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages: draw, score, report
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+RESERVED = ("n_prompts", "n_images", "settings", "checkpoints")
+
+
+def draw(args: ScriptArguments, prompts: list[str], models: dict, state: PartialState) -> None:
+    """Draws what is missing, model by model, the pipeline loaded once."""
+    output_dir, pipeline = Path(args.output_dir), None
+    for name, model in models.items():
+        write_settings(output_dir / "images" / name, image_settings(args, prompts, model))
+        state.wait_for_everyone()
+        items = [(i, n) for i in range(len(prompts)) for n in range(args.num_images_per_prompt)]
+        missing = [item for item in items if not image_file(output_dir, name, *item).exists()]
+        # All processes must have listed what is missing before any of them adds to it.
+        state.wait_for_everyone()
+        missing = missing[state.process_index :: state.num_processes]
+        if not missing:
+            continue
+        if pipeline is None:
+            pipeline = DiffusionPipeline.from_pretrained(
+                args.pretrained_model_name_or_path,
+                revision=args.revision,
+                variant=args.variant,
+                dtype=getattr(torch, args.dtype),
+                **({} if args.use_text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}),
+            ).to(state.device)
+            pipeline.set_progress_bar_config(disable=True)
+            if getattr(pipeline, "safety_checker", None) is not None:
+                pipeline.register_modules(safety_checker=None)  # SD1.5's: it would black out images, and be scored
+            if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
+                pipeline.vae.enable_slicing()  # decoding a batch at once is what runs out of memory first
+        if model["lora"]:
+            pipeline.load_lora_weights(model["file"])
+            if not pipeline.get_active_adapters():  # diffusers only warns
+                raise SystemExit(f"{model['lora']} ({name}): no key of it fits {args.pretrained_model_name_or_path}")
+        options = {"height": args.resolution, "width": args.resolution} if args.resolution else {}
+        if args.max_sequence_length:
+            if "max_sequence_length" not in inspect.signature(pipeline.__call__).parameters:
+                raise SystemExit(
+                    f"--max_sequence_length: a {type(pipeline).__name__} has no such thing: leave the flag out"
+                )
+            options["max_sequence_length"] = args.max_sequence_length
+        progress = tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=not state.is_local_main_process)
+        for start in range(0, len(missing), args.batch_size):
+            batch = missing[start : start + args.batch_size]
+            seeds = [image_seed(args.seed, prompts[i], n) for i, n in batch]
+            images = pipeline(
+                prompt=[prompts[i] for i, _ in batch],
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                **options,
+            ).images
+            for item, image in zip(batch, images):
+                file = image_file(output_dir, name, *item)
+                temporary = file.with_suffix(".tmp")
+                image.save(temporary, "PNG")
+                os.replace(temporary, file)
+            progress.update(len(batch))
+        progress.close()
+        if model["lora"]:
+            pipeline.unload_lora_weights()
+    del pipeline
+    gc.collect()
+    torch.cuda.empty_cache()
+    state.wait_for_everyone()
+
+
+def score(args: ScriptArguments, prompts: list[str], models: dict, state: PartialState) -> dict:
+    """Scores every model's images with every metric.
+
+    Returns:
+        metric → model → float64 array (n_prompts, num_images_per_prompt).
+    """
+    output_dir = Path(args.output_dir)
+    results = {}
+    for metric in args.metrics:
+        column, reward, results[reward_name(metric)] = reward_name(metric), None, {}
+        for name, model in models.items():
+            identity = {"metric": reward_settings(metric), **image_settings(args, prompts, model)}
+            file = output_dir / "scores" / column / f"{name}.json"
+            stored = json.loads(file.read_text()) if file.exists() else {}
+            if stored.get("settings") != identity:
+                reward = reward or load_reward_model(metric, state.device, batch_size=args.reward_batch_size)
+                items = [(i, n) for i in range(len(prompts)) for n in range(args.num_images_per_prompt)]
+                values = []
+                for start in tqdm(range(0, len(items), 256), desc=f"{column} of {name}", unit_scale=256, unit="image"):
+                    batch = items[start : start + 256]
+                    images = [PILImage.open(image_file(output_dir, name, *item)) for item in batch]
+                    values += reward.score(images, [prompts[i] for i, _ in batch])
+                values = np.reshape(values, (len(prompts), args.num_images_per_prompt)).tolist()
+                stored = {"settings": identity, "scores": values}
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_text(file, json.dumps(stored))
+            results[column][name] = np.array(stored["scores"], dtype=np.float64)
+        del reward
+        gc.collect()
+        torch.cuda.empty_cache()
+    return results
+
+
+def main(args: ScriptArguments) -> None:
+    launched = "LOCAL_RANK" in os.environ
+    waiting = {"timeout": timedelta(days=7)} if launched else {}
+    state = PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
+
+    # Everything that can be wrong with flags, files and folders is found here, before a model is loaded.
+    check_rewards(args.metrics)
+    keep = (args.category_column,) if args.category_column else ()
+    rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep)
+    prompts = [row["prompt"] for row in rows]
+    categories = [str(row[args.category_column]) for row in rows] if args.category_column else None
+    models = read_models(args)
+    output_dir = Path(args.output_dir)
+    for name, model in models.items():
+        check_settings(output_dir / "images" / name, image_settings(args, prompts, model), f"images of {name}")
+    state.wait_for_everyone()  # nobody writes before all have looked
+    repositories = hub_repositories(args, models) if args.push_to_hub else {}
+    if state.is_main_process:  # a wrong token or name fails now, not after the work
+        repositories = {
+            name: create_repo(repo_id, "model", args.hub_private_repo) for name, repo_id in repositories.items()
+        }
+
+    draw(args, prompts, models, state)
+    if state.is_main_process:
+        results = score(args, prompts, models, state)
+        summary = summarize(results, categories, args.seed)
+        n_images = len(prompts) * args.num_images_per_prompt
+        settings = image_settings(args, prompts, models[BASELINE])
+        settings["loras"] = {name: model["lora"] for name, model in models.items() if model["lora"]}
+        checkpoints = {
+            name: {key: model[key] for key in ("run", "seen")} for name, model in models.items() if "run" in model
+        }
+        report = markdown_report(summary, list(results), len(prompts), n_images)
+        record = {"n_prompts": len(prompts), "n_images": n_images, "settings": settings, **summary}
+        shown = list(models)
+        if checkpoints:
+            record["checkpoints"] = checkpoints
+            draw_curves(summary, models, list(results), output_dir / "curves.png")
+            last = {model["run"]: name for name, model in models.items() if "run" in model}  # steps are in order
+            shown = [name for name in models if name not in checkpoints or name in last.values()]
+        write_text(output_dir / "results.json", json.dumps(record, indent=2) + "\n")
+        write_text(output_dir / "results.md", report)
+        temporary = output_dir / ".grid.tmp.png"
+        grid_picture(args, prompts, shown).save(temporary)
+        os.replace(temporary, output_dir / "grid.png")
+        print(report)
+        files = ["results.json", "results.md", "grid.png"] + ["curves.png"] * bool(checkpoints)
+        print(", ".join(str(output_dir / file) for file in files))
+        for name, repo_id in repositories.items():
+            publish(args, repo_id, results_card(args, name, repo_id, record, report, list(results)))
+    state.wait_for_everyone()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Prompts and models
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1153,160 +1367,9 @@ def image_file(output_dir: Path, model: str, prompt: int, number: int) -> Path:
     return output_dir / "images" / model / f"{prompt:05d}_{number}.png"
 
 
-def draw(args: ScriptArguments, prompts: list[str], models: dict, state: PartialState) -> None:
-    """Draws what is missing, model by model, the pipeline loaded once."""
-    output_dir, pipeline = Path(args.output_dir), None
-    for name, model in models.items():
-        write_settings(output_dir / "images" / name, image_settings(args, prompts, model))
-        state.wait_for_everyone()
-        items = [(i, n) for i in range(len(prompts)) for n in range(args.num_images_per_prompt)]
-        missing = [item for item in items if not image_file(output_dir, name, *item).exists()]
-        # All processes must have listed what is missing before any of them adds to it.
-        state.wait_for_everyone()
-        missing = missing[state.process_index :: state.num_processes]
-        if not missing:
-            continue
-        if pipeline is None:
-            pipeline = DiffusionPipeline.from_pretrained(
-                args.pretrained_model_name_or_path,
-                revision=args.revision,
-                variant=args.variant,
-                dtype=getattr(torch, args.dtype),
-                **({} if args.use_text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}),
-            ).to(state.device)
-            pipeline.set_progress_bar_config(disable=True)
-            if getattr(pipeline, "safety_checker", None) is not None:
-                pipeline.register_modules(safety_checker=None)  # SD1.5's: it would black out images, and be scored
-            if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
-                pipeline.vae.enable_slicing()  # decoding a batch at once is what runs out of memory first
-        if model["lora"]:
-            pipeline.load_lora_weights(model["file"])
-            if not pipeline.get_active_adapters():  # diffusers only warns
-                raise SystemExit(f"{model['lora']} ({name}): no key of it fits {args.pretrained_model_name_or_path}")
-        options = {"height": args.resolution, "width": args.resolution} if args.resolution else {}
-        if args.max_sequence_length:
-            if "max_sequence_length" not in inspect.signature(pipeline.__call__).parameters:
-                raise SystemExit(
-                    f"--max_sequence_length: a {type(pipeline).__name__} has no such thing: leave the flag out"
-                )
-            options["max_sequence_length"] = args.max_sequence_length
-        progress = tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=not state.is_local_main_process)
-        for start in range(0, len(missing), args.batch_size):
-            batch = missing[start : start + args.batch_size]
-            seeds = [image_seed(args.seed, prompts[i], n) for i, n in batch]
-            images = pipeline(
-                prompt=[prompts[i] for i, _ in batch],
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                **options,
-            ).images
-            for item, image in zip(batch, images):
-                file = image_file(output_dir, name, *item)
-                temporary = file.with_suffix(".tmp")
-                image.save(temporary, "PNG")
-                os.replace(temporary, file)
-            progress.update(len(batch))
-        progress.close()
-        if model["lora"]:
-            pipeline.unload_lora_weights()
-    del pipeline
-    gc.collect()
-    torch.cuda.empty_cache()
-    state.wait_for_everyone()
-
-
-def score(args: ScriptArguments, prompts: list[str], models: dict, state: PartialState) -> dict:
-    """Scores every model's images with every metric.
-
-    Returns:
-        metric → model → float64 array (n_prompts, num_images_per_prompt).
-    """
-    output_dir = Path(args.output_dir)
-    results = {}
-    for metric in args.metrics:
-        column, reward, results[reward_name(metric)] = reward_name(metric), None, {}
-        for name, model in models.items():
-            identity = {"metric": reward_settings(metric), **image_settings(args, prompts, model)}
-            file = output_dir / "scores" / column / f"{name}.json"
-            stored = json.loads(file.read_text()) if file.exists() else {}
-            if stored.get("settings") != identity:
-                reward = reward or load_reward_model(metric, state.device, batch_size=args.reward_batch_size)
-                items = [(i, n) for i in range(len(prompts)) for n in range(args.num_images_per_prompt)]
-                values = []
-                for start in tqdm(range(0, len(items), 256), desc=f"{column} of {name}", unit_scale=256, unit="image"):
-                    batch = items[start : start + 256]
-                    images = [PILImage.open(image_file(output_dir, name, *item)) for item in batch]
-                    values += reward.score(images, [prompts[i] for i, _ in batch])
-                values = np.reshape(values, (len(prompts), args.num_images_per_prompt)).tolist()
-                stored = {"settings": identity, "scores": values}
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_text(file, json.dumps(stored))
-            results[column][name] = np.array(stored["scores"], dtype=np.float64)
-        del reward
-        gc.collect()
-        torch.cuda.empty_cache()
-    return results
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics and report
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-RESERVED = ("n_prompts", "n_images", "settings", "checkpoints")
-
-
-def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` (n,), resampled with replacement.
-
-    One value per prompt: the images of a prompt are not independent of each other.
-    """
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def compare(scores: np.ndarray, baseline: np.ndarray, seed: int) -> dict:
-    """Lift and win rate of a model over the baseline, image by image, with paired bootstrap intervals over prompts.
-
-    Args:
-        scores, baseline: (n_prompts, n_images) of the same prompts and seeds.
-
-    Returns:
-        `lift` (difference of means), `lift_ci95`, `win_rate` (share of images that score higher, a tie counts half),
-        `win_rate_ci95`.
-    """
-    difference = (scores - baseline).mean(axis=1)
-    wins = ((scores > baseline) + 0.5 * (scores == baseline)).mean(axis=1)
-    return {
-        "lift": float(difference.mean()),
-        "lift_ci95": bootstrap_interval(difference, seed),
-        "win_rate": float(wins.mean()),
-        "win_rate_ci95": bootstrap_interval(wins, seed),
-    }
-
-
-def summarize(results: dict, categories: list[str] | None, seed: int) -> dict:
-    """Model → {metric: mean, metric_lift, …, metric_by_category: {category: {n_prompts, mean, lift, …}}}."""
-    summary = {}
-    for metric, by_model in results.items():
-        for name, scores in by_model.items():
-            entry = summary.setdefault(name, {})
-            entry[metric] = float(scores.mean())
-            if name != BASELINE:
-                found = compare(scores, by_model[BASELINE], seed)
-                entry.update({f"{metric}_{key}": value for key, value in found.items()})
-            if categories:
-                entry[f"{metric}_by_category"] = {}
-                for category in dict.fromkeys(categories):
-                    chosen = np.array([other == category for other in categories])
-                    part = {"n_prompts": int(chosen.sum()), "mean": float(scores[chosen].mean())}
-                    if name != BASELINE:
-                        part.update(compare(scores[chosen], by_model[BASELINE][chosen], seed))
-                    entry[f"{metric}_by_category"][category] = part
-    return summary
 
 
 def markdown_report(summary: dict, metrics: list[str], n_prompts: int, n_images: int) -> str:
@@ -1394,8 +1457,12 @@ def save_figure(figure, file: Path) -> None:
 # What asking again does not mend: a malformed name, no token, no network wanted.
 # Copied from train_rankdpo_sdxl.LASTING_ERRORS
 LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+
+
 # Copied from train_rankdpo_sdxl.COMMIT_FILES
 COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+
+
 # Copied from train_rankdpo_sdxl.HUB_TIMEOUT
 HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
 
@@ -1621,59 +1688,6 @@ def write_text(file: Path, text: str) -> None:
     os.replace(temporary, file)
 
 
-def main(args: ScriptArguments) -> None:
-    launched = "LOCAL_RANK" in os.environ
-    waiting = {"timeout": timedelta(days=7)} if launched else {}
-    state = PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
-
-    # Everything that can be wrong with flags, files and folders is found here, before a model is loaded.
-    check_rewards(args.metrics)
-    keep = (args.category_column,) if args.category_column else ()
-    rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep)
-    prompts = [row["prompt"] for row in rows]
-    categories = [str(row[args.category_column]) for row in rows] if args.category_column else None
-    models = read_models(args)
-    output_dir = Path(args.output_dir)
-    for name, model in models.items():
-        check_settings(output_dir / "images" / name, image_settings(args, prompts, model), f"images of {name}")
-    state.wait_for_everyone()  # nobody writes before all have looked
-    repositories = hub_repositories(args, models) if args.push_to_hub else {}
-    if state.is_main_process:  # a wrong token or name fails now, not after the work
-        repositories = {
-            name: create_repo(repo_id, "model", args.hub_private_repo) for name, repo_id in repositories.items()
-        }
-
-    draw(args, prompts, models, state)
-    if state.is_main_process:
-        results = score(args, prompts, models, state)
-        summary = summarize(results, categories, args.seed)
-        n_images = len(prompts) * args.num_images_per_prompt
-        settings = image_settings(args, prompts, models[BASELINE])
-        settings["loras"] = {name: model["lora"] for name, model in models.items() if model["lora"]}
-        checkpoints = {
-            name: {key: model[key] for key in ("run", "seen")} for name, model in models.items() if "run" in model
-        }
-        report = markdown_report(summary, list(results), len(prompts), n_images)
-        record = {"n_prompts": len(prompts), "n_images": n_images, "settings": settings, **summary}
-        shown = list(models)
-        if checkpoints:
-            record["checkpoints"] = checkpoints
-            draw_curves(summary, models, list(results), output_dir / "curves.png")
-            last = {model["run"]: name for name, model in models.items() if "run" in model}  # steps are in order
-            shown = [name for name in models if name not in checkpoints or name in last.values()]
-        write_text(output_dir / "results.json", json.dumps(record, indent=2) + "\n")
-        write_text(output_dir / "results.md", report)
-        temporary = output_dir / ".grid.tmp.png"
-        grid_picture(args, prompts, shown).save(temporary)
-        os.replace(temporary, output_dir / "grid.png")
-        print(report)
-        files = ["results.json", "results.md", "grid.png"] + ["curves.png"] * bool(checkpoints)
-        print(", ".join(str(output_dir / file) for file in files))
-        for name, repo_id in repositories.items():
-            publish(args, repo_id, results_card(args, name, repo_id, record, report, list(results)))
-    state.wait_for_everyone()
-
-
 # Copied from train_rankdpo_sdxl.parse_arguments
 def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
     """Flags of the command line over those of `--config`; a wrong one ends in one line."""
@@ -1681,6 +1695,11 @@ def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
         return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
     except (ValueError, TypeError, OSError) as error:
         raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Start
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

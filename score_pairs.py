@@ -287,6 +287,228 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Stages: read, score, rank, write
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+RANKED, TIE, UNLABELLED = 0, 1, 2  # status of a pair
+
+
+def index(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
+    """Reads all rows once, without images where they have ids: labels are checked before any model is loaded."""
+    work = Path(args.output_dir) / "work"
+    own = [f for f in range(pairs.num_files) if f % state.num_processes == state.process_index]
+    own = [f for f in own if shard_facts(index_file(work, f)) is None]
+    progress = tqdm(desc="read pairs", unit="pair", disable=not (own and state.is_local_main_process))
+    for file in own:
+        target = index_file(work, file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
+        writer, row = None, 0
+        for table in pairs.tables(file, index_columns(args, pairs)):
+            found = index_rows(args, pairs, table, file, row)
+            table = table.select(pairs.light_columns)
+            for name, values in found.items():
+                table = table.drop_columns(name) if name in table.column_names else table
+                table = table.append_column(name, values)
+            if writer is None:
+                schema = table.schema.with_metadata({b"synpic": b"{}"})
+                writer = pq.ParquetWriter(temporary, schema)
+            writer.write_table(table.cast(schema))
+            row += len(table)
+            progress.update(len(table))
+        if writer is None:  # an empty file of the dataset
+            pq.write_table(pa.table({}).replace_schema_metadata({b"synpic": b"{}"}), temporary)
+        else:
+            writer.close()
+        os.replace(temporary, target)
+    progress.close()
+    state.wait_for_everyone()
+
+
+def score(args: ScriptArguments, pairs: "Pairs", shards: list[dict], state: PartialState) -> None:
+    """Scores what is missing. Shards belong to processes in runs, so that each reads its own part of the dataset."""
+    write_settings(score_file(args, {"file": 0, "shard": 0}).parent, reward_settings(args.reward))
+    own = np.array_split(np.arange(len(shards)), state.num_processes)[state.process_index]
+    missing = []
+    for number in own:
+        shard = shards[number]
+        facts = {"keys": digest(shard["keys"].tobytes()).hex()}
+        if not is_complete(score_file(args, shard), **facts):
+            missing.append((shard, facts))
+    if missing:
+        reward = load_reward_model(args.reward, state.device, batch_size=args.reward_batch_size)
+        progress = tqdm(
+            total=sum(len(shard["keys"]) for shard, _ in missing),
+            desc=f"score {reward_name(args.reward)}",
+            unit="image",
+            disable=not state.is_local_main_process,
+        )
+        for shard, facts, table in shard_tables(args, pairs, missing):
+            score_shard(args, pairs, reward, shard, facts, table)
+            progress.update(len(shard["keys"]))
+        progress.close()
+    state.wait_for_everyone()
+
+
+def rank_pairs(args: ScriptArguments, pairs: "Pairs", shards: list[dict]) -> dict:
+    """Q of every ranked pair, and the order.
+
+    Returns:
+        "psi": float64 (n, 2), ψ of both images (NaN: not ranked); "difference": ψ_w − ψ_l and "quality" of the m ranked
+        pairs, best first, and "order": their rows of the n; "kept": how many of them; counts and statistics.
+    """
+    work = Path(args.output_dir) / "work"
+    tables = read_index(work, pairs.num_files, ["_status", "_winner", "_key_0", "_key_1"])
+    table = pa.concat_tables([table for table in tables if len(table)])
+    status, winner = table["_status"].to_numpy(), table["_winner"].to_numpy()
+    known, scores, errors = read_scores(args, pairs, shards)
+    rewards = np.full((len(table), 2), np.nan)
+    labelled = np.flatnonzero(status == RANKED)
+    for side in (0, 1):
+        keys = table[f"_key_{side}"].to_numpy()[labelled]
+        rewards[labelled, side] = scores[np.searchsorted(known, keys)]
+    ranked = np.flatnonzero(np.isfinite(rewards).all(axis=1))
+    counts = {
+        "rows": len(table),
+        "ties": int((status == TIE).sum()),
+        "without_label": int((status == UNLABELLED).sum()),
+        "with_bad_image": len(labelled) - len(ranked),
+        "ranked": len(ranked),
+    }
+    kept = round(args.top_fraction * len(ranked))
+    if kept == 0:
+        raise SystemExit(f"{pairs.where}: --top_fraction {args.top_fraction} keeps none of {describe(counts)}")
+    mean, std = float(rewards[ranked].mean()), float(rewards[ranked].std())
+    if not std > 0:
+        raise SystemExit(f"reward {args.reward}: gives every image the same score, {mean:g}: it orders nothing")
+    psi = np.full((len(table), 2), np.nan)
+    psi[ranked] = preference_score(args.reward, args.normalization, rewards[ranked], mean, std)
+    lines = np.arange(len(table))
+    p_w, p_l = psi[lines, winner], psi[lines, 1 - winner]
+    quality = pair_quality(p_w, p_l)
+    order = ranked[np.argsort(-quality[ranked], kind="stable")]  # equal ones stay in the dataset's order
+    statistics = {"reward": reward_settings(args.reward), "normalization": args.normalization, "mean": mean, "std": std}
+    return {
+        "psi": psi,
+        "order": order,
+        "quality": quality[order],
+        "difference": (p_w - p_l)[order],
+        "kept": kept,
+        "winner": winner,
+        "counts": counts,
+        "statistics": statistics,
+        "errors": errors,
+    }
+
+
+def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: dict, upload) -> None:
+    """Writes the kept pairs, best first, unless they stand there already.
+
+    Sorting happens on disk: rows go to the bucket of their output file as they come, then each bucket is sorted, so
+    that memory holds one output file at most.
+    """
+    output_dir, kept = Path(args.output_dir), ranking["kept"]
+    rows_per_file = max(500, math.ceil(kept / 200)) if args.include_images else 100_000
+    files = range(math.ceil(kept / rows_per_file))
+    folders = data_folders(args)
+    identity = np.concatenate([ranking["order"][:kept].astype(float), ranking["psi"][ranking["order"][:kept]].ravel()])
+    facts = {"pairs": digest(identity.tobytes(), 16).hex()}
+    wanted = {data_file(output_dir / folder, number, files) for folder in folders for number in files}
+    stale = {*(output_dir / "scores").glob("*.parquet"), *(output_dir / "data").glob("*.parquet")} - wanted
+    if not stale and all(shard_facts(file) == facts for file in wanted):
+        return
+
+    for file in (output_dir / "figures").glob("*.png"):  # they show the earlier run
+        file.unlink()
+    rank = np.full(len(ranking["psi"]), -1)
+    rank[ranking["order"][:kept]] = np.arange(kept)
+    buckets = output_dir / "work" / "buckets"
+    buckets.mkdir(parents=True, exist_ok=True)
+    for file in buckets.iterdir():  # of a run that was killed
+        file.unlink()
+    start = 0
+    progress = tqdm(total=kept, desc="sort", unit="pair")
+    for file in range(pairs.num_files):
+        for table in kept_rows(args, pairs, ranking, rank, file, start):
+            numbers = table["quality_rank"].to_numpy() - 1
+            for bucket in np.unique(numbers // rows_per_file):
+                with open(buckets / f"{bucket}.arrow", "ab") as handle:
+                    part = table.filter(pa.array(numbers // rows_per_file == bucket))
+                    with pa.ipc.new_stream(handle, part.schema) as writer:
+                        writer.write_table(part)
+            progress.update(len(table))
+        start += pq.read_metadata(index_file(output_dir / "work", file)).num_rows
+    progress.close()
+    for number in files:
+        parts = []
+        with open(buckets / f"{number}.arrow", "rb") as handle:
+            while handle.peek(1):
+                parts.append(pa.ipc.open_stream(handle).read_all())
+        table = pa.concat_tables(parts)
+        table = table.take(pc.sort_indices(table["quality_rank"]))
+        for folder in folders:
+            schema = output_features(args, pairs, folder == "data").arrow_schema
+            target = data_file(output_dir / folder, number, files)
+            images = pairs.images if folder == "data" else []  # else these are paths, or nothing
+            held = [f"_image_of_{name}" if name in images else name for name in schema.names]
+            part = table.select(held).rename_columns(schema.names).cast(schema)
+            write_table(part, target, facts, 20 if folder == "data" else 1000)
+            upload.send(f"{folder}/{target.name}", target)
+        (buckets / f"{number}.arrow").unlink()
+    for file in stale:  # of a run with another fraction: both would be read
+        file.unlink()
+
+
+def main(args: ScriptArguments) -> None:
+    # Several processes without a GPU talk through gloo; the first to arrive may have hours to wait for the last.
+    launched = "LOCAL_RANK" in os.environ
+    waiting = {"timeout": timedelta(days=7)} if launched else {}
+    state = PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
+
+    # Everything that can be wrong with flags, columns and labels is found before a model is loaded.
+    check_rewards([args.reward])
+    output_dir, work = Path(args.output_dir), Path(args.output_dir) / "work"
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not work.is_dir():
+        raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
+    if args.dataset_name and output_dir.resolve().is_relative_to(Path(args.dataset_name).resolve()):
+        raise SystemExit(f"--output_dir {output_dir} is inside the dataset: choose another folder")
+    if args.dataset_name and not os.path.exists(args.dataset_name):
+        args.dataset_revision = hub_commit(args)
+    check_settings(work, run_settings(args), "a run")
+    name = reward_name(args.reward)
+    check_settings(work / "scores" / name, reward_settings(args.reward), f"scores of {name}")
+    pairs = Pairs(args)
+    state.wait_for_everyone()  # nobody writes before all have looked
+    published = tuple(f"{folder}/train-*-of-*.parquet" for folder in data_folders(args))
+    if args.push_to_hub and state.is_main_process:  # a wrong token or name fails now, not after the work
+        args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
+        check_dataset_repo(args.hub_dataset_id, published)
+    if state.is_main_process:
+        write_settings(work, run_settings(args))
+        for stale in output_dir.rglob(".*.tmp*"):  # of processes that were killed
+            stale.unlink()
+    state.wait_for_everyone()
+
+    index(args, pairs, state)
+    shards = shards_to_score(args, pairs)
+    score(args, pairs, shards, state)
+    if state.is_main_process:
+        ranking = rank_pairs(args, pairs, shards)
+        with DatasetUpload(args.hub_dataset_id if args.push_to_hub else None) as upload:
+            write_dataset(args, pairs, ranking, upload)
+        draw_figures(args, ranking)
+        if args.num_examples:
+            draw_examples(args, pairs, ranking)
+        write_card(args, pairs, ranking)
+        if args.push_to_hub:
+            figures = ["difference.png", "quality.png"] + (["best.png", "worst.png"] if args.include_images else [])
+            publish(args, published, ("statistics.json", *(f"figures/{name}" for name in figures)))
+        print(f"{describe(ranking['counts'])}; the best {ranking['kept']} of them, sorted, in {output_dir}")
+    state.wait_for_everyone()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Pairs
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1291,41 +1513,6 @@ def score_file(args: ScriptArguments, shard: dict) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-RANKED, TIE, UNLABELLED = 0, 1, 2  # status of a pair
-
-
-def index(args: ScriptArguments, pairs: Pairs, state: PartialState) -> None:
-    """Reads all rows once, without images where they have ids: labels are checked before any model is loaded."""
-    work = Path(args.output_dir) / "work"
-    own = [f for f in range(pairs.num_files) if f % state.num_processes == state.process_index]
-    own = [f for f in own if shard_facts(index_file(work, f)) is None]
-    progress = tqdm(desc="read pairs", unit="pair", disable=not (own and state.is_local_main_process))
-    for file in own:
-        target = index_file(work, file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
-        writer, row = None, 0
-        for table in pairs.tables(file, index_columns(args, pairs)):
-            found = index_rows(args, pairs, table, file, row)
-            table = table.select(pairs.light_columns)
-            for name, values in found.items():
-                table = table.drop_columns(name) if name in table.column_names else table
-                table = table.append_column(name, values)
-            if writer is None:
-                schema = table.schema.with_metadata({b"synpic": b"{}"})
-                writer = pq.ParquetWriter(temporary, schema)
-            writer.write_table(table.cast(schema))
-            row += len(table)
-            progress.update(len(table))
-        if writer is None:  # an empty file of the dataset
-            pq.write_table(pa.table({}).replace_schema_metadata({b"synpic": b"{}"}), temporary)
-        else:
-            writer.close()
-        os.replace(temporary, target)
-    progress.close()
-    state.wait_for_everyone()
-
-
 def index_columns(args: ScriptArguments, pairs: Pairs) -> list[str]:
     """The light columns, and those images that have no id of their own: their bytes are hashed."""
     uids = (args.image_0_uid_column, args.image_1_uid_column)
@@ -1421,31 +1608,6 @@ def shards_to_score(args: ScriptArguments, pairs: Pairs) -> list[dict]:
     return shards
 
 
-def score(args: ScriptArguments, pairs: Pairs, shards: list[dict], state: PartialState) -> None:
-    """Scores what is missing. Shards belong to processes in runs, so that each reads its own part of the dataset."""
-    write_settings(score_file(args, {"file": 0, "shard": 0}).parent, reward_settings(args.reward))
-    own = np.array_split(np.arange(len(shards)), state.num_processes)[state.process_index]
-    missing = []
-    for number in own:
-        shard = shards[number]
-        facts = {"keys": digest(shard["keys"].tobytes()).hex()}
-        if not is_complete(score_file(args, shard), **facts):
-            missing.append((shard, facts))
-    if missing:
-        reward = load_reward_model(args.reward, state.device, batch_size=args.reward_batch_size)
-        progress = tqdm(
-            total=sum(len(shard["keys"]) for shard, _ in missing),
-            desc=f"score {reward_name(args.reward)}",
-            unit="image",
-            disable=not state.is_local_main_process,
-        )
-        for shard, facts, table in shard_tables(args, pairs, missing):
-            score_shard(args, pairs, reward, shard, facts, table)
-            progress.update(len(shard["keys"]))
-        progress.close()
-    state.wait_for_everyone()
-
-
 def shard_tables(args: ScriptArguments, pairs: Pairs, missing: list[tuple]):
     """(shard, facts, its rows with images), each file read through once from the first missing shard on."""
     columns = list(dict.fromkeys([args.prompt_column, *pairs.images]))
@@ -1502,57 +1664,6 @@ def read_scores(args: ScriptArguments, pairs: Pairs, shards: list[dict]) -> tupl
     return keys[order], scores[order], errors
 
 
-def rank_pairs(args: ScriptArguments, pairs: Pairs, shards: list[dict]) -> dict:
-    """Q of every ranked pair, and the order.
-
-    Returns:
-        "psi": float64 (n, 2), ψ of both images (NaN: not ranked); "difference": ψ_w − ψ_l and "quality" of the m ranked
-        pairs, best first, and "order": their rows of the n; "kept": how many of them; counts and statistics.
-    """
-    work = Path(args.output_dir) / "work"
-    tables = read_index(work, pairs.num_files, ["_status", "_winner", "_key_0", "_key_1"])
-    table = pa.concat_tables([table for table in tables if len(table)])
-    status, winner = table["_status"].to_numpy(), table["_winner"].to_numpy()
-    known, scores, errors = read_scores(args, pairs, shards)
-    rewards = np.full((len(table), 2), np.nan)
-    labelled = np.flatnonzero(status == RANKED)
-    for side in (0, 1):
-        keys = table[f"_key_{side}"].to_numpy()[labelled]
-        rewards[labelled, side] = scores[np.searchsorted(known, keys)]
-    ranked = np.flatnonzero(np.isfinite(rewards).all(axis=1))
-    counts = {
-        "rows": len(table),
-        "ties": int((status == TIE).sum()),
-        "without_label": int((status == UNLABELLED).sum()),
-        "with_bad_image": len(labelled) - len(ranked),
-        "ranked": len(ranked),
-    }
-    kept = round(args.top_fraction * len(ranked))
-    if kept == 0:
-        raise SystemExit(f"{pairs.where}: --top_fraction {args.top_fraction} keeps none of {describe(counts)}")
-    mean, std = float(rewards[ranked].mean()), float(rewards[ranked].std())
-    if not std > 0:
-        raise SystemExit(f"reward {args.reward}: gives every image the same score, {mean:g}: it orders nothing")
-    psi = np.full((len(table), 2), np.nan)
-    psi[ranked] = preference_score(args.reward, args.normalization, rewards[ranked], mean, std)
-    lines = np.arange(len(table))
-    p_w, p_l = psi[lines, winner], psi[lines, 1 - winner]
-    quality = pair_quality(p_w, p_l)
-    order = ranked[np.argsort(-quality[ranked], kind="stable")]  # equal ones stay in the dataset's order
-    statistics = {"reward": reward_settings(args.reward), "normalization": args.normalization, "mean": mean, "std": std}
-    return {
-        "psi": psi,
-        "order": order,
-        "quality": quality[order],
-        "difference": (p_w - p_l)[order],
-        "kept": kept,
-        "winner": winner,
-        "counts": counts,
-        "statistics": statistics,
-        "errors": errors,
-    }
-
-
 def describe(counts: dict) -> str:
     return (
         f"{counts['rows']} pairs: {counts['ties']} ties, {counts['without_label']} without a label, "
@@ -1579,64 +1690,6 @@ def output_features(args: ScriptArguments, pairs: Pairs, with_images: bool) -> F
         features |= {name: pairs.features[name] if pairs.is_binary(name) else Image() for name in pairs.images}
     new = {"score_0": "float64", "score_1": "float64", "quality": "float64", "quality_rank": "int64"}
     return Features(features | {name: Value(kind) for name, kind in new.items()})
-
-
-def write_dataset(args: ScriptArguments, pairs: Pairs, ranking: dict, upload) -> None:
-    """Writes the kept pairs, best first, unless they stand there already.
-
-    Sorting happens on disk: rows go to the bucket of their output file as they come, then each bucket is sorted, so
-    that memory holds one output file at most.
-    """
-    output_dir, kept = Path(args.output_dir), ranking["kept"]
-    rows_per_file = max(500, math.ceil(kept / 200)) if args.include_images else 100_000
-    files = range(math.ceil(kept / rows_per_file))
-    folders = data_folders(args)
-    identity = np.concatenate([ranking["order"][:kept].astype(float), ranking["psi"][ranking["order"][:kept]].ravel()])
-    facts = {"pairs": digest(identity.tobytes(), 16).hex()}
-    wanted = {data_file(output_dir / folder, number, files) for folder in folders for number in files}
-    stale = {*(output_dir / "scores").glob("*.parquet"), *(output_dir / "data").glob("*.parquet")} - wanted
-    if not stale and all(shard_facts(file) == facts for file in wanted):
-        return
-
-    for file in (output_dir / "figures").glob("*.png"):  # they show the earlier run
-        file.unlink()
-    rank = np.full(len(ranking["psi"]), -1)
-    rank[ranking["order"][:kept]] = np.arange(kept)
-    buckets = output_dir / "work" / "buckets"
-    buckets.mkdir(parents=True, exist_ok=True)
-    for file in buckets.iterdir():  # of a run that was killed
-        file.unlink()
-    start = 0
-    progress = tqdm(total=kept, desc="sort", unit="pair")
-    for file in range(pairs.num_files):
-        for table in kept_rows(args, pairs, ranking, rank, file, start):
-            numbers = table["quality_rank"].to_numpy() - 1
-            for bucket in np.unique(numbers // rows_per_file):
-                with open(buckets / f"{bucket}.arrow", "ab") as handle:
-                    part = table.filter(pa.array(numbers // rows_per_file == bucket))
-                    with pa.ipc.new_stream(handle, part.schema) as writer:
-                        writer.write_table(part)
-            progress.update(len(table))
-        start += pq.read_metadata(index_file(output_dir / "work", file)).num_rows
-    progress.close()
-    for number in files:
-        parts = []
-        with open(buckets / f"{number}.arrow", "rb") as handle:
-            while handle.peek(1):
-                parts.append(pa.ipc.open_stream(handle).read_all())
-        table = pa.concat_tables(parts)
-        table = table.take(pc.sort_indices(table["quality_rank"]))
-        for folder in folders:
-            schema = output_features(args, pairs, folder == "data").arrow_schema
-            target = data_file(output_dir / folder, number, files)
-            images = pairs.images if folder == "data" else []  # else these are paths, or nothing
-            held = [f"_image_of_{name}" if name in images else name for name in schema.names]
-            part = table.select(held).rename_columns(schema.names).cast(schema)
-            write_table(part, target, facts, 20 if folder == "data" else 1000)
-            upload.send(f"{folder}/{target.name}", target)
-        (buckets / f"{number}.arrow").unlink()
-    for file in stale:  # of a run with another fraction: both would be read
-        file.unlink()
 
 
 def kept_rows(args: ScriptArguments, pairs: Pairs, ranking: dict, rank: np.ndarray, file: int, start: int):
@@ -1929,8 +1982,12 @@ def data_hash(output_dir: Path) -> str:
 # What asking again does not mend: a malformed name, no token, no network wanted.
 # Copied from train_rankdpo_sdxl.LASTING_ERRORS
 LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+
+
 # Copied from train_rankdpo_sdxl.COMMIT_FILES
 COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+
+
 # Copied from train_rankdpo_sdxl.HUB_TIMEOUT
 HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
 
@@ -2149,54 +2206,6 @@ def publish(args: ScriptArguments, data: tuple[str, ...], others: tuple[str, ...
     print(f"published: {HfApi().endpoint}/datasets/{args.hub_dataset_id}")
 
 
-def main(args: ScriptArguments) -> None:
-    # Several processes without a GPU talk through gloo; the first to arrive may have hours to wait for the last.
-    launched = "LOCAL_RANK" in os.environ
-    waiting = {"timeout": timedelta(days=7)} if launched else {}
-    state = PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
-
-    # Everything that can be wrong with flags, columns and labels is found before a model is loaded.
-    check_rewards([args.reward])
-    output_dir, work = Path(args.output_dir), Path(args.output_dir) / "work"
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not work.is_dir():
-        raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
-    if args.dataset_name and output_dir.resolve().is_relative_to(Path(args.dataset_name).resolve()):
-        raise SystemExit(f"--output_dir {output_dir} is inside the dataset: choose another folder")
-    if args.dataset_name and not os.path.exists(args.dataset_name):
-        args.dataset_revision = hub_commit(args)
-    check_settings(work, run_settings(args), "a run")
-    name = reward_name(args.reward)
-    check_settings(work / "scores" / name, reward_settings(args.reward), f"scores of {name}")
-    pairs = Pairs(args)
-    state.wait_for_everyone()  # nobody writes before all have looked
-    published = tuple(f"{folder}/train-*-of-*.parquet" for folder in data_folders(args))
-    if args.push_to_hub and state.is_main_process:  # a wrong token or name fails now, not after the work
-        args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
-        check_dataset_repo(args.hub_dataset_id, published)
-    if state.is_main_process:
-        write_settings(work, run_settings(args))
-        for stale in output_dir.rglob(".*.tmp*"):  # of processes that were killed
-            stale.unlink()
-    state.wait_for_everyone()
-
-    index(args, pairs, state)
-    shards = shards_to_score(args, pairs)
-    score(args, pairs, shards, state)
-    if state.is_main_process:
-        ranking = rank_pairs(args, pairs, shards)
-        with DatasetUpload(args.hub_dataset_id if args.push_to_hub else None) as upload:
-            write_dataset(args, pairs, ranking, upload)
-        draw_figures(args, ranking)
-        if args.num_examples:
-            draw_examples(args, pairs, ranking)
-        write_card(args, pairs, ranking)
-        if args.push_to_hub:
-            figures = ["difference.png", "quality.png"] + (["best.png", "worst.png"] if args.include_images else [])
-            publish(args, published, ("statistics.json", *(f"figures/{name}" for name in figures)))
-        print(f"{describe(ranking['counts'])}; the best {ranking['kept']} of them, sorted, in {output_dir}")
-    state.wait_for_everyone()
-
-
 # Copied from train_rankdpo_sdxl.parse_arguments
 def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
     """Flags of the command line over those of `--config`; a wrong one ends in one line."""
@@ -2204,6 +2213,11 @@ def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
         return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
     except (ValueError, TypeError, OSError) as error:
         raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Start
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

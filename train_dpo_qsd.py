@@ -328,6 +328,292 @@ class ScriptArguments:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Objective
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_rankdpo_sdxl.denoising_error
+def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each image, in float32 from the subtraction on.
+
+    Half precision here would ruin the margin: at beta/2 = 2500 it puts an error of 0.2 to 5 on every logit.
+
+    Args:
+        prediction, target: (n, C, H, W).
+
+    Returns:
+        float32 (n,).
+    """
+    return (target.float() - prediction.float()).square().mean(dim=(1, 2, 3))
+
+
+def pair_loss(
+    model_errors_w: torch.Tensor,
+    model_errors_l: torch.Tensor,
+    ref_errors_w: torch.Tensor | None,
+    ref_errors_l: torch.Tensor | None,
+    beta: float,
+    loss_type: str = "sigmoid",
+    orpo_lambda: float = 0.1,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses of pairs, in TRL's names.
+
+    With s = model error − reference error (lower is better) the margin is m = −(β/2)(s_w − s_l), and a pair's loss
+
+    - sigmoid (Diffusion-DPO): −log σ(m);
+    - hinge (SLiC-HF): max(0, 1 − m);
+    - ipo: (m − 1/2)². IPO's own (h − 1/(2β))², h = m/β, is this over β²: the same minimum, but gradients so small that
+      AdamW's epsilon would swallow them at these β;
+    - orpo (no reference): e_w − λ·log σ(log odds(p_w) − log odds(p_l)), with p = exp(−e) and odds(p) = p/(1 − p).
+
+    Args:
+        model_errors_w, model_errors_l: denoising errors of winner and loser under the trained model, float32 (B,).
+        ref_errors_w, ref_errors_l: under the reference model, float32 (B,); None for orpo, which has none.
+        beta: β; the margin is β/2 times a difference of *mean* squared errors, Diffusion-DPO's convention.
+        loss_type: sigmoid, hinge, ipo or orpo.
+        orpo_lambda: λ.
+
+    Returns:
+        loss, float32 scalar, the mean over pairs; metrics, detached scalars: `loss`, `implicit_accuracy` (share of the
+        pairs with a margin above 0) and `margin` (mean; orpo's is the difference of the log odds).
+    """
+    if loss_type == "orpo":
+        margins = log_odds(model_errors_w) - log_odds(model_errors_l)
+        losses = model_errors_w - orpo_lambda * F.logsigmoid(margins)
+    else:
+        margins = -(beta / 2) * ((model_errors_w - ref_errors_w) - (model_errors_l - ref_errors_l))
+        if loss_type == "hinge":
+            losses = F.relu(1 - margins)
+        elif loss_type == "ipo":
+            losses = (margins - 0.5).square()
+        else:
+            losses = -F.logsigmoid(margins)
+    loss = losses.mean()
+    metrics = {
+        "loss": loss.detach(),
+        "implicit_accuracy": (margins > 0).float().mean(),
+        "margin": margins.detach().mean(),
+    }
+    return loss, metrics
+
+
+def log_odds(errors: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 − p)) of p = exp(−error), exact for small errors too."""
+    return -errors - torch.log(-torch.expm1(-errors))
+
+
+def training_step(unet, reference, noise_scheduler, batch: dict, args: ScriptArguments, weight_dtype):
+    """One forward of both images of a batch of pairs, and of the reference where the objective needs it.
+
+    Args:
+        unet: the model as prepared for training; reference: the same model unwrapped, whose adapter is switched off.
+        batch: latents (B, 2, C, h, w), winner first, noise (B, C, h, w), timesteps (B,), prompt_embeds
+            (B, tokens, width), time_ids (B, 2, 6) and, for SDXL, pooled_prompt_embeds (B, width).
+
+    Returns:
+        loss, metrics of `pair_loss`.
+    """
+    batch_size = len(batch["latents"])
+    latents = batch["latents"].flatten(0, 1).float()
+    noise = batch["noise"].repeat_interleave(2, dim=0)
+    timesteps = batch["timesteps"].repeat_interleave(2)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(weight_dtype)
+    if noise_scheduler.config.prediction_type == "epsilon":
+        target = noise
+    else:
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    inputs = {
+        "sample": noisy_latents,
+        "timestep": timesteps,
+        "encoder_hidden_states": batch["prompt_embeds"].repeat_interleave(2, dim=0),
+    }
+    if "pooled_prompt_embeds" in batch:
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(2, dim=0),
+            "time_ids": batch["time_ids"].flatten(0, 1).to(weight_dtype),
+        }
+    ref_errors_w, ref_errors_l = None, None
+    if args.loss_type != "orpo":
+        with torch.no_grad(), adapter_off(reference):
+            ref_errors = denoising_error(reference(**inputs).sample, target).view(batch_size, 2)
+        ref_errors_w, ref_errors_l = ref_errors.unbind(dim=1)
+    model_errors_w, model_errors_l = denoising_error(unet(**inputs).sample, target).view(batch_size, 2).unbind(dim=1)
+    return pair_loss(
+        model_errors_w, model_errors_l, ref_errors_w, ref_errors_l, args.beta_dpo, args.loss_type, args.orpo_lambda
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(args: ScriptArguments) -> None:
+    output_dir = Path(args.output_dir)
+    accelerator = make_accelerator(args)
+    device = accelerator.device
+    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+
+    # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
+    family = check_model(args)
+    dataset, pairs = load_pairs(args)
+    rows, winners, counts = select_pairs(args, pairs)
+    settings = run_settings(args, accelerator.num_processes, rows, winners)
+    checkpoint = check_output_dir(args, settings)
+    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    epochs_steps = max(1, round(args.num_train_epochs * len(rows) / global_batch_size))
+    max_train_steps = args.max_train_steps or epochs_steps
+    start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    if start_step > max_train_steps:
+        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
+    used = min(len(rows), max_train_steps * global_batch_size)  # only what will be trained on is encoded
+    with accelerator.main_process_first():  # ids that have to be made are made once
+        labels = make_labels(args, dataset, pairs, rows[:used], winners[:used])
+    cache = Path(args.cache_dir) / cache_key(args, dataset, pairs, weight_dtype)
+    shards = cache_shards(used)
+    images = {column: stored_images(dataset, column) for column in (args.image_0_column, args.image_1_column)}
+    check_images(images, labels, [row for i in missing_shards(cache, used, accelerator) for row in shards[i]])
+    accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
+        args.hub_model_id = create_repo(args.hub_model_id or output_dir.resolve().name, "model", args.hub_private_repo)
+    if start_step == max_train_steps and (output_dir / "README.md").exists():  # the card is written last
+        accelerator.print(f"{output_dir} is trained already: {max_train_steps} steps")
+        if args.push_to_hub and accelerator.is_main_process:
+            upload(args, output_dir)
+        return
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for stale in output_dir.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(stale)
+        write_text(output_dir / "run.json", json.dumps(settings, indent=2) + "\n")
+    validator = encode(args, family, images, labels, cache, accelerator, weight_dtype)
+
+    # Model, optimizer, schedule.
+    set_seed(args.seed)
+    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
+    unet = UNet2DConditionModel.from_pretrained(**model, subfolder="unet", variant=args.variant, dtype=weight_dtype)
+    unet.requires_grad_(False)
+    add_lora(unet, args.rank)
+    cast_training_params(unet, dtype=torch.float32)
+    if checkpoint:
+        load_lora(checkpoint, unet)
+    unet.to(device).train()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(args, parameters)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+    )
+    reference = unet  # the same weights, adapter off; never the wrapper, which would synchronise for nothing
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    if checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: a sync per tensor and step
+        load_training_state(checkpoint, optimizer, lr_scheduler, accelerator.scaler)
+
+    batches = torch.utils.data.DataLoader(
+        CachedPairs(cache, labels, args.seed, noise_scheduler.config.num_train_timesteps),
+        batch_sampler=EpochSampler(args, len(labels), accelerator.process_index, accelerator.num_processes, start_step),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(batches)
+    if accelerator.is_main_process:
+        config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
+        accelerator.init_trackers("dpo-qsd", config=config)
+        log = open_log(output_dir / LOG_FILE, start_step)
+    progress = tqdm(
+        total=max_train_steps, initial=start_step, desc="train", disable=not accelerator.is_local_main_process
+    )
+    if max_train_steps <= args.lr_warmup_steps:
+        accelerator.print(f"warning: all {max_train_steps} steps are warm-up: add pairs, or raise --max_train_steps")
+    accelerator.print(
+        f"{counts['rows']} pairs: {counts['ties']} ties, {counts['without_label']} without a label; training on "
+        f"{describe(args, counts, used)}: {max_train_steps} steps of {global_batch_size}, "
+        f"{sum(p.numel() for p in parameters):,} trained parameters"
+    )
+    upload_checkpoint = None
+    if args.push_to_hub and args.hub_strategy == "checkpoint" and accelerator.is_main_process:
+        upload_checkpoint = CheckpointUpload(args.hub_model_id)
+    started, step_ended = time.time(), time.time()
+
+    for step in range(start_step + 1, max_train_steps + 1):
+        totals = {}
+        for _ in range(args.gradient_accumulation_steps):
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+            with accelerator.accumulate(unet):
+                with accelerator.autocast():
+                    loss, metrics = training_step(unet, reference, noise_scheduler, batch, args, weight_dtype)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value / args.gradient_accumulation_steps
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+
+        # The only synchronisation of an optimizer step: all metrics of all processes in one reduction.
+        totals["grad_norm"] = grad_norm
+        values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
+        logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
+        now = time.time()
+        logs["images_per_second"] = global_batch_size * 2 / (now - step_ended)
+        step_ended = now
+        progress.update()
+        progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
+        accelerator.log(logs, step=step)
+        if accelerator.is_main_process:
+            log.write(json.dumps({"step": step, **logs}) + "\n")
+        # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
+        if not np.isfinite(logs["loss"]) or not np.isfinite(logs["grad_norm"]) and args.mixed_precision != "fp16":
+            raise SystemExit(
+                f"step {step}: the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}; the last "
+                "checkpoint is kept. Lower --learning_rate, or take --mixed_precision bf16"
+            )
+
+        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == max_train_steps):
+            total_limit = args.checkpoints_total_limit
+            save_checkpoint(output_dir, step, reference, optimizer, lr_scheduler, accelerator.scaler, total_limit)
+            if upload_checkpoint and step < max_train_steps:
+                upload_checkpoint(output_dir, output_dir / f"checkpoint-{step}")
+        if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
+            log_images(accelerator, validator.prompts, validator(reference), step)
+            step_ended = time.time()
+
+    progress.close()
+    seconds = time.time() - started
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        trained_images = (max_train_steps - start_step) * global_batch_size * 2
+        facts = {
+            "pairs": describe(args, counts, used),
+            "steps": max_train_steps,
+            "pairs per step": global_batch_size,
+            "lambda" if args.loss_type == "orpo" else "beta": args.orpo_lambda
+            if args.loss_type == "orpo"
+            else args.beta_dpo,
+            "learning rate": args.learning_rate,
+            "LoRA rank": args.rank,
+            "seed": args.seed,
+            "data": data_identity(dataset, settings["pairs"]),
+            "speed": f"{trained_images / seconds:.1f} images/s" if trained_images else "not measured",
+            "peak memory": f"{peak_memory_gb(device):.1f} GB",
+        }
+        log.close()
+        finish(args, family, reference, validator, accelerator, facts)
+        if upload_checkpoint:
+            upload_checkpoint.wait()
+        if args.push_to_hub:
+            upload(args, output_dir)
+    accelerator.end_training()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Data: check, labels, encode once, read
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -823,122 +1109,6 @@ def _epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Objective
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-# Copied from train_rankdpo_sdxl.denoising_error
-def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each image, in float32 from the subtraction on.
-
-    Half precision here would ruin the margin: at beta/2 = 2500 it puts an error of 0.2 to 5 on every logit.
-
-    Args:
-        prediction, target: (n, C, H, W).
-
-    Returns:
-        float32 (n,).
-    """
-    return (target.float() - prediction.float()).square().mean(dim=(1, 2, 3))
-
-
-def pair_loss(
-    model_errors_w: torch.Tensor,
-    model_errors_l: torch.Tensor,
-    ref_errors_w: torch.Tensor | None,
-    ref_errors_l: torch.Tensor | None,
-    beta: float,
-    loss_type: str = "sigmoid",
-    orpo_lambda: float = 0.1,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Losses of pairs, in TRL's names.
-
-    With s = model error − reference error (lower is better) the margin is m = −(β/2)(s_w − s_l), and a pair's loss
-
-    - sigmoid (Diffusion-DPO): −log σ(m);
-    - hinge (SLiC-HF): max(0, 1 − m);
-    - ipo: (m − 1/2)². IPO's own (h − 1/(2β))², h = m/β, is this over β²: the same minimum, but gradients so small that
-      AdamW's epsilon would swallow them at these β;
-    - orpo (no reference): e_w − λ·log σ(log odds(p_w) − log odds(p_l)), with p = exp(−e) and odds(p) = p/(1 − p).
-
-    Args:
-        model_errors_w, model_errors_l: denoising errors of winner and loser under the trained model, float32 (B,).
-        ref_errors_w, ref_errors_l: under the reference model, float32 (B,); None for orpo, which has none.
-        beta: β; the margin is β/2 times a difference of *mean* squared errors, Diffusion-DPO's convention.
-        loss_type: sigmoid, hinge, ipo or orpo.
-        orpo_lambda: λ.
-
-    Returns:
-        loss, float32 scalar, the mean over pairs; metrics, detached scalars: `loss`, `implicit_accuracy` (share of the
-        pairs with a margin above 0) and `margin` (mean; orpo's is the difference of the log odds).
-    """
-    if loss_type == "orpo":
-        margins = log_odds(model_errors_w) - log_odds(model_errors_l)
-        losses = model_errors_w - orpo_lambda * F.logsigmoid(margins)
-    else:
-        margins = -(beta / 2) * ((model_errors_w - ref_errors_w) - (model_errors_l - ref_errors_l))
-        if loss_type == "hinge":
-            losses = F.relu(1 - margins)
-        elif loss_type == "ipo":
-            losses = (margins - 0.5).square()
-        else:
-            losses = -F.logsigmoid(margins)
-    loss = losses.mean()
-    metrics = {
-        "loss": loss.detach(),
-        "implicit_accuracy": (margins > 0).float().mean(),
-        "margin": margins.detach().mean(),
-    }
-    return loss, metrics
-
-
-def log_odds(errors: torch.Tensor) -> torch.Tensor:
-    """log(p / (1 − p)) of p = exp(−error), exact for small errors too."""
-    return -errors - torch.log(-torch.expm1(-errors))
-
-
-def training_step(unet, reference, noise_scheduler, batch: dict, args: ScriptArguments, weight_dtype):
-    """One forward of both images of a batch of pairs, and of the reference where the objective needs it.
-
-    Args:
-        unet: the model as prepared for training; reference: the same model unwrapped, whose adapter is switched off.
-        batch: latents (B, 2, C, h, w), winner first, noise (B, C, h, w), timesteps (B,), prompt_embeds
-            (B, tokens, width), time_ids (B, 2, 6) and, for SDXL, pooled_prompt_embeds (B, width).
-
-    Returns:
-        loss, metrics of `pair_loss`.
-    """
-    batch_size = len(batch["latents"])
-    latents = batch["latents"].flatten(0, 1).float()
-    noise = batch["noise"].repeat_interleave(2, dim=0)
-    timesteps = batch["timesteps"].repeat_interleave(2)
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(weight_dtype)
-    if noise_scheduler.config.prediction_type == "epsilon":
-        target = noise
-    else:
-        target = noise_scheduler.get_velocity(latents, noise, timesteps)
-    inputs = {
-        "sample": noisy_latents,
-        "timestep": timesteps,
-        "encoder_hidden_states": batch["prompt_embeds"].repeat_interleave(2, dim=0),
-    }
-    if "pooled_prompt_embeds" in batch:
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(2, dim=0),
-            "time_ids": batch["time_ids"].flatten(0, 1).to(weight_dtype),
-        }
-    ref_errors_w, ref_errors_l = None, None
-    if args.loss_type != "orpo":
-        with torch.no_grad(), adapter_off(reference):
-            ref_errors = denoising_error(reference(**inputs).sample, target).view(batch_size, 2)
-        ref_errors_w, ref_errors_l = ref_errors.unbind(dim=1)
-    model_errors_w, model_errors_l = denoising_error(unet(**inputs).sample, target).view(batch_size, 2).unbind(dim=1)
-    return pair_loss(
-        model_errors_w, model_errors_l, ref_errors_w, ref_errors_l, args.beta_dpo, args.loss_type, args.orpo_lambda
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Model, LoRA files, checkpoints
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1405,8 +1575,12 @@ def write_text(file: Path, text: str) -> None:
 # What asking again does not mend: a malformed name, no token, no network wanted.
 # Copied from train_rankdpo_sdxl.LASTING_ERRORS
 LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+
+
 # Copied from train_rankdpo_sdxl.COMMIT_FILES
 COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+
+
 # Copied from train_rankdpo_sdxl.HUB_TIMEOUT
 HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
 
@@ -1716,171 +1890,6 @@ def finish(args, family: str, unet, validator: Validator, accelerator: Accelerat
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
 
 
-def main(args: ScriptArguments) -> None:
-    output_dir = Path(args.output_dir)
-    accelerator = make_accelerator(args)
-    device = accelerator.device
-    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-
-    # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
-    family = check_model(args)
-    dataset, pairs = load_pairs(args)
-    rows, winners, counts = select_pairs(args, pairs)
-    settings = run_settings(args, accelerator.num_processes, rows, winners)
-    checkpoint = check_output_dir(args, settings)
-    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    epochs_steps = max(1, round(args.num_train_epochs * len(rows) / global_batch_size))
-    max_train_steps = args.max_train_steps or epochs_steps
-    start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    if start_step > max_train_steps:
-        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
-    used = min(len(rows), max_train_steps * global_batch_size)  # only what will be trained on is encoded
-    with accelerator.main_process_first():  # ids that have to be made are made once
-        labels = make_labels(args, dataset, pairs, rows[:used], winners[:used])
-    cache = Path(args.cache_dir) / cache_key(args, dataset, pairs, weight_dtype)
-    shards = cache_shards(used)
-    images = {column: stored_images(dataset, column) for column in (args.image_0_column, args.image_1_column)}
-    check_images(images, labels, [row for i in missing_shards(cache, used, accelerator) for row in shards[i]])
-    accelerator.wait_for_everyone()
-    if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
-        args.hub_model_id = create_repo(args.hub_model_id or output_dir.resolve().name, "model", args.hub_private_repo)
-    if start_step == max_train_steps and (output_dir / "README.md").exists():  # the card is written last
-        accelerator.print(f"{output_dir} is trained already: {max_train_steps} steps")
-        if args.push_to_hub and accelerator.is_main_process:
-            upload(args, output_dir)
-        return
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for stale in output_dir.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(stale)
-        write_text(output_dir / "run.json", json.dumps(settings, indent=2) + "\n")
-    validator = encode(args, family, images, labels, cache, accelerator, weight_dtype)
-
-    # Model, optimizer, schedule.
-    set_seed(args.seed)
-    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
-    unet = UNet2DConditionModel.from_pretrained(**model, subfolder="unet", variant=args.variant, dtype=weight_dtype)
-    unet.requires_grad_(False)
-    add_lora(unet, args.rank)
-    cast_training_params(unet, dtype=torch.float32)
-    if checkpoint:
-        load_lora(checkpoint, unet)
-    unet.to(device).train()
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, parameters)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-    )
-    reference = unet  # the same weights, adapter off; never the wrapper, which would synchronise for nothing
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    if checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: a sync per tensor and step
-        load_training_state(checkpoint, optimizer, lr_scheduler, accelerator.scaler)
-
-    batches = torch.utils.data.DataLoader(
-        CachedPairs(cache, labels, args.seed, noise_scheduler.config.num_train_timesteps),
-        batch_sampler=EpochSampler(args, len(labels), accelerator.process_index, accelerator.num_processes, start_step),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    batches = iter(batches)
-    if accelerator.is_main_process:
-        config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
-        accelerator.init_trackers("dpo-qsd", config=config)
-        log = open_log(output_dir / LOG_FILE, start_step)
-    progress = tqdm(
-        total=max_train_steps, initial=start_step, desc="train", disable=not accelerator.is_local_main_process
-    )
-    if max_train_steps <= args.lr_warmup_steps:
-        accelerator.print(f"warning: all {max_train_steps} steps are warm-up: add pairs, or raise --max_train_steps")
-    accelerator.print(
-        f"{counts['rows']} pairs: {counts['ties']} ties, {counts['without_label']} without a label; training on "
-        f"{describe(args, counts, used)}: {max_train_steps} steps of {global_batch_size}, "
-        f"{sum(p.numel() for p in parameters):,} trained parameters"
-    )
-    upload_checkpoint = None
-    if args.push_to_hub and args.hub_strategy == "checkpoint" and accelerator.is_main_process:
-        upload_checkpoint = CheckpointUpload(args.hub_model_id)
-    started, step_ended = time.time(), time.time()
-
-    for step in range(start_step + 1, max_train_steps + 1):
-        totals = {}
-        for _ in range(args.gradient_accumulation_steps):
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-            with accelerator.accumulate(unet):
-                with accelerator.autocast():
-                    loss, metrics = training_step(unet, reference, noise_scheduler, batch, args, weight_dtype)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value / args.gradient_accumulation_steps
-        if not accelerator.optimizer_step_was_skipped:
-            lr_scheduler.step()
-
-        # The only synchronisation of an optimizer step: all metrics of all processes in one reduction.
-        totals["grad_norm"] = grad_norm
-        values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
-        logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
-        now = time.time()
-        logs["images_per_second"] = global_batch_size * 2 / (now - step_ended)
-        step_ended = now
-        progress.update()
-        progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
-        accelerator.log(logs, step=step)
-        if accelerator.is_main_process:
-            log.write(json.dumps({"step": step, **logs}) + "\n")
-        # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
-        if not np.isfinite(logs["loss"]) or not np.isfinite(logs["grad_norm"]) and args.mixed_precision != "fp16":
-            raise SystemExit(
-                f"step {step}: the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}; the last "
-                "checkpoint is kept. Lower --learning_rate, or take --mixed_precision bf16"
-            )
-
-        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == max_train_steps):
-            total_limit = args.checkpoints_total_limit
-            save_checkpoint(output_dir, step, reference, optimizer, lr_scheduler, accelerator.scaler, total_limit)
-            if upload_checkpoint and step < max_train_steps:
-                upload_checkpoint(output_dir, output_dir / f"checkpoint-{step}")
-        if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
-            log_images(accelerator, validator.prompts, validator(reference), step)
-            step_ended = time.time()
-
-    progress.close()
-    seconds = time.time() - started
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        trained_images = (max_train_steps - start_step) * global_batch_size * 2
-        facts = {
-            "pairs": describe(args, counts, used),
-            "steps": max_train_steps,
-            "pairs per step": global_batch_size,
-            "lambda" if args.loss_type == "orpo" else "beta": args.orpo_lambda
-            if args.loss_type == "orpo"
-            else args.beta_dpo,
-            "learning rate": args.learning_rate,
-            "LoRA rank": args.rank,
-            "seed": args.seed,
-            "data": data_identity(dataset, settings["pairs"]),
-            "speed": f"{trained_images / seconds:.1f} images/s" if trained_images else "not measured",
-            "peak memory": f"{peak_memory_gb(device):.1f} GB",
-        }
-        log.close()
-        finish(args, family, reference, validator, accelerator, facts)
-        if upload_checkpoint:
-            upload_checkpoint.wait()
-        if args.push_to_hub:
-            upload(args, output_dir)
-    accelerator.end_training()
-
-
 # Copied from train_rankdpo_sdxl.parse_arguments
 def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
     """Flags of the command line over those of `--config`; a wrong one ends in one line."""
@@ -1888,6 +1897,11 @@ def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
         return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
     except (ValueError, TypeError, OSError) as error:
         raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Start
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

@@ -297,6 +297,307 @@ class ScriptArguments:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Objective
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each image, in float32 from the subtraction on.
+
+    Half precision here would ruin the margin: at beta/2 = 2500 it puts an error of 0.2 to 5 on every logit.
+
+    Args:
+        prediction, target: (n, C, H, W).
+
+    Returns:
+        float32 (n,).
+    """
+    return (target.float() - prediction.float()).square().mean(dim=(1, 2, 3))
+
+
+def dcg_weights(phi: torch.Tensor, rank: torch.Tensor | None = None) -> torch.Tensor:
+    """Pairwise DCG weights |2^φ_i − 2^φ_j| · |1/log2(1 + r_i) − 1/log2(1 + r_j)| (RankDPO, Algorithm 2, Eq. 6).
+
+    Args:
+        phi: preference probabilities, float (B, k) in [0, 1].
+        rank: ranks (B, k), 1 = best; default: by phi, ties by position.
+
+    Returns:
+        float32 (B, k, k), symmetric, zero on the diagonal and between images of equal phi.
+    """
+    phi = phi.float()
+    if rank is None:
+        rank = phi.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
+    gain = torch.exp2(phi)
+    discount = 1.0 / torch.log2(1.0 + rank.float())
+    return (gain[:, :, None] - gain[:, None, :]).abs() * (discount[:, :, None] - discount[:, None, :]).abs()
+
+
+def rankdpo_loss(
+    model_errors: torch.Tensor,
+    ref_errors: torch.Tensor | None,
+    phi: torch.Tensor,
+    beta: float,
+    rank: torch.Tensor | None = None,
+    loss_type: str = "rankdpo",
+    rank_source: str = "label",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """RankDPO (Eq. 7) and the paper's other objectives.
+
+    With s = model error − reference error (lower is better) and m_ij = −(β/2)(s_i − s_j), a prompt's loss is
+    −Σ_{i preferred over j} Δ_ij · log σ(m_ij); the batch's is the mean over prompts.
+
+    Args:
+        model_errors: denoising errors under the trained model, float32 (B, k).
+        ref_errors: under the reference model, float32 (B, k); None for sft and weighted_sft, which need none.
+        phi: preference probabilities, float (B, k).
+        beta: β; the margin is β/2 times a difference of *mean* squared errors, Diffusion-DPO's convention.
+        rank: ranks (B, k), 1 = best; default: by phi, ties by position.
+        loss_type: rankdpo (Δ = DCG weight), dpo_gain (Δ = |G|), dpo (Δ = 1, ties left out), sft (error of the best
+            image), weighted_sft (errors weighted by phi, normalised per prompt).
+        rank_source: label, or predicted: the discounts' ranks come from the model's own scores (LambdaLoss).
+
+    Returns:
+        loss, float32 scalar; metrics, detached scalars: `loss`, and for the preference losses `implicit_accuracy`
+        (share of the weighted pairs with m > 0) and `margin` (mean m over the weighted pairs).
+    """
+    phi = phi.float()
+    if loss_type == "sft":
+        best = phi.argmax(dim=1) if rank is None else rank.argmin(dim=1)
+        loss = model_errors.gather(1, best[:, None]).mean()
+        return loss, {"loss": loss.detach()}
+    if loss_type == "weighted_sft":
+        weights = phi / phi.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        loss = (weights * model_errors).sum(dim=1).mean()
+        return loss, {"loss": loss.detach()}
+
+    scores = model_errors - ref_errors
+    margins = -(beta / 2) * (scores[:, :, None] - scores[:, None, :])
+    preferred = phi[:, :, None] > phi[:, None, :]
+    if loss_type == "rankdpo":
+        if rank_source == "predicted":
+            rank = scores.detach().argsort(dim=1, stable=True).argsort(dim=1) + 1
+        weights = dcg_weights(phi, rank)
+    elif loss_type == "dpo_gain":
+        gain = torch.exp2(phi)
+        weights = (gain[:, :, None] - gain[:, None, :]).abs()
+    else:
+        weights = torch.ones_like(margins)
+    weights = weights * preferred
+    loss = -(weights * F.logsigmoid(margins)).sum(dim=(1, 2)).mean()
+
+    weighted = (weights > 0).float()
+    count = weighted.sum().clamp(min=1)
+    metrics = {
+        "loss": loss.detach(),
+        "implicit_accuracy": ((margins > 0) * weighted).sum().detach() / count,
+        "margin": (margins * weighted).sum().detach() / count,
+    }
+    return loss, metrics
+
+
+def training_step(unet, reference, noise_scheduler, batch: dict, args: ScriptArguments, weight_dtype):
+    """One forward of all k images of a batch of prompts, and of the reference where the objective needs it.
+
+    Args:
+        unet: the model as prepared for training; reference: the same model unwrapped, whose adapter is switched off.
+        batch: latents (B, k, C, h, w), noise (B, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width),
+            pooled_prompt_embeds (B, width), time_ids (B, k, 6), phi (B, k), rank (B, k).
+
+    Returns:
+        loss, metrics of `rankdpo_loss`.
+    """
+    batch_size, k = batch["latents"].shape[:2]
+    latents = batch["latents"].flatten(0, 1).float()
+    noise = batch["noise"].repeat_interleave(k, dim=0)
+    timesteps = batch["timesteps"].repeat_interleave(k)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(weight_dtype)
+    if noise_scheduler.config.prediction_type == "epsilon":
+        target = noise
+    else:
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    inputs = {
+        "sample": noisy_latents,
+        "timestep": timesteps,
+        "encoder_hidden_states": batch["prompt_embeds"].repeat_interleave(k, dim=0),
+        "added_cond_kwargs": {
+            "text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(k, dim=0),
+            "time_ids": batch["time_ids"].flatten(0, 1).to(weight_dtype),
+        },
+    }
+    ref_errors = None
+    if args.loss_type not in ("sft", "weighted_sft"):
+        with torch.no_grad(), adapter_off(reference):
+            ref_errors = denoising_error(reference(**inputs).sample, target).view(batch_size, k)
+    model_errors = denoising_error(unet(**inputs).sample, target).view(batch_size, k)
+    return rankdpo_loss(
+        model_errors, ref_errors, batch["phi"], args.beta_dpo, batch["rank"], args.loss_type, args.rank_source
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(args: ScriptArguments) -> None:
+    output_dir = Path(args.output_dir)
+    accelerator = make_accelerator(args)
+    device = accelerator.device
+    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+
+    # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
+    check_model(args)
+    dataset = load_ranked_dataset(args)
+    labels = make_labels(args, dataset)
+    settings = run_settings(args, accelerator.num_processes, labels)
+    checkpoint = check_output_dir(args, settings)
+    k = len(labels[0]["images"])
+    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    epochs_steps = max(1, round(args.num_train_epochs * len(labels) / global_batch_size))
+    max_train_steps = args.max_train_steps or epochs_steps
+    start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    if start_step > max_train_steps:
+        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
+    cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
+    shards = cache_shards(len(labels))
+    images = stored_images(dataset, args.images_column)
+    check_images(images, labels, [row for i in missing_shards(cache, len(labels), accelerator) for row in shards[i]])
+    accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
+        args.hub_model_id = create_repo(args.hub_model_id or output_dir.resolve().name, "model", args.hub_private_repo)
+    if start_step == max_train_steps and (output_dir / "README.md").exists():  # the card is written last
+        accelerator.print(f"{output_dir} is trained already: {max_train_steps} steps")
+        if args.push_to_hub and accelerator.is_main_process:
+            upload(args, output_dir)
+        return
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for stale in output_dir.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(stale)
+        write_text(output_dir / "run.json", json.dumps(settings, indent=2) + "\n")
+    validator = encode(args, images, labels, cache, accelerator, weight_dtype)
+
+    # Model, optimizer, schedule.
+    set_seed(args.seed)
+    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
+    unet = UNet2DConditionModel.from_pretrained(**model, subfolder="unet", variant=args.variant, dtype=weight_dtype)
+    unet.requires_grad_(False)
+    add_lora(unet, args.rank)
+    cast_training_params(unet, dtype=torch.float32)
+    if checkpoint:
+        load_lora(checkpoint, unet)
+    unet.to(device).train()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(args, parameters)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+    )
+    reference = unet  # the same weights, adapter off; never the wrapper, which would synchronise for nothing
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    if checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: a sync per tensor and step
+        load_training_state(checkpoint, optimizer, lr_scheduler, accelerator.scaler)
+
+    batches = torch.utils.data.DataLoader(
+        CachedPrompts(cache, labels, args.seed, noise_scheduler.config.num_train_timesteps),
+        batch_sampler=EpochSampler(args, len(labels), accelerator.process_index, accelerator.num_processes, start_step),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(batches)
+    if accelerator.is_main_process:
+        config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
+        accelerator.init_trackers("rankdpo-sdxl", config=config)
+        log = open_log(output_dir / LOG_FILE, start_step)
+    progress = tqdm(
+        total=max_train_steps, initial=start_step, desc="train", disable=not accelerator.is_local_main_process
+    )
+    if max_train_steps <= args.lr_warmup_steps:
+        accelerator.print(f"warning: all {max_train_steps} steps are warm-up: add prompts, or raise --max_train_steps")
+    accelerator.print(
+        f"{len(labels)} prompts x {k} images, {max_train_steps} steps of {global_batch_size} prompts, "
+        f"{sum(p.numel() for p in parameters):,} trained parameters"
+    )
+    upload_checkpoint = None
+    if args.push_to_hub and args.hub_strategy == "checkpoint" and accelerator.is_main_process:
+        upload_checkpoint = CheckpointUpload(args.hub_model_id)
+    started, step_ended = time.time(), time.time()
+
+    for step in range(start_step + 1, max_train_steps + 1):
+        totals = {}
+        for _ in range(args.gradient_accumulation_steps):
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+            with accelerator.accumulate(unet):
+                with accelerator.autocast():
+                    loss, metrics = training_step(unet, reference, noise_scheduler, batch, args, weight_dtype)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value / args.gradient_accumulation_steps
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+
+        # The only synchronisation of an optimizer step: all metrics of all processes in one reduction.
+        totals["grad_norm"] = grad_norm
+        values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
+        logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
+        now = time.time()
+        logs["images_per_second"] = global_batch_size * k / (now - step_ended)
+        step_ended = now
+        progress.update()
+        progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
+        accelerator.log(logs, step=step)
+        if accelerator.is_main_process:
+            log.write(json.dumps({"step": step, **logs}) + "\n")
+        # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
+        if not np.isfinite(logs["loss"]) or not np.isfinite(logs["grad_norm"]) and args.mixed_precision != "fp16":
+            raise SystemExit(
+                f"step {step}: the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}; the last "
+                "checkpoint is kept. Lower --learning_rate, or take --mixed_precision bf16"
+            )
+
+        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == max_train_steps):
+            total_limit = args.checkpoints_total_limit
+            save_checkpoint(output_dir, step, reference, optimizer, lr_scheduler, accelerator.scaler, total_limit)
+            if upload_checkpoint and step < max_train_steps:
+                upload_checkpoint(output_dir, output_dir / f"checkpoint-{step}")
+        if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
+            log_images(accelerator, validator.prompts, validator(reference), step)
+            step_ended = time.time()
+
+    progress.close()
+    seconds = time.time() - started
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        images = (max_train_steps - start_step) * global_batch_size * k
+        facts = {
+            "prompts": f"{len(labels)} of {k} images",
+            "steps": max_train_steps,
+            "prompts per step": global_batch_size,
+            "seed": args.seed,
+            "data": data_identity(dataset, settings["labels"]),
+            "speed": f"{images / seconds:.1f} images/s" if images else "not measured",
+            "peak memory": f"{peak_memory_gb(device):.1f} GB",
+        }
+        log.close()
+        finish(args, reference, validator, accelerator, facts)
+        if upload_checkpoint:
+            upload_checkpoint.wait()
+        if args.push_to_hub:
+            upload(args, output_dir)
+    accelerator.end_training()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Data: check, labels, encode once, read
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -743,145 +1044,6 @@ def _epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Objective
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each image, in float32 from the subtraction on.
-
-    Half precision here would ruin the margin: at beta/2 = 2500 it puts an error of 0.2 to 5 on every logit.
-
-    Args:
-        prediction, target: (n, C, H, W).
-
-    Returns:
-        float32 (n,).
-    """
-    return (target.float() - prediction.float()).square().mean(dim=(1, 2, 3))
-
-
-def dcg_weights(phi: torch.Tensor, rank: torch.Tensor | None = None) -> torch.Tensor:
-    """Pairwise DCG weights |2^φ_i − 2^φ_j| · |1/log2(1 + r_i) − 1/log2(1 + r_j)| (RankDPO, Algorithm 2, Eq. 6).
-
-    Args:
-        phi: preference probabilities, float (B, k) in [0, 1].
-        rank: ranks (B, k), 1 = best; default: by phi, ties by position.
-
-    Returns:
-        float32 (B, k, k), symmetric, zero on the diagonal and between images of equal phi.
-    """
-    phi = phi.float()
-    if rank is None:
-        rank = phi.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
-    gain = torch.exp2(phi)
-    discount = 1.0 / torch.log2(1.0 + rank.float())
-    return (gain[:, :, None] - gain[:, None, :]).abs() * (discount[:, :, None] - discount[:, None, :]).abs()
-
-
-def rankdpo_loss(
-    model_errors: torch.Tensor,
-    ref_errors: torch.Tensor | None,
-    phi: torch.Tensor,
-    beta: float,
-    rank: torch.Tensor | None = None,
-    loss_type: str = "rankdpo",
-    rank_source: str = "label",
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """RankDPO (Eq. 7) and the paper's other objectives.
-
-    With s = model error − reference error (lower is better) and m_ij = −(β/2)(s_i − s_j), a prompt's loss is
-    −Σ_{i preferred over j} Δ_ij · log σ(m_ij); the batch's is the mean over prompts.
-
-    Args:
-        model_errors: denoising errors under the trained model, float32 (B, k).
-        ref_errors: under the reference model, float32 (B, k); None for sft and weighted_sft, which need none.
-        phi: preference probabilities, float (B, k).
-        beta: β; the margin is β/2 times a difference of *mean* squared errors, Diffusion-DPO's convention.
-        rank: ranks (B, k), 1 = best; default: by phi, ties by position.
-        loss_type: rankdpo (Δ = DCG weight), dpo_gain (Δ = |G|), dpo (Δ = 1, ties left out), sft (error of the best
-            image), weighted_sft (errors weighted by phi, normalised per prompt).
-        rank_source: label, or predicted: the discounts' ranks come from the model's own scores (LambdaLoss).
-
-    Returns:
-        loss, float32 scalar; metrics, detached scalars: `loss`, and for the preference losses `implicit_accuracy`
-        (share of the weighted pairs with m > 0) and `margin` (mean m over the weighted pairs).
-    """
-    phi = phi.float()
-    if loss_type == "sft":
-        best = phi.argmax(dim=1) if rank is None else rank.argmin(dim=1)
-        loss = model_errors.gather(1, best[:, None]).mean()
-        return loss, {"loss": loss.detach()}
-    if loss_type == "weighted_sft":
-        weights = phi / phi.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        loss = (weights * model_errors).sum(dim=1).mean()
-        return loss, {"loss": loss.detach()}
-
-    scores = model_errors - ref_errors
-    margins = -(beta / 2) * (scores[:, :, None] - scores[:, None, :])
-    preferred = phi[:, :, None] > phi[:, None, :]
-    if loss_type == "rankdpo":
-        if rank_source == "predicted":
-            rank = scores.detach().argsort(dim=1, stable=True).argsort(dim=1) + 1
-        weights = dcg_weights(phi, rank)
-    elif loss_type == "dpo_gain":
-        gain = torch.exp2(phi)
-        weights = (gain[:, :, None] - gain[:, None, :]).abs()
-    else:
-        weights = torch.ones_like(margins)
-    weights = weights * preferred
-    loss = -(weights * F.logsigmoid(margins)).sum(dim=(1, 2)).mean()
-
-    weighted = (weights > 0).float()
-    count = weighted.sum().clamp(min=1)
-    metrics = {
-        "loss": loss.detach(),
-        "implicit_accuracy": ((margins > 0) * weighted).sum().detach() / count,
-        "margin": (margins * weighted).sum().detach() / count,
-    }
-    return loss, metrics
-
-
-def training_step(unet, reference, noise_scheduler, batch: dict, args: ScriptArguments, weight_dtype):
-    """One forward of all k images of a batch of prompts, and of the reference where the objective needs it.
-
-    Args:
-        unet: the model as prepared for training; reference: the same model unwrapped, whose adapter is switched off.
-        batch: latents (B, k, C, h, w), noise (B, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width),
-            pooled_prompt_embeds (B, width), time_ids (B, k, 6), phi (B, k), rank (B, k).
-
-    Returns:
-        loss, metrics of `rankdpo_loss`.
-    """
-    batch_size, k = batch["latents"].shape[:2]
-    latents = batch["latents"].flatten(0, 1).float()
-    noise = batch["noise"].repeat_interleave(k, dim=0)
-    timesteps = batch["timesteps"].repeat_interleave(k)
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(weight_dtype)
-    if noise_scheduler.config.prediction_type == "epsilon":
-        target = noise
-    else:
-        target = noise_scheduler.get_velocity(latents, noise, timesteps)
-    inputs = {
-        "sample": noisy_latents,
-        "timestep": timesteps,
-        "encoder_hidden_states": batch["prompt_embeds"].repeat_interleave(k, dim=0),
-        "added_cond_kwargs": {
-            "text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(k, dim=0),
-            "time_ids": batch["time_ids"].flatten(0, 1).to(weight_dtype),
-        },
-    }
-    ref_errors = None
-    if args.loss_type not in ("sft", "weighted_sft"):
-        with torch.no_grad(), adapter_off(reference):
-            ref_errors = denoising_error(reference(**inputs).sample, target).view(batch_size, k)
-    model_errors = denoising_error(unet(**inputs).sample, target).view(batch_size, k)
-    return rankdpo_loss(
-        model_errors, ref_errors, batch["phi"], args.beta_dpo, batch["rank"], args.loss_type, args.rank_source
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Model, LoRA files, checkpoints
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1297,7 +1459,11 @@ def write_text(file: Path, text: str) -> None:
 
 # What asking again does not mend: a malformed name, no token, no network wanted.
 LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+
+
 COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+
+
 HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
 
 
@@ -1590,169 +1756,17 @@ def finish(args, unet, validator: Validator, accelerator: Accelerator, facts: di
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
 
 
-def main(args: ScriptArguments) -> None:
-    output_dir = Path(args.output_dir)
-    accelerator = make_accelerator(args)
-    device = accelerator.device
-    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-
-    # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
-    check_model(args)
-    dataset = load_ranked_dataset(args)
-    labels = make_labels(args, dataset)
-    settings = run_settings(args, accelerator.num_processes, labels)
-    checkpoint = check_output_dir(args, settings)
-    k = len(labels[0]["images"])
-    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    epochs_steps = max(1, round(args.num_train_epochs * len(labels) / global_batch_size))
-    max_train_steps = args.max_train_steps or epochs_steps
-    start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    if start_step > max_train_steps:
-        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
-    cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
-    shards = cache_shards(len(labels))
-    images = stored_images(dataset, args.images_column)
-    check_images(images, labels, [row for i in missing_shards(cache, len(labels), accelerator) for row in shards[i]])
-    accelerator.wait_for_everyone()
-    if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
-        args.hub_model_id = create_repo(args.hub_model_id or output_dir.resolve().name, "model", args.hub_private_repo)
-    if start_step == max_train_steps and (output_dir / "README.md").exists():  # the card is written last
-        accelerator.print(f"{output_dir} is trained already: {max_train_steps} steps")
-        if args.push_to_hub and accelerator.is_main_process:
-            upload(args, output_dir)
-        return
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for stale in output_dir.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(stale)
-        write_text(output_dir / "run.json", json.dumps(settings, indent=2) + "\n")
-    validator = encode(args, images, labels, cache, accelerator, weight_dtype)
-
-    # Model, optimizer, schedule.
-    set_seed(args.seed)
-    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
-    unet = UNet2DConditionModel.from_pretrained(**model, subfolder="unet", variant=args.variant, dtype=weight_dtype)
-    unet.requires_grad_(False)
-    add_lora(unet, args.rank)
-    cast_training_params(unet, dtype=torch.float32)
-    if checkpoint:
-        load_lora(checkpoint, unet)
-    unet.to(device).train()
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, parameters)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-    )
-    reference = unet  # the same weights, adapter off; never the wrapper, which would synchronise for nothing
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    if checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: a sync per tensor and step
-        load_training_state(checkpoint, optimizer, lr_scheduler, accelerator.scaler)
-
-    batches = torch.utils.data.DataLoader(
-        CachedPrompts(cache, labels, args.seed, noise_scheduler.config.num_train_timesteps),
-        batch_sampler=EpochSampler(args, len(labels), accelerator.process_index, accelerator.num_processes, start_step),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    batches = iter(batches)
-    if accelerator.is_main_process:
-        config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
-        accelerator.init_trackers("rankdpo-sdxl", config=config)
-        log = open_log(output_dir / LOG_FILE, start_step)
-    progress = tqdm(
-        total=max_train_steps, initial=start_step, desc="train", disable=not accelerator.is_local_main_process
-    )
-    if max_train_steps <= args.lr_warmup_steps:
-        accelerator.print(f"warning: all {max_train_steps} steps are warm-up: add prompts, or raise --max_train_steps")
-    accelerator.print(
-        f"{len(labels)} prompts x {k} images, {max_train_steps} steps of {global_batch_size} prompts, "
-        f"{sum(p.numel() for p in parameters):,} trained parameters"
-    )
-    upload_checkpoint = None
-    if args.push_to_hub and args.hub_strategy == "checkpoint" and accelerator.is_main_process:
-        upload_checkpoint = CheckpointUpload(args.hub_model_id)
-    started, step_ended = time.time(), time.time()
-
-    for step in range(start_step + 1, max_train_steps + 1):
-        totals = {}
-        for _ in range(args.gradient_accumulation_steps):
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-            with accelerator.accumulate(unet):
-                with accelerator.autocast():
-                    loss, metrics = training_step(unet, reference, noise_scheduler, batch, args, weight_dtype)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value / args.gradient_accumulation_steps
-        if not accelerator.optimizer_step_was_skipped:
-            lr_scheduler.step()
-
-        # The only synchronisation of an optimizer step: all metrics of all processes in one reduction.
-        totals["grad_norm"] = grad_norm
-        values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
-        logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
-        now = time.time()
-        logs["images_per_second"] = global_batch_size * k / (now - step_ended)
-        step_ended = now
-        progress.update()
-        progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
-        accelerator.log(logs, step=step)
-        if accelerator.is_main_process:
-            log.write(json.dumps({"step": step, **logs}) + "\n")
-        # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
-        if not np.isfinite(logs["loss"]) or not np.isfinite(logs["grad_norm"]) and args.mixed_precision != "fp16":
-            raise SystemExit(
-                f"step {step}: the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}; the last "
-                "checkpoint is kept. Lower --learning_rate, or take --mixed_precision bf16"
-            )
-
-        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == max_train_steps):
-            total_limit = args.checkpoints_total_limit
-            save_checkpoint(output_dir, step, reference, optimizer, lr_scheduler, accelerator.scaler, total_limit)
-            if upload_checkpoint and step < max_train_steps:
-                upload_checkpoint(output_dir, output_dir / f"checkpoint-{step}")
-        if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
-            log_images(accelerator, validator.prompts, validator(reference), step)
-            step_ended = time.time()
-
-    progress.close()
-    seconds = time.time() - started
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        images = (max_train_steps - start_step) * global_batch_size * k
-        facts = {
-            "prompts": f"{len(labels)} of {k} images",
-            "steps": max_train_steps,
-            "prompts per step": global_batch_size,
-            "seed": args.seed,
-            "data": data_identity(dataset, settings["labels"]),
-            "speed": f"{images / seconds:.1f} images/s" if images else "not measured",
-            "peak memory": f"{peak_memory_gb(device):.1f} GB",
-        }
-        log.close()
-        finish(args, reference, validator, accelerator, facts)
-        if upload_checkpoint:
-            upload_checkpoint.wait()
-        if args.push_to_hub:
-            upload(args, output_dir)
-    accelerator.end_training()
-
-
 def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
     """Flags of the command line over those of `--config`; a wrong one ends in one line."""
     try:
         return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
     except (ValueError, TypeError, OSError) as error:
         raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Start
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":
