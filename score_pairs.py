@@ -2,68 +2,63 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate",
-#     "datasets",
-#     "ftfy",
-#     "huggingface_hub",
-#     "matplotlib",
-#     "numpy",
-#     "pillow",
-#     "protobuf",
-#     "pyarrow",
-#     "pyyaml",
-#     "safetensors",
-#     "sentencepiece",
-#     "torch",
-#     "torchvision",
-#     "tqdm",
-#     "transformers",
-#     "trl",
+#     "accelerate", "datasets", "ftfy", "huggingface_hub", "matplotlib", "numpy", "pillow", "protobuf", "pyarrow",
+#     "pyyaml", "safetensors", "sentencepiece", "torch", "torchvision", "tqdm", "transformers", "trl",
 # ]
 # ///
 """Scores preference pairs and sorts them by quality: the Quality Sorted Dataset of DPO-QSD.
 
-A pair's quality is Q = ψ(winner) · (1 − ψ(loser)), with a reward model as ψ, read as the probability to be preferred.
-The paper reports better models from the best 5.33 % of the pairs, in this order, than from all of them.
+A reward model gives each image a probability ψ of being preferred. A pair's quality is Q = ψ(winner) · (1 − ψ(loser)).
+The paper reports better models from the best 5.33 % of the pairs, best first, than from all of them.
 
-Pick-a-Pic from the Hub, streamed, as in the paper (HPSv2):
+Pick-a-Pic from the Hub, streamed, with HPSv2 as in the paper:
 
     accelerate launch score_pairs.py --dataset_name liuhuohuo2/pick-a-pic-v2 --reward hpsv2 \
         --output_dir outputs/pickapic-qsd
 
-Own pairs: a folder of Parquet files with other columns, the first image always the better one, the best tenth, with its
-images, published:
+Your own pairs, in a folder of Parquet files with other column names, where the first image is always the better one.
+This keeps the best tenth with its images, and publishes it:
 
     python score_pairs.py --dataset_name my_pairs --prompt_column prompt --image_0_column chosen \
         --image_1_column rejected --label_0_column none --reward pickscore --top_fraction 0.1 --include_images \
         --output_dir outputs/my-qsd --push_to_hub --hub_dataset_id user/my-qsd
 
-Two folders of images of the same names, each winner with its caption in a text file beside it:
+Two folders that hold images of the same names, with a caption in a text file beside each winner:
 
     python score_pairs.py --winner_dir pairs/better --loser_dir pairs/worse --output_dir outputs/folders-qsd
 
-The work is cut into shards under `<output_dir>/work`. Run the same command again after a crash, on any number of
-processes: only what is missing is done.
+The work is cut into shards under `<output_dir>/work`. After a crash, run the same command again, on any number of
+processes: it does only what is missing.
 """
 
+import argparse
+import gc
 import hashlib
 import html
 import importlib.util
 import json
+import logging
 import math
+import operator
 import os
 import re
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
+
+
+# bitsandbytes warns at every start that an optional kernel is missing, which nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import ftfy
 import matplotlib
@@ -72,6 +67,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+import transformers
 import yaml
 from accelerate import PartialState
 from datasets import (
@@ -88,56 +84,32 @@ from datasets import (
 )
 from datasets import config as datasets_config
 from datasets.info import DatasetInfosDict
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    DatasetCardData,
-    HfApi,
-    hf_hub_download,
-    snapshot_download,
-)
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import get_session
+from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, hf_hub_download
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import get_session, parse_ratelimit_headers
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from safetensors.torch import load_file
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, normalize, pad, resize, to_tensor
 from tqdm import tqdm
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    BlipTextConfig,
-    BlipTextModel,
-    BlipVisionConfig,
-    BlipVisionModel,
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    CLIPVisionModelWithProjection,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
-CARD_FACTS = ("size_categories",)  # of the front matter, what a run states anew beside its configurations
+CARD_FACTS = ("size_categories", "configs", "dataset_info")  # keys of the front matter that every run writes again
 CARD_BEGIN = "<!-- score_pairs.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what score_pairs.py wrote. -->"
+RANKED, TIE, UNLABELLED = 0, 1, 2  # status of a pair
+BINARY = ("binary", "large_binary")  # types of columns that hold the bytes of image files
+NEW_COLUMNS = {"score_0": "float64", "score_1": "float64", "quality": "float64", "quality_rank": "int64"}
+
+
 # Copied from build_synpic.REWARD_MODELS
 REWARD_MODELS = {
     "hpsv2": ("xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
@@ -147,95 +119,64 @@ REWARD_MODELS = {
     "aesthetic": ("shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", None),
     "clipscore": ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     "vqascore": ("zhiqiulin/clip-flant5-xxl", "google/flan-t5-xxl"),
-    # Variants, so named wherever a score is written: HPSv2 with a smoothing resize, VQAScore asked of another model.
+    # Variants, under names of their own: HPSv2 with an antialiased resize, VQAScore's question to another model.
     "hpsv2_antialias": ("xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     "hpsv2.1_antialias": ("xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     "vqascore_vlm": ("Qwen/Qwen2.5-VL-7B-Instruct", None),
 }
 
-# Copied from build_synpic.VQASCORE_VISION
-VQASCORE_VISION = "openai/clip-vit-large-patch14-336"  # its image processor
+
+# Copied from train_rankdpo_sdxl.flag
+def flag(default, help: str, **metadata):
+    """A field with its help, its range (see RANGES) and `may_change`: whether a resumed run may set it differently."""
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, **metadata})
 
 
 @dataclass
 class ScriptArguments:
-    """`--config file.yaml` reads the flags from a file; the command line overrides it."""
-
     # Pairs
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset of pairs: Hub id (streamed), folder, or .parquet / .jsonl file."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    winner_dir: str | None = field(
-        default=None, metadata={"help": "Instead of a dataset: folder of preferred images, captions in .txt files."}
-    )
-    loser_dir: str | None = field(default=None, metadata={"help": "Folder of the other images, of the same names."})
-    prompt_column: str = field(default="caption", metadata={"help": "Column of the prompts."})
-    image_0_column: str = field(default="jpg_0", metadata={"help": "First images: bytes, Image, or paths of files."})
-    image_1_column: str = field(default="jpg_1", metadata={"help": "Second images, of the same kind."})
-    label_0_column: str = field(
-        default="label_0",
-        metadata={"help": "1: the first image is preferred, 0: the second, 0.5: tie. `none`: always the first."},
-    )
-    has_label_column: str = field(
-        default="has_label", metadata={"help": "Where this column exists and is false, a pair is unlabelled."}
-    )
-    image_0_uid_column: str = field(
-        default="image_0_uid", metadata={"help": "Id of the first image; made from its content where there is none."}
-    )
-    image_1_uid_column: str = field(default="image_1_uid", metadata={"help": "Id of the second image, likewise."})
-    on_bad_image: str = field(
-        default="skip",
-        metadata={"help": "An image that does not decode: skip its pairs, or fail.", "choices": ("skip", "fail")},
-    )
+    dataset_name: str | None = flag(None, "Dataset of pairs: Hub id (streamed), folder, or .parquet / .jsonl file.")
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
+    dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.")
+    dataset_split: str = flag("train", "Split of the dataset.")
+    winner_dir: str | None = flag(None, "Instead of a dataset: folder of preferred images, captions in .txt files.")
+    loser_dir: str | None = flag(None, "Folder of the other images, with the same names.")
+    prompt_column: str = flag("caption", "Column of the prompts.")
+    image_0_column: str = flag("jpg_0", "First images: bytes, Image, or paths of files.")
+    image_1_column: str = flag("jpg_1", "Second images, of the same kind.")
+    label_0_column: str = flag("label_0", "1: first image preferred, 0: second, 0.5: tie. none: always the first.")
+    has_label_column: str = flag("has_label", "Where this column exists and is false, a pair is unlabelled.")
+    image_0_uid_column: str = flag("image_0_uid", "Id of the first image. Without it, ids are made from the content.")
+    image_1_uid_column: str = flag("image_1_uid", "Id of the second image.")
+    on_bad_image: Literal["skip", "fail"] = flag("skip", "Broken images: skip their pairs, or fail.", may_change=True)
 
     # Quality
-    reward: str = field(
-        default="hpsv2", metadata={"help": f"{', '.join(REWARD_MODELS)}, also as name=checkpoint; file.py:function."}
+    reward: str = flag("hpsv2", f"{', '.join(REWARD_MODELS)}; name=checkpoint; file.py:function.", may_change=True)
+    reward_batch_size: int = flag(32, "Images scored together.", min=1, may_change=True)
+    normalization: Literal["auto", "standardize", "none"] = flag(
+        "auto",
+        "How a reward becomes ψ in [0, 1]. auto: as in the paper, standardize for your own functions; standardize: "
+        "over the dataset, clipped at 3 deviations; none: it is a probability already.",
+        may_change=True,
     )
-    reward_batch_size: int = field(default=32, metadata={"help": "Images scored together."})
-    normalization: str = field(
-        default="auto",
-        metadata={
-            "help": "How a reward becomes ψ in [0, 1]. auto: as in the paper, standardize for your own functions; "
-            "standardize: over the dataset, clipped at 3 deviations; none: it is a probability already.",
-            "choices": ("auto", "standardize", "none"),
-        },
-    )
-    top_fraction: float = field(default=1.0, metadata={"help": "Share of the ranked pairs to keep, the best first."})
+    top_fraction: float = flag(1.0, "Share of the ranked pairs to keep, the best.", above=0, max=1, may_change=True)
 
     # Work and output
-    output_dir: str = field(default="outputs/qsd", metadata={"help": "Dataset, figures, card, shards in work/."})
-    include_images: bool = field(
-        default=False,
-        metadata={"help": "Write, and push, the images too; by default all other columns and the scores."},
-    )
-    num_examples: int = field(default=5, metadata={"help": "Best and worst pairs to show in pictures; 0: none."})
-    shard_size: int = field(default=512, metadata={"help": "Pairs per shard of work: what a crash can lose."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the dataset."})
-    hub_dataset_id: str | None = field(default=None, metadata={"help": "Dataset repository: user/name."})
-    hub_private_repo: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    output_dir: str = flag("outputs/qsd", "Folder for the dataset, figures, card, and shards of work.", may_change=True)
+    include_images: bool = flag(False, "Write, and push, the images too, not only other columns.", may_change=True)
+    num_examples: int = flag(5, "Best and worst pairs to show in pictures; 0: none.", min=0, may_change=True)
+    shard_size: int = flag(512, "Pairs per shard of work: what a crash can lose.", min=1)
+    push_to_hub: bool = flag(False, "Upload the dataset.", may_change=True)
+    hub_dataset_id: str | None = flag(None, "Dataset repository: user/name.", may_change=True)
+    hub_private_repo: bool = flag(False, "Make a new repository private.", may_change=True)
 
     def __post_init__(self):
-        # YAML values bypass argparse, so types and choices are checked here too.
+        check_ranges(self)
         if (self.winner_dir is None) != (self.loser_dir is None):
             raise SystemExit("--winner_dir and --loser_dir belong together")
         if (self.dataset_name is None) == (self.winner_dir is None):
             raise SystemExit("--dataset_name is missing: a Hub id, a folder or a file; or --winner_dir and --loser_dir")
-        for name, choices in {
-            "on_bad_image": ("skip", "fail"),
-            "normalization": ("auto", "standardize", "none"),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise SystemExit(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
-        for name, least in {"reward_batch_size": 1, "shard_size": 1, "num_examples": 0}.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise SystemExit(f"--{name} {value}: must be a whole number, at least {least}")
-        if type(self.top_fraction) not in (int, float) or not 0 < self.top_fraction <= 1:
-            raise SystemExit(f"--top_fraction {self.top_fraction}: must be above 0 and at most 1")
         if self.push_to_hub and not self.hub_dataset_id:
             raise SystemExit("--push_to_hub needs --hub_dataset_id user/name")
 
@@ -268,8 +209,9 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
         float64 array of the same shape. Exits with one line if `none` finds a reward outside [0, 1].
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    kind = reward.partition("=")[0]  # a function of the user's may have the name of a reward
+    kind = reward.partition("=")[0]
     if normalization == "auto":
+        # The first condition excludes a user's file whose name starts like one of these rewards.
         if kind in REWARD_MODELS and kind.startswith(("hpsv2", "clipscore", "vqascore")):
             return rewards.clip(0, 1)
         if kind == "imagereward":
@@ -278,10 +220,8 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
             return (rewards / 10).clip(0, 1)
     if normalization == "none":
         if rewards.size and not (rewards.min() >= 0 and rewards.max() <= 1):
-            found = f"{rewards.min():.4g} to {rewards.max():.4g}"
-            raise SystemExit(
-                f"--normalization none: {reward} must be in [0, 1], but goes from {found}; try standardize"
-            )
+            span = f"{rewards.min():.4g} to {rewards.max():.4g}"
+            raise SystemExit(f"--normalization none: {reward} must be in [0, 1], but goes from {span}; try standardize")
         return rewards
     return (((rewards - mean) / std).clip(-3, 3) + 3) / 6
 
@@ -291,83 +231,71 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-RANKED, TIE, UNLABELLED = 0, 1, 2  # status of a pair
-
-
 def index(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
-    """Reads all rows once, without images where they have ids: labels are checked before any model is loaded."""
-    work = Path(args.output_dir) / "work"
-    own = [f for f in range(pairs.num_files) if f % state.num_processes == state.process_index]
-    own = [f for f in own if shard_facts(index_file(work, f)) is None]
-    progress = tqdm(desc="read pairs", unit="pair", disable=not (own and state.is_local_main_process))
-    for file in own:
-        target = index_file(work, file)
+    """Reads all rows once and checks their labels, before any model is loaded. Images are read only to make their ids
+    where the dataset has none."""
+    own = range(state.process_index, pairs.num_files, state.num_processes)
+    missing = [file for file in own if shard_facts(index_file(args, file)) is None]
+    without_id = [image for image, uid in zip(pairs.images, pairs.uids) if uid not in pairs.features]
+    columns = list(dict.fromkeys(pairs.light_columns + without_id))
+    metadata = {b"synpic": b"{}"}  # `shard_facts` takes a file without it for incomplete
+    progress = progress_bar(desc="read pairs", unit="pair", disable=not (missing and state.is_local_main_process))
+    for file in missing:
+        target = index_file(args, file)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
-        writer, row = None, 0
-        for table in pairs.tables(file, index_columns(args, pairs)):
-            found = index_rows(args, pairs, table, file, row)
-            table = table.select(pairs.light_columns)
-            for name, values in found.items():
-                table = table.drop_columns(name) if name in table.column_names else table
+        writer, rows_read = None, 0
+        for table in pairs.tables(file, columns):
+            new_columns = index_rows(args, pairs, table, file, rows_read)
+            table = table.select([name for name in pairs.light_columns if name not in new_columns])
+            for name, values in new_columns.items():
                 table = table.append_column(name, values)
-            if writer is None:
-                schema = table.schema.with_metadata({b"synpic": b"{}"})
-                writer = pq.ParquetWriter(temporary, schema)
-            writer.write_table(table.cast(schema))
-            row += len(table)
+            writer = writer or pq.ParquetWriter(temporary, table.schema.with_metadata(metadata))
+            writer.write_table(table.cast(writer.schema))
+            rows_read += len(table)
             progress.update(len(table))
-        if writer is None:  # an empty file of the dataset
-            pq.write_table(pa.table({}).replace_schema_metadata({b"synpic": b"{}"}), temporary)
-        else:
-            writer.close()
+        writer = writer or pq.ParquetWriter(temporary, pa.schema([], metadata))  # the file has no rows
+        writer.close()
         os.replace(temporary, target)
     progress.close()
     state.wait_for_everyone()
 
 
 def score(args: ScriptArguments, pairs: "Pairs", shards: list[dict], state: PartialState) -> None:
-    """Scores what is missing. Shards belong to processes in runs, so that each reads its own part of the dataset."""
-    write_settings(score_file(args, {"file": 0, "shard": 0}).parent, reward_settings(args.reward))
+    """Scores the missing shards. Each process takes a run of consecutive shards, so it reads only its own part of the
+    dataset."""
+    write_settings(score_folder(args), reward_settings(args.reward))
     own = np.array_split(np.arange(len(shards)), state.num_processes)[state.process_index]
-    missing = []
-    for number in own:
-        shard = shards[number]
-        facts = {"keys": digest(shard["keys"].tobytes()).hex()}
-        if not is_complete(score_file(args, shard), **facts):
-            missing.append((shard, facts))
+    missing = [shards[i] for i in own if not is_complete(score_file(args, shards[i]), **shards[i]["facts"])]
     if missing:
         reward = load_reward_model(args.reward, state.device, batch_size=args.reward_batch_size)
-        progress = tqdm(
-            total=sum(len(shard["keys"]) for shard, _ in missing),
-            desc=f"score {reward_name(args.reward)}",
-            unit="image",
-            disable=not state.is_local_main_process,
-        )
-        for shard, facts, table in shard_tables(args, pairs, missing):
-            score_shard(args, pairs, reward, shard, facts, table)
+        total = sum(len(shard["keys"]) for shard in missing)
+        name, disable = reward_name(args.reward), not state.is_local_main_process
+        progress = progress_bar(total=total, desc=f"score {name}", unit="image", disable=disable)
+        for shard, table in shard_tables(args, pairs, missing):
+            score_shard(args, pairs, reward, shard, table)
             progress.update(len(shard["keys"]))
         progress.close()
     state.wait_for_everyone()
 
 
 def rank_pairs(args: ScriptArguments, pairs: "Pairs", shards: list[dict]) -> dict:
-    """Q of every ranked pair, and the order.
+    """Computes Q of every ranked pair, and the order.
 
     Returns:
-        "psi": float64 (n, 2), ψ of both images (NaN: not ranked); "difference": ψ_w − ψ_l and "quality" of the m ranked
-        pairs, best first, and "order": their rows of the n; "kept": how many of them; counts and statistics.
+        of all n rows: "psi", float64 (n, 2), and "quality", float64 (n,), NaN where a pair is not ranked; "winner",
+        0 or 1; "rank", 0 = best, −1 = not kept. "starts": the first row of each file, and n.
+        "order": the ranked rows, best first; "difference": their ψ_w − ψ_l; "kept": how many of them to keep.
+        "counts", "statistics", "errors" for the card, and "hash" of the kept pairs, their order and ψ.
     """
-    work = Path(args.output_dir) / "work"
-    tables = read_index(work, pairs.num_files, ["_status", "_winner", "_key_0", "_key_1"])
-    table = pa.concat_tables([table for table in tables if len(table)])
+    table, starts = read_index(args, pairs, ["_status", "_winner", "_key_0", "_key_1"])
     status, winner = table["_status"].to_numpy(), table["_winner"].to_numpy()
-    known, scores, errors = read_scores(args, pairs, shards)
+    scored_keys, scores, errors = read_scores(args, pairs, shards)
     rewards = np.full((len(table), 2), np.nan)
     labelled = np.flatnonzero(status == RANKED)
     for side in (0, 1):
         keys = table[f"_key_{side}"].to_numpy()[labelled]
-        rewards[labelled, side] = scores[np.searchsorted(known, keys)]
+        rewards[labelled, side] = scores[np.searchsorted(scored_keys, keys)]
     ranked = np.flatnonzero(np.isfinite(rewards).all(axis=1))
     counts = {
         "rows": len(table),
@@ -381,64 +309,62 @@ def rank_pairs(args: ScriptArguments, pairs: "Pairs", shards: list[dict]) -> dic
         raise SystemExit(f"{pairs.where}: --top_fraction {args.top_fraction} keeps none of {describe(counts)}")
     mean, std = float(rewards[ranked].mean()), float(rewards[ranked].std())
     if not std > 0:
-        raise SystemExit(f"reward {args.reward}: gives every image the same score, {mean:g}: it orders nothing")
+        raise SystemExit(f"reward {args.reward}: gives every image the same score, {mean:g}: it cannot rank the pairs")
     psi = np.full((len(table), 2), np.nan)
     psi[ranked] = preference_score(args.reward, args.normalization, rewards[ranked], mean, std)
-    lines = np.arange(len(table))
-    p_w, p_l = psi[lines, winner], psi[lines, 1 - winner]
+    rows = np.arange(len(table))
+    p_w, p_l = psi[rows, winner], psi[rows, 1 - winner]
     quality = pair_quality(p_w, p_l)
-    order = ranked[np.argsort(-quality[ranked], kind="stable")]  # equal ones stay in the dataset's order
+    order = ranked[np.argsort(-quality[ranked], kind="stable")]  # pairs of equal quality stay in the dataset's order
+    rank = np.full(len(table), -1)
+    rank[order[:kept]] = np.arange(kept)
+    identity = np.concatenate([order[:kept].astype(float), psi[order[:kept]].ravel()])
     statistics = {"reward": reward_settings(args.reward), "normalization": args.normalization, "mean": mean, "std": std}
     return {
         "psi": psi,
+        "quality": quality,
+        "winner": winner,
+        "rank": rank,
+        "starts": starts,
         "order": order,
-        "quality": quality[order],
         "difference": (p_w - p_l)[order],
         "kept": kept,
-        "winner": winner,
         "counts": counts,
         "statistics": statistics,
         "errors": errors,
+        "hash": content_hash(identity.tobytes(), 16).hex(),
     }
 
 
-def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: dict, upload) -> None:
-    """Writes the kept pairs, best first, unless they stand there already.
+def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: dict, upload: "DatasetUpload") -> None:
+    """Writes the kept pairs, best first, unless an earlier run has written the same.
 
-    Sorting happens on disk: rows go to the bucket of their output file as they come, then each bucket is sorted, so
-    that memory holds one output file at most.
+    The sorting happens on disk, so memory holds one output file at most: each row first goes to the bucket of its
+    output file, then each bucket is sorted.
     """
-    output_dir, kept = Path(args.output_dir), ranking["kept"]
-    rows_per_file = max(500, math.ceil(kept / 200)) if args.include_images else 100_000
+    output_dir, kept, folders = Path(args.output_dir), ranking["kept"], data_folders(args)
+    # At most 120 files with images and as many without: one commit takes them all.
+    rows_per_file = max(500, math.ceil(kept / 120)) if args.include_images else 100_000
     files = range(math.ceil(kept / rows_per_file))
-    folders = data_folders(args)
-    identity = np.concatenate([ranking["order"][:kept].astype(float), ranking["psi"][ranking["order"][:kept]].ravel()])
-    facts = {"pairs": digest(identity.tobytes(), 16).hex()}
-    wanted = {data_file(output_dir / folder, number, files) for folder in folders for number in files}
-    stale = {*(output_dir / "scores").glob("*.parquet"), *(output_dir / "data").glob("*.parquet")} - wanted
-    if not stale and all(shard_facts(file) == facts for file in wanted):
+    facts = {"pairs": ranking["hash"]}
+    targets = {data_file(output_dir / folder, number, files) for folder in folders for number in files}
+    stale = {*(output_dir / "scores").glob("*.parquet"), *(output_dir / "data").glob("*.parquet")} - targets
+    if not stale and all(shard_facts(file) == facts for file in targets):
         return
 
-    for file in (output_dir / "figures").glob("*.png"):  # they show the earlier run
-        file.unlink()
-    rank = np.full(len(ranking["psi"]), -1)
-    rank[ranking["order"][:kept]] = np.arange(kept)
     buckets = output_dir / "work" / "buckets"
     buckets.mkdir(parents=True, exist_ok=True)
-    for file in buckets.iterdir():  # of a run that was killed
+    # The figures show an earlier run, and the buckets are left from a run that was killed.
+    for file in [*(output_dir / "figures").glob("*.png"), *buckets.iterdir()]:
         file.unlink()
-    start = 0
-    progress = tqdm(total=kept, desc="sort", unit="pair")
+    progress = progress_bar(total=kept, desc="sort", unit="pair")
     for file in range(pairs.num_files):
-        for table in kept_rows(args, pairs, ranking, rank, file, start):
-            numbers = table["quality_rank"].to_numpy() - 1
-            for bucket in np.unique(numbers // rows_per_file):
-                with open(buckets / f"{bucket}.arrow", "ab") as handle:
-                    part = table.filter(pa.array(numbers // rows_per_file == bucket))
-                    with pa.ipc.new_stream(handle, part.schema) as writer:
-                        writer.write_table(part)
+        for table in kept_rows(args, pairs, ranking, file):
+            bucket_of_row = (table["quality_rank"].to_numpy() - 1) // rows_per_file
+            for number in np.unique(bucket_of_row):
+                with open(buckets / f"{number}.arrow", "ab") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                    writer.write_table(table.filter(pa.array(bucket_of_row == number)))
             progress.update(len(table))
-        start += pq.read_metadata(index_file(output_dir / "work", file)).num_rows
     progress.close()
     for number in files:
         parts = []
@@ -450,23 +376,20 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: dict, upload) 
         for folder in folders:
             schema = output_features(args, pairs, folder == "data").arrow_schema
             target = data_file(output_dir / folder, number, files)
-            images = pairs.images if folder == "data" else []  # else these are paths, or nothing
-            held = [f"_image_of_{name}" if name in images else name for name in schema.names]
-            part = table.select(held).rename_columns(schema.names).cast(schema)
+            images = pairs.images if folder == "data" else []  # elsewhere a column of this name holds paths
+            columns = [f"_image_of_{name}" if name in images else name for name in schema.names]
+            part = table.select(columns).rename_columns(schema.names).cast(schema)
             write_table(part, target, facts, 20 if folder == "data" else 1000)
             upload.send(f"{folder}/{target.name}", target)
         (buckets / f"{number}.arrow").unlink()
-    for file in stale:  # of a run with another fraction: both would be read
+    for file in stale:  # of a run with another --top_fraction: load_dataset would read both
         file.unlink()
 
 
 def main(args: ScriptArguments) -> None:
-    # Several processes without a GPU talk through gloo; the first to arrive may have hours to wait for the last.
-    launched = "LOCAL_RANK" in os.environ
-    waiting = {"timeout": timedelta(days=7)} if launched else {}
-    state = PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
+    state = make_state()
 
-    # Everything that can be wrong with flags, columns and labels is found before a model is loaded.
+    # Find everything that is wrong with flags, columns and labels before loading a model.
     check_rewards([args.reward])
     output_dir, work = Path(args.output_dir), Path(args.output_dir) / "work"
     if output_dir.is_dir() and any(output_dir.iterdir()) and not work.is_dir():
@@ -474,12 +397,14 @@ def main(args: ScriptArguments) -> None:
     if args.dataset_name and output_dir.resolve().is_relative_to(Path(args.dataset_name).resolve()):
         raise SystemExit(f"--output_dir {output_dir} is inside the dataset: choose another folder")
     if args.dataset_name and not os.path.exists(args.dataset_name):
-        args.dataset_revision = hub_commit(args)
+        try:  # the commit, so that a run that goes on after a crash reads the same data
+            args.dataset_revision = HfApi().dataset_info(args.dataset_name, revision=args.dataset_revision).sha
+        except Exception as error:
+            raise SystemExit(f"--dataset_name {args.dataset_name}: cannot be read: {one_line(error)}") from None
     check_settings(work, run_settings(args), "a run")
-    name = reward_name(args.reward)
-    check_settings(work / "scores" / name, reward_settings(args.reward), f"scores of {name}")
+    check_settings(score_folder(args), reward_settings(args.reward), f"scores of {reward_name(args.reward)}")
     pairs = Pairs(args)
-    state.wait_for_everyone()  # nobody writes before all have looked
+    state.wait_for_everyone()  # no process writes before all have checked
     published = tuple(f"{folder}/train-*-of-*.parquet" for folder in data_folders(args))
     if args.push_to_hub and state.is_main_process:  # a wrong token or name fails now, not after the work
         args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
@@ -502,8 +427,8 @@ def main(args: ScriptArguments) -> None:
             draw_examples(args, pairs, ranking)
         write_card(args, pairs, ranking)
         if args.push_to_hub:
-            figures = ["difference.png", "quality.png"] + (["best.png", "worst.png"] if args.include_images else [])
-            publish(args, published, ("statistics.json", *(f"figures/{name}" for name in figures)))
+            figures = ["difference", "quality", *(["best", "worst"] if args.include_images else [])]
+            publish(args, published, ("statistics.json", *(f"figures/{name}.png" for name in figures)))
         print(f"{describe(ranking['counts'])}; the best {ranking['kept']} of them, sorted, in {output_dir}")
     state.wait_for_everyone()
 
@@ -513,50 +438,21 @@ def main(args: ScriptArguments) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from train_rankdpo_sdxl.one_line
-def one_line(error: Exception) -> str:
-    """An exception's message on one line, whatever its class and length."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-# Copied from train_rankdpo_sdxl.local_cache
-def local_cache(folder: str) -> str | None:
-    """Where `load_dataset` shall cache a local folder; None for a dataset of the Hub.
-
-    By itself it keys the cache of a folder by the patterns in its card, not by its files, and so would serve the old
-    rows of a dataset that was built again.
-    """
-    if not os.path.isdir(folder):
-        return None
-    return os.path.join(datasets_config.HF_DATASETS_CACHE, f"local-{folder_digest(folder)}")
-
-
-# Copied from train_rankdpo_sdxl.folder_digest
-def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and dates of a folder's files: a model's, or a dataset's without what
-    build_synpic.py and score_pairs.py write anew at every run (card, pictures, statistics) or for themselves (work)."""
-    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
-    names = [(file.relative_to(folder), file.stat()) for file in files]
-    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
-    names = [(name, stat) for name, stat in names if name.parts[0] not in others]
-    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
-    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
-
-
-def hub_commit(args: ScriptArguments) -> str:
-    """The commit of the dataset: what was read before a crash and what is read after must be the same."""
-    try:
-        return HfApi().dataset_info(args.dataset_name, revision=args.dataset_revision).sha
-    except Exception as error:
-        raise SystemExit(f"--dataset_name {args.dataset_name}: cannot be read: {one_line(error)}") from None
-
-
 class Pairs:
-    """The dataset of pairs as a stream: files in a fixed order, each read in tables of the columns that are asked."""
+    """The dataset of pairs as a stream of tables: its files in a fixed order, and of each only the columns needed."""
 
     def __init__(self, args: ScriptArguments):
         self.args, self.streams = args, {}
+        self.images = [args.image_0_column, args.image_1_column]
+        self.uids = [args.image_0_uid_column, args.image_1_uid_column]
+        self.scored_columns = list(dict.fromkeys([args.prompt_column, *self.images]))  # both images may be one column
         self.where = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--winner_dir {args.winner_dir}"
+        # The folder that relative paths of images start from.
+        if args.winner_dir:
+            self.root = os.path.commonpath([Path(args.winner_dir).resolve(), Path(args.loser_dir).resolve()])
+        else:
+            name = args.dataset_name
+            self.root = os.path.dirname(name) if os.path.isfile(name) else name if os.path.isdir(name) else ""
         try:
             stream = self.open(None)
             self.num_files = stream.num_shards
@@ -566,28 +462,25 @@ class Pairs:
         if first is None:
             raise SystemExit(f"{self.where}: split {args.dataset_split!r} has no rows")
         self.features = stream.features or Features.from_arrow_schema(first.schema)
-        self.images = [args.image_0_column, args.image_1_column]
+        self.types = {name: getattr(feature, "dtype", str(feature)) for name, feature in self.features.items()}
+        self.light_columns = [name for name, feature in self.features.items() if not has_bytes(feature)]
         self.check_columns()
-        self.root = self.folder()
 
     def open(self, columns: tuple[str, ...] | None) -> IterableDataset:
-        """The stream of all files; of Parquet files only these columns are read from disk or network."""
+        """The stream of all files. Of Parquet files it reads only these columns from disk or network."""
         if columns not in self.streams:
-            args = self.args
+            args, name = self.args, self.args.dataset_name
             if args.winner_dir:
-                stream = folder_pairs(args).to_iterable_dataset()
+                stream = folder_pairs(args, self.root).to_iterable_dataset()
             else:
-                name, kwargs = args.dataset_name, {"revision": args.dataset_revision}
+                options = {"revision": args.dataset_revision}
                 if os.path.isfile(name):
-                    kind = "parquet" if name.endswith(".parquet") else "json"
-                    name, kwargs = kind, {"data_files": {args.dataset_split: name}}
-                kwargs["cache_dir"] = local_cache(name)
-                builder = load_dataset_builder(name, args.dataset_config_name, **kwargs)
-                if columns and hasattr(builder.config, "columns"):
-                    kwargs["columns"] = list(columns)
-                stream = load_dataset(
-                    name, args.dataset_config_name, split=args.dataset_split, streaming=True, **kwargs
-                )
+                    options = {"data_files": {args.dataset_split: name}}
+                    name = "parquet" if name.endswith(".parquet") else "json"
+                options |= {"name": args.dataset_config_name, "cache_dir": local_cache(name)}
+                if columns and hasattr(load_dataset_builder(name, **options).config, "columns"):
+                    options["columns"] = list(columns)
+                stream = load_dataset(name, split=args.dataset_split, streaming=True, **options)
             self.streams[columns] = stream
         return self.streams[columns]
 
@@ -598,53 +491,29 @@ class Pairs:
             for table in stream.skip(start).with_format("arrow").iter(batch_size=size):
                 yield table.select(columns)
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-            where = f"{self.where}: file {file} of {self.num_files}"
-            message = f"{where} cannot be read: {one_line(error)}; the same command continues from here"
-            raise SystemExit(message) from None
-
-    def folder(self) -> str:
-        """What relative paths of images are relative to."""
-        if self.args.winner_dir:
-            return common_folder(self.args)
-        name = self.args.dataset_name
-        return name if os.path.isdir(name) else os.path.dirname(name) if os.path.isfile(name) else ""
+            problem = f"file {file} of {self.num_files} cannot be read: {one_line(error)}"
+            raise SystemExit(f"{self.where}: {problem}; the same command continues from here") from None
 
     def check_columns(self) -> None:
         """Exits with one line that names a missing or wrong column."""
-        args, have = self.args, self.features
-        wanted = [args.prompt_column, *self.images]
-        wanted += [args.label_0_column] if args.label_0_column != "none" else []
-        for name in wanted:
-            if name not in have:
-                raise SystemExit(
-                    f"{self.where}: no column {name!r}; it has {', '.join(have)}: see the --…_column flags"
-                )
-        kinds = {name: getattr(feature, "dtype", str(feature)) for name, feature in have.items()}
-        if kinds[args.prompt_column] not in ("string", "large_string"):
-            raise SystemExit(f"{self.where}: column {args.prompt_column!r} holds {kinds[args.prompt_column]}, not text")
+        types, prompt, label = self.types, self.args.prompt_column, self.args.label_0_column
+        for name in (prompt, *self.images, *([] if label == "none" else [label])):
+            if name not in types:
+                columns = ", ".join(types)
+                raise SystemExit(f"{self.where}: no column {name!r}; it has {columns}: see the --…_column flags")
+        if types[prompt] not in ("string", "large_string"):
+            raise SystemExit(f"{self.where}: column {prompt!r} holds {types[prompt]}, not text")
         for name in self.images:
-            if not isinstance(have[name], Image) and kinds[name] not in ("binary", "large_binary", "string"):
-                raise SystemExit(f"{self.where}: column {name!r} holds {kinds[name]}: must be bytes, Image or paths")
-        if args.label_0_column != "none" and not re.match(r"float|int|uint|bool|null", kinds[args.label_0_column]):
-            raise SystemExit(
-                f"{self.where}: column {args.label_0_column!r} holds {kinds[args.label_0_column]}: it must hold 0, 0.5 "
-                "or 1"
-            )
+            if not isinstance(self.features[name], Image) and types[name] not in (*BINARY, "string"):
+                raise SystemExit(f"{self.where}: column {name!r} holds {types[name]}: must be bytes, Image or paths")
+        if label != "none" and not re.match(r"float|int|uint|bool|null", types[label]):
+            raise SystemExit(f"{self.where}: column {label!r} holds {types[label]}: it must hold 0, 0.5 or 1")
 
-    @property
-    def light_columns(self) -> list[str]:
-        """The dataset's own columns without pictures."""
-        heavy = {name for name, feature in self.features.items() if has_bytes(feature)}
-        return [name for name in self.features if name not in heavy]
-
-    def is_path(self, column: str) -> bool:
-        return getattr(self.features[column], "dtype", None) == "string"
-
-    def is_binary(self, column: str) -> bool:
-        return getattr(self.features[column], "dtype", None) in ("binary", "large_binary")
+    def row_name(self, file: int, row: int) -> str:
+        return f"row {row} of file {file}" if self.num_files > 1 else f"row {row}"
 
     def bytes_of(self, value) -> bytes:
-        """An image's file, whatever kind its column is of; an empty one if it cannot be read."""
+        """The bytes of an image's file, from a value of any kind of column; empty if there is no such file."""
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value["path"]
         if isinstance(value, str):
@@ -656,697 +525,495 @@ class Pairs:
 def has_bytes(feature) -> bool:
     if isinstance(feature, dict):
         return any(map(has_bytes, feature.values()))
-    if hasattr(feature, "feature"):  # of a list
+    if hasattr(feature, "feature"):  # a list
         return has_bytes(feature.feature)
-    return isinstance(feature, Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
+    return isinstance(feature, Image) or getattr(feature, "dtype", "") in BINARY
 
 
-def common_folder(args: ScriptArguments) -> str:
-    """What the paths of images in two folders are written relative to."""
-    return os.path.commonpath([Path(args.winner_dir).resolve(), Path(args.loser_dir).resolve()])
-
-
-def folder_pairs(args: ScriptArguments) -> Dataset:
-    """Pairs of images of the same name in two folders; captions from text files beside the winners."""
+def folder_pairs(args: ScriptArguments, root: str) -> Dataset:
+    """Pairs of images of the same name in two folders, as paths relative to `root`; captions from text files beside the
+    winners."""
     kinds = (".png", ".jpg", ".jpeg", ".webp")
     folders = []
     for folder in (args.winner_dir, args.loser_dir):
         files = [file for file in sorted(Path(folder).iterdir()) if file.suffix.lower() in kinds]
         if not files:
             raise FileNotFoundError(f"no {', '.join(kinds)} in {folder}")
-        for one, other in zip(files, files[1:]):
-            if one.stem == other.stem:
-                raise ValueError(f"{one} and {other} have the same name: remove one")
-        folders.append({file.stem: file for file in files})
+        by_stem = {file.stem: file for file in files}
+        for file in files:
+            if by_stem[file.stem] != file:
+                raise ValueError(f"{file} and {by_stem[file.stem]} have the same name: remove one")
+        folders.append(by_stem)
     winners, losers = folders
-    if set(winners) != set(losers):
-        alone = sorted(set(winners) ^ set(losers))
+    if alone := sorted(set(winners) ^ set(losers)):
         raise ValueError(f"{len(alone)} images are in only one of the two folders: {', '.join(alone[:5])}")
     rows = []
     for stem, winner in winners.items():
         caption = winner.with_suffix(".txt")
         if not caption.exists():
             raise FileNotFoundError(f"no caption {caption}")
-        text = caption.read_text(encoding="utf-8-sig").strip()
-        files = {args.image_0_column: winner, args.image_1_column: losers[stem]}
-        paths = {name: str(file.resolve().relative_to(common_folder(args))) for name, file in files.items()}
-        rows.append({args.prompt_column: text, **paths, args.label_0_column: 1.0})
+        prompt = caption.read_text(encoding="utf-8-sig").strip()
+        image_0, image_1 = (str(file.resolve().relative_to(root)) for file in (winner, losers[stem]))
+        images = {args.image_0_column: image_0, args.image_1_column: image_1}
+        rows.append({args.prompt_column: prompt, **images, args.label_0_column: 1.0})
     return Dataset.from_list(rows)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reward models
-# ----------------------------------------------------------------------------------------------------------------------
+def run_settings(args: ScriptArguments) -> dict:
+    """What the work in `output_dir` depends on: the flags, and hashes that tell whether a local dataset has changed."""
+    settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata.get("may_change")}
+    settings["files"] = []
+    for path in (args.dataset_name, args.winner_dir, args.loser_dir):
+        if path and os.path.isdir(path):
+            settings["files"].append(folder_digest(path))
+        elif path and os.path.exists(path):
+            stat = os.stat(path)
+            settings["files"].append(content_hash(f"{stat.st_size}|{stat.st_mtime_ns}").hex())
+    return settings
 
 
-# Copied from build_synpic.BadImage
-class BadImage(Exception):
-    """An image that does not decode."""
+def index_file(args: ScriptArguments, file: int) -> Path:
+    return Path(args.output_dir) / "work" / "index" / f"{file:05d}.parquet"
 
 
-# Copied from build_synpic.decoded
-def decoded(image):
-    """The PIL image, or the one in these bytes, its pixels read."""
-    try:
-        image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image
-        image.load()
-    except Exception as error:  # PIL raises many kinds
-        raise BadImage(f"{type(error).__name__}: {one_line(error)}") from None
-    return image
+def score_folder(args: ScriptArguments) -> Path:
+    return Path(args.output_dir) / "work" / "scores" / reward_name(args.reward)
 
 
-# Copied from build_synpic.FunctionReward
-class FunctionReward:
-    """The user's own `function(images, prompts) -> list of float`."""
-
-    def __init__(self, name: str, batch_size: int):
-        file, _, function = name.rpartition(":")
-        if not file.endswith(".py") or not function:
-            raise SystemExit(
-                f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or path/to/file.py:function"
-            )
-        if not Path(file).is_file():
-            raise SystemExit(f"reward {name}: no file {file}")
-        try:
-            module = import_file(str(Path(file).resolve()))
-        except Exception as error:
-            raise SystemExit(f"reward {name}: {file} cannot be imported: {one_line(error)}") from None
-        if not callable(getattr(module, function, None)):
-            raise SystemExit(f"reward {name}: {file} has no function {function!r}")
-        self.name, self.function, self.batch_size = name, getattr(module, function), batch_size
-        self.identity = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-
-    def score(self, images: list, prompts: list[str], skip_bad: bool = False) -> list[float]:
-        """As RewardModel.score."""
-        scores = [math.nan] * len(images)
-        for batch in batches(list(range(len(images))), self.batch_size):
-            good = {}
-            for place in batch:
-                try:
-                    good[place] = decoded(images[place])
-                except BadImage:
-                    if not skip_bad:
-                        raise
-            if not good:
-                continue
-            found = list(self.function(list(good.values()), [prompts[place] for place in good]))
-            if len(found) != len(good):
-                raise SystemExit(f"reward {self.name}: {len(found)} scores for {len(good)} images")
-            check_scores(self.name, found, [prompts[place] for place in good])
-            for place, score in zip(good, found):
-                scores[place] = float(score)
-        return scores
+def score_file(args: ScriptArguments, shard: dict) -> Path:
+    return score_folder(args) / f"{shard['file']:05d}-{shard['shard']:05d}.parquet"
 
 
-# Copied from build_synpic.import_file
-@cache
-def import_file(file: str):
-    """Runs a Python file once, as a module that finds its neighbours."""
-    spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling look their module up here
-    sys.path.append(str(Path(file).parent))
-    spec.loader.exec_module(module)
-    return module
+def index_rows(args: ScriptArguments, pairs: Pairs, table: pa.Table, file: int, first_row: int) -> dict[str, pa.Array]:
+    """The columns that the other stages need for these rows: ids, keys of (image, prompt), status and winner. Exits
+    with one line that names a row whose label, prompt or id is wrong."""
+    columns = table.to_pydict()
+    prompts = columns[args.prompt_column]
+    labels = [1.0] * len(table) if args.label_0_column == "none" else columns[args.label_0_column]
+    if args.has_label_column in columns:
+        labels = [label if has else None for label, has in zip(labels, columns[args.has_label_column])]
+    status, winner = [], []
+    for row, (prompt, label) in enumerate(zip(prompts, labels), first_row):
+        where = f"{pairs.where}: {pairs.row_name(file, row)}"
+        if not isinstance(prompt, str):
+            raise SystemExit(f"{where}: {args.prompt_column} is empty: remove the row, or write a prompt")
+        missing = label is None or math.isnan(label)
+        if not missing and label not in (0, 0.5, 1):
+            raise SystemExit(f"{where}: {args.label_0_column} is {label}: must be 0, 0.5 or 1")
+        status.append(UNLABELLED if missing else TIE if label == 0.5 else RANKED)
+        winner.append(0 if label == 1 else 1)
+    new_columns = {"_status": pa.array(status, pa.int8()), "_winner": pa.array(winner, pa.int8())}
+    for side, (image, uid) in enumerate(zip(pairs.images, pairs.uids)):
+        uids = columns[uid] if uid in pairs.features else [image_uid(pairs, image, value) for value in columns[image]]
+        if not all(isinstance(value, str | int | bytes) and value not in ("", b"") for value in uids):
+            where = f"{pairs.where}: row {first_row} of file {file}, or one of the {len(uids) - 1} after it"
+            raise SystemExit(f"{where}: {uid} is empty: name another column with --image_{side}_uid_column")
+        if uid not in pairs.features:
+            new_columns[uid] = pa.array(uids)
+        keys = [np.frombuffer(content_hash(f"{value}|{prompt}"), np.uint64)[0] for value, prompt in zip(uids, prompts)]
+        new_columns[f"_key_{side}"] = pa.array(np.array(keys, dtype=np.uint64))
+    return new_columns
 
 
-# Copied from build_synpic.RewardModel
-class RewardModel:
-    """What the reward models share: workers that decode and resize, batches, and every distinct image and prompt of a
-    call encoded once.
+def content_hash(content: str | bytes, size: int = 8) -> bytes:
+    return hashlib.blake2b(content.encode() if isinstance(content, str) else content, digest_size=size).digest()
 
-    A subclass loads its weights in `load` and gives `prepare` (PIL image → what the model takes, run by a worker),
-    `encode_images` and `encode_prompts` (features of one batch) and `compare` (n of each → n rewards in float32).
+
+def image_uid(pairs: Pairs, column: str, value) -> str:
+    """An id for an image without one: made of path, size and date of its file, or of its content where there is no
+    path."""
+    if pairs.types[column] == "string" and value:
+        path = Path(pairs.root, value)
+        stat = path.stat() if path.exists() else None
+        return content_hash(f"{value}|{stat and (stat.st_size, stat.st_mtime_ns)}", 16).hex()
+    return content_hash(pairs.bytes_of(value), 16).hex()
+
+
+def read_index(args: ScriptArguments, pairs: Pairs, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
+    """These columns of all rows, and the first row of each file (and, last, the number of rows)."""
+    # Unlike read_table, ParquetFile reads the index of an empty file, which has no columns.
+    tables = [pq.ParquetFile(index_file(args, file)).read(columns) for file in range(pairs.num_files)]
+    return pa.concat_tables([table for table in tables if len(table)]), np.cumsum([0, *map(len, tables)])
+
+
+def shards_to_score(args: ScriptArguments, pairs: Pairs) -> list[dict]:
+    """Assigns every (image, prompt) of a ranked pair to the shard where it comes first. So each is scored once, and
+    always in the same batch, whatever other processes do and wherever an earlier run stopped.
+
+    Returns:
+        one dict per shard that has any: "file", "shard" (its number in the file), "places": (row in the shard, side)
+        of what to score, "keys": uint64 array of the same, "facts": to record with the scores.
     """
+    table, starts = read_index(args, pairs, ["_status", "_key_0", "_key_1"])
+    keys = np.stack([table["_key_0"].to_numpy(), table["_key_1"].to_numpy()], axis=1)
+    ranked = np.flatnonzero(np.repeat(table["_status"].to_numpy() == RANKED, 2))  # both sides of a pair
+    is_first = np.zeros(keys.size, dtype=bool)
+    is_first[ranked[np.unique(keys.ravel()[ranked], return_index=True)[1]]] = True
+    is_first = is_first.reshape(-1, 2)
+    shards = []
+    for file, (start, end) in enumerate(zip(starts, starts[1:])):
+        for number, first_row in enumerate(range(start, end, args.shard_size)):
+            rows = slice(first_row, min(first_row + args.shard_size, end))
+            if is_first[rows].any():
+                shard_keys = keys[rows][is_first[rows]]
+                shard = {"file": file, "shard": number, "places": np.argwhere(is_first[rows]), "keys": shard_keys}
+                shards.append({**shard, "facts": {"keys": content_hash(shard_keys.tobytes()).hex()}})
+    return shards
 
-    def __init__(self, name: str, device="cpu", dtype=None, batch_size: int = 32):
-        self.name, self.kind = name, name.partition("=")[0]
-        self.checkpoint, self.processor = reward_source(name)
-        self.device, self.batch_size = torch.device(device), batch_size
-        # Of the half precisions float16 is the nearer one to float32, but T5 and other language models overflow in it.
-        half = torch.bfloat16 if self.kind.startswith("vqascore") else torch.float16
-        self.dtype = dtype or (half if self.device.type == "cuda" else torch.float32)
+
+def shard_tables(args: ScriptArguments, pairs: Pairs, missing: list[dict]):
+    """Yields each shard with its prompts and images. It reads a file once, from its first missing shard to its last."""
+    for file in sorted({shard["file"] for shard in missing}):
+        shards = {shard["shard"]: shard for shard in missing if shard["file"] == file}
+        first, last = min(shards), max(shards)
+        tables = pairs.tables(file, pairs.scored_columns, first * args.shard_size, args.shard_size)
+        for number, table in zip(range(first, last + 1), tables):
+            if number in shards:
+                yield shards[number], table
+
+
+def score_shard(args: ScriptArguments, pairs: Pairs, reward, shard: dict, table: pa.Table) -> None:
+    """Scores the images of one shard and writes the scores, with NaN and a reason for images that do not decode."""
+    started, places = time.time(), shard["places"].tolist()
+    images = [pairs.bytes_of(table[pairs.images[side]][row].as_py()) for row, side in places]
+    prompts = [table[args.prompt_column][row].as_py() for row, _ in places]
+    scores, errors = reward.score(images, prompts, skip_bad=True), [""] * len(places)
+    for place in np.flatnonzero(np.isnan(scores)):
         try:
-            self.load()
-        except Exception as error:
-            message = f"{type(error).__name__}: {one_line(error)}"
-            raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {message}") from None
-
-    def load_exactly(self, model_class, source: str | None, dtype=torch.float32, **kwargs) -> torch.nn.Module:
-        """A transformers model; a key that the checkpoint lacks, or that the model does not know, is an error."""
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # no report of the keys that differ: here they are an error
-        try:
-            model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-        for what in ("missing", "unexpected", "mismatched"):
-            if keys := sorted(map(str, info[f"{what}_keys"])):
-                raise ValueError(f"{len(keys)} {what} keys: {', '.join(keys[:3])}{', …' if keys[3:] else ''}")
-        # Out of the mapped file into memory of our own: weights that lie across the boundaries of 64 bytes give, on a
-        # CPU, other last digits from run to run.
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
-        return model.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def score(self, images: list, prompts: list[str], skip_bad: bool = False) -> list[float]:
-        """The reward of each image for its prompt.
-
-        Args:
-            images: n PIL images, or the bytes of their files, which the workers decode and then forget; an object that
-                is listed again is not encoded again.
-            prompts: n prompts.
-            skip_bad: give NaN for an image that does not decode, instead of raising BadImage.
-        """
-        distinct = list(dict.fromkeys(prompts))
-        texts = [row for batch in batches(distinct, self.batch_size) for row in self.encode_prompts(batch)]
-        texts = dict(zip(distinct, texts, strict=True))
-        asked = {}  # image → prompt → positions
-        for position, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            asked.setdefault(id(image), {}).setdefault(prompt, []).append(position)
-        positions, rewards = [], []
-        for batch in self.prepared({id(image): image for image in images}, skip_bad):
-            features = self.encode_images([pixels for _, pixels in batch]) if batch else []
-            pairs = [(row, key, prompt) for row, (key, _) in enumerate(batch) for prompt in asked[key]]
-            positions += [asked[key][prompt] for _, key, prompt in pairs]
-            for part in batches(pairs, self.batch_size):
-                # Rewards stay on the device until all is done: to wait for each batch would leave the device idle.
-                rewards.append(self.compare([features[row] for row, _, _ in part], [texts[text] for *_, text in part]))
-        rewards = torch.cat(rewards).tolist() if rewards else []
-        check_scores(self.name, rewards, [prompts[places[0]] for places in positions])
-        scores = [math.nan] * len(images)
-        for places, reward in zip(positions, rewards):
-            for place in places:
-                scores[place] = reward
-        return scores
-
-    def prepared(self, images: dict, skip_bad: bool):
-        """Batches of (key, `prepare`d image), by workers that stay two batches ahead; bad images may be left out."""
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            ahead = deque()
-            for batch in [*batches(list(images.items()), self.batch_size), [], []]:
-                ahead.append([(key, pool.submit(self.decode_and_prepare, image)) for key, image in batch])
-                if len(ahead) > 2:
-                    futures = ahead.popleft()
-                    if skip_bad:
-                        futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
-                    yield [(key, future.result()) for key, future in futures]
-
-    def decode_and_prepare(self, image):
-        return self.prepare(decoded(image))
-
-    def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(pixels).to(self.device, self.dtype)
+            decode_image(images[place])
+            reason = "it did not decode"
+        except BadImage as error:
+            reason = str(error) if images[place] else "no such file, or an empty one"
+        row, side = places[place]
+        where = pairs.row_name(shard["file"], shard["shard"] * args.shard_size + row)
+        errors[place] = f"{where}: {pairs.images[side]}: {reason}"
+        if args.on_bad_image == "fail":
+            raise SystemExit(f"{pairs.where}: {errors[place]}; --on_bad_image skip leaves its pairs out")
+        tqdm.write(f"skipped: {errors[place]}", file=sys.stderr)
+    table = pa.table({"key": shard["keys"], "score": pa.array(scores, pa.float32()), "error": errors})
+    write_table(table, score_file(args, shard), {**shard["facts"], "seconds": time.time() - started})
 
 
-# Copied from build_synpic.batches
-def batches(items: list, size: int):
-    return (items[start : start + size] for start in range(0, len(items), size))
+def read_scores(args: ScriptArguments, pairs: Pairs, shards: list[dict]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Sorted keys, their scores (NaN: bad image), and what was wrong with the bad ones."""
+    tables = [pq.read_table(score_file(args, shard)) for shard in shards]
+    errors = [error for table in tables for error in table["error"].to_pylist() if error]
+    if errors and args.on_bad_image == "fail":
+        raise SystemExit(f"{pairs.where}: {errors[0]}; --on_bad_image skip leaves its pairs out")
+    keys = np.concatenate([np.empty(0, np.uint64), *(table["key"].to_numpy() for table in tables)])
+    scores = np.concatenate([np.empty(0), *(table["score"].to_numpy() for table in tables)])
+    order = np.argsort(keys)
+    return keys[order], scores[order], errors
 
 
-# Copied from build_synpic.HPSReward
-class HPSReward(RewardModel):
-    """HPSv2 and v2.1 (Wu et al., 2023): the cosine of CLIP ViT-H/14, about 0.2 to 0.35, as `hpsv2.score` gives it
-    (`hpsv2.evaluate` shows it times 100)."""
-
-    FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
-
-    def load(self):
-        file = self.FILES[self.kind.removesuffix("_antialias")]
-        weights = torch.load(checkpoint_file(self.checkpoint, file), map_location="cpu", weights_only=True)
-        weights = hf_clip_weights(weights["state_dict"])
-        config = clip_config(weights)
-        self.size = config.vision_config.image_size
-        self.model = self.load_exactly(CLIPModel, None, config=config, state_dict=weights)
-        self.model.to(self.device, self.dtype)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
-
-    def prepare(self, image) -> torch.Tensor:
-        """The longer side to 224, the rest padded with black. When the model was trained and its published scores were
-        made, torchvision resized tensors without antialiasing: so it is done here."""
-        pixels = to_tensor(image.convert("RGB"))
-        scale = self.size / max(pixels.shape[1:])
-        if scale != 1:
-            size = [max(round(side * scale), 1) for side in pixels.shape[1:]]
-            smooth = self.kind.endswith("_antialias")
-            pixels = resize(pixels, size, InterpolationMode.BICUBIC, antialias=smooth)
-        high, wide = self.size - pixels.shape[1], self.size - pixels.shape[2]
-        pixels = pad(pixels, [wide // 2, high // 2, wide - wide // 2, high - high // 2])
-        return normalize(pixels, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-
-    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
-
-    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
-        # Attention is causal and the feature is the first end token's: padding to its right plays no part.
-        tokens = self.tokenize(prompts, padding=True, return_tensors="pt").to(self.device)
-        return unit(self.model.get_text_features(tokens).pooler_output)
-
-    def tokenize(self, prompts: list[str], **kwargs):
-        texts = [clean_text(prompt) for prompt in prompts]
-        # To HPSv2's tokenizer, unlike OpenAI's, "<|endoftext|>" in a prompt is text like any other.
-        kwargs["split_special_tokens"] = self.kind.startswith("hpsv2")
-        return self.tokenizer(texts, truncation=True, max_length=77, **kwargs).input_ids
-
-    def compare(self, images: list, texts: list) -> torch.Tensor:
-        return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
-
-
-# Copied from build_synpic.PickScoreReward
-class PickScoreReward(HPSReward):
-    """PickScore (Kirstain et al., 2023): exp(logit scale) · cosine of CLIP ViT-H/14, about 20 to 23."""
-
-    def load(self):
-        self.model = self.load_exactly(CLIPModel, self.checkpoint)
-        # Taken in float32: bf16 turns the scale of 100 into 99, a difference as large as what is measured.
-        self.logit_scale = self.model.logit_scale.exp().item()
-        self.model.to(self.device, self.dtype)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
-        # The PIL backend is bit-exact with the transform that the published scores were made with.
-        self.image_processor = image_processor(self.checkpoint, self.processor)
-
-    def prepare(self, image) -> torch.Tensor:
-        image = image.convert("RGB")
-        image.info.pop("transparency", None)  # of a palette image: the processor would blend it, PickScore's did not
-        return self.image_processor(image, return_tensors="pt").pixel_values[0]
-
-    def tokenize(self, prompts: list[str], **kwargs):
-        return self.tokenizer(prompts, truncation=True, max_length=77, **kwargs).input_ids
-
-    def compare(self, images: list, texts: list) -> torch.Tensor:
-        return self.logit_scale * super().compare(images, texts)
-
-
-# Copied from build_synpic.CLIPScoreReward
-class CLIPScoreReward(HPSReward):
-    """CLIPScore as Hessel et al. (2021) define it: 2.5 · max(cosine, 0) of CLIP ViT-B/32, "A photo depicts" first."""
-
-    def load(self):
-        self.model = self.load_exactly(CLIPModel, self.checkpoint).to(self.device, self.dtype)
-        self.size = self.model.config.vision_config.image_size
-        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
-
-    def prepare(self, image) -> torch.Tensor:
-        return clip_pixels(image, self.size)
-
-    def tokenize(self, prompts: list[str], **kwargs):
-        return super().tokenize([f"A photo depicts {prompt}" for prompt in prompts], **kwargs)
-
-    def compare(self, images: list, texts: list) -> torch.Tensor:
-        return 2.5 * super().compare(images, texts).clamp(min=0)
-
-
-# Copied from build_synpic.AestheticReward
-class AestheticReward(RewardModel):
-    """LAION aesthetic predictor v2 (sac+logos+ava1, linear MSE): about 1 to 10; the prompt plays no part."""
-
-    def load(self):
-        weights = checkpoint_weights(self.checkpoint)
-        head = split_keys(weights, "layers.")
-        config = CLIPVisionConfig.from_pretrained(self.checkpoint)
-        self.size = config.image_size
-        self.model = self.load_exactly(CLIPVisionModelWithProjection, None, config=config, state_dict=weights)
-        self.model.to(self.device, self.dtype)
-        self.head = linear_head(head).to(self.device)
-
-    def prepare(self, image) -> torch.Tensor:
-        return clip_pixels(image, self.size)
-
-    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        return self.head(unit(self.model(self.stack(pixels)).image_embeds))[:, 0]
-
-    def encode_prompts(self, prompts: list[str]) -> list:
-        return prompts
-
-    def compare(self, images: list, texts: list) -> torch.Tensor:
-        return torch.stack(images)
-
-
-# Copied from build_synpic.ImageRewardReward
-class ImageRewardReward(RewardModel):
-    """ImageReward v1.0 (Xu et al., 2023): BLIP's text encoder looks at the image, a linear head rates it; -2 to 2."""
-
-    def load(self):
-        weights = torch.load(checkpoint_file(self.checkpoint, "ImageReward.pt"), map_location="cpu", weights_only=True)
-        vision, text, head = blip_weights(weights)
-        vision_config, text_config = blip_configs(vision, text)
-        self.size = vision_config.image_size
-        self.vision = self.load_exactly(BlipVisionModel, None, config=vision_config, state_dict=vision)
-        self.text = self.load_exactly(BlipTextModel, None, config=text_config, state_dict=text, add_pooling_layer=False)
-        self.vision.to(self.device, self.dtype)
-        self.text.to(self.device, self.dtype)
-        self.head = linear_head(head).to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
-        self.tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
-
-    def prepare(self, image) -> torch.Tensor:
-        return clip_pixels(image, self.size)
-
-    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        return self.vision(self.stack(pixels)).last_hidden_state
-
-    def encode_prompts(self, prompts: list[str]) -> list:
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
-        return list(zip(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)))
-
-    def compare(self, images: list, texts: list) -> torch.Tensor:
-        # The decoder that the configuration names is run as an encoder: it sees the text in both directions.
-        hidden = self.text(
-            torch.stack([ids for ids, _ in texts]),
-            attention_mask=torch.stack([mask for _, mask in texts]),
-            encoder_hidden_states=torch.stack(images),
-            is_decoder=False,
-        ).last_hidden_state
-        return (self.head(hidden[:, 0].float())[:, 0] - 0.16717362830052426) / 1.0333394966054072
-
-
-# Copied from build_synpic.VQAScoreReward
-class VQAScoreReward(RewardModel):
-    """VQAScore (Lin et al., 2024) of CLIP-FlanT5: the probability of "Yes" (and the end) as the answer, 0 to 1."""
-
-    BEFORE = (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions. USER: "
+def describe(counts: dict) -> str:
+    return (
+        f"{counts['rows']} pairs: {counts['ties']} ties, {counts['without_label']} without a label, "
+        f"{counts['with_bad_image']} with an image that does not decode, {counts['ranked']} ranked"
     )
-    AFTER = '\nDoes this figure show "{}"? Please answer yes or no. ASSISTANT: '
-
-    def load(self):
-        weights = checkpoint_weights(self.checkpoint)
-        vision = split_keys(weights, "vision_tower.vision_tower.")
-        if not vision:  # frozen in its training, so a checkpoint may leave it out
-            vision = checkpoint_weights(VQASCORE_VISION)
-            vision = {key: value for key, value in vision.items() if key.startswith("vision_model.")}
-        projector = split_keys(weights, "mm_projector.")
-        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
-        # As the official code resizes it: what pads T5's vocabulary to 32128 is no word, and must not share in p.
-        for key in ("shared.weight", "lm_head.weight"):
-            weights[key] = weights[key][: len(self.tokenizer)]
-        weights.pop("embed_tokens.weight", None)  # this and the next two are the same tensor as shared.weight
-        weights["encoder.embed_tokens.weight"] = weights["decoder.embed_tokens.weight"] = weights["shared.weight"]
-        config = T5Config.from_pretrained(self.checkpoint, vocab_size=len(weights["shared.weight"]))
-        config.tie_word_embeddings = config.scale_decoder_outputs = False
-        self.t5 = self.load_exactly(T5ForConditionalGeneration, None, self.dtype, config=config, state_dict=weights).to(
-            self.device
-        )
-        vision_config = clip_vision_config(vision, "vision_model.", head_width=64, hidden_act="quick_gelu")
-        self.vision = self.load_exactly(CLIPVisionModel, None, self.dtype, config=vision_config, state_dict=vision)
-        self.vision.to(self.device)
-        self.projector = torch.nn.Sequential(linear(projector, "0"), torch.nn.GELU(), linear(projector, "2"))
-        if projector:
-            raise ValueError(f"unexpected keys of mm_projector: {', '.join(projector)}")
-        self.projector.to(self.device, self.dtype)
-        self.image_processor = image_processor(self.checkpoint, VQASCORE_VISION)
-        self.answer = torch.tensor(self.tokenizer("Yes").input_ids, device=self.device)
-
-    def prepare(self, image) -> torch.Tensor:
-        image = image.convert("RGB")
-        side = max(image.size)
-        square = PILImage.new("RGB", (side, side), tuple(int(255 * mean) for mean in OPENAI_CLIP_MEAN))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return self.image_processor(square, return_tensors="pt").pixel_values[0]
-
-    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        hidden = self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
-        return self.projector(hidden)
-
-    def encode_prompts(self, prompts: list[str]) -> list:
-        # Before and after the image are tokenised apart, so an end token stands before the image too.
-        return [
-            [torch.tensor(self.tokenizer(text).input_ids, device=self.device) for text in (self.BEFORE, after)]
-            for after in map(self.AFTER.format, prompts)
-        ]
-
-    def compare(self, images: list, texts: list) -> torch.Tensor:
-        embed = self.t5.get_input_embeddings()
-        rows = [torch.cat([embed(before), image, embed(after)]) for image, (before, after) in zip(images, texts)]
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.arange(inputs.shape[1], device=self.device) < lengths[:, None]
-        answer = self.answer.repeat(len(rows), 1)
-        logits = self.t5(inputs_embeds=inputs, attention_mask=mask.long(), labels=answer).logits.float()
-        return logits.log_softmax(dim=-1).gather(-1, answer[..., None]).mean(dim=(1, 2)).exp()
 
 
-# Copied from build_synpic.VLMReward
-class VLMReward(RewardModel):
-    """A question like VQAScore's put to an image-text-to-text model of transformers: the probability of "Yes" as the
-    first token. A variant: its numbers are not those of CLIP-FlanT5."""
-
-    QUESTION = 'Does this image show "{}"? Answer the question with Yes or No.'
-
-    def load(self):
-        self.processor = AutoProcessor.from_pretrained(self.checkpoint)
-        self.processor.tokenizer.padding_side = "left"  # the answer follows the last token
-        self.model = self.load_exactly(AutoModelForImageTextToText, self.checkpoint, self.dtype).to(self.device)
-        self.yes = self.processor.tokenizer("Yes", add_special_tokens=False).input_ids[0]
-
-    def prepare(self, image):
-        return image.convert("RGB")
-
-    def encode_images(self, images: list) -> list:
-        return images
-
-    def encode_prompts(self, prompts: list[str]) -> list[str]:
-        contents = [[{"type": "image"}, {"type": "text", "text": self.QUESTION.format(text)}] for text in prompts]
-        return [
-            self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            for content in contents
-        ]
-
-    def compare(self, images: list, texts: list) -> torch.Tensor:
-        images = [[image] for image in images]  # one image a text: a flat list would be many images of the first
-        inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
-        logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
-        return logits.softmax(dim=-1)[:, self.yes]
+def output_features(args: ScriptArguments, pairs: Pairs, with_images: bool) -> Features:
+    """The dataset's own columns, ids, ψ of both images, Q and the rank. With images, these replace paths of images."""
+    features = {name: pairs.features[name] for name in pairs.light_columns}
+    features |= {name: Value("string") for name in pairs.uids if name not in features}
+    if with_images:
+        features |= {name: pairs.features[name] if pairs.types[name] in BINARY else Image() for name in pairs.images}
+    return Features(features | {name: Value(kind) for name, kind in NEW_COLUMNS.items()})
 
 
-# Copied from build_synpic.clean_text
-def clean_text(text: str) -> str:
-    """OpenAI CLIP's cleaning, which HPSv2 and CLIPScore do before tokenising; transformers' tokenizer has none."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+def kept_rows(args: ScriptArguments, pairs: Pairs, ranking: dict, file: int):
+    """Yields tables of the rows of one file that are kept, in the file's order, with their new columns and images."""
+    start, end = ranking["starts"][file : file + 2]
+    if not (ranking["rank"][start:end] >= 0).any():
+        return
+    columns = [name for name in output_features(args, pairs, with_images=False) if name not in NEW_COLUMNS]
+    size = 100 if args.include_images else 10_000
+    images = pairs.tables(file, pairs.images, size=size) if args.include_images else None
+    index_table = pq.ParquetFile(index_file(args, file))
+    for batch in index_table.iter_batches(size, columns=columns):
+        table = pa.Table.from_batches([batch])
+        rows = slice(start, start + len(table))
+        start += len(table)
+        psi, rank = ranking["psi"][rows], ranking["rank"][rows]
+        for name, values in zip(NEW_COLUMNS, [psi[:, 0], psi[:, 1], ranking["quality"][rows], rank + 1]):
+            table = table.append_column(name, pa.array(values))
+        is_kept = pa.array(rank >= 0)
+        table = table.filter(is_kept)
+        if images is not None:
+            for name, column in zip(pairs.images, next(images).filter(is_kept).columns):
+                column = column if pairs.types[name] in BINARY else embedded(pairs, column)
+                table = table.append_column(f"_image_of_{name}", column)
+        if len(table):
+            yield table
 
 
-# Copied from build_synpic.clip_pixels
-def clip_pixels(image, size: int) -> torch.Tensor:
-    """OpenAI CLIP's transform, ImageReward's too: PIL image → float32 (3, size, size)."""
-    image = center_crop(resize(image, size, InterpolationMode.BICUBIC), size).convert("RGB")
-    return normalize(to_tensor(image), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+def embedded(pairs: Pairs, images: pa.ChunkedArray) -> pa.Array:
+    """Turns paths and Images into Images that hold the bytes of their files."""
+    values = []
+    for value in images.to_pylist():
+        path = value["path"] if isinstance(value, dict) else value
+        values.append({"bytes": pairs.bytes_of(value), "path": path and os.path.basename(path)})
+    return pa.array(values, Image().pa_type)
 
 
-# Copied from build_synpic.unit
-def unit(features: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(features.float(), dim=-1)
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures and card
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from build_synpic.checkpoint_file
-def checkpoint_file(checkpoint: str, name: str) -> str:
-    """A file of a folder or of a repository on the Hub."""
-    return os.path.join(checkpoint, name) if os.path.isdir(checkpoint) else hf_hub_download(checkpoint, name)
+def save_figure(figure: pyplot.Figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp.png")
+    figure.tight_layout()
+    figure.savefig(temporary, dpi=100)
+    pyplot.close(figure)
+    os.replace(temporary, file)
 
 
-# Copied from build_synpic.image_processor
-def image_processor(checkpoint: str, default: str):
-    """The image processor in the checkpoint's folder, else the default one, on PIL: its other backend deviates."""
-    own = os.path.exists(os.path.join(checkpoint, "preprocessor_config.json"))
-    return AutoImageProcessor.from_pretrained(checkpoint if own else default, backend="pil")
+def draw_figures(args: ScriptArguments, ranking: dict) -> None:
+    """Figures 1a and 1b of the paper: the distribution of ψ_w − ψ_l, and Q over the sorted index."""
+    folder = Path(args.output_dir) / "figures"
+    if (folder / "difference.png").exists() and (folder / "quality.png").exists():
+        return
+    title = f"reward: {reward_name(args.reward)}"
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.hist(ranking["difference"], bins=100, color="tab:blue")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(title=title, xlabel="ψ(winner) − ψ(loser)", ylabel="number of pairs")
+    save_figure(figure, folder / "difference.png")
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    positions = np.unique(np.linspace(0, len(ranking["order"]) - 1, 2000).astype(int))
+    axes.plot(positions + 1, ranking["quality"][ranking["order"][positions]], color="tab:blue")
+    axes.axvspan(0, ranking["kept"], color="tab:green", alpha=0.2, label=f"kept: {ranking['kept']}")
+    axes.set(title=title, xlabel="rank of the pair", ylabel="quality Q")
+    axes.legend()
+    save_figure(figure, folder / "quality.png")
 
 
-# Copied from build_synpic.checkpoint_weights
-def checkpoint_weights(checkpoint: str) -> dict[str, torch.Tensor]:
-    """All tensors of a transformers checkpoint, a folder or on the Hub, safetensors before pickles."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        folder = checkpoint
-        if not os.path.isdir(checkpoint):
-            folder = snapshot_download(checkpoint, allow_patterns=[pattern])
-        files = sorted(Path(folder).glob(pattern))
-        if files:
-            break
-    else:
-        raise FileNotFoundError("no model*.safetensors and no pytorch_model*.bin in it")
-    weights = {}
-    for file in files:
-        safe = file.suffix == ".safetensors"
-        weights |= load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-    return {key: value for key, value in weights.items() if not key.endswith("position_ids")}  # buffers, once saved
+def draw_examples(args: ScriptArguments, pairs: Pairs, ranking: dict, cell: int = 224) -> None:
+    """Strips of the best and the worst pairs: winners above, losers below, in squares of `cell` pixels."""
+    folder, order = Path(args.output_dir) / "figures", ranking["order"]
+    if (folder / "best.png").exists() and (folder / "worst.png").exists():
+        return
+    number = min(args.num_examples, len(order))
+    for name, rows in {"best": order[:number], "worst": order[::-1][:number]}.items():
+        canvas = PILImage.new("RGB", (cell * number, 2 * cell + 22), "white")
+        drawing = ImageDraw.Draw(canvas)
+        for left, row in zip(range(0, cell * number, cell), rows):
+            file = int(np.searchsorted(ranking["starts"], row, side="right")) - 1
+            table = next(pairs.tables(file, pairs.scored_columns, int(row - ranking["starts"][file]), size=1))
+            winner = ranking["winner"][row]
+            for top, side in ((0, winner), (cell, 1 - winner)):
+                image = PILImage.open(BytesIO(pairs.bytes_of(table[pairs.images[side]][0].as_py()))).convert("RGB")
+                resample = PILImage.NEAREST if max(image.size) < cell else PILImage.LANCZOS
+                scale = cell / max(image.size)
+                size = [max(1, round(length * scale)) for length in image.size]
+                canvas.paste(image.resize(size, resample), (left, top))
+            text = table[args.prompt_column][0].as_py()[: cell // 7].encode("latin-1", "replace").decode("latin-1")
+            drawing.text((left + 4, 2 * cell + 5), text, fill="black")
+        save_picture(canvas, folder / f"{name}.png")
 
 
-# Copied from build_synpic.split_keys
-def split_keys(weights: dict, prefix: str) -> dict:
-    """Takes the tensors under a prefix out of `weights`."""
-    return {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
+def data_folders(args: ScriptArguments) -> list[str]:
+    """The folder of each configuration of the dataset: `data` has the images."""
+    return ["data", "scores"] if args.include_images else ["scores"]
 
 
-# Copied from build_synpic.linear
-def linear(weights: dict, name: str) -> torch.nn.Linear:
-    """Takes a linear layer out of `weights`."""
-    weight, bias = weights.pop(f"{name}.weight"), weights.pop(f"{name}.bias")
-    layer = torch.nn.Linear(*reversed(weight.shape))
-    layer.load_state_dict({"weight": weight, "bias": bias})
-    return layer.requires_grad_(False)
+def write_card(args: ScriptArguments, pairs: Pairs, ranking: dict) -> None:
+    """Writes README.md and statistics.json."""
+    output_dir, counts, statistics = Path(args.output_dir), ranking["counts"], ranking["statistics"]
+    name, kept, reward = reward_name(args.reward), ranking["kept"], statistics["reward"]
+    source = args.dataset_name or f"{args.winner_dir} and {args.loser_dir}"
+    contradicted = float((ranking["difference"] <= 0).mean())
+    quality, shares = ranking["quality"][ranking["order"]], (0, 0.01, 0.0533, 0.1, 0.25, 0.5, 0.75, 1)
+    quality_at = ", ".join(f"{quality[round(share * (len(quality) - 1))]:.4f}" for share in shares)
+    images, examples = "", ""
+    if not args.include_images:
+        uid_0, uid_1 = pairs.uids
+        images = f" The images are not in it: join them from `{source}` by `{uid_0}` and `{uid_1}`"
+        is_hash = uid_0 not in pairs.features and pairs.types[args.image_0_column] != "string"
+        images += " (BLAKE2b of the image's file, 16 bytes in hexadecimal)." if is_hash else "."
+    elif args.num_examples:
+        examples = """
+## Examples
 
+The best pairs, winners above losers:
 
-# Copied from build_synpic.linear_head
-def linear_head(weights: dict) -> torch.nn.Sequential:
-    """The head of the aesthetic predictor and of ImageReward: five linear layers with dropout, and nothing, between."""
-    head = torch.nn.Sequential(*(linear(weights, name) for name in ("0", "2", "4", "6", "7")))
-    if weights:
-        raise ValueError(f"unexpected keys of the head: {', '.join(weights)}")
-    return head
+![The best pairs](figures/best.png)
 
+The worst pairs, where the reward model contradicts the label most:
 
-# Copied from build_synpic.hf_clip_weights
-def hf_clip_weights(weights: dict) -> dict:
-    """open_clip's state dict under the names of transformers' CLIPModel."""
-    renames = {
-        ".transformer.resblocks.": ".encoder.layers.",
-        ".ln_pre.": ".pre_layrnorm.",
-        ".ln_post.": ".post_layernorm.",
-        ".ln_final.": ".final_layer_norm.",
-        ".ln_1.": ".layer_norm1.",
-        ".ln_2.": ".layer_norm2.",
-        ".attn.": ".self_attn.",
-        ".mlp.c_fc.": ".mlp.fc1.",
-        ".mlp.c_proj.": ".mlp.fc2.",
-        ".class_embedding": ".embeddings.class_embedding",
-        ".conv1.": ".embeddings.patch_embedding.",
-        ".token_embedding.": ".embeddings.token_embedding.",
-        ".positional_embedding": ".embeddings.position_embedding.weight",
+![The worst pairs](figures/worst.png)
+"""
+    errors = "".join(f"\n- {error}" for error in ranking["errors"][:20])
+    errors += f"\n- and {len(ranking['errors']) - 20} more" if len(ranking["errors"]) > 20 else ""
+    rows = [
+        ["rows read", counts["rows"]],
+        ["ties, left out", counts["ties"]],
+        ["without a label, left out", counts["without_label"]],
+        ["with an image that does not decode, left out", counts["with_bad_image"]],
+        ["ranked", counts["ranked"]],
+        [f"kept (`--top_fraction {args.top_fraction:g}`)", kept],
+    ]
+    body = f"""{CARD_BEGIN}
+# {output_dir.resolve().name}
+
+Preference pairs of `{source}`, sorted by how much a reward model trusts their labels: a Quality Sorted Dataset for
+DPO-QSD. Row 1 is the best pair: train in this order, without shuffling.{images}
+
+| column | type | |
+|---|---|---|
+| `score_0`, `score_1` | float64 | ψ of the first and the second image, in [0, 1], by {name} |
+| `quality` | float64 | Q = ψ(winner) · (1 − ψ(loser)) |
+| `quality_rank` | int64 | 1 = best |
+
+All other columns are those of the original dataset.
+
+```python
+from datasets import load_dataset
+
+dataset = load_dataset("{args.hub_dataset_id or output_dir}", "{"default" if args.include_images else "scores"}", \
+split="train")
+```
+
+## Pairs
+
+{markdown_table(["", "pairs"], rows)}
+
+In {contradicted:.1%} of the ranked pairs the reward model rates the loser at least as high as the winner.{errors}
+
+## Reward
+
+ψ is made from the reward `{reward["reward"]}`\
+{f" with the checkpoint `{reward['checkpoint']}`" if "checkpoint" in reward else ""} \
+(`--normalization {args.normalization}`). Over the images of all ranked pairs, the raw reward has mean
+{statistics["mean"]:.6g} and standard deviation {statistics["std"]:.6g}.
+
+Q at the first rank, at 1 %, 5.33 %, 10 %, 25 %, 50 % and 75 % of the ranks, and at the last: {quality_at}.
+
+![Distribution of ψ(winner) − ψ(loser)](figures/difference.png)
+
+![Q over the sorted pairs](figures/quality.png)
+{examples}
+## How it was made
+
+Reward `{args.reward}`{f", pairs at commit {args.dataset_revision}" if args.dataset_revision else ""}. \
+{", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets"))}. Hash of pairs, order and ψ:
+{ranking["hash"]}.
+{CARD_END}
+"""
+    configs = {
+        "default" if folder == "data" else folder: (folder, output_features(args, pairs, folder == "data"))
+        for folder in data_folders(args)
     }
-    found = {}
-    for key, value in weights.items():
-        if key in ("text_projection", "visual.proj"):  # matrices there, linear layers here
-            found["text_projection.weight" if key == "text_projection" else "visual_projection.weight"] = value.T
-            continue
-        if key == "logit_scale":
-            found[key] = value
-            continue
-        name = f"vision_model.{key[7:]}" if key.startswith("visual.") else f"text_model.{key}"
-        for old, new in renames.items():
-            name = name.replace(old, new)
-        if ".in_proj_" in name:
-            for part, tensor in zip("qkv", value.chunk(3)):
-                found[name.replace("in_proj_", f"{part}_proj.")] = tensor.contiguous()
-        else:
-            found[name] = value
-    return found
-
-
-# Copied from build_synpic.n_layers
-def n_layers(weights: dict, prefix: str) -> int:
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix))
-
-
-# Copied from build_synpic.clip_vision_config
-def clip_vision_config(weights: dict, prefix: str, head_width: int, hidden_act: str) -> CLIPVisionConfig:
-    """What the shapes of CLIP's image tower tell, and the two things that they do not."""
-    width, _, patch, _ = weights[f"{prefix}embeddings.patch_embedding.weight"].shape
-    positions = len(weights[f"{prefix}embeddings.position_embedding.weight"])
-    return CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=len(weights[f"{prefix}encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=n_layers(weights, f"{prefix}encoder.layers."),
-        num_attention_heads=width // head_width,
-        patch_size=patch,
-        image_size=patch * math.isqrt(positions - 1),
-        hidden_act=hidden_act,
-    )
-
-
-# Copied from build_synpic.clip_config
-def clip_config(weights: dict) -> CLIPConfig:
-    """The configuration of an open_clip ViT-H/14, or of a smaller relative with heads of the same widths."""
-    vocabulary, width = weights["text_model.embeddings.token_embedding.weight"].shape
-    text = {
-        "hidden_size": width,
-        "intermediate_size": len(weights["text_model.encoder.layers.0.mlp.fc1.weight"]),
-        "num_hidden_layers": n_layers(weights, "text_model.encoder.layers."),
-        "num_attention_heads": width // 64,
-        "max_position_embeddings": len(weights["text_model.embeddings.position_embedding.weight"]),
-        "vocab_size": vocabulary,
-        "eos_token_id": vocabulary - 1,
-        "bos_token_id": vocabulary - 2,
-        "hidden_act": "gelu",
+    is_hub = args.dataset_name and not os.path.exists(args.dataset_name)
+    front = {
+        "pretty_name": output_dir.resolve().name,
+        "language": ["en"],
+        "task_categories": ["text-to-image"],
+        "size_categories": [size_category(kept)],
+        "tags": ["dpo-qsd", "preference", "dpo"],
+        **({"source_datasets": [args.dataset_name]} if is_hub else {}),
+        **config_metadata(output_dir, configs),
     }
-    vision = clip_vision_config(weights, "vision_model.", head_width=80, hidden_act="gelu").to_dict()
-    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=len(weights["text_projection.weight"]))
+    write_text(output_dir / "README.md", make_card(front, body, output_dir / "README.md"))
+    write_text(output_dir / "statistics.json", json.dumps({**statistics, **counts, "kept": kept}, indent=2) + "\n")
 
 
-# Copied from build_synpic.blip_weights
-def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
-    """ImageReward's state dict as those of BlipVisionModel, BlipTextModel and the head."""
-    weights = dict(weights)
-    vision, text = split_keys(weights, "blip.visual_encoder."), split_keys(weights, "blip.text_encoder.")
-    head = split_keys(weights, "mlp.layers.")
-    for prefix in ("blip.vision_proj.", "blip.text_proj."):  # of BLIP's pretraining: no part of the reward
-        split_keys(weights, prefix)
-    if weights:
-        raise ValueError(f"{len(weights)} unexpected keys: {', '.join(list(weights)[:3])}")
-    text.pop("embeddings.position_ids", None)
-    renames = {
-        ".cls_token": ".embeddings.class_embedding",
-        ".pos_embed": ".embeddings.position_embedding",
-        ".patch_embed.proj.": ".embeddings.patch_embedding.",
-        ".blocks.": ".encoder.layers.",
-        ".norm1.": ".layer_norm1.",
-        ".norm2.": ".layer_norm2.",
-        ".norm.": ".post_layernorm.",
-        ".attn.qkv.": ".self_attn.qkv.",
-        ".attn.proj.": ".self_attn.projection.",
-    }
-    renamed = {}
-    for key, value in vision.items():
-        name = f".{key}"
-        for old, new in renames.items():
-            name = name.replace(old, new)
-        renamed[name[1:]] = value
-    return renamed, text, head
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: stages (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from build_synpic.blip_configs
-def blip_configs(vision: dict, text: dict) -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """BLIP's two configurations from the shapes; all its heads are 64 wide."""
-    width, _, patch, _ = vision["embeddings.patch_embedding.weight"].shape
-    vision_config = BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=len(vision["encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=n_layers(vision, "encoder.layers."),
-        num_attention_heads=width // 64,
-        image_size=patch * math.isqrt(vision["embeddings.position_embedding"].shape[1] - 1),
-        patch_size=patch,
-        layer_norm_eps=1e-6,  # the class's own default shifts the features by 7e-3
-    )
-    vocabulary, hidden = text["embeddings.word_embeddings.weight"].shape
-    text_config = BlipTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        encoder_hidden_size=width,
-        intermediate_size=len(text["encoder.layer.0.intermediate.dense.weight"]),
-        num_hidden_layers=n_layers(text, "encoder.layer."),
-        num_attention_heads=hidden // 64,
-        max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
-    )
-    return vision_config, text_config
+def make_state() -> PartialState:
+    """This process and its device. Without a GPU several processes talk through gloo. The timeout is a week: the first
+    process to finish a stage may wait hours for the last."""
+    launched = "LOCAL_RANK" in os.environ
+    waiting = {"timeout": timedelta(days=7)} if launched else {}
+    return PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
 
 
-# Copied from build_synpic.reward_source
-def reward_source(name: str) -> tuple[str, str | None]:
-    """A reward's checkpoint, and the folder or Hub id of its tokenizer and image processor: the checkpoint's own
-    folder, where they lie in it."""
-    kind, _, checkpoint = name.partition("=")
-    default, processor = REWARD_MODELS[kind]
-    checkpoint = checkpoint or default
-    own = any(os.path.exists(os.path.join(checkpoint, file)) for file in ("tokenizer.json", "tokenizer_config.json"))
-    return checkpoint, checkpoint if own else processor
+def check_settings(folder: Path, settings: dict, what: str) -> None:
+    """Refuses to mix two runs: the work in `folder` must have been made with these settings."""
+    record = folder / "settings.json"
+    if record.exists():
+        previous = json.loads(record.read_text())
+        for name in {**previous, **settings}:
+            if previous.get(name) != settings.get(name):
+                raise SystemExit(
+                    f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}: "
+                    "choose another --output_dir or another name, or delete that folder"
+                )
 
 
-# Copied from build_synpic.load_reward_model
-def load_reward_model(name: str, device="cpu", dtype=None, batch_size: int = 32):
+def write_settings(folder: Path, settings: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".settings.tmp{os.getpid()}"
+    temporary.write_text(json.dumps(settings, indent=2))
+    os.replace(temporary, folder / "settings.json")
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def save_picture(picture: PILImage.Image, file: Path) -> None:
+    temporary = file.with_name(f".{file.name}.tmp.png")
+    picture.save(temporary)
+    os.replace(temporary, file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: Parquet shards (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_table(table: pa.Table, file: Path, facts: dict, row_group_size: int = 100) -> None:
+    """Writes Parquet with small row groups and a page index (the Hub's viewer needs both), then renames it.
+
+    Args:
+        facts: recorded in the file; `shard_facts` reads them.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {**(table.schema.metadata or {}), b"synpic": json.dumps(facts).encode()}
+    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    with open(temporary, "wb") as handle:
+        table = table.replace_schema_metadata(metadata)
+        pq.write_table(table, handle, row_group_size=row_group_size, write_page_index=True)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+
+
+def shard_facts(file: Path) -> dict | None:
+    """What was recorded with a shard; None if there is no such shard, or it is not readable."""
+    if not file.exists():
+        return None
+    try:
+        return json.loads(pq.read_schema(file).metadata[b"synpic"])
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def is_complete(file: Path, **expected) -> bool:
+    """True if a shard exists that was made from the same input."""
+    facts = shard_facts(file)
+    return facts is not None and all(facts.get(name) == value for name, value in expected.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: reward models (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32):
     """Loads a reward model.
 
     Args:
-        name: one of REWARD_MODELS, with `=checkpoint` (a folder, or a Hub id) for another than the published one; or
-            path/to/file.py:function.
+        name: one of REWARD_MODELS, or path/to/file.py:function. `name=checkpoint` (a folder or a Hub id) loads another
+            checkpoint than the published one.
         dtype: by default float32 on a CPU and half precision on a GPU.
 
     Returns:
@@ -1366,36 +1033,26 @@ def load_reward_model(name: str, device="cpu", dtype=None, batch_size: int = 32)
     return classes.get(kind, HPSReward)(name, device, dtype, batch_size)
 
 
-# Copied from build_synpic.check_scores
-def check_scores(name: str, scores: list[float], prompts: list[str]) -> list[float]:
-    for score, prompt in zip(scores, prompts):
-        if not np.isfinite(np.float32(score)):  # they are stored as float32
-            raise SystemExit(f"reward {name}: the score of prompt {prompt!r} is {score}: it must be a finite number")
-    return scores
-
-
-# Copied from build_synpic.reward_name
 def reward_name(name: str) -> str:
     """The column of a reward: `shapes/world.py:color_reward` → `color_reward`, `pickscore=folder` → `pickscore`."""
     kind, _, checkpoint = name.partition("=")
-    if kind == "vqascore_vlm":  # the numbers of one model are not those of another
+    if kind == "vqascore_vlm":  # scores of different models are not comparable
         return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][0]).name}"
     return kind if kind in REWARD_MODELS else name.rpartition(":")[2]
 
 
-# Copied from build_synpic.reward_settings
 def reward_settings(name: str) -> dict:
     """What a reward's scores depend on: its checkpoint, or the text of its file."""
-    if name.partition("=")[0] not in REWARD_MODELS:
+    kind, _, checkpoint = name.partition("=")
+    if kind not in REWARD_MODELS:
         return {"reward": name.rpartition("/")[2], "sha256": FunctionReward(name, batch_size=1).identity}
-    checkpoint = reward_source(name)[0]
+    checkpoint = checkpoint or REWARD_MODELS[kind][0]
     files = {"files": folder_digest(checkpoint)} if os.path.isdir(checkpoint) else {}
     return {"reward": reward_name(name), "checkpoint": checkpoint, **files}
 
 
-# Copied from build_synpic.check_rewards
 def check_rewards(names: list[str]) -> None:
-    """Exits with one line unless every reward is known; imports the user's own functions."""
+    """Exits with one line unless every reward is known. Imports the user's own functions."""
     columns = [reward_name(name) for name in names]
     if not columns or len(set(columns)) < len(columns):
         raise SystemExit(f"rewards {' '.join(names)}: one or more are needed, each with a name of its own")
@@ -1410,744 +1067,560 @@ def check_rewards(names: list[str]) -> None:
                 HfApi().model_info(checkpoint)
             except RepositoryNotFoundError:
                 raise SystemExit(f"reward {name}: the Hub has no model {checkpoint}, or not for your token") from None
-            except Exception:  # no network: it may lie in the cache
+            except Exception:  # no network: the model may be in the cache
                 pass
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shards: written under a temporary name, then renamed; complete when they hold what they should
-# ----------------------------------------------------------------------------------------------------------------------
+class BadImage(Exception):
+    """An image that does not decode."""
 
 
-# Copied from build_synpic.write_table
-def write_table(table: pa.Table, file: Path, facts: dict, row_group_size: int = 100) -> None:
-    """Writes Parquet with small row groups and a page index (the Hub's viewer needs both), then renames it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {**(table.schema.metadata or {}), b"synpic": json.dumps(facts).encode()}
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
-    with open(temporary, "wb") as handle:
-        pq.write_table(
-            table.replace_schema_metadata(metadata), handle, row_group_size=row_group_size, write_page_index=True
-        )
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
-
-
-# Copied from build_synpic.shard_facts
-def shard_facts(file: Path) -> dict | None:
-    """What was recorded with a shard; None if there is no such shard, or it is not readable."""
-    if not file.exists():
-        return None
+def decode_image(image):
+    """Reads the pixels of a PIL image, or of the image file in these bytes. Returns the PIL image."""
     try:
-        return json.loads(pq.read_schema(file).metadata[b"synpic"])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
-        return None
+        image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image
+        image.load()
+    except Exception as error:  # PIL raises many kinds
+        raise BadImage(f"{type(error).__name__}: {one_line(error)}") from None
+    return image
 
 
-# Copied from build_synpic.is_complete
-def is_complete(file: Path, **expected) -> bool:
-    """True if a shard exists that was made for these prompts (and, of scores, for these images)."""
-    facts = shard_facts(file)
-    return facts is not None and all(facts.get(name) == value for name, value in expected.items())
+class RewardModel:
+    """Base class. Worker threads decode and prepare images ahead of the model, which takes them in batches. A subclass
+    loads its weights in `load` and defines `compare` (n encoded images and prompts → n rewards). It may override
+    `prepare` (PIL image → model input, in a worker), `encode_images` and `encode_prompts` (one batch each)."""
 
+    def __init__(self, name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32):
+        self.name = name
+        self.kind, _, checkpoint = name.partition("=")
+        published, self.base_model = REWARD_MODELS[self.kind]
+        self.checkpoint = checkpoint or published
+        self.device, self.batch_size = torch.device(device), batch_size
+        # float16 is closer to float32 than bfloat16 is, but T5 and other language models overflow in it.
+        half = torch.bfloat16 if self.kind.startswith("vqascore") else torch.float16
+        self.dtype = dtype or (half if self.device.type == "cuda" else torch.float32)
+        try:
+            self.load()
+        except Exception as error:
+            message = f"{type(error).__name__}: {one_line(error)}"
+            raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {message}") from None
 
-# Copied from build_synpic.check_settings
-def check_settings(folder: Path, settings: dict, what: str) -> None:
-    """Refuses to mix two runs: what stands in `folder` must have been made with these settings."""
-    record = folder / "settings.json"
-    if record.exists():
-        previous = json.loads(record.read_text())
-        for name in {**previous, **settings}:
-            if previous.get(name) != settings.get(name):
+    def source_of(self, *files: str) -> str:
+        """The checkpoint if it is a folder that has one of these files, else the base model."""
+        has_file = any(os.path.exists(os.path.join(self.checkpoint, file)) for file in files)
+        return self.checkpoint if has_file else self.base_model
+
+    def load_tokenizer(self):
+        return transformers.AutoTokenizer.from_pretrained(self.source_of("tokenizer.json", "tokenizer_config.json"))
+
+    def load_pickle(self, name: str) -> dict:
+        """Reads a file of the checkpoint that torch.save wrote."""
+        folder = os.path.isdir(self.checkpoint)
+        file = os.path.join(self.checkpoint, name) if folder else hf_hub_download(self.checkpoint, name)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+    def load_model(self, model_class, source: str | None = None, dtype=None, **kwargs) -> torch.nn.Module:
+        """Loads a transformers model. A key that is missing, unknown or of another size is an error."""
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # no report of the keys that differ: the error below names them
+        try:
+            kwargs |= {"dtype": dtype or self.dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = model_class.from_pretrained(source, **kwargs)
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        info["mismatched_keys"] = [f"{key} {[*has]}, not {[*needs]}" for key, has, needs in info["mismatched_keys"]]
+        for what in ("missing", "unexpected", "mismatched"):
+            if keys := sorted(info[f"{what}_keys"]):
+                raise ValueError(f"{len(keys)} {what} keys: {', '.join(keys[:3])}{', …' if keys[3:] else ''}")
+        # Copies the weights out of the mapped file. Weights that are not aligned to 64 bytes give, on a CPU, other last
+        # digits from run to run.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        return model.eval().requires_grad_(False).to(self.device)
+
+    @torch.no_grad()
+    def score(self, images: list, prompts: list[str], skip_bad: bool = False) -> list[float]:
+        """The reward of each image for its prompt. Images are PIL images, or the bytes of their files. With `skip_bad`
+        an image that does not decode gets NaN, else it raises BadImage."""
+        scores = [math.nan for _ in zip(images, prompts, strict=True)]
+        distinct = list(dict.fromkeys(prompts))
+        texts = [text for batch in batches(distinct, self.batch_size) for text in self.encode_prompts(batch)]
+        texts = dict(zip(distinct, texts, strict=True))
+        positions, rewards = [], []
+        for batch in self.prepared_batches(images, skip_bad):
+            if batch:
+                features = self.encode_images([image for _, image in batch])
+                # Rewards stay on the device until the end. Waiting for each batch would leave the device idle.
+                rewards.append(self.compare(features, [texts[prompts[position]] for position, _ in batch]))
+                positions += [position for position, _ in batch]
+        for position, reward in zip(positions, torch.cat(rewards).tolist() if rewards else []):
+            if not np.isfinite(np.float32(reward)):  # scores are stored as float32
+                prompt = prompts[position]
                 raise SystemExit(
-                    f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}: "
-                    "choose another --output_dir or another name, or delete that folder"
+                    f"reward {self.name}: the score of prompt {prompt!r} is {reward}: it must be a finite number"
                 )
+            scores[position] = reward
+        return scores
+
+    def prepared_batches(self, images: list, skip_bad: bool):
+        """Yields batches of (position, prepared image). Workers stay two batches ahead."""
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            submitted = deque()
+            for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
+                submitted.append([(i, pool.submit(self.decode_and_prepare, image)) for i, image in batch])
+                if len(submitted) > 2:
+                    futures = submitted.popleft()
+                    if skip_bad:
+                        futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
+                    yield [(position, future.result()) for position, future in futures]
+
+    def decode_and_prepare(self, image):
+        return self.prepare(decode_image(image))
+
+    def prepare(self, image):
+        """OpenAI CLIP's transform: PIL image → float32 (3, size, size)."""
+        image = center_crop(resize(image, self.size, InterpolationMode.BICUBIC), self.size).convert("RGB")
+        return normalize(to_tensor(image), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+    def encode_images(self, images: list):
+        return images
+
+    def encode_prompts(self, prompts: list[str]):
+        return prompts
+
+    def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(pixels).to(self.device, self.dtype)
 
 
-# Copied from train_rankdpo_sdxl.write_text
-def write_text(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+class FunctionReward(RewardModel):
+    """The user's own `function(images, prompts) -> list of float`."""
+
+    def __init__(self, name: str, batch_size: int):
+        file, _, function = name.rpartition(":")
+        if not file.endswith(".py") or not function:
+            raise SystemExit(
+                f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or path/to/file.py:function"
+            )
+        if not Path(file).is_file():
+            raise SystemExit(f"reward {name}: no file {file}")
+        try:
+            module = import_file(str(Path(file).resolve()))
+        except Exception as error:
+            raise SystemExit(f"reward {name}: {file} cannot be imported: {one_line(error)}") from None
+        if not callable(getattr(module, function, None)):
+            raise SystemExit(f"reward {name}: {file} has no function {function!r}")
+        self.name, self.function, self.batch_size = name, getattr(module, function), batch_size
+        self.identity = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+    def prepare(self, image):
+        return image
+
+    def compare(self, images: list, prompts: list[str]) -> torch.Tensor:
+        rewards = [float(reward) for reward in self.function(images, prompts)]
+        if len(rewards) != len(images):
+            raise SystemExit(f"reward {self.name}: {len(rewards)} scores for {len(images)} images")
+        return torch.tensor(rewards, dtype=torch.float64)
 
 
-# Copied from build_synpic.write_settings
-def write_settings(folder: Path, settings: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".settings.tmp{os.getpid()}"
-    temporary.write_text(json.dumps(settings, indent=2))
-    os.replace(temporary, folder / "settings.json")
+@cache
+def import_file(file: str):
+    """Runs a Python file once, as a module that can import the files beside it."""
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look their module up here
+    sys.path.append(str(Path(file).parent))
+    spec.loader.exec_module(module)
+    return module
 
 
-def run_settings(args: ScriptArguments) -> dict:
-    """What the work in `output_dir` depends on. Another reward adds its scores; fraction and figures are made anew."""
-    names = (
-        "dataset_name dataset_config_name dataset_revision dataset_split winner_dir loser_dir prompt_column "
-        "image_0_column image_1_column label_0_column has_label_column image_0_uid_column image_1_uid_column shard_size"
-    ).split()
-    local = [name for name in (args.dataset_name, args.winner_dir, args.loser_dir) if name and os.path.exists(name)]
-    return {name: getattr(args, name) for name in names} | {"files": [source_digest(name) for name in local]}
+class HPSReward(RewardModel):
+    """HPSv2 and v2.1 (Wu et al., 2023): the cosine of CLIP ViT-H/14, about 0.2 to 0.35, as `hpsv2.score` gives it
+    (`hpsv2.evaluate` shows it times 100)."""
+
+    FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
+
+    def load(self):
+        weights = self.load_pickle(self.FILES[self.kind.removesuffix("_antialias")])["state_dict"]
+        config = transformers.CLIPConfig.from_pretrained(self.source_of("config.json"))
+        self.size = config.vision_config.image_size
+        self.model = self.load_model(transformers.CLIPModel, config=config, state_dict=hf_clip_weights(weights))
+        self.tokenizer = self.load_tokenizer()
+
+    def prepare(self, image) -> torch.Tensor:
+        """Resizes the longer side to 224 and pads with black. torchvision did not antialias tensors when the model was
+        trained and its published scores were made, so neither does this."""
+        pixels = to_tensor(image.convert("RGB"))
+        scale = self.size / max(pixels.shape[1:])
+        if scale != 1:
+            size = [max(round(side * scale), 1) for side in pixels.shape[1:]]
+            pixels = resize(pixels, size, InterpolationMode.BICUBIC, antialias=self.kind.endswith("_antialias"))
+        high, wide = self.size - pixels.shape[1], self.size - pixels.shape[2]
+        pixels = pad(pixels, [wide // 2, high // 2, wide - wide // 2, high - high // 2])
+        return normalize(pixels, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
+
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        # Attention is causal and the feature is that of the first end token, so padding to its right has no effect.
+        tokens = self.tokenize(prompts, padding=True, return_tensors="pt").to(self.device)
+        return unit(self.model.get_text_features(tokens).pooler_output)
+
+    def tokenize(self, prompts: list[str], **kwargs):
+        # OpenAI CLIP's cleaning, which transformers' tokenizer does not do.
+        texts = [" ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower() for text in prompts]
+        # HPSv2's tokenizer, unlike OpenAI's, takes "<|endoftext|>" in a prompt as ordinary text.
+        kwargs["split_special_tokens"] = self.kind.startswith("hpsv2")
+        return self.tokenizer(texts, truncation=True, max_length=77, **kwargs).input_ids
+
+    def compare(self, images: torch.Tensor, texts: list[torch.Tensor]) -> torch.Tensor:
+        return (images * torch.stack(texts)).sum(dim=-1)
 
 
-def source_digest(path: str) -> str:
-    """Tells a dataset that was changed from the one that was read before."""
-    if os.path.isdir(path):
-        return folder_digest(path)
-    stat = os.stat(path)
-    return digest(f"{stat.st_size}|{stat.st_mtime_ns}").hex()
+class PickScoreReward(HPSReward):
+    """PickScore (Kirstain et al., 2023): exp(logit scale) · cosine of CLIP ViT-H/14, about 20 to 23."""
+
+    def load(self):
+        self.model = self.load_model(transformers.CLIPModel, self.checkpoint, torch.float32)
+        # Read in float32: bfloat16 turns the scale of 100 into 99, a difference as large as those between images.
+        self.logit_scale = self.model.logit_scale.exp().item()
+        self.model.to(self.dtype)
+        self.tokenizer = self.load_tokenizer()
+        # The PIL backend is bit-exact with the transform that the published scores were made with.
+        self.image_processor = transformers.AutoImageProcessor.from_pretrained(
+            self.source_of("preprocessor_config.json"), backend="pil"
+        )
+
+    def prepare(self, image) -> torch.Tensor:
+        image = image.convert("RGB")
+        image.info.pop("transparency", None)  # of a palette image: the processor would blend it, PickScore's did not
+        return self.image_processor(image, return_tensors="pt").pixel_values[0]
+
+    def tokenize(self, prompts: list[str], **kwargs):
+        return self.tokenizer(prompts, truncation=True, max_length=77, **kwargs).input_ids
+
+    def compare(self, images: torch.Tensor, texts: list[torch.Tensor]) -> torch.Tensor:
+        return self.logit_scale * super().compare(images, texts)
 
 
-def index_file(work: Path, file: int) -> Path:
-    return work / "index" / f"{file:05d}.parquet"
+class CLIPScoreReward(HPSReward):
+    """CLIPScore as Hessel et al. (2021) define it: 2.5 · max(cosine, 0) of CLIP ViT-B/32, "A photo depicts" first."""
+
+    prepare = RewardModel.prepare
+
+    def load(self):
+        self.model = self.load_model(transformers.CLIPModel, self.checkpoint)
+        self.size = self.model.config.vision_config.image_size
+        self.tokenizer = self.load_tokenizer()
+
+    def tokenize(self, prompts: list[str], **kwargs):
+        return super().tokenize([f"A photo depicts {prompt}" for prompt in prompts], **kwargs)
+
+    def compare(self, images: torch.Tensor, texts: list[torch.Tensor]) -> torch.Tensor:
+        return 2.5 * super().compare(images, texts).clamp(min=0)
 
 
-def score_file(args: ScriptArguments, shard: dict) -> Path:
-    folder = Path(args.output_dir) / "work" / "scores" / reward_name(args.reward)
-    return folder / f"{shard['file']:05d}-{shard['shard']:05d}.parquet"
+class AestheticReward(RewardModel):
+    """LAION aesthetic predictor v2 (sac+logos+ava1, linear MSE): about 1 to 10; it ignores the prompt."""
+
+    def load(self):
+        weights = checkpoint_weights(self.checkpoint)
+        head = split_keys(weights, "layers.")
+        config = transformers.CLIPVisionConfig.from_pretrained(self.checkpoint)
+        self.size = config.image_size
+        self.model = self.load_model(transformers.CLIPVisionModelWithProjection, config=config, state_dict=weights)
+        self.head = linear_head(config.projection_dim, head).to(self.device)
+
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return self.head(unit(self.model(self.stack(pixels)).image_embeds))[:, 0]
+
+    def compare(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        return images
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stages
-# ----------------------------------------------------------------------------------------------------------------------
+class ImageRewardReward(RewardModel):
+    """ImageReward v1.0 (Xu et al., 2023): BLIP's text encoder attends to the image, a linear head rates it; -2 to 2."""
 
+    # zai-org/ImageReward has no config.json. Its image encoder is ViT-L/16; the epsilon is not BlipVisionConfig's
+    # default, which would shift the features by 7e-3. Its text encoder is BERT base with two more tokens.
+    VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    VISION |= {"patch_size": 16, "image_size": 224, "layer_norm_eps": 1e-6}
+    TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    TEXT |= {"vocab_size": 30524, "max_position_embeddings": 512, "layer_norm_eps": 1e-12}
 
-def index_columns(args: ScriptArguments, pairs: Pairs) -> list[str]:
-    """The light columns, and those images that have no id of their own: their bytes are hashed."""
-    uids = (args.image_0_uid_column, args.image_1_uid_column)
-    images = [image for image, uid in zip(pairs.images, uids) if uid not in pairs.features]
-    return list(dict.fromkeys(pairs.light_columns + images))
-
-
-def index_rows(args: ScriptArguments, pairs: Pairs, table: pa.Table, file: int, first_row: int) -> dict[str, pa.Array]:
-    """What the other stages need of these rows: ids, keys of (image, prompt), status, winner. Exits with one line that
-    names a row whose label or prompt is wrong."""
-    columns = table.to_pydict()
-    prompts = columns[args.prompt_column]
-    labels = [1.0] * len(table) if args.label_0_column == "none" else columns[args.label_0_column]
-    if args.has_label_column in columns:
-        labels = [label if has else None for label, has in zip(labels, columns[args.has_label_column])]
-    status, winner = [], []
-    for number, (prompt, label) in enumerate(zip(prompts, labels), first_row):
-        where = f"{pairs.where}: row {number}" + (f" of file {file}" if pairs.num_files > 1 else "")
-        if not isinstance(prompt, str):
-            raise SystemExit(f"{where}: {args.prompt_column} is empty: remove the row, or write a prompt")
-        missing = label is None or label != label
-        if not missing and label not in (0, 0.5, 1):
-            raise SystemExit(f"{where}: {args.label_0_column} is {label}: must be 0, 0.5 or 1")
-        status.append(UNLABELLED if missing else TIE if label == 0.5 else RANKED)
-        winner.append(0 if label == 1 else 1)
-    found = {"_row": pa.array(range(first_row, first_row + len(table)), pa.int64())}
-    found |= {"_status": pa.array(status, pa.int8()), "_winner": pa.array(winner, pa.int8())}
-    for side, (image, uid) in enumerate(zip(pairs.images, (args.image_0_uid_column, args.image_1_uid_column))):
-        uids = columns[uid] if uid in pairs.features else [image_uid(pairs, image, value) for value in columns[image]]
-        if not all(isinstance(item, str | int | bytes) and item not in ("", b"") for item in uids):
-            where = f"{pairs.where}: row {first_row} of file {file}, or one of the {len(uids) - 1} after it"
-            raise SystemExit(f"{where}: {uid} is empty: name another column with --image_{side}_uid_column")
-        if uid not in pairs.features:
-            found[uid] = pa.array(uids)
-        keys = [np.frombuffer(digest(f"{item}|{prompt}"), np.uint64)[0] for item, prompt in zip(uids, prompts)]
-        found[f"_key_{side}"] = pa.array(np.array(keys, dtype=np.uint64))
-    return found
-
-
-def digest(text: str | bytes, size: int = 8) -> bytes:
-    return hashlib.blake2b(text.encode() if isinstance(text, str) else text, digest_size=size).digest()
-
-
-def image_uid(pairs: Pairs, column: str, value) -> str:
-    """An id for an image without one: of a path with size and date, else of the content."""
-    if pairs.is_path(column) and value:
-        path = Path(pairs.root, value)
-        stat = path.stat() if path.exists() else None
-        return digest(f"{value}|{stat and (stat.st_size, stat.st_mtime_ns)}", 16).hex()
-    return digest(pairs.bytes_of(value), 16).hex()
-
-
-def read_index(work: Path, num_files: int, columns: list[str]) -> list[pa.Table]:
-    """These columns of every file's index; an empty table for an empty file."""
-    tables = []
-    for file in range(num_files):
-        schema = pq.read_schema(index_file(work, file))
-        tables.append(pq.read_table(index_file(work, file), columns=columns if schema.names else []))
-    return tables
-
-
-def shards_to_score(args: ScriptArguments, pairs: Pairs) -> list[dict]:
-    """Every (image, prompt) of a ranked pair belongs to the shard where it first stands: so each is scored once, in
-    the same batch, whatever other processes do and whatever was interrupted.
-
-    Returns:
-        one dict per shard that has any: "file", "shard" (its number in the file), "places": (row in the shard, side)
-        of what to score, "keys": uint64 array of the same.
-    """
-    work = Path(args.output_dir) / "work"
-    tables = read_index(work, pairs.num_files, ["_status", "_key_0", "_key_1"])
-    parts = []  # per file: (rows, 2) keys, (rows, 2) whether asked
-    for table in tables:
-        if len(table):
-            keys = np.stack([table["_key_0"].to_numpy(), table["_key_1"].to_numpy()], axis=1)
-            parts.append((keys, np.repeat(table["_status"].to_numpy()[:, None] == RANKED, 2, axis=1)))
+    def load(self):
+        vision, text, head = blip_weights(self.load_pickle("ImageReward.pt"))
+        if self.source_of("config.json") == self.checkpoint:
+            config = transformers.BlipConfig.from_pretrained(self.checkpoint)
         else:
-            parts.append((np.empty((0, 2), np.uint64), np.empty((0, 2), bool)))
-    keys = np.concatenate([keys.ravel() for keys, _ in parts])
-    asked = np.flatnonzero(np.concatenate([ranked.ravel() for _, ranked in parts]))
-    first = np.zeros(len(keys), dtype=bool)
-    first[asked[np.unique(keys[asked], return_index=True)[1]]] = True
-    shards, start = [], 0
-    for file, (file_keys, _) in enumerate(parts):
-        file_first = first[start : start + file_keys.size].reshape(-1, 2)
-        start += file_keys.size
-        for shard in range(math.ceil(len(file_keys) / args.shard_size)):
-            rows = slice(shard * args.shard_size, (shard + 1) * args.shard_size)
-            places = np.argwhere(file_first[rows])
-            if len(places):
-                found = file_keys[rows][places[:, 0], places[:, 1]]
-                shards.append({"file": file, "shard": shard, "places": places, "keys": found})
-    return shards
+            config = transformers.BlipConfig(vision_config=self.VISION, text_config=self.TEXT)
+        self.size = config.vision_config.image_size
+        self.vision = self.load_model(transformers.BlipVisionModel, config=config.vision_config, state_dict=vision)
+        self.text = self.load_model(
+            transformers.BlipTextModel, config=config.text_config, state_dict=text, add_pooling_layer=False
+        )
+        self.head = linear_head(config.text_config.hidden_size, head).to(self.device)
+        self.tokenizer = self.load_tokenizer()
+        self.tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return self.vision(self.stack(pixels)).last_hidden_state
+
+    def encode_prompts(self, prompts: list[str]) -> list:
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        return list(zip(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)))
+
+    def compare(self, images: torch.Tensor, texts: list) -> torch.Tensor:
+        # The configuration names a decoder. It runs as an encoder, which sees the text in both directions.
+        ids, mask = map(torch.stack, zip(*texts))
+        output = self.text(ids, attention_mask=mask, encoder_hidden_states=images, is_decoder=False)
+        return (self.head(output.last_hidden_state[:, 0].float())[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
-def shard_tables(args: ScriptArguments, pairs: Pairs, missing: list[tuple]):
-    """(shard, facts, its rows with images), each file read through once from the first missing shard on."""
-    columns = list(dict.fromkeys([args.prompt_column, *pairs.images]))
-    for file in sorted({shard["file"] for shard, _ in missing}):
-        wanted = {shard["shard"]: (shard, facts) for shard, facts in missing if shard["file"] == file}
-        start = min(wanted)
-        tables = pairs.tables(file, columns, start * args.shard_size, args.shard_size)
-        for number, table in enumerate(tables, start):
-            if number in wanted:
-                yield *wanted[number], table
-            if number == max(wanted):
-                break
+class VQAScoreReward(RewardModel):
+    """VQAScore (Lin et al., 2024) of CLIP-FlanT5: the probability of "Yes" (and the end) as the answer, 0 to 1."""
 
-
-def score_shard(args: ScriptArguments, pairs: Pairs, reward, shard: dict, facts: dict, table: pa.Table) -> None:
-    started, places = time.time(), shard["places"].tolist()
-    images = [pairs.bytes_of(table[pairs.images[side]][row].as_py()) for row, side in places]
-    prompts = [table[args.prompt_column][row].as_py() for row, _ in places]
-    scores, errors = reward.score(images, prompts, skip_bad=True), [""] * len(places)
-    for place, (row, side) in enumerate(places):
-        if math.isnan(scores[place]):
-            where = f"row {shard['shard'] * args.shard_size + row}"
-            where += f" of file {shard['file']}" if pairs.num_files > 1 else ""
-            errors[place] = f"{where}: {pairs.images[side]}: {why_bad(images[place])}"
-            if args.on_bad_image == "fail":
-                raise SystemExit(f"{pairs.where}: {errors[place]}; --on_bad_image skip leaves its pairs out")
-            tqdm.write(f"skipped: {errors[place]}", file=sys.stderr)
-    columns = {"key": shard["keys"], "score": pa.array(scores, pa.float32()), "error": errors}
-    write_table(pa.table(columns), score_file(args, shard), {**facts, "seconds": time.time() - started})
-
-
-def why_bad(data: bytes) -> str:
-    if not data:
-        return "no such file, or an empty one"
-    try:
-        decoded(data)
-    except BadImage as error:
-        return str(error)
-    return "it did not decode"
-
-
-def read_scores(args: ScriptArguments, pairs: Pairs, shards: list[dict]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Sorted keys, their scores (NaN: bad image), and what was wrong with the bad ones."""
-    keys, scores, errors = [np.empty(0, np.uint64)], [np.empty(0)], []
-    for shard in shards:
-        table = pq.read_table(score_file(args, shard))
-        keys.append(table["key"].to_numpy())
-        scores.append(table["score"].to_numpy().astype(np.float64))
-        errors += [error for error in table["error"].to_pylist() if error]
-    if errors and args.on_bad_image == "fail":
-        raise SystemExit(f"{pairs.where}: {errors[0]}; --on_bad_image skip leaves its pairs out")
-    keys, scores = np.concatenate(keys), np.concatenate(scores)
-    order = np.argsort(keys)
-    return keys[order], scores[order], errors
-
-
-def describe(counts: dict) -> str:
-    return (
-        f"{counts['rows']} pairs: {counts['ties']} ties, {counts['without_label']} without a label, "
-        f"{counts['with_bad_image']} with an image that does not decode, {counts['ranked']} ranked"
+    BEFORE = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: "
     )
+    AFTER = '\nDoes this figure show "{}"? Please answer yes or no. ASSISTANT: '
+
+    def load(self):
+        weights = checkpoint_weights(self.checkpoint)
+        vision = split_keys(weights, "vision_tower.vision_tower.")
+        projector = split_keys(weights, "mm_projector.")
+        self.tokenizer = self.load_tokenizer()
+        # As in the official code: the rows that pad T5's vocabulary to 32128 must not get any probability.
+        for key in ("shared.weight", "lm_head.weight"):
+            weights[key] = weights[key][: len(self.tokenizer)]
+        weights.pop("embed_tokens.weight", None)  # this one and the next two are the same tensor as shared.weight
+        weights["encoder.embed_tokens.weight"] = weights["decoder.embed_tokens.weight"] = weights["shared.weight"]
+        config = transformers.T5Config.from_pretrained(self.checkpoint, vocab_size=len(self.tokenizer))
+        config.tie_word_embeddings = config.scale_decoder_outputs = False
+        self.t5 = self.load_model(transformers.T5ForConditionalGeneration, config=config, state_dict=weights)
+        tower = config.mm_vision_tower  # openai/clip-vit-large-patch14-336
+        vision_config = transformers.CLIPVisionConfig.from_pretrained(tower)
+        if not vision:  # training does not change the tower, so a checkpoint may leave it out
+            vision = checkpoint_weights(tower)
+            vision = {key: value for key, value in vision.items() if key.startswith("vision_model.")}
+        self.vision = self.load_model(transformers.CLIPVisionModel, config=vision_config, state_dict=vision)
+        layers = [torch.nn.Linear(width, config.d_model) for width in (vision_config.hidden_size, config.d_model)]
+        self.projector = torch.nn.Sequential(layers[0], torch.nn.GELU(), layers[1]).requires_grad_(False)
+        self.projector.load_state_dict(projector)
+        self.projector.to(self.device, self.dtype)
+        self.image_processor = transformers.AutoImageProcessor.from_pretrained(tower, backend="pil")
+        self.answer = torch.tensor(self.tokenizer("Yes").input_ids, device=self.device)
+
+    def prepare(self, image) -> torch.Tensor:
+        image = image.convert("RGB")
+        side = max(image.size)
+        square = PILImage.new("RGB", (side, side), tuple(int(255 * mean) for mean in OPENAI_CLIP_MEAN))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return self.image_processor(square, return_tensors="pt").pixel_values[0]
+
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        hidden = self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
+        return self.projector(hidden)
+
+    def encode_prompts(self, prompts: list[str]) -> list:
+        # The text before and the text after the image are tokenised apart, so an end token precedes the image too.
+        return [
+            [torch.tensor(self.tokenizer(text).input_ids, device=self.device) for text in (self.BEFORE, after)]
+            for after in map(self.AFTER.format, prompts)
+        ]
+
+    def compare(self, images: torch.Tensor, texts: list) -> torch.Tensor:
+        embed = self.t5.get_input_embeddings()
+        rows = [torch.cat([embed(before), image, embed(after)]) for image, (before, after) in zip(images, texts)]
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(inputs.shape[1], device=self.device) < lengths[:, None]
+        answer = self.answer.repeat(len(rows), 1)
+        logits = self.t5(inputs_embeds=inputs, attention_mask=mask.long(), labels=answer).logits.float()
+        return logits.log_softmax(dim=-1).gather(-1, answer[..., None]).mean(dim=(1, 2)).exp()
+
+
+class VLMReward(RewardModel):
+    """Asks an image-text-to-text model of transformers a question like VQAScore's: the probability of "Yes" as the
+    first token. A variant: its numbers are not those of CLIP-FlanT5."""
+
+    QUESTION = 'Does this image show "{}"? Answer the question with Yes or No.'
+
+    def load(self):
+        self.processor = transformers.AutoProcessor.from_pretrained(self.checkpoint)
+        self.processor.tokenizer.padding_side = "left"  # the answer follows the last token
+        self.model = self.load_model(transformers.AutoModelForImageTextToText, self.checkpoint)
+        self.yes = self.processor.tokenizer("Yes", add_special_tokens=False).input_ids[0]
+
+    def prepare(self, image):
+        return image.convert("RGB")
+
+    def encode_prompts(self, prompts: list[str]) -> list[str]:
+        contents = [[{"type": "image"}, {"type": "text", "text": self.QUESTION.format(text)}] for text in prompts]
+        return [
+            self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            for content in contents
+        ]
+
+    def compare(self, images: list, texts: list[str]) -> torch.Tensor:
+        images = [[image] for image in images]  # a flat list would be many images for the first text
+        inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
+        logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
+        return logits.softmax(dim=-1)[:, self.yes]
+
+
+def batches(items: list, size: int):
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(features.float(), dim=-1)
+
+
+def checkpoint_weights(checkpoint: str) -> dict[str, torch.Tensor]:
+    """All tensors of a transformers checkpoint (a folder or a Hub id), from safetensors if there are any."""
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        folder = (
+            checkpoint if os.path.isdir(checkpoint) else HfApi().snapshot_download(checkpoint, allow_patterns=[pattern])
+        )
+        weights = {}
+        for file in sorted(Path(folder).glob(pattern)):
+            safe = file.suffix == ".safetensors"
+            weights |= load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        if weights:  # older versions of transformers saved the position_ids, which are no weights
+            return {key: value for key, value in weights.items() if not key.endswith("position_ids")}
+    raise FileNotFoundError("no model*.safetensors and no pytorch_model*.bin in it")
+
+
+def split_keys(weights: dict, prefix: str) -> dict:
+    """Takes the tensors under a prefix out of `weights`."""
+    return {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
+
+
+def linear_head(width: int, weights: dict) -> torch.nn.Sequential:
+    """The head of the aesthetic predictor and of ImageReward: five linear layers, some with dropout between them."""
+    sizes = {"0": (width, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
+    head = torch.nn.Sequential()
+    for name, size in sizes.items():
+        head.add_module(name, torch.nn.Linear(*size))
+    head.load_state_dict(weights)
+    return head.requires_grad_(False)
+
+
+def rename(key: str, renames: str) -> str:
+    """Replaces parts of a key in turn; `renames` holds `old=new` words."""
+    for word in renames.split():
+        key = key.replace(*word.split("="))
+    return key
+
+
+def hf_clip_weights(weights: dict) -> dict:
+    """open_clip's state dict under the names of transformers' transformers.CLIPModel."""
+    renames = """.transformer.resblocks.=.encoder.layers. .ln_pre.=.pre_layrnorm. .ln_post.=.post_layernorm.
+        .ln_final.=.final_layer_norm. .ln_1.=.layer_norm1. .ln_2.=.layer_norm2. .attn.=.self_attn. .mlp.c_fc.=.mlp.fc1.
+        .mlp.c_proj.=.mlp.fc2. .class_embedding=.embeddings.class_embedding .conv1.=.embeddings.patch_embedding.
+        .token_embedding.=.embeddings.token_embedding. .positional_embedding=.embeddings.position_embedding.weight"""
+    projections = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+    renamed = {}
+    for key, value in weights.items():
+        name = rename(f"vision_model.{key[7:]}" if key.startswith("visual.") else f"text_model.{key}", renames)
+        if key == "logit_scale":
+            renamed[key] = value
+        elif key in projections:  # matrices in open_clip, linear layers in transformers
+            renamed[projections[key]] = value.T
+        elif ".in_proj_" in name:
+            for part, tensor in zip("qkv", value.chunk(3)):
+                renamed[name.replace("in_proj_", f"{part}_proj.")] = tensor.contiguous()
+        else:
+            renamed[name] = value
+    return renamed
+
+
+def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
+    """ImageReward's state dict as those of transformers.BlipVisionModel, BlipTextModel and the head."""
+    weights = dict(weights)
+    vision, text = split_keys(weights, "blip.visual_encoder."), split_keys(weights, "blip.text_encoder.")
+    head = split_keys(weights, "mlp.layers.")
+    for prefix in ("blip.vision_proj.", "blip.text_proj."):  # of BLIP's pretraining; the reward does not use them
+        split_keys(weights, prefix)
+    if weights:
+        raise ValueError(f"{len(weights)} unexpected keys: {', '.join(list(weights)[:3])}")
+    text.pop("embeddings.position_ids", None)
+    renames = """.cls_token=.embeddings.class_embedding .pos_embed=.embeddings.position_embedding
+        .patch_embed.proj.=.embeddings.patch_embedding. .blocks.=.encoder.layers. .norm1.=.layer_norm1.
+        .norm2.=.layer_norm2. .norm.=.post_layernorm. .attn.qkv.=.self_attn.qkv. .attn.proj.=.self_attn.projection."""
+    return {rename(f".{key}", renames)[1:]: value for key, value in vision.items()}, text, head
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The sorted dataset
+# Shared: dataset card and repository (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from build_synpic.data_file
-def data_file(folder: Path, shard: int, shards: list) -> Path:
-    return folder / f"train-{shard:05d}-of-{len(shards):05d}.parquet"
+def data_file(folder: Path, number: int, files: Sequence) -> Path:
+    """Where file `number` of several stands. A commit takes about 250 files: the callers keep to that."""
+    return folder / f"train-{number:05d}-of-{len(files):05d}.parquet"
 
 
-def output_features(args: ScriptArguments, pairs: Pairs, with_images: bool) -> Features:
-    """The dataset's own columns, ψ of both images, Q and the rank; paths of images become the images."""
-    features = {name: pairs.features[name] for name in pairs.light_columns}
-    for name in (args.image_0_uid_column, args.image_1_uid_column):
-        features.setdefault(name, Value("string"))
-    if with_images:
-        features |= {name: pairs.features[name] if pairs.is_binary(name) else Image() for name in pairs.images}
-    new = {"score_0": "float64", "score_1": "float64", "quality": "float64", "quality_rank": "int64"}
-    return Features(features | {name: Value(kind) for name, kind in new.items()})
+def markdown_table(header: list[str], rows: list[list]) -> str:
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(value) for value in row) + " |" for row in cells)
 
 
-def kept_rows(args: ScriptArguments, pairs: Pairs, ranking: dict, rank: np.ndarray, file: int, start: int):
-    """The kept rows of one file, in its order, with their new columns."""
-    work, names = Path(args.output_dir) / "work", output_features(args, pairs, with_images=False)
-    names = [name for name in names if name not in ("score_0", "score_1", "quality", "quality_rank")]
-    here = rank[start : start + pq.read_metadata(index_file(work, file)).num_rows]
-    if not (here >= 0).any():
-        return
-    size = 100 if args.include_images else 10_000
-    images = pairs.tables(file, pairs.images, size=size) if args.include_images else None
-    for batch in pq.ParquetFile(index_file(work, file)).iter_batches(size, columns=names):
-        table = pa.Table.from_batches([batch])
-        pictures = next(images) if images is not None else None
-        rows = np.arange(start, start + len(table))
-        psi = ranking["psi"][rows]
-        lines, winner = np.arange(len(rows)), ranking["winner"][rows]
-        new = {
-            "score_0": psi[:, 0],
-            "score_1": psi[:, 1],
-            "quality": pair_quality(psi[lines, winner], psi[lines, 1 - winner]),
-            "quality_rank": rank[rows] + 1,
-        }
-        for name, values in new.items():
-            table = table.append_column(name, pa.array(values))
-        start += len(table)
-        kept = pa.array(rank[rows] >= 0)
-        table = table.filter(kept)
-        if pictures is not None:
-            for name, column in zip(pairs.images, pictures.filter(kept).columns):
-                column = column if pairs.is_binary(name) else embedded(pairs, column)
-                table = table.append_column(f"_image_of_{name}", column)
-        if len(table):
-            yield table
+def config_metadata(output_dir: Path, configs: dict[str, tuple[str, Features]]) -> dict:
+    """The card's `configs` and `dataset_info`: configuration → its folder and features. `load_dataset` without a name
+    takes the configuration called default.
+
+    Without `dataset_info`, `load_dataset` on a folder that was built again would serve the rows it cached before: its
+    key is made of the card, not of the files.
+    """
+    entries, infos = [], []
+    for config, (folder, features) in configs.items():
+        data_files = [{"split": "train", "path": f"{folder}/train-*.parquet"}]
+        entries.append({"config_name": config, "data_files": data_files})
+        files = sorted((output_dir / folder).glob("*.parquet"))
+        metadata = [pq.read_metadata(file) for file in files]
+        size = sum(m.row_group(i).total_byte_size for m in metadata for i in range(m.num_row_groups))
+        split = SplitInfo("train", num_bytes=size, num_examples=sum(m.num_rows for m in metadata))
+        download_size = sum(file.stat().st_size for file in files)
+        splits = SplitDict({"train": split})
+        info = DatasetInfo(features=features, splits=splits, download_size=download_size, dataset_size=size)
+        data = CardData()
+        DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+        infos.append({"config_name": config, **data.to_dict()["dataset_info"]})
+    return {"configs": entries, "dataset_info": infos}
 
 
-def embedded(pairs: Pairs, images: pa.ChunkedArray) -> pa.Array:
-    """Paths and Images as Images that hold their files' bytes."""
-    values = []
-    for value in images.to_pylist():
-        path = value["path"] if isinstance(value, dict) else value
-        values.append({"bytes": pairs.bytes_of(value), "path": path and os.path.basename(path)})
-    return pa.array(values, Image().pa_type)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures, card, Hub
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def draw_figures(args: ScriptArguments, ranking: dict) -> None:
-    """Figures 1a and 1b of the paper: the distribution of ψ_w − ψ_l, and Q over the sorted index."""
-    folder = Path(args.output_dir) / "figures"
-    if (folder / "difference.png").exists() and (folder / "quality.png").exists():
-        return
-    name = reward_name(args.reward)
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    axes.hist(ranking["difference"], bins=100, color="tab:blue")
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel=f"ψ(winner) − ψ(loser), {name}", ylabel="pairs")
-    save_figure(figure, folder / "difference.png")
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    shown = np.unique(np.linspace(0, len(ranking["quality"]) - 1, 2000).astype(int))
-    axes.plot(shown + 1, ranking["quality"][shown], color="tab:blue")
-    axes.axvspan(0, ranking["kept"], color="tab:green", alpha=0.2, label=f"kept: {ranking['kept']}")
-    axes.set(xlabel="rank", ylabel=f"Q, {name}")
-    axes.legend()
-    save_figure(figure, folder / "quality.png")
-
-
-def save_figure(figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp.png")
-    figure.tight_layout()
-    figure.savefig(temporary, dpi=100)
-    pyplot.close(figure)
-    os.replace(temporary, file)
-
-
-def draw_examples(args: ScriptArguments, pairs: Pairs, ranking: dict, cell: int = 224) -> None:
-    """Strips of the best and the worst pairs: winners above, losers below."""
-    folder = Path(args.output_dir) / "figures"
-    if (folder / "best.png").exists() and (folder / "worst.png").exists():
-        return
-    work = Path(args.output_dir) / "work"
-    starts = np.cumsum([0, *(pq.read_metadata(index_file(work, file)).num_rows for file in range(pairs.num_files))])
-    columns = list(dict.fromkeys([args.prompt_column, *pairs.images]))
-    number = min(args.num_examples, len(ranking["order"]))
-    for name, rows in {"best": ranking["order"][:number], "worst": ranking["order"][::-1][:number]}.items():
-        canvas = PILImage.new("RGB", (cell * number, 2 * cell + 22), "white")
-        drawing = ImageDraw.Draw(canvas)
-        for column, row in enumerate(rows):
-            file = int(np.searchsorted(starts, row, side="right")) - 1
-            table = next(pairs.tables(file, columns, int(row - starts[file]), size=1))
-            winner = ranking["winner"][row]
-            for line, side in enumerate((winner, 1 - winner)):
-                image = PILImage.open(BytesIO(pairs.bytes_of(table[pairs.images[side]][0].as_py()))).convert("RGB")
-                resample = PILImage.NEAREST if max(image.size) < cell else PILImage.LANCZOS
-                scale = cell / max(image.size)
-                size = [max(1, round(side * scale)) for side in image.size]
-                canvas.paste(image.resize(size, resample), (column * cell, line * cell))
-            text = table[args.prompt_column][0].as_py()[: cell // 7].encode("latin-1", "replace").decode("latin-1")
-            drawing.text((column * cell + 4, 2 * cell + 5), text, fill="black")
-        file = folder / f"{name}.png"
-        temporary = file.with_name(f".{file.name}.tmp.png")
-        canvas.save(temporary)
-        os.replace(temporary, file)
-
-
-# Copied from build_synpic.markdown_table
-def markdown_table(header: list[str], lines: list[list]) -> str:
-    cells = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in cells)
-
-
-# Copied from build_synpic.size_category
 def size_category(n: int) -> str:
     bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
     return next((label for bound, label in bounds if n < bound), "n>1M")
 
 
-def data_folders(args: ScriptArguments) -> list[str]:
-    """Folder of each configuration that is written: `data` has the images."""
-    return ["data", "scores"] if args.include_images else ["scores"]
-
-
-# Copied from build_synpic.dataset_infos
-def dataset_infos(output_dir: Path, configs: dict[str, tuple[str, Features]]) -> list[dict]:
-    """The card's `dataset_info`: configuration → its folder and features. Without it, `load_dataset` on a folder that
-    was built again would serve the rows it cached before: its key is made of the card, not of the files."""
-    infos = []
-    for config, (folder, features) in configs.items():
-        files = sorted((output_dir / folder).glob("*.parquet"))
-        metadata = [pq.read_metadata(file) for file in files]
-        size = sum(m.row_group(i).total_byte_size for m in metadata for i in range(m.num_row_groups))
-        split = SplitInfo("train", num_bytes=size, num_examples=sum(m.num_rows for m in metadata))
-        info = DatasetInfo(
-            features=features,
-            splits=SplitDict({"train": split}),
-            download_size=sum(file.stat().st_size for file in files),
-            dataset_size=size,
-        )
-        data = DatasetCardData()
-        DatasetInfosDict({"default": info}).to_dataset_card_data(data)
-        infos.append({"config_name": config, **data.to_dict()["dataset_info"]})
-    return infos
-
-
-def write_card(args: ScriptArguments, pairs: Pairs, ranking: dict) -> None:
-    """Writes README.md and statistics.json."""
-    output_dir, counts, statistics = Path(args.output_dir), ranking["counts"], ranking["statistics"]
-    name, kept = reward_name(args.reward), ranking["kept"]
-    source = args.dataset_name or f"{args.winner_dir} and {args.loser_dir}"
-    is_hub = bool(args.dataset_name) and not os.path.exists(args.dataset_name)
-    against = float((ranking["difference"] <= 0).mean())
-    quality = ranking["quality"]
-    marks = [
-        0,
-        *(round(share * (len(quality) - 1)) for share in (0.01, 0.0533, 0.1, 0.25, 0.5, 0.75)),
-        len(quality) - 1,
-    ]
-    sizes = ", ".join(f"{quality[mark]:.4f}" for mark in marks)
-    made = ""
-    if args.image_0_uid_column not in pairs.features and not pairs.is_path(args.image_0_column):
-        made = " (BLAKE2b of the image's file, 16 bytes in hexadecimal)"
-    images = (
-        ""
-        if args.include_images
-        else (
-            f" The images are not in it: join them from `{source}` by `{args.image_0_uid_column}` and "
-            f"`{args.image_1_uid_column}`{made}."
-        )
-    )
-    pictures = ""
-    if args.include_images and args.num_examples:
-        pictures = """
-## Examples
-
-The best pairs, winners above losers:
-
-![The best pairs](figures/best.png)
-
-The worst pairs, where the reward model contradicts the label most:
-
-![The worst pairs](figures/worst.png)
-"""
-    errors = "".join(f"\n- {error}" for error in ranking["errors"][:20])
-    more = f"\n- and {len(ranking['errors']) - 20} more" if len(ranking["errors"]) > 20 else ""
-    lines = [
-        ["rows read", counts["rows"]],
-        ["ties, left out", counts["ties"]],
-        ["without a label, left out", counts["without_label"]],
-        ["with an image that does not decode, left out", counts["with_bad_image"]],
-        ["ranked", counts["ranked"]],
-        [f"kept (`--top_fraction {args.top_fraction:g}`)", kept],
-    ]
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets"))
-    which = '"default"' if args.include_images else '"scores"'
-    body = f"""{CARD_BEGIN}
-# {output_dir.resolve().name}
-
-Preference pairs of `{source}`, sorted by how much a reward model trusts their labels: a Quality Sorted Dataset for
-DPO-QSD. Row 1 is the best pair: train in this order, without shuffling.{images}
-
-| column | type | |
-|---|---|---|
-| `score_0`, `score_1` | float64 | ψ of the first and the second image, in [0, 1], by {name} |
-| `quality` | float64 | Q = ψ(winner) · (1 − ψ(loser)) |
-| `quality_rank` | int64 | 1 = best |
-
-All other columns are those of the pairs' dataset.
-
-```python
-from datasets import load_dataset
-
-dataset = load_dataset("{args.hub_dataset_id or output_dir}", {which}, split="train")
-```
-
-## Pairs
-
-{markdown_table(["", "pairs"], lines)}
-
-In {against:.1%} of the ranked pairs the reward model rates the loser at least as high as the winner.{errors}{more}
-
-## Reward
-
-`{json.dumps(statistics)}`: mean and standard deviation of the raw reward over the images of all ranked pairs.
-
-Q at rank 1, at 1 %, 5.33 %, 10 %, 25 %, 50 %, 75 % and at the last: {sizes}.
-
-![Distribution of ψ(winner) − ψ(loser)](figures/difference.png)
-
-![Q over the sorted pairs](figures/quality.png)
-{pictures}
-## How it was made
-
-Reward `{args.reward}`{f", pairs at commit {args.dataset_revision}" if args.dataset_revision else ""}. {libraries}. Hash
-of pairs, order and ψ: {data_hash(output_dir)}.
-{CARD_END}
-"""
-    configs = {
-        "default" if folder == "data" else folder: (folder, output_features(args, pairs, folder == "data"))
-        for folder in data_folders(args)
-    }
-    front = {
-        "pretty_name": output_dir.resolve().name,
-        "language": ["en"],
-        "task_categories": ["text-to-image"],
-        "size_categories": [size_category(kept)],
-        "tags": ["dpo-qsd", "preference", "dpo"],
-        **({"source_datasets": [args.dataset_name]} if is_hub else {}),
-        "configs": card_configs(configs),
-        "dataset_info": dataset_infos(output_dir, configs),
-    }
-    write_card_file(output_dir / "README.md", front, body)
-    write_text(output_dir / "statistics.json", json.dumps({**statistics, **counts, "kept": kept}, indent=2) + "\n")
-
-
-# Copied from train_rankdpo_sdxl.write_card_file
-def write_card_file(file: Path, front: dict, body: str) -> None:
-    """Writes a card, or what is new into the one that stands."""
-    card = join_card(front, body)
-    if file.exists():
-        standing, text = split_card(file.read_text())
-        for name in ("configs", "dataset_info"):  # a folder holds no other configurations than those written now
-            standing.pop(name, None)
-        card = merge_cards(card, join_card(standing, text))
-    write_text(file, card)
-
-
-# Copied from build_synpic.card_configs
-def card_configs(configs: dict[str, tuple[str, Features]]) -> list[dict]:
-    """The card's `configs`; `load_dataset` without a name takes the one called default."""
-    return [
-        {"config_name": config, "data_files": [{"split": "train", "path": f"{folder}/train-*.parquet"}]}
-        for config, (folder, _) in configs.items()
-    ]
-
-
-def data_hash(output_dir: Path) -> str:
-    """A hash of what the dataset's files hold: pairs, order, ψ."""
-    return shard_facts(min((output_dir / "scores").glob("*.parquet")))["pairs"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Hub
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-# What asking again does not mend: a malformed name, no token, no network wanted.
-# Copied from train_rankdpo_sdxl.LASTING_ERRORS
-LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
-
-
-# Copied from train_rankdpo_sdxl.COMMIT_FILES
-COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
-
-
-# Copied from train_rankdpo_sdxl.HUB_TIMEOUT
-HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
-
-
-# Copied from train_rankdpo_sdxl.retried
-def retried(request, *arguments, **options):
-    """Asks the Hub again, after growing pauses, for what passes by itself: 409, 412, 429, 5xx, a lost connection, one
-    that has gone silent.
-
-    The client repeats reads and uploads of files by itself, but no commit and no making of a repository.
-    """
-    for pause in (1, 2, 4, 8, 16, None):
-        get_session().timeout = HUB_TIMEOUT
-        try:
-            return request(*arguments, **options)
-        except Exception as error:  # the client's own, and its transport's, whose classes differ between versions
-            response = getattr(error, "response", None)
-            status = getattr(response, "status_code", None)
-            lasting = isinstance(error, LASTING_ERRORS) if status is None else status < 500
-            lasting = lasting and status not in (408, 409, 412, 429)
-            if pause is None or lasting and not isinstance(error, json.JSONDecodeError):  # that is a proxy's error page
-                raise
-            time.sleep(max(pause, wanted_pause(response)) if status else pause)
-
-
-# Copied from train_rankdpo_sdxl.wanted_pause
-def wanted_pause(response) -> int:
-    """Seconds that a 429 asks to wait: `Retry-After: 55`, or `RateLimit: "api";r=0;t=55`; at most one window of 330."""
-    limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", "")) if response.status_code == 429 else None
-    wanted = limit.group(1) if limit else response.headers.get("Retry-After", "")
-    return min(int(wanted), 330) if wanted.isdigit() else 0
-
-
-# Copied from train_rankdpo_sdxl.create_repo
-def create_repo(name: str, repo_type: str, private: bool) -> str:
-    """Makes the repository unless it exists, and exits with one line unless the token may write to it.
-
-    Returns:
-        its whole id, with the namespace.
-    """
-    try:
-        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
-        repo_id = retried(HfApi().create_repo, name, **options).repo_id
-        retried(_check_write_access, repo_id, repo_type)
-    except Exception as error:
-        raise SystemExit(
-            f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}; it takes a "
-            "token with write access (hf auth login, or HF_TOKEN)"
-        ) from None
-    return repo_id
-
-
-# Copied from train_rankdpo_sdxl._check_write_access
-def _check_write_access(repo_id: str, repo_type: str) -> None:
-    try:
-        HfApi().auth_check(repo_id, repo_type=repo_type, write=True)
-    except HfHubHTTPError as error:
-        if error.response.status_code != 404:  # a Hub of one's own may not know the question
-            raise
-    HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
-
-
-# Copied from train_rankdpo_sdxl.push_to_hub
-def push_to_hub(
-    repo_id: str,
-    repo_type: str,
-    files: dict[str, Path | bytes],
-    message: str,
-    card: str = "",
-    replace: tuple[str, ...] = (),
-) -> str:
-    """Sends files in one commit (more than COMMIT_FILES in several), after failures again. What the Hub has already is
-    not sent again.
-
-    Args:
-        files: name in the repository → local file, or its content.
-        card: README.md, merged into the one that stands there.
-        replace: patterns of names; what matches one there and is not among the files is deleted.
-
-    Returns:
-        the card as it stands there now.
-    """
-    parts = list(files.items())
-    while len(parts) > COMMIT_FILES:  # the card goes with each: it is what tells these files as ours
-        retried(_commit, repo_id, repo_type, dict(parts[:COMMIT_FILES]), f"{message} (part)", card, (), files)
-        parts = parts[COMMIT_FILES:]
-    return retried(_commit, repo_id, repo_type, dict(parts), message, card, replace, files)
-
-
-# Copied from train_rankdpo_sdxl._commit
-def _commit(repo_id, repo_type, part: dict, message: str, card: str, replace: tuple[str, ...], files: dict) -> str:
-    # A commit upon the very state that was read: if somebody edits the card meanwhile, this is a 412, and asked anew.
-    head = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
-    standing = {file.rfilename for file in head.siblings}
-    operations = [CommitOperationAdd(name, content) for name, content in part.items()]
-    if card:
-        if "README.md" in standing:
-            theirs = hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=head.sha)
-            card = merge_cards(card, Path(theirs).read_text())
-        operations.append(CommitOperationAdd("README.md", card.encode()))
-    stale = {name for name in standing - files.keys() if any(fnmatch(name, pattern) for pattern in replace)}
-    operations += [CommitOperationDelete(name) for name in sorted(stale)]
-    HfApi().create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head.sha)
+def merge_dataset_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
+    """`merge_cards`, and other configurations of the repository stay beside this run's."""
+    others = {name: as_list(theirs.data.get(name)) for name in ("configs", "dataset_info") if name in mine.data}
+    card = merge_cards(mine, theirs)
+    for name, entries in others.items():
+        card.data[name] = as_list(mine.data[name])
+        own = [entry.get("config_name", "default") for entry in card.data[name]]
+        card.data[name] += [entry for entry in entries if entry.get("config_name", "default") not in own]
     return card
 
 
-# Copied from train_rankdpo_sdxl.split_card
-def split_card(text: str) -> tuple[dict, str]:
-    """A card's front matter and body."""
-    match = re.match(r"\s*---\s*?\n(.*?)^---[ \t\r]*$\n?", text, re.S | re.M)
-    return (yaml.safe_load(match.group(1)) or {}, text[match.end() :]) if match else ({}, text)
+def as_list(entries: list | dict | None) -> list:
+    """A card may name a single configuration without a list."""
+    return [entries] if isinstance(entries, dict) else list(entries or [])
 
 
-# Copied from train_rankdpo_sdxl.join_card
-def join_card(front: dict, body: str) -> str:
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}"
-
-
-# Copied from train_rankdpo_sdxl.merge_cards
-def merge_cards(mine: str, theirs: str) -> str:
-    """A card written anew, with what people made of the one that stands.
-
-    Of the front matter CARD_FACTS are mine, everything else theirs if they have it; what is listed by configuration, or
-    by the dataset of an evaluation, stays where it is of others. Of the body the part between the marks is mine,
-    everything around it theirs.
-    """
-    (front, body), (their_front, their_body) = split_card(mine), split_card(theirs)
-    if "license" in their_front:  # a licence's name and link belong to it
-        front = {name: value for name, value in front.items() if "license_" not in name or name in their_front}
-    merged = {**front, **their_front, **{name: front[name] for name in CARD_FACTS if name in front}}
-    for name in ("configs", "dataset_info"):
-        if name in front and name in their_front:
-            parts = [part if isinstance(part, list) else [part] for part in (front[name], their_front[name])]
-            own = [part.get("config_name", "default") for part in parts[0]]
-            merged[name] = parts[0] + [part for part in parts[1] if part.get("config_name", "default") not in own]
-    if front.get("model-index") and their_front.get("model-index"):
-        (own,), (their, *more) = front["model-index"], their_front["model-index"]
-        datasets = [result["dataset"] for result in own["results"]]
-        others = [result for result in their.get("results") or [] if result.get("dataset") not in datasets]
-        merged["model-index"] = [{**own, **their, "results": others + own["results"]}, *more]
-    block = re.search(f"{re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}", body, re.S)
-    block = block.group(0) if block else body.strip()
-    before, begin, rest = their_body.rpartition(CARD_BEGIN)
-    _, end, after = rest.partition(CARD_END)
-    if begin and end:
-        body = f"{before}{block}{after}"
-    elif their_body.strip():
-        body = f"{their_body.rstrip()}\n\n{block}\n"
-    return join_card(merged, body)
-
-
-# Copied from build_synpic.check_dataset_repo
 def check_dataset_repo(repo_id: str, patterns: tuple[str, ...]) -> None:
     """Exits with one line if publishing would replace data that this script has not written."""
     try:
         head = retried(HfApi().repo_info, repo_id, repo_type="dataset", timeout=HUB_TIMEOUT)
         files, card = {file.rfilename for file in head.siblings}, ""
         if "README.md" in files:
-            file = retried(hf_hub_download, repo_id, "README.md", repo_type="dataset", revision=head.sha)
-            card = Path(file).read_text()
+            readme = retried(hf_hub_download, repo_id, "README.md", repo_type="dataset", revision=head.sha)
+            card = Path(readme).read_text()
     except Exception as error:
         raise SystemExit(f"--push_to_hub: the dataset repository {repo_id} cannot be read: {one_line(error)}") from None
     foreign = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in patterns))
@@ -2157,46 +1630,54 @@ def check_dataset_repo(repo_id: str, patterns: tuple[str, ...]) -> None:
         )
 
 
-# Copied from build_synpic.DatasetUpload
 class DatasetUpload:
-    """Sends files as they are finished, beside the work; with None as repository, none. They appear in the repository
-    with the commit of `push_to_hub`, which has nothing left to send then. Leaving the context waits for the last."""
+    """Sends files in the background as they are finished, one after the other; with None as repository, none.
+
+    They appear in the repository with the commit of `push_to_hub`, which then has nothing left to send. Leaving the
+    context waits for the last file.
+    """
 
     def __init__(self, repo_id: str | None):
-        self.repo_id, self.executor, self.failed = repo_id, ThreadPoolExecutor(1), False
+        self.repo_id, self.api, self.last, self.stopped = repo_id, HfApi(), None, False
 
     def send(self, name: str, file: Path) -> None:
         if self.repo_id:
-            self.executor.submit(self._send, name, file)
+            self.last = self.api.run_as_future(self._send, name, file)
 
     def _send(self, name: str, file: Path) -> None:
-        if self.failed:  # push_to_hub will try again, and say what is wrong
+        if self.stopped:
             return
         try:
             additions = [CommitOperationAdd(name, file)]
-            retried(HfApi().preupload_lfs_files, self.repo_id, additions, repo_type="dataset")
-        except Exception:
-            self.failed = True
+            retried(self.api.preupload_lfs_files, self.repo_id, additions, repo_type="dataset")
+        except Exception:  # push_to_hub tries again, and reports what is wrong
+            self.stopped = True
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.executor.shutdown(cancel_futures=kind is not None)
+        self.stopped = self.stopped or kind is not None
+        if self.last:  # the client sends in order
+            self.last.result()
 
 
-# Copied from build_synpic.publish
 def publish(args: ScriptArguments, data: tuple[str, ...], others: tuple[str, ...]) -> None:
-    """Sends the card and what matches these patterns, `data` in the place of all that matches them in the repository.
-    Exits with one line if that fails."""
+    """Sends the card and the files that match these patterns. Exits with one line if that fails.
+
+    Args:
+        data: patterns of data files; other files on the Hub that match one are deleted.
+        others: patterns of further files.
+    """
     output_dir = Path(args.output_dir)
     files = sorted(file for pattern in (*data, *others) for file in output_dir.glob(pattern))
     files = {file.relative_to(output_dir).as_posix(): file for file in files}
     try:
+        # The card of a dataset that was built without --push_to_hub names its folder.
         card = (output_dir / "README.md").read_text()
-        # A dataset that is published only now had no repository to name in its card.
         card = re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{args.hub_dataset_id}"', card)
-        card = push_to_hub(args.hub_dataset_id, "dataset", files, "Dataset", card, data)
+        options = {"card": card, "merge": merge_dataset_cards, "replace": data}
+        card = push_to_hub(args.hub_dataset_id, "dataset", files, "Dataset", **options)
     except Exception as error:
         raise SystemExit(
             f"upload to {args.hub_dataset_id} failed: {one_line(error)}; everything is in {output_dir}: run the same "
@@ -2206,20 +1687,196 @@ def publish(args: ScriptArguments, data: tuple[str, ...], others: tuple[str, ...
     print(f"published: {HfApi().endpoint}/datasets/{args.hub_dataset_id}")
 
 
-# Copied from train_rankdpo_sdxl.parse_arguments
-def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
-    """Flags of the command line over those of `--config`; a wrong one ends in one line."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: Hub (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Errors that come again when a request is repeated: a malformed name, no token, offline mode.
+LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+HUB_PAUSES = (1, 2, 4, 8, 16)  # seconds before each further attempt
+HUB_TIMEOUT = 300  # seconds without a byte; the client itself would wait for ever
+
+
+def retried(request: Callable, *arguments, **options):
+    """Calls a function of the Hub's client, and calls it again after a pause if the error may pass: 408, 409, 412, 429,
+    5xx, a lost or silent connection. The client itself repeats neither commits nor the creation of a repository."""
+    for pause in (*HUB_PAUSES, None):
+        get_session().timeout = HUB_TIMEOUT
+        try:
+            return request(*arguments, **options)
+        except Exception as error:  # of the client or of its transport, whose classes differ between versions
+            response = getattr(error, "response", None)
+            if response is None:  # a JSONDecodeError is a ValueError, but comes from a proxy's error page
+                lasting = isinstance(error, LASTING_ERRORS) and not isinstance(error, json.JSONDecodeError)
+            else:
+                lasting = response.status_code < 500 and response.status_code not in (408, 409, 412, 429)
+            if lasting or pause is None:
+                raise
+            time.sleep(pause if response is None else max(pause, requested_pause(response)))
+
+
+def requested_pause(response) -> int:
+    """Seconds that the Hub asks to wait, at most 330: it counts requests in windows of 300 seconds."""
+    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    seconds = str(limit.reset_in_seconds) if limit else response.headers.get("Retry-After", "")
+    return min(int(seconds), 330) if seconds.isdigit() else 0
+
+
+def create_repo(name: str, repo_type: str, private: bool) -> str:
+    """Creates the repository unless it exists, and returns its id with the namespace. Exits with one line if the token
+    cannot write to it."""
     try:
-        return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
-    except (ValueError, TypeError, OSError) as error:
-        raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
+        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        repo_id = retried(HfApi().create_repo, name, **options).repo_id
+        # `create_repo` also succeeds for an existing repository that the token can only read.
+        retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
+    except Exception as error:
+        problem = f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}"
+        raise SystemExit(f"{problem}; it takes a token with write access (hf auth login, or HF_TOKEN)") from None
+    return repo_id
+
+
+def make_card(front: dict, body: str, file: Path | None = None) -> str:
+    """The text of a card. If `file` exists, what people wrote into it stays."""
+    card = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{body}")
+    return str(merge_cards(card, RepoCard(file.read_text())) if file and file.exists() else card)
+
+
+def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
+    """Updates and returns `theirs`, a card that people may have edited. CARD_FACTS and the text between the marks come
+    from `mine`, the card of this run; of its other metadata only what they lack is added."""
+    licensed = "license" in theirs.data  # then the name and the link of my licence do not belong to it
+    for name, value in mine.data.to_dict().items():
+        if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
+            theirs.data[name] = value
+    marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
+    block, old = re.fullmatch(marked, mine.text, re.S), re.fullmatch(marked, theirs.text, re.S)
+    block = block[2] if block else mine.text.strip()
+    if old:
+        theirs.text = f"{old[1]}{block}{old[3]}"
+    elif theirs.text.strip():
+        theirs.text = f"{theirs.text.rstrip()}\n\n{block}\n"
+    else:
+        theirs.text = mine.text
+    return theirs
+
+
+def push_to_hub(
+    repo_id: str, repo_type: str, files: dict, message: str, *, card: str = "", merge=merge_cards, replace: tuple = ()
+) -> str:
+    """Sends files in one commit; those that the Hub has already are not sent again. Returns the card as it is then.
+
+    Args:
+        files: name in the repository → local file (Path), or its content (bytes).
+        card: the text of README.md, which `merge` combines with the card on the Hub.
+        replace: patterns of names; other files on the Hub that match one are deleted.
+    """
+
+    def commit() -> str:
+        # On top of the state that was read: if somebody edits the card meanwhile, the Hub answers 412: read it again.
+        head = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
+        names, merged = {file.rfilename for file in head.siblings}, card
+        if card and "README.md" in names:
+            readme = hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=head.sha)
+            merged = str(merge(RepoCard(card), RepoCard(Path(readme).read_text())))
+        new = {**files, "README.md": merged.encode()} if card else files
+        operations = [CommitOperationAdd(name, content) for name, content in new.items()]
+        stale = [name for name in names - new.keys() if any(fnmatch(name, pattern) for pattern in replace)]
+        operations += [CommitOperationDelete(name) for name in sorted(stale)]
+        HfApi().create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head.sha)
+        return merged
+
+    return retried(commit)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Start
+# Shared: arguments and files (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+# The metadata of a flag that gives its range.
+RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
+RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
+
+
+class OneLineParser(TrlParser):
+    """TrlParser that ends every usage error in one line. It ignores the metadata that is ours, not argparse's."""
+
+    def add_argument(self, *names, **options):
+        options = {key: value for key, value in options.items() if key not in (*RANGES, "may_change")}
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str):
+        raise SystemExit(one_line(message.removeprefix("argument ")))
+
+
+def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
+    """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
+    words = sys.argv[1:] if words is None else words
+    parser = OneLineParser(ScriptArguments, allow_abbrev=False)
+    parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
+    arguments = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
+    return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
+
+
+def config_words(file: str) -> list[str]:
+    """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
+    try:
+        # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`.
+        settings = dict(yaml.load(Path(file).read_text(), Loader=yaml.BaseLoader))
+        settings = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
+        if not all(isinstance(value, str) for values in settings.values() for value in values):
+            raise ValueError("it must hold lines of `flag: value` or `flag: [value, value]`")
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise argparse.ArgumentTypeError(f"{file} cannot be read: {one_line(error)}") from None
+    given = {name: values for name, values in settings.items() if values not in ([], [""], ["null"])}
+    return [word for name, values in given.items() for word in (f"--{name}", *values)]
+
+
+def check_ranges(args: "ScriptArguments") -> None:
+    """Exits with one line if a value is outside the range that its flag's metadata gives."""
+    for spec in fields(args):
+        value = getattr(args, spec.name)
+        for limit in RANGES.keys() & spec.metadata.keys():
+            if value is not None and not RANGES[limit](value, spec.metadata[limit]):
+                raise SystemExit(f"--{spec.name} {value}: must be {RANGE_WORDS[limit]} {spec.metadata[limit]}")
+
+
+def one_line(error: Exception | str) -> str:
+    """An error's message on one line, whatever its class and length."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def progress_bar(*arguments, **options) -> tqdm:
+    """A tqdm bar; where the output is not a terminal it writes at most one line every 30 seconds."""
+    pause = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+    return tqdm(*arguments, **pause, **options)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes under a temporary name, then renames: nobody sees half a file."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+def folder_digest(folder: str) -> str:
+    """A hash of the names, sizes and dates of a folder's files: of a model, or of a dataset without what is written
+    again at every run (card, pictures, statistics) and without the work shards."""
+    files = [(file.relative_to(folder), file.stat()) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
+    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files if name.parts[0] not in others]
+    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
+
+
+def local_cache(folder: str) -> str | None:
+    """Where `load_dataset` caches a local folder; None for a dataset of the Hub. Its own key depends on the folder's
+    card, not on its files: it would return the old rows of a dataset that was built again."""
+    local = os.path.isdir(folder)
+    return os.path.join(datasets_config.HF_DATASETS_CACHE, f"local-{folder_digest(folder)}") if local else None
 
 
 if __name__ == "__main__":
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
     main(parse_arguments())

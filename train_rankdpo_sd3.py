@@ -2,56 +2,38 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate",
-#     "bitsandbytes",
-#     "datasets",
-#     "diffusers",
-#     "huggingface_hub",
-#     "numpy",
-#     "peft",
-#     "pillow",
-#     "pyarrow",
-#     "pyyaml",
-#     "safetensors",
-#     "tensorboard",
-#     "torch",
-#     "torchvision",
-#     "tqdm",
-#     "transformers",
-#     "trl",
+#     "accelerate", "bitsandbytes", "datasets", "diffusers", "huggingface_hub", "numpy", "peft", "pillow", "pyarrow",
+#     "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm", "transformers", "trl",
 # ]
 # ///
-"""RankDPO for SD3-Medium and SD3.5: a LoRA from ranked images (Kag et al., "Scalable Ranked Preference Optimization",
-2024), by flow matching.
+"""RankDPO for SD3-Medium and SD3.5 by flow matching: a LoRA from ranked images (Karthik et al., "Scalable Ranked
+Preference Optimization", 2024).
 
-The dataset has one row per prompt with k images and their preference probabilities, as `build_synpic.py` writes it.
+One GPU, with a dataset as `build_synpic.py` writes it: one row per prompt, k images and their preference probabilities.
 
-One GPU:
-
-    accelerate launch train_rankdpo_sd3.py \
-        --dataset_name outputs/synpic \
+    accelerate launch train_rankdpo_sd3.py --dataset_name outputs/synpic --output_dir outputs/rankdpo-sd3 \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers \
-        --output_dir outputs/rankdpo-sd3 \
         --mixed_precision bf16 --gradient_checkpointing --use_8bit_adam \
-        --train_batch_size 1 --gradient_accumulation_steps 16 --max_train_steps 1000 \
-        --checkpointing_steps 100
+        --train_batch_size 1 --gradient_accumulation_steps 16 --max_train_steps 1000 --checkpointing_steps 100
 
-Settings from a file, some of them overridden, and the same run continued after a crash:
+Settings from a file, which the command line overrides. The same command continues a run that was interrupted:
 
-    accelerate launch train_rankdpo_sd3.py --config recipes/rankdpo_sd3.yaml --dataset_name outputs/synpic \
-        --beta_dpo 1000
     accelerate launch train_rankdpo_sd3.py --config recipes/rankdpo_sd3.yaml --dataset_name outputs/synpic \
         --beta_dpo 1000 --resume_from_checkpoint latest
 
 Several GPUs: `accelerate launch --multi_gpu --num_processes 4 train_rankdpo_sd3.py ...`. With the same global batch
-(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same prompts, the
-same timesteps and the same noise in the same optimizer step.
+(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same prompts,
+timesteps and noise in the same optimizer step. `--push_to_hub --hub_model_id user/name` publishes LoRA, card and log.
 """
 
+import argparse
 import gc
 import hashlib
 import importlib
+import itertools
 import json
+import logging
+import operator
 import os
 import re
 import resource
@@ -59,16 +41,21 @@ import shlex
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatch
 from functools import lru_cache, partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal
+
+
+# bitsandbytes warns at every start that an optional kernel is missing, which nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import numpy as np
 import pyarrow.compute as pc
@@ -92,9 +79,9 @@ from diffusers.training_utils import (
     compute_loss_weighting_for_sd3,
 )
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session
+from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, hf_hub_download
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session, parse_ratelimit_headers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image as PILImage
 from PIL import ImageOps
@@ -107,17 +94,9 @@ from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 
-# Copied from train_rankdpo_sdxl.LOSS_TYPES
 LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "sft", "weighted_sft")
-WEIGHTING_SCHEMES = ("uniform", "logit_normal", "mode", "cosmap")
-# Copied from train_rankdpo_sdxl.LR_SCHEDULERS
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-# Copied from train_rankdpo_sdxl.CACHE_SHARD_ROWS
-CACHE_SHARD_ROWS = 64  # prompts per cache file: the unit of work that a crash can lose
-# Copied from train_rankdpo_sdxl.CACHE_VERSION
-CACHE_VERSION = 1
-# Copied from train_rankdpo_sdxl.HUB_STRATEGIES
-HUB_STRATEGIES = ("end", "checkpoint")
+WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap")
+PROJECT = "rankdpo-sd3"  # its name in the trackers
 BASE_LICENSES = {
     f"stabilityai/{name}": {
         "license": "other",
@@ -130,219 +109,143 @@ BASE_LICENSES = {
         "stable-diffusion-3.5-large": "stable-diffusion-3.5-large",
     }.items()
 }
-# Copied from train_rankdpo_sdxl.SCRIPT_OF_PIPELINE
-SCRIPT_OF_PIPELINE = {
-    "StableDiffusionPipeline": "train_dpo_qsd.py",
-    "StableDiffusionXLPipeline": "train_rankdpo_sdxl.py",
-    "StableDiffusion3Pipeline": "train_rankdpo_sd3.py",
-}
-# Copied from train_rankdpo_sdxl.LORA_FILE
-LORA_FILE = "pytorch_lora_weights.safetensors"
-# Copied from train_rankdpo_sdxl.LOG_FILE
-LOG_FILE = "training_log.jsonl"
-# Copied from train_rankdpo_sdxl.CARD_FACTS
-CARD_FACTS = ("base_model", "datasets", "widget")  # of the front matter, what a run states anew
 CARD_BEGIN = "<!-- train_rankdpo_sd3.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what train_rankdpo_sd3.py wrote. -->"
 
 
+# Copied from train_rankdpo_sdxl.flag
+def flag(default, help: str, **metadata):
+    """A field with its help, its range (see RANGES) and `may_change`: whether a resumed run may set it differently."""
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, **metadata})
+
+
+# Copied from train_rankdpo_sdxl.TrainingArguments
 @dataclass
-class ScriptArguments:
-    """Flags carry diffusers' names wherever diffusers has one. `--config file.yaml` reads them from a file."""
+class TrainingArguments:
+    """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
 
     # Model
-    pretrained_model_name_or_path: str = field(
-        default="stabilityai/stable-diffusion-3-medium-diffusers",
-        metadata={"help": "SD3 or SD3.5 pipeline: Hub id or folder."},
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
-    variant: str | None = field(default=None, metadata={"help": "Variant of the model's files."})
-    use_text_encoder_3: bool = field(
-        default=True,
-        metadata={"help": "T5. Without it zeros stand for its embeddings, as in a pipeline without text_encoder_3."},
-    )
-    max_sequence_length: int = field(
-        default=256, metadata={"help": "T5 tokens of a prompt, up to 512; 256 is the pipeline's default."}
-    )
+    revision: str | None = flag(None, "Revision of the model on the Hub.")
+    variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
+    rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
 
     # Data
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Ranked dataset: Hub id, or the folder build_synpic.py wrote. Required."}
+    dataset_name: str | None = flag(None, "Dataset that holds the images: Hub id or folder. Required.")
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
+    dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.")
+    dataset_split: str = flag("train", "Split of the dataset.")
+    cache_dir: str = flag("outputs/cache", "Latents and embeddings are kept here for every later run.", may_change=True)
+    cache_text_embeddings: bool = flag(
+        True, "false: encode prompts at every step, which takes memory and saves disk.", may_change=True
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
-    images_column: str = field(default="images", metadata={"help": "Column of the lists of k images."})
-    prompt_id_column: str = field(
-        default="prompt_id", metadata={"help": "Column of the unique ids that seed each prompt's timestep and noise."}
-    )
-    preference_column: str = field(
-        default="preference_probability", metadata={"help": "Column of the preference probabilities, in [0, 1]."}
-    )
-    rank_column: str = field(
-        default="rank",
-        metadata={"help": "Column of the ranks, 1 = best. A dataset without it is ranked by preference."},
-    )
-    rank_by: str = field(
-        default="all",
-        metadata={"help": "What the labels come from: all (the columns as they are), one reward's name, or random."},
-    )
-    generators: list[str] | None = field(
-        default=None, metadata={"help": "Train on these generators' images only; preferences are computed anew."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N prompts only."})
-    cache_text_embeddings: bool = field(
-        default=True,
-        metadata={"help": "false: keep the text encoders in memory and encode prompts at every step, to spare disk."},
-    )
-    resolution: int = field(default=1024, metadata={"help": "Pixels: shorter side resized to it, centre cropped."})
-    cache_dir: str = field(
-        default="outputs/cache",
-        metadata={"help": "Latents and prompt embeddings are written here once, and reused by every later run."},
-    )
-    vae_batch_size: int = field(default=4, metadata={"help": "Images per VAE forward while encoding."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read the data ahead."})
-
-    # Objective
-    loss_type: str = field(
-        default="rankdpo",
-        metadata={
-            "help": "rankdpo; dpo_gain (gain weights only); dpo (all pairs alike); sft (denoise the best image); "
-            "weighted_sft (denoise all images, weighted by preference).",
-            "choices": LOSS_TYPES,
-        },
-    )
-    beta_dpo: float = field(
-        default=2000.0,
-        metadata={
-            "help": "Strength of the tie to the base model. The margin is beta/2 times mean squared errors. "
-            "The paper does not print its value for SD3."
-        },
-    )
-    rank_source: str = field(
-        default="label",
-        metadata={
-            "help": "Where rankdpo's discounts take the ranks from: label (Algorithm 2) or predicted (the model's "
-            "own scores, LambdaLoss).",
-            "choices": ("label", "predicted"),
-        },
-    )
-
-    weighting_scheme: str = field(
-        default="uniform",
-        metadata={
-            "help": "As in diffusers: density of the timesteps uniform (diffusers: none), logit_normal or mode; cosmap "
-            "draws uniformly and weighs the errors.",
-            "choices": WEIGHTING_SCHEMES,
-        },
-    )
-    logit_mean: float = field(default=0.0, metadata={"help": "Mean of logit_normal."})
-    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit_normal."})
-    mode_scale: float = field(default=1.29, metadata={"help": "Scale of mode."})
-
-    # LoRA
-    rank: int = field(default=64, metadata={"help": "LoRA rank; alpha is equal to it, so the scale is 1."})
+    vae_batch_size: int = flag(4, "Images per VAE forward while encoding.", min=1, may_change=True)
+    dataloader_num_workers: int = flag(0, "Processes that read the data ahead.", min=0, may_change=True)
 
     # Training
-    output_dir: str = field(default="outputs/rankdpo-sd3", metadata={"help": "LoRA, card and checkpoints."})
-    seed: int = field(default=0, metadata={"help": "Seeds initialisation, data order, timesteps and noise."})
-    train_batch_size: int = field(default=1, metadata={"help": "Prompts (of k images each) per process and forward."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forwards per optimizer step."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts, if no step count."})
-    max_train_steps: int | None = field(default=None, metadata={"help": "Optimizer steps; overrides the epochs."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
-    lr_scheduler: str = field(
-        default="constant_with_warmup",
-        metadata={"help": "Schedule of the learning rate.", "choices": LR_SCHEDULERS},
+    output_dir: str = flag("outputs/lora", "Folder for LoRA, card and checkpoints.", may_change=True)
+    seed: int = flag(0, "Seeds the initial LoRA, the order of the data, timesteps and noise.")
+    train_batch_size: int = flag(1, "Prompts or pairs per process and forward.", min=1, may_change=True)
+    gradient_accumulation_steps: int = flag(1, "Forwards per optimizer step.", min=1, may_change=True)
+    num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
+    max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.", min=1)
+    learning_rate: float | None = flag(1e-5, "Peak learning rate.", above=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = flag(
+        "constant_with_warmup", "Schedule of the learning rate."
     )
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of linear warm-up."})
-    use_8bit_adam: bool = field(default=False, metadata={"help": "AdamW of bitsandbytes with 8-bit states."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2."})
-    adam_weight_decay: float = field(default=1e-2, metadata={"help": "AdamW's weight decay."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    mixed_precision: str = field(
-        default="no",
-        metadata={"help": "Type of the frozen weights and of the forward.", "choices": ("no", "fp16", "bf16")},
+    lr_warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.", min=0)
+    use_8bit_adam: bool = flag(False, "Use AdamW of bitsandbytes with 8-bit states.")
+    adam_beta1: float = flag(0.9, "AdamW's beta1.", min=0, below=1)
+    adam_beta2: float = flag(0.999, "AdamW's beta2.", min=0, below=1)
+    adam_weight_decay: float = flag(1e-2, "AdamW's weight decay.", min=0)
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", above=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward.")
+    allow_tf32: bool = flag(False, "Use TF32 in the float32 matrix products that are left.")
+    gradient_checkpointing: bool = flag(
+        False, "Recompute activations: less memory, about a quarter more computation in a step.", may_change=True
     )
-    allow_tf32: bool = field(default=False, metadata={"help": "TF32 for the float32 matrix products left."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in the backward: less memory, about a third slower."}
-    )
-    checkpointing_steps: int = field(default=500, metadata={"help": "Optimizer steps between two checkpoints."})
-    checkpoints_total_limit: int | None = field(default=None, metadata={"help": "Keep the newest N checkpoints."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint's folder, or latest (none yet: start at the beginning)."}
-    )
+    checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints.", min=1, may_change=True)
+    checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", min=1, may_change=True)
+    resume_from_checkpoint: str | None = flag(None, "A checkpoint's folder, or latest (if any).", may_change=True)
 
     # Validation, trackers, Hub
-    validation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Prompts of the before/after gallery (default: the dataset's first four)."}
+    validation_prompts: list[str] | None = flag(
+        None, "Prompts of the before/after gallery. Default: the first four of the data.", may_change=True
     )
-    validation_steps: int | None = field(
-        default=None, metadata={"help": "Also draw the validation prompts every N optimizer steps."}
-    )
-    validation_num_inference_steps: int = field(default=28, metadata={"help": "Denoising steps of the gallery."})
-    validation_guidance_scale: float = field(default=7.0, metadata={"help": "Guidance of the gallery."})
-    report_to: str = field(
-        default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, several as all, or none."}
-    )
-    logging_dir: str = field(default="logs", metadata={"help": "Trackers' folder inside output_dir."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload LoRA, card, gallery and log to the Hub."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Repository; default: output_dir's name."})
-    hub_private_repo: bool = field(default=False, metadata={"help": "Make a new repository private."})
-    hub_strategy: str = field(
-        default="end",
-        metadata={
-            "help": "end, or checkpoint: the LoRA of every checkpoint too, sent while the training goes on.",
-            "choices": HUB_STRATEGIES,
-        },
+    validation_steps: int | None = flag(None, "Also draw them every N optimizer steps.", min=1, may_change=True)
+    validation_num_inference_steps: int = flag(30, "Denoising steps of the gallery.", min=1, may_change=True)
+    validation_guidance_scale: float = flag(5.0, "Guidance scale of the gallery.", may_change=True)
+    report_to: str = flag("tensorboard", "tensorboard, wandb or trackio; all installed ones; none.", may_change=True)
+    logging_dir: str = flag("logs", "Folder of the trackers inside output_dir.", may_change=True)
+    push_to_hub: bool = flag(False, "Upload LoRA, card, gallery and log to the Hub.", may_change=True)
+    hub_model_id: str | None = flag(None, "Repository. Default: the name of output_dir.", may_change=True)
+    hub_private_repo: bool = flag(False, "Make a new repository private.", may_change=True)
+    hub_strategy: Literal["end", "checkpoint"] = flag(
+        "end", "checkpoint: also upload the LoRA of every checkpoint, in the background.", may_change=True
     )
 
     def __post_init__(self):
-        # YAML values bypass argparse, so every type and choice is checked here too.
-        kinds = get_type_hints(type(self))
-        for name, spec in self.__dataclass_fields__.items():
-            value = getattr(self, name)
-            choices = spec.metadata.get("choices")
-            if kinds[name] in (str, str | None) and value is False:
-                value = "no" if name == "mixed_precision" else "none"  # YAML reads a bare no as False
-                setattr(self, name, value)
-            if kinds[name] is bool and type(value) is not bool:
-                raise SystemExit(f"--{name} {value}: must be true or false")
-            if choices and value not in choices:
-                raise SystemExit(f"--{name} {value}: choose from {', '.join(choices)}")
-            if kinds[name] in (int, int | None) and value is not None and type(value) is not int:
-                raise SystemExit(f"--{name} {value}: must be a whole number")
-            if kinds[name] is float:
-                try:
-                    setattr(self, name, float(value))  # YAML reads 1e-5 as a string
-                except (TypeError, ValueError):
-                    raise SystemExit(f"--{name} {value}: must be a number") from None
-            if kinds[name] == list[str] | None and isinstance(value, str):
-                setattr(self, name, [value])
-        for name in ("beta_dpo", "logit_std", "learning_rate", "max_grad_norm", "num_train_epochs"):
-            if not getattr(self, name) > 0:
-                raise SystemExit(f"--{name} {getattr(self, name)}: must be greater than 0")
-        for name in (
-            "rank resolution train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps "
-            "checkpoints_total_limit max_train_samples validation_steps vae_batch_size validation_num_inference_steps"
-        ).split():
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise SystemExit(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("lr_warmup_steps", "dataloader_num_workers", "adam_beta1", "adam_beta2", "adam_weight_decay"):
-            if getattr(self, name) < 0 or name.startswith("adam_beta") and getattr(self, name) >= 1:
-                raise SystemExit(f"--{name} {getattr(self, name)}: out of range")
-        if self.resolution % 16:
-            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 16")
-        if not 1 <= self.max_sequence_length <= 512:
-            raise SystemExit(f"--max_sequence_length {self.max_sequence_length}: must be from 1 to 512")
+        check_ranges(self)
         if not self.dataset_name:
-            raise SystemExit("--dataset_name is missing: a Hub id, or the folder build_synpic.py wrote")
+            raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
+        if self.resolution and self.resolution % PIXELS_PER_PATCH:
+            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {PIXELS_PER_PATCH}")
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise SystemExit("--mixed_precision fp16 needs a GPU: use bf16 or no")
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Type of the frozen weights, and of the cached latents and embeddings."""
+        return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
+
+
+# Copied from train_rankdpo_sdxl.RankDPOArguments
+@dataclass
+class RankDPOArguments(TrainingArguments):
+    """The flags of the RankDPO trainers: the ranked dataset and the objective."""
+
+    prompt_column: str = flag("prompt", "Column of the prompts.")
+    images_column: str = flag("images", "Column of the lists of k images.")
+    prompt_id_column: str = flag("prompt_id", "Column of the unique ids that seed each prompt's timestep and noise.")
+    preference_column: str = flag("preference_probability", "Column of the preference probabilities, in [0, 1].")
+    rank_column: str = flag("rank", "Column of the ranks, 1 = best. Without it, rows are ranked by preference.")
+    rank_by: str = flag("all", "Source of the labels: all (the columns as they are), one reward's name, or random.")
+    generators: list[str] | None = flag(None, "Use these generators' images only, and compute preferences again.")
+    max_train_samples: int | None = flag(None, "Use the first N prompts only.", min=1)
+    loss_type: Literal[LOSS_TYPES] = flag(
+        "rankdpo",
+        "rankdpo; dpo_gain (gain weights only); dpo (all pairs alike); sft (denoise the best image); weighted_sft "
+        "(denoise all images, weighted by preference).",
+    )
+    beta_dpo: float = flag(5000.0, "Strength of the tie to the base model: margin = beta/2 * mean errors.", above=0)
+    rank_source: Literal["label", "predicted"] = flag(
+        "label", "Ranks in rankdpo's discounts: label (Algorithm 2) or predicted by the model's scores (LambdaLoss)."
+    )
+
+
+@dataclass
+class ScriptArguments(RankDPOArguments):
+    pretrained_model_name_or_path: str = flag(
+        "stabilityai/stable-diffusion-3-medium-diffusers", "SD3 or SD3.5 pipeline: Hub id or folder."
+    )
+    use_text_encoder_3: bool = flag(True, "T5. Without it zeros replace its embeddings, as in a pipeline without T5.")
+    max_sequence_length: int = flag(256, "T5 tokens of a prompt; 256 is the pipeline's default.", min=1, max=512)
+    resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=16)
+    output_dir: str = flag("outputs/rankdpo-sd3", "Folder for LoRA, card and checkpoints.", may_change=True)
+    beta_dpo: float = flag(
+        2000.0, "Strength of the tie to the base model: margin = beta/2 * mean errors. A choice of ours.", above=0
+    )
+    weighting_scheme: Literal[WEIGHTING_SCHEMES] = flag(
+        "none",
+        "As in diffusers: density of the timesteps none (uniform), logit_normal or mode; cosmap draws them uniformly "
+        "and weights the errors.",
+    )
+    logit_mean: float = flag(0.0, "Mean of logit_normal.")
+    logit_std: float = flag(1.0, "Standard deviation of logit_normal.", above=0)
+    mode_scale: float = flag(1.29, "Scale of mode.")
+    validation_num_inference_steps: int = flag(28, "Denoising steps of the gallery.", min=1, may_change=True)
+    validation_guidance_scale: float = flag(7.0, "Guidance scale of the gallery.", may_change=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,7 +257,7 @@ class ScriptArguments:
 def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each image, in float32 from the subtraction on.
 
-    Half precision here would ruin the margin: at beta/2 = 2500 it puts an error of 0.2 to 5 on every logit.
+    Half precision would ruin the margin here: at beta/2 = 2500 it puts an error of 0.2 to 5 on every logit.
 
     Args:
         prediction, target: (n, C, H, W).
@@ -392,6 +295,7 @@ def rankdpo_loss(
     beta: float,
     rank: torch.Tensor | None = None,
     loss_type: str = "rankdpo",
+    *,
     rank_source: str = "label",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """RankDPO (Eq. 7) and the paper's other objectives.
@@ -411,7 +315,7 @@ def rankdpo_loss(
 
     Returns:
         loss, float32 scalar; metrics, detached scalars: `loss`, and for the preference losses `implicit_accuracy`
-        (share of the weighted pairs with m > 0) and `margin` (mean m over the weighted pairs).
+        (share of the weighted pairs with m > 0; m = 0 counts half) and `margin` (mean m over the weighted pairs).
     """
     phi = phi.float()
     if loss_type == "sft":
@@ -440,36 +344,62 @@ def rankdpo_loss(
 
     weighted = (weights > 0).float()
     count = weighted.sum().clamp(min=1)
+    right = (margins > 0).float() + 0.5 * (margins == 0).float()
     metrics = {
         "loss": loss.detach(),
-        "implicit_accuracy": ((margins > 0) * weighted).sum().detach() / count,
+        "implicit_accuracy": (right * weighted).sum().detach() / count,
         "margin": (margins * weighted).sum().detach() / count,
     }
     return loss, metrics
 
 
-def draw_timestep(args: ScriptArguments, noise_scheduler, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One timestep of the training schedule, whose sigmas the model's shift has moved, by the density asked for.
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sample_noise(args: ScriptArguments, noise_scheduler, key: tuple, shape: torch.Size) -> dict[str, torch.Tensor]:
+    """Draws one timestep and one noise for all images of a prompt; the trained model and the reference share them.
+
+    They are a function of the key alone: the same after a resume and on any number of processes.
+
+    Args:
+        key: (seed, epoch, id of the row); shape: of one image's latents, (C, h, w).
 
     Returns:
-        timestep in [0, 1000] and sigma in [0, 1], float32 scalars.
+        sigmas, float32 scalar in [0, 1]; noise, float32 (C, h, w).
     """
+    rng = seeded_generator(*key)
+    sigma = draw_sigma(args, noise_scheduler, int(rng.integers(2**63)))
+    return {"sigmas": sigma, "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))}
+
+
+def draw_sigma(args: ScriptArguments, noise_scheduler, seed: int) -> torch.Tensor:
+    """The sigma, float32 scalar, of one timestep of the training schedule, drawn with the density that
+    `--weighting_scheme` names. The model's shift has moved the schedule's sigmas."""
     generator = torch.Generator().manual_seed(seed)
     u = compute_density_for_timestep_sampling(
         args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
     )
     steps = noise_scheduler.config.num_train_timesteps
-    index = (u * steps).long().clamp(0, steps - 1).item()  # the mode density reaches 1
-    return noise_scheduler.timesteps[index], noise_scheduler.sigmas[index]
+    return noise_scheduler.sigmas[(u * steps).long().clamp(0, steps - 1).item()]  # the mode density reaches 1
 
 
-def training_step(transformer, reference, batch: dict, args: ScriptArguments, weight_dtype):
+# Copied from train_rankdpo_sdxl.epoch_order
+def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
+    """The order of the dataset's rows in an epoch, int64 (length,): shuffled, a function of (seed, epoch)."""
+    return seeded_generator(args.seed, epoch, "order").permutation(length)
+
+
+def training_step(
+    model, reference, noise_scheduler, batch: dict[str, torch.Tensor], args: ScriptArguments
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One forward of all k images of a batch of prompts, and of the reference where the objective needs it.
 
     Args:
-        transformer: the model as prepared for training; reference: the same model unwrapped, whose adapter is switched
-            off.
-        batch: latents (B, k, C, h, w), noise (B, C, h, w), timesteps (B,), sigmas (B,), clip_embeds (B, tokens, width),
+        model: the transformer as prepared for training; reference: the same transformer unwrapped, whose adapter is
+            switched off.
+        batch: latents (B, k, C, h, w), noise (B, C, h, w), sigmas (B,), clip_embeds (B, tokens, width),
             pooled_prompt_embeds (B, width), t5_embeds (B, tokens, width) where T5 is used, phi (B, k), rank (B, k).
 
     Returns:
@@ -478,133 +408,59 @@ def training_step(transformer, reference, batch: dict, args: ScriptArguments, we
     batch_size, k = batch["latents"].shape[:2]
     latents = batch["latents"].flatten(0, 1).float()
     noise = batch["noise"].repeat_interleave(k, dim=0)
-    sigmas = batch["sigmas"].repeat_interleave(k).view(-1, 1, 1, 1)
-    noisy_latents = ((1.0 - sigmas) * latents + sigmas * noise).to(weight_dtype)
+    sigmas = batch["sigmas"].repeat_interleave(k)
+    noisy_latents = (1.0 - sigmas).view(-1, 1, 1, 1) * latents + sigmas.view(-1, 1, 1, 1) * noise
     target = noise - latents
     prompt_embeds = joint_prompt_embeds(batch, reference.config.joint_attention_dim, args.max_sequence_length)
     inputs = {
-        "hidden_states": noisy_latents,
-        "timestep": batch["timesteps"].repeat_interleave(k),
-        "encoder_hidden_states": prompt_embeds.to(weight_dtype).repeat_interleave(k, dim=0),
-        "pooled_projections": batch["pooled_prompt_embeds"].to(weight_dtype).repeat_interleave(k, dim=0),
+        "hidden_states": noisy_latents.to(args.weight_dtype),
+        "timestep": sigmas * noise_scheduler.config.num_train_timesteps,
+        "encoder_hidden_states": prompt_embeds.to(args.weight_dtype).repeat_interleave(k, dim=0),
+        "pooled_projections": batch["pooled_prompt_embeds"].to(args.weight_dtype).repeat_interleave(k, dim=0),
     }
     weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, batch["sigmas"])[:, None]
     ref_errors = None
     if args.loss_type not in ("sft", "weighted_sft"):
         with torch.no_grad(), adapter_off(reference):
             ref_errors = weighting * denoising_error(reference(**inputs).sample, target).view(batch_size, k)
-    model_errors = weighting * denoising_error(transformer(**inputs).sample, target).view(batch_size, k)
-    return rankdpo_loss(
-        model_errors, ref_errors, batch["phi"], args.beta_dpo, batch["rank"], args.loss_type, args.rank_source
-    )
+    model_errors = weighting * denoising_error(model(**inputs).sample, target).view(batch_size, k)
+    labels = {"phi": batch["phi"], "rank": batch["rank"], "rank_source": args.rank_source}
+    return rankdpo_loss(model_errors, ref_errors, beta=args.beta_dpo, loss_type=args.loss_type, **labels)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+# Copied from train_rankdpo_sdxl.train
+def train(
+    args: ScriptArguments, run: "Run", model, noise_scheduler, batches: Iterator[dict], validator: "Validator | None"
+) -> float:
+    """Trains the LoRA of `model` up to `run.max_train_steps`, with checkpoints and logs.
 
+    Args:
+        batches: of `training_batches`; validator: draws the gallery, in the main process only.
 
-def main(args: ScriptArguments) -> None:
-    output_dir = Path(args.output_dir)
-    accelerator = make_accelerator(args)
-    device = accelerator.device
-    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-
-    # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
-    check_model(args)
-    dataset = load_ranked_dataset(args)
-    labels = make_labels(args, dataset)
-    settings = run_settings(args, accelerator.num_processes, labels)
-    checkpoint = check_output_dir(args, settings)
-    k = len(labels[0]["images"])
-    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    epochs_steps = max(1, round(args.num_train_epochs * len(labels) / global_batch_size))
-    max_train_steps = args.max_train_steps or epochs_steps
-    start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    if start_step > max_train_steps:
-        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
-    cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
-    shards = cache_shards(len(labels))
-    images = stored_images(dataset, args.images_column)
-    check_images(images, labels, [row for i in missing_shards(cache, len(labels), accelerator) for row in shards[i]])
-    accelerator.wait_for_everyone()
-    if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
-        args.hub_model_id = create_repo(args.hub_model_id or output_dir.resolve().name, "model", args.hub_private_repo)
-    if start_step == max_train_steps and (output_dir / "README.md").exists():  # the card is written last
-        accelerator.print(f"{output_dir} is trained already: {max_train_steps} steps")
-        if args.push_to_hub and accelerator.is_main_process:
-            upload(args, output_dir)
-        return
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for stale in output_dir.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(stale)
-        write_text(output_dir / "run.json", json.dumps(settings, indent=2) + "\n")
-    validator, encode_prompts = encode(args, images, labels, cache, accelerator, weight_dtype)
-
-    # Model, optimizer, schedule.
-    set_seed(args.seed)
-    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**model, subfolder="scheduler")
-    transformer = SD3Transformer2DModel.from_pretrained(
-        **model, subfolder="transformer", variant=args.variant, dtype=weight_dtype
-    )
-    transformer.requires_grad_(False)
-    add_lora(transformer, args.rank)
-    cast_training_params(transformer, dtype=torch.float32)
-    if checkpoint:
-        load_lora(checkpoint, transformer)
-    transformer.to(device).train()
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    Returns:
+        images per second, checkpoints and validation included.
+    """
+    accelerator, reference = run.accelerator, model  # the reference is the same model with its adapter off
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(args, parameters)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
+        num_training_steps=run.max_train_steps,
     )
-    reference = transformer  # the same weights, adapter off; never the wrapper, which would synchronise for nothing
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    if checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: a sync per tensor and step
-        load_training_state(checkpoint, optimizer, lr_scheduler, accelerator.scaler)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if run.checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: a sync per tensor and step
+        load_training_state(run.checkpoint, optimizer, lr_scheduler, accelerator.scaler)
+    log = TrainingLog(args, run, parameters)
 
-    batches = torch.utils.data.DataLoader(
-        CachedPrompts(cache, labels, args, noise_scheduler),
-        batch_sampler=EpochSampler(args, len(labels), accelerator.process_index, accelerator.num_processes, start_step),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    batches = iter(batches)
-    if accelerator.is_main_process:
-        config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
-        accelerator.init_trackers("rankdpo-sd3", config=config)
-        log = open_log(output_dir / LOG_FILE, start_step)
-    progress = tqdm(
-        total=max_train_steps, initial=start_step, desc="train", disable=not accelerator.is_local_main_process
-    )
-    if max_train_steps <= args.lr_warmup_steps:
-        accelerator.print(f"warning: all {max_train_steps} steps are warm-up: add prompts, or raise --max_train_steps")
-    accelerator.print(
-        f"{len(labels)} prompts x {k} images, {max_train_steps} steps of {global_batch_size} prompts, "
-        f"{sum(p.numel() for p in parameters):,} trained parameters"
-    )
-    upload_checkpoint = None
-    if args.push_to_hub and args.hub_strategy == "checkpoint" and accelerator.is_main_process:
-        upload_checkpoint = CheckpointUpload(args.hub_model_id)
-    started, step_ended = time.time(), time.time()
-
-    for step in range(start_step + 1, max_train_steps + 1):
+    for step in range(run.start_step + 1, run.max_train_steps + 1):
         totals = {}
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
-            if encode_prompts:
-                batch.update(encode_prompts(batch.pop("prompt")))
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            with accelerator.accumulate(transformer):
+            with accelerator.accumulate(model):
                 with accelerator.autocast():
-                    loss, metrics = training_step(transformer, reference, batch, args, weight_dtype)
+                    loss, metrics = training_step(model, reference, noise_scheduler, batch, args)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -618,367 +474,122 @@ def main(args: ScriptArguments) -> None:
         # The only synchronisation of an optimizer step: all metrics of all processes in one reduction.
         totals["grad_norm"] = grad_norm
         values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
-        logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
-        now = time.time()
-        logs["images_per_second"] = global_batch_size * k / (now - step_ended)
-        step_ended = now
-        progress.update()
-        progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
-        accelerator.log(logs, step=step)
-        if accelerator.is_main_process:
-            log.write(json.dumps({"step": step, **logs}) + "\n")
-        # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
-        if not np.isfinite(logs["loss"]) or not np.isfinite(logs["grad_norm"]) and args.mixed_precision != "fp16":
-            raise SystemExit(
-                f"step {step}: the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}; the last "
-                "checkpoint is kept. Lower --learning_rate, or take --mixed_precision bf16"
-            )
+        log.write(step, dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0]))
 
-        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == max_train_steps):
-            total_limit = args.checkpoints_total_limit
-            save_checkpoint(output_dir, step, reference, optimizer, lr_scheduler, accelerator.scaler, total_limit)
-            if upload_checkpoint and step < max_train_steps:
-                upload_checkpoint(output_dir, output_dir / f"checkpoint-{step}")
+        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
+            save_checkpoint(args, step, reference, optimizer, lr_scheduler, scaler=accelerator.scaler)
+            if args.push_to_hub:
+                upload_checkpoint(args, run, step)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
-            log_images(accelerator, validator.prompts, validator(reference), step)
-            step_ended = time.time()
+            log.write_images(step, validator.prompts, validator(reference))
+    return log.close()
 
-    progress.close()
-    seconds = time.time() - started
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        images = (max_train_steps - start_step) * global_batch_size * k
-        facts = {
-            "prompts": f"{len(labels)} of {k} images",
-            "steps": max_train_steps,
-            "prompts per step": global_batch_size,
-            "T5": f"{args.max_sequence_length} tokens" if args.use_text_encoder_3 else "without",
-            "seed": args.seed,
-            "data": data_identity(dataset, settings["labels"]),
-            "speed": f"{images / seconds:.1f} images/s" if images else "not measured",
-            "peak memory": f"{peak_memory_gb(device):.1f} GB",
-        }
-        log.close()
-        finish(args, reference, validator, accelerator, facts)
-        if upload_checkpoint:
-            upload_checkpoint.wait()
-        if args.push_to_hub:
-            upload(args, output_dir)
-    accelerator.end_training()
+
+# Copied from train_rankdpo_sdxl.fit
+def fit(args: ScriptArguments, run: "Run", images: "StoredImages", cache: "LatentCache", facts: dict) -> None:
+    """Encodes the data, trains, and writes the LoRA with its card. `facts`: of the data, for the card."""
+    validator, encode_prompts = encode_dataset(args, images, cache, run.accelerator)
+    set_seed(args.seed)
+    noise_scheduler, model = load_model(args)
+    prepare_model(args, run, model)
+    rows = CachedRows(args, cache, images.labels, noise_scheduler)
+    speed = train(args, run, model, noise_scheduler, training_batches(args, run, rows, encode_prompts), validator)
+    if run.accelerator.is_main_process:
+        finish(args, run, model, validator, facts, speed)
+    run.accelerator.end_training()
+
+
+# Copied from train_rankdpo_sdxl.main
+def main(args: ScriptArguments) -> None:
+    accelerator = make_accelerator(args)
+
+    # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
+    resolve_arguments(args)
+    dataset = load_ranked_dataset(args)
+    labels = make_labels(args, dataset)
+    k, rows = len(labels[0]["images"]), [f"{row['id']}{row['phi'].tolist()}{row['rank'].tolist()}" for row in labels]
+    run = plan_run(args, accelerator, len(labels), k, {"labels": short_hash("|".join(rows))})
+    run.description = f"{len(labels)} prompts x {k} images"
+    images = stored_images(args, dataset, labels)
+    cache = LatentCache(args, cache_key(args, dataset, labels), len(labels), accelerator)
+    check_images(images, cache)
+    facts = {"prompts": f"{len(labels)} of {k} images", "data": data_identity(dataset, run.settings["labels"])}
+    if begin_run(args, run):  # False: the run is finished already
+        fit(args, run, images, cache, facts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: check, labels, encode once, read
+# SD3
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from train_rankdpo_sdxl.one_line
-def one_line(error: Exception) -> str:
-    """An exception's message on one line, whatever its class and length."""
-    return " ".join(str(error).split()) or type(error).__name__
+DENOISER = "transformer"  # the component of the pipeline that is trained
+PIXELS_PER_PATCH, PROMPTS_PER_FORWARD = 16, 8  # T5 of more prompts takes gigabytes
 
 
-# Copied from build_synpic.preference_probability
-def preference_probability(scores) -> np.ndarray:
-    """Share of the comparisons an image wins (Algorithm 1): over all rewards, against all other images of its prompt.
-
-    Args:
-        scores: float array (n_rewards, k), higher is better. An equal score counts for neither image.
-
-    Returns:
-        float64 array (k,) in [0, 1].
-    """
-    scores = np.asarray(scores, dtype=np.float64)
-    n_rewards, k = scores.shape
-    wins = (scores[:, :, None] > scores[:, None, :]).sum(axis=(0, 2))
-    return wins / (n_rewards * (k - 1))
+def resolve_arguments(args: ScriptArguments) -> None:
+    """Exits with one line unless the model is an SD3 pipeline; one without T5 is trained without it. Reads
+    configurations only."""
+    model, pipeline = args.pretrained_model_name_or_path, read_config(args, "model_index.json")
+    name = pipeline["_class_name"]
+    if name not in ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"):
+        others = "train_rankdpo_sdxl.py SDXL, train_dpo_qsd.py SD1.5"
+        raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: this script trains SD3, {others}")
+    if read_config(args, "scheduler/scheduler_config.json").get("use_dynamic_shifting"):
+        raise SystemExit(f"{model}: its scheduler shifts by resolution (`use_dynamic_shifting`), which SD3's does not")
+    if pipeline.get("text_encoder_3", [None])[0] is None:
+        args.use_text_encoder_3 = False
 
 
-# Copied from build_synpic.preference_rank
-def preference_rank(scores) -> np.ndarray:
-    """Ranks by preference probability, ties broken by the mean standardised reward, then by position.
-
-    Args:
-        scores: float array (n_rewards, k), higher is better.
-
-    Returns:
-        int64 array (k,), a permutation of 1…k; 1 is the best.
-    """
-    scores = np.asarray(scores, dtype=np.float64)
-    deviation = scores.std(axis=1, keepdims=True)
-    standardised = (scores - scores.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1.0)
-    # Rounded, so that float noise in a mean of equal values cannot decide what position should.
-    tie_breaker = np.round(standardised.mean(axis=0), 9)
-    order = np.lexsort((np.arange(scores.shape[1]), -tie_breaker, -preference_probability(scores)))
-    rank = np.empty(scores.shape[1], dtype=np.int64)
-    rank[order] = np.arange(1, scores.shape[1] + 1)
-    return rank
+def load_vae(args: ScriptArguments) -> AutoencoderKL:
+    options = {"revision": args.revision, "variant": args.variant, "dtype": torch.float32}
+    return AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **options)
 
 
-# Copied from train_rankdpo_sdxl.folder_digest
-def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and dates of a folder's files: a model's, or a dataset's without what
-    build_synpic.py and score_pairs.py write anew at every run (card, pictures, statistics) or for themselves (work)."""
-    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
-    names = [(file.relative_to(folder), file.stat()) for file in files]
-    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
-    names = [(name, stat) for name, stat in names if name.parts[0] not in others]
-    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
-    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
+def load_model(args: ScriptArguments) -> tuple[FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel]:
+    """Scheduler and transformer, without LoRA."""
+    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**model, subfolder="scheduler")
+    weights = {"subfolder": "transformer", "variant": args.variant, "dtype": args.weight_dtype}
+    return noise_scheduler, SD3Transformer2DModel.from_pretrained(**model, **weights)
 
 
-# Copied from train_rankdpo_sdxl.local_cache
-def local_cache(folder: str) -> str | None:
-    """Where `load_dataset` shall cache a local folder; None for a dataset of the Hub.
-
-    By itself it keys the cache of a folder by the patterns in its card, not by its files, and so would serve the old
-    rows of a dataset that was built again.
-    """
-    if not os.path.isdir(folder):
-        return None
-    return os.path.join(datasets_config.HF_DATASETS_CACHE, f"local-{folder_digest(folder)}")
+def load_pipeline(args: ScriptArguments, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+    """The pipeline that draws the gallery, without the components that are given to it later or not needed."""
+    absent = ["transformer", *(f"{part}{s}" for part in ("text_encoder", "tokenizer") for s in ("", "_2", "_3"))]
+    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    return StableDiffusion3Pipeline.from_pretrained(**model, vae=vae, **dict.fromkeys(absent))
 
 
-# Copied from train_rankdpo_sdxl.load_ranked_dataset
-def load_ranked_dataset(args: ScriptArguments) -> Dataset:
-    """Loads and checks the dataset's table; no image is decoded yet. Exits with one line that names what is wrong."""
-    where = f"--dataset_name {args.dataset_name}"
-    try:
-        dataset = load_dataset(
-            args.dataset_name,
-            args.dataset_config_name,
-            split=args.dataset_split,
-            revision=args.dataset_revision,
-            cache_dir=local_cache(args.dataset_name),
-        )
-    except Exception as error:
-        raise SystemExit(f"{where}: cannot be loaded: {one_line(error)}") from None
-    needed = {
-        "prompt_id_column": args.prompt_id_column,
-        "prompt_column": args.prompt_column,
-        "images_column": args.images_column,
-        "preference_column": args.preference_column,
-    }
-    for flag, column in needed.items():
-        if column not in dataset.column_names:
-            raise SystemExit(
-                f"{where}: no column {column!r} (--{flag}); it has {', '.join(dataset.column_names) or 'none'}"
-            )
-    if not isinstance(getattr(dataset.features[args.images_column], "feature", None), Image):
-        raise SystemExit(f"{where}: column {args.images_column!r} must hold lists of images, List(Image())")
-    if args.max_train_samples:
-        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
-    if len(dataset) == 0:
-        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
-    return dataset
+def add_lora(model: SD3Transformer2DModel, rank: int) -> None:
+    """LoRA on the attention projections of image and text: 191 modules of SD3-Medium, 243 of SD3.5-Medium, whose first
+    blocks attend twice, 303 of SD3.5-Large. One of them, the last block's `add_q_proj`, gets no gradient: the model
+    discards what its text queries give. alpha = rank: ComfyUI and diffusers agree."""
+    target_modules = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules))
 
 
-# Copied from train_rankdpo_sdxl.make_labels
-def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
-    """Checks every row and computes its labels.
-
-    Returns:
-        one dict per row: `prompt_id` str, `prompt` str, `images` (positions of the images used, k of them),
-        `phi` float32 (k,) and `rank` int64 (k,).
-    """
-    columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
-    columns += [name for name in (args.rank_column, "generators", "scores") if name in dataset.column_names]
-    from_scores = args.rank_by != "random" and (args.generators or args.rank_by != "all")
-    if from_scores and "scores" not in columns:
-        raise SystemExit("--rank_by / --generators need the dataset's `scores` column, which it does not have")
-    if args.generators and "generators" not in columns:
-        raise SystemExit("--generators needs the dataset's `generators` column, which it does not have")
-    n_images = count_images(dataset, args.images_column)
-    labels, seen, expected = [], {}, None
-    for index, row in enumerate(dataset.select_columns(columns)):
-        where = f"row {index} (prompt_id {row[args.prompt_id_column]!r})"
-        prompt_id, prompt, phi = (row[name] for name in columns[:3])
-        if prompt_id is None or prompt_id in seen:
-            raise SystemExit(
-                f"{where}: `{args.prompt_id_column}` is missing or stands at row {seen.get(prompt_id)} too"
-            )
-        seen[prompt_id] = index
-        if not prompt or not prompt.strip():
-            raise SystemExit(f"{where}: the prompt is empty: remove the row")
-        if n_images[index] < 2:
-            raise SystemExit(f"{where}: {n_images[index]} image: a preference needs at least 2 images per prompt")
-        if phi is None or len(phi) != n_images[index] or any(value is None or value != value for value in phi):
-            raise SystemExit(
-                f"{where}: `{args.preference_column}` must give one number for each of the {n_images[index]} images"
-            )
-        if min(phi) < 0 or max(phi) > 1:
-            raise SystemExit(f"{where}: `{args.preference_column}` {phi} is outside [0, 1]")
-        rank = row.get(args.rank_column)
-        if rank is None:
-            rank = np.argsort(np.argsort(-np.array(phi), kind="stable"), kind="stable") + 1
-        elif not is_ranking(rank, phi):
-            raise SystemExit(
-                f"{where}: `{args.rank_column}` {list(rank)} contradicts `{args.preference_column}` {phi}: it must be "
-                "a permutation of 1…k that never puts a less preferred image first"
-            )
-        images = list(range(n_images[index]))
-        if args.generators:
-            if len(row["generators"]) != n_images[index]:
-                raise SystemExit(f"{where}: `generators` must name one for each of the {n_images[index]} images")
-            images = [i for i, name in enumerate(row["generators"]) if name in args.generators]
-            if len(images) < 2:
-                raise SystemExit(
-                    f"{where}: {len(images)} of its images are from --generators {' '.join(args.generators)}; the row "
-                    f"has {', '.join(sorted(set(row['generators'])))}; at least 2 are needed"
-                )
-        if args.rank_by == "random":
-            rank = _generator(args.seed, "random labels", prompt_id).permutation(len(images)) + 1
-            phi = (len(images) - rank) / (len(images) - 1)
-        elif from_scores:
-            names = sorted(row["scores"]) if args.rank_by == "all" else [args.rank_by]
-            if not set(names) <= set(row["scores"]):
-                raise SystemExit(f"--rank_by {args.rank_by}: no such reward; it has {', '.join(row['scores'])}")
-            if any(len(row["scores"][name] or []) != n_images[index] for name in names):
-                raise SystemExit(f"{where}: `scores` must give one number per image and reward")
-            scores = np.array([row["scores"][name] for name in names], dtype=np.float64)[:, images]
-            if not np.isfinite(scores).all():
-                raise SystemExit(f"{where}: `scores` holds a number that is not finite")
-            phi, rank = preference_probability(scores), preference_rank(scores)
-        expected = expected or (len(images), where)
-        if len(images) != expected[0]:
-            raise SystemExit(
-                f"{where}: {len(images)} images, but {expected[1]} has {expected[0]}: all rows need the same"
-            )
-        labels.append(
-            {
-                "prompt_id": str(prompt_id),
-                "prompt": prompt,
-                "images": images,
-                "phi": np.array(phi, dtype=np.float32),
-                "rank": np.array(rank, dtype=np.int64),
-            }
-        )
-    return labels
+def save_lora(model: SD3Transformer2DModel, folder: Path) -> None:
+    """Writes `pytorch_lora_weights.safetensors` (peft keys and adapter metadata): exact in diffusers and in ComfyUI."""
+    write_lora(StableDiffusion3Pipeline, model, folder)
 
 
-# Copied from train_rankdpo_sdxl.is_ranking
-def is_ranking(rank: list[int], phi: list[float]) -> bool:
-    """True for a permutation of 1…k that never puts an image before one of higher preference."""
-    if None in rank or sorted(rank) != list(range(1, len(phi) + 1)):
-        return False
-    return bool((np.diff(np.array(phi)[np.argsort(rank)]) <= 0).all())
-
-
-# Copied from train_rankdpo_sdxl.count_images
-def count_images(dataset: Dataset, column: str) -> list[int]:
-    """Images per row, counted in Arrow: no image is read into Python."""
-    batches = dataset.select_columns([column]).with_format("arrow").iter(256)
-    return [count for table in batches for count in pc.list_value_length(table[column]).fill_null(0).to_pylist()]
-
-
-# Copied from train_rankdpo_sdxl.stored_images
-def stored_images(dataset: Dataset, column: str) -> Dataset:
-    """The images as stored, undecoded. In Arrow's format: casting the column would write the whole dataset anew. Made
-    once: every such view copies the dataset's list of files."""
-    return dataset.select_columns([column]).with_format("arrow")
-
-
-# Copied from train_rankdpo_sdxl.read_images
-def read_images(images: Dataset, index: int) -> list[dict]:
-    """A row of `stored_images`: {"bytes", "path"} of each image."""
-    return images[index].column(0)[0].as_py()
-
-
-# Copied from train_rankdpo_sdxl._generator
-def _generator(*key) -> np.random.Generator:
-    """A NumPy generator that is a function of the key alone, on every machine and in every process."""
-    digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
-    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
-
-
-# Copied from train_rankdpo_sdxl.check_images
-def check_images(images: Dataset, labels: list[dict], rows: list[int]) -> None:
-    """Decodes the rows' images once, JPEGs at an eighth of their size, so that a bad one is named before any model
-    is loaded."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-        checks = pool.map(partial(_undecodable_image, images, labels), rows)
-        for index, found in zip(rows, tqdm(checks, desc="check images", total=len(rows), disable=len(rows) < 2000)):
-            if found:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise SystemExit(f"row {index} (prompt_id {labels[index]['prompt_id']!r}): {found}")
-
-
-# Copied from train_rankdpo_sdxl._undecodable_image
-def _undecodable_image(images: Dataset, labels: list[dict], index: int) -> str | None:
-    row = read_images(images, index)
-    for position in labels[index]["images"]:
-        try:
-            with _open_image(row[position]) as image:
-                image.draft("RGB", (64, 64))
-                image.load()
-        except Exception as error:
-            return f"image {position} does not decode: {one_line(error)}"
-    return None
-
-
-# Copied from train_rankdpo_sdxl._open_image
-def _open_image(image: dict) -> PILImage.Image:
-    return PILImage.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
-
-
-def preprocess_image(image: dict, resolution: int) -> torch.Tensor:
-    """Resizes the shorter side to `resolution` and crops the centre.
-
-    Returns:
-        pixels, uint8 (3, resolution, resolution).
-    """
-    with _open_image(image) as opened:
-        picture = ImageOps.exif_transpose(opened).convert("RGB")
-    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
-    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
-    picture = TF.crop(picture, top, left, resolution, resolution)
-    return TF.pil_to_tensor(picture)
-
-
-# Copied from train_rankdpo_sdxl.model_fingerprint
-def model_fingerprint(model: str, file: str, revision: str | None = None) -> str:
-    """What identifies a model's weights: the commit of a Hub snapshot; name, size and date of a folder's files.
-
-    Args:
-        file: one of the model's files, `model_index.json` of a pipeline or `config.json` of a single model.
-    """
-    if not os.path.isdir(model):
-        return f"{model}@{Path(hf_hub_download(model, file, revision=revision)).parent.name}"
-    return folder_digest(model)
-
-
-def cache_key(args: ScriptArguments, dataset: Dataset, labels: list[dict], weight_dtype: torch.dtype) -> str:
-    """Hash of everything that latents and embeddings depend on; labels and hyperparameters are not among it."""
-    parts = [
-        CACHE_VERSION,
-        dataset._fingerprint,
-        folder_digest(args.dataset_name) if os.path.isdir(args.dataset_name) else None,
-        args.images_column,
-        args.prompt_column,
-        labels[0]["images"] if args.generators is None else [row["images"] for row in labels],
-        model_fingerprint(args.pretrained_model_name_or_path, "model_index.json", args.revision),
-        args.variant,
-        args.cache_text_embeddings and ["clip", args.use_text_encoder_3 and args.max_sequence_length],
-        args.resolution,
-        str(weight_dtype),
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+export_lora = save_lora  # ComfyUI reads the same file
 
 
 class PromptEncoder:
     """SD3's tokenizers and text encoders: two CLIPs and, where it is used, T5."""
 
-    def __init__(self, args: ScriptArguments, device, dtype):
-        kwargs = {"revision": args.revision}
-        model, encoders = args.pretrained_model_name_or_path, [CLIPTextModelWithProjection] * 2
+    def __init__(self, args: ScriptArguments, device: torch.device):
+        model, options = args.pretrained_model_name_or_path, {"revision": args.revision}
+        encoders = {"": CLIPTextModelWithProjection, "_2": CLIPTextModelWithProjection}
         if args.use_text_encoder_3:
-            encoders.append(T5EncoderModel)
-        suffixes = ("", "_2", "_3")[: len(encoders)]
-        self.tokenizers = [AutoTokenizer.from_pretrained(model, subfolder=f"tokenizer{s}", **kwargs) for s in suffixes]
-        kwargs.update(variant=args.variant, dtype=dtype)
+            encoders["_3"] = T5EncoderModel
+        self.tokenizers = [AutoTokenizer.from_pretrained(model, subfolder=f"tokenizer{s}", **options) for s in encoders]
+        options.update(variant=args.variant, dtype=args.weight_dtype)
         self.text_encoders = [
-            encoder.from_pretrained(model, subfolder=f"text_encoder{s}", **kwargs).to(device).eval()
-            for encoder, s in zip(encoders, suffixes)
+            encoder.from_pretrained(model, subfolder=f"text_encoder{s}", **options).to(device).eval()
+            for s, encoder in encoders.items()
         ]
         # Both CLIPs' tokens stand side by side, so the first tokenizer's length counts.
         self.lengths = [self.tokenizers[0].model_max_length] * 2 + [args.max_sequence_length]
@@ -986,8 +597,8 @@ class PromptEncoder:
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """prompts (n) → clip_embeds (n, tokens, width of both), pooled_prompt_embeds (n, pooled width of both) and,
-        where T5 is used, t5_embeds (n, max_sequence_length, width), padding tokens and all: the transformer has no
-        mask and attends to them. What it sees as zeros is not kept; `joint_prompt_embeds` puts it there."""
+        where T5 is used, t5_embeds (n, max_sequence_length, width), padding tokens included: the transformer has no
+        mask and attends to them. Zeros are not kept; `joint_prompt_embeds` adds them."""
         outputs = []
         for tokenizer, text_encoder, length in zip(self.tokenizers, self.text_encoders, self.lengths):
             tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -1018,801 +629,262 @@ def joint_prompt_embeds(embeds: dict[str, torch.Tensor], width: int, t5_tokens: 
     return torch.cat([F.pad(clip_embeds, (0, width - clip_embeds.shape[-1])), t5_embeds], dim=1)
 
 
-class RankedImages(torch.utils.data.Dataset):
-    """Decodes and preprocesses all images of a row; a DataLoader's workers do it while the GPU encodes."""
+def pipeline_embeds(args: ScriptArguments, embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Embeddings of `PromptEncoder` as the pipeline takes them."""
+    width = read_config(args, "transformer/config.json")["joint_attention_dim"]
+    prompt_embeds = joint_prompt_embeds(embeds, width, args.max_sequence_length)
+    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": embeds["pooled_prompt_embeds"]}
 
-    def __init__(self, images: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]):
-        self.images, self.labels, self.args, self.rows = images, labels, args, rows
 
-    def __len__(self) -> int:
-        return len(self.rows)
+def preprocess_image(image: dict, resolution: int) -> dict[str, torch.Tensor]:
+    """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped."""
+    return {"pixels": resize_and_crop(image, resolution)[0]}
 
-    def __getitem__(self, position: int) -> torch.Tensor:
-        index = self.rows[position]
-        images = read_images(self.images, index)
-        return torch.stack([preprocess_image(images[i], self.args.resolution) for i in self.labels[index]["images"]])
 
+def encoding_settings(args: ScriptArguments) -> list:
+    """Everything of the model that latents and embeddings depend on."""
+    text = args.cache_text_embeddings and [args.use_text_encoder_3 and args.max_sequence_length]
+    fingerprint = model_fingerprint(args.pretrained_model_name_or_path, "model_index.json", args.revision)
+    return [fingerprint, args.variant, text, args.resolution, str(args.weight_dtype)]
 
-def encode_dataset(args, images, labels, folder: Path, vae, encode_prompts, accelerator, weight_dtype) -> None:
-    """Writes what is missing of the cache: per prompt its images' latents (the posterior's mean, shifted and scaled)
-    and, if they are cached, the prompt embeddings. Shards do not depend on the number of processes."""
-    shards = cache_shards(len(labels))
-    mine = missing_shards(folder, len(labels), accelerator)
-    if mine:
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for i in mine for row in shards[i]]
-        loader = torch.utils.data.DataLoader(
-            RankedImages(images, labels, args, rows), batch_size=None, num_workers=args.dataloader_num_workers
-        )
-        decoded = iter(tqdm(loader, desc="encode", unit="prompt", disable=not accelerator.is_local_main_process))
-        for i in mine:
-            latents = [
-                encode_images(vae, next(decoded), args.vae_batch_size).to("cpu", weight_dtype) for _ in shards[i]
-            ]
-            tensors = {"latents": torch.stack(latents).contiguous()}
-            if args.cache_text_embeddings:
-                prompts = [labels[row]["prompt"] for row in shards[i]]
-                # A few at a time: T5 of 64 prompts would take gigabytes.
-                parts = [encode_prompts(prompts[j : j + 8]) for j in range(0, len(prompts), 8)]
-                for name in parts[0]:
-                    tensors[name] = torch.cat([part[name] for part in parts]).to("cpu", weight_dtype).contiguous()
-            temporary = _cache_file(folder, i).with_suffix(f".tmp{os.getpid()}")
-            save_file(tensors, temporary)
-            _publish_file(temporary, _cache_file(folder, i))
-    accelerator.wait_for_everyone()
 
-
-# Copied from train_rankdpo_sdxl.cache_shards
-def cache_shards(length: int) -> list[range]:
-    """The rows of every cache file."""
-    return [range(i, min(i + CACHE_SHARD_ROWS, length)) for i in range(0, length, CACHE_SHARD_ROWS)]
-
-
-# Copied from train_rankdpo_sdxl.missing_shards
-def missing_shards(folder: Path, length: int, accelerator: Accelerator) -> list[int]:
-    """This process's shards that are not in the cache yet.
-
-    Owned by number, not dealt out of what is missing: processes look at different times.
-    """
-    own = range(accelerator.process_index, len(cache_shards(length)), accelerator.num_processes)
-    return [i for i in own if not _cache_file(folder, i).exists()]
-
-
-# Copied from train_rankdpo_sdxl._cache_file
-def _cache_file(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:06d}.safetensors"
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """pixels, uint8 (n, 3, H, W) → latents (n, C, H/f, W/f), the posterior's mean, shifted and scaled."""
-    means = [
-        vae.encode((batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype)).latent_dist.mean
-        for batch in pixels.split(batch_size)
-    ]
-    return (torch.cat(means) - vae.config.shift_factor) * vae.config.scaling_factor
-
-
-class CachedPrompts(torch.utils.data.Dataset):
-    """Encoded rows with their labels, timestep and noise. An item is named by (epoch, row)."""
-
-    def __init__(self, folder: Path, labels: list[dict], args: ScriptArguments, noise_scheduler):
-        self.folder, self.labels, self.args, self.noise_scheduler = folder, labels, args, noise_scheduler
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
-        epoch, index = key
-        shard, offset = divmod(index, CACHE_SHARD_ROWS)
-        file = _open_shard(_cache_file(self.folder, shard))
-        item = {name: file.get_slice(name)[offset] for name in file.keys()}
-        # One timestep and one noise for all images of the prompt, a function of (seed, epoch, prompt): the same after
-        # a resume and on any number of processes.
-        rng = _generator(self.args.seed, epoch, self.labels[index]["prompt_id"])
-        seed = int(rng.integers(2**63))
-        item["timesteps"], item["sigmas"] = draw_timestep(self.args, self.noise_scheduler, seed)
-        item["noise"] = torch.from_numpy(rng.standard_normal(item["latents"].shape[1:], dtype=np.float32))
-        item["phi"] = torch.from_numpy(self.labels[index]["phi"])
-        item["rank"] = torch.from_numpy(self.labels[index]["rank"])
-        if not self.args.cache_text_embeddings:
-            item["prompt"] = self.labels[index]["prompt"]
-        return item
-
-
-# Copied from train_rankdpo_sdxl._open_shard
-@lru_cache(maxsize=64)
-def _open_shard(path: Path):
-    return safe_open(path, framework="pt")  # memory-mapped: a row is read when it is sliced
-
-
-# Copied from train_rankdpo_sdxl.EpochSampler
-class EpochSampler:
-    """Names the items of every micro-batch of one process, from an optimizer step on, without end.
-
-    Step s of all processes together takes items s·G … (s+1)·G − 1 of the epochs' shuffled orders laid end to end,
-    G = batch · processes · accumulation, so the order depends on (seed, epoch) only.
-    """
-
-    def __init__(self, args: ScriptArguments, length: int, process_index: int, num_processes: int, start_step: int):
-        self.seed, self.length = args.seed, length
-        self.batch_size, self.start_step = args.train_batch_size, start_step
-        self.process_index, self.num_processes = process_index, num_processes
-        self.accumulation = args.gradient_accumulation_steps
-
-    def __iter__(self):
-        micro_step = self.start_step * self.accumulation
-        while True:
-            start = (micro_step * self.num_processes + self.process_index) * self.batch_size
-            yield [self._item(position) for position in range(start, start + self.batch_size)]
-            micro_step += 1
-
-    def _item(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self.length)
-        return epoch, int(_epoch_order(self.seed, epoch, self.length)[offset])
-
-
-# Copied from train_rankdpo_sdxl._epoch_order
-@lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    return _generator(seed, epoch, "order").permutation(length)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Model, LoRA files, checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-# Copied from train_rankdpo_sdxl.adapter_off with unet->transformer
-@contextmanager
-def adapter_off(transformer):
-    """The base model: the same module and kernels, the LoRA left out. So the scores are exactly 0 at initialisation."""
-    transformer.disable_adapters()
-    try:
-        yield
-    finally:
-        transformer.enable_adapters()
-
-
-def check_model(args: ScriptArguments) -> None:
-    """Exits with one line unless the model is an SD3 pipeline; one without T5 is trained without it. Reads
-    configurations only."""
-    model = args.pretrained_model_name_or_path
-    pipeline = _read_config("pretrained_model_name_or_path", model, "model_index.json", args.revision)
-    name = pipeline["_class_name"]
-    if name not in ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"):
-        raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: this script trains SD3{_other(name)}")
-    file = "scheduler/scheduler_config.json"
-    scheduler = _read_config("pretrained_model_name_or_path", model, file, args.revision)
-    if scheduler.get("use_dynamic_shifting"):
-        raise SystemExit(f"{model}: its scheduler shifts by resolution (`use_dynamic_shifting`), which SD3's does not")
-    if pipeline.get("text_encoder_3", [None])[0] is None:
-        args.use_text_encoder_3 = False
-
-
-# Copied from train_rankdpo_sdxl._other
-def _other(pipeline_class: str) -> str:
-    script = SCRIPT_OF_PIPELINE.get(pipeline_class)
-    return f"; take {script}" if script else ""
-
-
-# Copied from train_rankdpo_sdxl._read_config
-def _read_config(flag: str, model: str, file: str, revision: str | None) -> dict:
-    try:
-        path = os.path.join(model, file) if os.path.isdir(model) else hf_hub_download(model, file, revision=revision)
-        config = json.loads(Path(path).read_text())
-        if file == "model_index.json" and "_class_name" not in config:
-            raise ValueError("its model_index.json names no pipeline class")
-        return config
-    except Exception as error:
-        raise SystemExit(f"--{flag} {model}: not a diffusers model that can be read: {one_line(error)}") from None
-
-
-def add_lora(transformer: SD3Transformer2DModel, rank: int) -> None:
-    """LoRA on the attention projections of image and text: 191 modules of SD3-Medium, 243 of SD3.5-Medium, whose first
-    blocks attend twice, 303 of SD3.5-Large. alpha = rank: ComfyUI and diffusers agree."""
-    target_modules = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    transformer.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules)
-    )
-
-
-def save_lora(transformer: SD3Transformer2DModel, folder: Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors` (peft keys and adapter metadata): exact in diffusers and in ComfyUI."""
-    temporary = folder / ".lora.tmp"
-    metadata = transformer.peft_config["default"].to_dict()
-    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order differs from run to run
-    StableDiffusion3Pipeline.save_lora_weights(
-        temporary,
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
-        transformer_lora_adapter_metadata=metadata,
-    )
-    _publish_file(temporary / LORA_FILE, folder / LORA_FILE)
-    shutil.rmtree(temporary)
-
-
-# Copied from train_rankdpo_sdxl._publish_file
-def _publish_file(temporary: Path, file: Path) -> None:
-    temporary.chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
-    os.replace(temporary, file)
-
-
-# Copied from train_rankdpo_sdxl.save_checkpoint with unet->transformer
-def save_checkpoint(output_dir: Path, step: int, transformer, optimizer, lr_scheduler, scaler, total_limit) -> None:
-    """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit."""
-    folder = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".checkpoint-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_lora(transformer, temporary)
-    state = {
-        "optimizer": optimizer.state_dict(),
-        "lr_scheduler": lr_scheduler.state_dict(),
-        "scaler": scaler.state_dict() if scaler else None,
-    }
-    torch.save(state, temporary / "training_state.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    if total_limit:
-        others = [path for path in list_checkpoints(output_dir) if path != folder]
-        for old in others[: max(0, len(others) + 1 - total_limit)]:
-            shutil.rmtree(old)
-
-
-# Copied from train_rankdpo_sdxl.list_checkpoints
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-# Copied from train_rankdpo_sdxl.load_lora with unet->transformer
-def load_lora(folder: Path, transformer) -> None:
-    """Restores a checkpoint's LoRA into the adapter of the model."""
-    lora = {key.removeprefix("transformer."): value for key, value in load_file(folder / LORA_FILE).items()}
-    missing = get_peft_model_state_dict(transformer).keys() ^ lora.keys()
-    if missing:
-        raise SystemExit(f"{folder}: its LoRA does not fit the model: {sorted(missing)[0]}")
-    set_peft_model_state_dict(transformer, lora)
-
-
-# Copied from train_rankdpo_sdxl.load_training_state
-def load_training_state(folder: Path, optimizer, lr_scheduler, scaler) -> None:
-    """Restores optimizer, schedule and loss scale; the step reached is in the folder's name.
-
-    Timesteps, noise and data order are functions of (seed, step), so there is no random state to restore.
-    """
-    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if scaler:
-        scaler.load_state_dict(state["scaler"])
-
-
-# Settings that may differ between a run and its continuation: they do not change what is learnt.
-# Copied from train_rankdpo_sdxl.RESUMABLE
-RESUMABLE = (
-    "resume_from_checkpoint checkpointing_steps checkpoints_total_limit "
-    "train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_num_workers vae_batch_size "
-    "cache_dir validation_prompts validation_steps validation_num_inference_steps validation_guidance_scale report_to "
-    "logging_dir push_to_hub hub_model_id hub_private_repo hub_strategy output_dir"
-).split()
-
-
-# Copied from train_rankdpo_sdxl.check_output_dir
-def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
-    """Refuses a folder that holds another run; returns the checkpoint to resume from, if any. Writes nothing."""
-    output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise SystemExit(f"--output_dir {output_dir} is a file")
-    record = output_dir / "run.json"
-    checkpoints = list_checkpoints(output_dir)
-    finished = (output_dir / LORA_FILE).exists()
-    if record.exists():
-        previous = json.loads(record.read_text())
-        differing = [name for name in settings if previous.get(name) != settings[name]]
-        if differing and (checkpoints or finished):
-            name = differing[0]
-            raise SystemExit(
-                f"--output_dir {output_dir} holds a run with {name} {previous.get(name)}, not {settings[name]}: "
-                "choose another folder"
-            )
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
-        raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
-    if args.resume_from_checkpoint is None:
-        if checkpoints or finished:
-            raise SystemExit(
-                f"--output_dir {output_dir} holds this run's results already: add --resume_from_checkpoint latest to "
-                "continue it, or choose another folder"
-            )
-        return None
-    if args.resume_from_checkpoint == "latest":
-        if finished and not checkpoints:
-            raise SystemExit(f"--output_dir {output_dir} holds a LoRA but no checkpoint to continue from")
-        return checkpoints[-1] if checkpoints else None
-    folder = Path(args.resume_from_checkpoint)
-    if folder.resolve() not in [path.resolve() for path in checkpoints]:
-        raise SystemExit(f"--resume_from_checkpoint {folder}: not a checkpoint of --output_dir {output_dir}")
-    return folder
-
-
-# Copied from train_rankdpo_sdxl.run_settings
-def run_settings(args: ScriptArguments, num_processes: int, labels: list[dict]) -> dict:
-    """What makes two runs the same run: all that changes the result, the batch only as the global batch."""
-    settings = {name: value for name, value in asdict(args).items() if name not in RESUMABLE}
-    if args.lr_scheduler.startswith("constant"):  # then a run may be made longer; other schedules are shaped by it
-        del settings["max_train_steps"], settings["num_train_epochs"]
-    rows = [f"{row['prompt_id']}{row['phi'].tolist()}{row['rank'].tolist()}" for row in labels]
-    settings["labels"] = hashlib.sha256("|".join(rows).encode()).hexdigest()[:16]
-    settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    return settings
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Validation and card
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Validator:
-    """Draws the validation prompts with the current LoRA, or without it; everything is loaded once, at construction."""
-
-    def __init__(self, args: ScriptArguments, prompts: list[str], vae, encode_prompts: PromptEncoder, device, dtype):
-        self.args, self.prompts, self.device, self.dtype = args, prompts, device, dtype
-        absent = ["transformer", *(f"{part}{s}" for part in ("text_encoder", "tokenizer") for s in ("", "_2", "_3"))]
-        self.pipeline = StableDiffusion3Pipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, vae=vae, **dict.fromkeys(absent)
-        )
-        self.pipeline.set_progress_bar_config(disable=True)
-        embeds = [encode_prompts([prompt]) for prompt in (*prompts, "")]  # one by one, as a pipeline does
-        self.embeds = {name: torch.cat([embed[name].cpu() for embed in embeds]) for name in embeds[0]}
-
-    @torch.no_grad()
-    def __call__(self, transformer, lora: bool = True) -> list[PILImage.Image]:
-        vae = self.pipeline.vae.to(self.device)
-        self.pipeline.register_modules(transformer=transformer)
-        was_training = transformer.training
-        transformer.eval()
-        images = []
-        for i in range(len(self.prompts)):
-            width, tokens = transformer.config.joint_attention_dim, self.args.max_sequence_length
-            prompt_embeds = joint_prompt_embeds(self.embeds, width, tokens).to(self.device)
-            pooled = self.embeds["pooled_prompt_embeds"].to(self.device)
-            half = self.dtype != torch.float32
-            with (
-                torch.autocast(torch.device(self.device).type, self.dtype, enabled=half),
-                nullcontext() if lora else adapter_off(transformer),
-            ):
-                latents = self.pipeline(
-                    prompt_embeds=prompt_embeds[i : i + 1],
-                    pooled_prompt_embeds=pooled[i : i + 1],
-                    negative_prompt_embeds=prompt_embeds[-1:],
-                    negative_pooled_prompt_embeds=pooled[-1:],
-                    num_inference_steps=self.args.validation_num_inference_steps,
-                    guidance_scale=self.args.validation_guidance_scale,
-                    height=self.args.resolution,
-                    width=self.args.resolution,
-                    generator=torch.Generator("cpu").manual_seed(self.args.seed + i),
-                    output_type="latent",
-                ).images
-            # Outside of autocast, in the VAE's own type.
-            latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-            pixels = vae.decode(latents).sample
-            images += self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
-        transformer.train(was_training)
-        self.pipeline.register_modules(transformer=None)
-        vae.to("cpu")
-        return images
-
-
-# Copied from train_rankdpo_sdxl.log_images
-def log_images(accelerator: Accelerator, prompts: list[str], images: list[PILImage.Image], step: int) -> None:
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            stacked = np.stack([np.asarray(image) for image in images])
-            tracker.writer.add_images("validation", stacked, step, dataformats="NHWC")
-        elif tracker.name in ("wandb", "trackio"):
-            module = importlib.import_module(tracker.name)
-            pictures = {
-                f"validation/{i}": module.Image(image, caption=prompt)
-                for i, (prompt, image) in enumerate(zip(prompts, images))
-            }
-            tracker.log(pictures, step=step)
-
-
-def write_card(args: ScriptArguments, output_dir: Path, prompts, before, after, facts: dict) -> None:
-    """Writes the before/after gallery and the model card."""
-    (output_dir / "images").mkdir(exist_ok=True)
-    widgets, table = [], ["| prompt | base | with this LoRA |", "|---|---|---|"]
-    for i, (prompt, base, tuned) in enumerate(zip(prompts, before, after)):
-        base.save(output_dir / "images" / f"{i}_base.png")
-        tuned.save(output_dir / "images" / f"{i}.png")
-        widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
-        cell = prompt.replace("|", "\\|").replace("\n", " ")
-        table.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
-    # The pipeline's default is 256 tokens; what was trained with is what to draw with.
+def card_parts(args: ScriptArguments, facts: dict) -> dict:
+    """What the card says of this method and model: see `write_card`."""
+    # The pipeline's default is 256 tokens; the LoRA is to be used with as many as it was trained with.
     tokens = "" if args.max_sequence_length == 256 else f", max_sequence_length={args.max_sequence_length}"
     without_t5 = "" if args.use_text_encoder_3 else ", text_encoder_3=None, tokenizer_3=None"
-    model = args.pretrained_model_name_or_path
-    front = {  # what is a folder of this machine is nothing for the Hub to link
-        **({} if os.path.isdir(model) else {"base_model": model}),
-        "library_name": "diffusers",
-        **base_license(model, args.revision),
-        **({} if os.path.isdir(args.dataset_name) else {"datasets": [args.dataset_name]}),
-        "tags": [
-            "text-to-image",
-            "diffusers",
-            "diffusers-training",
-            "lora",
-            "template:sd-lora",
-            "sd3",
-            "rankdpo",
-        ],
-        "widget": widgets,
+    return {
+        "tags": ["sd3", "rankdpo"],
+        "datasets": [args.dataset_name],
+        "introduction": rankdpo_introduction(args),
+        "facts": {"T5": f"{args.max_sequence_length} tokens" if args.use_text_encoder_3 else "without"},
+        "load": "from diffusers import StableDiffusion3Pipeline\n\n"
+        "pipeline = StableDiffusion3Pipeline.from_pretrained(\n"
+        f'    "{args.pretrained_model_name_or_path}", dtype=torch.bfloat16{without_t5}\n)',
+        "call": tokens,
+        "comfyui": "put `pytorch_lora_weights.safetensors` into `models/loras` as "
+        f"`{Path(args.output_dir).resolve().name}.safetensors`",
     }
-    name = output_dir.resolve().name
-    figures = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    body = f"""{CARD_BEGIN}
-# {name}
-
-A LoRA for `{args.pretrained_model_name_or_path}`, trained with `{args.loss_type}` on ranked images
-(`{args.dataset_name}`) by [RankDPO](https://arxiv.org/abs/2410.18013): the model learns to denoise preferred images
-better than the base model does, and the others worse.
-
-<Gallery />
-
-Same prompts, same seeds:
-
-{chr(10).join(table)}
-
-## Use it
-
-With diffusers:
-
-```python
-import torch
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained(
-    "{args.pretrained_model_name_or_path}", dtype=torch.bfloat16{without_t5}
-)
-pipeline.to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="pytorch_lora_weights.safetensors")
-image = pipeline({json.dumps(prompts[0])}{tokens}).images[0]
-```
-
-With ComfyUI: put `pytorch_lora_weights.safetensors` into `models/loras` as `{name}.safetensors` and load it with the
-"Load LoRA" node at strength 1.
-
-## How it was made
-
-```bash
-{training_command()}
-```
-
-| | |
-|---|---|
-{figures}
-
-Loss, margins, learning rate and speed of every step are in [{LOG_FILE}]({LOG_FILE}). All settings that are not the
-script's defaults, as a file for `--config`:
-
-```yaml
-{changed_settings(args)}
-```
-{CARD_END}
-"""
-    write_card_file(output_dir / "README.md", front, body)
 
 
-# Copied from train_rankdpo_sdxl.write_card_file
-def write_card_file(file: Path, front: dict, body: str) -> None:
-    """Writes a card, or what is new into the one that stands."""
-    card = join_card(front, body)
-    if file.exists():
-        standing, text = split_card(file.read_text())
-        for name in ("configs", "dataset_info"):  # a folder holds no other configurations than those written now
-            standing.pop(name, None)
-        card = merge_cards(card, join_card(standing, text))
-    write_text(file, card)
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: ranked dataset (train_rankdpo_sdxl.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from train_rankdpo_sdxl.base_license
-def base_license(model: str, revision: str | None) -> dict:
-    """The licence fields of the base model's card, which a LoRA of it inherits; none if the card cannot be read."""
-    if model in BASE_LICENSES:
-        return BASE_LICENSES[model]
+ROW = "prompt"  # a row of the dataset
+
+
+def load_ranked_dataset(args: ScriptArguments) -> Dataset:
+    """Loads and checks the dataset's table; no image is decoded yet. Exits with one line that names what is wrong."""
+    where, options = f"--dataset_name {args.dataset_name}", {"split": args.dataset_split}
+    options |= {"revision": args.dataset_revision, "cache_dir": local_cache(args.dataset_name)}
     try:
-        local = os.path.isdir(model)
-        card = Path(model, "README.md") if local else hf_hub_download(model, "README.md", revision=revision)
-        front = split_card(Path(card).read_text())[0]
-    except Exception:  # no card, no network, a card with broken front matter: the licence stays for the user to name
-        return {}
-    found = {name: front[name] for name in ("license", "license_name", "license_link") if name in front}
-    if "license_link" in found and not str(found["license_link"]).startswith("http") and not local:
-        found["license_link"] = f"https://huggingface.co/{model}/blob/main/{found['license_link']}"
-    return found
+        dataset = load_dataset(args.dataset_name, args.dataset_config_name, **options)
+    except Exception as error:
+        raise SystemExit(f"{where}: cannot be loaded: {one_line(error)}") from None
+    have = ", ".join(dataset.column_names) or "none"
+    for flag in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
+        if (column := getattr(args, flag)) not in dataset.column_names:
+            raise SystemExit(f"{where}: no column {column!r} (--{flag}); it has {have}")
+    if not isinstance(getattr(dataset.features[args.images_column], "feature", None), Image):
+        raise SystemExit(f"{where}: column {args.images_column!r} must hold lists of images, List(Image())")
+    if args.max_train_samples:
+        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
+    if len(dataset) == 0:
+        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
+    return dataset
 
 
-# Copied from train_rankdpo_sdxl.data_identity
-def data_identity(dataset: Dataset, labels: str) -> str:
-    """Which data it was: the commit, of a dataset from the Hub, and the hash of the labels."""
-    folders = {Path(file["filename"]).parent.name for file in dataset.cache_files}  # datasets names them by the commit
-    commits = [f"commit {folder}" for folder in sorted(folders) if re.fullmatch("[0-9a-f]{40}", folder)]
-    return ", ".join([*commits, f"hash of rows and labels {labels}"])
-
-
-# Copied from train_rankdpo_sdxl.changed_settings
-def changed_settings(args: ScriptArguments) -> str:
-    """What is not the default and bears on the result, as YAML for `--config`."""
-    fields = {name: spec.default for name, spec in type(args).__dataclass_fields__.items()}
-    elsewhere = "output_dir cache_dir logging_dir resume_from_checkpoint push_to_hub hub_model_id hub_private_repo"
-    elsewhere += " hub_strategy report_to dataloader_num_workers"
-    settings = {name: value for name, value in asdict(args).items() if value != fields[name]}
-    settings = {name: value for name, value in settings.items() if name not in elsewhere.split()}
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()
-
-
-# Copied from train_rankdpo_sdxl.open_log
-def open_log(file: Path, step: int):
-    """Opens the training log, a JSON object a line, to go on after `step`; lines of later steps are done anew."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    write_text(file, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
-    return open(file, "a", buffering=1)
-
-
-# Copied from train_rankdpo_sdxl.write_text
-def write_text(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Hub
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-# What asking again does not mend: a malformed name, no token, no network wanted.
-# Copied from train_rankdpo_sdxl.LASTING_ERRORS
-LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
-
-
-# Copied from train_rankdpo_sdxl.COMMIT_FILES
-COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
-
-
-# Copied from train_rankdpo_sdxl.HUB_TIMEOUT
-HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
-
-
-# Copied from train_rankdpo_sdxl.retried
-def retried(request, *arguments, **options):
-    """Asks the Hub again, after growing pauses, for what passes by itself: 409, 412, 429, 5xx, a lost connection, one
-    that has gone silent.
-
-    The client repeats reads and uploads of files by itself, but no commit and no making of a repository.
-    """
-    for pause in (1, 2, 4, 8, 16, None):
-        get_session().timeout = HUB_TIMEOUT
-        try:
-            return request(*arguments, **options)
-        except Exception as error:  # the client's own, and its transport's, whose classes differ between versions
-            response = getattr(error, "response", None)
-            status = getattr(response, "status_code", None)
-            lasting = isinstance(error, LASTING_ERRORS) if status is None else status < 500
-            lasting = lasting and status not in (408, 409, 412, 429)
-            if pause is None or lasting and not isinstance(error, json.JSONDecodeError):  # that is a proxy's error page
-                raise
-            time.sleep(max(pause, wanted_pause(response)) if status else pause)
-
-
-# Copied from train_rankdpo_sdxl.wanted_pause
-def wanted_pause(response) -> int:
-    """Seconds that a 429 asks to wait: `Retry-After: 55`, or `RateLimit: "api";r=0;t=55`; at most one window of 330."""
-    limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", "")) if response.status_code == 429 else None
-    wanted = limit.group(1) if limit else response.headers.get("Retry-After", "")
-    return min(int(wanted), 330) if wanted.isdigit() else 0
-
-
-# Copied from train_rankdpo_sdxl.create_repo
-def create_repo(name: str, repo_type: str, private: bool) -> str:
-    """Makes the repository unless it exists, and exits with one line unless the token may write to it.
+def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
+    """Checks every row and computes its labels.
 
     Returns:
-        its whole id, with the namespace.
+        one dict per row: `id` str, `prompt` str, `images` (positions of the images used, k of them), `phi` float32
+        (k,) and `rank` int64 (k,).
     """
-    try:
-        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
-        repo_id = retried(HfApi().create_repo, name, **options).repo_id
-        retried(_check_write_access, repo_id, repo_type)
-    except Exception as error:
-        raise SystemExit(
-            f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}; it takes a "
-            "token with write access (hf auth login, or HF_TOKEN)"
-        ) from None
-    return repo_id
+    columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
+    columns += [name for name in (args.rank_column, "generators", "scores") if name in dataset.column_names]
+    from_scores = args.rank_by != "random" and (args.generators or args.rank_by != "all")
+    if from_scores and "scores" not in columns:
+        raise SystemExit("--rank_by / --generators need the dataset's `scores` column, which it does not have")
+    if args.generators and "generators" not in columns:
+        raise SystemExit("--generators needs the dataset's `generators` column, which it does not have")
+    labels, first_row_of, counts = [], {}, count_images(dataset, args.images_column)
+    for index, (row, n_images) in enumerate(zip(dataset.select_columns(columns), counts)):
+        prompt_id = row[args.prompt_id_column]
+        where = f"row {index} (prompt_id {prompt_id!r})"
+        try:
+            if prompt_id is None or prompt_id in first_row_of:
+                same = first_row_of.get(prompt_id)
+                raise ValueError(f"`{args.prompt_id_column}` is missing or the same as in row {same}")
+            first_row_of[prompt_id] = index
+            phi, rank = stored_labels(args, row, n_images)
+            images = chosen_images(args, row, n_images)
+            if args.rank_by == "random":
+                rank = seeded_generator(args.seed, "random labels", prompt_id).permutation(len(images)) + 1
+                phi = (len(images) - rank) / (len(images) - 1)
+            elif from_scores:
+                scores = chosen_scores(args, row, n_images)[:, images]
+                if not np.isfinite(scores).all():
+                    raise ValueError("`scores` holds a number that is not finite")
+                phi, rank = preference_probability(scores), preference_rank(scores)
+            if labels and len(images) != len(labels[0]["images"]):
+                k = len(labels[0]["images"])
+                raise ValueError(f"{len(images)} images, but row 0 has {k}: all rows need the same number")
+        except ValueError as error:
+            raise SystemExit(f"{where}: {error}") from None
+        label = {"id": str(prompt_id), "prompt": row[args.prompt_column], "images": images}
+        labels.append({**label, "phi": np.array(phi, dtype=np.float32), "rank": np.array(rank, dtype=np.int64)})
+    return labels
 
 
-# Copied from train_rankdpo_sdxl._check_write_access
-def _check_write_access(repo_id: str, repo_type: str) -> None:
-    try:
-        HfApi().auth_check(repo_id, repo_type=repo_type, write=True)
-    except HfHubHTTPError as error:
-        if error.response.status_code != 404:  # a Hub of one's own may not know the question
-            raise
-    HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
+def stored_labels(args: ScriptArguments, row: dict, n_images: int) -> tuple[list[float], list[int]]:
+    """The row's own preferences and ranks; a ValueError says what is wrong with them, or with the prompt."""
+    prompt, phi, rank = row[args.prompt_column], row[args.preference_column], row.get(args.rank_column)
+    if not prompt or not prompt.strip():
+        raise ValueError("the prompt is empty: remove the row")
+    if n_images < 2:
+        raise ValueError(f"{n_images} image: a preference needs at least 2 images per prompt")
+    if phi is None or len(phi) != n_images or any(value is None or value != value for value in phi):
+        raise ValueError(f"`{args.preference_column}` must give one number for each of the {n_images} images")
+    if min(phi) < 0 or max(phi) > 1:
+        raise ValueError(f"`{args.preference_column}` {phi} is outside [0, 1]")
+    if rank is None:
+        return phi, np.argsort(np.argsort(-np.array(phi), kind="stable"), kind="stable") + 1
+    is_permutation = None not in rank and sorted(rank) == list(range(1, n_images + 1))
+    if not is_permutation or (np.diff(np.array(phi)[np.argsort(rank)]) > 0).any():
+        rule = "it must be a permutation of 1…k that never puts a less preferred image first"
+        raise ValueError(f"`{args.rank_column}` {list(rank)} contradicts `{args.preference_column}` {phi}: {rule}")
+    return phi, rank
 
 
-# Copied from train_rankdpo_sdxl.push_to_hub
-def push_to_hub(
-    repo_id: str,
-    repo_type: str,
-    files: dict[str, Path | bytes],
-    message: str,
-    card: str = "",
-    replace: tuple[str, ...] = (),
-) -> str:
-    """Sends files in one commit (more than COMMIT_FILES in several), after failures again. What the Hub has already is
-    not sent again.
+def chosen_images(args: ScriptArguments, row: dict, n_images: int) -> list[int]:
+    """Positions of the images to train on: all, or those of --generators."""
+    if not args.generators:
+        return list(range(n_images))
+    if len(row["generators"]) != n_images:
+        raise ValueError(f"`generators` must name one for each of the {n_images} images")
+    images = [i for i, name in enumerate(row["generators"]) if name in args.generators]
+    if len(images) < 2:
+        wanted, present = " ".join(args.generators), ", ".join(sorted(set(row["generators"])))
+        found = f"{len(images)} of its images are from --generators {wanted}"
+        raise ValueError(f"{found}; the row has {present}; at least 2 are needed")
+    return images
+
+
+def chosen_scores(args: ScriptArguments, row: dict, n_images: int) -> np.ndarray:
+    """The rewards that --rank_by names, float64 (n_rewards, n_images)."""
+    names = sorted(row["scores"]) if args.rank_by == "all" else [args.rank_by]
+    if not set(names) <= set(row["scores"]):
+        raise SystemExit(f"--rank_by {args.rank_by}: no such reward; it has {', '.join(row['scores'])}")
+    if any(len(row["scores"][name] or []) != n_images for name in names):
+        raise ValueError("`scores` must give one number per image and reward")
+    return np.array([row["scores"][name] for name in names], dtype=np.float64)
+
+
+def count_images(dataset: Dataset, column: str) -> list[int]:
+    """Images per row, counted in Arrow: no image is read into Python."""
+    batches = dataset.select_columns([column]).with_format("arrow").iter(256)
+    return [count for table in batches for count in pc.list_value_length(table[column]).fill_null(0).to_pylist()]
+
+
+def cache_key(args: ScriptArguments, dataset: Dataset, labels: list[dict]) -> str:
+    """Hash of everything that latents and embeddings depend on, so not of labels and hyperparameters."""
+    parts = [
+        CACHE_VERSION,
+        dataset._fingerprint,
+        folder_digest(args.dataset_name) if os.path.isdir(args.dataset_name) else None,
+        args.images_column,
+        args.prompt_column,
+        labels[0]["images"] if args.generators is None else [label["images"] for label in labels],
+        *encoding_settings(args),
+    ]
+    return short_hash(json.dumps(parts))
+
+
+def stored_images(args: ScriptArguments, dataset: Dataset, labels: list[dict]) -> "StoredImages":
+    return StoredImages(args, labels, partial(read_images, stored_column(dataset, args.images_column)))
+
+
+def read_images(column: Dataset, index: int, label: dict) -> list[tuple[str, dict]]:
+    """The k images of a prompt, undecoded, with the names that error messages use."""
+    images, where = column[index].column(0)[0].as_py(), f"row {index} (prompt_id {label['id']!r})"
+    return [(f"{where}: image {position}", images[position]) for position in label["images"]]
+
+
+def rankdpo_introduction(args: ScriptArguments) -> str:
+    """The first sentence of the card."""
+    return f"""A LoRA for `{args.pretrained_model_name_or_path}`, trained with `{args.loss_type}` on ranked images
+(`{args.dataset_name}`) by [RankDPO](https://arxiv.org/abs/2410.18013): the model learns to denoise preferred images
+better than the base model does, and the others worse."""
+
+
+# Copied from build_synpic.preference_probability
+def preference_probability(scores) -> np.ndarray:
+    """Share of the comparisons that an image wins (Algorithm 1): over all rewards, against its prompt's other images.
 
     Args:
-        files: name in the repository → local file, or its content.
-        card: README.md, merged into the one that stands there.
-        replace: patterns of names; what matches one there and is not among the files is deleted.
+        scores: float array (n_rewards, k), higher is better. An equal score counts for neither image.
 
     Returns:
-        the card as it stands there now.
+        float64 array (k,) in [0, 1].
     """
-    parts = list(files.items())
-    while len(parts) > COMMIT_FILES:  # the card goes with each: it is what tells these files as ours
-        retried(_commit, repo_id, repo_type, dict(parts[:COMMIT_FILES]), f"{message} (part)", card, (), files)
-        parts = parts[COMMIT_FILES:]
-    return retried(_commit, repo_id, repo_type, dict(parts), message, card, replace, files)
+    scores = np.asarray(scores, dtype=np.float64)
+    n_rewards, k = scores.shape
+    wins = (scores[:, :, None] > scores[:, None, :]).sum(axis=(0, 2))
+    return wins / (n_rewards * (k - 1))
 
 
-# Copied from train_rankdpo_sdxl._commit
-def _commit(repo_id, repo_type, part: dict, message: str, card: str, replace: tuple[str, ...], files: dict) -> str:
-    # A commit upon the very state that was read: if somebody edits the card meanwhile, this is a 412, and asked anew.
-    head = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
-    standing = {file.rfilename for file in head.siblings}
-    operations = [CommitOperationAdd(name, content) for name, content in part.items()]
-    if card:
-        if "README.md" in standing:
-            theirs = hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=head.sha)
-            card = merge_cards(card, Path(theirs).read_text())
-        operations.append(CommitOperationAdd("README.md", card.encode()))
-    stale = {name for name in standing - files.keys() if any(fnmatch(name, pattern) for pattern in replace)}
-    operations += [CommitOperationDelete(name) for name in sorted(stale)]
-    HfApi().create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head.sha)
-    return card
+# Copied from build_synpic.preference_rank
+def preference_rank(scores) -> np.ndarray:
+    """Ranks by preference probability. The mean standardised reward breaks ties, then the position.
 
+    Args:
+        scores: float array (n_rewards, k), higher is better.
 
-# Copied from train_rankdpo_sdxl.split_card
-def split_card(text: str) -> tuple[dict, str]:
-    """A card's front matter and body."""
-    match = re.match(r"\s*---\s*?\n(.*?)^---[ \t\r]*$\n?", text, re.S | re.M)
-    return (yaml.safe_load(match.group(1)) or {}, text[match.end() :]) if match else ({}, text)
-
-
-# Copied from train_rankdpo_sdxl.join_card
-def join_card(front: dict, body: str) -> str:
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}"
-
-
-# Copied from train_rankdpo_sdxl.merge_cards
-def merge_cards(mine: str, theirs: str) -> str:
-    """A card written anew, with what people made of the one that stands.
-
-    Of the front matter CARD_FACTS are mine, everything else theirs if they have it; what is listed by configuration, or
-    by the dataset of an evaluation, stays where it is of others. Of the body the part between the marks is mine,
-    everything around it theirs.
+    Returns:
+        int64 array (k,), a permutation of 1…k; 1 is the best.
     """
-    (front, body), (their_front, their_body) = split_card(mine), split_card(theirs)
-    if "license" in their_front:  # a licence's name and link belong to it
-        front = {name: value for name, value in front.items() if "license_" not in name or name in their_front}
-    merged = {**front, **their_front, **{name: front[name] for name in CARD_FACTS if name in front}}
-    for name in ("configs", "dataset_info"):
-        if name in front and name in their_front:
-            parts = [part if isinstance(part, list) else [part] for part in (front[name], their_front[name])]
-            own = [part.get("config_name", "default") for part in parts[0]]
-            merged[name] = parts[0] + [part for part in parts[1] if part.get("config_name", "default") not in own]
-    if front.get("model-index") and their_front.get("model-index"):
-        (own,), (their, *more) = front["model-index"], their_front["model-index"]
-        datasets = [result["dataset"] for result in own["results"]]
-        others = [result for result in their.get("results") or [] if result.get("dataset") not in datasets]
-        merged["model-index"] = [{**own, **their, "results": others + own["results"]}, *more]
-    block = re.search(f"{re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}", body, re.S)
-    block = block.group(0) if block else body.strip()
-    before, begin, rest = their_body.rpartition(CARD_BEGIN)
-    _, end, after = rest.partition(CARD_END)
-    if begin and end:
-        body = f"{before}{block}{after}"
-    elif their_body.strip():
-        body = f"{their_body.rstrip()}\n\n{block}\n"
-    return join_card(merged, body)
-
-
-# Copied from train_rankdpo_sdxl.hub_files
-def hub_files(output_dir: Path) -> dict[str, Path]:
-    """Name in the repository → file: not the checkpoints, with their optimizer states, and not the trackers' files."""
-    patterns = (LORA_FILE, "comfyui/*.safetensors", "images/*.png", "run.json", LOG_FILE)
-    files = [file for pattern in patterns for file in sorted(output_dir.glob(pattern))]
-    return {file.relative_to(output_dir).as_posix(): file for file in files}
-
-
-# Copied from train_rankdpo_sdxl.upload
-def upload(args: ScriptArguments, output_dir: Path) -> None:
-    """Sends LoRA, card, gallery and log. Where that fails it says how to do it later: everything is on disk."""
-    enable_progress_bars()
-    try:
-        card = (output_dir / "README.md").read_text()
-        # A run that is published only now had no repository to name in its card.
-        card = re.sub(r'load_lora_weights\("[^"]*"', f'load_lora_weights("{args.hub_model_id}"', card)
-        card = push_to_hub(args.hub_model_id, "model", hub_files(output_dir), "LoRA, card and gallery", card)
-    except Exception as error:
-        command = ["hf", "upload", args.hub_model_id, str(output_dir), ".", "--exclude", "checkpoint-*"]
-        command = shlex.join([*command, "--exclude", f"{args.logging_dir}/*"])
-        raise SystemExit(
-            f"upload to {args.hub_model_id} failed: {one_line(error)}; everything is in {output_dir}. The same command "
-            "with --resume_from_checkpoint latest uploads it, and keeps what people wrote on its card; the folder "
-            f"as it is: {command}"
-        ) from None
-    write_text(output_dir / "README.md", card)
-    print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
-
-
-# Copied from train_rankdpo_sdxl.CheckpointUpload
-class CheckpointUpload:
-    """Sends the LoRA of a checkpoint while the training goes on, one at a time; a checkpoint that comes while another
-    is on its way is left to the next, or to the end."""
-
-    def __init__(self, repo_id: str):
-        self.repo_id, self.executor, self.sending = repo_id, ThreadPoolExecutor(1), None
-        disable_progress_bars()  # they would be drawn over that of the training
-
-    def __call__(self, output_dir: Path, checkpoint: Path) -> None:
-        if self.sending and not self.sending.done():
-            return
-        # Read now: by the time it is sent, checkpoints_total_limit may have removed the folder.
-        files = {LORA_FILE: (checkpoint / LORA_FILE).read_bytes()}
-        files |= {name: (output_dir / name).read_bytes() for name in (LOG_FILE, "run.json")}
-        self.sending = self.executor.submit(self._send, files, checkpoint.name)
-
-    def _send(self, files: dict[str, bytes], checkpoint: str) -> None:
-        try:
-            push_to_hub(self.repo_id, "model", files, f"LoRA of {checkpoint}")
-        except Exception as error:
-            message = f"upload of {checkpoint} to {self.repo_id} failed: {one_line(error)}; the training goes on"
-            tqdm.write(message, file=sys.stderr)
-
-    def wait(self) -> None:
-        self.executor.shutdown()
-
-
-# Copied from train_rankdpo_sdxl.training_command
-def training_command() -> str:
-    """The command as it was given, by `accelerate launch` or by `python`."""
-    launched = "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    launcher = ["accelerate", "launch"] if launched else ["python"]
-    launcher += ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
-    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
-
-
-# Copied from train_rankdpo_sdxl.peak_memory_gb
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GB: of the GPU, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    scores = np.asarray(scores, dtype=np.float64)
+    deviation = scores.std(axis=1, keepdims=True)
+    standardised = (scores - scores.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1.0)
+    # Rounded, so that float noise in the mean of equal values does not break a tie that the position should break.
+    tie_breaker = np.round(standardised.mean(axis=0), 9)
+    order = np.lexsort((np.arange(scores.shape[1]), -tie_breaker, -preference_probability(scores)))
+    return np.argsort(order) + 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Main
+# Shared: trainer (train_rankdpo_sdxl.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from train_rankdpo_sdxl.make_accelerator
+CACHE_SHARD_ROWS = 64  # dataset rows per cache file: the work that a crash can lose
+CACHE_VERSION = 2
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LOG_FILE = "training_log.jsonl"
+CARD_FACTS = ("base_model", "datasets", "widget")  # the keys of the card's front matter that a run writes again
+
+
+@dataclass
+class Run:
+    """One training run: its size, what identifies it, and where it continues."""
+
+    accelerator: Accelerator
+    settings: dict  # all that changes the result: two runs with the same settings are the same run
+    checkpoint: Path | None
+    start_step: int
+    max_train_steps: int
+    rows_per_step: int  # of all processes and accumulated forwards
+    images_per_row: int
+    description: str = ""  # of the data, for the console
+    sending: Future | None = None  # a checkpoint on its way to the Hub
+
+
 def make_accelerator(args: ScriptArguments) -> Accelerator:
-    launched = "LOCAL_RANK" in os.environ
-    output_dir = Path(args.output_dir)
+    diffusers_logging.disable_progress_bar()  # of loading weights
+    launched, output_dir = "LOCAL_RANK" in os.environ, Path(args.output_dir)
     accelerator = Accelerator(
         cpu=launched and not torch.cuda.is_available(),  # several processes without a GPU: gloo
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -1829,44 +901,224 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
     return accelerator
 
 
-# Copied from train_rankdpo_sdxl.make_optimizer
-def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
-    if args.use_8bit_adam:
-        import bitsandbytes
+def plan_run(
+    args: ScriptArguments, accelerator: Accelerator, length: int, images_per_row: int, identity: dict[str, str]
+) -> Run:
+    """Counts the steps and finds the checkpoint to continue from. Refuses a folder that holds another run. `length`:
+    rows of the dataset; `identity`: name and hash of the data, a part of the settings."""
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata.get("may_change")}
+    if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
+        del settings["max_train_steps"], settings["num_train_epochs"]
+    settings |= {**identity, "global_batch_size": rows_per_step}
+    checkpoint = check_output_dir(args, settings)
+    start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * length / rows_per_step))
+    if start_step > max_train_steps:
+        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
+    return Run(accelerator, settings, checkpoint, start_step, max_train_steps, rows_per_step, images_per_row)
 
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    else:
-        optimizer_class = torch.optim.AdamW
-    return optimizer_class(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+
+def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
+    """Refuses a folder that holds another run; returns the checkpoint to resume from, if any."""
+    output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SystemExit(f"--output_dir {output_dir} is a file")
+    here, checkpoints = f"--output_dir {output_dir} holds", list_checkpoints(output_dir)
+    finished = (output_dir / LORA_FILE).exists()
+    if (output_dir / "run.json").exists():
+        previous = json.loads((output_dir / "run.json").read_text())
+        for name, value in settings.items():
+            if previous.get(name) != value and (checkpoints or finished):
+                raise SystemExit(f"{here} a run with {name} {previous.get(name)}, not {value}: choose another folder")
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        raise SystemExit(f"{here} other files: choose another folder")
+    if resume is None:
+        if checkpoints or finished:
+            hint = "add --resume_from_checkpoint latest to continue it, or choose another folder"
+            raise SystemExit(f"{here} this run's results already: {hint}")
+        return None
+    if resume == "latest":
+        if finished and not checkpoints:
+            raise SystemExit(f"{here} a LoRA but no checkpoint to continue from")
+        return checkpoints[-1] if checkpoints else None
+    if Path(resume).resolve() not in [path.resolve() for path in checkpoints]:
+        raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
+    return Path(resume)
 
 
-def encode(args, images, labels, cache: Path, accelerator: Accelerator, weight_dtype):
-    """Encodes what is missing of the cache.
+def begin_run(args: ScriptArguments, run: Run) -> bool:
+    """Makes the repository and the output folder; False if the run is finished already."""
+    accelerator, output_dir = run.accelerator, Path(args.output_dir)
+    accelerator.wait_for_everyone()  # no process writes before all have checked
+    if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
+        args.hub_model_id = create_repo(args.hub_model_id or output_dir.resolve().name, "model", args.hub_private_repo)
+    if run.start_step == run.max_train_steps and (output_dir / "README.md").exists():  # the card is written last
+        accelerator.print(f"{output_dir} is trained already: {run.max_train_steps} steps")
+        if args.push_to_hub and accelerator.is_main_process:
+            upload(args, output_dir)
+        return False
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for stale in output_dir.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(stale)
+        write_text(output_dir / "run.json", json.dumps(run.settings, indent=2) + "\n")
+    return True
 
-    Returns:
-        in the main process a validator that holds the VAE, on the CPU, else None; the prompt encoder if it will be
-        needed at every step, else None.
-    """
-    model = {"revision": args.revision, "variant": args.variant, "dtype": torch.float32}
-    vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **model)
-    vae.requires_grad_(False).eval().to(accelerator.device)
-    encode_prompts = None
-    on_the_fly = not args.cache_text_embeddings
-    if accelerator.is_main_process or on_the_fly or missing_shards(cache, len(labels), accelerator):
-        encode_prompts = PromptEncoder(args, accelerator.device, weight_dtype)
-    encode_dataset(args, images, labels, cache, vae, encode_prompts, accelerator, weight_dtype)
+
+def short_hash(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
+
+
+def read_config(args: ScriptArguments, file: str, flag: str = "pretrained_model_name_or_path") -> dict:
+    """A configuration file of the model that a flag names; exits with one line if it cannot be read."""
+    model = getattr(args, flag)
+    revision = args.revision if flag == "pretrained_model_name_or_path" else None
+    try:
+        path = os.path.join(model, file) if os.path.isdir(model) else hf_hub_download(model, file, revision=revision)
+        config = json.loads(Path(path).read_text())
+        if file == "model_index.json" and "_class_name" not in config:
+            raise ValueError("its model_index.json names no pipeline class")
+        return config
+    except Exception as error:
+        raise SystemExit(f"--{flag} {model}: not a diffusers model that can be read: {one_line(error)}") from None
+
+
+def seeded_generator(*key) -> np.random.Generator:
+    """A NumPy generator that is a function of the key alone, on every machine and in every process."""
+    digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+
+
+class StoredImages(torch.utils.data.Dataset):
+    """The images of the dataset's rows; an item holds a row's images, preprocessed by a DataLoader's worker while the
+    GPU encodes. `read(index, label)` gives a row's [(name, {"bytes", "path"}), …]."""
+
+    def __init__(self, args: ScriptArguments, labels: list[dict], read: Callable[[int, dict], list]):
+        self.resolution, self.labels, self.read = args.resolution, labels, read
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        images = [preprocess_image(image, self.resolution) for _, image in self.read(index, self.labels[index])]
+        return {name: torch.stack([image[name] for image in images]) for name in images[0]}
+
+    def problem(self, index: int) -> str | None:
+        """What is wrong with an image of a row. JPEGs are decoded at an eighth of their size."""
+        for name, stored in self.read(index, self.labels[index]):
+            try:
+                with open_image(stored) as image:
+                    image.draft("RGB", (64, 64))
+                    image.load()
+            except Exception as error:
+                return f"{name} does not decode: {one_line(error)}"
+        return None
+
+
+def stored_column(dataset: Dataset, column: str) -> Dataset:
+    """A column of images, undecoded, in Arrow's format: casting the column would write the whole dataset again. Make
+    it once: every such view copies the dataset's list of files."""
+    return dataset.select_columns([column]).with_format("arrow")
+
+
+def open_image(stored: dict) -> PILImage.Image:
+    return PILImage.open(BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
+
+
+def resize_and_crop(stored: dict, resolution: int) -> tuple[torch.Tensor, list[int]]:
+    """Resizes the shorter side of an image, {"bytes", "path"}, to `resolution` and crops the centre. Returns uint8
+    pixels (3, resolution, resolution) and [original height, original width, crop top, crop left]."""
+    with open_image(stored) as opened:
+        picture = ImageOps.exif_transpose(opened).convert("RGB")
+    original = [picture.height, picture.width]
+    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
+    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
+    return TF.pil_to_tensor(TF.crop(picture, top, left, resolution, resolution)), [*original, top, left]
+
+
+class LatentCache:
+    """Latents and prompt embeddings on disk, CACHE_SHARD_ROWS rows a file, whatever the number of processes."""
+
+    def __init__(self, args: ScriptArguments, key: str, length: int, accelerator: Accelerator):
+        self.folder, self.length = Path(args.cache_dir) / key, length
+        # Files are owned by number, not by what is missing: processes look at different times.
+        self.owned = range(accelerator.process_index, -(-length // CACHE_SHARD_ROWS), accelerator.num_processes)
+
+    def rows(self, shard: int) -> range:
+        return range(shard * CACHE_SHARD_ROWS, min((shard + 1) * CACHE_SHARD_ROWS, self.length))
+
+    def file(self, shard: int) -> Path:
+        """Named by number and rows: with more data, the last file is another one."""
+        return self.folder / f"shard-{shard:06d}-{len(self.rows(shard))}.safetensors"
+
+    def missing(self) -> list[int]:
+        """The files of this process that do not exist yet."""
+        return [shard for shard in self.owned if not self.file(shard).exists()]
+
+    def write(self, shard: int, tensors: dict[str, torch.Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.file(shard).with_suffix(f".tmp{os.getpid()}")
+        save_file(tensors, temporary)
+        publish_file(temporary, self.file(shard))
+
+    def read(self, row: int) -> dict[str, torch.Tensor]:
+        shard, offset = divmod(row, CACHE_SHARD_ROWS)
+        file = open_cache_file(self.file(shard))
+        return {name: file.get_slice(name)[offset] for name in file.keys()}
+
+
+open_cache_file = lru_cache(maxsize=64)(partial(safe_open, framework="pt"))  # maps the file: slices are read
+
+
+def model_fingerprint(model: str, file: str, revision: str | None = None) -> str:
+    """Identifies a model's weights: a folder by its files, a model of the Hub by the commit of one of its files."""
+    if os.path.isdir(model):
+        return folder_digest(model)
+    return f"{model}@{Path(hf_hub_download(model, file, revision=revision)).parent.name}"
+
+
+def check_images(images: StoredImages, cache: LatentCache) -> None:
+    """Decodes the images that will be encoded, so that a bad one is named before any model is loaded."""
+    rows = [row for shard in cache.missing() for row in cache.rows(shard)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
+        problems = pool.map(images.problem, rows)
+        for problem in progress_bar(problems, desc="check images", total=len(rows), disable=len(rows) < 2000):
+            if problem:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise SystemExit(problem)
+
+
+def encode_dataset(
+    args: ScriptArguments, images: StoredImages, cache: LatentCache, accelerator: Accelerator
+) -> tuple["Validator | None", "PromptEncoder | None"]:
+    """Writes what is missing of the cache, then frees the VAE and the text encoders. Returns a validator, in the main
+    process, and the prompt encoder, if prompts are encoded at every step."""
+    vae = load_vae(args).requires_grad_(False).eval().to(accelerator.device)
+    encode_prompts, missing = None, cache.missing()
+    if missing or accelerator.is_main_process or not args.cache_text_embeddings:
+        encode_prompts = PromptEncoder(args, accelerator.device)
+    if missing:
+        rows = [row for shard in missing for row in cache.rows(shard)]
+        workers, hidden = args.dataloader_num_workers, not accelerator.is_local_main_process
+        decoded = iter(torch.utils.data.DataLoader(images, batch_size=None, sampler=rows, num_workers=workers))
+        with progress_bar(total=len(rows), desc="encode", unit=ROW, disable=hidden) as bar:
+            for shard in missing:
+                items = []
+                for _ in cache.rows(shard):
+                    item = next(decoded)
+                    latents = encode_images(vae, item.pop("pixels"), args.vae_batch_size)
+                    items.append({"latents": latents.to("cpu", args.weight_dtype), **item})
+                    bar.update()
+                tensors = {name: torch.stack([item[name] for item in items]).contiguous() for name in items[0]}
+                if args.cache_text_embeddings:
+                    prompts = [images.labels[row]["prompt"] for row in cache.rows(shard)]
+                    tensors |= encode_in_batches(encode_prompts, prompts, args.weight_dtype)
+                cache.write(shard, tensors)
+    accelerator.wait_for_everyone()
     vae.to("cpu")
     validator = None
     if accelerator.is_main_process:
-        prompts = args.validation_prompts or [row["prompt"] for row in labels[:4]]
-        validator = Validator(args, prompts, vae, encode_prompts, accelerator.device, weight_dtype)
-    if not on_the_fly:
+        prompts = args.validation_prompts or list(dict.fromkeys(label["prompt"] for label in images.labels))[:4]
+        validator = Validator(args, prompts, vae, encode_prompts, accelerator.device)
+    if args.cache_text_embeddings:
         encode_prompts = None
     gc.collect()
     if accelerator.device.type == "cuda":
@@ -1875,36 +1127,636 @@ def encode(args, images, labels, cache: Path, accelerator: Accelerator, weight_d
     return validator, encode_prompts
 
 
-def finish(args, transformer, validator: Validator, accelerator: Accelerator, facts: dict) -> None:
-    """Writes the LoRA files, the gallery and, last of all, the card."""
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """pixels, uint8 (n, 3, H, W) → latents (n, C, H/f, W/f): the posterior's mean, shifted where the VAE has a shift,
+    and scaled."""
+    means = [
+        vae.encode((batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype)).latent_dist.mean
+        for batch in pixels.split(batch_size)
+    ]
+    return (torch.cat(means) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def encode_in_batches(encode_prompts: "PromptEncoder", prompts: list[str], dtype: torch.dtype) -> dict:
+    """Embeddings of all prompts, on the CPU."""
+    starts = range(0, len(prompts), PROMPTS_PER_FORWARD)
+    batches = [encode_prompts(prompts[start : start + PROMPTS_PER_FORWARD]) for start in starts]
+    return {name: torch.cat([batch[name] for batch in batches]).to("cpu", dtype).contiguous() for name in batches[0]}
+
+
+class CachedRows(torch.utils.data.Dataset):
+    """Encoded rows with their labels, timestep and noise. An item is named by (epoch, row)."""
+
+    def __init__(self, args: ScriptArguments, cache: LatentCache, labels: list[dict], noise_scheduler):
+        self.args, self.cache, self.labels, self.noise_scheduler = args, cache, labels, noise_scheduler
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, row = key
+        label, item = self.labels[row], self.cache.read(row)
+        seeds = (self.args.seed, epoch, label["id"])
+        item |= sample_noise(self.args, self.noise_scheduler, seeds, item["latents"].shape[1:])
+        item |= {name: torch.from_numpy(label[name]) for name in ("phi", "rank") if name in label}
+        return item if self.args.cache_text_embeddings else {**item, "prompt": label["prompt"]}
+
+
+class EpochSampler:
+    """Names the items of every micro-batch of one process, from an optimizer step on, without end. In step s all
+    processes together take items s·G … (s+1)·G − 1 of the epochs' orders laid end to end, G = the global batch."""
+
+    def __init__(self, args: ScriptArguments, length: int, process_index: int, num_processes: int, start_step: int):
+        self.args, self.length, self.start_step = args, length, start_step
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = lru_cache(maxsize=2)(partial(epoch_order, self.args, length=self.length))
+        batch_size = self.args.train_batch_size
+        for micro_step in itertools.count(self.start_step * self.args.gradient_accumulation_steps):
+            start = (micro_step * self.num_processes + self.process_index) * batch_size
+            places = [divmod(position, self.length) for position in range(start, start + batch_size)]
+            yield [(epoch, int(order(epoch)[offset])) for epoch, offset in places]
+
+
+def training_batches(
+    args: ScriptArguments, run: Run, rows: CachedRows, encode_prompts: "PromptEncoder | None"
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This process's micro-batches on its device, from the run's first step on, without end."""
+    accelerator, device = run.accelerator, run.accelerator.device
+    place = (accelerator.process_index, accelerator.num_processes, run.start_step)
+    sampler, workers = EpochSampler(args, len(rows.labels), *place), args.dataloader_num_workers
+    on_gpu = device.type == "cuda"
+    for batch in torch.utils.data.DataLoader(rows, batch_sampler=sampler, num_workers=workers, pin_memory=on_gpu):
+        if encode_prompts:
+            batch |= encode_in_batches(encode_prompts, batch.pop("prompt"), args.weight_dtype)
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def prepare_model(args: ScriptArguments, run: Run, model) -> None:
+    """Freezes the model, adds the LoRA in float32, and restores the LoRA of the checkpoint."""
+    model.requires_grad_(False)
+    add_lora(model, args.rank)
+    cast_training_params(model, dtype=torch.float32)
+    if run.checkpoint:
+        load_lora(run.checkpoint, model)
+    model.to(run.accelerator.device).train()
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+
+
+def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
+    optimizer_class, betas = torch.optim.AdamW, (args.adam_beta1, args.adam_beta2)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    decay, epsilon = args.adam_weight_decay, args.adam_epsilon
+    return optimizer_class(parameters, lr=args.learning_rate, betas=betas, weight_decay=decay, eps=epsilon)
+
+
+@contextmanager
+def adapter_off(model):
+    """The base model: the same module and kernels without the LoRA. So the scores are exactly 0 at initialisation."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def write_lora(pipeline_class: type, model, folder: Path) -> None:
+    """Writes `pytorch_lora_weights.safetensors` with peft keys and the adapter's metadata."""
+    temporary = folder / ".lora.tmp"
+    metadata = model.peft_config["default"].to_dict()
+    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order differs from run to run
+    layers = {f"{DENOISER}_lora_layers": get_peft_model_state_dict(model)}
+    pipeline_class.save_lora_weights(temporary, **layers, **{f"{DENOISER}_lora_adapter_metadata": metadata})
+    publish_file(temporary / LORA_FILE, folder / LORA_FILE)
+    shutil.rmtree(temporary)
+
+
+def publish_file(temporary: Path, file: Path) -> None:
+    temporary.chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
+    os.replace(temporary, file)
+
+
+def save_checkpoint(args: ScriptArguments, step: int, model, optimizer, lr_scheduler, *, scaler) -> None:
+    """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit."""
     output_dir = Path(args.output_dir)
-    save_lora(transformer, output_dir)
-    before, after = validator(transformer, lora=False), validator(transformer)
-    log_images(accelerator, validator.prompts, after, facts["steps"])
-    device = accelerator.device
-    facts["hardware"] = f"{accelerator.num_processes} x " + (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    )
-    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
+    folder, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_lora(model, temporary)
+    state = {
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler else None,
+    }
+    torch.save(state, temporary / "training_state.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    if args.checkpoints_total_limit:
+        others = [path for path in list_checkpoints(output_dir) if path != folder]
+        for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
+            shutil.rmtree(old)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+
+
+def load_lora(folder: Path, model) -> None:
+    """Restores a checkpoint's LoRA into the adapter of the model."""
+    lora = {key.removeprefix(f"{DENOISER}."): value for key, value in load_file(folder / LORA_FILE).items()}
+    unmatched = get_peft_model_state_dict(model).keys() ^ lora.keys()
+    if unmatched:
+        raise SystemExit(f"{folder}: its LoRA does not fit the model: {sorted(unmatched)[0]}")
+    set_peft_model_state_dict(model, lora)
+
+
+def load_training_state(folder: Path, optimizer, lr_scheduler, scaler) -> None:
+    """Restores optimizer, schedule and loss scale. There is no random state: timesteps, noise and order of the data are
+    functions of seed and step."""
+    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if scaler:
+        scaler.load_state_dict(state["scaler"])
+
+
+class TrainingLog:
+    """Progress bar, trackers, `training_log.jsonl`, the clock, and the uploads of checkpoints."""
+
+    def __init__(self, args: ScriptArguments, run: Run, parameters: list):
+        self.args, self.run, accelerator = args, run, run.accelerator
+        total = run.max_train_steps
+        if total <= args.lr_warmup_steps:
+            accelerator.print(f"warning: all {total} steps are warm-up: add {ROW}s, or raise --max_train_steps")
+        trained = f"{sum(parameter.numel() for parameter in parameters):,} trained parameters"
+        accelerator.print(f"{run.description}: {total} steps of {run.rows_per_step} {ROW}s, {trained}")
+        if accelerator.is_main_process:
+            config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
+            accelerator.init_trackers(PROJECT, config=config)
+            file = Path(args.output_dir) / LOG_FILE
+            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+            whole = [line for line in lines if line.endswith("}\n")]
+            write_text(file, "".join(line for line in whole if json.loads(line)["step"] <= run.start_step))
+            self.file = open(file, "a", buffering=1)
+        hidden = not accelerator.is_local_main_process
+        self.bar = progress_bar(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
+        self.started = self.step_ended = time.time()
+
+    def write(self, step: int, logs: dict[str, float]) -> None:
+        """Logs one optimizer step; exits with one line if the loss or the gradient is lost."""
+        now = time.time()
+        logs["images_per_second"] = self.run.rows_per_step * self.run.images_per_row / (now - self.step_ended)
+        self.step_ended = now
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
+        self.bar.update()
+        self.run.accelerator.log(logs, step=step)
+        if self.run.accelerator.is_main_process:
+            self.file.write(json.dumps({"step": step, **logs}) + "\n")
+        # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
+        overflow = not np.isfinite(logs["grad_norm"]) and self.args.mixed_precision != "fp16"
+        if not np.isfinite(logs["loss"]) or overflow:
+            values = f"the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}"
+            hint = "Lower --learning_rate, or use --mixed_precision bf16"
+            raise SystemExit(f"step {step}: {values}; the last checkpoint is kept. {hint}")
+
+    def write_images(self, step: int, prompts: list[str], images: list[PILImage.Image]) -> None:
+        log_images(self.run.accelerator, prompts, images, step)
+        self.step_ended = time.time()
+
+    def close(self) -> float:
+        """Returns the images per second of the whole training; 0 if there was no step left."""
+        self.bar.close()
+        if self.run.accelerator.is_main_process:
+            self.file.close()
+        images = (self.run.max_train_steps - self.run.start_step) * self.run.rows_per_step * self.run.images_per_row
+        speed = images / (time.time() - self.started)
+        self.run.accelerator.wait_for_everyone()
+        return speed
+
+
+class Validator:
+    """Draws the validation prompts with the current LoRA, or without it. The constructor loads everything."""
+
+    def __init__(self, args: ScriptArguments, prompts: list[str], vae, encode_prompts: "PromptEncoder", device):
+        self.args, self.prompts, self.device = args, prompts, device
+        self.pipeline = load_pipeline(args, vae)
+        self.pipeline.set_progress_bar_config(disable=True)
+        embeds = [pipeline_embeds(args, encode_prompts([prompt])) for prompt in (*prompts, "")]  # as a pipeline does
+        *self.embeds, negative = [{name: tensor.cpu() for name, tensor in part.items()} for part in embeds]
+        if self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
+        self.negative_embeds = {f"negative_{name}": tensor for name, tensor in negative.items()}
+
+    @torch.no_grad()
+    def __call__(self, model, lora: bool = True) -> list[PILImage.Image]:
+        vae = self.pipeline.vae.to(self.device)
+        self.pipeline.register_modules(**{DENOISER: model})
+        was_training = model.training
+        model.eval()
+        images, dtype = [], self.args.weight_dtype
+        for i, embeds in enumerate(self.embeds):
+            with (
+                torch.autocast(torch.device(self.device).type, dtype, enabled=dtype != torch.float32),
+                nullcontext() if lora else adapter_off(model),
+            ):
+                latents = self.pipeline(
+                    **{name: tensor.to(self.device) for name, tensor in (embeds | self.negative_embeds).items()},
+                    num_inference_steps=self.args.validation_num_inference_steps,
+                    guidance_scale=self.args.validation_guidance_scale,
+                    height=self.args.resolution,
+                    width=self.args.resolution,
+                    generator=torch.Generator("cpu").manual_seed(self.args.seed + i),
+                    output_type="latent",
+                ).images
+            # Outside of autocast, in the VAE's own type: SDXL's overflows in fp16.
+            latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+            images += self.pipeline.image_processor.postprocess(vae.decode(latents).sample.float(), output_type="pil")
+        model.train(was_training)
+        self.pipeline.register_modules(**{DENOISER: None})
+        vae.to("cpu")
+        return images
+
+
+def log_images(accelerator: Accelerator, prompts: list[str], images: list[PILImage.Image], step: int) -> None:
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stacked = np.stack([np.asarray(image) for image in images])
+            tracker.writer.add_images("validation", stacked, step, dataformats="NHWC")
+        elif tracker.name in ("wandb", "trackio"):
+            picture = importlib.import_module(tracker.name).Image
+            captioned = enumerate(zip(images, prompts))
+            tracker.log({f"validation/{i}": picture(image, caption=text) for i, (image, text) in captioned}, step=step)
+
+
+def finish(args: ScriptArguments, run: Run, model, validator: Validator, facts: dict, speed: float) -> None:
+    """Writes the LoRA files, the gallery and, last of all, the card; then uploads them. `speed`: images per second."""
+    output_dir, device = Path(args.output_dir), run.accelerator.device
+    on_gpu, kilobytes = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else kilobytes * 1024
+    facts = facts | {
+        "steps": run.max_train_steps,
+        f"{ROW}s per step": run.rows_per_step,
+        "seed": args.seed,
+        "speed": f"{speed:.3g} images/s" if speed else "not measured",
+        "peak memory": f"{memory / 1e9:.1f} GB",
+        "hardware": f"{run.accelerator.num_processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")),
+    }
+    export_lora(model, output_dir)
+    before, after = validator(model, lora=False), validator(model)
+    log_images(run.accelerator, validator.prompts, after, run.max_train_steps)
     write_card(args, output_dir, validator.prompts, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
+    if args.push_to_hub:
+        if run.sending:
+            run.sending.result()
+        upload(args, output_dir)
 
 
-# Copied from train_rankdpo_sdxl.parse_arguments
-def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
-    """Flags of the command line over those of `--config`; a wrong one ends in one line."""
+def write_card(args: ScriptArguments, output_dir: Path, prompts, before, after, facts: dict) -> None:
+    """Writes the before/after gallery and the model card. `card_parts` gives what depends on method and model: `tags`,
+    `datasets`, `introduction`, `facts`, how to `load` and `call` the pipeline, how to use the LoRA in `comfyui`."""
+    (output_dir / "images").mkdir(exist_ok=True)
+    widgets, gallery = [], ["| prompt | base | with this LoRA |", "|---|---|---|"]
+    for i, (prompt, base, tuned) in enumerate(zip(prompts, before, after)):
+        base.save(output_dir / "images" / f"{i}_base.png")
+        tuned.save(output_dir / "images" / f"{i}.png")
+        widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
+        cell = prompt.replace("|", "\\|").replace("\n", " ")
+        gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
+    model, parts, name = args.pretrained_model_name_or_path, card_parts(args, facts), output_dir.resolve().name
+    datasets = [dataset for dataset in parts["datasets"] if dataset and not os.path.isdir(dataset)]
+    front = {  # the Hub cannot link to a folder of this machine
+        **({} if os.path.isdir(model) else {"base_model": model}),
+        "library_name": "diffusers",
+        **base_license(model, args.revision),
+        **({"datasets": datasets} if datasets else {}),
+        "tags": ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *parts["tags"]],
+        "widget": widgets,
+    }
+    body = f"""{CARD_BEGIN}
+# {name}
+
+{parts["introduction"]}
+
+<Gallery />
+
+Same prompts, same seeds:
+
+{chr(10).join(gallery)}
+
+## Use it
+
+With diffusers:
+
+```python
+import torch
+{parts["load"]}
+pipeline.to("cuda")
+pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="pytorch_lora_weights.safetensors")
+image = pipeline({json.dumps(prompts[0])}{parts["call"]}).images[0]
+```
+
+With ComfyUI: {parts["comfyui"]} and load it with the "Load LoRA" node at strength 1.
+
+## How it was made
+
+```bash
+{training_command()}
+```
+
+| | |
+|---|---|
+{chr(10).join(f"| {key} | {value} |" for key, value in (facts | parts["facts"]).items())}
+
+Loss, margins, learning rate and speed of every step are in [{LOG_FILE}]({LOG_FILE}). All settings that differ from the
+script's defaults, as a file for `--config`:
+
+```yaml
+{changed_settings(args)}
+```
+{CARD_END}
+"""
+    write_text(output_dir / "README.md", make_card(front, body, output_dir / "README.md"))
+
+
+def base_license(model: str, revision: str | None) -> dict:
+    """The licence fields of the base model's card, which its LoRA inherits; none if the card cannot be read."""
+    if model in BASE_LICENSES:
+        return BASE_LICENSES[model]
     try:
-        return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
-    except (ValueError, TypeError, OSError) as error:
-        raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
+        local = os.path.isdir(model)
+        card = Path(model, "README.md") if local else hf_hub_download(model, "README.md", revision=revision)
+        front = RepoCard(Path(card).read_text()).data.to_dict()
+    except Exception:  # no card, no network, a card with broken front matter: the user names the licence
+        return {}
+    found = {name: front[name] for name in ("license", "license_name", "license_link") if name in front}
+    if not local and not str(found.get("license_link", "http")).startswith("http"):
+        found["license_link"] = f"https://huggingface.co/{model}/blob/main/{found['license_link']}"
+    return found
+
+
+def data_identity(dataset: Dataset, digest: str) -> str:
+    """Identifies the data: the commit of a dataset from the Hub, and a hash of the labels."""
+    folders = {Path(file["filename"]).parent.name for file in dataset.cache_files}  # datasets names them by the commit
+    commits = [f"commit {folder}" for folder in sorted(folders) if re.fullmatch("[0-9a-f]{40}", folder)]
+    return ", ".join([*commits, f"hash of rows and labels {digest}"])
+
+
+def changed_settings(args: ScriptArguments) -> str:
+    """The settings that differ from the defaults and bear on the result, as YAML for `--config`."""
+    local = "output_dir cache_dir logging_dir resume_from_checkpoint report_to dataloader_num_workers"
+    names = [spec.name for spec in fields(args) if getattr(args, spec.name) != spec.default]
+    names = [name for name in names if name not in local.split() and "hub_" not in name and "_hub" not in name]
+    settings = {name: getattr(args, name) for name in names}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()
+
+
+def training_command() -> str:
+    """The command as it was given, by `accelerate launch` or by `python`."""
+    launched = "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = ["accelerate", "launch"] if launched else ["python"]
+    launcher += ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
+    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def upload(args: ScriptArguments, output_dir: Path) -> None:
+    """Sends LoRA, card, gallery and log. Exits with one line if that fails; it says how to send them later."""
+    enable_progress_bars()
+    # Neither the checkpoints, with their optimizer states, nor the trackers' files.
+    patterns = (LORA_FILE, "comfyui/*.safetensors", "images/*.png", "run.json", LOG_FILE)
+    files = {file.relative_to(output_dir).as_posix(): file for name in patterns for file in output_dir.glob(name)}
+    try:
+        # The card of a run that was trained without --push_to_hub names its folder.
+        card = (output_dir / "README.md").read_text()
+        card = re.sub(r'load_lora_weights\("[^"]*"', f'load_lora_weights("{args.hub_model_id}"', card)
+        card = push_to_hub(args.hub_model_id, "model", files, "LoRA, card and gallery", card=card)
+    except Exception as error:
+        command = ["hf", "upload", args.hub_model_id, str(output_dir), ".", "--exclude", "checkpoint-*"]
+        command = shlex.join([*command, "--exclude", f"{args.logging_dir}/*"])
+        raise SystemExit(
+            f"upload to {args.hub_model_id} failed: {one_line(error)}; everything is in {output_dir}. The same command "
+            "with --resume_from_checkpoint latest uploads it, and keeps what people wrote on its card; the folder "
+            f"as it is: {command}"
+        ) from None
+    write_text(output_dir / "README.md", card)
+    print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
+
+
+def upload_checkpoint(args: ScriptArguments, run: Run, step: int) -> None:
+    """Sends a checkpoint's LoRA in the background. It is skipped if an earlier one is still being sent: a later one, or
+    the final LoRA, replaces it."""
+    if args.hub_strategy != "checkpoint" or step == run.max_train_steps or run.sending and not run.sending.done():
+        return
+    disable_progress_bars()  # they would be drawn over the bar of the training
+    output_dir, name = Path(args.output_dir), f"checkpoint-{step}"
+    # Read now: by the time they are sent, checkpoints_total_limit may have removed the folder.
+    files = {LORA_FILE: (output_dir / name / LORA_FILE).read_bytes()}
+    files |= {other: (output_dir / other).read_bytes() for other in (LOG_FILE, "run.json")}
+    run.sending = HfApi().run_as_future(send_checkpoint, args.hub_model_id, name, files)
+
+
+def send_checkpoint(repo_id: str, name: str, files: dict[str, bytes]) -> None:
+    try:
+        push_to_hub(repo_id, "model", files, f"LoRA of {name}")
+    except Exception as error:
+        tqdm.write(f"upload of {name} to {repo_id} failed: {one_line(error)}; the training goes on", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Start
+# Shared: Hub (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+# Errors that come again when a request is repeated: a malformed name, no token, offline mode.
+LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+HUB_PAUSES = (1, 2, 4, 8, 16)  # seconds before each further attempt
+HUB_TIMEOUT = 300  # seconds without a byte; the client itself would wait for ever
+
+
+def retried(request: Callable, *arguments, **options):
+    """Calls a function of the Hub's client, and calls it again after a pause if the error may pass: 408, 409, 412, 429,
+    5xx, a lost or silent connection. The client itself repeats neither commits nor the creation of a repository."""
+    for pause in (*HUB_PAUSES, None):
+        get_session().timeout = HUB_TIMEOUT
+        try:
+            return request(*arguments, **options)
+        except Exception as error:  # of the client or of its transport, whose classes differ between versions
+            response = getattr(error, "response", None)
+            if response is None:  # a JSONDecodeError is a ValueError, but comes from a proxy's error page
+                lasting = isinstance(error, LASTING_ERRORS) and not isinstance(error, json.JSONDecodeError)
+            else:
+                lasting = response.status_code < 500 and response.status_code not in (408, 409, 412, 429)
+            if lasting or pause is None:
+                raise
+            time.sleep(pause if response is None else max(pause, requested_pause(response)))
+
+
+def requested_pause(response) -> int:
+    """Seconds that the Hub asks to wait, at most 330: it counts requests in windows of 300 seconds."""
+    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    seconds = str(limit.reset_in_seconds) if limit else response.headers.get("Retry-After", "")
+    return min(int(seconds), 330) if seconds.isdigit() else 0
+
+
+def create_repo(name: str, repo_type: str, private: bool) -> str:
+    """Creates the repository unless it exists, and returns its id with the namespace. Exits with one line if the token
+    cannot write to it."""
+    try:
+        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        repo_id = retried(HfApi().create_repo, name, **options).repo_id
+        # `create_repo` also succeeds for an existing repository that the token can only read.
+        retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
+    except Exception as error:
+        problem = f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}"
+        raise SystemExit(f"{problem}; it takes a token with write access (hf auth login, or HF_TOKEN)") from None
+    return repo_id
+
+
+def make_card(front: dict, body: str, file: Path | None = None) -> str:
+    """The text of a card. If `file` exists, what people wrote into it stays."""
+    card = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{body}")
+    return str(merge_cards(card, RepoCard(file.read_text())) if file and file.exists() else card)
+
+
+def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
+    """Updates and returns `theirs`, a card that people may have edited. CARD_FACTS and the text between the marks come
+    from `mine`, the card of this run; of its other metadata only what they lack is added."""
+    licensed = "license" in theirs.data  # then the name and the link of my licence do not belong to it
+    for name, value in mine.data.to_dict().items():
+        if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
+            theirs.data[name] = value
+    marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
+    block, old = re.fullmatch(marked, mine.text, re.S), re.fullmatch(marked, theirs.text, re.S)
+    block = block[2] if block else mine.text.strip()
+    if old:
+        theirs.text = f"{old[1]}{block}{old[3]}"
+    elif theirs.text.strip():
+        theirs.text = f"{theirs.text.rstrip()}\n\n{block}\n"
+    else:
+        theirs.text = mine.text
+    return theirs
+
+
+def push_to_hub(
+    repo_id: str, repo_type: str, files: dict, message: str, *, card: str = "", merge=merge_cards, replace: tuple = ()
+) -> str:
+    """Sends files in one commit; those that the Hub has already are not sent again. Returns the card as it is then.
+
+    Args:
+        files: name in the repository → local file (Path), or its content (bytes).
+        card: the text of README.md, which `merge` combines with the card on the Hub.
+        replace: patterns of names; other files on the Hub that match one are deleted.
+    """
+
+    def commit() -> str:
+        # On top of the state that was read: if somebody edits the card meanwhile, the Hub answers 412: read it again.
+        head = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
+        names, merged = {file.rfilename for file in head.siblings}, card
+        if card and "README.md" in names:
+            readme = hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=head.sha)
+            merged = str(merge(RepoCard(card), RepoCard(Path(readme).read_text())))
+        new = {**files, "README.md": merged.encode()} if card else files
+        operations = [CommitOperationAdd(name, content) for name, content in new.items()]
+        stale = [name for name in names - new.keys() if any(fnmatch(name, pattern) for pattern in replace)]
+        operations += [CommitOperationDelete(name) for name in sorted(stale)]
+        HfApi().create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head.sha)
+        return merged
+
+    return retried(commit)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: arguments and files (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# The metadata of a flag that gives its range.
+RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
+RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
+
+
+class OneLineParser(TrlParser):
+    """TrlParser that ends every usage error in one line. It ignores the metadata that is ours, not argparse's."""
+
+    def add_argument(self, *names, **options):
+        options = {key: value for key, value in options.items() if key not in (*RANGES, "may_change")}
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str):
+        raise SystemExit(one_line(message.removeprefix("argument ")))
+
+
+def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
+    """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
+    words = sys.argv[1:] if words is None else words
+    parser = OneLineParser(ScriptArguments, allow_abbrev=False)
+    parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
+    arguments = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
+    return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
+
+
+def config_words(file: str) -> list[str]:
+    """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
+    try:
+        # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`.
+        settings = dict(yaml.load(Path(file).read_text(), Loader=yaml.BaseLoader))
+        settings = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
+        if not all(isinstance(value, str) for values in settings.values() for value in values):
+            raise ValueError("it must hold lines of `flag: value` or `flag: [value, value]`")
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise argparse.ArgumentTypeError(f"{file} cannot be read: {one_line(error)}") from None
+    given = {name: values for name, values in settings.items() if values not in ([], [""], ["null"])}
+    return [word for name, values in given.items() for word in (f"--{name}", *values)]
+
+
+def check_ranges(args: "ScriptArguments") -> None:
+    """Exits with one line if a value is outside the range that its flag's metadata gives."""
+    for spec in fields(args):
+        value = getattr(args, spec.name)
+        for limit in RANGES.keys() & spec.metadata.keys():
+            if value is not None and not RANGES[limit](value, spec.metadata[limit]):
+                raise SystemExit(f"--{spec.name} {value}: must be {RANGE_WORDS[limit]} {spec.metadata[limit]}")
+
+
+def one_line(error: Exception | str) -> str:
+    """An error's message on one line, whatever its class and length."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def progress_bar(*arguments, **options) -> tqdm:
+    """A tqdm bar; where the output is not a terminal it writes at most one line every 30 seconds."""
+    pause = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+    return tqdm(*arguments, **pause, **options)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes under a temporary name, then renames: nobody sees half a file."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+def folder_digest(folder: str) -> str:
+    """A hash of the names, sizes and dates of a folder's files: of a model, or of a dataset without what is written
+    again at every run (card, pictures, statistics) and without the work shards."""
+    files = [(file.relative_to(folder), file.stat()) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
+    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files if name.parts[0] not in others]
+    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
+
+
+def local_cache(folder: str) -> str | None:
+    """Where `load_dataset` caches a local folder; None for a dataset of the Hub. Its own key depends on the folder's
+    card, not on its files: it would return the old rows of a dataset that was built again."""
+    local = os.path.isdir(folder)
+    return os.path.join(datasets_config.HF_DATASETS_CACHE, f"local-{folder_digest(folder)}") if local else None
 
 
 if __name__ == "__main__":
-    diffusers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
     main(parse_arguments())

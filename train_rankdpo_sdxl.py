@@ -2,59 +2,38 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate",
-#     "bitsandbytes",
-#     "datasets",
-#     "diffusers",
-#     "huggingface_hub",
-#     "numpy",
-#     "peft",
-#     "pillow",
-#     "pyarrow",
-#     "pyyaml",
-#     "safetensors",
-#     "tensorboard",
-#     "torch",
-#     "torchvision",
-#     "tqdm",
-#     "transformers",
-#     "trl",
+#     "accelerate", "bitsandbytes", "datasets", "diffusers", "huggingface_hub", "numpy", "peft", "pillow", "pyarrow",
+#     "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm", "transformers", "trl",
 # ]
 # ///
-"""RankDPO for SDXL: a LoRA from ranked images (Kag et al., "Scalable Ranked Preference Optimization", 2024).
+"""RankDPO for SDXL: a LoRA from ranked images (Karthik et al., "Scalable Ranked Preference Optimization", 2024).
 
-The dataset has one row per prompt with k images and their preference probabilities, as `build_synpic.py` writes it.
+One GPU, with a dataset as `build_synpic.py` writes it: one row per prompt, k images and their preference probabilities.
 
-One GPU:
-
-    accelerate launch train_rankdpo_sdxl.py \
-        --dataset_name outputs/synpic \
+    accelerate launch train_rankdpo_sdxl.py --dataset_name outputs/synpic --output_dir outputs/rankdpo-sdxl \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
-        --output_dir outputs/rankdpo-sdxl \
         --mixed_precision bf16 --gradient_checkpointing --use_8bit_adam \
-        --train_batch_size 1 --gradient_accumulation_steps 16 --max_train_steps 1000 \
-        --checkpointing_steps 100
+        --train_batch_size 1 --gradient_accumulation_steps 16 --max_train_steps 1000 --checkpointing_steps 100
 
-Settings from a file, some of them overridden, and the same run continued after a crash:
+Settings from a file, which the command line overrides. The same command continues a run that was interrupted:
 
-    accelerate launch train_rankdpo_sdxl.py --config recipes/rankdpo_sdxl.yaml --dataset_name outputs/synpic \
-        --beta_dpo 2000
     accelerate launch train_rankdpo_sdxl.py --config recipes/rankdpo_sdxl.yaml --dataset_name outputs/synpic \
         --beta_dpo 2000 --resume_from_checkpoint latest
 
 Several GPUs: `accelerate launch --multi_gpu --num_processes 4 train_rankdpo_sdxl.py ...`. With the same global batch
-(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same prompts, the
-same timesteps and the same noise in the same optimizer step.
-
-Published as it learns, with card, gallery and log at the end: `--push_to_hub --hub_model_id user/name --hub_strategy
-checkpoint`.
+(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same prompts,
+timesteps and noise in the same optimizer step. `--push_to_hub --hub_model_id user/name` publishes LoRA, card and log.
 """
 
+import argparse
 import gc
 import hashlib
 import importlib
+import itertools
 import json
+import logging
+import operator
 import os
 import re
 import resource
@@ -62,16 +41,21 @@ import shlex
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatch
 from functools import lru_cache, partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal
+
+
+# bitsandbytes warns at every start that an optional kernel is missing, which nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import numpy as np
 import pyarrow.compute as pc
@@ -82,13 +66,20 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from datasets import Dataset, Image, load_dataset
 from datasets import config as datasets_config
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session
+from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, hf_hub_download
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session, parse_ratelimit_headers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image as PILImage
 from PIL import ImageOps
@@ -102,198 +93,132 @@ from trl import TrlParser
 
 
 LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "sft", "weighted_sft")
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-CACHE_SHARD_ROWS = 64  # prompts per cache file: the unit of work that a crash can lose
-CACHE_VERSION = 1
-HUB_STRATEGIES = ("end", "checkpoint")
+PROJECT = "rankdpo-sdxl"  # its name in the trackers
 BASE_LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": {"license": "openrail++"}}
-SCRIPT_OF_PIPELINE = {
-    "StableDiffusionPipeline": "train_dpo_qsd.py",
-    "StableDiffusionXLPipeline": "train_rankdpo_sdxl.py",
-    "StableDiffusion3Pipeline": "train_rankdpo_sd3.py",
-}
-LORA_FILE = "pytorch_lora_weights.safetensors"
-LOG_FILE = "training_log.jsonl"
-CARD_FACTS = ("base_model", "datasets", "widget")  # of the front matter, what a run states anew
 CARD_BEGIN = "<!-- train_rankdpo_sdxl.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what train_rankdpo_sdxl.py wrote. -->"
 
 
+def flag(default, help: str, **metadata):
+    """A field with its help, its range (see RANGES) and `may_change`: whether a resumed run may set it differently."""
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, **metadata})
+
+
 @dataclass
-class ScriptArguments:
-    """Flags carry diffusers' names wherever diffusers has one. `--config file.yaml` reads them from a file."""
+class TrainingArguments:
+    """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
 
     # Model
-    pretrained_model_name_or_path: str = field(
-        default="stabilityai/stable-diffusion-xl-base-1.0", metadata={"help": "SDXL pipeline: Hub id or folder."}
-    )
-    pretrained_vae_model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix; it runs in the mixed precision. "
-            "The model's own VAE overflows in fp16 and so always runs in float32."
-        },
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
-    variant: str | None = field(default=None, metadata={"help": "Variant of the model's files, e.g. fp16."})
+    revision: str | None = flag(None, "Revision of the model on the Hub.")
+    variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
+    rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
 
     # Data
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Ranked dataset: Hub id, or the folder build_synpic.py wrote. Required."}
+    dataset_name: str | None = flag(None, "Dataset that holds the images: Hub id or folder. Required.")
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
+    dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.")
+    dataset_split: str = flag("train", "Split of the dataset.")
+    cache_dir: str = flag("outputs/cache", "Latents and embeddings are kept here for every later run.", may_change=True)
+    cache_text_embeddings: bool = flag(
+        True, "false: encode prompts at every step, which takes memory and saves disk.", may_change=True
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
-    images_column: str = field(default="images", metadata={"help": "Column of the lists of k images."})
-    prompt_id_column: str = field(
-        default="prompt_id", metadata={"help": "Column of the unique ids that seed each prompt's timestep and noise."}
-    )
-    preference_column: str = field(
-        default="preference_probability", metadata={"help": "Column of the preference probabilities, in [0, 1]."}
-    )
-    rank_column: str = field(
-        default="rank",
-        metadata={"help": "Column of the ranks, 1 = best. A dataset without it is ranked by preference."},
-    )
-    rank_by: str = field(
-        default="all",
-        metadata={"help": "What the labels come from: all (the columns as they are), one reward's name, or random."},
-    )
-    generators: list[str] | None = field(
-        default=None, metadata={"help": "Train on these generators' images only; preferences are computed anew."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N prompts only."})
-    resolution: int = field(default=1024, metadata={"help": "Pixels: shorter side resized to it, centre cropped."})
-    cache_dir: str = field(
-        default="outputs/cache",
-        metadata={"help": "Latents and prompt embeddings are written here once, and reused by every later run."},
-    )
-    vae_batch_size: int = field(default=4, metadata={"help": "Images per VAE forward while encoding."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read the data ahead."})
-
-    # Objective
-    loss_type: str = field(
-        default="rankdpo",
-        metadata={
-            "help": "rankdpo; dpo_gain (gain weights only); dpo (all pairs alike); sft (denoise the best image); "
-            "weighted_sft (denoise all images, weighted by preference).",
-            "choices": LOSS_TYPES,
-        },
-    )
-    beta_dpo: float = field(
-        default=5000.0,
-        metadata={"help": "Strength of the tie to the base model. The margin is beta/2 times mean squared errors."},
-    )
-    rank_source: str = field(
-        default="label",
-        metadata={
-            "help": "Where rankdpo's discounts take the ranks from: label (Algorithm 2) or predicted (the model's "
-            "own scores, LambdaLoss).",
-            "choices": ("label", "predicted"),
-        },
-    )
-
-    # LoRA
-    rank: int = field(default=64, metadata={"help": "LoRA rank; alpha is equal to it, so the scale is 1."})
+    vae_batch_size: int = flag(4, "Images per VAE forward while encoding.", min=1, may_change=True)
+    dataloader_num_workers: int = flag(0, "Processes that read the data ahead.", min=0, may_change=True)
 
     # Training
-    output_dir: str = field(default="outputs/rankdpo-sdxl", metadata={"help": "LoRA, card and checkpoints."})
-    seed: int = field(default=0, metadata={"help": "Seeds initialisation, data order, timesteps and noise."})
-    train_batch_size: int = field(default=1, metadata={"help": "Prompts (of k images each) per process and forward."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forwards per optimizer step."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts, if no step count."})
-    max_train_steps: int | None = field(default=None, metadata={"help": "Optimizer steps; overrides the epochs."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
-    lr_scheduler: str = field(
-        default="constant_with_warmup",
-        metadata={"help": "Schedule of the learning rate.", "choices": LR_SCHEDULERS},
+    output_dir: str = flag("outputs/lora", "Folder for LoRA, card and checkpoints.", may_change=True)
+    seed: int = flag(0, "Seeds the initial LoRA, the order of the data, timesteps and noise.")
+    train_batch_size: int = flag(1, "Prompts or pairs per process and forward.", min=1, may_change=True)
+    gradient_accumulation_steps: int = flag(1, "Forwards per optimizer step.", min=1, may_change=True)
+    num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
+    max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.", min=1)
+    learning_rate: float | None = flag(1e-5, "Peak learning rate.", above=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = flag(
+        "constant_with_warmup", "Schedule of the learning rate."
     )
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of linear warm-up."})
-    use_8bit_adam: bool = field(default=False, metadata={"help": "AdamW of bitsandbytes with 8-bit states."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2."})
-    adam_weight_decay: float = field(default=1e-2, metadata={"help": "AdamW's weight decay."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    mixed_precision: str = field(
-        default="no",
-        metadata={"help": "Type of the frozen weights and of the forward.", "choices": ("no", "fp16", "bf16")},
+    lr_warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.", min=0)
+    use_8bit_adam: bool = flag(False, "Use AdamW of bitsandbytes with 8-bit states.")
+    adam_beta1: float = flag(0.9, "AdamW's beta1.", min=0, below=1)
+    adam_beta2: float = flag(0.999, "AdamW's beta2.", min=0, below=1)
+    adam_weight_decay: float = flag(1e-2, "AdamW's weight decay.", min=0)
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", above=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward.")
+    allow_tf32: bool = flag(False, "Use TF32 in the float32 matrix products that are left.")
+    gradient_checkpointing: bool = flag(
+        False, "Recompute activations: less memory, about a quarter more computation in a step.", may_change=True
     )
-    allow_tf32: bool = field(default=False, metadata={"help": "TF32 for the float32 matrix products left."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in the backward: less memory, about a third slower."}
-    )
-    checkpointing_steps: int = field(default=500, metadata={"help": "Optimizer steps between two checkpoints."})
-    checkpoints_total_limit: int | None = field(default=None, metadata={"help": "Keep the newest N checkpoints."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint's folder, or latest (none yet: start at the beginning)."}
-    )
+    checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints.", min=1, may_change=True)
+    checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", min=1, may_change=True)
+    resume_from_checkpoint: str | None = flag(None, "A checkpoint's folder, or latest (if any).", may_change=True)
 
     # Validation, trackers, Hub
-    validation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Prompts of the before/after gallery (default: the dataset's first four)."}
+    validation_prompts: list[str] | None = flag(
+        None, "Prompts of the before/after gallery. Default: the first four of the data.", may_change=True
     )
-    validation_steps: int | None = field(
-        default=None, metadata={"help": "Also draw the validation prompts every N optimizer steps."}
-    )
-    validation_num_inference_steps: int = field(default=30, metadata={"help": "Denoising steps of the gallery."})
-    validation_guidance_scale: float = field(default=5.0, metadata={"help": "Guidance of the gallery."})
-    report_to: str = field(
-        default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, several as all, or none."}
-    )
-    logging_dir: str = field(default="logs", metadata={"help": "Trackers' folder inside output_dir."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload LoRA, card, gallery and log to the Hub."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Repository; default: output_dir's name."})
-    hub_private_repo: bool = field(default=False, metadata={"help": "Make a new repository private."})
-    hub_strategy: str = field(
-        default="end",
-        metadata={
-            "help": "end, or checkpoint: the LoRA of every checkpoint too, sent while the training goes on.",
-            "choices": HUB_STRATEGIES,
-        },
+    validation_steps: int | None = flag(None, "Also draw them every N optimizer steps.", min=1, may_change=True)
+    validation_num_inference_steps: int = flag(30, "Denoising steps of the gallery.", min=1, may_change=True)
+    validation_guidance_scale: float = flag(5.0, "Guidance scale of the gallery.", may_change=True)
+    report_to: str = flag("tensorboard", "tensorboard, wandb or trackio; all installed ones; none.", may_change=True)
+    logging_dir: str = flag("logs", "Folder of the trackers inside output_dir.", may_change=True)
+    push_to_hub: bool = flag(False, "Upload LoRA, card, gallery and log to the Hub.", may_change=True)
+    hub_model_id: str | None = flag(None, "Repository. Default: the name of output_dir.", may_change=True)
+    hub_private_repo: bool = flag(False, "Make a new repository private.", may_change=True)
+    hub_strategy: Literal["end", "checkpoint"] = flag(
+        "end", "checkpoint: also upload the LoRA of every checkpoint, in the background.", may_change=True
     )
 
     def __post_init__(self):
-        # YAML values bypass argparse, so every type and choice is checked here too.
-        kinds = get_type_hints(type(self))
-        for name, spec in self.__dataclass_fields__.items():
-            value = getattr(self, name)
-            choices = spec.metadata.get("choices")
-            if kinds[name] in (str, str | None) and value is False:
-                value = "no" if name == "mixed_precision" else "none"  # YAML reads a bare no as False
-                setattr(self, name, value)
-            if kinds[name] is bool and type(value) is not bool:
-                raise SystemExit(f"--{name} {value}: must be true or false")
-            if choices and value not in choices:
-                raise SystemExit(f"--{name} {value}: choose from {', '.join(choices)}")
-            if kinds[name] in (int, int | None) and value is not None and type(value) is not int:
-                raise SystemExit(f"--{name} {value}: must be a whole number")
-            if kinds[name] is float:
-                try:
-                    setattr(self, name, float(value))  # YAML reads 1e-5 as a string
-                except (TypeError, ValueError):
-                    raise SystemExit(f"--{name} {value}: must be a number") from None
-            if kinds[name] == list[str] | None and isinstance(value, str):
-                setattr(self, name, [value])
-        for name in ("beta_dpo", "learning_rate", "max_grad_norm", "num_train_epochs"):
-            if not getattr(self, name) > 0:
-                raise SystemExit(f"--{name} {getattr(self, name)}: must be greater than 0")
-        for name in (
-            "rank resolution train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps "
-            "checkpoints_total_limit max_train_samples validation_steps vae_batch_size validation_num_inference_steps"
-        ).split():
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise SystemExit(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("lr_warmup_steps", "dataloader_num_workers", "adam_beta1", "adam_beta2", "adam_weight_decay"):
-            if getattr(self, name) < 0 or name.startswith("adam_beta") and getattr(self, name) >= 1:
-                raise SystemExit(f"--{name} {getattr(self, name)}: out of range")
-        if self.resolution % 8:
-            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 8")
+        check_ranges(self)
         if not self.dataset_name:
-            raise SystemExit("--dataset_name is missing: a Hub id, or the folder build_synpic.py wrote")
+            raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
+        if self.resolution and self.resolution % PIXELS_PER_PATCH:
+            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {PIXELS_PER_PATCH}")
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise SystemExit("--mixed_precision fp16 needs a GPU: use bf16 or no")
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Type of the frozen weights, and of the cached latents and embeddings."""
+        return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
+
+
+@dataclass
+class RankDPOArguments(TrainingArguments):
+    """The flags of the RankDPO trainers: the ranked dataset and the objective."""
+
+    prompt_column: str = flag("prompt", "Column of the prompts.")
+    images_column: str = flag("images", "Column of the lists of k images.")
+    prompt_id_column: str = flag("prompt_id", "Column of the unique ids that seed each prompt's timestep and noise.")
+    preference_column: str = flag("preference_probability", "Column of the preference probabilities, in [0, 1].")
+    rank_column: str = flag("rank", "Column of the ranks, 1 = best. Without it, rows are ranked by preference.")
+    rank_by: str = flag("all", "Source of the labels: all (the columns as they are), one reward's name, or random.")
+    generators: list[str] | None = flag(None, "Use these generators' images only, and compute preferences again.")
+    max_train_samples: int | None = flag(None, "Use the first N prompts only.", min=1)
+    loss_type: Literal[LOSS_TYPES] = flag(
+        "rankdpo",
+        "rankdpo; dpo_gain (gain weights only); dpo (all pairs alike); sft (denoise the best image); weighted_sft "
+        "(denoise all images, weighted by preference).",
+    )
+    beta_dpo: float = flag(5000.0, "Strength of the tie to the base model: margin = beta/2 * mean errors.", above=0)
+    rank_source: Literal["label", "predicted"] = flag(
+        "label", "Ranks in rankdpo's discounts: label (Algorithm 2) or predicted by the model's scores (LambdaLoss)."
+    )
+
+
+@dataclass
+class ScriptArguments(RankDPOArguments):
+    pretrained_model_name_or_path: str = flag(
+        "stabilityai/stable-diffusion-xl-base-1.0", "SDXL pipeline: Hub id or folder."
+    )
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None,
+        "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix; it runs in the mixed precision. The model's own runs in "
+        "float32, because it overflows in fp16.",
+    )
+    resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=8)
+    output_dir: str = flag("outputs/rankdpo-sdxl", "Folder for LoRA, card and checkpoints.", may_change=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,7 +229,7 @@ class ScriptArguments:
 def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each image, in float32 from the subtraction on.
 
-    Half precision here would ruin the margin: at beta/2 = 2500 it puts an error of 0.2 to 5 on every logit.
+    Half precision would ruin the margin here: at beta/2 = 2500 it puts an error of 0.2 to 5 on every logit.
 
     Args:
         prediction, target: (n, C, H, W).
@@ -340,6 +265,7 @@ def rankdpo_loss(
     beta: float,
     rank: torch.Tensor | None = None,
     loss_type: str = "rankdpo",
+    *,
     rank_source: str = "label",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """RankDPO (Eq. 7) and the paper's other objectives.
@@ -359,7 +285,7 @@ def rankdpo_loss(
 
     Returns:
         loss, float32 scalar; metrics, detached scalars: `loss`, and for the preference losses `implicit_accuracy`
-        (share of the weighted pairs with m > 0) and `margin` (mean m over the weighted pairs).
+        (share of the weighted pairs with m > 0; m = 0 counts half) and `margin` (mean m over the weighted pairs).
     """
     phi = phi.float()
     if loss_type == "sft":
@@ -388,19 +314,48 @@ def rankdpo_loss(
 
     weighted = (weights > 0).float()
     count = weighted.sum().clamp(min=1)
+    right = (margins > 0).float() + 0.5 * (margins == 0).float()
     metrics = {
         "loss": loss.detach(),
-        "implicit_accuracy": ((margins > 0) * weighted).sum().detach() / count,
+        "implicit_accuracy": (right * weighted).sum().detach() / count,
         "margin": (margins * weighted).sum().detach() / count,
     }
     return loss, metrics
 
 
-def training_step(unet, reference, noise_scheduler, batch: dict, args: ScriptArguments, weight_dtype):
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sample_noise(args: ScriptArguments, noise_scheduler, key: tuple, shape: torch.Size) -> dict[str, torch.Tensor]:
+    """Draws one timestep and one noise for all images of a dataset row; the trained model and the reference share them.
+
+    They are a function of the key alone: the same after a resume and on any number of processes.
+
+    Args:
+        key: (seed, epoch, id of the row); shape: of one image's latents, (C, h, w).
+
+    Returns:
+        timesteps, int64 scalar; noise, float32 (C, h, w).
+    """
+    rng = seeded_generator(*key)
+    timestep = torch.tensor(rng.integers(noise_scheduler.config.num_train_timesteps))
+    return {"timesteps": timestep, "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))}
+
+
+def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
+    """The order of the dataset's rows in an epoch, int64 (length,): shuffled, a function of (seed, epoch)."""
+    return seeded_generator(args.seed, epoch, "order").permutation(length)
+
+
+def training_step(
+    model, reference, noise_scheduler, batch: dict[str, torch.Tensor], args: ScriptArguments
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One forward of all k images of a batch of prompts, and of the reference where the objective needs it.
 
     Args:
-        unet: the model as prepared for training; reference: the same model unwrapped, whose adapter is switched off.
+        model: the UNet as prepared for training; reference: the same UNet unwrapped, whose adapter is switched off.
         batch: latents (B, k, C, h, w), noise (B, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width),
             pooled_prompt_embeds (B, width), time_ids (B, k, 6), phi (B, k), rank (B, k).
 
@@ -411,7 +366,7 @@ def training_step(unet, reference, noise_scheduler, batch: dict, args: ScriptArg
     latents = batch["latents"].flatten(0, 1).float()
     noise = batch["noise"].repeat_interleave(k, dim=0)
     timesteps = batch["timesteps"].repeat_interleave(k)
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(weight_dtype)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(args.weight_dtype)
     if noise_scheduler.config.prediction_type == "epsilon":
         target = noise
     else:
@@ -422,120 +377,50 @@ def training_step(unet, reference, noise_scheduler, batch: dict, args: ScriptArg
         "encoder_hidden_states": batch["prompt_embeds"].repeat_interleave(k, dim=0),
         "added_cond_kwargs": {
             "text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(k, dim=0),
-            "time_ids": batch["time_ids"].flatten(0, 1).to(weight_dtype),
+            "time_ids": batch["time_ids"].flatten(0, 1).to(args.weight_dtype),
         },
     }
     ref_errors = None
     if args.loss_type not in ("sft", "weighted_sft"):
         with torch.no_grad(), adapter_off(reference):
             ref_errors = denoising_error(reference(**inputs).sample, target).view(batch_size, k)
-    model_errors = denoising_error(unet(**inputs).sample, target).view(batch_size, k)
-    return rankdpo_loss(
-        model_errors, ref_errors, batch["phi"], args.beta_dpo, batch["rank"], args.loss_type, args.rank_source
-    )
+    model_errors = denoising_error(model(**inputs).sample, target).view(batch_size, k)
+    labels = {"phi": batch["phi"], "rank": batch["rank"], "rank_source": args.rank_source}
+    return rankdpo_loss(model_errors, ref_errors, beta=args.beta_dpo, loss_type=args.loss_type, **labels)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+def train(
+    args: ScriptArguments, run: "Run", model, noise_scheduler, batches: Iterator[dict], validator: "Validator | None"
+) -> float:
+    """Trains the LoRA of `model` up to `run.max_train_steps`, with checkpoints and logs.
 
+    Args:
+        batches: of `training_batches`; validator: draws the gallery, in the main process only.
 
-def main(args: ScriptArguments) -> None:
-    output_dir = Path(args.output_dir)
-    accelerator = make_accelerator(args)
-    device = accelerator.device
-    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-
-    # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
-    check_model(args)
-    dataset = load_ranked_dataset(args)
-    labels = make_labels(args, dataset)
-    settings = run_settings(args, accelerator.num_processes, labels)
-    checkpoint = check_output_dir(args, settings)
-    k = len(labels[0]["images"])
-    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    epochs_steps = max(1, round(args.num_train_epochs * len(labels) / global_batch_size))
-    max_train_steps = args.max_train_steps or epochs_steps
-    start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    if start_step > max_train_steps:
-        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
-    cache = Path(args.cache_dir) / cache_key(args, dataset, labels, weight_dtype)
-    shards = cache_shards(len(labels))
-    images = stored_images(dataset, args.images_column)
-    check_images(images, labels, [row for i in missing_shards(cache, len(labels), accelerator) for row in shards[i]])
-    accelerator.wait_for_everyone()
-    if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
-        args.hub_model_id = create_repo(args.hub_model_id or output_dir.resolve().name, "model", args.hub_private_repo)
-    if start_step == max_train_steps and (output_dir / "README.md").exists():  # the card is written last
-        accelerator.print(f"{output_dir} is trained already: {max_train_steps} steps")
-        if args.push_to_hub and accelerator.is_main_process:
-            upload(args, output_dir)
-        return
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for stale in output_dir.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(stale)
-        write_text(output_dir / "run.json", json.dumps(settings, indent=2) + "\n")
-    validator = encode(args, images, labels, cache, accelerator, weight_dtype)
-
-    # Model, optimizer, schedule.
-    set_seed(args.seed)
-    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
-    unet = UNet2DConditionModel.from_pretrained(**model, subfolder="unet", variant=args.variant, dtype=weight_dtype)
-    unet.requires_grad_(False)
-    add_lora(unet, args.rank)
-    cast_training_params(unet, dtype=torch.float32)
-    if checkpoint:
-        load_lora(checkpoint, unet)
-    unet.to(device).train()
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    Returns:
+        images per second, checkpoints and validation included.
+    """
+    accelerator, reference = run.accelerator, model  # the reference is the same model with its adapter off
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(args, parameters)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
+        num_training_steps=run.max_train_steps,
     )
-    reference = unet  # the same weights, adapter off; never the wrapper, which would synchronise for nothing
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    if checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: a sync per tensor and step
-        load_training_state(checkpoint, optimizer, lr_scheduler, accelerator.scaler)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if run.checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: a sync per tensor and step
+        load_training_state(run.checkpoint, optimizer, lr_scheduler, accelerator.scaler)
+    log = TrainingLog(args, run, parameters)
 
-    batches = torch.utils.data.DataLoader(
-        CachedPrompts(cache, labels, args.seed, noise_scheduler.config.num_train_timesteps),
-        batch_sampler=EpochSampler(args, len(labels), accelerator.process_index, accelerator.num_processes, start_step),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    batches = iter(batches)
-    if accelerator.is_main_process:
-        config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
-        accelerator.init_trackers("rankdpo-sdxl", config=config)
-        log = open_log(output_dir / LOG_FILE, start_step)
-    progress = tqdm(
-        total=max_train_steps, initial=start_step, desc="train", disable=not accelerator.is_local_main_process
-    )
-    if max_train_steps <= args.lr_warmup_steps:
-        accelerator.print(f"warning: all {max_train_steps} steps are warm-up: add prompts, or raise --max_train_steps")
-    accelerator.print(
-        f"{len(labels)} prompts x {k} images, {max_train_steps} steps of {global_batch_size} prompts, "
-        f"{sum(p.numel() for p in parameters):,} trained parameters"
-    )
-    upload_checkpoint = None
-    if args.push_to_hub and args.hub_strategy == "checkpoint" and accelerator.is_main_process:
-        upload_checkpoint = CheckpointUpload(args.hub_model_id)
-    started, step_ended = time.time(), time.time()
-
-    for step in range(start_step + 1, max_train_steps + 1):
+    for step in range(run.start_step + 1, run.max_train_steps + 1):
         totals = {}
         for _ in range(args.gradient_accumulation_steps):
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-            with accelerator.accumulate(unet):
+            batch = next(batches)
+            with accelerator.accumulate(model):
                 with accelerator.autocast():
-                    loss, metrics = training_step(unet, reference, noise_scheduler, batch, args, weight_dtype)
+                    loss, metrics = training_step(model, reference, noise_scheduler, batch, args)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -549,67 +434,229 @@ def main(args: ScriptArguments) -> None:
         # The only synchronisation of an optimizer step: all metrics of all processes in one reduction.
         totals["grad_norm"] = grad_norm
         values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
-        logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
-        now = time.time()
-        logs["images_per_second"] = global_batch_size * k / (now - step_ended)
-        step_ended = now
-        progress.update()
-        progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
-        accelerator.log(logs, step=step)
-        if accelerator.is_main_process:
-            log.write(json.dumps({"step": step, **logs}) + "\n")
-        # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
-        if not np.isfinite(logs["loss"]) or not np.isfinite(logs["grad_norm"]) and args.mixed_precision != "fp16":
-            raise SystemExit(
-                f"step {step}: the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}; the last "
-                "checkpoint is kept. Lower --learning_rate, or take --mixed_precision bf16"
-            )
+        log.write(step, dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0]))
 
-        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == max_train_steps):
-            total_limit = args.checkpoints_total_limit
-            save_checkpoint(output_dir, step, reference, optimizer, lr_scheduler, accelerator.scaler, total_limit)
-            if upload_checkpoint and step < max_train_steps:
-                upload_checkpoint(output_dir, output_dir / f"checkpoint-{step}")
+        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
+            save_checkpoint(args, step, reference, optimizer, lr_scheduler, scaler=accelerator.scaler)
+            if args.push_to_hub:
+                upload_checkpoint(args, run, step)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
-            log_images(accelerator, validator.prompts, validator(reference), step)
-            step_ended = time.time()
+            log.write_images(step, validator.prompts, validator(reference))
+    return log.close()
 
-    progress.close()
-    seconds = time.time() - started
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        images = (max_train_steps - start_step) * global_batch_size * k
-        facts = {
-            "prompts": f"{len(labels)} of {k} images",
-            "steps": max_train_steps,
-            "prompts per step": global_batch_size,
-            "seed": args.seed,
-            "data": data_identity(dataset, settings["labels"]),
-            "speed": f"{images / seconds:.1f} images/s" if images else "not measured",
-            "peak memory": f"{peak_memory_gb(device):.1f} GB",
-        }
-        log.close()
-        finish(args, reference, validator, accelerator, facts)
-        if upload_checkpoint:
-            upload_checkpoint.wait()
-        if args.push_to_hub:
-            upload(args, output_dir)
-    accelerator.end_training()
+
+def fit(args: ScriptArguments, run: "Run", images: "StoredImages", cache: "LatentCache", facts: dict) -> None:
+    """Encodes the data, trains, and writes the LoRA with its card. `facts`: of the data, for the card."""
+    validator, encode_prompts = encode_dataset(args, images, cache, run.accelerator)
+    set_seed(args.seed)
+    noise_scheduler, model = load_model(args)
+    prepare_model(args, run, model)
+    rows = CachedRows(args, cache, images.labels, noise_scheduler)
+    speed = train(args, run, model, noise_scheduler, training_batches(args, run, rows, encode_prompts), validator)
+    if run.accelerator.is_main_process:
+        finish(args, run, model, validator, facts, speed)
+    run.accelerator.end_training()
+
+
+def main(args: ScriptArguments) -> None:
+    accelerator = make_accelerator(args)
+
+    # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
+    resolve_arguments(args)
+    dataset = load_ranked_dataset(args)
+    labels = make_labels(args, dataset)
+    k, rows = len(labels[0]["images"]), [f"{row['id']}{row['phi'].tolist()}{row['rank'].tolist()}" for row in labels]
+    run = plan_run(args, accelerator, len(labels), k, {"labels": short_hash("|".join(rows))})
+    run.description = f"{len(labels)} prompts x {k} images"
+    images = stored_images(args, dataset, labels)
+    cache = LatentCache(args, cache_key(args, dataset, labels), len(labels), accelerator)
+    check_images(images, cache)
+    facts = {"prompts": f"{len(labels)} of {k} images", "data": data_identity(dataset, run.settings["labels"])}
+    if begin_run(args, run):  # False: the run is finished already
+        fit(args, run, images, cache, facts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: check, labels, encode once, read
+# SDXL
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def one_line(error: Exception) -> str:
-    """An exception's message on one line, whatever its class and length."""
-    return " ".join(str(error).split()) or type(error).__name__
+def resolve_arguments(args: ScriptArguments) -> None:
+    """Exits with one line unless the model is an SDXL pipeline. Reads configurations only."""
+    name = read_config(args, "model_index.json")["_class_name"]
+    if name not in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"):
+        model, others = args.pretrained_model_name_or_path, "train_rankdpo_sd3.py SD3, train_dpo_qsd.py SD1.5"
+        raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: this script trains SDXL, {others}")
+    read_vae_config(args)
+
+
+def card_parts(args: ScriptArguments, facts: dict) -> dict:
+    """What the card says of this method and model: see `write_card`."""
+    return {
+        "tags": ["stable-diffusion-xl", "rankdpo"],
+        "datasets": [args.dataset_name],
+        "introduction": rankdpo_introduction(args),
+        "facts": {},
+        **unet_usage(args),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: ranked dataset (train_rankdpo_sdxl.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+ROW = "prompt"  # a row of the dataset
+
+
+def load_ranked_dataset(args: ScriptArguments) -> Dataset:
+    """Loads and checks the dataset's table; no image is decoded yet. Exits with one line that names what is wrong."""
+    where, options = f"--dataset_name {args.dataset_name}", {"split": args.dataset_split}
+    options |= {"revision": args.dataset_revision, "cache_dir": local_cache(args.dataset_name)}
+    try:
+        dataset = load_dataset(args.dataset_name, args.dataset_config_name, **options)
+    except Exception as error:
+        raise SystemExit(f"{where}: cannot be loaded: {one_line(error)}") from None
+    have = ", ".join(dataset.column_names) or "none"
+    for flag in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
+        if (column := getattr(args, flag)) not in dataset.column_names:
+            raise SystemExit(f"{where}: no column {column!r} (--{flag}); it has {have}")
+    if not isinstance(getattr(dataset.features[args.images_column], "feature", None), Image):
+        raise SystemExit(f"{where}: column {args.images_column!r} must hold lists of images, List(Image())")
+    if args.max_train_samples:
+        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
+    if len(dataset) == 0:
+        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
+    return dataset
+
+
+def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
+    """Checks every row and computes its labels.
+
+    Returns:
+        one dict per row: `id` str, `prompt` str, `images` (positions of the images used, k of them), `phi` float32
+        (k,) and `rank` int64 (k,).
+    """
+    columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
+    columns += [name for name in (args.rank_column, "generators", "scores") if name in dataset.column_names]
+    from_scores = args.rank_by != "random" and (args.generators or args.rank_by != "all")
+    if from_scores and "scores" not in columns:
+        raise SystemExit("--rank_by / --generators need the dataset's `scores` column, which it does not have")
+    if args.generators and "generators" not in columns:
+        raise SystemExit("--generators needs the dataset's `generators` column, which it does not have")
+    labels, first_row_of, counts = [], {}, count_images(dataset, args.images_column)
+    for index, (row, n_images) in enumerate(zip(dataset.select_columns(columns), counts)):
+        prompt_id = row[args.prompt_id_column]
+        where = f"row {index} (prompt_id {prompt_id!r})"
+        try:
+            if prompt_id is None or prompt_id in first_row_of:
+                same = first_row_of.get(prompt_id)
+                raise ValueError(f"`{args.prompt_id_column}` is missing or the same as in row {same}")
+            first_row_of[prompt_id] = index
+            phi, rank = stored_labels(args, row, n_images)
+            images = chosen_images(args, row, n_images)
+            if args.rank_by == "random":
+                rank = seeded_generator(args.seed, "random labels", prompt_id).permutation(len(images)) + 1
+                phi = (len(images) - rank) / (len(images) - 1)
+            elif from_scores:
+                scores = chosen_scores(args, row, n_images)[:, images]
+                if not np.isfinite(scores).all():
+                    raise ValueError("`scores` holds a number that is not finite")
+                phi, rank = preference_probability(scores), preference_rank(scores)
+            if labels and len(images) != len(labels[0]["images"]):
+                k = len(labels[0]["images"])
+                raise ValueError(f"{len(images)} images, but row 0 has {k}: all rows need the same number")
+        except ValueError as error:
+            raise SystemExit(f"{where}: {error}") from None
+        label = {"id": str(prompt_id), "prompt": row[args.prompt_column], "images": images}
+        labels.append({**label, "phi": np.array(phi, dtype=np.float32), "rank": np.array(rank, dtype=np.int64)})
+    return labels
+
+
+def stored_labels(args: ScriptArguments, row: dict, n_images: int) -> tuple[list[float], list[int]]:
+    """The row's own preferences and ranks; a ValueError says what is wrong with them, or with the prompt."""
+    prompt, phi, rank = row[args.prompt_column], row[args.preference_column], row.get(args.rank_column)
+    if not prompt or not prompt.strip():
+        raise ValueError("the prompt is empty: remove the row")
+    if n_images < 2:
+        raise ValueError(f"{n_images} image: a preference needs at least 2 images per prompt")
+    if phi is None or len(phi) != n_images or any(value is None or value != value for value in phi):
+        raise ValueError(f"`{args.preference_column}` must give one number for each of the {n_images} images")
+    if min(phi) < 0 or max(phi) > 1:
+        raise ValueError(f"`{args.preference_column}` {phi} is outside [0, 1]")
+    if rank is None:
+        return phi, np.argsort(np.argsort(-np.array(phi), kind="stable"), kind="stable") + 1
+    is_permutation = None not in rank and sorted(rank) == list(range(1, n_images + 1))
+    if not is_permutation or (np.diff(np.array(phi)[np.argsort(rank)]) > 0).any():
+        rule = "it must be a permutation of 1…k that never puts a less preferred image first"
+        raise ValueError(f"`{args.rank_column}` {list(rank)} contradicts `{args.preference_column}` {phi}: {rule}")
+    return phi, rank
+
+
+def chosen_images(args: ScriptArguments, row: dict, n_images: int) -> list[int]:
+    """Positions of the images to train on: all, or those of --generators."""
+    if not args.generators:
+        return list(range(n_images))
+    if len(row["generators"]) != n_images:
+        raise ValueError(f"`generators` must name one for each of the {n_images} images")
+    images = [i for i, name in enumerate(row["generators"]) if name in args.generators]
+    if len(images) < 2:
+        wanted, present = " ".join(args.generators), ", ".join(sorted(set(row["generators"])))
+        found = f"{len(images)} of its images are from --generators {wanted}"
+        raise ValueError(f"{found}; the row has {present}; at least 2 are needed")
+    return images
+
+
+def chosen_scores(args: ScriptArguments, row: dict, n_images: int) -> np.ndarray:
+    """The rewards that --rank_by names, float64 (n_rewards, n_images)."""
+    names = sorted(row["scores"]) if args.rank_by == "all" else [args.rank_by]
+    if not set(names) <= set(row["scores"]):
+        raise SystemExit(f"--rank_by {args.rank_by}: no such reward; it has {', '.join(row['scores'])}")
+    if any(len(row["scores"][name] or []) != n_images for name in names):
+        raise ValueError("`scores` must give one number per image and reward")
+    return np.array([row["scores"][name] for name in names], dtype=np.float64)
+
+
+def count_images(dataset: Dataset, column: str) -> list[int]:
+    """Images per row, counted in Arrow: no image is read into Python."""
+    batches = dataset.select_columns([column]).with_format("arrow").iter(256)
+    return [count for table in batches for count in pc.list_value_length(table[column]).fill_null(0).to_pylist()]
+
+
+def cache_key(args: ScriptArguments, dataset: Dataset, labels: list[dict]) -> str:
+    """Hash of everything that latents and embeddings depend on, so not of labels and hyperparameters."""
+    parts = [
+        CACHE_VERSION,
+        dataset._fingerprint,
+        folder_digest(args.dataset_name) if os.path.isdir(args.dataset_name) else None,
+        args.images_column,
+        args.prompt_column,
+        labels[0]["images"] if args.generators is None else [label["images"] for label in labels],
+        *encoding_settings(args),
+    ]
+    return short_hash(json.dumps(parts))
+
+
+def stored_images(args: ScriptArguments, dataset: Dataset, labels: list[dict]) -> "StoredImages":
+    return StoredImages(args, labels, partial(read_images, stored_column(dataset, args.images_column)))
+
+
+def read_images(column: Dataset, index: int, label: dict) -> list[tuple[str, dict]]:
+    """The k images of a prompt, undecoded, with the names that error messages use."""
+    images, where = column[index].column(0)[0].as_py(), f"row {index} (prompt_id {label['id']!r})"
+    return [(f"{where}: image {position}", images[position]) for position in label["images"]]
+
+
+def rankdpo_introduction(args: ScriptArguments) -> str:
+    """The first sentence of the card."""
+    return f"""A LoRA for `{args.pretrained_model_name_or_path}`, trained with `{args.loss_type}` on ranked images
+(`{args.dataset_name}`) by [RankDPO](https://arxiv.org/abs/2410.18013): the model learns to denoise preferred images
+better than the base model does, and the others worse."""
 
 
 # Copied from build_synpic.preference_probability
 def preference_probability(scores) -> np.ndarray:
-    """Share of the comparisons an image wins (Algorithm 1): over all rewards, against all other images of its prompt.
+    """Share of the comparisons that an image wins (Algorithm 1): over all rewards, against its prompt's other images.
 
     Args:
         scores: float array (n_rewards, k), higher is better. An equal score counts for neither image.
@@ -625,7 +672,7 @@ def preference_probability(scores) -> np.ndarray:
 
 # Copied from build_synpic.preference_rank
 def preference_rank(scores) -> np.ndarray:
-    """Ranks by preference probability, ties broken by the mean standardised reward, then by position.
+    """Ranks by preference probability. The mean standardised reward breaks ties, then the position.
 
     Args:
         scores: float array (n_rewards, k), higher is better.
@@ -636,466 +683,92 @@ def preference_rank(scores) -> np.ndarray:
     scores = np.asarray(scores, dtype=np.float64)
     deviation = scores.std(axis=1, keepdims=True)
     standardised = (scores - scores.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1.0)
-    # Rounded, so that float noise in a mean of equal values cannot decide what position should.
+    # Rounded, so that float noise in the mean of equal values does not break a tie that the position should break.
     tie_breaker = np.round(standardised.mean(axis=0), 9)
     order = np.lexsort((np.arange(scores.shape[1]), -tie_breaker, -preference_probability(scores)))
-    rank = np.empty(scores.shape[1], dtype=np.int64)
-    rank[order] = np.arange(1, scores.shape[1] + 1)
-    return rank
-
-
-def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and dates of a folder's files: a model's, or a dataset's without what
-    build_synpic.py and score_pairs.py write anew at every run (card, pictures, statistics) or for themselves (work)."""
-    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
-    names = [(file.relative_to(folder), file.stat()) for file in files]
-    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
-    names = [(name, stat) for name, stat in names if name.parts[0] not in others]
-    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in names]
-    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
-
-
-def local_cache(folder: str) -> str | None:
-    """Where `load_dataset` shall cache a local folder; None for a dataset of the Hub.
-
-    By itself it keys the cache of a folder by the patterns in its card, not by its files, and so would serve the old
-    rows of a dataset that was built again.
-    """
-    if not os.path.isdir(folder):
-        return None
-    return os.path.join(datasets_config.HF_DATASETS_CACHE, f"local-{folder_digest(folder)}")
-
-
-def load_ranked_dataset(args: ScriptArguments) -> Dataset:
-    """Loads and checks the dataset's table; no image is decoded yet. Exits with one line that names what is wrong."""
-    where = f"--dataset_name {args.dataset_name}"
-    try:
-        dataset = load_dataset(
-            args.dataset_name,
-            args.dataset_config_name,
-            split=args.dataset_split,
-            revision=args.dataset_revision,
-            cache_dir=local_cache(args.dataset_name),
-        )
-    except Exception as error:
-        raise SystemExit(f"{where}: cannot be loaded: {one_line(error)}") from None
-    needed = {
-        "prompt_id_column": args.prompt_id_column,
-        "prompt_column": args.prompt_column,
-        "images_column": args.images_column,
-        "preference_column": args.preference_column,
-    }
-    for flag, column in needed.items():
-        if column not in dataset.column_names:
-            raise SystemExit(
-                f"{where}: no column {column!r} (--{flag}); it has {', '.join(dataset.column_names) or 'none'}"
-            )
-    if not isinstance(getattr(dataset.features[args.images_column], "feature", None), Image):
-        raise SystemExit(f"{where}: column {args.images_column!r} must hold lists of images, List(Image())")
-    if args.max_train_samples:
-        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
-    if len(dataset) == 0:
-        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
-    return dataset
-
-
-def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
-    """Checks every row and computes its labels.
-
-    Returns:
-        one dict per row: `prompt_id` str, `prompt` str, `images` (positions of the images used, k of them),
-        `phi` float32 (k,) and `rank` int64 (k,).
-    """
-    columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
-    columns += [name for name in (args.rank_column, "generators", "scores") if name in dataset.column_names]
-    from_scores = args.rank_by != "random" and (args.generators or args.rank_by != "all")
-    if from_scores and "scores" not in columns:
-        raise SystemExit("--rank_by / --generators need the dataset's `scores` column, which it does not have")
-    if args.generators and "generators" not in columns:
-        raise SystemExit("--generators needs the dataset's `generators` column, which it does not have")
-    n_images = count_images(dataset, args.images_column)
-    labels, seen, expected = [], {}, None
-    for index, row in enumerate(dataset.select_columns(columns)):
-        where = f"row {index} (prompt_id {row[args.prompt_id_column]!r})"
-        prompt_id, prompt, phi = (row[name] for name in columns[:3])
-        if prompt_id is None or prompt_id in seen:
-            raise SystemExit(
-                f"{where}: `{args.prompt_id_column}` is missing or stands at row {seen.get(prompt_id)} too"
-            )
-        seen[prompt_id] = index
-        if not prompt or not prompt.strip():
-            raise SystemExit(f"{where}: the prompt is empty: remove the row")
-        if n_images[index] < 2:
-            raise SystemExit(f"{where}: {n_images[index]} image: a preference needs at least 2 images per prompt")
-        if phi is None or len(phi) != n_images[index] or any(value is None or value != value for value in phi):
-            raise SystemExit(
-                f"{where}: `{args.preference_column}` must give one number for each of the {n_images[index]} images"
-            )
-        if min(phi) < 0 or max(phi) > 1:
-            raise SystemExit(f"{where}: `{args.preference_column}` {phi} is outside [0, 1]")
-        rank = row.get(args.rank_column)
-        if rank is None:
-            rank = np.argsort(np.argsort(-np.array(phi), kind="stable"), kind="stable") + 1
-        elif not is_ranking(rank, phi):
-            raise SystemExit(
-                f"{where}: `{args.rank_column}` {list(rank)} contradicts `{args.preference_column}` {phi}: it must be "
-                "a permutation of 1…k that never puts a less preferred image first"
-            )
-        images = list(range(n_images[index]))
-        if args.generators:
-            if len(row["generators"]) != n_images[index]:
-                raise SystemExit(f"{where}: `generators` must name one for each of the {n_images[index]} images")
-            images = [i for i, name in enumerate(row["generators"]) if name in args.generators]
-            if len(images) < 2:
-                raise SystemExit(
-                    f"{where}: {len(images)} of its images are from --generators {' '.join(args.generators)}; the row "
-                    f"has {', '.join(sorted(set(row['generators'])))}; at least 2 are needed"
-                )
-        if args.rank_by == "random":
-            rank = _generator(args.seed, "random labels", prompt_id).permutation(len(images)) + 1
-            phi = (len(images) - rank) / (len(images) - 1)
-        elif from_scores:
-            names = sorted(row["scores"]) if args.rank_by == "all" else [args.rank_by]
-            if not set(names) <= set(row["scores"]):
-                raise SystemExit(f"--rank_by {args.rank_by}: no such reward; it has {', '.join(row['scores'])}")
-            if any(len(row["scores"][name] or []) != n_images[index] for name in names):
-                raise SystemExit(f"{where}: `scores` must give one number per image and reward")
-            scores = np.array([row["scores"][name] for name in names], dtype=np.float64)[:, images]
-            if not np.isfinite(scores).all():
-                raise SystemExit(f"{where}: `scores` holds a number that is not finite")
-            phi, rank = preference_probability(scores), preference_rank(scores)
-        expected = expected or (len(images), where)
-        if len(images) != expected[0]:
-            raise SystemExit(
-                f"{where}: {len(images)} images, but {expected[1]} has {expected[0]}: all rows need the same"
-            )
-        labels.append(
-            {
-                "prompt_id": str(prompt_id),
-                "prompt": prompt,
-                "images": images,
-                "phi": np.array(phi, dtype=np.float32),
-                "rank": np.array(rank, dtype=np.int64),
-            }
-        )
-    return labels
-
-
-def is_ranking(rank: list[int], phi: list[float]) -> bool:
-    """True for a permutation of 1…k that never puts an image before one of higher preference."""
-    if None in rank or sorted(rank) != list(range(1, len(phi) + 1)):
-        return False
-    return bool((np.diff(np.array(phi)[np.argsort(rank)]) <= 0).all())
-
-
-def count_images(dataset: Dataset, column: str) -> list[int]:
-    """Images per row, counted in Arrow: no image is read into Python."""
-    batches = dataset.select_columns([column]).with_format("arrow").iter(256)
-    return [count for table in batches for count in pc.list_value_length(table[column]).fill_null(0).to_pylist()]
-
-
-def stored_images(dataset: Dataset, column: str) -> Dataset:
-    """The images as stored, undecoded. In Arrow's format: casting the column would write the whole dataset anew. Made
-    once: every such view copies the dataset's list of files."""
-    return dataset.select_columns([column]).with_format("arrow")
-
-
-def read_images(images: Dataset, index: int) -> list[dict]:
-    """A row of `stored_images`: {"bytes", "path"} of each image."""
-    return images[index].column(0)[0].as_py()
-
-
-def _generator(*key) -> np.random.Generator:
-    """A NumPy generator that is a function of the key alone, on every machine and in every process."""
-    digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
-    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
-
-
-def check_images(images: Dataset, labels: list[dict], rows: list[int]) -> None:
-    """Decodes the rows' images once, JPEGs at an eighth of their size, so that a bad one is named before any model
-    is loaded."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-        checks = pool.map(partial(_undecodable_image, images, labels), rows)
-        for index, found in zip(rows, tqdm(checks, desc="check images", total=len(rows), disable=len(rows) < 2000)):
-            if found:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise SystemExit(f"row {index} (prompt_id {labels[index]['prompt_id']!r}): {found}")
-
-
-def _undecodable_image(images: Dataset, labels: list[dict], index: int) -> str | None:
-    row = read_images(images, index)
-    for position in labels[index]["images"]:
-        try:
-            with _open_image(row[position]) as image:
-                image.draft("RGB", (64, 64))
-                image.load()
-        except Exception as error:
-            return f"image {position} does not decode: {one_line(error)}"
-    return None
-
-
-def _open_image(image: dict) -> PILImage.Image:
-    return PILImage.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
-
-
-def preprocess_image(image: dict, resolution: int) -> tuple[torch.Tensor, list[float]]:
-    """Resizes the shorter side to `resolution` and crops the centre.
-
-    Returns:
-        pixels, uint8 (3, resolution, resolution), and SDXL's micro-conditioning of this image:
-        [original height, original width, crop top, crop left, target height, target width] in pixels.
-    """
-    with _open_image(image) as opened:
-        picture = ImageOps.exif_transpose(opened).convert("RGB")
-    original = (picture.height, picture.width)
-    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
-    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
-    picture = TF.crop(picture, top, left, resolution, resolution)
-    return TF.pil_to_tensor(picture), [*original, top, left, resolution, resolution]
-
-
-def model_fingerprint(model: str, file: str, revision: str | None = None) -> str:
-    """What identifies a model's weights: the commit of a Hub snapshot; name, size and date of a folder's files.
-
-    Args:
-        file: one of the model's files, `model_index.json` of a pipeline or `config.json` of a single model.
-    """
-    if not os.path.isdir(model):
-        return f"{model}@{Path(hf_hub_download(model, file, revision=revision)).parent.name}"
-    return folder_digest(model)
-
-
-def cache_key(args: ScriptArguments, dataset: Dataset, labels: list[dict], weight_dtype: torch.dtype) -> str:
-    """Hash of everything that latents and embeddings depend on; labels and hyperparameters are not among it."""
-    parts = [
-        CACHE_VERSION,
-        dataset._fingerprint,
-        folder_digest(args.dataset_name) if os.path.isdir(args.dataset_name) else None,
-        args.images_column,
-        args.prompt_column,
-        labels[0]["images"] if args.generators is None else [row["images"] for row in labels],
-        model_fingerprint(args.pretrained_model_name_or_path, "model_index.json", args.revision),
-        args.variant,
-        args.pretrained_vae_model_name_or_path
-        and model_fingerprint(args.pretrained_vae_model_name_or_path, "config.json"),
-        args.resolution,
-        str(weight_dtype),
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-class PromptEncoder:
-    """Both of SDXL's tokenizers and text encoders."""
-
-    def __init__(self, args: ScriptArguments, device, dtype):
-        kwargs = {"revision": args.revision}
-        model = args.pretrained_model_name_or_path
-        self.tokenizers = [
-            AutoTokenizer.from_pretrained(model, subfolder=f"tokenizer{s}", **kwargs) for s in ("", "_2")
-        ]
-        kwargs.update(variant=args.variant, dtype=dtype)
-        self.text_encoders = [
-            CLIPTextModel.from_pretrained(model, subfolder="text_encoder", **kwargs).to(device).eval(),
-            CLIPTextModelWithProjection.from_pretrained(model, subfolder="text_encoder_2", **kwargs).to(device).eval(),
-        ]
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """prompts (n) → prompt_embeds (n, tokens, width), pooled_prompt_embeds (n, pooled width)."""
-        outputs = []
-        for tokenizer, text_encoder in zip(self.tokenizers, self.text_encoders):
-            tokens = tokenizer(
-                prompts,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            outputs.append(text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True))
-        prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": outputs[1].text_embeds}
-
-
-class RankedImages(torch.utils.data.Dataset):
-    """Decodes and preprocesses all images of a row; a DataLoader's workers do it while the GPU encodes."""
-
-    def __init__(self, images: Dataset, labels: list[dict], args: ScriptArguments, rows: list[int]):
-        self.images, self.labels, self.args, self.rows = images, labels, args, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        index = self.rows[position]
-        images = read_images(self.images, index)
-        processed = [preprocess_image(images[i], self.args.resolution) for i in self.labels[index]["images"]]
-        return torch.stack([pixels for pixels, _ in processed]), torch.tensor([ids for _, ids in processed]).float()
-
-
-def encode_dataset(args, images, labels, folder: Path, vae, encode_prompts, accelerator, weight_dtype) -> None:
-    """Writes what is missing of the cache: per prompt its images' latents (the posterior's mean, scaled), the prompt
-    embeddings and the micro-conditioning. Shards do not depend on the number of processes."""
-    shards = cache_shards(len(labels))
-    mine = missing_shards(folder, len(labels), accelerator)
-    if mine:
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for i in mine for row in shards[i]]
-        loader = torch.utils.data.DataLoader(
-            RankedImages(images, labels, args, rows), batch_size=None, num_workers=args.dataloader_num_workers
-        )
-        decoded = iter(tqdm(loader, desc="encode", unit="prompt", disable=not accelerator.is_local_main_process))
-        for i in mine:
-            latents, time_ids = [], []
-            for _ in shards[i]:
-                pixels, ids = next(decoded)
-                latents.append(encode_images(vae, pixels, args.vae_batch_size).to("cpu", weight_dtype))
-                time_ids.append(ids)
-            tensors = {"latents": torch.stack(latents).contiguous(), "time_ids": torch.stack(time_ids)}
-            for name, tensor in encode_prompts([labels[row]["prompt"] for row in shards[i]]).items():
-                tensors[name] = tensor.to("cpu", weight_dtype).contiguous()
-            temporary = _cache_file(folder, i).with_suffix(f".tmp{os.getpid()}")
-            save_file(tensors, temporary)
-            _publish_file(temporary, _cache_file(folder, i))
-    accelerator.wait_for_everyone()
-
-
-def cache_shards(length: int) -> list[range]:
-    """The rows of every cache file."""
-    return [range(i, min(i + CACHE_SHARD_ROWS, length)) for i in range(0, length, CACHE_SHARD_ROWS)]
-
-
-def missing_shards(folder: Path, length: int, accelerator: Accelerator) -> list[int]:
-    """This process's shards that are not in the cache yet.
-
-    Owned by number, not dealt out of what is missing: processes look at different times.
-    """
-    own = range(accelerator.process_index, len(cache_shards(length)), accelerator.num_processes)
-    return [i for i in own if not _cache_file(folder, i).exists()]
-
-
-def _cache_file(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:06d}.safetensors"
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """pixels, uint8 (n, 3, H, W) → latents (n, C, H/f, W/f), the posterior's mean times the scaling factor."""
-    means = [
-        vae.encode((batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype)).latent_dist.mean
-        for batch in pixels.split(batch_size)
-    ]
-    return torch.cat(means) * vae.config.scaling_factor
-
-
-class CachedPrompts(torch.utils.data.Dataset):
-    """Encoded rows with their labels, timestep and noise. An item is named by (epoch, row)."""
-
-    def __init__(self, folder: Path, labels: list[dict], seed: int, num_train_timesteps: int):
-        self.folder, self.labels, self.seed, self.num_train_timesteps = folder, labels, seed, num_train_timesteps
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
-        epoch, index = key
-        shard, offset = divmod(index, CACHE_SHARD_ROWS)
-        file = _open_shard(_cache_file(self.folder, shard))
-        item = {name: file.get_slice(name)[offset] for name in file.keys()}
-        # One timestep and one noise for all images of the prompt, a function of (seed, epoch, prompt): the same after
-        # a resume and on any number of processes.
-        rng = _generator(self.seed, epoch, self.labels[index]["prompt_id"])
-        item["timesteps"] = torch.tensor(rng.integers(self.num_train_timesteps))
-        item["noise"] = torch.from_numpy(rng.standard_normal(item["latents"].shape[1:], dtype=np.float32))
-        item["phi"] = torch.from_numpy(self.labels[index]["phi"])
-        item["rank"] = torch.from_numpy(self.labels[index]["rank"])
-        return item
-
-
-@lru_cache(maxsize=64)
-def _open_shard(path: Path):
-    return safe_open(path, framework="pt")  # memory-mapped: a row is read when it is sliced
-
-
-class EpochSampler:
-    """Names the items of every micro-batch of one process, from an optimizer step on, without end.
-
-    Step s of all processes together takes items s·G … (s+1)·G − 1 of the epochs' shuffled orders laid end to end,
-    G = batch · processes · accumulation, so the order depends on (seed, epoch) only.
-    """
-
-    def __init__(self, args: ScriptArguments, length: int, process_index: int, num_processes: int, start_step: int):
-        self.seed, self.length = args.seed, length
-        self.batch_size, self.start_step = args.train_batch_size, start_step
-        self.process_index, self.num_processes = process_index, num_processes
-        self.accumulation = args.gradient_accumulation_steps
-
-    def __iter__(self):
-        micro_step = self.start_step * self.accumulation
-        while True:
-            start = (micro_step * self.num_processes + self.process_index) * self.batch_size
-            yield [self._item(position) for position in range(start, start + self.batch_size)]
-            micro_step += 1
-
-    def _item(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self.length)
-        return epoch, int(_epoch_order(self.seed, epoch, self.length)[offset])
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    return _generator(seed, epoch, "order").permutation(length)
+    return np.argsort(order) + 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model, LoRA files, checkpoints
+# Shared: Stable Diffusion UNets (train_rankdpo_sdxl.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def adapter_off(unet):
-    """The base model: the same module and kernels, the LoRA left out. So the scores are exactly 0 at initialisation."""
-    unet.disable_adapters()
-    try:
-        yield
-    finally:
-        unet.enable_adapters()
+DENOISER = "unet"  # the component of the pipeline that is trained
+PIXELS_PER_PATCH, PROMPTS_PER_FORWARD = 8, 64
 
 
-def check_model(args: ScriptArguments) -> None:
-    """Exits with one line unless the model is an SDXL pipeline. Reads configurations only."""
-    model, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    name = _read_config("pretrained_model_name_or_path", model, "model_index.json", args.revision)["_class_name"]
-    if name not in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"):
-        raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: this script trains SDXL{_other(name)}")
-    if vae:
-        config = _read_config("pretrained_vae_model_name_or_path", vae, "config.json", None)
-    else:
-        config = _read_config("pretrained_model_name_or_path", model, "vae/config.json", args.revision)
+def is_sdxl(args: ScriptArguments) -> bool:
+    return "XL" in read_config(args, "model_index.json")["_class_name"]
+
+
+def read_vae_config(args: ScriptArguments) -> dict:
+    """The configuration of the VAE; exits with one line if its latents are not what these models are trained on."""
+    vae = args.pretrained_vae_model_name_or_path
+    other = ("config.json", "pretrained_vae_model_name_or_path")
+    config = read_config(args, *other) if vae else read_config(args, "vae/config.json")
     if config.get("latents_mean") is not None:  # Playground v2.5
-        raise SystemExit(f"{vae or model}: its VAE standardises latents by `latents_mean`, which SDXL does not")
+        model = vae or args.pretrained_model_name_or_path
+        raise SystemExit(f"{model}: its VAE standardises latents by `latents_mean`, which SDXL's does not")
+    return config
 
 
-def _other(pipeline_class: str) -> str:
-    script = SCRIPT_OF_PIPELINE.get(pipeline_class)
-    return f"; take {script}" if script else ""
+def load_vae(args: ScriptArguments) -> AutoencoderKL:
+    if args.pretrained_vae_model_name_or_path:
+        return AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=args.weight_dtype)
+    # The model's own VAE overflows in fp16.
+    options = {"revision": args.revision, "variant": args.variant, "dtype": torch.float32}
+    return AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **options)
 
 
-def _read_config(flag: str, model: str, file: str, revision: str | None) -> dict:
-    try:
-        path = os.path.join(model, file) if os.path.isdir(model) else hf_hub_download(model, file, revision=revision)
-        config = json.loads(Path(path).read_text())
-        if file == "model_index.json" and "_class_name" not in config:
-            raise ValueError("its model_index.json names no pipeline class")
-        return config
-    except Exception as error:
-        raise SystemExit(f"--{flag} {model}: not a diffusers model that can be read: {one_line(error)}") from None
+def load_model(args: ScriptArguments) -> tuple[DDPMScheduler, UNet2DConditionModel]:
+    """Scheduler and UNet, without LoRA."""
+    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
+    weights = {"subfolder": "unet", "variant": args.variant, "dtype": args.weight_dtype}
+    return noise_scheduler, UNet2DConditionModel.from_pretrained(**model, **weights)
 
 
-def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
-    """LoRA on the attention projections: 560 modules of SDXL's UNet. alpha = rank: ComfyUI and diffusers agree."""
+def load_pipeline(args: ScriptArguments, vae: AutoencoderKL) -> DiffusionPipeline:
+    """The pipeline that draws the gallery, without the components that are given to it later or not needed."""
+    if is_sdxl(args):
+        absent = dict.fromkeys(("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        pipeline_class, options = StableDiffusionXLPipeline, {"add_watermarker": False}
+    else:
+        absent = dict.fromkeys(("unet", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+        pipeline_class, options = StableDiffusionPipeline, {"requires_safety_checker": False}
+    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    return pipeline_class.from_pretrained(**model, vae=vae, **absent, **options)
+
+
+def add_lora(model: UNet2DConditionModel, rank: int) -> None:
+    """LoRA on the attention projections: 128 modules of SD1.5's UNet, 560 of SDXL's. alpha = rank: ComfyUI and
+    diffusers agree."""
     target_modules = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules))
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules))
+
+
+def save_lora(model: UNet2DConditionModel, folder: Path) -> None:
+    """Writes `pytorch_lora_weights.safetensors` (peft keys and adapter metadata: exact in diffusers)."""
+    write_lora(StableDiffusionXLPipeline, model, folder)
+
+
+def export_lora(model: UNet2DConditionModel, output_dir: Path) -> None:
+    save_lora(model, output_dir)
+    save_comfyui_lora(model, output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors")
+
+
+def save_comfyui_lora(model: UNet2DConditionModel, file: Path) -> None:
+    """Writes the same LoRA under ComfyUI's keys."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    temporary = file.with_suffix(".tmp")
+    save_file(comfyui_state_dict(state_dict), temporary, metadata={"format": "pt"})
+    publish_file(temporary, file)
 
 
 def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames LoRA tensors to the keys that ComfyUI and kohya's tools know.
+    """Renames LoRA tensors to the keys that ComfyUI, kohya's network loader and A1111 know.
 
     Args:
         lora_state_dict: peft keys, `[unet.]<module>.lora_A.weight` (rank, in) and `….lora_B.weight` (out, rank);
@@ -1116,573 +789,100 @@ def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, to
     return renamed
 
 
-def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors` (peft keys and adapter metadata: exact in diffusers)."""
-    temporary = folder / ".lora.tmp"
-    metadata = unet.peft_config["default"].to_dict()
-    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order differs from run to run
-    StableDiffusionXLPipeline.save_lora_weights(
-        temporary,
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata=metadata,
-    )
-    _publish_file(temporary / LORA_FILE, folder / LORA_FILE)
-    shutil.rmtree(temporary)
+class PromptEncoder:
+    """SD's tokenizer and text encoder, or both of SDXL's."""
 
-
-def save_comfyui_lora(unet: UNet2DConditionModel, file: Path) -> None:
-    """Writes the same LoRA under ComfyUI's keys."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(unet).items()}
-    temporary = file.with_suffix(".tmp")
-    save_file(comfyui_state_dict(state_dict), temporary, metadata={"format": "pt"})
-    _publish_file(temporary, file)
-
-
-def _publish_file(temporary: Path, file: Path) -> None:
-    temporary.chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
-    os.replace(temporary, file)
-
-
-def save_checkpoint(output_dir: Path, step: int, unet, optimizer, lr_scheduler, scaler, total_limit) -> None:
-    """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit."""
-    folder = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".checkpoint-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_lora(unet, temporary)
-    state = {
-        "optimizer": optimizer.state_dict(),
-        "lr_scheduler": lr_scheduler.state_dict(),
-        "scaler": scaler.state_dict() if scaler else None,
-    }
-    torch.save(state, temporary / "training_state.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    if total_limit:
-        others = [path for path in list_checkpoints(output_dir) if path != folder]
-        for old in others[: max(0, len(others) + 1 - total_limit)]:
-            shutil.rmtree(old)
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def load_lora(folder: Path, unet) -> None:
-    """Restores a checkpoint's LoRA into the adapter of the model."""
-    lora = {key.removeprefix("unet."): value for key, value in load_file(folder / LORA_FILE).items()}
-    missing = get_peft_model_state_dict(unet).keys() ^ lora.keys()
-    if missing:
-        raise SystemExit(f"{folder}: its LoRA does not fit the model: {sorted(missing)[0]}")
-    set_peft_model_state_dict(unet, lora)
-
-
-def load_training_state(folder: Path, optimizer, lr_scheduler, scaler) -> None:
-    """Restores optimizer, schedule and loss scale; the step reached is in the folder's name.
-
-    Timesteps, noise and data order are functions of (seed, step), so there is no random state to restore.
-    """
-    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if scaler:
-        scaler.load_state_dict(state["scaler"])
-
-
-# Settings that may differ between a run and its continuation: they do not change what is learnt.
-RESUMABLE = (
-    "resume_from_checkpoint checkpointing_steps checkpoints_total_limit "
-    "train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_num_workers vae_batch_size "
-    "cache_dir validation_prompts validation_steps validation_num_inference_steps validation_guidance_scale report_to "
-    "logging_dir push_to_hub hub_model_id hub_private_repo hub_strategy output_dir"
-).split()
-
-
-def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
-    """Refuses a folder that holds another run; returns the checkpoint to resume from, if any. Writes nothing."""
-    output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise SystemExit(f"--output_dir {output_dir} is a file")
-    record = output_dir / "run.json"
-    checkpoints = list_checkpoints(output_dir)
-    finished = (output_dir / LORA_FILE).exists()
-    if record.exists():
-        previous = json.loads(record.read_text())
-        differing = [name for name in settings if previous.get(name) != settings[name]]
-        if differing and (checkpoints or finished):
-            name = differing[0]
-            raise SystemExit(
-                f"--output_dir {output_dir} holds a run with {name} {previous.get(name)}, not {settings[name]}: "
-                "choose another folder"
-            )
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
-        raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
-    if args.resume_from_checkpoint is None:
-        if checkpoints or finished:
-            raise SystemExit(
-                f"--output_dir {output_dir} holds this run's results already: add --resume_from_checkpoint latest to "
-                "continue it, or choose another folder"
-            )
-        return None
-    if args.resume_from_checkpoint == "latest":
-        if finished and not checkpoints:
-            raise SystemExit(f"--output_dir {output_dir} holds a LoRA but no checkpoint to continue from")
-        return checkpoints[-1] if checkpoints else None
-    folder = Path(args.resume_from_checkpoint)
-    if folder.resolve() not in [path.resolve() for path in checkpoints]:
-        raise SystemExit(f"--resume_from_checkpoint {folder}: not a checkpoint of --output_dir {output_dir}")
-    return folder
-
-
-def run_settings(args: ScriptArguments, num_processes: int, labels: list[dict]) -> dict:
-    """What makes two runs the same run: all that changes the result, the batch only as the global batch."""
-    settings = {name: value for name, value in asdict(args).items() if name not in RESUMABLE}
-    if args.lr_scheduler.startswith("constant"):  # then a run may be made longer; other schedules are shaped by it
-        del settings["max_train_steps"], settings["num_train_epochs"]
-    rows = [f"{row['prompt_id']}{row['phi'].tolist()}{row['rank'].tolist()}" for row in labels]
-    settings["labels"] = hashlib.sha256("|".join(rows).encode()).hexdigest()[:16]
-    settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    return settings
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Validation and card
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Validator:
-    """Draws the validation prompts with the current LoRA, or without it; everything is loaded once, at construction."""
-
-    def __init__(self, args: ScriptArguments, prompts: list[str], vae, encode_prompts: PromptEncoder, device, dtype):
-        self.args, self.prompts, self.device, self.dtype = args, prompts, device, dtype
-        absent = dict.fromkeys(("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-        self.pipeline = StableDiffusionXLPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, vae=vae, add_watermarker=False, **absent
-        )
-        self.pipeline.set_progress_bar_config(disable=True)
-        embeds = [encode_prompts([prompt]) for prompt in (*prompts, "")]  # one by one, as a pipeline does
-        self.embeds = {name: torch.cat([embed[name].cpu() for embed in embeds[:-1]]) for name in embeds[0]}
-        negative = {f"negative_{name}": tensor.cpu() for name, tensor in embeds[-1].items()}
-        if self.pipeline.config.force_zeros_for_empty_prompt:
-            negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
-        self.negative_embeds = negative
+    def __init__(self, args: ScriptArguments, device: torch.device):
+        model, options = args.pretrained_model_name_or_path, {"revision": args.revision}
+        self.is_sdxl = is_sdxl(args)
+        encoders = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection} if self.is_sdxl else {"": CLIPTextModel}
+        self.tokenizers = [AutoTokenizer.from_pretrained(model, subfolder=f"tokenizer{s}", **options) for s in encoders]
+        options.update(variant=args.variant, dtype=args.weight_dtype)
+        self.text_encoders = [
+            encoder.from_pretrained(model, subfolder=f"text_encoder{s}", **options).to(device).eval()
+            for s, encoder in encoders.items()
+        ]
 
     @torch.no_grad()
-    def __call__(self, unet, lora: bool = True) -> list[PILImage.Image]:
-        vae = self.pipeline.vae.to(self.device)
-        self.pipeline.register_modules(unet=unet)
-        was_training = unet.training
-        unet.eval()
-        images = []
-        for i in range(len(self.prompts)):
-            embeds = {name: tensor[i : i + 1] for name, tensor in self.embeds.items()} | self.negative_embeds
-            half = self.dtype != torch.float32
-            with (
-                torch.autocast(torch.device(self.device).type, self.dtype, enabled=half),
-                nullcontext() if lora else adapter_off(unet),
-            ):
-                latents = self.pipeline(
-                    **{name: tensor.to(self.device) for name, tensor in embeds.items()},
-                    num_inference_steps=self.args.validation_num_inference_steps,
-                    guidance_scale=self.args.validation_guidance_scale,
-                    height=self.args.resolution,
-                    width=self.args.resolution,
-                    generator=torch.Generator("cpu").manual_seed(self.args.seed + i),
-                    output_type="latent",
-                ).images
-            # Outside of autocast, in the VAE's own type: SDXL's overflows in fp16.
-            pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-            images += self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
-        unet.train(was_training)
-        self.pipeline.register_modules(unet=None)
-        vae.to("cpu")
-        return images
+    def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """prompts (n) → prompt_embeds (n, tokens, width) and, for SDXL, pooled_prompt_embeds (n, pooled width)."""
+        outputs = []
+        for tokenizer, text_encoder in zip(self.tokenizers, self.text_encoders):
+            length = tokenizer.model_max_length
+            tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            outputs.append(text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True))
+        if not self.is_sdxl:
+            return {"prompt_embeds": outputs[0].last_hidden_state}
+        prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": outputs[1].text_embeds}
 
 
-def log_images(accelerator: Accelerator, prompts: list[str], images: list[PILImage.Image], step: int) -> None:
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            stacked = np.stack([np.asarray(image) for image in images])
-            tracker.writer.add_images("validation", stacked, step, dataformats="NHWC")
-        elif tracker.name in ("wandb", "trackio"):
-            module = importlib.import_module(tracker.name)
-            pictures = {
-                f"validation/{i}": module.Image(image, caption=prompt)
-                for i, (prompt, image) in enumerate(zip(prompts, images))
-            }
-            tracker.log(pictures, step=step)
+def encoding_settings(args: ScriptArguments) -> list:
+    """Everything of the model that latents and embeddings depend on."""
+    vae = args.pretrained_vae_model_name_or_path
+    return [
+        model_fingerprint(args.pretrained_model_name_or_path, "model_index.json", args.revision),
+        args.variant,
+        vae and model_fingerprint(vae, "config.json"),
+        args.cache_text_embeddings,
+        args.resolution,
+        str(args.weight_dtype),
+    ]
 
 
-def write_card(args: ScriptArguments, output_dir: Path, prompts, before, after, facts: dict) -> None:
-    """Writes the before/after gallery and the model card."""
-    (output_dir / "images").mkdir(exist_ok=True)
-    widgets, table = [], ["| prompt | base | with this LoRA |", "|---|---|---|"]
-    for i, (prompt, base, tuned) in enumerate(zip(prompts, before, after)):
-        base.save(output_dir / "images" / f"{i}_base.png")
-        tuned.save(output_dir / "images" / f"{i}.png")
-        widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
-        cell = prompt.replace("|", "\\|").replace("\n", " ")
-        table.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
-    model = args.pretrained_model_name_or_path
-    front = {  # what is a folder of this machine is nothing for the Hub to link
-        **({} if os.path.isdir(model) else {"base_model": model}),
-        "library_name": "diffusers",
-        **base_license(model, args.revision),
-        **({} if os.path.isdir(args.dataset_name) else {"datasets": [args.dataset_name]}),
-        "tags": [
-            "text-to-image",
-            "diffusers",
-            "diffusers-training",
-            "lora",
-            "template:sd-lora",
-            "stable-diffusion-xl",
-            "rankdpo",
-        ],
-        "widget": widgets,
+def pipeline_embeds(args: ScriptArguments, embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Embeddings of `PromptEncoder` as the pipeline takes them."""
+    return embeds
+
+
+def preprocess_image(image: dict, resolution: int) -> dict[str, torch.Tensor]:
+    """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution), and time_ids, float32 (6,), SDXL's conditioning on
+    [original height, original width, crop top, crop left, target height, target width] in pixels."""
+    pixels, sizes = resize_and_crop(image, resolution)
+    return {"pixels": pixels, "time_ids": torch.tensor([*sizes, resolution, resolution]).float()}
+
+
+def unet_usage(args: ScriptArguments) -> dict:
+    """The card's lines on how to load the LoRA."""
+    pipeline_class = "StableDiffusionXLPipeline" if is_sdxl(args) else "StableDiffusionPipeline"
+    return {
+        "load": f"from diffusers import {pipeline_class}\n\npipeline = {pipeline_class}.from_pretrained("
+        f'"{args.pretrained_model_name_or_path}", dtype=torch.float16)',
+        "call": "",
+        "comfyui": f"put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` into `models/loras`",
     }
-    name = output_dir.resolve().name
-    figures = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    body = f"""{CARD_BEGIN}
-# {name}
-
-A LoRA for `{args.pretrained_model_name_or_path}`, trained with `{args.loss_type}` on ranked images
-(`{args.dataset_name}`) by [RankDPO](https://arxiv.org/abs/2410.18013): the model learns to denoise preferred images
-better than the base model does, and the others worse.
-
-<Gallery />
-
-Same prompts, same seeds:
-
-{chr(10).join(table)}
-
-## Use it
-
-With diffusers:
-
-```python
-import torch
-from diffusers import StableDiffusionXLPipeline
-
-pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.float16)
-pipeline.to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="pytorch_lora_weights.safetensors")
-image = pipeline({json.dumps(prompts[0])}).images[0]
-```
-
-With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it with the "Load LoRA" node at strength 1.
-
-## How it was made
-
-```bash
-{training_command()}
-```
-
-| | |
-|---|---|
-{figures}
-
-Loss, margins, learning rate and speed of every step are in [{LOG_FILE}]({LOG_FILE}). All settings that are not the
-script's defaults, as a file for `--config`:
-
-```yaml
-{changed_settings(args)}
-```
-{CARD_END}
-"""
-    write_card_file(output_dir / "README.md", front, body)
-
-
-def write_card_file(file: Path, front: dict, body: str) -> None:
-    """Writes a card, or what is new into the one that stands."""
-    card = join_card(front, body)
-    if file.exists():
-        standing, text = split_card(file.read_text())
-        for name in ("configs", "dataset_info"):  # a folder holds no other configurations than those written now
-            standing.pop(name, None)
-        card = merge_cards(card, join_card(standing, text))
-    write_text(file, card)
-
-
-def base_license(model: str, revision: str | None) -> dict:
-    """The licence fields of the base model's card, which a LoRA of it inherits; none if the card cannot be read."""
-    if model in BASE_LICENSES:
-        return BASE_LICENSES[model]
-    try:
-        local = os.path.isdir(model)
-        card = Path(model, "README.md") if local else hf_hub_download(model, "README.md", revision=revision)
-        front = split_card(Path(card).read_text())[0]
-    except Exception:  # no card, no network, a card with broken front matter: the licence stays for the user to name
-        return {}
-    found = {name: front[name] for name in ("license", "license_name", "license_link") if name in front}
-    if "license_link" in found and not str(found["license_link"]).startswith("http") and not local:
-        found["license_link"] = f"https://huggingface.co/{model}/blob/main/{found['license_link']}"
-    return found
-
-
-def data_identity(dataset: Dataset, labels: str) -> str:
-    """Which data it was: the commit, of a dataset from the Hub, and the hash of the labels."""
-    folders = {Path(file["filename"]).parent.name for file in dataset.cache_files}  # datasets names them by the commit
-    commits = [f"commit {folder}" for folder in sorted(folders) if re.fullmatch("[0-9a-f]{40}", folder)]
-    return ", ".join([*commits, f"hash of rows and labels {labels}"])
-
-
-def changed_settings(args: ScriptArguments) -> str:
-    """What is not the default and bears on the result, as YAML for `--config`."""
-    fields = {name: spec.default for name, spec in type(args).__dataclass_fields__.items()}
-    elsewhere = "output_dir cache_dir logging_dir resume_from_checkpoint push_to_hub hub_model_id hub_private_repo"
-    elsewhere += " hub_strategy report_to dataloader_num_workers"
-    settings = {name: value for name, value in asdict(args).items() if value != fields[name]}
-    settings = {name: value for name, value in settings.items() if name not in elsewhere.split()}
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()
-
-
-def open_log(file: Path, step: int):
-    """Opens the training log, a JSON object a line, to go on after `step`; lines of later steps are done anew."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    write_text(file, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
-    return open(file, "a", buffering=1)
-
-
-def write_text(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Hub
+# Shared: trainer (train_rankdpo_sdxl.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# What asking again does not mend: a malformed name, no token, no network wanted.
-LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+CACHE_SHARD_ROWS = 64  # dataset rows per cache file: the work that a crash can lose
+CACHE_VERSION = 2
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LOG_FILE = "training_log.jsonl"
+CARD_FACTS = ("base_model", "datasets", "widget")  # the keys of the card's front matter that a run writes again
 
 
-COMMIT_FILES = 250  # commits of many more files run into the Hub's time limit
+@dataclass
+class Run:
+    """One training run: its size, what identifies it, and where it continues."""
 
-
-HUB_TIMEOUT = 300  # seconds without a byte; the client by itself would wait for ever
-
-
-def retried(request, *arguments, **options):
-    """Asks the Hub again, after growing pauses, for what passes by itself: 409, 412, 429, 5xx, a lost connection, one
-    that has gone silent.
-
-    The client repeats reads and uploads of files by itself, but no commit and no making of a repository.
-    """
-    for pause in (1, 2, 4, 8, 16, None):
-        get_session().timeout = HUB_TIMEOUT
-        try:
-            return request(*arguments, **options)
-        except Exception as error:  # the client's own, and its transport's, whose classes differ between versions
-            response = getattr(error, "response", None)
-            status = getattr(response, "status_code", None)
-            lasting = isinstance(error, LASTING_ERRORS) if status is None else status < 500
-            lasting = lasting and status not in (408, 409, 412, 429)
-            if pause is None or lasting and not isinstance(error, json.JSONDecodeError):  # that is a proxy's error page
-                raise
-            time.sleep(max(pause, wanted_pause(response)) if status else pause)
-
-
-def wanted_pause(response) -> int:
-    """Seconds that a 429 asks to wait: `Retry-After: 55`, or `RateLimit: "api";r=0;t=55`; at most one window of 330."""
-    limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", "")) if response.status_code == 429 else None
-    wanted = limit.group(1) if limit else response.headers.get("Retry-After", "")
-    return min(int(wanted), 330) if wanted.isdigit() else 0
-
-
-def create_repo(name: str, repo_type: str, private: bool) -> str:
-    """Makes the repository unless it exists, and exits with one line unless the token may write to it.
-
-    Returns:
-        its whole id, with the namespace.
-    """
-    try:
-        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
-        repo_id = retried(HfApi().create_repo, name, **options).repo_id
-        retried(_check_write_access, repo_id, repo_type)
-    except Exception as error:
-        raise SystemExit(
-            f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}; it takes a "
-            "token with write access (hf auth login, or HF_TOKEN)"
-        ) from None
-    return repo_id
-
-
-def _check_write_access(repo_id: str, repo_type: str) -> None:
-    try:
-        HfApi().auth_check(repo_id, repo_type=repo_type, write=True)
-    except HfHubHTTPError as error:
-        if error.response.status_code != 404:  # a Hub of one's own may not know the question
-            raise
-    HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
-
-
-def push_to_hub(
-    repo_id: str,
-    repo_type: str,
-    files: dict[str, Path | bytes],
-    message: str,
-    card: str = "",
-    replace: tuple[str, ...] = (),
-) -> str:
-    """Sends files in one commit (more than COMMIT_FILES in several), after failures again. What the Hub has already is
-    not sent again.
-
-    Args:
-        files: name in the repository → local file, or its content.
-        card: README.md, merged into the one that stands there.
-        replace: patterns of names; what matches one there and is not among the files is deleted.
-
-    Returns:
-        the card as it stands there now.
-    """
-    parts = list(files.items())
-    while len(parts) > COMMIT_FILES:  # the card goes with each: it is what tells these files as ours
-        retried(_commit, repo_id, repo_type, dict(parts[:COMMIT_FILES]), f"{message} (part)", card, (), files)
-        parts = parts[COMMIT_FILES:]
-    return retried(_commit, repo_id, repo_type, dict(parts), message, card, replace, files)
-
-
-def _commit(repo_id, repo_type, part: dict, message: str, card: str, replace: tuple[str, ...], files: dict) -> str:
-    # A commit upon the very state that was read: if somebody edits the card meanwhile, this is a 412, and asked anew.
-    head = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
-    standing = {file.rfilename for file in head.siblings}
-    operations = [CommitOperationAdd(name, content) for name, content in part.items()]
-    if card:
-        if "README.md" in standing:
-            theirs = hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=head.sha)
-            card = merge_cards(card, Path(theirs).read_text())
-        operations.append(CommitOperationAdd("README.md", card.encode()))
-    stale = {name for name in standing - files.keys() if any(fnmatch(name, pattern) for pattern in replace)}
-    operations += [CommitOperationDelete(name) for name in sorted(stale)]
-    HfApi().create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head.sha)
-    return card
-
-
-def split_card(text: str) -> tuple[dict, str]:
-    """A card's front matter and body."""
-    match = re.match(r"\s*---\s*?\n(.*?)^---[ \t\r]*$\n?", text, re.S | re.M)
-    return (yaml.safe_load(match.group(1)) or {}, text[match.end() :]) if match else ({}, text)
-
-
-def join_card(front: dict, body: str) -> str:
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}"
-
-
-def merge_cards(mine: str, theirs: str) -> str:
-    """A card written anew, with what people made of the one that stands.
-
-    Of the front matter CARD_FACTS are mine, everything else theirs if they have it; what is listed by configuration, or
-    by the dataset of an evaluation, stays where it is of others. Of the body the part between the marks is mine,
-    everything around it theirs.
-    """
-    (front, body), (their_front, their_body) = split_card(mine), split_card(theirs)
-    if "license" in their_front:  # a licence's name and link belong to it
-        front = {name: value for name, value in front.items() if "license_" not in name or name in their_front}
-    merged = {**front, **their_front, **{name: front[name] for name in CARD_FACTS if name in front}}
-    for name in ("configs", "dataset_info"):
-        if name in front and name in their_front:
-            parts = [part if isinstance(part, list) else [part] for part in (front[name], their_front[name])]
-            own = [part.get("config_name", "default") for part in parts[0]]
-            merged[name] = parts[0] + [part for part in parts[1] if part.get("config_name", "default") not in own]
-    if front.get("model-index") and their_front.get("model-index"):
-        (own,), (their, *more) = front["model-index"], their_front["model-index"]
-        datasets = [result["dataset"] for result in own["results"]]
-        others = [result for result in their.get("results") or [] if result.get("dataset") not in datasets]
-        merged["model-index"] = [{**own, **their, "results": others + own["results"]}, *more]
-    block = re.search(f"{re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}", body, re.S)
-    block = block.group(0) if block else body.strip()
-    before, begin, rest = their_body.rpartition(CARD_BEGIN)
-    _, end, after = rest.partition(CARD_END)
-    if begin and end:
-        body = f"{before}{block}{after}"
-    elif their_body.strip():
-        body = f"{their_body.rstrip()}\n\n{block}\n"
-    return join_card(merged, body)
-
-
-def hub_files(output_dir: Path) -> dict[str, Path]:
-    """Name in the repository → file: not the checkpoints, with their optimizer states, and not the trackers' files."""
-    patterns = (LORA_FILE, "comfyui/*.safetensors", "images/*.png", "run.json", LOG_FILE)
-    files = [file for pattern in patterns for file in sorted(output_dir.glob(pattern))]
-    return {file.relative_to(output_dir).as_posix(): file for file in files}
-
-
-def upload(args: ScriptArguments, output_dir: Path) -> None:
-    """Sends LoRA, card, gallery and log. Where that fails it says how to do it later: everything is on disk."""
-    enable_progress_bars()
-    try:
-        card = (output_dir / "README.md").read_text()
-        # A run that is published only now had no repository to name in its card.
-        card = re.sub(r'load_lora_weights\("[^"]*"', f'load_lora_weights("{args.hub_model_id}"', card)
-        card = push_to_hub(args.hub_model_id, "model", hub_files(output_dir), "LoRA, card and gallery", card)
-    except Exception as error:
-        command = ["hf", "upload", args.hub_model_id, str(output_dir), ".", "--exclude", "checkpoint-*"]
-        command = shlex.join([*command, "--exclude", f"{args.logging_dir}/*"])
-        raise SystemExit(
-            f"upload to {args.hub_model_id} failed: {one_line(error)}; everything is in {output_dir}. The same command "
-            "with --resume_from_checkpoint latest uploads it, and keeps what people wrote on its card; the folder "
-            f"as it is: {command}"
-        ) from None
-    write_text(output_dir / "README.md", card)
-    print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
-
-
-class CheckpointUpload:
-    """Sends the LoRA of a checkpoint while the training goes on, one at a time; a checkpoint that comes while another
-    is on its way is left to the next, or to the end."""
-
-    def __init__(self, repo_id: str):
-        self.repo_id, self.executor, self.sending = repo_id, ThreadPoolExecutor(1), None
-        disable_progress_bars()  # they would be drawn over that of the training
-
-    def __call__(self, output_dir: Path, checkpoint: Path) -> None:
-        if self.sending and not self.sending.done():
-            return
-        # Read now: by the time it is sent, checkpoints_total_limit may have removed the folder.
-        files = {LORA_FILE: (checkpoint / LORA_FILE).read_bytes()}
-        files |= {name: (output_dir / name).read_bytes() for name in (LOG_FILE, "run.json")}
-        self.sending = self.executor.submit(self._send, files, checkpoint.name)
-
-    def _send(self, files: dict[str, bytes], checkpoint: str) -> None:
-        try:
-            push_to_hub(self.repo_id, "model", files, f"LoRA of {checkpoint}")
-        except Exception as error:
-            message = f"upload of {checkpoint} to {self.repo_id} failed: {one_line(error)}; the training goes on"
-            tqdm.write(message, file=sys.stderr)
-
-    def wait(self) -> None:
-        self.executor.shutdown()
-
-
-def training_command() -> str:
-    """The command as it was given, by `accelerate launch` or by `python`."""
-    launched = "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    launcher = ["accelerate", "launch"] if launched else ["python"]
-    launcher += ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
-    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GB: of the GPU, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------------------------
+    accelerator: Accelerator
+    settings: dict  # all that changes the result: two runs with the same settings are the same run
+    checkpoint: Path | None
+    start_step: int
+    max_train_steps: int
+    rows_per_step: int  # of all processes and accumulated forwards
+    images_per_row: int
+    description: str = ""  # of the data, for the console
+    sending: Future | None = None  # a checkpoint on its way to the Hub
 
 
 def make_accelerator(args: ScriptArguments) -> Accelerator:
-    launched = "LOCAL_RANK" in os.environ
-    output_dir = Path(args.output_dir)
+    diffusers_logging.disable_progress_bar()  # of loading weights
+    launched, output_dir = "LOCAL_RANK" in os.environ, Path(args.output_dir)
     accelerator = Accelerator(
         cpu=launched and not torch.cuda.is_available(),  # several processes without a GPU: gloo
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -1699,77 +899,862 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
-    if args.use_8bit_adam:
-        import bitsandbytes
+def plan_run(
+    args: ScriptArguments, accelerator: Accelerator, length: int, images_per_row: int, identity: dict[str, str]
+) -> Run:
+    """Counts the steps and finds the checkpoint to continue from. Refuses a folder that holds another run. `length`:
+    rows of the dataset; `identity`: name and hash of the data, a part of the settings."""
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata.get("may_change")}
+    if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
+        del settings["max_train_steps"], settings["num_train_epochs"]
+    settings |= {**identity, "global_batch_size": rows_per_step}
+    checkpoint = check_output_dir(args, settings)
+    start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * length / rows_per_step))
+    if start_step > max_train_steps:
+        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
+    return Run(accelerator, settings, checkpoint, start_step, max_train_steps, rows_per_step, images_per_row)
 
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    else:
-        optimizer_class = torch.optim.AdamW
-    return optimizer_class(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+
+def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
+    """Refuses a folder that holds another run; returns the checkpoint to resume from, if any."""
+    output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SystemExit(f"--output_dir {output_dir} is a file")
+    here, checkpoints = f"--output_dir {output_dir} holds", list_checkpoints(output_dir)
+    finished = (output_dir / LORA_FILE).exists()
+    if (output_dir / "run.json").exists():
+        previous = json.loads((output_dir / "run.json").read_text())
+        for name, value in settings.items():
+            if previous.get(name) != value and (checkpoints or finished):
+                raise SystemExit(f"{here} a run with {name} {previous.get(name)}, not {value}: choose another folder")
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        raise SystemExit(f"{here} other files: choose another folder")
+    if resume is None:
+        if checkpoints or finished:
+            hint = "add --resume_from_checkpoint latest to continue it, or choose another folder"
+            raise SystemExit(f"{here} this run's results already: {hint}")
+        return None
+    if resume == "latest":
+        if finished and not checkpoints:
+            raise SystemExit(f"{here} a LoRA but no checkpoint to continue from")
+        return checkpoints[-1] if checkpoints else None
+    if Path(resume).resolve() not in [path.resolve() for path in checkpoints]:
+        raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
+    return Path(resume)
 
 
-def encode(args, images, labels, cache: Path, accelerator: Accelerator, weight_dtype) -> Validator | None:
-    """Encodes what is missing of the cache; the main process gets a validator that holds the VAE, on the CPU."""
-    if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=weight_dtype)
-    else:
-        model = {"revision": args.revision, "variant": args.variant, "dtype": torch.float32}
-        vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **model)
-    vae.requires_grad_(False).eval().to(accelerator.device)
-    encode_prompts = None
-    if accelerator.is_main_process or missing_shards(cache, len(labels), accelerator):
-        encode_prompts = PromptEncoder(args, accelerator.device, weight_dtype)
-    encode_dataset(args, images, labels, cache, vae, encode_prompts, accelerator, weight_dtype)
+def begin_run(args: ScriptArguments, run: Run) -> bool:
+    """Makes the repository and the output folder; False if the run is finished already."""
+    accelerator, output_dir = run.accelerator, Path(args.output_dir)
+    accelerator.wait_for_everyone()  # no process writes before all have checked
+    if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
+        args.hub_model_id = create_repo(args.hub_model_id or output_dir.resolve().name, "model", args.hub_private_repo)
+    if run.start_step == run.max_train_steps and (output_dir / "README.md").exists():  # the card is written last
+        accelerator.print(f"{output_dir} is trained already: {run.max_train_steps} steps")
+        if args.push_to_hub and accelerator.is_main_process:
+            upload(args, output_dir)
+        return False
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for stale in output_dir.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(stale)
+        write_text(output_dir / "run.json", json.dumps(run.settings, indent=2) + "\n")
+    return True
+
+
+def short_hash(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
+
+
+def read_config(args: ScriptArguments, file: str, flag: str = "pretrained_model_name_or_path") -> dict:
+    """A configuration file of the model that a flag names; exits with one line if it cannot be read."""
+    model = getattr(args, flag)
+    revision = args.revision if flag == "pretrained_model_name_or_path" else None
+    try:
+        path = os.path.join(model, file) if os.path.isdir(model) else hf_hub_download(model, file, revision=revision)
+        config = json.loads(Path(path).read_text())
+        if file == "model_index.json" and "_class_name" not in config:
+            raise ValueError("its model_index.json names no pipeline class")
+        return config
+    except Exception as error:
+        raise SystemExit(f"--{flag} {model}: not a diffusers model that can be read: {one_line(error)}") from None
+
+
+def seeded_generator(*key) -> np.random.Generator:
+    """A NumPy generator that is a function of the key alone, on every machine and in every process."""
+    digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+
+
+class StoredImages(torch.utils.data.Dataset):
+    """The images of the dataset's rows; an item holds a row's images, preprocessed by a DataLoader's worker while the
+    GPU encodes. `read(index, label)` gives a row's [(name, {"bytes", "path"}), …]."""
+
+    def __init__(self, args: ScriptArguments, labels: list[dict], read: Callable[[int, dict], list]):
+        self.resolution, self.labels, self.read = args.resolution, labels, read
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        images = [preprocess_image(image, self.resolution) for _, image in self.read(index, self.labels[index])]
+        return {name: torch.stack([image[name] for image in images]) for name in images[0]}
+
+    def problem(self, index: int) -> str | None:
+        """What is wrong with an image of a row. JPEGs are decoded at an eighth of their size."""
+        for name, stored in self.read(index, self.labels[index]):
+            try:
+                with open_image(stored) as image:
+                    image.draft("RGB", (64, 64))
+                    image.load()
+            except Exception as error:
+                return f"{name} does not decode: {one_line(error)}"
+        return None
+
+
+def stored_column(dataset: Dataset, column: str) -> Dataset:
+    """A column of images, undecoded, in Arrow's format: casting the column would write the whole dataset again. Make
+    it once: every such view copies the dataset's list of files."""
+    return dataset.select_columns([column]).with_format("arrow")
+
+
+def open_image(stored: dict) -> PILImage.Image:
+    return PILImage.open(BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
+
+
+def resize_and_crop(stored: dict, resolution: int) -> tuple[torch.Tensor, list[int]]:
+    """Resizes the shorter side of an image, {"bytes", "path"}, to `resolution` and crops the centre. Returns uint8
+    pixels (3, resolution, resolution) and [original height, original width, crop top, crop left]."""
+    with open_image(stored) as opened:
+        picture = ImageOps.exif_transpose(opened).convert("RGB")
+    original = [picture.height, picture.width]
+    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
+    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
+    return TF.pil_to_tensor(TF.crop(picture, top, left, resolution, resolution)), [*original, top, left]
+
+
+class LatentCache:
+    """Latents and prompt embeddings on disk, CACHE_SHARD_ROWS rows a file, whatever the number of processes."""
+
+    def __init__(self, args: ScriptArguments, key: str, length: int, accelerator: Accelerator):
+        self.folder, self.length = Path(args.cache_dir) / key, length
+        # Files are owned by number, not by what is missing: processes look at different times.
+        self.owned = range(accelerator.process_index, -(-length // CACHE_SHARD_ROWS), accelerator.num_processes)
+
+    def rows(self, shard: int) -> range:
+        return range(shard * CACHE_SHARD_ROWS, min((shard + 1) * CACHE_SHARD_ROWS, self.length))
+
+    def file(self, shard: int) -> Path:
+        """Named by number and rows: with more data, the last file is another one."""
+        return self.folder / f"shard-{shard:06d}-{len(self.rows(shard))}.safetensors"
+
+    def missing(self) -> list[int]:
+        """The files of this process that do not exist yet."""
+        return [shard for shard in self.owned if not self.file(shard).exists()]
+
+    def write(self, shard: int, tensors: dict[str, torch.Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.file(shard).with_suffix(f".tmp{os.getpid()}")
+        save_file(tensors, temporary)
+        publish_file(temporary, self.file(shard))
+
+    def read(self, row: int) -> dict[str, torch.Tensor]:
+        shard, offset = divmod(row, CACHE_SHARD_ROWS)
+        file = open_cache_file(self.file(shard))
+        return {name: file.get_slice(name)[offset] for name in file.keys()}
+
+
+open_cache_file = lru_cache(maxsize=64)(partial(safe_open, framework="pt"))  # maps the file: slices are read
+
+
+def model_fingerprint(model: str, file: str, revision: str | None = None) -> str:
+    """Identifies a model's weights: a folder by its files, a model of the Hub by the commit of one of its files."""
+    if os.path.isdir(model):
+        return folder_digest(model)
+    return f"{model}@{Path(hf_hub_download(model, file, revision=revision)).parent.name}"
+
+
+def check_images(images: StoredImages, cache: LatentCache) -> None:
+    """Decodes the images that will be encoded, so that a bad one is named before any model is loaded."""
+    rows = [row for shard in cache.missing() for row in cache.rows(shard)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
+        problems = pool.map(images.problem, rows)
+        for problem in progress_bar(problems, desc="check images", total=len(rows), disable=len(rows) < 2000):
+            if problem:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise SystemExit(problem)
+
+
+def encode_dataset(
+    args: ScriptArguments, images: StoredImages, cache: LatentCache, accelerator: Accelerator
+) -> tuple["Validator | None", "PromptEncoder | None"]:
+    """Writes what is missing of the cache, then frees the VAE and the text encoders. Returns a validator, in the main
+    process, and the prompt encoder, if prompts are encoded at every step."""
+    vae = load_vae(args).requires_grad_(False).eval().to(accelerator.device)
+    encode_prompts, missing = None, cache.missing()
+    if missing or accelerator.is_main_process or not args.cache_text_embeddings:
+        encode_prompts = PromptEncoder(args, accelerator.device)
+    if missing:
+        rows = [row for shard in missing for row in cache.rows(shard)]
+        workers, hidden = args.dataloader_num_workers, not accelerator.is_local_main_process
+        decoded = iter(torch.utils.data.DataLoader(images, batch_size=None, sampler=rows, num_workers=workers))
+        with progress_bar(total=len(rows), desc="encode", unit=ROW, disable=hidden) as bar:
+            for shard in missing:
+                items = []
+                for _ in cache.rows(shard):
+                    item = next(decoded)
+                    latents = encode_images(vae, item.pop("pixels"), args.vae_batch_size)
+                    items.append({"latents": latents.to("cpu", args.weight_dtype), **item})
+                    bar.update()
+                tensors = {name: torch.stack([item[name] for item in items]).contiguous() for name in items[0]}
+                if args.cache_text_embeddings:
+                    prompts = [images.labels[row]["prompt"] for row in cache.rows(shard)]
+                    tensors |= encode_in_batches(encode_prompts, prompts, args.weight_dtype)
+                cache.write(shard, tensors)
+    accelerator.wait_for_everyone()
     vae.to("cpu")
     validator = None
     if accelerator.is_main_process:
-        prompts = args.validation_prompts or [row["prompt"] for row in labels[:4]]
-        validator = Validator(args, prompts, vae, encode_prompts, accelerator.device, weight_dtype)
-    del encode_prompts
+        prompts = args.validation_prompts or list(dict.fromkeys(label["prompt"] for label in images.labels))[:4]
+        validator = Validator(args, prompts, vae, encode_prompts, accelerator.device)
+    if args.cache_text_embeddings:
+        encode_prompts = None
     gc.collect()
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    return validator
+    return validator, encode_prompts
 
 
-def finish(args, unet, validator: Validator, accelerator: Accelerator, facts: dict) -> None:
-    """Writes the LoRA files, the gallery and, last of all, the card."""
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """pixels, uint8 (n, 3, H, W) → latents (n, C, H/f, W/f): the posterior's mean, shifted where the VAE has a shift,
+    and scaled."""
+    means = [
+        vae.encode((batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype)).latent_dist.mean
+        for batch in pixels.split(batch_size)
+    ]
+    return (torch.cat(means) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def encode_in_batches(encode_prompts: "PromptEncoder", prompts: list[str], dtype: torch.dtype) -> dict:
+    """Embeddings of all prompts, on the CPU."""
+    starts = range(0, len(prompts), PROMPTS_PER_FORWARD)
+    batches = [encode_prompts(prompts[start : start + PROMPTS_PER_FORWARD]) for start in starts]
+    return {name: torch.cat([batch[name] for batch in batches]).to("cpu", dtype).contiguous() for name in batches[0]}
+
+
+class CachedRows(torch.utils.data.Dataset):
+    """Encoded rows with their labels, timestep and noise. An item is named by (epoch, row)."""
+
+    def __init__(self, args: ScriptArguments, cache: LatentCache, labels: list[dict], noise_scheduler):
+        self.args, self.cache, self.labels, self.noise_scheduler = args, cache, labels, noise_scheduler
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, row = key
+        label, item = self.labels[row], self.cache.read(row)
+        seeds = (self.args.seed, epoch, label["id"])
+        item |= sample_noise(self.args, self.noise_scheduler, seeds, item["latents"].shape[1:])
+        item |= {name: torch.from_numpy(label[name]) for name in ("phi", "rank") if name in label}
+        return item if self.args.cache_text_embeddings else {**item, "prompt": label["prompt"]}
+
+
+class EpochSampler:
+    """Names the items of every micro-batch of one process, from an optimizer step on, without end. In step s all
+    processes together take items s·G … (s+1)·G − 1 of the epochs' orders laid end to end, G = the global batch."""
+
+    def __init__(self, args: ScriptArguments, length: int, process_index: int, num_processes: int, start_step: int):
+        self.args, self.length, self.start_step = args, length, start_step
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = lru_cache(maxsize=2)(partial(epoch_order, self.args, length=self.length))
+        batch_size = self.args.train_batch_size
+        for micro_step in itertools.count(self.start_step * self.args.gradient_accumulation_steps):
+            start = (micro_step * self.num_processes + self.process_index) * batch_size
+            places = [divmod(position, self.length) for position in range(start, start + batch_size)]
+            yield [(epoch, int(order(epoch)[offset])) for epoch, offset in places]
+
+
+def training_batches(
+    args: ScriptArguments, run: Run, rows: CachedRows, encode_prompts: "PromptEncoder | None"
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This process's micro-batches on its device, from the run's first step on, without end."""
+    accelerator, device = run.accelerator, run.accelerator.device
+    place = (accelerator.process_index, accelerator.num_processes, run.start_step)
+    sampler, workers = EpochSampler(args, len(rows.labels), *place), args.dataloader_num_workers
+    on_gpu = device.type == "cuda"
+    for batch in torch.utils.data.DataLoader(rows, batch_sampler=sampler, num_workers=workers, pin_memory=on_gpu):
+        if encode_prompts:
+            batch |= encode_in_batches(encode_prompts, batch.pop("prompt"), args.weight_dtype)
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def prepare_model(args: ScriptArguments, run: Run, model) -> None:
+    """Freezes the model, adds the LoRA in float32, and restores the LoRA of the checkpoint."""
+    model.requires_grad_(False)
+    add_lora(model, args.rank)
+    cast_training_params(model, dtype=torch.float32)
+    if run.checkpoint:
+        load_lora(run.checkpoint, model)
+    model.to(run.accelerator.device).train()
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+
+
+def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
+    optimizer_class, betas = torch.optim.AdamW, (args.adam_beta1, args.adam_beta2)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    decay, epsilon = args.adam_weight_decay, args.adam_epsilon
+    return optimizer_class(parameters, lr=args.learning_rate, betas=betas, weight_decay=decay, eps=epsilon)
+
+
+@contextmanager
+def adapter_off(model):
+    """The base model: the same module and kernels without the LoRA. So the scores are exactly 0 at initialisation."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def write_lora(pipeline_class: type, model, folder: Path) -> None:
+    """Writes `pytorch_lora_weights.safetensors` with peft keys and the adapter's metadata."""
+    temporary = folder / ".lora.tmp"
+    metadata = model.peft_config["default"].to_dict()
+    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order differs from run to run
+    layers = {f"{DENOISER}_lora_layers": get_peft_model_state_dict(model)}
+    pipeline_class.save_lora_weights(temporary, **layers, **{f"{DENOISER}_lora_adapter_metadata": metadata})
+    publish_file(temporary / LORA_FILE, folder / LORA_FILE)
+    shutil.rmtree(temporary)
+
+
+def publish_file(temporary: Path, file: Path) -> None:
+    temporary.chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
+    os.replace(temporary, file)
+
+
+def save_checkpoint(args: ScriptArguments, step: int, model, optimizer, lr_scheduler, *, scaler) -> None:
+    """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit."""
     output_dir = Path(args.output_dir)
-    save_lora(unet, output_dir)
-    save_comfyui_lora(unet, output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors")
-    before, after = validator(unet, lora=False), validator(unet)
-    log_images(accelerator, validator.prompts, after, facts["steps"])
-    device = accelerator.device
-    facts["hardware"] = f"{accelerator.num_processes} x " + (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    )
-    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
+    folder, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_lora(model, temporary)
+    state = {
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler else None,
+    }
+    torch.save(state, temporary / "training_state.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    if args.checkpoints_total_limit:
+        others = [path for path in list_checkpoints(output_dir) if path != folder]
+        for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
+            shutil.rmtree(old)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+
+
+def load_lora(folder: Path, model) -> None:
+    """Restores a checkpoint's LoRA into the adapter of the model."""
+    lora = {key.removeprefix(f"{DENOISER}."): value for key, value in load_file(folder / LORA_FILE).items()}
+    unmatched = get_peft_model_state_dict(model).keys() ^ lora.keys()
+    if unmatched:
+        raise SystemExit(f"{folder}: its LoRA does not fit the model: {sorted(unmatched)[0]}")
+    set_peft_model_state_dict(model, lora)
+
+
+def load_training_state(folder: Path, optimizer, lr_scheduler, scaler) -> None:
+    """Restores optimizer, schedule and loss scale. There is no random state: timesteps, noise and order of the data are
+    functions of seed and step."""
+    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if scaler:
+        scaler.load_state_dict(state["scaler"])
+
+
+class TrainingLog:
+    """Progress bar, trackers, `training_log.jsonl`, the clock, and the uploads of checkpoints."""
+
+    def __init__(self, args: ScriptArguments, run: Run, parameters: list):
+        self.args, self.run, accelerator = args, run, run.accelerator
+        total = run.max_train_steps
+        if total <= args.lr_warmup_steps:
+            accelerator.print(f"warning: all {total} steps are warm-up: add {ROW}s, or raise --max_train_steps")
+        trained = f"{sum(parameter.numel() for parameter in parameters):,} trained parameters"
+        accelerator.print(f"{run.description}: {total} steps of {run.rows_per_step} {ROW}s, {trained}")
+        if accelerator.is_main_process:
+            config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
+            accelerator.init_trackers(PROJECT, config=config)
+            file = Path(args.output_dir) / LOG_FILE
+            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+            whole = [line for line in lines if line.endswith("}\n")]
+            write_text(file, "".join(line for line in whole if json.loads(line)["step"] <= run.start_step))
+            self.file = open(file, "a", buffering=1)
+        hidden = not accelerator.is_local_main_process
+        self.bar = progress_bar(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
+        self.started = self.step_ended = time.time()
+
+    def write(self, step: int, logs: dict[str, float]) -> None:
+        """Logs one optimizer step; exits with one line if the loss or the gradient is lost."""
+        now = time.time()
+        logs["images_per_second"] = self.run.rows_per_step * self.run.images_per_row / (now - self.step_ended)
+        self.step_ended = now
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
+        self.bar.update()
+        self.run.accelerator.log(logs, step=step)
+        if self.run.accelerator.is_main_process:
+            self.file.write(json.dumps({"step": step, **logs}) + "\n")
+        # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
+        overflow = not np.isfinite(logs["grad_norm"]) and self.args.mixed_precision != "fp16"
+        if not np.isfinite(logs["loss"]) or overflow:
+            values = f"the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}"
+            hint = "Lower --learning_rate, or use --mixed_precision bf16"
+            raise SystemExit(f"step {step}: {values}; the last checkpoint is kept. {hint}")
+
+    def write_images(self, step: int, prompts: list[str], images: list[PILImage.Image]) -> None:
+        log_images(self.run.accelerator, prompts, images, step)
+        self.step_ended = time.time()
+
+    def close(self) -> float:
+        """Returns the images per second of the whole training; 0 if there was no step left."""
+        self.bar.close()
+        if self.run.accelerator.is_main_process:
+            self.file.close()
+        images = (self.run.max_train_steps - self.run.start_step) * self.run.rows_per_step * self.run.images_per_row
+        speed = images / (time.time() - self.started)
+        self.run.accelerator.wait_for_everyone()
+        return speed
+
+
+class Validator:
+    """Draws the validation prompts with the current LoRA, or without it. The constructor loads everything."""
+
+    def __init__(self, args: ScriptArguments, prompts: list[str], vae, encode_prompts: "PromptEncoder", device):
+        self.args, self.prompts, self.device = args, prompts, device
+        self.pipeline = load_pipeline(args, vae)
+        self.pipeline.set_progress_bar_config(disable=True)
+        embeds = [pipeline_embeds(args, encode_prompts([prompt])) for prompt in (*prompts, "")]  # as a pipeline does
+        *self.embeds, negative = [{name: tensor.cpu() for name, tensor in part.items()} for part in embeds]
+        if self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
+        self.negative_embeds = {f"negative_{name}": tensor for name, tensor in negative.items()}
+
+    @torch.no_grad()
+    def __call__(self, model, lora: bool = True) -> list[PILImage.Image]:
+        vae = self.pipeline.vae.to(self.device)
+        self.pipeline.register_modules(**{DENOISER: model})
+        was_training = model.training
+        model.eval()
+        images, dtype = [], self.args.weight_dtype
+        for i, embeds in enumerate(self.embeds):
+            with (
+                torch.autocast(torch.device(self.device).type, dtype, enabled=dtype != torch.float32),
+                nullcontext() if lora else adapter_off(model),
+            ):
+                latents = self.pipeline(
+                    **{name: tensor.to(self.device) for name, tensor in (embeds | self.negative_embeds).items()},
+                    num_inference_steps=self.args.validation_num_inference_steps,
+                    guidance_scale=self.args.validation_guidance_scale,
+                    height=self.args.resolution,
+                    width=self.args.resolution,
+                    generator=torch.Generator("cpu").manual_seed(self.args.seed + i),
+                    output_type="latent",
+                ).images
+            # Outside of autocast, in the VAE's own type: SDXL's overflows in fp16.
+            latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+            images += self.pipeline.image_processor.postprocess(vae.decode(latents).sample.float(), output_type="pil")
+        model.train(was_training)
+        self.pipeline.register_modules(**{DENOISER: None})
+        vae.to("cpu")
+        return images
+
+
+def log_images(accelerator: Accelerator, prompts: list[str], images: list[PILImage.Image], step: int) -> None:
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stacked = np.stack([np.asarray(image) for image in images])
+            tracker.writer.add_images("validation", stacked, step, dataformats="NHWC")
+        elif tracker.name in ("wandb", "trackio"):
+            picture = importlib.import_module(tracker.name).Image
+            captioned = enumerate(zip(images, prompts))
+            tracker.log({f"validation/{i}": picture(image, caption=text) for i, (image, text) in captioned}, step=step)
+
+
+def finish(args: ScriptArguments, run: Run, model, validator: Validator, facts: dict, speed: float) -> None:
+    """Writes the LoRA files, the gallery and, last of all, the card; then uploads them. `speed`: images per second."""
+    output_dir, device = Path(args.output_dir), run.accelerator.device
+    on_gpu, kilobytes = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else kilobytes * 1024
+    facts = facts | {
+        "steps": run.max_train_steps,
+        f"{ROW}s per step": run.rows_per_step,
+        "seed": args.seed,
+        "speed": f"{speed:.3g} images/s" if speed else "not measured",
+        "peak memory": f"{memory / 1e9:.1f} GB",
+        "hardware": f"{run.accelerator.num_processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")),
+    }
+    export_lora(model, output_dir)
+    before, after = validator(model, lora=False), validator(model)
+    log_images(run.accelerator, validator.prompts, after, run.max_train_steps)
     write_card(args, output_dir, validator.prompts, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
+    if args.push_to_hub:
+        if run.sending:
+            run.sending.result()
+        upload(args, output_dir)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> ScriptArguments:
-    """Flags of the command line over those of `--config`; a wrong one ends in one line."""
+def write_card(args: ScriptArguments, output_dir: Path, prompts, before, after, facts: dict) -> None:
+    """Writes the before/after gallery and the model card. `card_parts` gives what depends on method and model: `tags`,
+    `datasets`, `introduction`, `facts`, how to `load` and `call` the pipeline, how to use the LoRA in `comfyui`."""
+    (output_dir / "images").mkdir(exist_ok=True)
+    widgets, gallery = [], ["| prompt | base | with this LoRA |", "|---|---|---|"]
+    for i, (prompt, base, tuned) in enumerate(zip(prompts, before, after)):
+        base.save(output_dir / "images" / f"{i}_base.png")
+        tuned.save(output_dir / "images" / f"{i}.png")
+        widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
+        cell = prompt.replace("|", "\\|").replace("\n", " ")
+        gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
+    model, parts, name = args.pretrained_model_name_or_path, card_parts(args, facts), output_dir.resolve().name
+    datasets = [dataset for dataset in parts["datasets"] if dataset and not os.path.isdir(dataset)]
+    front = {  # the Hub cannot link to a folder of this machine
+        **({} if os.path.isdir(model) else {"base_model": model}),
+        "library_name": "diffusers",
+        **base_license(model, args.revision),
+        **({"datasets": datasets} if datasets else {}),
+        "tags": ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *parts["tags"]],
+        "widget": widgets,
+    }
+    body = f"""{CARD_BEGIN}
+# {name}
+
+{parts["introduction"]}
+
+<Gallery />
+
+Same prompts, same seeds:
+
+{chr(10).join(gallery)}
+
+## Use it
+
+With diffusers:
+
+```python
+import torch
+{parts["load"]}
+pipeline.to("cuda")
+pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="pytorch_lora_weights.safetensors")
+image = pipeline({json.dumps(prompts[0])}{parts["call"]}).images[0]
+```
+
+With ComfyUI: {parts["comfyui"]} and load it with the "Load LoRA" node at strength 1.
+
+## How it was made
+
+```bash
+{training_command()}
+```
+
+| | |
+|---|---|
+{chr(10).join(f"| {key} | {value} |" for key, value in (facts | parts["facts"]).items())}
+
+Loss, margins, learning rate and speed of every step are in [{LOG_FILE}]({LOG_FILE}). All settings that differ from the
+script's defaults, as a file for `--config`:
+
+```yaml
+{changed_settings(args)}
+```
+{CARD_END}
+"""
+    write_text(output_dir / "README.md", make_card(front, body, output_dir / "README.md"))
+
+
+def base_license(model: str, revision: str | None) -> dict:
+    """The licence fields of the base model's card, which its LoRA inherits; none if the card cannot be read."""
+    if model in BASE_LICENSES:
+        return BASE_LICENSES[model]
     try:
-        return TrlParser(ScriptArguments).parse_args_and_config(arguments)[0]
-    except (ValueError, TypeError, OSError) as error:
-        raise SystemExit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}") from None
+        local = os.path.isdir(model)
+        card = Path(model, "README.md") if local else hf_hub_download(model, "README.md", revision=revision)
+        front = RepoCard(Path(card).read_text()).data.to_dict()
+    except Exception:  # no card, no network, a card with broken front matter: the user names the licence
+        return {}
+    found = {name: front[name] for name in ("license", "license_name", "license_link") if name in front}
+    if not local and not str(found.get("license_link", "http")).startswith("http"):
+        found["license_link"] = f"https://huggingface.co/{model}/blob/main/{found['license_link']}"
+    return found
+
+
+def data_identity(dataset: Dataset, digest: str) -> str:
+    """Identifies the data: the commit of a dataset from the Hub, and a hash of the labels."""
+    folders = {Path(file["filename"]).parent.name for file in dataset.cache_files}  # datasets names them by the commit
+    commits = [f"commit {folder}" for folder in sorted(folders) if re.fullmatch("[0-9a-f]{40}", folder)]
+    return ", ".join([*commits, f"hash of rows and labels {digest}"])
+
+
+def changed_settings(args: ScriptArguments) -> str:
+    """The settings that differ from the defaults and bear on the result, as YAML for `--config`."""
+    local = "output_dir cache_dir logging_dir resume_from_checkpoint report_to dataloader_num_workers"
+    names = [spec.name for spec in fields(args) if getattr(args, spec.name) != spec.default]
+    names = [name for name in names if name not in local.split() and "hub_" not in name and "_hub" not in name]
+    settings = {name: getattr(args, name) for name in names}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()
+
+
+def training_command() -> str:
+    """The command as it was given, by `accelerate launch` or by `python`."""
+    launched = "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = ["accelerate", "launch"] if launched else ["python"]
+    launcher += ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
+    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def upload(args: ScriptArguments, output_dir: Path) -> None:
+    """Sends LoRA, card, gallery and log. Exits with one line if that fails; it says how to send them later."""
+    enable_progress_bars()
+    # Neither the checkpoints, with their optimizer states, nor the trackers' files.
+    patterns = (LORA_FILE, "comfyui/*.safetensors", "images/*.png", "run.json", LOG_FILE)
+    files = {file.relative_to(output_dir).as_posix(): file for name in patterns for file in output_dir.glob(name)}
+    try:
+        # The card of a run that was trained without --push_to_hub names its folder.
+        card = (output_dir / "README.md").read_text()
+        card = re.sub(r'load_lora_weights\("[^"]*"', f'load_lora_weights("{args.hub_model_id}"', card)
+        card = push_to_hub(args.hub_model_id, "model", files, "LoRA, card and gallery", card=card)
+    except Exception as error:
+        command = ["hf", "upload", args.hub_model_id, str(output_dir), ".", "--exclude", "checkpoint-*"]
+        command = shlex.join([*command, "--exclude", f"{args.logging_dir}/*"])
+        raise SystemExit(
+            f"upload to {args.hub_model_id} failed: {one_line(error)}; everything is in {output_dir}. The same command "
+            "with --resume_from_checkpoint latest uploads it, and keeps what people wrote on its card; the folder "
+            f"as it is: {command}"
+        ) from None
+    write_text(output_dir / "README.md", card)
+    print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
+
+
+def upload_checkpoint(args: ScriptArguments, run: Run, step: int) -> None:
+    """Sends a checkpoint's LoRA in the background. It is skipped if an earlier one is still being sent: a later one, or
+    the final LoRA, replaces it."""
+    if args.hub_strategy != "checkpoint" or step == run.max_train_steps or run.sending and not run.sending.done():
+        return
+    disable_progress_bars()  # they would be drawn over the bar of the training
+    output_dir, name = Path(args.output_dir), f"checkpoint-{step}"
+    # Read now: by the time they are sent, checkpoints_total_limit may have removed the folder.
+    files = {LORA_FILE: (output_dir / name / LORA_FILE).read_bytes()}
+    files |= {other: (output_dir / other).read_bytes() for other in (LOG_FILE, "run.json")}
+    run.sending = HfApi().run_as_future(send_checkpoint, args.hub_model_id, name, files)
+
+
+def send_checkpoint(repo_id: str, name: str, files: dict[str, bytes]) -> None:
+    try:
+        push_to_hub(repo_id, "model", files, f"LoRA of {name}")
+    except Exception as error:
+        tqdm.write(f"upload of {name} to {repo_id} failed: {one_line(error)}; the training goes on", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Start
+# Shared: Hub (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+# Errors that come again when a request is repeated: a malformed name, no token, offline mode.
+LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+HUB_PAUSES = (1, 2, 4, 8, 16)  # seconds before each further attempt
+HUB_TIMEOUT = 300  # seconds without a byte; the client itself would wait for ever
+
+
+def retried(request: Callable, *arguments, **options):
+    """Calls a function of the Hub's client, and calls it again after a pause if the error may pass: 408, 409, 412, 429,
+    5xx, a lost or silent connection. The client itself repeats neither commits nor the creation of a repository."""
+    for pause in (*HUB_PAUSES, None):
+        get_session().timeout = HUB_TIMEOUT
+        try:
+            return request(*arguments, **options)
+        except Exception as error:  # of the client or of its transport, whose classes differ between versions
+            response = getattr(error, "response", None)
+            if response is None:  # a JSONDecodeError is a ValueError, but comes from a proxy's error page
+                lasting = isinstance(error, LASTING_ERRORS) and not isinstance(error, json.JSONDecodeError)
+            else:
+                lasting = response.status_code < 500 and response.status_code not in (408, 409, 412, 429)
+            if lasting or pause is None:
+                raise
+            time.sleep(pause if response is None else max(pause, requested_pause(response)))
+
+
+def requested_pause(response) -> int:
+    """Seconds that the Hub asks to wait, at most 330: it counts requests in windows of 300 seconds."""
+    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    seconds = str(limit.reset_in_seconds) if limit else response.headers.get("Retry-After", "")
+    return min(int(seconds), 330) if seconds.isdigit() else 0
+
+
+def create_repo(name: str, repo_type: str, private: bool) -> str:
+    """Creates the repository unless it exists, and returns its id with the namespace. Exits with one line if the token
+    cannot write to it."""
+    try:
+        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        repo_id = retried(HfApi().create_repo, name, **options).repo_id
+        # `create_repo` also succeeds for an existing repository that the token can only read.
+        retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
+    except Exception as error:
+        problem = f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}"
+        raise SystemExit(f"{problem}; it takes a token with write access (hf auth login, or HF_TOKEN)") from None
+    return repo_id
+
+
+def make_card(front: dict, body: str, file: Path | None = None) -> str:
+    """The text of a card. If `file` exists, what people wrote into it stays."""
+    card = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{body}")
+    return str(merge_cards(card, RepoCard(file.read_text())) if file and file.exists() else card)
+
+
+def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
+    """Updates and returns `theirs`, a card that people may have edited. CARD_FACTS and the text between the marks come
+    from `mine`, the card of this run; of its other metadata only what they lack is added."""
+    licensed = "license" in theirs.data  # then the name and the link of my licence do not belong to it
+    for name, value in mine.data.to_dict().items():
+        if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
+            theirs.data[name] = value
+    marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
+    block, old = re.fullmatch(marked, mine.text, re.S), re.fullmatch(marked, theirs.text, re.S)
+    block = block[2] if block else mine.text.strip()
+    if old:
+        theirs.text = f"{old[1]}{block}{old[3]}"
+    elif theirs.text.strip():
+        theirs.text = f"{theirs.text.rstrip()}\n\n{block}\n"
+    else:
+        theirs.text = mine.text
+    return theirs
+
+
+def push_to_hub(
+    repo_id: str, repo_type: str, files: dict, message: str, *, card: str = "", merge=merge_cards, replace: tuple = ()
+) -> str:
+    """Sends files in one commit; those that the Hub has already are not sent again. Returns the card as it is then.
+
+    Args:
+        files: name in the repository → local file (Path), or its content (bytes).
+        card: the text of README.md, which `merge` combines with the card on the Hub.
+        replace: patterns of names; other files on the Hub that match one are deleted.
+    """
+
+    def commit() -> str:
+        # On top of the state that was read: if somebody edits the card meanwhile, the Hub answers 412: read it again.
+        head = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
+        names, merged = {file.rfilename for file in head.siblings}, card
+        if card and "README.md" in names:
+            readme = hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=head.sha)
+            merged = str(merge(RepoCard(card), RepoCard(Path(readme).read_text())))
+        new = {**files, "README.md": merged.encode()} if card else files
+        operations = [CommitOperationAdd(name, content) for name, content in new.items()]
+        stale = [name for name in names - new.keys() if any(fnmatch(name, pattern) for pattern in replace)]
+        operations += [CommitOperationDelete(name) for name in sorted(stale)]
+        HfApi().create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head.sha)
+        return merged
+
+    return retried(commit)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: arguments and files (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# The metadata of a flag that gives its range.
+RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
+RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
+
+
+class OneLineParser(TrlParser):
+    """TrlParser that ends every usage error in one line. It ignores the metadata that is ours, not argparse's."""
+
+    def add_argument(self, *names, **options):
+        options = {key: value for key, value in options.items() if key not in (*RANGES, "may_change")}
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str):
+        raise SystemExit(one_line(message.removeprefix("argument ")))
+
+
+def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
+    """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
+    words = sys.argv[1:] if words is None else words
+    parser = OneLineParser(ScriptArguments, allow_abbrev=False)
+    parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
+    arguments = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
+    return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
+
+
+def config_words(file: str) -> list[str]:
+    """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
+    try:
+        # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`.
+        settings = dict(yaml.load(Path(file).read_text(), Loader=yaml.BaseLoader))
+        settings = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
+        if not all(isinstance(value, str) for values in settings.values() for value in values):
+            raise ValueError("it must hold lines of `flag: value` or `flag: [value, value]`")
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise argparse.ArgumentTypeError(f"{file} cannot be read: {one_line(error)}") from None
+    given = {name: values for name, values in settings.items() if values not in ([], [""], ["null"])}
+    return [word for name, values in given.items() for word in (f"--{name}", *values)]
+
+
+def check_ranges(args: "ScriptArguments") -> None:
+    """Exits with one line if a value is outside the range that its flag's metadata gives."""
+    for spec in fields(args):
+        value = getattr(args, spec.name)
+        for limit in RANGES.keys() & spec.metadata.keys():
+            if value is not None and not RANGES[limit](value, spec.metadata[limit]):
+                raise SystemExit(f"--{spec.name} {value}: must be {RANGE_WORDS[limit]} {spec.metadata[limit]}")
+
+
+def one_line(error: Exception | str) -> str:
+    """An error's message on one line, whatever its class and length."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def progress_bar(*arguments, **options) -> tqdm:
+    """A tqdm bar; where the output is not a terminal it writes at most one line every 30 seconds."""
+    pause = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+    return tqdm(*arguments, **pause, **options)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes under a temporary name, then renames: nobody sees half a file."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+def folder_digest(folder: str) -> str:
+    """A hash of the names, sizes and dates of a folder's files: of a model, or of a dataset without what is written
+    again at every run (card, pictures, statistics) and without the work shards."""
+    files = [(file.relative_to(folder), file.stat()) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
+    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files if name.parts[0] not in others]
+    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
+
+
+def local_cache(folder: str) -> str | None:
+    """Where `load_dataset` caches a local folder; None for a dataset of the Hub. Its own key depends on the folder's
+    card, not on its files: it would return the old rows of a dataset that was built again."""
+    local = os.path.isdir(folder)
+    return os.path.join(datasets_config.HF_DATASETS_CACHE, f"local-{folder_digest(folder)}") if local else None
 
 
 if __name__ == "__main__":
-    diffusers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
     main(parse_arguments())

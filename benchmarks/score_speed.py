@@ -39,7 +39,7 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from transformers import CLIPTokenizer  # noqa: E402
+from transformers import CLIPConfig, CLIPTokenizer  # noqa: E402
 
 import score_pairs  # noqa: E402
 
@@ -84,6 +84,7 @@ def make_checkpoint(folder: Path):
     torch.manual_seed(0)
     model = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"), output_dict=True).eval()
     torch.save({"state_dict": model.state_dict()}, folder / "HPS_v2_compressed.pt")
+    CLIPConfig(**official.VIT_H).save_pretrained(folder)
     merges = official.merges()
     letters = list(official.clip().simple_tokenizer.bytes_to_unicode().values())
     words = [*letters, *(f"{x}</w>" for x in letters), *("".join(merge.split()) for merge in merges)]

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # scripts under test run beside e
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import importlib  # noqa: E402
+import re  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -20,6 +21,7 @@ import hub  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from datasets import Dataset, Features, Image, List, Value  # noqa: E402
 from PIL import Image as PILImage  # noqa: E402
@@ -38,6 +40,11 @@ def run(*command, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
     if check and result.returncode:
         raise AssertionError(f"{command}: exit code {result.returncode}\n{result.stderr[-4000:]}")
     return result
+
+
+def torchrun(processes: int, script) -> list:
+    """The start of a command for several processes; each run takes a free port, so that tests can run side by side."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script]
 
 
 def call(script: str, *flags) -> None:
@@ -65,6 +72,21 @@ def run_until(file: Path, *command) -> None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+
+
+def check_card(folder: Path) -> str:
+    """The card's text. Its front matter parses, its templates are filled, and its links lead to files of the folder."""
+    card = (folder / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    widgets = yaml.safe_load(front).get("widget", [])
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    assert not re.search(r"\{[\w.\[\]]+\}", text) and "{" not in prose and "}" not in prose
+    assert not re.search(r"(?<!=)\b(None|nan)\b", text)
+    links = re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r'(?:src|href)="([^"]+)"', prose)
+    links += [widget["output"]["url"] for widget in widgets]
+    missing = [link for link in links if not re.match(r"https?://|#", link) and not (folder / link).exists()]
+    assert links and not missing, missing
+    return card
 
 
 def tiny_clip(tokenizer, width: int):

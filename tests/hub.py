@@ -3,6 +3,10 @@
 
 The real clients talk to it over HTTP, in processes of their own, with HF_ENDPOINT set. `inject(fault, number)` makes it
 answer the number-th request from then on (for `always-…` all later ones too) as a busy or broken Hub would.
+
+Large files come by LFS, or by xet, as from users: with `xet`, a folder, the client's own library is told to keep its
+chunks in that folder (`local://`) instead of sending them to a storage server. The requests to such a server, and
+downloads by xet, are not tested: it would be a second server, of a binary protocol.
 """
 
 import base64
@@ -13,8 +17,12 @@ import re
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import hf_xet
 
 
 TOKEN = "hf_marker_that_must_appear_nowhere"
@@ -51,6 +59,7 @@ class Hub:
         self.uploaded: list[tuple[str, int]] = []
         self.read_only: set[str] = set()  # repositories that the token may not write to
         self.fault, self.number, self.requests, self.stall_after = None, 0, 0, None
+        self.xet: Path | None = None
         self.stalled = threading.Event()
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
@@ -76,7 +85,8 @@ class Hub:
         return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if self.xet else "1",
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
@@ -98,6 +108,7 @@ class Hub:
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the acknowledgement of its header
 
     def log_message(self, *args):
         pass
@@ -166,6 +177,11 @@ class Handler(BaseHTTPRequestHandler):
         if match:
             writable = allowed and match.group(2) not in self.hub.read_only
             return self.answer(200, {}) if writable else self.answer(403, {"error": "You have no write access."})
+        match = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/xet-write-token/main", path)
+        if match:
+            if not allowed or match.group(2) in self.hub.read_only:
+                return self.answer(403, {"error": "You have no write access."})
+            return self.answer(200, {"casUrl": f"local://{self.hub.xet}", "accessToken": "xet", "exp": 4_000_000_000})
         match = re.fullmatch(
             r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/([^/]+)(?:/(.*))?)?)?", path
         )
@@ -338,6 +354,8 @@ class Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
+                    if self.hub.xet and value["oid"] not in self.hub.objects:
+                        self.hub.objects |= xet_contents(self.hub.xet)
                     if value["oid"] not in self.hub.objects:
                         return self.answer(400, {"error": f"no object {value['oid']}"})
                     files[value["path"]] = self.hub.objects[value["oid"]]
@@ -357,6 +375,35 @@ class Handler(BaseHTTPRequestHandler):
 
 def is_lfs(path: str) -> bool:
     return path.endswith(LFS_SUFFIXES)
+
+
+def xet_contents(folder: Path) -> dict[str, bytes]:
+    """SHA-256 → content of every file that the xet client has kept in a folder."""
+    contents = {}
+    for shard in folder.glob("xet/xorbs/shards/*.mdb"):
+        for sha256, xet_hash, size in shard_files(shard.read_bytes()):
+            target = folder / sha256
+            file = hf_xet.PyXetDownloadInfo(str(target), xet_hash, size)
+            hf_xet.download_files([file], f"local://{folder}", ("xet", 4_000_000_000), None, None)
+            contents[sha256] = target.read_bytes()
+    return contents
+
+
+def shard_files(shard: bytes) -> Iterator[tuple[str, str, int]]:
+    """SHA-256, xet hash and size of the files that a shard lists: records of 48 bytes after a header of 48."""
+    start = 48
+    while shard[start : start + 32] != b"\xff" * 32:
+        flags, segments = (int.from_bytes(shard[start + i : start + i + 4], "little") for i in (32, 36))
+        ends = [start + 48 * (i + 1) for i in range(segments)]
+        size = sum(int.from_bytes(shard[end + 36 : end + 40], "little") for end in ends)
+        last = start + 48 * (1 + segments * (2 if flags >> 31 else 1))  # each segment may have a record to verify it
+        yield xet_text(shard[last : last + 32]), xet_text(shard[start : start + 32]), size
+        start = last + 48
+
+
+def xet_text(value: bytes) -> str:
+    """xet writes a hash as four numbers."""
+    return "".join(f"{int.from_bytes(value[i : i + 8], 'little'):016x}" for i in range(0, 32, 8))
 
 
 def git_oid(content: bytes) -> str:

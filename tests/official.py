@@ -126,6 +126,32 @@ def clip_t5():
     return importlib.import_module("clip_t5.model.language_model.clip_t5")
 
 
+# What config.json of laion/CLIP-ViT-H-14-laion2B-s32B-b79K says. Its end token of 2 means, in transformers, the token
+# with the highest number.
+VIT_H = {
+    "projection_dim": 1024,
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    },
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "hidden_act": "gelu",
+    },
+}
+
+
 def seeded(module: torch.nn.Module, seed: int = 0, scale: float = 0.02) -> torch.nn.Module:
     """Random weights that are not small enough to hide a mistake: norms differ from 1, biases from 0."""
     generator = torch.Generator().manual_seed(seed)

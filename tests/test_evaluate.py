@@ -2,11 +2,13 @@
 """What a user of evaluate.py sees: means, paired intervals, win rates, pictures, what a rerun costs, refusals."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
 from conftest import call, ranked_rows, refused
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 import evaluate
@@ -78,6 +80,21 @@ def test_results_are_means_lifts_and_wins_over_the_saved_images(tmp_path, tiny_s
         call("evaluate", *flags)
 
 
+def test_of_diffusers_warnings_only_the_one_on_text_encoders_is_hidden(tmp_path, tiny_sdxl, lora, monkeypatch, caplog):
+    """The trainers' LoRAs leave text encoders alone. A LoRA whose keys do not fit the UNet is refused."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [caplog.handler])
+    flags = [*make_flags(tmp_path, tiny_sdxl, lora), "--max_prompts", 1]
+    call("evaluate", *flags)
+    assert "No LoRA keys" not in caplog.text
+    (tmp_path / "other").mkdir()
+    weights = load_file(lora / evaluate.LORA_FILE)
+    weights = {key.replace("unet.", "other."): value for key, value in weights.items()}
+    save_file(weights, tmp_path / "other" / evaluate.LORA_FILE)
+    flags += ["--loras", f"other={tmp_path / 'other'}", "--output_dir", tmp_path / "refused"]
+    assert "no key of it fits" in refused("evaluate", *flags)
+    assert "No LoRA keys associated to UNet2DConditionModel" in caplog.text and "CLIPText" not in caplog.text
+
+
 def test_interval_equals_scipys_paired_bootstrap():
     rng = np.random.default_rng(0)
     base = rng.normal(size=(60, 3))
@@ -139,8 +156,13 @@ def test_checkpoints_become_curves_over_the_pairs_seen(tmp_path, tiny_sd, pair_d
         "random@2": ("random", 4),
         "random@4": ("random", 8),
     }
-    values = [results[name]["brightness"] for name in ("base", *results["checkpoints"])]
-    assert len(set(values)) == 5  # every checkpoint's own LoRA was drawn with
+    # Every checkpoint's own LoRA was drawn with. Means of a few thousand bytes may coincide, whole images do not.
+    drawn = {}
+    for name in ("base", *results["checkpoints"]):
+        pixels = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "out" / "images" / name).glob("*.png"))]
+        assert len(pixels) == 2 and results[name]["brightness"] == pytest.approx(np.mean(pixels))
+        drawn[np.stack(pixels).tobytes()] = name
+    assert len(drawn) == 5
     picture = Image.open(tmp_path / "out" / "curves.png")
     assert picture.size == (500, 400) and np.asarray(picture.convert("L")).min() < 100
     assert Image.open(tmp_path / "out" / "grid.png").width == 3 * 192 + 2 * 12  # base and the last of each run

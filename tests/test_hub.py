@@ -12,19 +12,22 @@ import threading
 import time
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
 from conftest import ROOT, pair_rows, write_pairs
+from huggingface_hub import RepoCard
 
 
 PROMPTS = [f"a {color} {shape}" for shape in ("circle", "square") for color in ("red", "green", "blue")]
 
 
 def start(server, home, *command, token=hub.TOKEN, **options) -> subprocess.Popen:
-    """A command as a user of this Hub gives it, with a cache of its own; it pauses a hundred times shorter."""
+    """A command as a user of this Hub gives it, with a cache of its own; it pauses a thousand times shorter."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= server.environment() | {"HF_TOKEN": token, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(ROOT / "tests" / "hurried")
@@ -125,7 +128,8 @@ def test_from_a_prompt_list_to_a_lora_that_loads_from_the_hub(server, tiny_sdxl,
     assert [json.loads(line)["step"] for line in files["training_log.jsonl"].splitlines()] == [1, 2, 3, 4, 5, 6]
     card = files["README.md"].decode()
     commit = server.repos["datasets", "user/synpic"].head[0]
-    assert "datasets:\n- user/synpic" in card and f"commit {commit}" in card and "TODO" not in card
+    assert "datasets:\n- user/synpic" in card and f"commit {commit}" in card
+    assert 'load_lora_weights("user/lora", weight_name="pytorch_lora_weights.safetensors")' in card
     # A checkpoint's LoRA came before, and was another.
     earlier = [files for _, files in server.repos["models", "user/lora"].commits[:-1]]
     earlier = [files["pytorch_lora_weights.safetensors"] for files in earlier if files]
@@ -206,26 +210,107 @@ def test_other_configurations_and_edits_of_the_card_stay(server, tiny_sdxl, tmp_
 
 
 def test_merged_card():
-    """What the two sides of a card become, key by key and mark by mark."""
-    from train_rankdpo_sdxl import CARD_BEGIN, CARD_END, join_card, merge_cards, split_card
+    """What becomes of the two sides of a card, key by key and mark by mark."""
+    from train_rankdpo_sdxl import CARD_BEGIN, CARD_END, make_card, merge_cards
 
-    block = f"{CARD_BEGIN}\nnew\n{CARD_END}"
-    mine = join_card({"license": "other", "license_name": "sai", "tags": ["a"], "widget": [2]}, f"{block}\n")
+    block, old = f"{CARD_BEGIN}\nnew\n{CARD_END}", f"{CARD_BEGIN}\nold\n{CARD_END}"
+    front = {"license": "other", "license_name": "sai", "tags": ["a"], "widget": [2]}
+    mine = make_card(front, f"{block}\n")
 
-    def merged(front: str, body: str) -> tuple[dict, str]:
-        card = merge_cards(mine, f"---\n{front}---\n{body}")
-        assert merge_cards(mine, card) == card  # once more changes nothing
-        return split_card(card)
+    def merged(theirs: str) -> tuple[dict, str]:
+        card = str(merge_cards(RepoCard(mine), RepoCard(theirs)))
+        assert str(merge_cards(RepoCard(mine), RepoCard(card))) == card  # a second merge changes nothing
+        return RepoCard(card).data.to_dict(), RepoCard(card).text.strip()
 
-    assert merged("", "") == split_card(mine)
-    front, body = merged("license: mit\nwidget: [1]\nmine: é\n", "Text.\n")
-    assert front == {"tags": ["a"], "widget": [2], "license": "mit", "mine": "é"}
-    assert body.strip() == f"Text.\n\n{block}"
-    old = f"{CARD_BEGIN}\nold\n{CARD_END}"
-    assert merged("tags: []\n", f"A\r\n{old} B")[1].strip() == f"A\r\n{block} B"
-    # Somebody deleted the end mark, or all of the card's head.
-    assert merged("", f"A {CARD_BEGIN} old B")[1].strip() == f"A {CARD_BEGIN} old B\n\n{block}"
-    assert split_card(merge_cards(mine, "only text"))[1].strip() == f"only text\n\n{block}"
+    assert merged("") == merged("---\n\n---\n") == merged(mine) == (front, block)
+    theirs = "---\nlicense: mit\nwidget: [1]\nmine: é\nconfigs: [{config_name: b}]\n---\nText.\n"
+    metadata, body = merged(theirs)
+    kept = {"license": "mit", "mine": "é", "configs": [{"config_name": "b"}]}
+    assert metadata == {"tags": ["a"], "widget": [2], **kept} and body == f"Text.\n\n{block}"
+    assert list(metadata) == ["license", "widget", "mine", "configs", "tags"]  # in their order
+    assert merged("---\nlicense_name: own\n---\n")[0] == {**front, "license_name": "own"}
+    # Text around the marks, in other line endings; in a card that came from Windows.
+    assert merged(f"---\ntags: []\n---\nA\r\n{old} B")[1] == f"A\r\n{block} B"
+    assert merged(f"---\r\ntags: []\r\n---\r\nA\r\n{old} B") == ({**front, "tags": []}, f"A\r\n{block} B")
+    # Somebody deleted the end mark, or the first one and all metadata.
+    assert merged(f"A {CARD_BEGIN} old B") == (front, f"A {CARD_BEGIN} old B\n\n{block}")
+    assert merged(f"only text {CARD_END}") == (front, f"only text {CARD_END}\n\n{block}")
+    assert merged(f"{CARD_BEGIN} A {old} B") == (front, f"{CARD_BEGIN} A {block} B")
+    # Somebody deleted the marks of the card on this machine: its whole text goes.
+    assert merge_cards(RepoCard("---\na: 1\n---\n\nmine\n"), RepoCard("theirs")).text == "theirs\n\nmine\n"
+
+
+def test_card_of_a_folder_stays_edited(tmp_path):
+    from build_synpic import CARD_BEGIN, CARD_END, make_card
+
+    file, block = tmp_path / "README.md", f"{CARD_BEGIN}\nnew\n{CARD_END}"
+    front = {"language": ["en"], "configs": [{"config_name": "default"}]}
+    file.write_text(make_card({**front, "configs": [{"config_name": "gone"}], "mine": "é"}, "Mine.\n"))
+    card = RepoCard(make_card(front, block, file))
+    assert card.data.to_dict() == {**front, "mine": "é"} and card.text == f"\nMine.\n\n{block}\n"
+
+
+def test_merged_configurations_and_results():
+    """Other configurations of a dataset, and results of a model on other prompts, stay."""
+    from build_synpic import make_card, merge_dataset_cards
+    from evaluate import make_card as results_card
+    from evaluate import merge_results
+
+    configs = [{"config_name": "default", "data_files": "new"}, {"config_name": "scores"}]
+    mine = make_card({"configs": configs, "dataset_info": [{"config_name": "default"}]}, "mine")
+    # A card may name a single configuration without a list, and the default one without its name.
+    theirs = "---\nconfigs: [{data_files: old}, {config_name: extra}]\ndataset_info: {config_name: extra}\n---\n"
+    for _ in range(2):
+        theirs = str(merge_dataset_cards(RepoCard(mine), RepoCard(theirs)))
+        data = RepoCard(theirs).data
+        assert data["configs"] == [*configs, {"config_name": "extra"}]
+        assert data["dataset_info"] == [{"config_name": "default"}, {"config_name": "extra"}]
+
+    def model(name: str, **values) -> dict:
+        results = [{"dataset": {"name": prompts}, "metrics": value} for prompts, value in values.items()]
+        return {"name": name, "results": results}
+
+    mine = results_card({"model-index": [model("mine", a=1)]}, "mine")
+    for index in ([model("theirs", b=2, a=3), model("other", a=4)], [{"name": "theirs"}, model("other", a=4)], None):
+        theirs = results_card({"model-index": index}, "theirs")
+        for _ in range(2):
+            theirs = str(merge_results(RepoCard(mine), RepoCard(theirs)))
+            wanted = [model("theirs", **({"b": 2} if "results" in index[0] else {}), a=1), index[1]] if index else None
+            assert RepoCard(theirs).data["model-index"] == (wanted or [model("mine", a=1)])
+
+
+def test_which_errors_are_asked_again_and_after_which_pause(monkeypatch):
+    import train_rankdpo_sdxl as script
+
+    def pauses(*errors) -> list[int]:
+        """Of a request that fails with these errors, one after the other, and then succeeds."""
+        slept, left = [], list(errors)
+
+        def request(value: int) -> int:
+            if left:
+                raise left.pop(0)
+            return value
+
+        monkeypatch.setattr(script.time, "sleep", slept.append)
+        assert script.retried(request, value=1) == 1
+        return slept
+
+    def answer(status: int, **headers) -> Exception:
+        error = OSError(f"status {status}")
+        error.response = SimpleNamespace(status_code=status, headers=headers)
+        return error
+
+    assert pauses(ConnectionError(), answer(503), answer(409), answer(412), answer(500)) == [1, 2, 4, 8, 16]
+    assert pauses(json.JSONDecodeError("a proxy's page", "<html>", 0)) == [1]
+    assert pauses(answer(429, **{"Retry-After": "55"})) == pauses(answer(503, **{"Retry-After": "55"})) == [55]
+    assert pauses(answer(429, ratelimit='"api";r=0;t=99'), answer(429, **{"Retry-After": "9999"})) == [99, 330]
+    assert pauses(answer(409, ratelimit='"api";r=400;t=99'), answer(429, **{"Retry-After": "Mon"})) == [1, 2]
+    for error in (ValueError(), answer(401), answer(403), answer(404)):
+        with pytest.raises(type(error)) as raised:
+            pauses(error)
+        assert raised.value is error
+    with pytest.raises(ConnectionError):
+        pauses(*[ConnectionError()] * 6)
 
 
 LOAD_PAIRS = """

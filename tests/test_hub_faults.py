@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import hub
+from conftest import pair_rows, write_pairs
 from test_hub import OTHER_CARD, client, start, write_build, write_train
 
 
@@ -18,7 +19,6 @@ import importlib, io, json, sys, traceback
 from contextlib import redirect_stderr, redirect_stdout
 from accelerate.state import AcceleratorState
 module = importlib.import_module(sys.argv[1])
-module.COMMIT_FILES = int(sys.argv[2]) or module.COMMIT_FILES
 module.HUB_TIMEOUT = 1
 for line in sys.stdin:
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -35,10 +35,10 @@ for line in sys.stdin:
 
 
 class Driver:
-    def __init__(self, server, home: Path, script: str, flags: list, commit_files: int = 0):
+    def __init__(self, server, home: Path, script: str, flags: list):
         self.flags = json.dumps([str(flag) for flag in flags]) + "\n"
         options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = start(server, home, "-c", DRIVER, script, commit_files, **options)
+        self.process = start(server, home, "-c", DRIVER, script, **options)
 
     def __call__(self) -> str | int:
         """0, or the line that the script ended with."""
@@ -104,6 +104,21 @@ def test_dataset_upload_under_every_fault(server, tiny_sdxl, tmp_path):
     run.close()
 
 
+def test_dataset_upload_by_xet_under_faults(server, tiny_sdxl, tmp_path):
+    """As users have it: huggingface_hub brings hf_xet."""
+    build = write_build(tmp_path, tiny_sdxl)
+    client(server, tmp_path / "home", *build)
+    server.xet = tmp_path / "xet"
+    server.xet.mkdir()
+    run = Driver(server, tmp_path / "home", "build_synpic", [*build[1:], "--stages", "rank", "publish"])
+    wanted = ("datasets", "user/synpic")
+    check_faults(server, run, {}, ("412", "503", "lost"), wanted, tmp_path / "synpic")
+    run.close()
+    assert not server.uploaded and not any("lfs" in path for _, path in server.log)
+    for name, content in server.files(*wanted).items():
+        assert content == (tmp_path / "synpic" / name).read_bytes(), name
+
+
 def test_lora_upload_under_every_fault(server, tiny_sdxl, ranked_dataset, tmp_path):
     train = write_train(tmp_path, tiny_sdxl, ranked_dataset)
     client(server, tmp_path / "home", *train)
@@ -112,22 +127,26 @@ def test_lora_upload_under_every_fault(server, tiny_sdxl, ranked_dataset, tmp_pa
     run.close()
 
 
-def test_a_dataset_of_several_commits_is_finished_by_the_next_run(server, tiny_sdxl, tmp_path):
-    build = write_build(tmp_path, tiny_sdxl)
-    client(server, tmp_path / "home", *build)
-    complete = server.files("datasets", "user/synpic")
-    run = Driver(server, tmp_path / "home", "build_synpic", [*build[1:], "--stages", "publish"], commit_files=2)
-    server.clear()
-    server.inject(None)
-    assert run() == 0 and server.files("datasets", "user/synpic") == complete
-    assert len(server.repos["datasets", "user/synpic"].commits) > 2
-    requests, unfinished = server.requests, set()
-    for number in (requests // 2, requests - 3):
-        server.clear()
-        server.inject("always-503", number)
-        assert isinstance(run(), str)
-        unfinished.add(frozenset(server.files("datasets", "user/synpic")))
-        server.inject(None)
-        assert run() == 0 and server.files("datasets", "user/synpic") == complete, number
-    assert len(unfinished) > 1, unfinished
+def test_sorted_pairs_upload_under_faults(server, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", pair_rows(8))
+    score = ["score_pairs.py", "--dataset_name", pairs, "--reward", "shapes/world.py:clean_reward", "--include_images"]
+    score += ["--output_dir", tmp_path / "qsd", "--push_to_hub", "--hub_dataset_id", "user/qsd"]
+    client(server, tmp_path / "home", *score)
+    run = Driver(server, tmp_path / "home", "score_pairs", score[1:])
+    check_faults(server, run, {}, ("409", "drop"), ("datasets", "user/qsd"), tmp_path / "qsd")
+    run.close()
+
+
+def test_results_upload_under_faults(server, tiny_sdxl, ranked_dataset, tmp_path):
+    """Into the card of a LoRA that is on the Hub already."""
+    client(server, tmp_path / "home", *write_train(tmp_path, tiny_sdxl, ranked_dataset))
+    wanted = ("models", "user/lora")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    evaluate = ["evaluate.py", "--pretrained_model_name_or_path", tiny_sdxl, "--loras", f"mine={tmp_path / 'lora'}"]
+    evaluate += ["--prompts", tmp_path / "prompts.txt", "--num_inference_steps", 1, "--resolution", 32]
+    evaluate += ["--metrics", "shapes/world.py:clean_reward", "--output_dir", tmp_path / "evaluation"]
+    evaluate += ["--push_to_hub", "--hub_model_id", "user/lora"]
+    before = server.files(*wanted)
+    run = Driver(server, tmp_path / "home", "evaluate", evaluate[1:])
+    check_faults(server, run, {wanted: before}, ("412", "lost"), wanted, tmp_path / "evaluation")
     run.close()

@@ -1,44 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command that the README, a recipe or a script's docstring shows must parse."""
+"""The documents: every command parses, every link leads somewhere, every flag and every logged figure is explained."""
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+import yaml
+from conftest import ROOT, call
 
 
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
-COMMAND = re.compile(r"^(?:accelerate launch|python|torchrun|uv run|hf jobs uv run)\b.*?\b(\w+)\.py\b(.*)$")
+TRAINERS = [name for name in SCRIPTS if name.startswith("train_")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml")) + sorted((ROOT / "shapes").glob("*.yaml"))
+COMMAND = re.compile(r"^(?:accelerate launch|python|torchrun|uv run|hf jobs uv run)\b.*?(\S+)\.py\b(.*)$")
+
+
+def texts() -> dict[str, str]:
+    """Where commands stand: the bash blocks of the pages, the scripts' docstrings, the comments of the recipes."""
+    found = {f"{name}.py": importlib.import_module(name).__doc__ for name in SCRIPTS}
+    for page in PAGES:
+        if page.exists():
+            found[str(page.relative_to(ROOT))] = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.S))
+    for path in RECIPES:
+        found[str(path.relative_to(ROOT))] = re.sub(r"^# ?", "", path.read_text(), flags=re.M)
+    return found
 
 
 def commands() -> list[tuple[str, str]]:
-    """(where, command on one line) of every command of a script of ours."""
-    found = []
-    texts = {"README.md": "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S))}
-    for name in SCRIPTS:
-        texts[f"{name}.py"] = importlib.import_module(name).__doc__
-    for path in sorted((ROOT / "recipes").glob("*.yaml")) + sorted((ROOT / "shapes").glob("*.yaml")):
-        texts[str(path.relative_to(ROOT))] = re.sub(r"^# ?", "", path.read_text(), flags=re.M)
-    for where, text in texts.items():
-        for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-            match = COMMAND.match(line.strip())
-            if match and match.group(1) in SCRIPTS:
-                found.append((where, line.strip()))
-    return found
+    """(where, command on one line) of every command that runs a Python file."""
+    lines = [(where, line) for where, text in texts().items() for line in re.sub(r"\\\n\s*", " ", text).splitlines()]
+    return [(where, line.strip()) for where, line in lines if COMMAND.match(line.strip())]
 
 
 @pytest.mark.parametrize("where, command", commands(), ids=lambda value: value[:70])
 def test_command_parses(where, command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    script, flags = COMMAND.match(command).groups()
-    flags = shlex.split(flags.replace("...", ""), comments=True)
-    module = importlib.import_module(script)
-    args = module.parse_arguments(flags)
+    file, flags = COMMAND.match(command).groups()
+    script = file.rpartition("/")[2]
+    if script not in SCRIPTS:
+        assert Path(f"{file}.py").exists(), f"{where}: {file}.py"
+        return
+    if flags.strip() == "--help":
+        return
+    args = importlib.import_module(script).parse_arguments(shlex.split(flags.replace("...", ""), comments=True))
     for flag in ("generators", "prompts"):
         file = getattr(args, flag, None)
         if isinstance(file, str) and file.startswith(("recipes/", "shapes/")):
@@ -46,29 +57,121 @@ def test_command_parses(where, command, monkeypatch):
 
 
 def test_there_are_commands_to_check():
-    assert {"README.md", *(f"{name}.py" for name in SCRIPTS)} <= {where for where, _ in commands()}
+    pages = {"README.md", *(f"docs/{name}.md" for name in SCRIPTS)}
+    assert {*pages, *(f"{name}.py" for name in SCRIPTS)} <= {where for where, _ in commands()}
 
 
-def test_recipes_parse():
-    import yaml
-
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipe_is_used_by_a_command(path):
+    """test_command_parses parses it then."""
     import build_synpic
 
-    for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        content = yaml.safe_load(path.read_text())
-        if isinstance(content, list):
-            build_synpic.read_generators(str(path))
-        else:
-            script = path.stem.split("_")[0]
-            assert script in ("rankdpo", "qsd", "synpic", "evaluate"), path.name
+    if isinstance(yaml.safe_load(path.read_text()), list):
+        build_synpic.read_generators(str(path))
+    name = str(path.relative_to(ROOT))
+    makefile = re.sub(r"\\\n\s*", " ", (ROOT / "Makefile").read_text())
+    used = [*(command for _, command in commands()), *makefile.splitlines(), *(p.read_text() for p in RECIPES)]
+    assert any(re.search(rf"(--config|--generators|generators:) {re.escape(name)}\b", line) for line in used)
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {(where, target) for where, text in texts().items() for target in re.findall(r"^make ([\w-]+)", text, re.M)}
+    assert named and not [(where, target) for where, target in named if target not in targets]
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """What `#...` may follow the page's name: its headings, as GitHub writes them."""
+    found = []
+    for heading in re.findall(r"^#+ +(.+?) *$", prose(page), re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+        found.append(f"{anchor}-{found.count(anchor)}" if anchor in found else anchor)
+    return set(found)
+
+
+def broken_links(page: Path) -> list[str]:
+    links = re.findall(r"\]\(([^)\s]+)[^)]*\)", prose(page)) + re.findall(r'(?:src|href)="([^"]+)"', prose(page))
+    broken = []
+    for link in links:
+        if not re.match(r"\w+:", link):
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            if not target.exists() or anchor and anchor not in anchors(target):
+                broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    assert not broken_links(page)
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "page.md").write_text("# One `--flag`, two\n\n# Again\n\n# Again\n")
+    good = "[a](page.md) [b](page.md#one---flag-two) [c](page.md#again-1) ![d](e.png) [f](#here) [g](https://h/i)"
+    (tmp_path / "e.png").touch()
+    (tmp_path / "index.md").write_text(f"# Here\n\n{good}\n\n```\n[x](y)\n```\n")
+    assert not broken_links(tmp_path / "index.md")
+    bad = ["pages.md", "page.md#one", "page.md#again-2", "#there", "f.png"]
+    (tmp_path / "index.md").write_text("# Here\n" + " ".join(f"[x]({link})" for link in bad[:-1]) + '<img src="f.png">')
+    assert broken_links(tmp_path / "index.md") == bad
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
+def page_of(script: str) -> str:
+    return (ROOT / "docs" / f"{script}.md").read_text()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_lists_every_flag_with_its_help(script):
-    text = run(f"{script}.py", "--help").stdout
-    fields = importlib.import_module(script).ScriptArguments.__dataclass_fields__
-    for name, spec in fields.items():
-        assert f"--{name}" in text and spec.metadata["help"]
+def test_page_names_every_flag(script):
+    page, fields = page_of(script), importlib.import_module(script).ScriptArguments.__dataclass_fields__
+    assert not [name for name in fields if not re.search(rf"--{name}(?![\w-])", page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_in_the_text_exist(page):
+    """A flag between backticks is one of ours, or one of the tools that the documents name."""
+    known = {"config", "help", "num_processes", "multi_gpu", "timeout", "env-file", "fix"}
+    for script in SCRIPTS:
+        known |= importlib.import_module(script).ScriptArguments.__dataclass_fields__.keys()
+    spans = " ".join(re.findall(r"`[^`\n]+`", prose(page)))
+    assert not set(re.findall(r"(?<!\S)`?--([a-z][\w-]*)", spans)) - known
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_page_explains_every_logged_figure(script, request, tmp_path):
+    model, data = {
+        "train_rankdpo_sd3": ("tiny_sd3", "ranked_dataset"),
+        "train_dpo_qsd": ("tiny_sd", "pair_dataset"),
+    }.get(script, ("tiny_sdxl", "ranked_dataset"))
+    flags = ["--pretrained_model_name_or_path", request.getfixturevalue(model), "--output_dir", tmp_path / "lora"]
+    flags += ["--dataset_name", request.getfixturevalue(data), "--cache_dir", tmp_path / "cache"]
+    flags += "--resolution 32 --max_train_steps 1 --report_to none --validation_num_inference_steps 1".split()
+    call(script, *flags, *["--top_fraction", 1] * (script == "train_dpo_qsd"))
+    logged = json.loads((tmp_path / "lora" / "training_log.jsonl").read_text())
+    assert {"step", "loss", "implicit_accuracy", "margin", "grad_norm", "lr", "images_per_second"} <= logged.keys()
+    page = page_of(script)
+    assert not [name for name in logged if f"`{name}`" not in page]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_every_flag_with_its_help(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as stopped:
+        module.parse_arguments(["--help"])
+    assert stopped.value.code == 0
+    squeezed = re.sub(r"\s", "", capsys.readouterr().out)  # argparse breaks the lines
+    for name, spec in module.ScriptArguments.__dataclass_fields__.items():
+        text = re.sub(r"\s", "", spec.metadata["help"]).replace("%%", "%")
+        assert f"--{name}" in squeezed and len(text) > 5 and text in squeezed, name
 
 
 # What a script's own imports use without its being imported by name, and `uv run` must install all the same.
@@ -85,7 +188,8 @@ DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 def test_header_names_exactly_what_the_script_imports(script):
     """The PEP 723 header: what the script imports, and what that needs for what the script does; no more."""
     text = (ROOT / f"{script}.py").read_text()
-    header = re.findall(r'^#     "([\w.-]+)"', text, re.M)
+    block = re.search(r"^# /// script\n(.*?)^# ///$", text, re.M | re.S).group(1)
+    header = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))["dependencies"]
     assert header == sorted(set(header))
     imported = set()
     for node in ast.walk(ast.parse(text)):

@@ -1,6 +1,8 @@
 """The reward models against the official scorers' own code: same random weights, same pictures, same words."""
 
 import functools
+import json
+import re
 import types
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import (
     AutoTokenizer,
     BertTokenizer,
+    BlipConfig,
     BlipTextModel,
     BlipVisionModel,
     CLIPConfig,
@@ -119,6 +122,7 @@ def clip_tokenizer(tmp_path_factory):
 
 
 def with_files(folder, *sources):
+    folder.mkdir(exist_ok=True)
     for source in sources:
         for file in source.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
@@ -133,6 +137,14 @@ def with_files(folder, *sources):
 @pytest.fixture(scope="module")
 def hps(tmp_path_factory, clip_tokenizer):
     """hpsv2's fork of open_clip at a small size with ViT-H/14's head widths: (model, preprocessing, checkpoint)."""
+    size = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"hidden_size": 160, "intermediate_size": 640, "image_size": 56, **size}
+    text = {"hidden_size": 128, "intermediate_size": 512, **size}
+    config = CLIPConfig(
+        vision_config={**official.VIT_H["vision_config"], **vision},
+        text_config={**official.VIT_H["text_config"], **text},
+        projection_dim=64,
+    )
     open_clip = official.open_clip()
     model = open_clip.CLIP(
         64,
@@ -142,6 +154,7 @@ def hps(tmp_path_factory, clip_tokenizer):
     )
     official.seeded(model)
     folder = with_files(tmp_path_factory.mktemp("hpsv2"), clip_tokenizer)
+    config.save_pretrained(folder)
     for name in ("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"):
         torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / name)
     transform = open_clip.image_transform(56, is_train=False, resize_longest_max=True)
@@ -208,12 +221,19 @@ def shapes(weights: dict) -> dict:
     return {key: tuple(value.shape) for key, value in weights.items()}
 
 
+def heads(model) -> tuple[int, int]:
+    """Attention heads of the image tower and of the text tower, of open_clip's model and of OpenAI's."""
+    return tuple(tower.resblocks[0].attn.num_heads for tower in (model.visual.transformer, model.transformer))
+
+
 def test_all_keys_of_the_full_size_hps():
-    weights = build_synpic.hf_clip_weights(full_size_hps().state_dict())
+    open_clip_model = full_size_hps()
+    weights = build_synpic.hf_clip_weights(open_clip_model.state_dict())
     with torch.device("meta"):
-        model = CLIPModel(build_synpic.clip_config(weights))
+        model = CLIPModel(CLIPConfig(**official.VIT_H))
     assert shapes(weights) == shapes(model.state_dict())
     assert sum(value.numel() for value in weights.values()) == 986_109_441
+    assert heads(open_clip_model) == (16, 16)
     assert model.config.vision_config.num_attention_heads == 16
     assert model.config.text_config.num_attention_heads == 16
 
@@ -228,7 +248,7 @@ def pickscore(tmp_path_factory, clip_tokenizer, hps):
     """The open_clip model of `hps` as a transformers checkpoint, as PickScore is published."""
     folder = with_files(tmp_path_factory.mktemp("pickscore"), clip_tokenizer)
     weights = build_synpic.hf_clip_weights(hps[0].state_dict())
-    model = CLIPModel(build_synpic.clip_config(weights))
+    model = CLIPModel(CLIPConfig.from_pretrained(hps[2]))
     model.load_state_dict(weights)
     with torch.no_grad():
         model.logit_scale.fill_(np.log(100))
@@ -278,6 +298,15 @@ def test_pickscore_scale_is_float32_in_half_precision(pickscore):
     np.testing.assert_allclose(found, full.score(images, ["a red bicycle"] * len(images)), atol=1.0)
 
 
+OPENAI_CLIP = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_act": "quick_gelu",
+}
+
+
 @pytest.fixture(scope="module")
 def openai_clip():
     """OpenAI's CLIP at a small size, heads 64 wide."""
@@ -288,9 +317,8 @@ def openai_clip():
 def test_clipscore_is_hessels(openai_clip, clip_tokenizer, tmp_path):
     with_files(tmp_path, clip_tokenizer)
     weights = build_synpic.hf_clip_weights(openai_clip.state_dict())
-    vision = build_synpic.clip_vision_config(weights, "vision_model.", head_width=64, hidden_act="quick_gelu")
-    text = {**build_synpic.clip_config(weights).text_config.to_dict(), "hidden_act": "quick_gelu"}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=64))
+    vision = {**OPENAI_CLIP, "image_size": 56, "patch_size": 14}
+    model = CLIPModel(CLIPConfig(text_config=OPENAI_CLIP, vision_config=vision, projection_dim=64))
     model.load_state_dict(weights)
     model.save_pretrained(tmp_path)
     reward = load_reward_model(f"clipscore={tmp_path}", batch_size=4)
@@ -323,9 +351,7 @@ def publish_aesthetic(model, head, folder):
     """In the form of shunk031/aesthetics-predictor-v2-…: CLIPVisionModelWithProjection and `layers`."""
     weights = build_synpic.hf_clip_weights(model.state_dict())
     weights = {key: value for key, value in weights.items() if key.startswith(("vision_model.", "visual_projection."))}
-    config = build_synpic.clip_vision_config(weights, "vision_model.", head_width=64, hidden_act="quick_gelu")
-    config.projection_dim = len(weights["visual_projection.weight"])
-    config.save_pretrained(folder)
+    CLIPVisionConfig(**OPENAI_CLIP, image_size=56, patch_size=14, projection_dim=64).save_pretrained(folder)
     weights |= {f"layers.{key}": value for key, value in head.layers.state_dict().items()}
     weights["vision_model.embeddings.position_ids"] = torch.arange(5)[None]  # as older transformers saved it
     save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
@@ -412,6 +438,9 @@ def official_image_reward(parts, tokenizer=None, vit: dict | None = None, **med)
 def image_reward(tmp_path_factory, bert_tokenizer):
     parts = official.image_reward()
     folder = with_files(tmp_path_factory.mktemp("imagereward"), bert_tokenizer)
+    vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 64, "patch_size": 16, "layer_norm_eps": 1e-6}
+    text = {"hidden_size": 192, "intermediate_size": 256, "num_attention_heads": 3, "num_hidden_layers": 2}
     tokenizer = AutoTokenizer.from_pretrained(bert_tokenizer)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
@@ -419,13 +448,15 @@ def image_reward(tmp_path_factory, bert_tokenizer):
         parts,
         tokenizer,
         vit={"img_size": 64, "embed_dim": 128, "depth": 2, "num_heads": 2},
-        **{"hidden_size": 192, "intermediate_size": 256, "num_attention_heads": 3, "num_hidden_layers": 2},
+        **text,
         vocab_size=len(tokenizer),
         max_position_embeddings=40,
     )
     official.seeded(model)
     weights = model.state_dict() | {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
     torch.save(weights, folder / "ImageReward.pt")
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 40}
+    BlipConfig(vision_config=vision, text_config=text).save_pretrained(folder)
     return model, folder
 
 
@@ -456,14 +487,22 @@ def test_image_reward_preprocessing_and_tokens(image_reward):
 
 
 def test_all_keys_of_the_full_size_image_reward():
+    reward = build_synpic.ImageRewardReward
+    config = BlipConfig(vision_config=reward.VISION, text_config=reward.TEXT)
     with torch.device("meta"):
-        weights = official_image_reward(official.image_reward()).state_dict()
+        model = official_image_reward(official.image_reward())
+        weights = model.state_dict()
         vision, text, head = build_synpic.blip_weights(weights)
-        vision_config, text_config = build_synpic.blip_configs(vision, text)
-        assert shapes(vision) == shapes(BlipVisionModel(vision_config).state_dict())
-        assert shapes(text) == shapes(BlipTextModel(text_config, add_pooling_layer=False).state_dict())
-        assert vision_config.num_attention_heads == 16 and text_config.num_attention_heads == 12
-        build_synpic.linear_head(dict(head))
+        assert shapes(vision) == shapes(BlipVisionModel(config.vision_config).state_dict())
+        assert shapes(text) == shapes(BlipTextModel(config.text_config, add_pooling_layer=False).state_dict())
+        build_synpic.linear_head(768, head)
+    encoder = model.blip.visual_encoder
+    assert config.vision_config.num_attention_heads == encoder.blocks[0].attn.num_heads == 16
+    assert config.vision_config.layer_norm_eps == encoder.norm.eps == 1e-6
+    assert config.vision_config.image_size == encoder.patch_embed.img_size[0] == 224
+    # Its med_config.json; dropout does nothing in evaluation.
+    assert {name: MED_CONFIG[name] for name in reward.TEXT} == reward.TEXT
+    assert config.text_config.num_attention_heads == 12 and config.text_config.hidden_act == MED_CONFIG["hidden_act"]
     left = len(weights) - len(vision) - len(text) - len(head)
     assert left == 4 + ("blip.text_encoder.embeddings.position_ids" in weights)
 
@@ -472,11 +511,11 @@ def test_all_keys_of_the_full_size_clipscore():
     with torch.device("meta"):
         model = official.clip().model.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
         weights = build_synpic.hf_clip_weights(model.state_dict())
-        vision = build_synpic.clip_vision_config(weights, "vision_model.", head_width=64, hidden_act="quick_gelu")
-        # The text tower and the projection of openai/clip-vit-base-patch32 are the configuration's defaults.
-        config = CLIPConfig(vision_config=vision.to_dict(), projection_dim=512)
+        config = CLIPConfig()  # its defaults are the values of openai/clip-vit-base-patch32
         assert shapes(weights) == shapes(CLIPModel(config).state_dict())
-    assert (vision.num_attention_heads, config.text_config.num_attention_heads, vision.image_size) == (12, 8, 224)
+    towers = config.vision_config, config.text_config
+    assert tuple(tower.num_attention_heads for tower in towers) == heads(model) == (12, 8)
+    assert config.vision_config.image_size == 224
 
 
 def test_all_keys_of_the_full_size_aesthetic():
@@ -484,12 +523,11 @@ def test_all_keys_of_the_full_size_aesthetic():
         model = official.clip().model.CLIP(768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12)
         weights = build_synpic.hf_clip_weights(model.state_dict())
         vision = {key: weights[key] for key in weights if key.startswith(("vision_model.", "visual_projection."))}
-        config = build_synpic.clip_vision_config(vision, "vision_model.", head_width=64, hidden_act="quick_gelu")
-        config.projection_dim = 768
+        config = CLIPVisionConfig(**{**VISION_336, "image_size": 224}, projection_dim=768)
         assert shapes(vision) == shapes(CLIPVisionModelWithProjection(config).state_dict())
-        assert config.num_attention_heads == 16 and config.image_size == 224
+        assert config.num_attention_heads == heads(model)[0] == 16
         head = official.image_reward().AestheticScore.MLP(768).layers.state_dict()
-        build_synpic.linear_head(dict(head))
+        build_synpic.linear_head(768, head)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -568,7 +606,6 @@ def vqascore(tmp_path_factory):
     small = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
     tower_folder = tmp_path_factory.mktemp("tower")
     processor.save_pretrained(tower_folder)
-    processor.save_pretrained(folder)
     model = official_clip_t5(
         {**T5_XXL, **small, "vocab_size": len(tokenizer) + 7}, {**tower, "num_attention_heads": 2}, tower_folder
     )
@@ -618,6 +655,21 @@ def test_vqascore_is_the_official_score(vqascore):
     assert np.std(expected) > 0.05 * np.mean(expected)
 
 
+def test_vqascore_without_its_image_tower(vqascore, tmp_path):
+    """A checkpoint may leave out the tower that its config.json names, since training does not change it."""
+    with_files(tmp_path, vqascore[3])
+    weights = torch.load(tmp_path / "pytorch_model.bin")
+    tower = build_synpic.split_keys(weights, "vision_tower.vision_tower.")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    config = json.loads((tmp_path / "config.json").read_text())
+    folder = with_files(tmp_path / "tower", Path(config["mm_vision_tower"]))
+    save_file({key: value.contiguous() for key, value in tower.items()}, folder / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(folder)}))
+    images, prompts = list(pictures().values())[:3], PROMPTS[2:5]
+    expected = load_reward_model(f"vqascore={vqascore[3]}").score(images, prompts)
+    assert load_reward_model(f"vqascore={tmp_path}").score(images, prompts) == expected
+
+
 def test_all_keys_of_the_full_size_vqascore(tmp_path, monkeypatch):
     monkeypatch.setattr(CLIPVisionModel, "save_pretrained", lambda *_: None)
     monkeypatch.setattr(CLIPVisionModel, "from_pretrained", lambda *_: CLIPVisionModel(CLIPVisionConfig(**VISION_336)))
@@ -626,8 +678,8 @@ def test_all_keys_of_the_full_size_vqascore(tmp_path, monkeypatch):
         weights = published(official_clip_t5(T5_XXL, VISION_336, tmp_path).state_dict())
         vision = build_synpic.split_keys(weights, "vision_tower.vision_tower.")
         projector = build_synpic.split_keys(weights, "mm_projector.")
-        config = build_synpic.clip_vision_config(vision, "vision_model.", head_width=64, hidden_act="quick_gelu")
-        assert {name: getattr(config, name) for name in VISION_336} == VISION_336
+        tower = CLIPVisionModel(CLIPVisionConfig(**VISION_336)).state_dict()
+        assert shapes(vision) == {f"vision_model.{key}": shape for key, shape in shapes(tower).items()}
         t5 = T5ForConditionalGeneration(T5Config(**T5_XXL)).state_dict()
         assert shapes({key: weights[key] for key in t5}) == shapes(t5)
         assert set(weights) - set(t5) <= {"embed_tokens.weight"}
@@ -699,6 +751,32 @@ def checkpoint_of(name: str, request, folder: Path) -> str:
 NETWORKS = ["hpsv2", "pickscore", "imagereward", "aesthetic", "vqascore"]
 
 
+@pytest.mark.parametrize("change", ["deeper", "shallower", "wider"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_config_that_contradicts_the_weights_is_an_error(name, change, request, tmp_path):
+    """config.json says the architecture: the shapes of the weights are never taken instead."""
+    source = Path(checkpoint_of(name, request, tmp_path).partition("=")[2])
+    if source != tmp_path:
+        with_files(tmp_path, source)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    part = config.get("vision_config", config)
+    depth, width = ("num_layers", "d_ff") if name == "vqascore" else ("num_hidden_layers", "intermediate_size")
+    if change == "wider":
+        part[width] *= 2
+    else:
+        part[depth] += 1 if change == "deeper" else -1
+    file.write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as stopped:
+        load_reward_model(f"{name}={tmp_path}")
+    message = str(stopped.value)
+    assert message.startswith(f"reward {name}={tmp_path}: {tmp_path} cannot be loaded: ") and "\n" not in message
+    assert {"deeper": " missing keys: ", "shallower": " unexpected keys: ", "wider": " mismatched keys: "}[
+        change
+    ] in message
+    assert change != "wider" or re.search(r" \[\d+(, \d+)*\], not \[\d+(, \d+)*\]", message)
+
+
 @pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_other_keys_are_an_error(name, change, request, tmp_path):
@@ -729,21 +807,21 @@ def test_other_keys_are_an_error(name, change, request, tmp_path):
     assert "\n" not in message and "cannot be loaded" in message and str(tmp_path) in message
 
 
-def test_each_image_and_prompt_is_encoded_once(hps, monkeypatch):
+def test_each_prompt_is_encoded_once(hps, monkeypatch):
     reward = load_reward_model(f"hpsv2={hps[2]}", batch_size=4)
-    a, b, c = noise(60, 60, seed=1), noise(60, 60, seed=2), noise(60, 60, seed=3)
-    images, prompts = [a, b, a, c, a, b], ["x", "y", "y", "x", "x", "y"]
+    images = [noise(60, 60, seed=seed) for seed in range(6)]
+    prompts = ["x", "y", "y", "x", "x", "y"]
     alone = [reward.score([image], [prompt])[0] for image, prompt in zip(images, prompts)]
-    encoded = {"encode_images": [], "encode_prompts": []}
+    batches = {"encode_images": [], "encode_prompts": []}
 
     def spy(name):
         encode = getattr(reward, name)
-        monkeypatch.setattr(reward, name, lambda batch: encoded[name].extend(batch) or encode(batch))
+        monkeypatch.setattr(reward, name, lambda batch: batches[name].append(batch) or encode(batch))
 
-    for name in encoded:
+    for name in batches:
         spy(name)
     np.testing.assert_allclose(reward.score(images, prompts), alone, atol=1e-6)
-    assert len(encoded["encode_images"]) == 3 and encoded["encode_prompts"] == ["x", "y"]
+    assert [len(batch) for batch in batches["encode_images"]] == [4, 2] and batches["encode_prompts"] == [["x", "y"]]
     assert reward.score([], []) == []
 
 
@@ -757,15 +835,18 @@ def test_bad_images(hps, tmp_path, name):
     reward = load_reward_model(name, batch_size=3)
     buffer = BytesIO()
     noise(400, 400).save(buffer, "JPEG")
-    cut = PILImage.open(BytesIO(buffer.getvalue()[:9000]))
+
+    def cut():
+        return PILImage.open(BytesIO(buffer.getvalue()[:9000]))
+
     good = [noise(60, 60, seed=seed) for seed in range(4)]
     expected = reward.score(good, ["x"] * 4)
-    found = reward.score([good[0], cut, *good[1:]], ["x"] * 5, skip_bad=True)
+    found = reward.score([good[0], cut(), *good[1:]], ["x"] * 5, skip_bad=True)
     assert np.isnan(found[1])
     np.testing.assert_allclose(np.delete(found, 1), expected, atol=1e-6)
     with pytest.raises(BadImage, match="truncated"):
-        reward.score([good[0], PILImage.open(BytesIO(buffer.getvalue()[:9000]))], ["x"] * 2)
-    assert all(np.isnan(reward.score([cut] * 2, ["x", "y"], skip_bad=True)))
+        reward.score([good[0], cut()], ["x"] * 2)
+    assert all(np.isnan(reward.score([cut(), cut()], ["x", "y"], skip_bad=True)))
 
 
 def stays_near(name: str, **half) -> None:

@@ -155,7 +155,7 @@ def implicit_accuracy(lora: Path, cache_flags: list, rows: Path) -> float:
     args = ScriptArguments(dataset_name=str(rows), resolution=32, beta_dpo=200.0, rank=8)
     args.pretrained_model_name_or_path = str(ROOT / "shapes" / "models" / "base")
     labels = script.make_labels(args, script.load_ranked_dataset(args))
-    cache = Path(cache_flags[1]) / script.cache_key(args, script.load_ranked_dataset(args), labels, torch.float32)
+    cache = Path(cache_flags[1]) / script.cache_key(args, script.load_ranked_dataset(args), labels)
     scheduler = DDPMScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler")
     data = script.CachedPrompts(cache, labels, seed=123, num_train_timesteps=1000)
     unet = UNet2DConditionModel.from_pretrained(
@@ -169,7 +169,7 @@ def implicit_accuracy(lora: Path, cache_flags: list, rows: Path) -> float:
     for start in range(0, len(draws), 16):
         batch = torch.utils.data.default_collate([data[item] for item in draws[start : start + 16]])
         with torch.no_grad():
-            _, metrics = script.training_step(unet, unet, scheduler, batch, args, torch.float32)
+            _, metrics = script.training_step(unet, unet, scheduler, batch, args)
         found.append(metrics["implicit_accuracy"].item())
     return float(np.mean(found))
 

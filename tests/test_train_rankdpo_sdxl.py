@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call, encoded, ranked_rows, refused, run, run_until, write_dataset
+from conftest import call, check_card, encoded, ranked_rows, refused, run, run_until, torchrun, write_dataset
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -41,8 +41,8 @@ def trained(flags, tmp_path_factory):
 def test_files_of_a_run(trained):
     assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     assert not list(trained.rglob("*tmp*"))
-    card = (trained / "README.md").read_text()
-    assert "library_name: diffusers" in card and "<Gallery />" in card and "TODO" not in card
+    card = check_card(trained)
+    assert "library_name: diffusers" in card and "<Gallery />" in card
     assert "images/s" in card and "peak memory" in card and "How it was made" in card
     for name in ("0.png", "0_base.png", "3.png"):
         assert Image.open(trained / "images" / name).size == (32, 32)
@@ -90,15 +90,15 @@ def test_killed_and_resumed_run_gives_the_same_bits(flags, tmp_path):
     """12 steps straight against 6, kill -9, resume: the same LoRA, bit for bit, optimizer state and all."""
     more = "--max_train_steps 12 --train_batch_size 5 --gradient_accumulation_steps 6 --checkpointing_steps 6"
     more += " --lr_scheduler cosine --lr_warmup_steps 2"
-    command = ["train_rankdpo_sdxl.py", *flags, *more.split(), "--output_dir"]
-    run(*command, tmp_path / "straight")
+    command = [*flags, *more.split(), "--output_dir"]
+    call("train_rankdpo_sdxl", *command, tmp_path / "straight")
 
     killed = tmp_path / "killed"
-    run_until(killed / "checkpoint-6", *command, killed)
+    run_until(killed / "checkpoint-6", "train_rankdpo_sdxl.py", *command, killed)
     assert not (killed / "pytorch_lora_weights.safetensors").exists()
     assert not (killed / "checkpoint-12").exists()
 
-    run(*command, killed, "--resume_from_checkpoint", "latest")
+    call("train_rankdpo_sdxl", *command, killed, "--resume_from_checkpoint", "latest")
     for name in ("pytorch_lora_weights.safetensors", "comfyui/{}.safetensors"):
         # Tensors, not files: safetensors writes its metadata in no fixed order.
         a, b = (load_file(folder / name.format(folder.name)) for folder in (tmp_path / "straight", killed))
@@ -111,10 +111,9 @@ def test_killed_and_resumed_run_gives_the_same_bits(flags, tmp_path):
 
 def test_two_processes_agree_with_one(flags, tmp_path):
     more = "--max_train_steps 5 --learning_rate 1e-3".split()
-    run("train_rankdpo_sdxl.py", *flags, *more, "--train_batch_size", 4, "--output_dir", tmp_path / "one")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29517, "train_rankdpo_sdxl.py"]
+    call("train_rankdpo_sdxl", *flags, *more, "--train_batch_size", 4, "--output_dir", tmp_path / "one")
     more += ["--cache_dir", tmp_path / "cache"]  # two processes encode, too
-    run(*launch, *flags, *more, "--train_batch_size", 2, "--output_dir", tmp_path / "two")
+    run(*torchrun(2, "train_rankdpo_sdxl.py"), *flags, *more, "--train_batch_size", 2, "--output_dir", tmp_path / "two")
     assert json.loads((tmp_path / "two" / "run.json").read_text())["global_batch_size"] == 4
     assert "2 x CPU" in (tmp_path / "two" / "README.md").read_text()
     one, two = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
@@ -160,7 +159,7 @@ def test_a_dataset_built_again_in_its_folder_is_read_again(flags, tmp_path):
         args = script.ScriptArguments(dataset_name=str(data), pretrained_model_name_or_path=str(flags[1]))
         dataset = script.load_ranked_dataset(args)
         labels = script.make_labels(args, dataset)
-        found.append(([row["prompt"] for row in labels], script.cache_key(args, dataset, labels, torch.float32)))
+        found.append(([row["prompt"] for row in labels], script.cache_key(args, dataset, labels)))
     assert found[0][0] == [row["prompt"] for row in ranked_rows(n=4, seed=1)]
     assert found[1][0] == [row["prompt"] for row in ranked_rows(n=4, seed=2)]
     assert found[0][1] != found[1][1]
@@ -172,7 +171,7 @@ def test_cached_rows_hold_what_the_pipeline_would_compute(flags, trained, tiny_s
 
     cache = Path(flags[flags.index("--cache_dir") + 1])
     rows = ranked_rows(n=10)
-    shards = [load_file(path) for path in cache.rglob("shard-000000.safetensors")]
+    shards = [load_file(path) for path in cache.rglob("shard-000000-10.safetensors")]
     tensors = next(t for t in shards if t["latents"].dtype == torch.float32 and t["latents"].shape[:2] == (10, 4))
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
     embeds, _, pooled, _ = pipeline.encode_prompt([row["prompt"] for row in rows], do_classifier_free_guidance=False)
@@ -195,8 +194,9 @@ def test_cached_rows_hold_what_the_pipeline_would_compute(flags, trained, tiny_s
 def test_micro_conditioning_is_original_size_crop_and_target(size, wanted):
     """(width, height) → [original height, width, crop top, left, target height, width]."""
     picture = encoded(np.zeros((size[1], size[0], 3), dtype=np.uint8))
-    pixels, time_ids = script.preprocess_image(picture, 32)
-    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8 and time_ids == wanted
+    image = script.preprocess_image(picture, 32)
+    assert image["pixels"].shape == (3, 32, 32) and image["pixels"].dtype == torch.uint8
+    assert image["time_ids"].tolist() == wanted and image["time_ids"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -246,10 +246,40 @@ def test_yaml_settings_and_command_line_override(flags, tmp_path):
     lora = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     assert {tensor.shape[0] for name, tensor in lora.items() if "lora_A" in name} == {3}
     assert "a red circle" in (tmp_path / "lora" / "README.md").read_text()
-    recipe.write_text("rank: 16.5\n")
-    assert "--rank 16.5" in refused("train_rankdpo_sdxl", *keep, "--config", recipe)
-    recipe.write_text("loss_type: best\n")
-    assert "--loss_type best" in refused("train_rankdpo_sdxl", *keep, "--config", recipe)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("rank: 16.5", ["--rank", "invalid int value: '16.5'"]),
+        ("rank: 0", ["--rank 0", "at least 1"]),
+        ("loss_type: best", ["--loss_type", "invalid choice: 'best'", "rankdpo"]),
+        ("loss_typ: dpo", ["unrecognized arguments: --loss_typ"]),  # no abbreviations: a later flag would break them
+        ("use_8bit_adam: maybe", ["--use_8bit_adam", "maybe"]),
+        ("rank: {a: 1}", ["--config", "recipe.yaml", "flag: value"]),
+        ("just text", ["--config", "recipe.yaml", "cannot be read"]),
+        ("a: [", ["--config", "recipe.yaml", "cannot be read"]),
+    ],
+)
+def test_wrong_settings_of_a_file_are_named(tmp_path, text, words):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{text}\n")
+    message = refused("train_rankdpo_sdxl", "--dataset_name", "x", "--config", recipe)
+    assert all(word in message for word in words), message
+
+
+def test_settings_of_a_file_mean_what_they_mean_on_the_command_line(tmp_path):
+    """Numbers, switches, lists, words that YAML would change, and a value that is left out."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "dataset_name: 123\nlearning_rate: 1e-3\nmixed_precision: no\nuse_8bit_adam: true\nvariant: null\n"
+        "cache_text_embeddings: false\nvalidation_prompts: [a red circle, 'yes: no']\ngenerators: g0\nreport_to: none\n"
+    )
+    args = script.parse_arguments([f"--config={recipe}", "--report_to", "all"])
+    assert (args.dataset_name, args.learning_rate, args.mixed_precision) == ("123", 1e-3, "no")
+    assert (args.use_8bit_adam, args.cache_text_embeddings, args.variant) == (True, False, None)
+    assert (args.validation_prompts, args.generators) == (["a red circle", "yes: no"], ["g0"])
+    assert args.report_to == "all"
 
 
 # What diffusers' UNet2DConditionModel needs to become SDXL's UNet (stabilityai/stable-diffusion-xl-base-1.0).
