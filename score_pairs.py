@@ -1081,7 +1081,8 @@ def decode_image(image):
         image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image
         image.load()
     except Exception as error:  # PIL raises many kinds
-        raise BadImage(f"{type(error).__name__}: {one_line(error)}") from None
+        message = re.sub(r" <[^>]*>", "", one_line(error))  # PIL names the object by its address in memory
+        raise BadImage(f"{type(error).__name__}: {message}") from None
     return image
 
 
@@ -1692,7 +1693,7 @@ def publish(args: ScriptArguments, data: tuple[str, ...], others: tuple[str, ...
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Errors that come again when a request is repeated: a malformed name, no token, offline mode.
+# Errors that repeating the request cannot fix: a malformed name, no token, offline mode.
 LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 HUB_PAUSES = (1, 2, 4, 8, 16)  # seconds before each further attempt
 HUB_TIMEOUT = 300  # seconds without a byte; the client itself would wait for ever
@@ -1746,7 +1747,7 @@ def make_card(front: dict, body: str, file: Path | None = None) -> str:
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     """Updates and returns `theirs`, a card that people may have edited. CARD_FACTS and the text between the marks come
     from `mine`, the card of this run; of its other metadata only what they lack is added."""
-    licensed = "license" in theirs.data  # then the name and the link of my licence do not belong to it
+    licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
     for name, value in mine.data.to_dict().items():
         if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
             theirs.data[name] = value
@@ -1797,6 +1798,7 @@ def push_to_hub(
 
 # The metadata of a flag that gives its range.
 RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
+YAML_NULL = ("", "~", "null", "Null", "NULL")
 RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
 
 
@@ -1808,7 +1810,8 @@ class OneLineParser(TrlParser):
         return super().add_argument(*names, **options)
 
     def error(self, message: str):
-        raise SystemExit(one_line(message.removeprefix("argument ")))
+        # argparse names both spellings of a flag: --lr_scheduler/--lr-scheduler.
+        raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
 
 
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
@@ -1824,14 +1827,15 @@ def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
     try:
         # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`.
-        settings = dict(yaml.load(Path(file).read_text(), Loader=yaml.BaseLoader))
-        settings = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
-        if not all(isinstance(value, str) for values in settings.values() for value in values):
-            raise ValueError("it must hold lines of `flag: value` or `flag: [value, value]`")
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        settings = yaml.load(Path(file).read_text(), Loader=yaml.BaseLoader) or {}
+        values = settings.values() if isinstance(settings, dict) else [settings, None]
+        lists = [value if isinstance(value, list) else [value] for value in values]
+        if not all(isinstance(word, str) for words in lists for word in words) or "config" in settings:
+            raise ValueError("it must hold lines of `flag: value` or `flag: [value, value]`, and no `config`")
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise argparse.ArgumentTypeError(f"{file} cannot be read: {one_line(error)}") from None
-    given = {name: values for name, values in settings.items() if values not in ([], [""], ["null"])}
-    return [word for name, values in given.items() for word in (f"--{name}", *values)]
+    given = {name: words for name, words in zip(settings, lists) if words and settings[name] not in YAML_NULL}
+    return [word for name, words in given.items() for word in (f"--{name}", *words)]
 
 
 def check_ranges(args: "ScriptArguments") -> None:

@@ -127,18 +127,18 @@ class TrainingArguments:
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.")
     dataset_split: str = flag("train", "Split of the dataset.")
-    cache_dir: str = flag("outputs/cache", "Latents and embeddings are kept here for every later run.", may_change=True)
+    cache_dir: str = flag("outputs/cache", "Folder where latents and embeddings stay for later runs.", may_change=True)
     cache_text_embeddings: bool = flag(
-        True, "false: encode prompts at every step, which takes memory and saves disk.", may_change=True
+        True, "Keep prompt embeddings on disk. Otherwise each step encodes its prompts: more memory.", may_change=True
     )
-    vae_batch_size: int = flag(4, "Images per VAE forward while encoding.", min=1, may_change=True)
+    vae_batch_size: int = flag(4, "Images per forward pass of the VAE.", min=1, may_change=True)
     dataloader_num_workers: int = flag(0, "Processes that read the data ahead.", min=0, may_change=True)
 
     # Training
     output_dir: str = flag("outputs/lora", "Folder for LoRA, card and checkpoints.", may_change=True)
-    seed: int = flag(0, "Seeds the initial LoRA, the order of the data, timesteps and noise.")
-    train_batch_size: int = flag(1, "Prompts or pairs per process and forward.", min=1, may_change=True)
-    gradient_accumulation_steps: int = flag(1, "Forwards per optimizer step.", min=1, may_change=True)
+    seed: int = flag(0, "Seeds the initial LoRA, random labels, order, timesteps, noise and gallery.", min=0)
+    train_batch_size: int = flag(1, "Prompts or pairs per process and forward pass.", min=1, may_change=True)
+    gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.", min=1, may_change=True)
     num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.", min=1)
     learning_rate: float | None = flag(1e-5, "Peak learning rate.", above=0)
@@ -150,25 +150,25 @@ class TrainingArguments:
     adam_beta1: float = flag(0.9, "AdamW's beta1.", min=0, below=1)
     adam_beta2: float = flag(0.999, "AdamW's beta2.", min=0, below=1)
     adam_weight_decay: float = flag(1e-2, "AdamW's weight decay.", min=0)
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", min=0)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", above=0)
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward.")
-    allow_tf32: bool = flag(False, "Use TF32 in the float32 matrix products that are left.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward pass.")
+    allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 matrix products.")
     gradient_checkpointing: bool = flag(
         False, "Recompute activations: less memory, about a quarter more computation in a step.", may_change=True
     )
     checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints.", min=1, may_change=True)
     checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", min=1, may_change=True)
-    resume_from_checkpoint: str | None = flag(None, "A checkpoint's folder, or latest (if any).", may_change=True)
+    resume_from_checkpoint: str | None = flag(None, "A checkpoint's folder, or latest.", may_change=True)
 
     # Validation, trackers, Hub
     validation_prompts: list[str] | None = flag(
         None, "Prompts of the before/after gallery. Default: the first four of the data.", may_change=True
     )
-    validation_steps: int | None = flag(None, "Also draw them every N optimizer steps.", min=1, may_change=True)
+    validation_steps: int | None = flag(None, "Also draw the gallery every N optimizer steps.", min=1, may_change=True)
     validation_num_inference_steps: int = flag(30, "Denoising steps of the gallery.", min=1, may_change=True)
     validation_guidance_scale: float = flag(5.0, "Guidance scale of the gallery.", may_change=True)
-    report_to: str = flag("tensorboard", "tensorboard, wandb or trackio; all installed ones; none.", may_change=True)
+    report_to: str = flag("tensorboard", "tensorboard, wandb, trackio, all or none.", may_change=True)
     logging_dir: str = flag("logs", "Folder of the trackers inside output_dir.", may_change=True)
     push_to_hub: bool = flag(False, "Upload LoRA, card, gallery and log to the Hub.", may_change=True)
     hub_model_id: str | None = flag(None, "Repository. Default: the name of output_dir.", may_change=True)
@@ -181,8 +181,8 @@ class TrainingArguments:
         check_ranges(self)
         if not self.dataset_name:
             raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
-        if self.resolution and self.resolution % PIXELS_PER_PATCH:
-            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {PIXELS_PER_PATCH}")
+        if self.resolution and self.resolution % RESOLUTION_MULTIPLE:
+            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise SystemExit("--mixed_precision fp16 needs a GPU: use bf16 or no")
 
@@ -241,8 +241,8 @@ class ScriptArguments(TrainingArguments):
     )
     beta_dpo: float | None = flag(
         None,
-        "Strength of the tie to the base model: margin = beta/2 * mean errors. Default: 2000 for SD1.5 and SD2.1, 5000 "
-        "for SDXL.",
+        "Strength of the tie to the base model: it multiplies the margin. Default: 2000 for SD1.5 and SD2.1, 5000 for "
+        "SDXL.",
         above=0,
     )
     orpo_lambda: float = flag(0.1, "Weight of orpo's log-odds term.", above=0)
@@ -265,7 +265,7 @@ class ScriptArguments(TrainingArguments):
 def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each image, in float32 from the subtraction on.
 
-    Half precision would ruin the margin here: at beta/2 = 2500 it puts an error of 0.2 to 5 on every logit.
+    In half precision the rounding error, times beta/2 = 2500, would change every logit by 0.2 to 5.
 
     Args:
         prediction, target: (n, C, H, W).
@@ -413,7 +413,7 @@ def train(
     Returns:
         images per second, checkpoints and validation included.
     """
-    accelerator, reference = run.accelerator, model  # the reference is the same model with its adapter off
+    accelerator, unwrapped = run.accelerator, model  # with its adapter off it is the reference
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(args, parameters)
     lr_scheduler = get_scheduler(
@@ -423,7 +423,7 @@ def train(
         num_training_steps=run.max_train_steps,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    if run.checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: a sync per tensor and step
+    if run.checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: one sync per tensor and step
         load_training_state(run.checkpoint, optimizer, lr_scheduler, accelerator.scaler)
     log = TrainingLog(args, run, parameters)
 
@@ -433,7 +433,7 @@ def train(
             batch = next(batches)
             with accelerator.accumulate(model):
                 with accelerator.autocast():
-                    loss, metrics = training_step(model, reference, noise_scheduler, batch, args)
+                    loss, metrics = training_step(model, unwrapped, noise_scheduler, batch, args)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -441,20 +441,21 @@ def train(
                 optimizer.zero_grad()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / args.gradient_accumulation_steps
+        lr = lr_scheduler.get_last_lr()[0]
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
 
         # The only synchronisation of an optimizer step: all metrics of all processes in one reduction.
         totals["grad_norm"] = grad_norm
         values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
-        log.write(step, dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0]))
+        log.write(step, dict(zip(totals, values), lr=lr))
 
         if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
-            save_checkpoint(args, step, reference, optimizer, lr_scheduler, scaler=accelerator.scaler)
+            save_checkpoint(args, step, unwrapped, optimizer, lr_scheduler, scaler=accelerator.scaler)
             if args.push_to_hub:
                 upload_checkpoint(args, run, step)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
-            log.write_images(step, validator.prompts, validator(reference))
+            log.write_images(step, validator.prompts, validator(unwrapped))
     return log.close()
 
 
@@ -476,7 +477,7 @@ def main(args: ScriptArguments) -> None:
     accelerator = make_accelerator(args)
 
     # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
-    resolve_arguments(args)
+    check_model_and_defaults(args)
     dataset, pairs = load_pairs(args)
     selected, winners, counts = select_pairs(args, pairs)
     identity = short_hash(selected.tobytes() + winners.tobytes())
@@ -500,15 +501,15 @@ def main(args: ScriptArguments) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-ROW = "pair"  # a row of the dataset
+ROW = "pair"  # what messages call a row of the dataset
 
 
-def resolve_arguments(args: ScriptArguments) -> None:
+def check_model_and_defaults(args: ScriptArguments) -> None:
     """Exits with one line unless the model is an SD1.5, SD2.1 or SDXL pipeline. Sets what depends on the model and was
     not given: resolution, beta, learning rate. Reads configurations only."""
     model, name = args.pretrained_model_name_or_path, read_config(args, "model_index.json")["_class_name"]
     if name not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"):
-        trains = "this script trains SD1.5, SD2.1 and SDXL, train_rankdpo_sd3.py SD3"
+        trains = "this script trains SD1.5, SD2.1 and SDXL; use train_rankdpo_sd3.py for SD3"
         raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: {trains}")
     vae = read_vae_config(args)
     if args.resolution is None:
@@ -536,12 +537,12 @@ def load_pairs(args: ScriptArguments) -> tuple[Dataset, Dataset]:
         pairs, pairs_flag = load_table(args, "scores_"), f"--scores_dataset_name {args.scores_dataset_name}"
         pairs_need |= {"image_0_uid_column": args.image_0_uid_column, "image_1_uid_column": args.image_1_uid_column}
     for where, dataset, need in ((images_flag, images, images_need), (pairs_flag, pairs, pairs_need)):
-        for flag, column in need.items():
+        for name, column in need.items():
             if column not in dataset.column_names:
                 have, hint = ", ".join(dataset.column_names) or "none", ""
-                if flag.endswith(("0_column", "1_column")) and not args.scores_dataset_name and needs_quality(args):
+                if name.endswith(("0_column", "1_column")) and not args.scores_dataset_name and needs_quality(args):
                     hint = "; if it holds only scores, give it as --scores_dataset_name, the images as --dataset_name"
-                raise SystemExit(f"{where}: no column {column!r} (--{flag}); it has {have}{hint}")
+                raise SystemExit(f"{where}: no column {column!r} (--{name}); it has {have}{hint}")
         if len(dataset) == 0:
             raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
     if needs_quality(args) and args.quality_column not in pairs.column_names:
@@ -756,7 +757,7 @@ Ranking* (DPO-QSD): {learns}.""",
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-CACHE_SHARD_ROWS = 64  # dataset rows per cache file: the work that a crash can lose
+CACHE_SHARD_ROWS = 64  # dataset rows per cache file: a crash loses at most these
 CACHE_VERSION = 2
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LOG_FILE = "training_log.jsonl"
@@ -765,7 +766,7 @@ CARD_FACTS = ("base_model", "datasets", "widget")  # the keys of the card's fron
 
 @dataclass
 class Run:
-    """One training run: its size, what identifies it, and where it continues."""
+    """One training run: its size, what identifies it, and the step it continues from."""
 
     accelerator: Accelerator
     settings: dict  # all that changes the result: two runs with the same settings are the same run
@@ -775,7 +776,7 @@ class Run:
     rows_per_step: int  # of all processes and accumulated forwards
     images_per_row: int
     description: str = ""  # of the data, for the console
-    sending: Future | None = None  # a checkpoint on its way to the Hub
+    pending_upload: Future | None = None  # of a checkpoint
 
 
 def make_accelerator(args: ScriptArguments) -> Accelerator:
@@ -844,7 +845,7 @@ def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
 
 
 def begin_run(args: ScriptArguments, run: Run) -> bool:
-    """Makes the repository and the output folder; False if the run is finished already."""
+    """Creates the repository and the output folder; False if the run is finished already."""
     accelerator, output_dir = run.accelerator, Path(args.output_dir)
     accelerator.wait_for_everyone()  # no process writes before all have checked
     if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
@@ -935,7 +936,7 @@ class LatentCache:
 
     def __init__(self, args: ScriptArguments, key: str, length: int, accelerator: Accelerator):
         self.folder, self.length = Path(args.cache_dir) / key, length
-        # Files are owned by number, not by what is missing: processes look at different times.
+        # Files belong to processes by number, not by what is missing: processes check at different times.
         self.owned = range(accelerator.process_index, -(-length // CACHE_SHARD_ROWS), accelerator.num_processes)
 
     def rows(self, shard: int) -> range:
@@ -961,7 +962,7 @@ class LatentCache:
         return {name: file.get_slice(name)[offset] for name in file.keys()}
 
 
-open_cache_file = lru_cache(maxsize=64)(partial(safe_open, framework="pt"))  # maps the file: slices are read
+open_cache_file = lru_cache(maxsize=64)(partial(safe_open, framework="pt"))  # memory-mapped: only slices are read
 
 
 def model_fingerprint(model: str, file: str, revision: str | None = None) -> str:
@@ -1042,7 +1043,7 @@ def encode_in_batches(encode_prompts: "PromptEncoder", prompts: list[str], dtype
 
 
 class CachedRows(torch.utils.data.Dataset):
-    """Encoded rows with their labels, timestep and noise. An item is named by (epoch, row)."""
+    """Encoded rows with their labels, timestep and noise, indexed by (epoch, row)."""
 
     def __init__(self, args: ScriptArguments, cache: LatentCache, labels: list[dict], noise_scheduler):
         self.args, self.cache, self.labels, self.noise_scheduler = args, cache, labels, noise_scheduler
@@ -1050,15 +1051,15 @@ class CachedRows(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, row = key
         label, item = self.labels[row], self.cache.read(row)
-        seeds = (self.args.seed, epoch, label["id"])
-        item |= sample_noise(self.args, self.noise_scheduler, seeds, item["latents"].shape[1:])
+        noise_key = (self.args.seed, epoch, label["id"])
+        item |= sample_noise(self.args, self.noise_scheduler, noise_key, item["latents"].shape[1:])
         item |= {name: torch.from_numpy(label[name]) for name in ("phi", "rank") if name in label}
         return item if self.args.cache_text_embeddings else {**item, "prompt": label["prompt"]}
 
 
 class EpochSampler:
-    """Names the items of every micro-batch of one process, from an optimizer step on, without end. In step s all
-    processes together take items s·G … (s+1)·G − 1 of the epochs' orders laid end to end, G = the global batch."""
+    """Yields the (epoch, row) keys of one process's micro-batches, without end. In step s, counted from 0, all
+    processes together take items s·G … (s+1)·G − 1 of the epochs' orders laid end to end; G is the global batch."""
 
     def __init__(self, args: ScriptArguments, length: int, process_index: int, num_processes: int, start_step: int):
         self.args, self.length, self.start_step = args, length, start_step
@@ -1202,7 +1203,7 @@ class TrainingLog:
         self.started = self.step_ended = time.time()
 
     def write(self, step: int, logs: dict[str, float]) -> None:
-        """Logs one optimizer step; exits with one line if the loss or the gradient is lost."""
+        """Logs one optimizer step; exits with one line if the loss or the gradient is not finite."""
         now = time.time()
         logs["images_per_second"] = self.run.rows_per_step * self.run.images_per_row / (now - self.step_ended)
         self.step_ended = now
@@ -1211,7 +1212,7 @@ class TrainingLog:
         self.run.accelerator.log(logs, step=step)
         if self.run.accelerator.is_main_process:
             self.file.write(json.dumps({"step": step, **logs}) + "\n")
-        # With fp16 a step whose gradient overflows is skipped by the loss scale; otherwise the weights are lost.
+        # With fp16 the loss scaler skips a step whose gradient overflows; otherwise the weights are lost.
         overflow = not np.isfinite(logs["grad_norm"]) and self.args.mixed_precision != "fp16"
         if not np.isfinite(logs["loss"]) or overflow:
             values = f"the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}"
@@ -1307,8 +1308,8 @@ def finish(args: ScriptArguments, run: Run, model, validator: Validator, facts: 
     write_card(args, output_dir, validator.prompts, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
     if args.push_to_hub:
-        if run.sending:
-            run.sending.result()
+        if run.pending_upload:
+            run.pending_upload.result()
         upload(args, output_dir)
 
 
@@ -1368,8 +1369,8 @@ With ComfyUI: {parts["comfyui"]} and load it with the "Load LoRA" node at streng
 |---|---|
 {chr(10).join(f"| {key} | {value} |" for key, value in (facts | parts["facts"]).items())}
 
-Loss, margins, learning rate and speed of every step are in [{LOG_FILE}]({LOG_FILE}). All settings that differ from the
-script's defaults, as a file for `--config`:
+Loss, margins, learning rate and speed of every step are in [{LOG_FILE}]({LOG_FILE}). The settings that differ
+from the script's defaults, as a file for `--config`:
 
 ```yaml
 {changed_settings(args)}
@@ -1436,7 +1437,7 @@ def upload(args: ScriptArguments, output_dir: Path) -> None:
         command = shlex.join([*command, "--exclude", f"{args.logging_dir}/*"])
         raise SystemExit(
             f"upload to {args.hub_model_id} failed: {one_line(error)}; everything is in {output_dir}. The same command "
-            "with --resume_from_checkpoint latest uploads it, and keeps what people wrote on its card; the folder "
+            "with --resume_from_checkpoint latest uploads it and keeps edits of the card. To upload the folder "
             f"as it is: {command}"
         ) from None
     write_text(output_dir / "README.md", card)
@@ -1446,14 +1447,16 @@ def upload(args: ScriptArguments, output_dir: Path) -> None:
 def upload_checkpoint(args: ScriptArguments, run: Run, step: int) -> None:
     """Sends a checkpoint's LoRA in the background. It is skipped if an earlier one is still being sent: a later one, or
     the final LoRA, replaces it."""
-    if args.hub_strategy != "checkpoint" or step == run.max_train_steps or run.sending and not run.sending.done():
+    if args.hub_strategy != "checkpoint" or step == run.max_train_steps:
+        return
+    if run.pending_upload and not run.pending_upload.done():
         return
     disable_progress_bars()  # they would be drawn over the bar of the training
     output_dir, name = Path(args.output_dir), f"checkpoint-{step}"
     # Read now: by the time they are sent, checkpoints_total_limit may have removed the folder.
     files = {LORA_FILE: (output_dir / name / LORA_FILE).read_bytes()}
     files |= {other: (output_dir / other).read_bytes() for other in (LOG_FILE, "run.json")}
-    run.sending = HfApi().run_as_future(send_checkpoint, args.hub_model_id, name, files)
+    run.pending_upload = HfApi().run_as_future(send_checkpoint, args.hub_model_id, name, files)
 
 
 def send_checkpoint(repo_id: str, name: str, files: dict[str, bytes]) -> None:
@@ -1469,7 +1472,8 @@ def send_checkpoint(repo_id: str, name: str, files: dict[str, bytes]) -> None:
 
 
 DENOISER = "unet"  # the component of the pipeline that is trained
-PIXELS_PER_PATCH, PROMPTS_PER_FORWARD = 8, 64
+RESOLUTION_MULTIPLE = 8
+PROMPTS_PER_FORWARD = 64
 
 
 def is_sdxl(args: ScriptArguments) -> bool:
@@ -1528,12 +1532,13 @@ def save_lora(model: UNet2DConditionModel, folder: Path) -> None:
 
 
 def export_lora(model: UNet2DConditionModel, output_dir: Path) -> None:
+    """Writes the LoRA for diffusers and for ComfyUI."""
     save_lora(model, output_dir)
     save_comfyui_lora(model, output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors")
 
 
 def save_comfyui_lora(model: UNet2DConditionModel, file: Path) -> None:
-    """Writes the same LoRA under ComfyUI's keys."""
+    """Writes the LoRA under ComfyUI's keys."""
     file.parent.mkdir(parents=True, exist_ok=True)
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
     temporary = file.with_suffix(".tmp")
@@ -1605,7 +1610,7 @@ def encoding_settings(args: ScriptArguments) -> list:
 
 
 def pipeline_embeds(args: ScriptArguments, embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Embeddings of `PromptEncoder` as the pipeline takes them."""
+    """Embeddings of `PromptEncoder` as the pipeline takes them: here they need no change."""
     return embeds
 
 
@@ -1632,7 +1637,7 @@ def unet_usage(args: ScriptArguments) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Errors that come again when a request is repeated: a malformed name, no token, offline mode.
+# Errors that repeating the request cannot fix: a malformed name, no token, offline mode.
 LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 HUB_PAUSES = (1, 2, 4, 8, 16)  # seconds before each further attempt
 HUB_TIMEOUT = 300  # seconds without a byte; the client itself would wait for ever
@@ -1686,7 +1691,7 @@ def make_card(front: dict, body: str, file: Path | None = None) -> str:
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     """Updates and returns `theirs`, a card that people may have edited. CARD_FACTS and the text between the marks come
     from `mine`, the card of this run; of its other metadata only what they lack is added."""
-    licensed = "license" in theirs.data  # then the name and the link of my licence do not belong to it
+    licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
     for name, value in mine.data.to_dict().items():
         if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
             theirs.data[name] = value
@@ -1737,6 +1742,7 @@ def push_to_hub(
 
 # The metadata of a flag that gives its range.
 RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
+YAML_NULL = ("", "~", "null", "Null", "NULL")
 RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
 
 
@@ -1748,7 +1754,8 @@ class OneLineParser(TrlParser):
         return super().add_argument(*names, **options)
 
     def error(self, message: str):
-        raise SystemExit(one_line(message.removeprefix("argument ")))
+        # argparse names both spellings of a flag: --lr_scheduler/--lr-scheduler.
+        raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
 
 
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
@@ -1764,14 +1771,15 @@ def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
     try:
         # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`.
-        settings = dict(yaml.load(Path(file).read_text(), Loader=yaml.BaseLoader))
-        settings = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
-        if not all(isinstance(value, str) for values in settings.values() for value in values):
-            raise ValueError("it must hold lines of `flag: value` or `flag: [value, value]`")
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        settings = yaml.load(Path(file).read_text(), Loader=yaml.BaseLoader) or {}
+        values = settings.values() if isinstance(settings, dict) else [settings, None]
+        lists = [value if isinstance(value, list) else [value] for value in values]
+        if not all(isinstance(word, str) for words in lists for word in words) or "config" in settings:
+            raise ValueError("it must hold lines of `flag: value` or `flag: [value, value]`, and no `config`")
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise argparse.ArgumentTypeError(f"{file} cannot be read: {one_line(error)}") from None
-    given = {name: values for name, values in settings.items() if values not in ([], [""], ["null"])}
-    return [word for name, values in given.items() for word in (f"--{name}", *values)]
+    given = {name: words for name, words in zip(settings, lists) if words and settings[name] not in YAML_NULL}
+    return [word for name, words in given.items() for word in (f"--{name}", *words)]
 
 
 def check_ranges(args: "ScriptArguments") -> None:

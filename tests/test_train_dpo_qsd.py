@@ -403,10 +403,10 @@ def test_variants_train(flags, tmp_path, more):
 def test_defaults_belong_to_the_family(tiny_sd, tiny_sdxl):
     for model, beta, lr in [(tiny_sd, 2000.0, 1e-4), (tiny_sdxl, 5000.0, 1e-5)]:
         args = script.ScriptArguments(dataset_name="x", pretrained_model_name_or_path=str(model))
-        script.resolve_arguments(args)
+        script.check_model_and_defaults(args)
         assert (args.beta_dpo, args.learning_rate, args.resolution) == (beta, lr, 32)
         args = script.ScriptArguments(dataset_name="x", pretrained_model_name_or_path=str(model), beta_dpo=7.0)
-        script.resolve_arguments(args)
+        script.check_model_and_defaults(args)
         assert args.beta_dpo == 7.0
 
 

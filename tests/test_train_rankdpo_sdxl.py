@@ -257,7 +257,8 @@ def test_yaml_settings_and_command_line_override(flags, tmp_path):
         ("loss_typ: dpo", ["unrecognized arguments: --loss_typ"]),  # no abbreviations: a later flag would break them
         ("use_8bit_adam: maybe", ["--use_8bit_adam", "maybe"]),
         ("rank: {a: 1}", ["--config", "recipe.yaml", "flag: value"]),
-        ("just text", ["--config", "recipe.yaml", "cannot be read"]),
+        ("just text", ["--config", "recipe.yaml", "flag: value"]),
+        ("config: other.yaml", ["--config", "recipe.yaml", "no `config`"]),
         ("a: [", ["--config", "recipe.yaml", "cannot be read"]),
     ],
 )
@@ -272,12 +273,12 @@ def test_settings_of_a_file_mean_what_they_mean_on_the_command_line(tmp_path):
     """Numbers, switches, lists, words that YAML would change, and a value that is left out."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "dataset_name: 123\nlearning_rate: 1e-3\nmixed_precision: no\nuse_8bit_adam: true\nvariant: null\n"
+        "dataset_name: 123\nlearning_rate: 1e-3\nmixed_precision: no\nuse_8bit_adam: true\nvariant: null\nrevision: ~\n"
         "cache_text_embeddings: false\nvalidation_prompts: [a red circle, 'yes: no']\ngenerators: g0\nreport_to: none\n"
     )
     args = script.parse_arguments([f"--config={recipe}", "--report_to", "all"])
     assert (args.dataset_name, args.learning_rate, args.mixed_precision) == ("123", 1e-3, "no")
-    assert (args.use_8bit_adam, args.cache_text_embeddings, args.variant) == (True, False, None)
+    assert (args.use_8bit_adam, args.cache_text_embeddings, args.variant or args.revision) == (True, False, None)
     assert (args.validation_prompts, args.generators) == (["a red circle", "yes: no"], ["g0"])
     assert args.report_to == "all"
 
