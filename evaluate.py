@@ -669,10 +669,8 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
         previous = json.loads(record.read_text())
         for name in {**previous, **settings}:
             if previous.get(name) != settings.get(name):
-                raise SystemExit(
-                    f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}: "
-                    "choose another --output_dir or another name, or delete that folder"
-                )
+                problem = f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}"
+                raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
 
 
 def write_settings(folder: Path, settings: dict) -> None:
@@ -846,10 +844,8 @@ class RewardModel:
                 positions += [position for position, _ in batch]
         for position, reward in zip(positions, torch.cat(rewards).tolist() if rewards else []):
             if not np.isfinite(np.float32(reward)):  # scores are stored as float32
-                prompt = prompts[position]
-                raise SystemExit(
-                    f"reward {self.name}: the score of prompt {prompt!r} is {reward}: it must be a finite number"
-                )
+                score = f"the score of prompt {prompts[position]!r} is {reward}"
+                raise SystemExit(f"reward {self.name}: {score}: it must be a finite number")
             scores[position] = reward
         return scores
 
@@ -889,9 +885,8 @@ class FunctionReward(RewardModel):
     def __init__(self, name: str, batch_size: int):
         file, _, function = name.rpartition(":")
         if not file.endswith(".py") or not function:
-            raise SystemExit(
-                f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or path/to/file.py:function"
-            )
+            choices = ", ".join(REWARD_MODELS)
+            raise SystemExit(f"reward {name}: unknown; choose from {choices}, or path/to/file.py:function")
         if not Path(file).is_file():
             raise SystemExit(f"reward {name}: no file {file}")
         try:
@@ -1286,8 +1281,12 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
     try:
         options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
         repo_id = retried(HfApi().create_repo, name, **options).repo_id
-        # `create_repo` also succeeds for an existing repository that the token can only read.
-        retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
+        try:  # `create_repo` also succeeds for an existing repository that the token can only read
+            retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
+        except Exception as error:
+            response = getattr(error, "response", None)
+            if response is None or response.status_code != 404:  # a self-hosted Hub may not know this question
+                raise
     except Exception as error:
         problem = f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}"
         raise SystemExit(f"{problem}; it takes a token with write access (hf auth login, or HF_TOKEN)") from None
@@ -1391,7 +1390,9 @@ def config_words(file: str) -> list[str]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise argparse.ArgumentTypeError(f"{file} cannot be read: {one_line(error)}") from None
     given = {name: words for name, words in zip(settings, lists) if words and settings[name] not in YAML_NULL}
-    return [word for name, words in given.items() for word in (f"--{name}", *words)]
+    # A single value stands behind "=": it may begin with "-".
+    pairs = ([f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words] for name, words in given.items())
+    return [word for pair in pairs for word in pair]
 
 
 def check_ranges(args: "ScriptArguments") -> None:

@@ -129,19 +129,15 @@ class TrainingArguments:
     revision: str | None = flag(None, "Revision of the model on the Hub.")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
     rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
-
     # Data
-    dataset_name: str | None = flag(None, "Dataset that holds the images: Hub id or folder. Required.")
+    dataset_name: str | None = flag(None, "Dataset with the images: Hub id or folder. Required.")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.")
     dataset_split: str = flag("train", "Split of the dataset.")
     cache_dir: str = flag("outputs/cache", "Folder where latents and embeddings stay for later runs.", may_change=True)
-    cache_text_embeddings: bool = flag(
-        True, "Keep prompt embeddings on disk. Otherwise each step encodes its prompts: more memory.", may_change=True
-    )
+    cache_text_embeddings: bool = flag(True, "Encode prompts once; false: at every step.", may_change=True)
     vae_batch_size: int = flag(4, "Images per forward pass of the VAE.", min=1, may_change=True)
     dataloader_num_workers: int = flag(0, "Processes that read the data ahead.", min=0, may_change=True)
-
     # Training
     output_dir: str = flag("outputs/lora", "Folder for LoRA, card and checkpoints.", may_change=True)
     seed: int = flag(0, "Seeds the initial LoRA, random labels, order, timesteps, noise and gallery.", min=0)
@@ -162,17 +158,12 @@ class TrainingArguments:
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", above=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward pass.")
     allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 matrix products.")
-    gradient_checkpointing: bool = flag(
-        False, "Recompute activations: less memory, about a quarter more computation in a step.", may_change=True
-    )
+    gradient_checkpointing: bool = flag(False, "Less memory, about a quarter more computation.", may_change=True)
     checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints.", min=1, may_change=True)
     checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", min=1, may_change=True)
-    resume_from_checkpoint: str | None = flag(None, "A checkpoint's folder, or latest.", may_change=True)
-
+    resume_from_checkpoint: str | None = flag(None, "A checkpoint's folder, or latest (if any).", may_change=True)
     # Validation, trackers, Hub
-    validation_prompts: list[str] | None = flag(
-        None, "Prompts of the before/after gallery. Default: the first four of the data.", may_change=True
-    )
+    validation_prompts: list[str] | None = flag(None, "Gallery; default: the first four prompts.", may_change=True)
     validation_steps: int | None = flag(None, "Also draw the gallery every N optimizer steps.", min=1, may_change=True)
     validation_num_inference_steps: int = flag(30, "Denoising steps of the gallery.", min=1, may_change=True)
     validation_guidance_scale: float = flag(5.0, "Guidance scale of the gallery.", may_change=True)
@@ -219,7 +210,7 @@ class RankDPOArguments(TrainingArguments):
         "(denoise all images, weighted by preference).",
     )
     beta_dpo: float = flag(
-        5000.0, "Strength of the tie to the base model: it multiplies the margin (see rankdpo_loss).", above=0
+        5000.0, "Strength of the tie to the base model. The margin is beta/2 times mean errors.", above=0
     )
     rank_source: Literal["label", "predicted"] = flag(
         "label", "Ranks in rankdpo's discounts: label (Algorithm 2) or predicted by the model's scores (LambdaLoss)."
@@ -232,12 +223,14 @@ class ScriptArguments(RankDPOArguments):
         "stabilityai/stable-diffusion-3-medium-diffusers", "SD3 or SD3.5 pipeline: Hub id or folder."
     )
     use_text_encoder_3: bool = flag(True, "T5. Without it zeros replace its embeddings, as in a pipeline without T5.")
-    max_sequence_length: int = flag(256, "T5 tokens of a prompt; 256 is the pipeline's default.", min=1, max=512)
+    max_sequence_length: int = flag(
+        256, "T5 tokens of a prompt, up to 512; the pipeline's default is 256.", min=1, max=512
+    )
     resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=16)
     output_dir: str = flag("outputs/rankdpo-sd3", "Folder for LoRA, card and checkpoints.", may_change=True)
     beta_dpo: float = flag(
         2000.0,
-        "Strength of the tie to the base model: it multiplies the margin. The value is a choice of ours.",
+        "Strength of the tie to the base model. The margin is beta/2 times mean errors. Our choice.",
         above=0,
     )
     weighting_scheme: Literal[WEIGHTING_SCHEMES] = flag(
@@ -486,7 +479,8 @@ def train(
             if args.push_to_hub:
                 upload_checkpoint(args, run, step)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
-            log.write_images(step, validator.prompts, validator(unwrapped))
+            log_images(accelerator, validator.prompts, validator(unwrapped), step)
+            log.step_ended = time.time()  # drawing does not count as training
     return log.close()
 
 
@@ -499,6 +493,7 @@ def fit(args: ScriptArguments, run: "Run", images: "StoredImages", cache: "Laten
     prepare_model(args, run, model)
     rows = CachedRows(args, cache, images.labels, noise_scheduler)
     speed = train(args, run, model, noise_scheduler, training_batches(args, run, rows, encode_prompts), validator)
+    run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         finish(args, run, model, validator, facts, speed)
     run.accelerator.end_training()
@@ -512,8 +507,8 @@ def main(args: ScriptArguments) -> None:
     check_model_and_defaults(args)
     dataset = load_ranked_dataset(args)
     labels = make_labels(args, dataset)
-    k, parts = len(labels[0]["images"]), [f"{row['id']}{row['phi'].tolist()}{row['rank'].tolist()}" for row in labels]
-    run = plan_run(args, accelerator, len(labels), k, {"labels": short_hash("|".join(parts))})
+    k, hashed = len(labels[0]["images"]), (f"{row['id']}{row['phi'].tolist()}{row['rank'].tolist()}" for row in labels)
+    run = plan_run(args, accelerator, len(labels), k, {"labels": short_hash("|".join(hashed))})
     run.description = f"{len(labels)} prompts x {k} images"
     images = stored_images(args, dataset, labels)
     cache = LatentCache(args, cache_key(args, dataset, labels), len(labels), accelerator)
@@ -637,7 +632,7 @@ def joint_prompt_embeds(embeds: dict[str, torch.Tensor], width: int, t5_tokens: 
 
 def pipeline_embeds(args: ScriptArguments, embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Embeddings of `PromptEncoder` as the pipeline takes them."""
-    width = read_config(args, "transformer/config.json")["joint_attention_dim"]
+    width = read_config(args, "transformer/config.json").get("joint_attention_dim", 4096)
     prompt_embeds = joint_prompt_embeds(embeds, width, args.max_sequence_length)
     return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": embeds["pooled_prompt_embeds"]}
 
@@ -895,7 +890,7 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
         cpu=launched and not torch.cuda.is_available(),  # several processes without a GPU: gloo
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=None if args.report_to in ("none", "no") else args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
@@ -1111,16 +1106,17 @@ def encode_dataset(
                 for _ in cache.rows(shard):
                     item = next(decoded)
                     latents = encode_images(vae, item.pop("pixels"), args.vae_batch_size)
-                    items.append({"latents": latents.to("cpu", args.weight_dtype), **item})
+                    items.append({**item, "latents": latents.to("cpu", args.weight_dtype)})
                     bar.update()
                 tensors = {name: torch.stack([item[name] for item in items]).contiguous() for name in items[0]}
                 if args.cache_text_embeddings:
                     prompts = [images.labels[row]["prompt"] for row in cache.rows(shard)]
-                    tensors |= encode_in_batches(encode_prompts, prompts, args.weight_dtype)
+                    embeds = encode_in_batches(encode_prompts, prompts, args.weight_dtype)
+                    tensors |= {name: tensor.to("cpu").contiguous() for name, tensor in embeds.items()}
                 cache.write(shard, tensors)
     accelerator.wait_for_everyone()
     vae.to("cpu")
-    validator = None
+    validator, latents = None, None
     if accelerator.is_main_process:
         prompts = args.validation_prompts or list(dict.fromkeys(label["prompt"] for label in images.labels))[:4]
         validator = Validator(args, prompts, vae, encode_prompts, accelerator.device)
@@ -1145,10 +1141,10 @@ def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> 
 
 
 def encode_in_batches(encode_prompts: "PromptEncoder", prompts: list[str], dtype: torch.dtype) -> dict:
-    """Embeddings of all prompts, on the CPU."""
+    """Embeddings of all prompts, in this type."""
     starts = range(0, len(prompts), PROMPTS_PER_FORWARD)
     batches = [encode_prompts(prompts[start : start + PROMPTS_PER_FORWARD]) for start in starts]
-    return {name: torch.cat([batch[name] for batch in batches]).to("cpu", dtype).contiguous() for name in batches[0]}
+    return {name: torch.cat([batch[name] for batch in batches]).to(dtype) for name in batches[0]}
 
 
 class CachedRows(torch.utils.data.Dataset):
@@ -1191,10 +1187,15 @@ def training_batches(
     place = (accelerator.process_index, accelerator.num_processes, run.start_step)
     sampler, workers = EpochSampler(args, len(rows.labels), *place), args.dataloader_num_workers
     on_gpu = device.type == "cuda"
-    for batch in torch.utils.data.DataLoader(rows, batch_sampler=sampler, num_workers=workers, pin_memory=on_gpu):
-        if encode_prompts:
-            batch |= encode_in_batches(encode_prompts, batch.pop("prompt"), args.weight_dtype)
-        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    loader = torch.utils.data.DataLoader(rows, batch_sampler=sampler, num_workers=workers, pin_memory=on_gpu)
+    return map(partial(complete_batch, args, device, encode_prompts), loader)  # starts the workers at once
+
+
+def complete_batch(args: ScriptArguments, device: torch.device, encode_prompts: "PromptEncoder | None", batch: dict):
+    """Encodes the prompts, unless they are cached, and moves the batch to the device."""
+    if encode_prompts:
+        batch |= encode_in_batches(encode_prompts, batch.pop("prompt"), args.weight_dtype)
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def prepare_model(args: ScriptArguments, run: Run, model) -> None:
@@ -1328,19 +1329,13 @@ class TrainingLog:
             hint = "Lower --learning_rate, or use --mixed_precision bf16"
             raise SystemExit(f"step {step}: {values}; the last checkpoint is kept. {hint}")
 
-    def write_images(self, step: int, prompts: list[str], images: list[PILImage.Image]) -> None:
-        log_images(self.run.accelerator, prompts, images, step)
-        self.step_ended = time.time()
-
     def close(self) -> float:
         """Returns the images per second of the whole training; 0 if there was no step left."""
         self.bar.close()
         if self.run.accelerator.is_main_process:
             self.file.close()
         images = (self.run.max_train_steps - self.run.start_step) * self.run.rows_per_step * self.run.images_per_row
-        speed = images / (time.time() - self.started)
-        self.run.accelerator.wait_for_everyone()
-        return speed
+        return images / (time.time() - self.started) if images else 0.0
 
 
 class Validator:
@@ -1617,8 +1612,12 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
     try:
         options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
         repo_id = retried(HfApi().create_repo, name, **options).repo_id
-        # `create_repo` also succeeds for an existing repository that the token can only read.
-        retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
+        try:  # `create_repo` also succeeds for an existing repository that the token can only read
+            retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
+        except Exception as error:
+            response = getattr(error, "response", None)
+            if response is None or response.status_code != 404:  # a self-hosted Hub may not know this question
+                raise
     except Exception as error:
         problem = f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}"
         raise SystemExit(f"{problem}; it takes a token with write access (hf auth login, or HF_TOKEN)") from None
@@ -1722,7 +1721,9 @@ def config_words(file: str) -> list[str]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise argparse.ArgumentTypeError(f"{file} cannot be read: {one_line(error)}") from None
     given = {name: words for name, words in zip(settings, lists) if words and settings[name] not in YAML_NULL}
-    return [word for name, words in given.items() for word in (f"--{name}", *words)]
+    # A single value stands behind "=": it may begin with "-".
+    pairs = ([f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words] for name, words in given.items())
+    return [word for pair in pairs for word in pair]
 
 
 def check_ranges(args: "ScriptArguments") -> None:

@@ -146,6 +146,7 @@ def truths_and_lies(folder: Path, n: int, seed: int) -> Path:
 
 def implicit_accuracy(lora: Path, cache_flags: list, rows: Path) -> float:
     """Share of the pairs of a dataset that the trained model orders right, at timesteps drawn as in training."""
+    from accelerate import Accelerator
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -155,9 +156,11 @@ def implicit_accuracy(lora: Path, cache_flags: list, rows: Path) -> float:
     args = ScriptArguments(dataset_name=str(rows), resolution=32, beta_dpo=200.0, rank=8)
     args.pretrained_model_name_or_path = str(ROOT / "shapes" / "models" / "base")
     labels = script.make_labels(args, script.load_ranked_dataset(args))
-    cache = Path(cache_flags[1]) / script.cache_key(args, script.load_ranked_dataset(args), labels)
+    args.cache_dir, args.seed = cache_flags[1], 123
+    key = script.cache_key(args, script.load_ranked_dataset(args), labels)
+    cache = script.LatentCache(args, key, len(labels), Accelerator(cpu=True))
     scheduler = DDPMScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler")
-    data = script.CachedPrompts(cache, labels, seed=123, num_train_timesteps=1000)
+    data = script.CachedRows(args, cache, labels, scheduler)
     unet = UNet2DConditionModel.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="unet", dtype=torch.float32
     )
