@@ -163,7 +163,7 @@ class ScriptArguments:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def preference_probability(scores) -> np.ndarray:
+def preference_probability(scores: np.ndarray) -> np.ndarray:
     """Share of the comparisons that an image wins (Algorithm 1): over all rewards, against its prompt's other images.
 
     Args:
@@ -178,7 +178,7 @@ def preference_probability(scores) -> np.ndarray:
     return wins / (n_rewards * (k - 1))
 
 
-def preference_rank(scores) -> np.ndarray:
+def preference_rank(scores: np.ndarray) -> np.ndarray:
     """Ranks by preference probability. The mean standardised reward breaks ties, then the position.
 
     Args:
@@ -963,7 +963,7 @@ class BadImage(Exception):
     """An image that does not decode."""
 
 
-def decode_image(image):
+def decode_image(image: PILImage.Image | bytes) -> PILImage.Image:
     """Reads the pixels of a PIL image, or of the image file in these bytes. Returns the PIL image."""
     try:
         image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image

@@ -763,7 +763,7 @@ class BadImage(Exception):
     """An image that does not decode."""
 
 
-def decode_image(image):
+def decode_image(image: PILImage.Image | bytes) -> PILImage.Image:
     """Reads the pixels of a PIL image, or of the image file in these bytes. Returns the PIL image."""
     try:
         image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image

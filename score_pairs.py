@@ -186,7 +186,7 @@ class ScriptArguments:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def pair_quality(p_w, p_l) -> np.ndarray:
+def pair_quality(p_w: np.ndarray, p_l: np.ndarray) -> np.ndarray:
     """Q = ψ(winner) · (1 − ψ(loser)) (DPO-QSD, equation 1): the probability that both are what the label says.
 
     Args:
@@ -1073,7 +1073,7 @@ class BadImage(Exception):
     """An image that does not decode."""
 
 
-def decode_image(image):
+def decode_image(image: PILImage.Image | bytes) -> PILImage.Image:
     """Reads the pixels of a PIL image, or of the image file in these bytes. Returns the PIL image."""
     try:
         image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image

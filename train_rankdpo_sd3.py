@@ -69,6 +69,7 @@ from datasets import config as datasets_config
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -87,6 +88,8 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn import Module
+from torch.optim import Optimizer
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
@@ -355,7 +358,7 @@ def rankdpo_loss(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def sample_noise(args: ScriptArguments, noise_scheduler, key: tuple, shape: torch.Size) -> dict[str, torch.Tensor]:
+def sample_noise(args: ScriptArguments, noise_scheduler: SchedulerMixin, key: tuple, shape: torch.Size) -> dict:
     """Draws one timestep and one noise for all images of a prompt; the trained model and the reference share them.
 
     They are a function of the key alone: the same after a resume and on any number of processes.
@@ -371,7 +374,7 @@ def sample_noise(args: ScriptArguments, noise_scheduler, key: tuple, shape: torc
     return {"sigmas": sigma, "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))}
 
 
-def draw_sigma(args: ScriptArguments, noise_scheduler, seed: int) -> torch.Tensor:
+def draw_sigma(args: ScriptArguments, noise_scheduler: SchedulerMixin, seed: int) -> torch.Tensor:
     """The sigma, float32 scalar, of one timestep of the training schedule, drawn with the density that
     `--weighting_scheme` names. The model's shift has moved the schedule's sigmas."""
     generator = torch.Generator().manual_seed(seed)
@@ -389,7 +392,7 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
 
 
 def training_step(
-    model, reference, noise_scheduler, batch: dict[str, torch.Tensor], args: ScriptArguments
+    model: Module, reference: Module, noise_scheduler: SchedulerMixin, batch: dict, args: ScriptArguments
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One forward of all k images of a batch of prompts, and of the reference where the objective needs it.
 
@@ -427,7 +430,7 @@ def training_step(
 
 # Copied from train_rankdpo_sdxl.train
 def train(
-    args: ScriptArguments, run: "Run", model, noise_scheduler, batches: Iterator[dict], validator: "Validator | None"
+    args: ScriptArguments, run: "Run", model: Module, noise_scheduler: SchedulerMixin, batches: Iterator, validator
 ) -> float:
     """Trains the LoRA of `model` up to `run.max_train_steps`, with checkpoints and logs.
 
@@ -475,7 +478,7 @@ def train(
         log.write(step, dict(zip(totals, values), lr=lr))
 
         if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
-            save_checkpoint(args, step, unwrapped, optimizer, lr_scheduler, scaler=accelerator.scaler)
+            save_checkpoint(args, step, unwrapped, optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler)
             if args.push_to_hub:
                 upload_checkpoint(args, run, step)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
@@ -822,7 +825,7 @@ better than the base model does, and the others worse."""
 
 
 # Copied from build_synpic.preference_probability
-def preference_probability(scores) -> np.ndarray:
+def preference_probability(scores: np.ndarray) -> np.ndarray:
     """Share of the comparisons that an image wins (Algorithm 1): over all rewards, against its prompt's other images.
 
     Args:
@@ -838,7 +841,7 @@ def preference_probability(scores) -> np.ndarray:
 
 
 # Copied from build_synpic.preference_rank
-def preference_rank(scores) -> np.ndarray:
+def preference_rank(scores: np.ndarray) -> np.ndarray:
     """Ranks by preference probability. The mean standardised reward breaks ties, then the position.
 
     Args:
@@ -1198,7 +1201,7 @@ def complete_batch(args: ScriptArguments, device: torch.device, encode_prompts: 
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def prepare_model(args: ScriptArguments, run: Run, model) -> None:
+def prepare_model(args: ScriptArguments, run: Run, model: Module) -> None:
     """Freezes the model, adds the LoRA in float32, and restores the LoRA of the checkpoint."""
     model.requires_grad_(False)
     add_lora(model, args.rank)
@@ -1219,7 +1222,7 @@ def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optim
 
 
 @contextmanager
-def adapter_off(model):
+def adapter_off(model: Module):
     """The base model: the same module and kernels without the LoRA. So the scores are exactly 0 at initialisation."""
     model.disable_adapters()
     try:
@@ -1228,7 +1231,7 @@ def adapter_off(model):
         model.enable_adapters()
 
 
-def write_lora(pipeline_class: type, model, folder: Path) -> None:
+def write_lora(pipeline_class: type, model: Module, folder: Path) -> None:
     """Writes `pytorch_lora_weights.safetensors` with peft keys and the adapter's metadata."""
     temporary = folder / ".lora.tmp"
     metadata = model.peft_config["default"].to_dict()
@@ -1244,7 +1247,7 @@ def publish_file(temporary: Path, file: Path) -> None:
     os.replace(temporary, file)
 
 
-def save_checkpoint(args: ScriptArguments, step: int, model, optimizer, lr_scheduler, *, scaler) -> None:
+def save_checkpoint(args: ScriptArguments, step: int, model: Module, optimizer: Optimizer, *, lr_scheduler, scaler):
     """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit."""
     output_dir = Path(args.output_dir)
     folder, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
@@ -1271,7 +1274,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
 
 
-def load_lora(folder: Path, model) -> None:
+def load_lora(folder: Path, model: Module) -> None:
     """Restores a checkpoint's LoRA into the adapter of the model."""
     lora = {key.removeprefix(f"{DENOISER}."): value for key, value in load_file(folder / LORA_FILE).items()}
     unmatched = get_peft_model_state_dict(model).keys() ^ lora.keys()
@@ -1280,7 +1283,7 @@ def load_lora(folder: Path, model) -> None:
     set_peft_model_state_dict(model, lora)
 
 
-def load_training_state(folder: Path, optimizer, lr_scheduler, scaler) -> None:
+def load_training_state(folder: Path, optimizer: Optimizer, lr_scheduler, scaler) -> None:
     """Restores optimizer, schedule and loss scale. There is no random state: timesteps, noise and order of the data are
     functions of seed and step."""
     state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
@@ -1392,7 +1395,7 @@ def log_images(accelerator: Accelerator, prompts: list[str], images: list[PILIma
             tracker.log({f"validation/{i}": picture(image, caption=text) for i, (image, text) in captioned}, step=step)
 
 
-def finish(args: ScriptArguments, run: Run, model, validator: Validator, facts: dict, speed: float) -> None:
+def finish(args: ScriptArguments, run: Run, model: Module, validator: Validator, facts: dict, speed: float) -> None:
     """Writes the LoRA files, the gallery and, last of all, the card; then uploads them. `speed`: images per second."""
     output_dir, device = Path(args.output_dir), run.accelerator.device
     on_gpu, kilobytes = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -1417,7 +1420,7 @@ def finish(args: ScriptArguments, run: Run, model, validator: Validator, facts: 
         upload(args, output_dir)
 
 
-def write_card(args: ScriptArguments, output_dir: Path, prompts, before, after, facts: dict) -> None:
+def write_card(args: ScriptArguments, output_dir: Path, prompts: list, before: list, after: list, facts: dict) -> None:
     """Writes the before/after gallery and the model card. `card_parts` gives what depends on method and model: `tags`,
     `datasets`, `introduction`, `facts`, how to `load` and `call` the pipeline, how to use the LoRA in `comfyui`."""
     (output_dir / "images").mkdir(exist_ok=True)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LoRA files' keys at full size against lists of what ComfyUI and kohya's tools know.
+"""The LoRA files' keys at full size against lists of what ComfyUI and kohya's network loader know.
 
 tests/golden/*.txt: of SDXL and SD1.5 the names that ComfyUI (comfy/lora.py: `lora_unet_` and diffusers' path with `_`)
-and kohya's tools take; of SD3-Medium those of diffusers' own file, which ComfyUI takes as it is (`transformer.` and
-diffusers' path; `add_*_proj` and `to_add_out` are the text's attention, which the last block does not put out).
+and kohya's network loader take; of SD3-Medium those of diffusers' own file, which ComfyUI takes as it is
+(`transformer.` and diffusers' path; `add_*_proj` and `to_add_out` are the text's attention, which the last block does
+not put out).
 """
 
 import pytest
