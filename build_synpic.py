@@ -70,6 +70,7 @@ from datasets import DatasetInfo, Features, Image, List, SplitDict, SplitInfo, V
 from datasets import config as datasets_config
 from datasets.info import DatasetInfosDict
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import get_session, parse_ratelimit_headers
@@ -350,6 +351,7 @@ def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[st
 
 
 def main(args: ScriptArguments) -> None:
+    diffusers_logging.disable_progress_bar()  # of loading pipelines
     state = make_state()
 
     # These checks find what is wrong with flags, files and folders before a model is loaded.

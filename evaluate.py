@@ -68,6 +68,7 @@ from accelerate import PartialState
 from datasets import config as datasets_config
 from datasets import load_dataset
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import get_session, parse_ratelimit_headers
@@ -325,6 +326,7 @@ def report(args: ScriptArguments, results: dict, prompts: list[str], categories:
 
 
 def main(args: ScriptArguments) -> None:
+    diffusers_logging.disable_progress_bar()  # of loading pipelines
     state = make_state()
 
     # These checks find what is wrong with flags, files and folders before a model is loaded.
