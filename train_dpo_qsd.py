@@ -1764,8 +1764,8 @@ def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
     words = sys.argv[1:] if words is None else words
     parser = OneLineParser(ScriptArguments, allow_abbrev=False)
-    parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
-    arguments = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
+    parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")
+    arguments = vars(parser.parse_args([*(parser.parse_known_args(words)[0].config or []), *words]))
     return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
 
 
