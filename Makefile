@@ -37,7 +37,7 @@ demo-sd3: .venv/ready
 	$(BIN)/python shapes/report.py $(DEMO)
 
 # DPO on noisy pairs (30 % of the labels wrong): the best by quality, in order, against all of them at random, for as many
-# steps and for a full epoch. `make demo-qsd SEEDS="0 1 2"` makes the README's table.
+# steps and for a full epoch. `make demo-qsd SEEDS="0 1 2"` makes the table of docs/shapes.md.
 SEEDS ?= 0
 QSD_STEPS := 40
 demo-qsd: DEMO := outputs/demo-qsd
