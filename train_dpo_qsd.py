@@ -25,6 +25,7 @@ The paper's setting on Pick-a-Pic, with scores and images in two datasets; and i
 `--resume_from_checkpoint latest` continues a run that was interrupted. Several GPUs: `accelerate launch --multi_gpu
 --num_processes 8 train_dpo_qsd.py ...`. With the same global batch (`train_batch_size` x processes x
 `gradient_accumulation_steps`) every number of processes sees the same pairs, timesteps and noise in the same step.
+The method is in `pair_loss`, `training_step` and `train`; sections named Shared are the same in other scripts.
 """
 
 import argparse

@@ -24,6 +24,7 @@ Settings from a file, which the command line overrides. The same command continu
 Several GPUs: `accelerate launch --multi_gpu --num_processes 4 train_rankdpo_sd3.py ...`. With the same global batch
 (`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same prompts,
 timesteps and noise in the same optimizer step. `--push_to_hub --hub_model_id user/name` publishes LoRA, card and log.
+The method is in `rankdpo_loss`, `training_step` and `train`; sections named Shared are the same in other scripts.
 """
 
 import argparse
