@@ -128,20 +128,17 @@ class ScriptArguments:
     prompt_column: str = flag("prompt", "Column of the prompts (not for text files).")
     prompt_split: str = flag("train", "Split of a Hub dataset.")
     max_prompts: int | None = flag(None, "Use the first N distinct prompts.", min=1)
-
     # Generators
     generators: str | None = flag(None, "YAML list: name, model, load, call, prior of each. Default: the paper's four.")
     generation_batch_size: int = flag(4, "Images drawn together.", min=1)
     image_format: Literal["jpg", "png"] = flag("jpg", "jpg (quality 95, which the Hub's viewer shows) or png.")
     seed: int = flag(0, "Seeds the images, together with the prompt and the generator's name.", min=0)
-
     # Rewards
     rewards: list[str] = flag(
         lambda: list(DEFAULT_REWARDS),
         f"{', '.join(REWARD_MODELS)}, each also as name=checkpoint; file.py:function of your own.",
     )
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
-
     # Work and output
     output_dir: str = flag("outputs/synpic", "Folder for the dataset, its card, and the shards in work/.")
     shard_size: int = flag(64, "Prompts per shard: the work that a crash can lose.", min=1)

@@ -134,14 +134,12 @@ class ScriptArguments:
     loras: list[str] = flag(list, "name=folder or name=Hub id of each LoRA to compare with the base.")
     eval_checkpoints: list[str] = flag(list, "name=output_dir of training runs. Plots all checkpoints as curves.")
     dtype: Literal["float32", "float16", "bfloat16"] = flag("float32", "Type of the models' weights.")
-
     # Prompts
     prompts: str | None = flag(None, "Text file (one a line), .jsonl, .parquet, dataset's folder or Hub id. Required.")
     prompt_column: str = flag("prompt", "Column of the prompts (not for text files).")
     prompt_split: str = flag("train", "Split of a Hub dataset.")
     category_column: str | None = flag(None, "Column to break the results down by.")
     max_prompts: int | None = flag(None, "Use the first N distinct prompts.", min=1)
-
     # Drawing
     num_images_per_prompt: int = flag(1, "Images per prompt and model, each with its own seed.", min=1)
     num_inference_steps: int = flag(50, "Denoising steps.", min=1)
@@ -151,7 +149,6 @@ class ScriptArguments:
     use_text_encoder_3: bool = flag(True, "SD3's T5. false: draw without it, as for a LoRA trained without it.")
     batch_size: int = flag(4, "Images drawn together.", min=1)
     seed: int = flag(0, "Seeds the images and the bootstrap.", min=0)
-
     # Metrics and output
     metrics: list[str] = flag(
         lambda: list(DEFAULT_REWARDS),

@@ -150,7 +150,6 @@ class ScriptArguments:
     image_0_uid_column: str = flag("image_0_uid", "Id of the first image. Without it, ids are made from the content.")
     image_1_uid_column: str = flag("image_1_uid", "Id of the second image.")
     on_bad_image: Literal["skip", "fail"] = flag("skip", "Broken images: skip their pairs, or fail.", may_change=True)
-
     # Quality
     reward: str = flag("hpsv2", f"{', '.join(REWARD_MODELS)}; name=checkpoint; file.py:function.", may_change=True)
     reward_batch_size: int = flag(32, "Images scored together.", min=1, may_change=True)
@@ -161,7 +160,6 @@ class ScriptArguments:
         may_change=True,
     )
     top_fraction: float = flag(1.0, "Share of the ranked pairs to keep, the best.", above=0, max=1, may_change=True)
-
     # Work and output
     output_dir: str = flag("outputs/qsd", "Folder for the dataset, figures, card, and shards of work.", may_change=True)
     include_images: bool = flag(False, "Write, and push, the images too, not only other columns.", may_change=True)

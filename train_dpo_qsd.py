@@ -88,8 +88,10 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.amp import GradScaler
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
@@ -198,7 +200,6 @@ class ScriptArguments(TrainingArguments):
         "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix; it runs in the mixed precision. The model's own runs in "
         "float32, because it overflows in fp16.",
     )
-
     # Data
     scores_dataset_name: str | None = flag(
         None,
@@ -229,7 +230,6 @@ class ScriptArguments(TrainingArguments):
     resolution: int | None = flag(
         None, "Pixels: shorter side resized to it, centre cropped. Default: the model's own, 512 or 1024.", min=8
     )
-
     # Objective and training
     loss_type: Literal[LOSS_TYPES] = flag(
         "sigmoid", "sigmoid (Diffusion-DPO); hinge (SLiC-HF); ipo; orpo (Diffusion-ORPO, without a reference)."
@@ -446,7 +446,7 @@ def train(
         log.write(step, dict(zip(totals, values), lr=lr))
 
         if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
-            save_checkpoint(args, step, unwrapped, optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler)
+            save_checkpoint(args, step, unwrapped, optimizer, lr_scheduler, accelerator.scaler)
             if args.push_to_hub:
                 upload_checkpoint(args, run, step)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
@@ -1139,7 +1139,9 @@ def publish_file(temporary: Path, file: Path) -> None:
     os.replace(temporary, file)
 
 
-def save_checkpoint(args: ScriptArguments, step: int, model: Module, optimizer: Optimizer, *, lr_scheduler, scaler):
+def save_checkpoint(
+    args: ScriptArguments, step: int, model: Module, optimizer: Optimizer, lr_scheduler: LRScheduler, scaler: GradScaler
+) -> None:
     """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit."""
     output_dir = Path(args.output_dir)
     folder, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
@@ -1175,7 +1177,7 @@ def load_lora(folder: Path, model: Module) -> None:
     set_peft_model_state_dict(model, lora)
 
 
-def load_training_state(folder: Path, optimizer: Optimizer, lr_scheduler, scaler) -> None:
+def load_training_state(folder: Path, optimizer: Optimizer, lr_scheduler: LRScheduler, scaler: GradScaler) -> None:
     """Restores optimizer, schedule and loss scale. There is no random state: timesteps, noise and order of the data are
     functions of seed and step."""
     state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)

@@ -87,8 +87,10 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.amp import GradScaler
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
@@ -435,7 +437,7 @@ def train(
         log.write(step, dict(zip(totals, values), lr=lr))
 
         if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
-            save_checkpoint(args, step, unwrapped, optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler)
+            save_checkpoint(args, step, unwrapped, optimizer, lr_scheduler, accelerator.scaler)
             if args.push_to_hub:
                 upload_checkpoint(args, run, step)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
@@ -1246,7 +1248,9 @@ def publish_file(temporary: Path, file: Path) -> None:
     os.replace(temporary, file)
 
 
-def save_checkpoint(args: ScriptArguments, step: int, model: Module, optimizer: Optimizer, *, lr_scheduler, scaler):
+def save_checkpoint(
+    args: ScriptArguments, step: int, model: Module, optimizer: Optimizer, lr_scheduler: LRScheduler, scaler: GradScaler
+) -> None:
     """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit."""
     output_dir = Path(args.output_dir)
     folder, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
@@ -1282,7 +1286,7 @@ def load_lora(folder: Path, model: Module) -> None:
     set_peft_model_state_dict(model, lora)
 
 
-def load_training_state(folder: Path, optimizer: Optimizer, lr_scheduler, scaler) -> None:
+def load_training_state(folder: Path, optimizer: Optimizer, lr_scheduler: LRScheduler, scaler: GradScaler) -> None:
     """Restores optimizer, schedule and loss scale. There is no random state: timesteps, noise and order of the data are
     functions of seed and step."""
     state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
