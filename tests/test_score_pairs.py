@@ -271,6 +271,17 @@ def test_other_forms_of_pairs(tmp_path, reward):
     )
 
 
+def test_two_images_of_one_name_are_refused(tmp_path, reward):
+    """Also where another file sorts between them."""
+    for folder in ("better", "worse"):
+        (tmp_path / folder).mkdir()
+        for name in ("a.jpg", "a.k.png", "a.png"):
+            (tmp_path / folder / name).write_bytes(b"")
+    two = ("--winner_dir", tmp_path / "better", "--loser_dir", tmp_path / "worse")
+    message = refused("score_pairs", *two, "--output_dir", tmp_path / "out", "--reward", reward)
+    assert "a.jpg" in message and "a.png" in message and "have the same name" in message
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Resuming, processes, memory
 # ----------------------------------------------------------------------------------------------------------------------
