@@ -520,9 +520,7 @@ class Generator:
         else:
             kwargs["dtype"] = getattr(torch, dtype)
         pipeline = DiffusionPipeline.from_pretrained(part["model"], **kwargs).to(device)
-        pipeline.set_progress_bar_config(disable=True)
-        if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
-            pipeline.vae.enable_slicing()  # decoding a whole batch at once runs out of memory first
+        prepare_pipeline(pipeline)
         return pipeline
 
     @torch.no_grad()
@@ -763,7 +761,7 @@ and rewards: {hash_of_facts(files)}.
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Shared: prompts (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# Shared: prompts and pipelines (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -810,6 +808,18 @@ def read_prompts(
     return list(prompts.values())
 
 
+def prepare_pipeline(pipeline: DiffusionPipeline) -> None:
+    """No progress bar per image, and memory for one image at a time in the VAE."""
+    pipeline.set_progress_bar_config(disable=True)
+    if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
+        pipeline.vae.enable_slicing()  # decoding a whole batch at once runs out of memory first
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared: stages (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
@@ -839,11 +849,6 @@ def write_settings(folder: Path, settings: dict) -> None:
     temporary = folder / f".settings.tmp{os.getpid()}"
     temporary.write_text(json.dumps(settings, indent=2))
     os.replace(temporary, folder / "settings.json")
-
-
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def save_picture(picture: PILImage.Image, file: Path) -> None:

@@ -273,10 +273,10 @@ def score(args: ScriptArguments, prompts: list[str], models: dict, state: Partia
     output_dir, results = Path(args.output_dir), {}
     items = [(i, n) for i in range(len(prompts)) for n in range(args.num_images_per_prompt)]
     for metric in args.metrics:
-        column, reward = reward_name(metric), None
+        column, metric_settings, reward = reward_name(metric), reward_settings(metric), None
         results[column] = {}
         for name, model in models.items():
-            settings = {"metric": reward_settings(metric), **model["settings"]}
+            settings = {"metric": metric_settings, **model["settings"]}
             file = output_dir / "scores" / column / f"{name}.json"
             stored = json.loads(file.read_text()) if file.exists() else {}
             if stored.get("settings") != settings:
@@ -417,11 +417,9 @@ def load_pipeline(args: ScriptArguments, device: torch.device) -> DiffusionPipel
     pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **options).to(device)
     if args.max_sequence_length and "max_sequence_length" not in inspect.signature(pipeline.__call__).parameters:
         raise SystemExit(f"--max_sequence_length: a {type(pipeline).__name__} has no such option: leave the flag out")
-    pipeline.set_progress_bar_config(disable=True)
+    prepare_pipeline(pipeline)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.register_modules(safety_checker=None)  # SD1.5's would black out images, which are then scored
-    if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
-        pipeline.vae.enable_slicing()  # decoding a whole batch at once runs out of memory first
     return pipeline
 
 
@@ -601,7 +599,7 @@ def publish(args: ScriptArguments, repo_id: str, card: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Shared: prompts (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# Shared: prompts and pipelines (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -648,6 +646,18 @@ def read_prompts(
     return list(prompts.values())
 
 
+def prepare_pipeline(pipeline: DiffusionPipeline) -> None:
+    """No progress bar per image, and memory for one image at a time in the VAE."""
+    pipeline.set_progress_bar_config(disable=True)
+    if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
+        pipeline.vae.enable_slicing()  # decoding a whole batch at once runs out of memory first
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared: stages (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
@@ -677,11 +687,6 @@ def write_settings(folder: Path, settings: dict) -> None:
     temporary = folder / f".settings.tmp{os.getpid()}"
     temporary.write_text(json.dumps(settings, indent=2))
     os.replace(temporary, folder / "settings.json")
-
-
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def save_picture(picture: PILImage.Image, file: Path) -> None:

@@ -32,7 +32,6 @@ processes: it does only what is missing.
 """
 
 import argparse
-import gc
 import hashlib
 import html
 import importlib.util
@@ -61,7 +60,6 @@ from typing import Literal
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import ftfy
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -87,6 +85,7 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import get_session, parse_ratelimit_headers
+from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from safetensors.torch import load_file
@@ -96,10 +95,6 @@ from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging as transformers_logging
 from trl import TrlParser
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # keys of the front matter that every run writes again
@@ -399,7 +394,8 @@ def main(args: ScriptArguments) -> None:
             args.dataset_revision = HfApi().dataset_info(args.dataset_name, revision=args.dataset_revision).sha
         except Exception as error:
             raise SystemExit(f"--dataset_name {args.dataset_name}: cannot be read: {one_line(error)}") from None
-    check_settings(work, run_settings(args), "a run")
+    settings = run_settings(args)
+    check_settings(work, settings, "a run")
     check_settings(score_folder(args), reward_settings(args.reward), f"scores of {reward_name(args.reward)}")
     pairs = Pairs(args)
     state.wait_for_everyone()  # no process writes before all have checked
@@ -408,7 +404,7 @@ def main(args: ScriptArguments) -> None:
         args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
         check_dataset_repo(args.hub_dataset_id, published)
     if state.is_main_process:
-        write_settings(work, run_settings(args))
+        write_settings(work, settings)
         for stale in output_dir.rglob(".*.tmp*"):  # of processes that were killed
             stale.unlink()
     state.wait_for_everyone()
@@ -760,13 +756,10 @@ def embedded(pairs: Pairs, images: pa.ChunkedArray) -> pa.Array:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def save_figure(figure: pyplot.Figure, file: Path) -> None:
+def save_figure(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp.png")
-    figure.tight_layout()
-    figure.savefig(temporary, dpi=100)
-    pyplot.close(figure)
-    os.replace(temporary, file)
+    figure.savefig(picture := BytesIO())
+    save_picture(PILImage.open(picture), file)
 
 
 def draw_figures(args: ScriptArguments, ranking: dict) -> None:
@@ -775,12 +768,14 @@ def draw_figures(args: ScriptArguments, ranking: dict) -> None:
     if (folder / "difference.png").exists() and (folder / "quality.png").exists():
         return
     title = f"reward: {reward_name(args.reward)}"
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4), dpi=100, layout="tight")
+    axes = figure.subplots()
     axes.hist(ranking["difference"], bins=100, color="tab:blue")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(title=title, xlabel="ψ(winner) − ψ(loser)", ylabel="number of pairs")
     save_figure(figure, folder / "difference.png")
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4), dpi=100, layout="tight")
+    axes = figure.subplots()
     positions = np.unique(np.linspace(0, len(ranking["order"]) - 1, 2000).astype(int))
     axes.plot(positions + 1, ranking["quality"][ranking["order"][positions]], color="tab:blue")
     axes.axvspan(0, ranking["kept"], color="tab:green", alpha=0.2, label=f"kept: {ranking['kept']}")
@@ -948,11 +943,6 @@ def write_settings(folder: Path, settings: dict) -> None:
     temporary = folder / f".settings.tmp{os.getpid()}"
     temporary.write_text(json.dumps(settings, indent=2))
     os.replace(temporary, folder / "settings.json")
-
-
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def save_picture(picture: PILImage.Image, file: Path) -> None:
