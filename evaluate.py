@@ -427,7 +427,7 @@ def score_metric(args: ScriptArguments, metric: str, rows: list[dict], models: d
     shards = [items[start : start + SCORES_PER_FILE] for start in range(0, len(items), SCORES_PER_FILE)]
     column, reward, depends = reward_name(metric), None, {"metric": reward_settings(metric)}
     if takes_rows(metric):
-        depends["rows"] = short_hash([json.dumps(row, sort_keys=True, default=str) for row in rows])
+        depends["rows"] = short_hash(json.dumps(rows, sort_keys=True, default=str))
     settings = {name: {**depends, **model["settings"]} for name, model in models.items()}
     scores = {name: read_scores(args, column, name, settings[name]) for name in models}
     missing = [name for name in models if scores[name] is None]
@@ -555,8 +555,8 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
     for item in args.loras:
         name, path = named_path("--loras", item, models)
         try:
-            file = Path(path, LORA_FILE) if os.path.isdir(path) else Path(hf_hub_download(path, LORA_FILE))
-            models[name] = {"kind": "lora", "source": path, "file": check_lora(file), **training_rewards(path)}
+            weights = check_lora(file_of(path, LORA_FILE))
+            models[name] = {"kind": "lora", "source": path, "file": weights, **training_rewards(path)}
         except Exception as error:
             raise SystemExit(f"--loras {item}: cannot be read: {one_line(error)}") from None
     for item in args.eval_checkpoints:
@@ -601,7 +601,7 @@ def is_network(item: str) -> bool:
 def read_json(flag: str, model: str, file: str = "model_index.json", revision: str | None = None) -> tuple[dict, Path]:
     """A configuration of a model, and where it lies; exits with one line if it cannot be read."""
     try:
-        path = Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
+        path = file_of(model, file, revision=revision)
         return json.loads(path.read_text()), path
     except Exception as error:
         raise SystemExit(f"{flag} {model}: not a diffusers model: {one_line(error)}") from None
@@ -680,8 +680,7 @@ def stack_seeds(by_model: dict, groups: dict[str, list[str]]) -> dict[str, np.nd
 def training_rewards(path: str) -> dict:
     """The rewards that ranked a LoRA's training data, where its run.json names them."""
     try:
-        file = Path(path, "run.json") if os.path.isdir(path) else hf_hub_download(path, "run.json")
-        return {"trained_on": json.loads(Path(file).read_text()).get("rewards", [])}
+        return {"trained_on": json.loads(file_of(path, "run.json").read_text()).get("rewards", [])}
     except Exception:  # a LoRA of another trainer
         return {}
 
@@ -744,7 +743,11 @@ def image_settings(args: ScriptArguments, rows: list[dict], categories: list[str
     if model["kind"] == "images":
         model["pictures"] = find_pictures(args, prompts, categories, model["source"])
         stats = [f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in model["pictures"].values()]
-        return {"images": model["source"], "files": short_hash(stats), "prompts": short_hash(prompts)}
+        return {
+            "images": model["source"],
+            "files": short_hash("\n".join(stats)),
+            "prompts": short_hash("\n".join(prompts)),
+        }
     settings, base = run_settings(args, prompts), args.pretrained_model_name_or_path
     if model["kind"] == "pipeline":  # revision and variant are the base's
         base, more = model["source"], {"revision": model["commit"], "variant": None}
@@ -757,7 +760,7 @@ def image_settings(args: ScriptArguments, rows: list[dict], categories: list[str
         **settings,
         "model": base,
         "files": folder_digest(base) if os.path.isdir(base) else None,
-        "lora": hashlib.sha256(Path(model["file"]).read_bytes()).hexdigest()[:16] if "file" in model else None,
+        "lora": short_hash(Path(model["file"]).read_bytes()) if "file" in model else None,
         **more,
     }
 
@@ -769,7 +772,7 @@ def report_settings(args: ScriptArguments, prompts: list[str], models: dict) -> 
         source = model["source"]
         local = model["kind"] == "images" or os.path.isdir(source)
         shown[name] = f"{model['kind']} {os.path.basename(source.rstrip('/')) if local else source}"
-    settings = {"prompts": short_hash(prompts), "seed": args.seed}
+    settings = {"prompts": short_hash("\n".join(prompts)), "seed": args.seed}
     if any(model["kind"] != "images" for model in models.values()):
         base = args.pretrained_model_name_or_path
         settings = run_settings(args, prompts) | {"model": os.path.basename(base) if os.path.isdir(base) else base}
@@ -783,15 +786,11 @@ def run_settings(args: ScriptArguments, prompts: list[str]) -> dict:
         "model": args.pretrained_model_name_or_path,
         "variant": args.variant,
         "revision": args.revision,
-        "prompts": short_hash(prompts),
+        "prompts": short_hash("\n".join(prompts)),
         **{name: getattr(args, name) for name in (*DRAWING_FLAGS, "dtype", "seed")},
         **({"max_sequence_length": args.max_sequence_length} if args.max_sequence_length else {}),
         **({} if args.use_text_encoder_3 else {"use_text_encoder_3": False}),
     }
-
-
-def short_hash(lines: list[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def find_pictures(args: ScriptArguments, prompts: list[str], categories: list[str] | None, template: str) -> dict:
@@ -935,52 +934,50 @@ def markdown_report(record: dict, summary: dict, metrics: list[str], compared: l
         + f". Lift over `{baseline}` and win rate against it, with paired bootstrap 95 % intervals over prompts; a tie "
         "counts half a win.",
         "",
-        "| model | metric | mean | 95 % interval | lift | 95 % interval | win rate | 95 % interval |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for metric in metrics:
         for name, entry in summary.items():
             label = f"{metric} (trained on)" if f"{metric}_trained_on" in entry else metric
             for key, what in ((metric, label), (f"{metric}_category_mean", f"{label}, mean over categories")):
                 if key in entry:
-                    lines.append(table_row([name, what, *figure_cells(entry, key)]))
+                    rows.append([name, what, *figure_cells(entry, key)])
+    interval = "95 % interval"
+    lines.append(markdown_table(["model", "metric", "mean", interval, "lift", interval, "win rate", interval], rows))
     if seeds:
-        lines += ["", "Several trainings (seeds) of a model; above, their scores are averaged:", ""]
-        lines += ["| model | metric | mean of each | standard deviation |", "|---|---|---|---|"]
+        rows = []
         for name, metric in itertools.product(seeds, metrics):
             means = ", ".join(f"{mean:.4f}" for mean in summary[name][f"{metric}_seed_means"])
-            lines.append(table_row([name, metric, means, f"{summary[name][f'{metric}_seed_sd']:.4f}"]))
+            rows.append([name, metric, means, f"{summary[name][f'{metric}_seed_sd']:.4f}"])
+        lines += ["", "Several trainings (seeds) of a model; above, their scores are averaged:", ""]
+        lines.append(markdown_table(["model", "metric", "mean of each", "standard deviation"], rows))
     for metric in metrics if len(compared) > 2 else ():
         pairs = record["pairwise"][metric]
         lines += ["", f"{metric}, row minus column (win rate of the row); bold where the interval excludes 0:", ""]
-        lines += [table_row(["", *compared]), "|---|" + "---|" * len(compared)]
-        for name in compared:
-            lines.append(table_row([name, *(pair_cell(pairs[name].get(other)) for other in compared)]))
+        rows = [[name, *(pair_cell(pairs[name].get(other)) for other in compared)] for name in compared]
+        lines.append(markdown_table(["", *compared], rows))
     for metric in metrics:
         by_category = {name: entry.get(f"{metric}_by_category") for name, entry in summary.items()}
         if all(by_category.values()):
-            lines += ["", f"{metric} by category:", "", table_row(["category", "prompts", *summary])]
-            lines.append("|---|---|" + "---|" * len(summary))
+            rows = []
             for category, part in by_category[next(iter(summary))].items():
                 means = [f"{parts[category]['mean']:.3f}".replace("nan", "") for parts in by_category.values()]
-                lines.append(table_row([category, str(part["n_prompts"]), *means]))
+                rows.append([category, part["n_prompts"], *means])
+            lines += ["", f"{metric} by category:", "", markdown_table(["category", "prompts", *summary], rows)]
         official = {
             name: entry[f"{metric}_official"] for name, entry in summary.items() if f"{metric}_official" in entry
         }
         if official:
             styles = [style for style in next(iter(official.values())) if style != "overall"]
-            lines += ["", f"{metric} as HPSv2 reports it: mean and deviation of ten chunks' means, times 100.", ""]
-            lines += [table_row(["model", *styles, "overall"]), "|---|" + "---|" * (len(styles) + 1)]
+            rows = []
             for name, figure in official.items():
                 cells = [f"{figure[style]['mean']:.2f} ± {figure[style]['std']:.2f}" for style in styles]
-                lines.append(table_row([name, *cells, f"{figure['overall']:.2f}"]))
+                rows.append([name, *cells, f"{figure['overall']:.2f}"])
+            lines += ["", f"{metric} as HPSv2 reports it: mean and deviation of ten chunks' means, times 100.", ""]
+            lines.append(markdown_table(["model", *styles, "overall"], rows))
     if any(" ! |" in line for line in lines):
         lines += ["", f"! The interval says little: it is over fewer than {FEW_PROMPTS} prompts, or of zero width."]
     return "\n".join(lines) + "\n"
-
-
-def table_row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def figure_cells(entry: dict, key: str) -> list[str]:
@@ -1325,6 +1322,11 @@ def write_settings(folder: Path, settings: dict) -> None:
     os.replace(temporary, folder / "settings.json")
 
 
+def markdown_table(header: list[str], rows: list[list]) -> str:
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(value) for value in row) + " |" for row in cells)
+
+
 def save_picture(picture: PILImage.Image, file: Path) -> None:
     temporary = file.with_name(f".{file.name}.tmp.png")
     picture.save(temporary)
@@ -1446,9 +1448,7 @@ class RewardModel:
 
     def load_pickle(self, name: str) -> dict:
         """Reads a file of the checkpoint that torch.save wrote."""
-        folder = os.path.isdir(self.checkpoint)
-        file = os.path.join(self.checkpoint, name) if folder else hf_hub_download(self.checkpoint, name)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file_of(self.checkpoint, name), map_location="cpu", weights_only=True)
 
     def load_model(self, model_class, source: str | None = None, dtype=None, **kwargs) -> torch.nn.Module:
         """Loads a transformers model. A key that is missing, unknown or of another size is an error."""
@@ -1551,7 +1551,7 @@ class FunctionReward(RewardModel):
         called = self.function.score if inspect.isclass(self.function) else self.function
         self.takes_rows = "rows" in inspect.signature(called).parameters
         self.name, self.batch_size, self.device = name, batch_size, torch.device(device)
-        self.identity = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+        self.identity = short_hash(Path(file).read_bytes())
 
     def prepare(self, image):
         return image
@@ -2187,6 +2187,11 @@ def requested_pause(response) -> int:
     return min(int(seconds), 330) if seconds.isdigit() else 0
 
 
+def file_of(source: str, file: str, **options) -> Path:
+    """A file of a local folder, or of a repository on the Hub."""
+    return Path(source, file) if os.path.isdir(source) else Path(hf_hub_download(source, file, **options))
+
+
 def create_repo(name: str, repo_type: str, private: bool) -> str:
     """Creates the repository unless it exists, and returns its id with the namespace. Exits with one line if the token
     cannot write to it."""
@@ -2340,7 +2345,11 @@ def folder_digest(folder: str) -> str:
     files = [(file.relative_to(folder), file.stat()) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     others = ("work", "README.md", "grid.png", "figures", "statistics.json")
     stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files if name.parts[0] not in others]
-    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
+    return short_hash("|".join(stats))
+
+
+def short_hash(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
 def local_cache(folder: str) -> str | None:

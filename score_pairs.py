@@ -951,6 +951,11 @@ def write_settings(folder: Path, settings: dict) -> None:
     os.replace(temporary, folder / "settings.json")
 
 
+def markdown_table(header: list[str], rows: list[list]) -> str:
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(value) for value in row) + " |" for row in cells)
+
+
 def save_picture(picture: PILImage.Image, file: Path) -> None:
     temporary = file.with_name(f".{file.name}.tmp.png")
     picture.save(temporary)
@@ -1110,9 +1115,7 @@ class RewardModel:
 
     def load_pickle(self, name: str) -> dict:
         """Reads a file of the checkpoint that torch.save wrote."""
-        folder = os.path.isdir(self.checkpoint)
-        file = os.path.join(self.checkpoint, name) if folder else hf_hub_download(self.checkpoint, name)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file_of(self.checkpoint, name), map_location="cpu", weights_only=True)
 
     def load_model(self, model_class, source: str | None = None, dtype=None, **kwargs) -> torch.nn.Module:
         """Loads a transformers model. A key that is missing, unknown or of another size is an error."""
@@ -1215,7 +1218,7 @@ class FunctionReward(RewardModel):
         called = self.function.score if inspect.isclass(self.function) else self.function
         self.takes_rows = "rows" in inspect.signature(called).parameters
         self.name, self.batch_size, self.device = name, batch_size, torch.device(device)
-        self.identity = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+        self.identity = short_hash(Path(file).read_bytes())
 
     def prepare(self, image):
         return image
@@ -1825,11 +1828,6 @@ def data_file(folder: Path, number: int, files: Sequence) -> Path:
     return folder / f"train-{number:05d}-of-{len(files):05d}.parquet"
 
 
-def markdown_table(header: list[str], rows: list[list]) -> str:
-    cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(value) for value in row) + " |" for row in cells)
-
-
 def config_metadata(output_dir: Path, configs: dict[str, tuple[str, Features]]) -> dict:
     """The card's `configs` and `dataset_info`: configuration → its folder and features. `load_dataset` without a name
     takes the configuration called default.
@@ -1982,6 +1980,11 @@ def requested_pause(response) -> int:
     limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
     seconds = str(limit.reset_in_seconds) if limit else response.headers.get("Retry-After", "")
     return min(int(seconds), 330) if seconds.isdigit() else 0
+
+
+def file_of(source: str, file: str, **options) -> Path:
+    """A file of a local folder, or of a repository on the Hub."""
+    return Path(source, file) if os.path.isdir(source) else Path(hf_hub_download(source, file, **options))
 
 
 def create_repo(name: str, repo_type: str, private: bool) -> str:
@@ -2137,7 +2140,11 @@ def folder_digest(folder: str) -> str:
     files = [(file.relative_to(folder), file.stat()) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     others = ("work", "README.md", "grid.png", "figures", "statistics.json")
     stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files if name.parts[0] not in others]
-    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
+    return short_hash("|".join(stats))
+
+
+def short_hash(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
 def local_cache(folder: str) -> str | None:

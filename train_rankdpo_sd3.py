@@ -1076,17 +1076,12 @@ def begin_run(args: ScriptArguments, run: Run) -> bool:
     return True
 
 
-def short_hash(data: str | bytes) -> str:
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
-
-
 def read_config(args: ScriptArguments, file: str, flag: str = "pretrained_model_name_or_path") -> dict:
     """A configuration file of the model that a flag names; exits with one line if it cannot be read."""
     model = getattr(args, flag)
     revision = args.revision if flag == "pretrained_model_name_or_path" else None
     try:
-        path = os.path.join(model, file) if os.path.isdir(model) else hf_hub_download(model, file, revision=revision)
-        config = json.loads(Path(path).read_text())
+        config = json.loads(file_of(model, file, revision=revision).read_text())
         if file == "model_index.json" and "_class_name" not in config:
             raise ValueError("its model_index.json names no pipeline class")
         return config
@@ -1613,13 +1608,11 @@ def base_license(model: str, revision: str | None) -> dict:
     if model in BASE_LICENSES:
         return BASE_LICENSES[model]
     try:
-        local = os.path.isdir(model)
-        card = Path(model, "README.md") if local else hf_hub_download(model, "README.md", revision=revision)
-        front = RepoCard(Path(card).read_text()).data.to_dict()
+        front = RepoCard(file_of(model, "README.md", revision=revision).read_text()).data.to_dict()
     except Exception:  # no card, no network, a card with broken front matter: the user names the licence
         return {}
     found = {name: front[name] for name in ("license", "license_name", "license_link") if name in front}
-    if not local and not str(found.get("license_link", "http")).startswith("http"):
+    if not os.path.isdir(model) and not str(found.get("license_link", "http")).startswith("http"):
         found["license_link"] = f"https://huggingface.co/{model}/blob/main/{found['license_link']}"
     return found
 
@@ -1728,6 +1721,11 @@ def requested_pause(response) -> int:
     limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
     seconds = str(limit.reset_in_seconds) if limit else response.headers.get("Retry-After", "")
     return min(int(seconds), 330) if seconds.isdigit() else 0
+
+
+def file_of(source: str, file: str, **options) -> Path:
+    """A file of a local folder, or of a repository on the Hub."""
+    return Path(source, file) if os.path.isdir(source) else Path(hf_hub_download(source, file, **options))
 
 
 def create_repo(name: str, repo_type: str, private: bool) -> str:
@@ -1883,7 +1881,11 @@ def folder_digest(folder: str) -> str:
     files = [(file.relative_to(folder), file.stat()) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     others = ("work", "README.md", "grid.png", "figures", "statistics.json")
     stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files if name.parts[0] not in others]
-    return hashlib.sha256("|".join(stats).encode()).hexdigest()[:16]
+    return short_hash("|".join(stats))
+
+
+def short_hash(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
 def local_cache(folder: str) -> str | None:
