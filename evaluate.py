@@ -546,6 +546,7 @@ def main(args: ScriptArguments) -> None:
             repositories[name] = create_repo(repo_id, "model", args.hub_private_repo)
         remove_temporary_files(Path(args.output_dir))
         write_json(Path(args.output_dir, RECORD), {"script": "evaluate.py"})
+    state.wait_for_everyone()
 
     draw(args, prompts, models, state)
     results = score(args, rows, models, state)
