@@ -67,7 +67,7 @@ import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -2413,7 +2413,7 @@ LOCK_BEAT = 20  # seconds between two signs of life of a lock's owner
 # Errors of the disk and of the system that say nothing about the script.
 SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 SYSTEM_ERRORS |= {errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ESTALE}
-stop_signals: list[int] = []  # that this process has received
+stop_signals: list[tuple[int, float]] = []  # that this process has received, and when
 
 
 def run_script(main: Callable) -> None:
@@ -2442,13 +2442,11 @@ def check_folder_name(folder: Path) -> None:
 
 def on_stop_signal(number: int, frame) -> None:
     """The first SIGTERM or Ctrl-C lets the script finish the step or batch in hand; a second one ends it at once."""
-    if stop_signals:
-        # A launcher passes a signal on that the whole group has received already: this is not a second one.
-        if time.monotonic() - stop_signals[1] > 2:
-            os._exit(128 + number)
-        return
-    stop_signals.extend((number, time.monotonic()))
-    if is_first_process():
+    # A launcher passes a signal on that the whole group has received already: this is not a second one.
+    if stop_signals and time.monotonic() - stop_signals[0][1] > 2:
+        os._exit(128 + number)
+    stop_signals.append((number, time.monotonic()))
+    if is_first_process() and len(stop_signals) == 1:
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: stops as soon as the work in hand is done; a second signal stops at once\n".encode())
 
@@ -2458,7 +2456,7 @@ def stop_if_asked(kept: str) -> None:
     if stop_signals:
         if is_first_process():
             print(f"stopped: {kept}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + stop_signals[0])
+        raise SystemExit(128 + stop_signals[0][0])
 
 
 def system_problem(error: BaseException) -> str | None:
@@ -2528,7 +2526,7 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
             free = error.errno not in (errno.EACCES, errno.EAGAIN)
             if free:
                 warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
-        if free and file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+        if free and is_file_of(handle, file):
             break
         handle.close()
         if not free and not wait:
@@ -2537,11 +2535,19 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
             warn(f"{file.parent} is in use by {owner}: waiting for its end")
             waited = True
         stop_if_asked("nothing was begun")
-        time.sleep(0 if free else 1)  # free, but another file: its owner has just removed it
+        time.sleep(0 if free else 1)
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {platform.node()}")
     handle.flush()
     return handle
+
+
+def is_file_of(handle: IO, file: Path) -> bool:
+    """Whether an open file is still the one of this name: its last owner may have just removed it."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def owner_is_gone(file: Path, owner: str) -> bool:
@@ -2550,14 +2556,18 @@ def owner_is_gone(file: Path, owner: str) -> bool:
     if not owner or owner.endswith(f" on {platform.node()}"):
         return True
     warn(f"{file} names {owner}: watching it for {2 * LOCK_BEAT} s")
-    date = file.stat().st_mtime_ns
-    time.sleep(2 * LOCK_BEAT)
-    return not file.exists() or file.stat().st_mtime_ns == date
+    try:
+        date = file.stat().st_mtime_ns
+        time.sleep(2 * LOCK_BEAT)
+        return file.stat().st_mtime_ns == date
+    except FileNotFoundError:
+        return True
 
 
 def show_life(file: Path, ended: threading.Event) -> None:
+    """Changes a lock's date now and then, until the run has ended."""
     while not ended.wait(LOCK_BEAT):
-        if file.exists():
+        with suppress(OSError):
             os.utime(file)
 
 

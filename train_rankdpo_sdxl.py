@@ -49,7 +49,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -1268,7 +1268,8 @@ class LatentCache:
 
     def missing(self) -> list[int]:
         """The files of this process that do not exist yet. A damaged one is removed, to be made again."""
-        hidden = all(self.files.get(self.name(shard)) in self.verified for shard in self.owned)
+        verified = all(self.files.get(self.name(shard)) in self.verified for shard in self.owned)
+        hidden = verified or not is_first_process()
         owned = progress_bar(self.owned, desc="check cache", unit="file", delay=5, disable=hidden)
         return [shard for shard in owned if not self.has(self.name(shard))]
 
@@ -1536,7 +1537,7 @@ def end_stopped_run(args: ScriptArguments, run: Run, step: int) -> None:
     if run.pending_upload:
         run.pending_upload.result()
     run.accelerator.end_training()
-    stop_signals[:] = stop_signals or [signal.SIGTERM, 0.0]  # another process has received it
+    stop_signals.append((signal.SIGTERM, 0.0))  # perhaps only another process has received one
     stop_if_asked(f"checkpoint-{step} is in {args.output_dir}: --resume_from_checkpoint latest goes on from there")
 
 
@@ -2012,7 +2013,7 @@ LOCK_BEAT = 20  # seconds between two signs of life of a lock's owner
 # Errors of the disk and of the system that say nothing about the script.
 SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 SYSTEM_ERRORS |= {errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ESTALE}
-stop_signals: list[int] = []  # that this process has received
+stop_signals: list[tuple[int, float]] = []  # that this process has received, and when
 
 
 def run_script(main: Callable) -> None:
@@ -2041,13 +2042,11 @@ def check_folder_name(folder: Path) -> None:
 
 def on_stop_signal(number: int, frame) -> None:
     """The first SIGTERM or Ctrl-C lets the script finish the step or batch in hand; a second one ends it at once."""
-    if stop_signals:
-        # A launcher passes a signal on that the whole group has received already: this is not a second one.
-        if time.monotonic() - stop_signals[1] > 2:
-            os._exit(128 + number)
-        return
-    stop_signals.extend((number, time.monotonic()))
-    if is_first_process():
+    # A launcher passes a signal on that the whole group has received already: this is not a second one.
+    if stop_signals and time.monotonic() - stop_signals[0][1] > 2:
+        os._exit(128 + number)
+    stop_signals.append((number, time.monotonic()))
+    if is_first_process() and len(stop_signals) == 1:
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: stops as soon as the work in hand is done; a second signal stops at once\n".encode())
 
@@ -2057,7 +2056,7 @@ def stop_if_asked(kept: str) -> None:
     if stop_signals:
         if is_first_process():
             print(f"stopped: {kept}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + stop_signals[0])
+        raise SystemExit(128 + stop_signals[0][0])
 
 
 def system_problem(error: BaseException) -> str | None:
@@ -2127,7 +2126,7 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
             free = error.errno not in (errno.EACCES, errno.EAGAIN)
             if free:
                 warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
-        if free and file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+        if free and is_file_of(handle, file):
             break
         handle.close()
         if not free and not wait:
@@ -2136,11 +2135,19 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
             warn(f"{file.parent} is in use by {owner}: waiting for its end")
             waited = True
         stop_if_asked("nothing was begun")
-        time.sleep(0 if free else 1)  # free, but another file: its owner has just removed it
+        time.sleep(0 if free else 1)
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {platform.node()}")
     handle.flush()
     return handle
+
+
+def is_file_of(handle: IO, file: Path) -> bool:
+    """Whether an open file is still the one of this name: its last owner may have just removed it."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def owner_is_gone(file: Path, owner: str) -> bool:
@@ -2149,14 +2156,18 @@ def owner_is_gone(file: Path, owner: str) -> bool:
     if not owner or owner.endswith(f" on {platform.node()}"):
         return True
     warn(f"{file} names {owner}: watching it for {2 * LOCK_BEAT} s")
-    date = file.stat().st_mtime_ns
-    time.sleep(2 * LOCK_BEAT)
-    return not file.exists() or file.stat().st_mtime_ns == date
+    try:
+        date = file.stat().st_mtime_ns
+        time.sleep(2 * LOCK_BEAT)
+        return file.stat().st_mtime_ns == date
+    except FileNotFoundError:
+        return True
 
 
 def show_life(file: Path, ended: threading.Event) -> None:
+    """Changes a lock's date now and then, until the run has ended."""
     while not ended.wait(LOCK_BEAT):
-        if file.exists():
+        with suppress(OSError):
             os.utime(file)
 
 
