@@ -2,6 +2,7 @@
 """Faults of all kinds: nothing is lost, nothing is silently wrong, every message is one line. `make test-faults`, which
 is faults.py, injects many more of them."""
 
+import importlib
 import json
 import os
 import re
@@ -92,8 +93,14 @@ def test_sigterm_ends_training_with_a_checkpoint_of_that_step(flags, tmp_path, p
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         return [start(*command, folder, *more, RANK=str(i), LOCAL_RANK=str(i), **world) for i in range(2)]
 
+    def finish(folder: Path, *more) -> None:
+        if processes == 1:
+            call("train_rankdpo_sdxl", *command[1:], folder, *more)
+        else:
+            assert [process.wait() for process in ranks(folder, *more)] == [0, 0]
+
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert [process.wait() for process in ranks(whole)] == [0] * processes
+    finish(whole)
     started = ranks(stopped)
     log = stopped / "training_log.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3, *started)
@@ -104,7 +111,7 @@ def test_sigterm_ends_training_with_a_checkpoint_of_that_step(flags, tmp_path, p
     last = json.loads(log.read_text().splitlines()[-1])["step"]
     assert checkpoint.name == f"checkpoint-{last}" and last < 40
     assert f"stopped: checkpoint-{last} is in" in outputs[0] and "Traceback" not in "".join(outputs)
-    assert [process.wait() for process in ranks(stopped, *LATEST)] == [0] * processes
+    finish(stopped, *LATEST)
     assert same_lora(whole, stopped)
 
 
@@ -274,16 +281,20 @@ def test_a_second_run_on_a_folder_is_refused_while_the_first_one_lives(flags, tm
     first.kill()
     first.wait()
     assert (tmp_path / "out" / ".lock").exists()
-    more[1] = 1
-    run("train_rankdpo_sdxl.py", *flags, *more)  # the lock of a dead process does not hold
+    with script.locked(tmp_path / "out", "--output_dir"):  # the lock of a dead process does not hold
+        pass
     assert not (tmp_path / "out" / ".lock").exists()
 
 
-def test_a_refused_run_leaves_no_folder(flags, tmp_path):
-    result = run(
-        "train_rankdpo_sdxl.py", *flags, "--dataset_name", "no/set", "--output_dir", tmp_path / "a/b", check=False
-    )
-    assert result.returncode == 1 and not (tmp_path / "a").exists()
+def test_a_refused_run_leaves_no_folder(flags, tmp_path, monkeypatch):
+    words = [*flags, "--dataset_name", "no/set", "--output_dir", tmp_path / "a" / "b"]
+    monkeypatch.setattr(sys, "argv", ["train_rankdpo_sdxl.py", *map(str, words)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(SystemExit, match="no/set"):
+        script.run_script(script.main)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert not (tmp_path / "a").exists()
 
 
 LIMITED = """
@@ -295,17 +306,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("limit", [100, 3_000, 30_000])
-def test_a_write_that_fails_ends_in_one_line(flags, tmp_path, limit):
+def test_a_write_that_fails_ends_in_one_line(flags, tmp_path):
     """A limit on the size of files stands for a full disk: the write fails in the same places."""
-    cache = ["--cache_dir", tmp_path / "cache"] if limit < 10_000 else []
-    command = ["train_rankdpo_sdxl.py", *flags, *cache, "--max_train_steps", 2, "--output_dir", tmp_path / "out"]
-    result = run("-c", LIMITED, limit, *command, check=False)
+    more = ["--max_train_steps", 2, "--output_dir", tmp_path / "out"]
+    command = ["train_rankdpo_sdxl.py", *flags, "--cache_dir", tmp_path / "cache", *more]
+    result = run("-c", LIMITED, 30_000, *command, check=False)
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert re.search(r"cannot be read or written: File too large \(.*: [\d.e+]+ GB free\)", last), last
     assert not list(tmp_path.rglob(".*.tmp*"))
-    run(*command, *LATEST)
+    call("train_rankdpo_sdxl", *command[1:], *LATEST)
 
 
 def test_parquet_json_and_pictures_notice_every_flipped_bit(tmp_path):
@@ -454,10 +464,14 @@ def test_any_prompt_can_stand_on_a_card(flags, tmp_path):
     assert str(again).count("## Use it") == 1 and "Mine." in str(again)
 
 
-def test_help_shows_the_description_and_groups():
-    for name in ("build_synpic", "train_rankdpo_sdxl", "train_dpo_qsd", "evaluate", "score_pairs"):
-        text = run(f"{name}.py", "--help").stdout
-        assert "accelerate launch" in text and "\nData:" in text or "\nPrompts:" in text or "\nPairs:" in text, name
+@pytest.mark.parametrize("name", ["build_synpic", "train_rankdpo_sdxl", "train_dpo_qsd", "evaluate", "score_pairs"])
+def test_help_shows_the_description_and_groups(name, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit):
+        module.parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert module.__doc__.strip().splitlines()[0] in text
+    assert len(re.findall(r"^[A-Z][\w, ]+:$", text, re.M)) >= 3
 
 
 def test_text_in_has_label_is_refused(tmp_path):
