@@ -53,7 +53,7 @@ SCRIPTS = (
     "train_dpo_qsd",
     "evaluate",
 )
-TIMEOUT = 90  # seconds; a tiny run takes a few
+TIMEOUT = 30  # seconds; a tiny run takes one
 # Events of Python's audit that change files: the moments that faults aim at.
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 
@@ -71,6 +71,7 @@ class Moment:
     action: int | str  # a signal; or "full": this and all later changes fail, as on a full disk
     again: int | None = None  # a second signal, so many changes later
     name: str = ""  # count only changes of paths that contain this
+    after: str = ""  # and only once a change of a path that contains this has come
 
 
 @dataclass
@@ -214,7 +215,7 @@ def child(folder: Path, command: list[str], file: Callable, pipe: int, moment: M
 
 def watch(folder: Path, pipe: int, moment: Moment | None) -> list[int]:
     """Counts the run's changes in the folder, and does what `moment` says before one of them. Returns the counter."""
-    count, root = [0], str(folder)
+    count, begun, root = [0], [moment is None or not moment.after], str(folder)
     inside = tuple(f"{root}/{name}" for name in ("out", "cache"))
 
     def hook(event: str, args: tuple) -> None:
@@ -225,8 +226,11 @@ def watch(folder: Path, pipe: int, moment: Moment | None) -> list[int]:
         path = args[0] if not isinstance(args[0], bytes) else os.fsdecode(args[0])
         if isinstance(path, int) or not str(path).startswith(inside):
             return
-        if moment and moment.name and moment.name not in f"{path} {args[1] if event == 'os.rename' else ''}":
-            return
+        if moment and (moment.name or moment.after):
+            paths = f"{path} {args[1] if event == 'os.rename' else ''}"
+            begun[0] |= moment.after in paths
+            if moment.name not in paths or not begun[0]:
+                return
         count[0] += 1
         if moment is None:
             return
@@ -425,24 +429,28 @@ def results(job: str, folder: Path) -> dict[str, str]:
 def dataset_results(out: Path) -> dict[str, str]:
     found = {}
     for file in sorted([*out.glob("data/*.parquet"), *out.glob("scores/*.parquet")]):
-        found[str(file.relative_to(out))] = attempt(
-            lambda file=file: digest(pq.read_table(file, use_threads=False).to_pylist())
-        )
+        found[str(file.relative_to(out))] = attempt(rows_of, file)
     for file in [*out.glob("grid.png"), *out.glob("figures/*.png")]:
-        found[str(file.relative_to(out))] = attempt(lambda file=file: pixels(file))
-    found["README.md"] = attempt(lambda: card(out))
+        found[str(file.relative_to(out))] = attempt(pixels, file)
+    found["README.md"] = attempt(card, out)
     return found
 
 
+def rows_of(file: Path) -> str:
+    return digest(pq.read_table(file, use_threads=False).to_pylist())
+
+
+def tensors_of(file: Path) -> str:
+    return digest(sorted((name, tensor.tobytes()) for name, tensor in load_file(file).items()))
+
+
 def training_results(out: Path) -> dict[str, str]:
-    found = {"README.md": attempt(lambda: card(out))}
+    found = {"README.md": attempt(card, out)}
     for name in ("pytorch_lora_weights.safetensors", "comfyui/out.safetensors"):
         if name.startswith("pytorch") or (out / "comfyui").exists():
-            found[name] = attempt(
-                lambda name=name: digest(sorted((k, t.tobytes()) for k, t in load_file(out / name).items()))
-            )
+            found[name] = attempt(tensors_of, out / name)
     for file in sorted(out.glob("images/*.png")):
-        found[str(file.relative_to(out))] = attempt(lambda file=file: pixels(file))
+        found[str(file.relative_to(out))] = attempt(pixels, file)
     found["training_log.jsonl"] = attempt(lambda: digest(training_log(out / "training_log.jsonl")))
     return found
 
@@ -456,9 +464,9 @@ def training_log(file: Path) -> list[dict]:
 def evaluation_results(out: Path) -> dict[str, str]:
     found = {}
     for file in sorted(out.glob("images/*/*.png")):
-        found[str(file.relative_to(out))] = attempt(lambda file=file: pixels(file))
+        found[str(file.relative_to(out))] = attempt(pixels, file)
     found["results.json"] = attempt(lambda: digest(timeless(json.loads((out / "results.json").read_text()))))
-    found["grid.png"] = attempt(lambda: pixels(out / "grid.png"))
+    found["grid.png"] = attempt(pixels, out / "grid.png")
     found["results.md"] = attempt(lambda: digest((out / "results.md").read_text()))
     return found
 
@@ -478,19 +486,22 @@ def card(out: Path) -> str:
     return f"card of {type(yaml.safe_load(front)).__name__}" if text.strip() else "empty card"
 
 
-def attempt(read: Callable) -> str:
+def attempt(read: Callable, *args) -> str:
     try:
-        return read()
+        return read(*args)
     except Exception as error:
         return f"unreadable: {type(error).__name__}: {str(error)[:100]}"
 
 
 def differences(golden: dict[str, str], found: dict[str, str]) -> list[str]:
-    return [
-        f"{name}: {'missing' if name not in found else found[name] if 'unread' in found[name] else 'differs' if name in golden else 'not in golden'}"
-        for name in sorted({*golden, *found})
-        if golden.get(name) != found.get(name)
-    ]
+    """What is not as the undisturbed run left it."""
+    bad = []
+    for name in sorted({*golden, *found}):
+        if golden.get(name) != found.get(name):
+            unreadable = found.get(name, "").startswith("unreadable")
+            what = found[name] if unreadable else "differs" if name in golden and name in found else "missing"
+            bad.append(f"{name}: {what if name in golden else 'should not be there'}")
+    return bad
 
 
 @dataclass
