@@ -54,6 +54,7 @@ SCRIPTS = (
     "evaluate",
 )
 TIMEOUT = 30  # seconds; a tiny run takes one
+BAR = r"^.*\[\d\d:\d\d(:\d\d)?[<,][^\]]*\]"  # tqdm's: 30%|###  | 3/10 [00:01<00:02, 2.50image/s]
 # Events of Python's audit that change files: the moments that faults aim at.
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 
@@ -87,9 +88,9 @@ class Outcome:
 
     @property
     def lines(self) -> list[str]:
-        """The lines on stderr that stay on a terminal, without progress bars and empty ones."""
-        lines = [line.split("\r")[-1].rstrip() for line in self.err.splitlines()]
-        return [line for line in lines if line.strip() and not re.search(r"\d+(%\||\w+ \[\d\d:)", line)]
+        """The lines on stderr, without progress bars: a message may stand behind one on the same line."""
+        lines = [re.sub(BAR, "", line.split("\r")[-1]).rstrip() for line in self.err.split("\n")]
+        return [line for line in lines if line.strip()]
 
     @property
     def tail(self) -> str:
