@@ -186,6 +186,41 @@ for name, text in BAD_REWARDS.items():
         malformed(f"reward {name}", job, "mine.py", before_work=job == "build")(reward_file)
 
 
+BREAKS = """
+from pathlib import Path
+
+calls = []
+
+
+def whole(function):
+    def reward(images, prompts):
+        calls.append(len(images))
+        if len(calls) > 4 and Path(__file__).with_name("broken").exists():
+            raise RuntimeError("the GPU fell off the bus")
+        return function(images, prompts)
+
+    return reward
+
+
+red, contrast, left = whole(red), whole(contrast), whole(left)
+"""
+
+
+@for_jobs("reward-breaks-midway", build=1, pairs=1, evaluate=1)
+def reward_breaks_midway(case: Case, job: str) -> None:
+    """A reward raises an error after some batches: one line that names it; mended, the run goes on."""
+    (case.folder / "rewards.py").write_text(faultlab.REWARDS + BREAKS)
+    (case.folder / "broken").touch()
+    names = {"build": ("red", "contrast", "left"), "pairs": ("red",), "evaluate": ("red", "contrast")}[job]
+    flag = {"build": "rewards", "pairs": "reward", "evaluate": "metrics"}[job]
+    words = case.command(job, **{flag: faultlab.rewards(case.folder, *names), "reward_batch_size": 1})
+    outcome = case.run(words)
+    case.faults += 1
+    case.one_line(outcome, "rewards.py", "fell off the bus")
+    (case.folder / "broken").unlink()
+    case.mend(job, words)
+
+
 # Rows of ranked datasets
 
 
@@ -408,6 +443,18 @@ def output_is_run(case: Case) -> dict:
 @malformed("weights cut off", "evaluate", "model", before_work=False)
 def base_cut_off(case: Case) -> dict:
     return {"pretrained_model_name_or_path": cut_model(case)}
+
+
+@malformed("model of NaN", "sdxl", "finite|nan", before_work=False)
+@malformed("model of NaN", "qsd", "finite|nan", before_work=False)
+def model_of_nan(case: Case) -> dict:
+    """No step has a finite loss: the run must not end with a LoRA."""
+    model = case.folder / "model"
+    shutil.copytree(case.lab.world / "models" / ("sdxl" if "sdxl" in case.name else "sd"), model)
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: np.full_like(tensor, np.nan) for name, tensor in tensors.items()}, file, {"format": "pt"})
+    return {"pretrained_model_name_or_path": model}
 
 
 @malformed("publish nothing", "build", "publish|missing|stage")

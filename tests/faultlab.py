@@ -69,7 +69,7 @@ class Moment:
     """Something that happens to a run by itself: before its n-th change of a file in the folder (1 = the first)."""
 
     number: int
-    action: int | str  # a signal; or "full": this and all later changes fail, as on a full disk
+    action: int | str  # a signal; or "full": from this one on, nothing new can be made, as on a full disk
     again: int | None = None  # a second signal, so many changes later
     name: str = ""  # count only changes of paths that contain this
     after: str = ""  # and only once a change of a path that contains this has come
@@ -236,7 +236,7 @@ def watch(folder: Path, pipe: int, moment: Moment | None) -> list[int]:
         if moment is None:
             return
         if moment.action == "full":
-            if count[0] >= moment.number:
+            if count[0] >= moment.number and event in ("open", "os.mkdir", "os.link", "os.symlink"):
                 os.write(pipe, b"i")
                 raise OSError(28, "No space left on device", str(path))
         elif count[0] == moment.number or (moment.again and count[0] == moment.number + moment.again):
