@@ -29,6 +29,9 @@ configurations of the repository, and text that people wrote on its card, stay.
 
 import argparse
 import csv
+import difflib
+import errno
+import fcntl
 import gc
 import hashlib
 import html
@@ -41,13 +44,19 @@ import math
 import operator
 import os
 import pickle
+import platform
 import re
+import shutil
+import signal
 import sys
+import threading
 import time
+import traceback
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -55,10 +64,12 @@ from functools import cache
 from importlib.metadata import version
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 from urllib.parse import urlsplit
 
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load ends without a traceback
 # bitsandbytes warns at every start that an optional kernel is missing, which nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -75,6 +86,7 @@ from datasets import DatasetInfo, Features, Image, List, SplitDict, SplitInfo, V
 from datasets import config as datasets_config
 from datasets.info import DatasetInfosDict
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -123,31 +135,35 @@ REWARD_MODELS = {
 
 # Copied from train_rankdpo_sdxl.flag
 def flag(default, help: str, **metadata):
-    """A field with its help, its range (see RANGES) and `may_change`: whether a resumed run may set it differently."""
+    """A field with its help, its range (see RANGES), `may_change`: whether a resumed run may set it differently, and
+    `group`: the title of the flags from here on in --help."""
     kind = "default_factory" if callable(default) else "default"
     return field(**{kind: default}, metadata={"help": help, **metadata})
 
 
 @dataclass
 class ScriptArguments:
-    # Prompts
-    prompts: str | None = flag(None, "File, URL, dataset's folder or Hub id, or the name of a set. Required.")
+    prompts: str | None = flag(
+        None, "File, URL, dataset's folder or Hub id, or the name of a set. Required.", group="Prompts"
+    )
     prompt_column: str | None = flag(None, "Column of the prompts. Default: prompt, or the named set's.")
     prompt_split: str | None = flag(None, "Split of a dataset. Default: train, or the named set's.")
     max_prompts: int | None = flag(None, "Use the first N distinct prompts.", min=1)
-    # Generators
-    generators: str | None = flag(None, "YAML list: name, model, load, call, prior of each. Default: the paper's four.")
+    generators: str | None = flag(
+        None, "YAML list: name, model, load, call, prior of each. Default: the paper's four.", group="Generators"
+    )
     generation_batch_size: int = flag(4, "Images drawn together.", min=1)
     image_format: Literal["jpg", "png"] = flag("jpg", "jpg (quality 95, which the Hub's viewer shows) or png.")
     seed: int = flag(0, "Seeds the images, together with the prompt and the generator's name.", min=0)
-    # Rewards
     rewards: list[str] = flag(
         lambda: list(DEFAULT_REWARDS),
         f"{', '.join(REWARD_MODELS)}, each also as name=checkpoint; file.py:function of your own.",
+        group="Rewards",
     )
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
-    # Work and output
-    output_dir: str = flag("outputs/synpic", "Folder for the dataset, its card, and the shards in work/.")
+    output_dir: str = flag(
+        "outputs/synpic", "Folder for the dataset, its card, and the shards in work/.", group="Work and output"
+    )
     shard_size: int = flag(64, "Prompts per shard: the work that a crash can lose.", min=1)
     stages: list[str] = flag(lambda: list(STAGES), "Stages to run.", choices=STAGES)
     gpu_hourly_cost: float | None = flag(None, "$ per GPU and hour, for the card.", min=0)
@@ -237,9 +253,18 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
                     for (row, _), image in zip(batch, drawn):
                         images[row["prompt_id"]] = encode_image(image, args.image_format)
                     progress.update(len(batch))
-                images = [images[id] for id in ids]
-                columns = {"prompt_id": ids, "image": pa.array(images, pa.large_binary()), "seed": seeds}
-                write_shard(file, columns, {"prompts": hash_of(ids), "images": hash_of(images)}, started, state.device)
+                    if stop_signals:  # the next run goes on within the shard
+                        break
+                seeds = {id: seed for id, seed in zip(ids, seeds) if id in images}
+                images = [images[id] for id in seeds]
+                columns = {
+                    "prompt_id": [*seeds],
+                    "image": pa.array(images, pa.large_binary()),
+                    "seed": [*seeds.values()],
+                }
+                facts = {"prompts": hash_of([*seeds]), "images": hash_of(images)}
+                write_shard(file, columns, facts, started, state.device)
+                stop_if_asked(f"all images drawn so far are in {args.output_dir}: the same command goes on")
         del draw
         free_memory()
     state.wait_for_everyone()
@@ -258,7 +283,7 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
         for generator, s in jobs[state.process_index :: state.num_processes]:
             source, facts = image_shard(args, generator, s, shards[s])
             target = shard_file(args, s, "scores", column, generator)
-            if not is_complete(target, **facts):
+            if not is_complete(target, **facts) or not is_whole(target):
                 missing.append((source, target, facts, shards[s]))
         if not missing:
             continue
@@ -266,7 +291,7 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
         with image_bar(f"score {column}", sum(len(rows) for *_, rows in missing), state) as progress:
             for source, target, facts, rows in missing:
                 started = time.time()
-                images, ids = pq.read_table(source)["image"].to_pylist(), [row["prompt_id"] for row in rows]
+                images, ids = read_table(source)["image"].to_pylist(), [row["prompt_id"] for row in rows]
                 hashes = [hash_of([image, id]) for image, id in zip(images, ids)]
                 scores = read_column(target, "image", "score")
                 todo = [n for n in range(len(ids)) if hashes[n] not in scores]
@@ -298,6 +323,9 @@ def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict]
     data, names = Path(args.output_dir) / "data", [entry["name"] for entry in generators]
     files = [data_file(data, number, parts) for number in range(len(parts))]
     if state.is_main_process:
+        write_text(
+            Path(args.output_dir, UNFINISHED), "The dataset in this folder is not complete: see build_synpic.py.\n"
+        )
         for file in set(data.glob("*.parquet")) - set(files):  # of a run on fewer prompts: both would be read
             file.unlink()
     state.wait_for_everyone()
@@ -305,12 +333,14 @@ def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict]
     with DatasetUpload(args.hub_dataset_id if publishing else None) as upload:
         for number in range(state.process_index, len(parts), state.num_processes):
             rank_shards(args, {s: shards[s] for s in parts[number]}, names, features, files[number])
+            stop_if_asked(f"the same command finishes the dataset in {args.output_dir}")
             upload.send(f"data/{files[number].name}", files[number])
     state.wait_for_everyone()
     if state.is_main_process:
         write_scores(Path(args.output_dir), without_images)
         configs = {"default": ("data", features), "scores": ("scores", without_images)}
         write_card(args, sum(map(len, shards)), generators, configs)
+        Path(args.output_dir, UNFINISHED).unlink()
     state.wait_for_everyone()
 
 
@@ -327,7 +357,7 @@ def rank_shards(args: ScriptArguments, shards: dict, names: list[str], features:
                 file = shard_file(args, s, "scores", reward, name)
                 if not is_complete(file, **shard):
                     raise SystemExit(f"{file} is missing or of other images: run the score stage first")
-    if shard_facts(target) != facts:
+    if shard_facts(target) != facts or not is_whole(target):
         table = pa.concat_tables(ranked_table(args, s, rows, names, features) for s, rows in shards.items())
         # Row groups of at most 64 MB: the Hub's viewer reads a whole one to show a page.
         write_table(table, target, facts, row_group_size=min(max(64_000_000 * len(table) // table.nbytes, 1), 100))
@@ -336,9 +366,9 @@ def rank_shards(args: ScriptArguments, shards: dict, names: list[str], features:
 def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[str], features: Features) -> pa.Table:
     """The rows of one shard with their images, scores, preferences and ranks."""
     rewards = [reward_name(name) for name in args.rewards]
-    drawn = [pq.read_table(shard_file(args, s, "images", name)).to_pydict() for name in names]
+    drawn = [read_table(shard_file(args, s, "images", name)).to_pydict() for name in names]
     files = [[shard_file(args, s, "scores", reward, name) for name in names] for reward in rewards]
-    scores = np.array([[pq.read_table(file)["score"].to_pylist() for file in row] for row in files])
+    scores = np.array([[read_table(file)["score"].to_pylist() for file in row] for row in files])
     table = []
     for i, row in enumerate(rows):
         matrix = np.ascontiguousarray(scores[:, :, i])  # (n_rewards, k)
@@ -365,7 +395,10 @@ def main(args: ScriptArguments) -> None:
     rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
     prompts = [row["prompt"] for row in rows]
     settings = {"seed": args.seed, "image_format": args.image_format, "shard_size": args.shard_size}
+    check_card(Path(args.output_dir, "README.md"))
     check_work(args, settings, prompts, generators)
+    if "rank" not in args.stages and "publish" in args.stages:
+        check_finished(args)
     if "generate" in args.stages:
         for entry in generators:
             check_generator(entry)
@@ -379,19 +412,33 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process:
         work = Path(args.output_dir) / "work"
         write_settings(work, settings)
-        for stale in work.rglob(".*.tmp*"):  # of processes that were killed
-            stale.unlink()
-        write_text(work / "prompts.json", json.dumps(prompts))
+        remove_temporary_files(Path(args.output_dir))
+        write_json(work / "prompts.json", {"prompts": prompts})
     state.wait_for_everyone()
     rows = [{"prompt_id": hash_of([prompt]), "prompt": prompt} for prompt in prompts]  # the same id in every dataset
     shards = [rows[start : start + args.shard_size] for start in range(0, len(rows), args.shard_size)]
-    for stage in (generate, score, rank):
-        if stage.__name__ in args.stages:
-            stage(args, shards, generators, state)
+    run_stages(args, shards, generators, state)
     if state.is_main_process:
         if "publish" in args.stages and args.push_to_hub:
             publish(args, DATA_FILES, ("grid.png",))
         print(f"{len(rows)} prompts x {len(generators)} images in {args.output_dir}")
+
+
+def run_stages(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
+    """Draws, scores and ranks. A file of this folder that turns out to be damaged is made again."""
+    removed = set()
+    while True:
+        try:
+            for stage in (generate, score, rank):
+                if stage.__name__ in args.stages:
+                    stage(args, shards, generators, state)
+            return
+        except Damaged as error:
+            error.file.unlink()
+            if state.num_processes > 1 or error.file in removed:  # the other processes are at another place
+                raise SystemExit(f"{error}; it is removed: run the same command again, which makes it again") from None
+            warn(f"{error}: it is made again")
+            removed.add(error.file)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,6 +446,9 @@ def main(args: ScriptArguments) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# What every call of a pipeline gets from this script: one picture for each prompt and seed.
+GIVEN_BY_SCRIPT = ("self", "prompt", "prompt_embeds", "generator", "latents", "num_images_per_prompt", "output_type")
+GIVEN_BY_SCRIPT += ("return_dict", "image_embeddings", "callback_on_step_end")
 # The paper's generators, with the settings of their model cards.
 DEFAULT_GENERATORS = """
 - name: sdxl
@@ -436,8 +486,9 @@ def read_generators(file: str | None) -> list[dict]:
     for entry in entries:
         check_recipe(where, entry, ("call", "load", "model", "name", "prior"))
         name = entry.get("name")
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-            raise SystemExit(f"{where}: name {name!r} names a folder: use letters, digits, '.', '_' and '-'")
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{,99}", name):
+            allowed = "use letters, digits, '.', '_' and '-', a letter or digit first, at most 100"
+            raise SystemExit(f"{where}: name {str(name)[:110]!r} names a folder: {allowed}")
         if "prior" in entry:
             check_recipe(where, entry["prior"], ("call", "load", "model"))
     names = [entry["name"] for entry in entries]
@@ -464,15 +515,28 @@ def check_recipe(where: str, part: dict, known: tuple[str, ...]) -> None:
 
 
 def check_generator(entry: dict) -> None:
-    """Exits with one line unless the `model_index.json` of each model can be read (gated ones need `hf auth login`)."""
+    """Exits with one line unless each model is a text-to-image pipeline of diffusers whose `call` settings exist. Reads
+    `model_index.json` only (gated models need `hf auth login`)."""
     for part in generator_parts(entry):
-        model = part["model"]
+        model, call, where = part["model"], part.get("call", {}), f"generator {entry['name']}"
         try:
             file = file_of(model, "model_index.json", revision=part.get("load", {}).get("revision"))
-            json.loads(file.read_text())
+            class_name = json.loads(file.read_text())["_class_name"]
+            pipeline_class = getattr(diffusers, class_name)
         except Exception as error:
             problem = f"{model} is not a diffusers pipeline that can be read: {one_line(error)}"
-            raise SystemExit(f"generator {entry['name']}: {problem}") from None
+            raise SystemExit(f"{where}: {problem}") from None
+        known = inspect.signature(pipeline_class.__call__).parameters
+        others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
+        if "prompt" not in known or pipeline_class in others:
+            raise SystemExit(f"{where}: {model} is a {class_name}, which does not draw from a prompt alone")
+        for name, value in call.items():
+            if name not in known or name in GIVEN_BY_SCRIPT:
+                guess = difflib.get_close_matches(name, set(known) - set(GIVEN_BY_SCRIPT), 1)
+                hint = f": do you mean {guess[0]}?" if guess else ", or the script gives it itself"
+                raise SystemExit(f"{where}: `call` has {name}, which {class_name} does not take{hint}")
+            if name in ("height", "width") and (not isinstance(value, int) or value < 8 or value % 8 or value > 8192):
+                raise SystemExit(f"{where}: `call` has {name} {value}: it must be a multiple of 8, at most 8192")
 
 
 def generator_parts(entry: dict) -> list[dict]:
@@ -500,11 +564,7 @@ def probe_rewards(names: list[str], entry: dict, prompts: list[str]) -> None:
         reward = FunctionReward(name, batch_size=2)
         if inspect.isclass(reward.function):  # it may load a large model
             continue
-        try:
-            reward.score(images, (prompts * 2)[:2])
-        except Exception as error:
-            message = f"{type(error).__name__}: {one_line(error)}"
-            raise SystemExit(f"reward {name}: fails on a test image: {message}") from None
+        reward.score(images, (prompts * 2)[:2])
 
 
 class Generator:
@@ -528,7 +588,10 @@ class Generator:
             kwargs["dtype"] = {component: getattr(torch, name) for component, name in dtype.items()}
         else:
             kwargs["dtype"] = getattr(torch, dtype)
-        pipeline = DiffusionPipeline.from_pretrained(part["model"], **kwargs).to(device)
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(part["model"], **kwargs).to(device)
+        except Exception as error:
+            raise load_problem(f"generator's model {part['model']}", error) from None
         prepare_pipeline(pipeline)
         return pipeline
 
@@ -537,10 +600,13 @@ class Generator:
         # One generator per image, on the CPU: an image does not depend on its batch or on the kind of GPU.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         call = dict(self.entry.get("call", {}))
-        if self.prior:
-            embeddings = self.prior(prompt=prompts, generator=generators, **self.entry["prior"].get("call", {}))
-            call["image_embeddings"] = embeddings.image_embeddings.to(self.pipeline.decoder.dtype)
-        return self.pipeline(prompt=prompts, generator=generators, **call).images
+        try:
+            if self.prior:
+                embeddings = self.prior(prompt=prompts, generator=generators, **self.entry["prior"].get("call", {}))
+                call["image_embeddings"] = embeddings.image_embeddings.to(self.pipeline.decoder.dtype)
+            return self.pipeline(prompt=prompts, generator=generators, **call).images
+        except (TypeError, ValueError) as error:  # the pipeline's own check of its settings
+            raise SystemExit(f"generator {self.entry['name']}: cannot draw: {one_line(error)}") from None
 
 
 def encode_image(image: PILImage.Image, image_format: str) -> bytes:
@@ -560,11 +626,15 @@ def encode_image(image: PILImage.Image, image_format: str) -> bytes:
 def check_work(args: ScriptArguments, settings: dict, prompts: list[str], generators: list[dict]) -> None:
     """Exits with one line if the output folder holds another run: other files, prompts or settings. Writes nothing."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir) / "work"
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not work.is_dir():
+    if not work.is_dir() and not is_empty(output_dir):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
     check_settings(work, settings, "a run")
-    if (work / "prompts.json").exists():
-        previous = json.loads((work / "prompts.json").read_text())
+    try:
+        previous = read_json(work / "prompts.json").get("prompts")
+    except Damaged as error:
+        warn(f"{error}: it is written again")
+        previous = None
+    if previous is not None:
         if previous[: len(prompts)] != prompts[: len(previous)]:
             raise SystemExit(f"--output_dir {output_dir} holds a run on other prompts: choose another folder")
         if len(prompts) < len(previous):
@@ -574,6 +644,13 @@ def check_work(args: ScriptArguments, settings: dict, prompts: list[str], genera
         check_settings(work / "images" / entry["name"], generator_settings(entry), f"images of {entry['name']}")
     for name in args.rewards:
         check_settings(work / "scores" / reward_name(name), reward_settings(name), f"scores of {reward_name(name)}")
+
+
+def check_finished(args: ScriptArguments) -> None:
+    """Exits with one line unless the folder holds a dataset that can be published."""
+    if not all(Path(args.output_dir, name).exists() for name in ("README.md", "data", "scores")):
+        raise SystemExit(f"--output_dir {args.output_dir} holds no dataset to publish: run the rank stage first")
+    check_dataset_folder("--output_dir", args.output_dir)
 
 
 def shard_file(args: ScriptArguments, shard: int, *folders: str) -> Path:
@@ -601,9 +678,10 @@ def hash_of_facts(files: list[Path]) -> str:
 
 def read_column(file: Path, key: str, value: str) -> dict:
     """One column of a shard by another. Empty if the shard is missing or cannot be read."""
-    if shard_facts(file) is None:
+    try:
+        table = read_table(file, columns=[key, value])
+    except Damaged:
         return {}
-    table = pq.read_table(file, columns=[key, value])
     return dict(zip(table[key].to_pylist(), table[value].to_pylist()))
 
 
@@ -628,8 +706,8 @@ def write_scores(output_dir: Path, features: Features) -> None:
         file.unlink()
     for part, target in zip(parts, targets):
         facts = {"data": hash_of_facts(part)}
-        if shard_facts(target) != facts:
-            table = pa.concat_tables(pq.read_table(file, columns=list(features)) for file in part)
+        if shard_facts(target) != facts or not is_whole(target):
+            table = pa.concat_tables(read_table(file, columns=list(features)) for file in part)
             write_table(table.cast(features.arrow_schema), target, facts, row_group_size=1000)
 
 
@@ -647,7 +725,7 @@ def dataset_statistics(files: list[Path], rewards: list[str]) -> tuple[np.ndarra
     """
     columns = ["scores", "preference_probability"]
     wins, taus = [], []
-    for row in (row for file in files for row in pq.read_table(file, columns=columns).to_pylist()):
+    for row in (row for file in files for row in read_table(file, columns=columns).to_pylist()):
         matrix = np.array([row["scores"][reward] for reward in rewards])
         wins.append([*(preference_probability(scores[None]) for scores in matrix), row["preference_probability"]])
         tau = np.eye(len(rewards))
@@ -679,7 +757,7 @@ def time_table(args: ScriptArguments, n_prompts: int, names: list[str]) -> str:
 
 def grid_picture(file: Path, names: list[str], rows: int = 6, cell: int = 256) -> PILImage.Image:
     """The first prompts' images side by side, with preference probabilities. The best one has a green frame."""
-    table, label = pq.read_table(file).slice(0, rows).to_pylist(), 22
+    table, label = read_table(file).slice(0, rows).to_pylist(), 22
     canvas = PILImage.new("RGB", (cell * len(names), label + (cell + label) * len(table)), "white")
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(names):
@@ -710,8 +788,7 @@ def write_card(args: ScriptArguments, n_prompts: int, generators: list[dict], co
     taus = [[label, *(f"{value:.2f}" for value in values)] for label, values in zip(rewards, taus)]
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "datasets"))
     dataset = args.hub_dataset_id or output_dir
-    body = f"""{CARD_BEGIN}
-# {output_dir.resolve().name}
+    body = f"""# {output_dir.resolve().name}
 
 {len(names)} text-to-image models drew each of {n_prompts} prompts, and {len(rewards)} reward models ranked the images:
 a fully synthetic preference dataset for RankDPO, built with [Syn-Pic](https://arxiv.org/abs/2410.18013).
@@ -756,7 +833,6 @@ scores = load_dataset("{dataset}", "scores", split="train")  # all columns but t
 
 Rewards: {", ".join(f"`{reward}`" for reward in args.rewards)}. Seed {args.seed}. {libraries}. Hash of prompts, images
 and rewards: {hash_of_facts(files)}.
-{CARD_END}
 """
     front = {
         "pretty_name": output_dir.resolve().name,
@@ -766,7 +842,7 @@ and rewards: {hash_of_facts(files)}.
         "tags": ["synpic", "rankdpo", "preference", "synthetic"],
         **config_metadata(output_dir, configs),
     }
-    write_text(output_dir / "README.md", make_card(front, body, output_dir / "README.md"))
+    write_text(output_dir / "README.md", make_card(front, card_block(body), output_dir / "README.md"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -890,6 +966,7 @@ def parse_rows(content: bytes, suffix: str, column: str) -> list[dict]:
 def stream_rows(source: str, split: str | None, columns: tuple[str, ...], whole_rows: bool) -> Iterator[dict]:
     """Yields rows of a .parquet file, or of a dataset on the Hub or in a folder, while it reads them. Nothing is
     downloaded as a whole. Of Parquet files, which most datasets with images are, only these `columns` are read."""
+    check_dataset_folder("--prompts", source, columns=False)
     options = {"path": source}
     if source.endswith(".parquet") and os.path.isfile(source):
         options, split = {"path": "parquet", "data_files": source}, "train"
@@ -947,30 +1024,51 @@ def make_state() -> PartialState:
 def check_settings(folder: Path, settings: dict, what: str) -> None:
     """Refuses to mix two runs: the work in `folder` must have been made with these settings."""
     record = folder / "settings.json"
-    if record.exists():
-        previous = json.loads(record.read_text())
-        for name in {**previous, **settings}:
-            if previous.get(name) != settings.get(name):
-                problem = f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}"
-                raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
+    try:
+        previous = read_json(record)
+    except Damaged:
+        same = "if this command has the settings of the earlier run, delete that file: it is written again"
+        raise SystemExit(f"{record} is damaged: {same}") from None
+    for name in {**previous, **settings} if previous else ():
+        if previous.get(name) != settings.get(name):
+            problem = f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}"
+            raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".settings.tmp{os.getpid()}"
-    temporary.write_text(json.dumps(settings, indent=2))
-    os.replace(temporary, folder / "settings.json")
+    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`."""
+    if not (folder / "settings.json").exists():
+        write_json(folder / "settings.json", settings)
 
 
 def markdown_table(header: list[str], rows: list[list]) -> str:
     cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(value) for value in row) + " |" for row in cells)
+    return "\n".join("| " + " | ".join(map(table_cell, row)) + " |" for row in cells)
+
+
+def table_cell(value) -> str:
+    """Any text as one cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def save_picture(picture: PILImage.Image, file: Path) -> None:
-    temporary = file.with_name(f".{file.name}.tmp.png")
-    picture.save(temporary)
-    os.replace(temporary, file)
+    """Writes a PNG. Each part of it has a checksum: see `is_whole_png`."""
+    with replacing(file) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def is_whole_png(file: Path) -> bool:
+    """Verifies the checksums in a PNG; False if there is no such file."""
+    try:
+        with PILImage.open(file) as picture:
+            picture.verify()
+        return picture.format == "PNG"
+    except FileNotFoundError:
+        return False
+    except Exception as error:  # PIL raises many kinds
+        if system_problem(error):
+            raise
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -979,20 +1077,24 @@ def save_picture(picture: PILImage.Image, file: Path) -> None:
 
 
 def write_table(table: pa.Table, file: Path, facts: dict, row_group_size: int = 100) -> None:
-    """Writes Parquet with small row groups and a page index (the Hub's viewer needs both), then renames it.
+    """Writes Parquet with small row groups and a page index (the Hub's viewer needs both) and with checksums, then
+    renames it.
 
     Args:
         facts: recorded in the file; `shard_facts` reads them.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {**(table.schema.metadata or {}), b"synpic": json.dumps(facts).encode()}
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
-    with open(temporary, "wb") as handle:
-        table = table.replace_schema_metadata(metadata)
-        pq.write_table(table, handle, row_group_size=row_group_size, write_page_index=True)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
+    with replacing(file) as temporary, open(temporary, "wb") as handle:
+        record = {b"synpic": sealed(facts, table.schema, len(table))}
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **record})
+        options = {"write_page_index": True, "write_page_checksum": True}
+        pq.write_table(table, handle, row_group_size=row_group_size, **options)
+
+
+def sealed(facts: dict, schema: pa.Schema, n_rows: int) -> bytes:
+    """The record in a Parquet file: facts, and a checksum of what the pages' own checksums do not cover."""
+    columns = [f"{field.name} {field.type}".replace("<item:", "<element:") for field in schema]
+    checksum = json_checksum({"facts": facts, "columns": columns, "rows": n_rows})
+    return json.dumps({"facts": facts, "checksum": checksum}).encode()
 
 
 def shard_facts(file: Path) -> dict | None:
@@ -1000,9 +1102,28 @@ def shard_facts(file: Path) -> dict | None:
     if not file.exists():
         return None
     try:
-        return json.loads(pq.read_schema(file).metadata[b"synpic"])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+        metadata = pq.read_metadata(file)
+        record = metadata.metadata[b"synpic"]
+        facts = json.loads(record)["facts"]
+        return facts if record == sealed(facts, metadata.schema.to_arrow_schema(), metadata.num_rows) else None
+    except (pa.ArrowException, *DAMAGE) as error:
+        if getattr(error, "errno", None):  # the disk, not the content
+            raise
         return None
+
+
+def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a file that `write_table` wrote. Raises Damaged if a checksum does not match."""
+    try:
+        if shard_facts(file) is not None:
+            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                table = parquet.read(columns)
+                if len(table) == parquet.metadata.num_rows:
+                    return table
+    except (pa.ArrowException, *DAMAGE) as error:
+        if getattr(error, "errno", None):
+            raise
+    raise Damaged(file)
 
 
 def is_complete(file: Path, **expected) -> bool:
@@ -1090,6 +1211,8 @@ def decode_image(image: PILImage.Image | bytes) -> PILImage.Image:
     try:
         image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image
         image.load()
+        # The official scorers take palettes, grey and transparent pictures as they are.
+        image = to_rgb(image) if image.mode[0] in "FI" else image
     except Exception as error:  # PIL raises many kinds
         message = re.sub(r" <[^>]*>", "", one_line(error))  # PIL names the object by its address in memory
         raise BadImage(f"{type(error).__name__}: {message}") from None
@@ -1185,6 +1308,7 @@ class RewardModel:
             for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
                 submitted.append([(i, pool.submit(self.decode_and_prepare, image)) for i, image in batch])
                 if len(submitted) > 2:
+                    stop_if_asked("all scores of finished shards are kept: the same command goes on")
                     futures = submitted.popleft()
                     if skip_bad:
                         futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
@@ -1221,8 +1345,9 @@ class FunctionReward(RewardModel):
             raise SystemExit(f"reward {name}: no file {file}")
         try:
             module = import_file(str(Path(file).resolve()))
-        except Exception as error:
-            raise SystemExit(f"reward {name}: {file} cannot be imported: {one_line(error)}") from None
+        except (Exception, SystemExit) as error:  # the file may call sys.exit()
+            problem = f"{file} cannot be imported: {type(error).__name__}: {one_line(error)}"
+            raise SystemExit(f"reward {name}: {problem}") from None
         self.function = getattr(module, function, None)
         if not callable(getattr(self.function, "score", None) if inspect.isclass(self.function) else self.function):
             raise SystemExit(f"reward {name}: {file} has no function {function!r}, and no class of it with a `score`")
@@ -1244,13 +1369,23 @@ class FunctionReward(RewardModel):
             positions = [position for position, _ in batch]
             more = {"rows": [given[position] for position in positions]} if self.takes_rows else {}
             arguments = [image for _, image in batch], [prompts[position] for position in positions]
-            values = self.function(*arguments, **more) if batch else []
-            values = list(values) if hasattr(values, "__iter__") else [values]
+            values = self.call(*arguments, **more) if batch else []
+            if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
+                raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
+            values = list(values)
             if len(values) != len(batch):
                 raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
             for position, value in zip(positions, values):
                 scores[position] = self.checked(value, prompts[position], several=rows is not None)
         return scores
+
+    def call(self, *arguments, **more):
+        try:
+            return self.function(*arguments, **more)
+        except (Exception, SystemExit) as error:  # of the user's code: say where
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            message = f"{type(error).__name__}: {one_line(error)} ({frame.filename}, line {frame.lineno})"
+            raise SystemExit(system_problem(error) or f"reward {self.name}: fails: {message}") from None
 
     def checked(self, value, prompt: str, several: bool) -> float | dict[str, float]:
         """The value as a finite float, or a dict of floats; exits with one line if it is neither."""
@@ -2010,10 +2145,32 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
             response = getattr(error, "response", None)
             if response is None or response.status_code != 404:  # a self-hosted Hub may not know this question
                 raise
+        check_hub_card(repo_id, repo_type)
     except Exception as error:
         problem = f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}"
         raise SystemExit(f"{problem}; it takes a token with write access (hf auth login, or HF_TOKEN)") from None
     return repo_id
+
+
+def check_card(file: Path) -> None:
+    """Exits with one line if a card exists and cannot be read: at its end the run keeps what people wrote into it."""
+    try:
+        if file.exists():
+            RepoCard(file.read_text(), ignore_metadata_errors=False)
+    except (ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise SystemExit(f"{file} is no card that can be kept: {one_line(error)}: mend or remove it") from None
+
+
+def check_hub_card(repo_id: str, repo_type: str) -> None:
+    """The same for the card of a repository."""
+    head = retried(HfApi().repo_info, repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
+    if "README.md" in {file.rfilename for file in head.siblings}:
+        check_card(Path(retried(hf_hub_download, repo_id, "README.md", repo_type=repo_type, revision=head.sha)))
+
+
+def card_block(text: str) -> str:
+    """The part of a card that a run writes, between its marks; a prompt may hold anything, even a mark."""
+    return f"{CARD_BEGIN}\n{text.strip().replace('<!--', '<! --')}\n{CARD_END}\n"
 
 
 def make_card(front: dict, body: str, file: Path | None = None) -> str:
@@ -2070,6 +2227,163 @@ def push_to_hub(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Shared: start and stop (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+LOCK_BEAT = 20  # seconds between two signs of life of a lock's owner
+# Errors of the disk and of the system that say nothing about the script.
+SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+SYSTEM_ERRORS |= {errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ESTALE}
+stop_signals: list[int] = []  # that this process has received
+
+
+def run_script(main: Callable) -> None:
+    """Parses the flags, locks the output folder and runs `main`. An error of the disk ends in one line."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_stop_signal)
+    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
+    try:
+        args = parse_arguments()
+        check_folder_name(Path(args.output_dir))
+        with locked(Path(args.output_dir), "--output_dir"):
+            main(args)
+    except Exception as error:
+        if problem := system_problem(error):
+            raise SystemExit(problem) from None
+        raise
+
+
+def check_folder_name(folder: Path) -> None:
+    """Exits with one line if the name of the output folder cannot stand in patterns of files, cards and on the Hub."""
+    name = folder.resolve().name
+    if len(name.encode()) > 100 or not re.fullmatch(r"[^*?\[\]{}|<>\"'\\\x00-\x1f]+", name):
+        shown = repr(name[:110])
+        raise SystemExit(f"--output_dir: the name {shown} has over 100 bytes, or one of * ? [ ] {{ }} | < > \" ' \\")
+
+
+def on_stop_signal(number: int, frame) -> None:
+    """The first SIGTERM or Ctrl-C lets the script finish the step or batch in hand; a second one ends it at once."""
+    if stop_signals:
+        # A launcher passes a signal on that the whole group has received already: this is not a second one.
+        if time.monotonic() - stop_signals[1] > 2:
+            os._exit(128 + number)
+        return
+    stop_signals.extend((number, time.monotonic()))
+    if is_first_process():
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stops as soon as the work in hand is done; a second signal stops at once\n".encode())
+
+
+def stop_if_asked(kept: str) -> None:
+    """Ends the script if a signal has asked for that. `kept`: one line, what is kept and how to go on."""
+    if stop_signals:
+        if is_first_process():
+            print(f"stopped: {kept}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + stop_signals[0])
+
+
+def system_problem(error: BaseException) -> str | None:
+    """One line for an error of the disk or the system, or for one that it caused; None for others."""
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        number, text = getattr(error, "errno", None), one_line(error)
+        if match := re.search(r"(?:os error|errno) (\d+)", text):  # of a library that is not written in Python
+            number = int(match[1])
+        if number in SYSTEM_ERRORS:
+            break
+        error = error.__cause__ or error.__context__
+    else:
+        return None
+    path = Path(os.path.abspath(getattr(error, "filename", None) or "."))
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free, inodes = shutil.disk_usage(existing).free, os.statvfs(existing)
+    left = f"{free / 1e9:.3g} GB free" + (", no file can be added" if inodes.f_files and not inodes.f_favail else "")
+    where = f"{path} cannot be read or written" if getattr(error, "filename", None) else "reading or writing failed"
+    return f"{where}: {os.strerror(number)} ({existing}: {left}). Nothing is half-written: the same command goes on"
+
+
+def load_problem(what: str, error: Exception) -> BaseException:
+    """What to raise if a model cannot be loaded: one line, or the error itself if the disk or the system made it."""
+    return error if system_problem(error) else SystemExit(f"{what}: cannot be loaded: {one_line(error)}")
+
+
+@contextmanager
+def locked(folder: Path, flag: str, wait: bool = False) -> Iterator[None]:
+    """Keeps other runs out of a folder, on this machine or on others that share it. If one is there, exits with one
+    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind."""
+    if not is_first_process():
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"{flag} {folder} is a file")
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    file, ended = folder / ".lock", threading.Event()
+    handle = take_lock(file, flag, wait)
+    threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        file.unlink(missing_ok=True)
+        handle.close()
+        for path in created:
+            try:
+                path.rmdir()
+            except OSError:  # it is not empty
+                break
+
+
+def take_lock(file: Path, flag: str, wait: bool) -> IO:
+    """Locks a file and writes this process into it. The system drops the lock of a process that dies."""
+    waited = False
+    while True:
+        handle = open(file, "a+")
+        handle.seek(0)
+        owner = handle.read()
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = owner_is_gone(file, owner)
+        except OSError as error:
+            free = error.errno not in (errno.EACCES, errno.EAGAIN)
+            if free:
+                warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        if free and file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+            break
+        handle.close()
+        if not free and not wait:
+            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
+        if not free and not waited:
+            warn(f"{file.parent} is in use by {owner}: waiting for its end")
+            waited = True
+        stop_if_asked("nothing was begun")
+        time.sleep(0 if free else 1)  # free, but another file: its owner has just removed it
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {platform.node()}")
+    handle.flush()
+    return handle
+
+
+def owner_is_gone(file: Path, owner: str) -> bool:
+    """Whether the process that a lock names has ended, although its lock is free: some network file systems keep locks
+    on one machine only. A live owner changes the file's date."""
+    if not owner or owner.endswith(f" on {platform.node()}"):
+        return True
+    warn(f"{file} names {owner}: watching it for {2 * LOCK_BEAT} s")
+    date = file.stat().st_mtime_ns
+    time.sleep(2 * LOCK_BEAT)
+    return not file.exists() or file.stat().st_mtime_ns == date
+
+
+def show_life(file: Path, ended: threading.Event) -> None:
+    while not ended.wait(LOCK_BEAT):
+        if file.exists():
+            os.utime(file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Shared: arguments and files (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2078,14 +2392,21 @@ def push_to_hub(
 RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
 YAML_NULL = ("", "~", "null", "Null", "NULL")
 RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
+DAMAGE = (OSError, ValueError, LookupError, TypeError)  # what readers raise on a damaged file
+UNFINISHED = "UNFINISHED"  # stands in a folder of data files while they are written
 
 
 class OneLineParser(TrlParser):
-    """TrlParser that ends every usage error in one line. It ignores the metadata that is ours, not argparse's."""
+    """TrlParser that ends every usage error in one line. A flag with a `group`, and those after it, stand under that
+    title in --help. Metadata that is ours, not argparse's, is left out."""
+
+    group = None
 
     def add_argument(self, *names, **options):
+        if title := options.pop("group", None):
+            self.group = self.add_argument_group(title)
         options = {key: value for key, value in options.items() if key not in (*RANGES, "may_change")}
-        return super().add_argument(*names, **options)
+        return self.group.add_argument(*names, **options) if self.group else super().add_argument(*names, **options)
 
     def error(self, message: str):
         # argparse names both spellings of a flag: --lr_scheduler/--lr-scheduler.
@@ -2095,7 +2416,8 @@ class OneLineParser(TrlParser):
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
     words = sys.argv[1:] if words is None else words
-    parser = OneLineParser(ScriptArguments, allow_abbrev=False)
+    layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = OneLineParser(ScriptArguments, allow_abbrev=False, **layout)
     parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")
     arguments = vars(parser.parse_args([*(parser.parse_known_args(words)[0].config or []), *words]))
     return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
@@ -2122,6 +2444,8 @@ def check_ranges(args: "ScriptArguments") -> None:
     """Exits with one line if a value is outside the range that its flag's metadata gives."""
     for spec in fields(args):
         value = getattr(args, spec.name)
+        if isinstance(value, float) and not np.isfinite(value):
+            raise SystemExit(f"--{spec.name} {value}: must be a finite number")
         for limit in RANGES.keys() & spec.metadata.keys():
             if value is not None and not RANGES[limit](value, spec.metadata[limit]):
                 raise SystemExit(f"--{spec.name} {value}: must be {RANGE_WORDS[limit]} {spec.metadata[limit]}")
@@ -2138,20 +2462,184 @@ def progress_bar(*arguments, **options) -> tqdm:
     return tqdm(*arguments, **pause, **options)
 
 
+class Damaged(Exception):
+    """A file that does not hold what was written into it. `file`: its path."""
+
+    def __init__(self, file: Path):
+        super().__init__(f"{file} is damaged")
+        self.file = file
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Gives the name of a temporary file, which takes the place of `file` when the block ends, after its content has
+    reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
+    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, file)
+        sync(file.parent)  # the name, too, is on the disk
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Writes a whole file, or leaves it as it was."""
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(file: Path, text: str) -> None:
-    """Writes under a temporary name, then renames: nobody sees half a file."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+    write_bytes(file, text.encode())
+
+
+def write_json(file: Path, record: dict) -> None:
+    """Writes a JSON file with a checksum, which `read_json` verifies."""
+    write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
+
+
+def read_json(file: Path) -> dict:
+    """What `write_json` wrote, without its checksum; {} if there is no such file. Raises Damaged for other content."""
+    if not file.exists():
+        return {}
+    try:
+        record = json.loads(file.read_bytes())
+        if record.pop("checksum") == json_checksum(record):
+            return record
+    except (ValueError, LookupError, AttributeError, TypeError):
+        pass
+    raise Damaged(file)
+
+
+def json_checksum(record: dict) -> str:
+    return short_hash(json.dumps(record, sort_keys=True))
+
+
+def is_empty(folder: Path) -> bool:
+    """True if a folder holds nothing but this run's lock."""
+    return not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir())
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Removes what killed runs left in a folder that this run has locked."""
+    for path in list(folder.rglob(".*.tmp*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it may have been in such a folder
+
+
+warned: set[str] = set()
+
+
+def warn(text: str) -> None:
+    """A line on the console, once, and from the first process only."""
+    if is_first_process() and text not in warned:
+        warned.add(text)
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_dataset_folder(flag: str, folder: str, columns: bool = True) -> None:
+    """Exits with one line if a local dataset is not whole: its build was interrupted, or a file is missing, unreadable
+    or damaged. `columns`: reads the columns, too, and verifies their checksums; else only the list of files."""
+    if not os.path.isdir(folder):
+        return
+    again = "run the command that wrote it again"
+    for mark in sorted(Path(folder).rglob(UNFINISHED)):
+        raise SystemExit(f"{flag} {folder}: {mark.parent} is unfinished: {again}")
+    files = sorted(file for file in Path(folder).rglob("*.parquet") if "work" not in file.relative_to(folder).parts)
+    series = {}
+    for file in files:
+        if match := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.parquet", file.name):
+            series.setdefault((file.parent, match[1]), {}).setdefault(int(match[3]), set()).add(int(match[2]))
+    for (parent, name), found in series.items():
+        if len(found) > 1:
+            kinds = " and ".join(f"{name}-*-of-{total:05d}.parquet" for total in sorted(found))
+            raise SystemExit(f"{flag} {folder}: {parent} holds files of two datasets, {kinds}: remove those of one")
+        for total, numbers in found.items():
+            if numbers != set(range(total)):
+                have = f"{len(numbers)} of the {total} files {name}-*-of-{total:05d}.parquet"
+                raise SystemExit(f"{flag} {folder}: {parent} holds {have}: {again}, or fetch the dataset again")
+    for file in progress_bar(files if columns else [], desc="check data", unit="file", delay=5):
+        if not is_whole(file):
+            raise SystemExit(f"{flag} {folder}: {file} is damaged: {again}, or fetch the file again")
+
+
+def is_whole(file: Path) -> bool:
+    """Reads a Parquet file and verifies the checksums of its pages, where it has them."""
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
+            return rows == parquet.metadata.num_rows
+    except (pa.ArrowException, *DAMAGE) as error:
+        if getattr(error, "errno", None):  # the disk, not the content
+            raise
+        return False
 
 
 def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and dates of a folder's files: of a model, or of a dataset without what is written
-    again at every run (card, pictures, statistics) and without the work shards."""
-    files = [(file.relative_to(folder), file.stat()) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    """A hash of the names, sizes and content of a folder's files, whatever their dates: of a model, or of a dataset
+    without what is written again at every run (card, pictures, statistics) and without the work shards. Of a large
+    file it reads blocks that are spread over it, the last one included."""
     others = ("work", "README.md", "grid.png", "figures", "statistics.json")
-    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files if name.parts[0] not in others]
-    return short_hash("|".join(stats))
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in files if file.relative_to(folder).parts[0] not in others]
+    blocks = max(1, min(64, 4096 // max(len(files), 1)))
+    return short_hash("|".join(f"{file.relative_to(folder)}:{sampled_digest(file, blocks)}" for file in files))
+
+
+def sampled_digest(file: Path, blocks: int, block_size: int = 2**16) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    digest.update(str(size).encode())
+    with open(file, "rb") as handle:
+        last = max(size - block_size, 0)
+        whole = size <= blocks * block_size
+        for start in range(0, max(size, 1), block_size) if whole else np.linspace(0, last, blocks + 1)[1:].astype(int):
+            handle.seek(start)
+            digest.update(handle.read(block_size))
+    return digest.hexdigest()
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """A picture of any kind as 8-bit RGB: 16 bits keep their brightness, what is transparent becomes white. Raises
+    ValueError for pixels whose range is not known."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F" or image.mode.startswith("I") and max(image.getextrema()) > 65535:
+        raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
+    if image.mode.startswith("I"):
+        return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        warn("transparent images get a white background")
+        image = image.convert("RGBA")
+        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def file_digest(file: Path) -> str:
+    """A hash of the whole content of a file."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
 def short_hash(data: str | bytes) -> str:
@@ -2166,5 +2654,4 @@ def local_cache(folder: str) -> str | None:
 
 
 if __name__ == "__main__":
-    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
-    main(parse_arguments())
+    run_script(main)

@@ -3,7 +3,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate", "datasets", "diffusers", "ftfy", "huggingface_hub", "matplotlib", "numpy", "peft", "pillow",
-#     "protobuf", "pyyaml", "safetensors", "sentencepiece", "torch", "torchvision", "tqdm", "transformers", "trl",
+#     "protobuf", "pyarrow", "pyyaml", "safetensors", "sentencepiece", "torch", "torchvision", "tqdm", "transformers",
+#     "trl",
 # ]
 # ///
 """Compares models on the same prompts and seeds: reward metrics, win rates, intervals, pictures. A model is the base, a
@@ -39,6 +40,8 @@ This also writes the results into the LoRA's card on the Hub (table, picture and
 
 import argparse
 import csv
+import errno
+import fcntl
 import gc
 import hashlib
 import html
@@ -51,10 +54,14 @@ import math
 import operator
 import os
 import pickle
+import platform
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
+import traceback
 import warnings
 import zipfile
 from collections import OrderedDict, deque
@@ -67,15 +74,20 @@ from fnmatch import fnmatch
 from functools import cache
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 from urllib.parse import urlsplit
 
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load ends without a traceback
 # bitsandbytes warns at every start that an optional kernel is missing, which nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+import diffusers
 import ftfy
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import transformers
 import yaml
@@ -107,6 +119,7 @@ BASE = "base"
 # Keys of results.json that no model may have.
 RESERVED = ("n_prompts", "n_images", "baseline", "settings", "checkpoints", "seeds", "pairwise")
 NETWORKS = ("unet", "transformer")  # components that --models can replace
+RECORD = "evaluation.json"  # marks a folder as this script's
 SCORES_PER_FILE = 256  # a crash loses at most these
 FEW_PROMPTS = 25  # an interval over fewer prompts carries a warning
 # What results.json adds to a metric's name: no metric may end so.
@@ -147,15 +160,17 @@ REWARD_MODELS = {
 
 # Copied from train_rankdpo_sdxl.flag
 def flag(default, help: str, **metadata):
-    """A field with its help, its range (see RANGES) and `may_change`: whether a resumed run may set it differently."""
+    """A field with its help, its range (see RANGES), `may_change`: whether a resumed run may set it differently, and
+    `group`: the title of the flags from here on in --help."""
     kind = "default_factory" if callable(default) else "default"
     return field(**{kind: default}, metadata={"help": help, **metadata})
 
 
 @dataclass
 class ScriptArguments:
-    # Models
-    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "Base: Hub id or folder.")
+    pretrained_model_name_or_path: str = flag(
+        "stabilityai/stable-diffusion-xl-base-1.0", "Base: Hub id or folder.", group="Models"
+    )
     revision: str | None = flag(None, "Revision of the model on the Hub.")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
     loras: list[str] = flag(list, "name=folder or name=Hub id of each LoRA of the base.")
@@ -166,25 +181,25 @@ class ScriptArguments:
     eval_checkpoints: list[str] = flag(list, "name=output_dir of training runs. Plots all checkpoints as curves.")
     baseline: str = flag(BASE, "The model that lifts and win rates refer to.")
     dtype: Literal["float32", "float16", "bfloat16"] = flag("float32", "Type of the models' weights.")
-    # Prompts
-    prompts: str | None = flag(None, "File, URL, dataset's folder or Hub id, or the name of a set. Required.")
+    prompts: str | None = flag(
+        None, "File, URL, dataset's folder or Hub id, or the name of a set. Required.", group="Prompts"
+    )
     prompt_column: str | None = flag(None, "Column of the prompts. Default: prompt, or the named set's.")
     prompt_split: str | None = flag(None, "Split of a dataset. Default: train, or the named set's.")
     category_column: str | None = flag(None, "Column to break the results down by. Default: the named set's.")
     max_prompts: int | None = flag(None, "Use the first N distinct prompts.", min=1)
-    # Drawing
-    num_images_per_prompt: int = flag(1, "Images per prompt and model, each with its own seed.", min=1)
+    num_images_per_prompt: int = flag(1, "Images per prompt and model, each with its own seed.", min=1, group="Drawing")
     num_inference_steps: int = flag(50, "Denoising steps.", min=1)
     guidance_scale: float = flag(5.0, "Scale of classifier-free guidance.")
-    resolution: int | None = flag(None, "Pixels per side. Default: the model's own.", min=1)
+    resolution: int | None = flag(None, "Pixels per side. Default: the model's own.", min=8, max=8192)
     max_sequence_length: int | None = flag(None, "T5 tokens of a prompt. Default: the pipeline's own.", min=1)
     use_text_encoder_3: bool = flag(True, "SD3's T5. false: draw without it, as for a LoRA trained without it.")
     batch_size: int = flag(4, "Images drawn together.", min=1)
     seed: int = flag(0, "Seeds the images and the bootstrap.", min=0)
-    # Metrics and output
     metrics: list[str] = flag(
         lambda: list(DEFAULT_METRICS),
         f"{', '.join(REWARD_MODELS)}, each also as name=checkpoint; file.py:function of your own.",
+        group="Metrics and output",
     )
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
     output_dir: str = flag("outputs/evaluation", "Folder for images, scores, results and report.")
@@ -198,6 +213,8 @@ class ScriptArguments:
         if not self.prompts:
             raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
+        if self.resolution and self.resolution % 8:
+            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,11 +385,9 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
         if model["kind"] == "images":
             continue
         write_settings(output_dir / "images" / name, model["settings"])
-        state.wait_for_everyone()
-        missing = [item for item in items if not image_file(output_dir, name, *item).exists()]
-        # All processes must have listed what is missing before any of them adds to it.
-        state.wait_for_everyone()
-        missing = missing[state.process_index :: state.num_processes]
+        # Images belong to processes by number, not by what is missing. A damaged one is drawn again.
+        own = items[state.process_index :: state.num_processes]
+        missing = [item for item in own if not is_whole_png(image_file(output_dir, name, *item))]
         if not missing:
             continue
         source = model["source"] if model["kind"] == "pipeline" else args.pretrained_model_name_or_path
@@ -394,10 +409,14 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
                 batch = missing[start : start + args.batch_size]
                 seeds = [image_seed(args.seed, prompts[i], n) for i, n in batch]
                 generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-                images = pipeline(prompt=[prompts[i] for i, _ in batch], generator=generators, **options).images
+                try:
+                    images = pipeline(prompt=[prompts[i] for i, _ in batch], generator=generators, **options).images
+                except (TypeError, ValueError) as error:  # the pipeline's own check of its settings
+                    raise SystemExit(f"{name}: cannot draw: {one_line(error)}") from None
                 for item, image in zip(batch, images):
                     save_picture(image, image_file(output_dir, name, *item))
                 progress.update(len(batch))
+                stop_if_asked(f"all images drawn so far are in {output_dir}: the same command goes on")
     loaded.clear()
     free_memory()
     state.wait_for_everyone()
@@ -506,6 +525,7 @@ def main(args: ScriptArguments) -> None:
     state = make_state()
 
     # These checks find what is wrong with flags, files and folders before a model is loaded.
+    check_output_dir(args)
     check_rewards(args.metrics)
     check_metric_names([reward_name(metric) for metric in args.metrics])
     keep = (args.category_column,) if args.category_column else ()
@@ -524,6 +544,8 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process:  # a wrong token or name fails now, not after the work
         for name, repo_id in repositories.items():
             repositories[name] = create_repo(repo_id, "model", args.hub_private_repo)
+        remove_temporary_files(Path(args.output_dir))
+        write_json(Path(args.output_dir, RECORD), {"script": "evaluate.py"})
 
     draw(args, prompts, models, state)
     results = score(args, rows, models, state)
@@ -539,6 +561,12 @@ def main(args: ScriptArguments) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def check_output_dir(args: ScriptArguments) -> None:
+    """Exits with one line if the folder holds something else, e.g. a dataset: its grid.png would be replaced."""
+    if not is_empty(Path(args.output_dir)) and not Path(args.output_dir, RECORD).exists():
+        raise SystemExit(f"--output_dir {args.output_dir} holds other files: choose another folder")
+
+
 def read_models(args: ScriptArguments) -> dict[str, dict]:
     """The models to compare; those that share a pipeline follow each other.
 
@@ -550,10 +578,12 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
     models, networks = {}, [item for item in args.models if is_network(item)]
     if args.baseline == BASE or args.loras or args.eval_checkpoints or networks:
         base = args.pretrained_model_name_or_path
-        index, _ = read_json("--pretrained_model_name_or_path", base, revision=args.revision)
+        index, _ = read_model_config("--pretrained_model_name_or_path", base, revision=args.revision)
         models[BASE] = {"kind": "base", "source": base}
     for item in args.loras:
         name, path = named_path("--loras", item, models)
+        if not os.path.isdir(path) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+            raise SystemExit(f"--loras {item}: there is no folder {path}, nor can it be a repository on the Hub")
         try:
             weights = check_lora(file_of(path, LORA_FILE))
             models[name] = {"kind": "lora", "source": path, "file": weights, **training_rewards(path)}
@@ -567,11 +597,13 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
     for item in args.models:
         if item not in networks:
             name, source = named_path("--models", item, models)
-            _, file = read_json(f"--models {name}:", source)
+            _, file = read_model_config(f"--models {name}:", source)
             models[name] = {"kind": "pipeline", "source": source, "commit": commit_of(file)}
     for item in args.images:
         name, template = named_path("--images", item, models)
         models[name] = {"kind": "images", "source": template}
+    if BASE in models:
+        check_lora_fits(args, index, models)
     return models
 
 
@@ -580,10 +612,12 @@ def read_checkpoints(item: str, models: dict) -> dict[str, dict]:
     name, path = named_path("--eval_checkpoints", item, models, seeds=False)
     found = {}
     try:
-        per_step = json.loads(Path(path, "run.json").read_text())["global_batch_size"]
+        per_step = read_json(Path(path, "run.json"))["global_batch_size"]
         matches = [re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in Path(path).iterdir()]
         for step in sorted(int(match[1]) for match in matches if match):
             folder = Path(path, f"checkpoint-{step}")
+            if read_json(folder / "checkpoint.json")["files"][LORA_FILE] != file_digest(folder / LORA_FILE):
+                raise Damaged(folder / LORA_FILE)
             checkpoint = {"kind": "lora", "source": str(folder), "file": check_lora(folder / LORA_FILE)}
             place = {"run": name, "seen": step * per_step}
             found[f"{name}@{step}"] = {**checkpoint, **place, **training_rewards(path)}
@@ -598,7 +632,9 @@ def is_network(item: str) -> bool:
     return item.partition("=")[2].startswith(tuple(f"{part}:" for part in NETWORKS))
 
 
-def read_json(flag: str, model: str, file: str = "model_index.json", revision: str | None = None) -> tuple[dict, Path]:
+def read_model_config(
+    flag: str, model: str, file: str = "model_index.json", revision: str | None = None
+) -> tuple[dict, Path]:
     """A configuration of a model, and where it lies; exits with one line if it cannot be read."""
     try:
         path = file_of(model, file, revision=revision)
@@ -619,11 +655,11 @@ def find_network(args: ScriptArguments, index: dict, item: str, part: str, sourc
     base, where = args.pretrained_model_name_or_path, f"--models {item}:"
     if part not in index:
         raise SystemExit(f"{where} the base, a {index.get('_class_name')}, has no {part}")
-    wanted, _ = read_json("--pretrained_model_name_or_path", base, f"{part}/config.json", args.revision)
+    wanted, _ = read_model_config("--pretrained_model_name_or_path", base, f"{part}/config.json", args.revision)
     problems = []
     for subfolder in (part, ""):
         try:
-            found, file = read_json(where, source, f"{subfolder}/config.json".lstrip("/"))
+            found, file = read_model_config(where, source, f"{subfolder}/config.json".lstrip("/"))
         except SystemExit as error:
             problems.append(error)
             continue
@@ -680,7 +716,7 @@ def stack_seeds(by_model: dict, groups: dict[str, list[str]]) -> dict[str, np.nd
 def training_rewards(path: str) -> dict:
     """The rewards that ranked a LoRA's training data, where its run.json names them."""
     try:
-        return {"trained_on": json.loads(file_of(path, "run.json").read_text()).get("rewards", [])}
+        return {"trained_on": read_json(file_of(path, "run.json")).get("rewards", [])}
     except Exception:  # a LoRA of another trainer
         return {}
 
@@ -689,10 +725,37 @@ def check_lora(file: Path) -> str:
     """The path of a LoRA's weights. Raises an error if it holds none."""
     if not file.is_file():
         raise FileNotFoundError(f"no {LORA_FILE} in it")
-    with safe_open(file, framework="pt") as weights:
-        if not any("lora" in key for key in weights.keys()):
-            raise ValueError(f"{file} holds no LoRA")
+    weights = load_file(file)
+    if not any("lora" in key for key in weights):
+        raise ValueError(f"{file} holds no LoRA")
+    if broken := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{broken[0]} in {file} holds a value that is not finite")
     return str(file)
+
+
+def check_lora_fits(args: ScriptArguments, index: dict, models: dict) -> None:
+    """Exits with one line if a LoRA of peft's keys was made for a network of another size than the base's. Builds the
+    network without memory."""
+    loras = {name: model for name, model in models.items() if model["kind"] == "lora"}
+    part = next((part for part in NETWORKS if part in index), None)
+    if not loras or part is None:
+        return
+    base = args.pretrained_model_name_or_path
+    config, _ = read_model_config("--pretrained_model_name_or_path", base, f"{part}/config.json", args.revision)
+    with torch.device("meta"):
+        network = getattr(diffusers, config["_class_name"]).from_config(config)
+    modules = {name: module for name, module in network.named_modules() if hasattr(module, "weight")}
+    for name, model in loras.items():
+        with safe_open(model["file"], framework="pt") as weights:
+            for key in weights.keys():
+                match = re.fullmatch(rf"{part}\.(.+)\.lora_([AB])\.weight", key)
+                if not match:
+                    continue
+                module, side = modules.get(match[1]), 1 if match[2] == "A" else 0
+                found = weights.get_slice(key).get_shape()[side]
+                if module is None or module.weight.shape[side] != found:
+                    needs = "no such module" if module is None else f"{module.weight.shape[side]}, not {found}"
+                    raise SystemExit(f"{model['source']} ({name}): {key} does not fit {base}: it has {needs}")
 
 
 def load_pipeline(args: ScriptArguments, source: str, device: torch.device) -> DiffusionPipeline:
@@ -700,7 +763,10 @@ def load_pipeline(args: ScriptArguments, source: str, device: torch.device) -> D
     if is_base:
         options |= {"revision": args.revision, "variant": args.variant}
     options |= {} if args.use_text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}
-    pipeline = DiffusionPipeline.from_pretrained(source, **options).to(device)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(source, **options).to(device)
+    except Exception as error:
+        raise load_problem(source, error) from None
     if is_base and args.max_sequence_length and not takes_sequence_length(pipeline):
         raise SystemExit(f"--max_sequence_length: a {type(pipeline).__name__} has no such option: leave the flag out")
     prepare_pipeline(pipeline)
@@ -717,7 +783,10 @@ def takes_sequence_length(pipeline: DiffusionPipeline) -> bool:
 def fitted(args: ScriptArguments, name: str, model: dict, pipeline: DiffusionPipeline):
     """The pipeline with a model's LoRA or network; afterwards as it was."""
     if model["kind"] == "lora":
-        pipeline.load_lora_weights(model["file"])
+        try:
+            pipeline.load_lora_weights(model["file"])
+        except Exception as error:
+            raise load_problem(f"{model['source']} ({name})", error) from None
         if not pipeline.get_active_adapters():  # diffusers only warns
             raise SystemExit(f"{model['source']} ({name}): no key of it fits {args.pretrained_model_name_or_path}")
         yield pipeline
@@ -728,7 +797,7 @@ def fitted(args: ScriptArguments, name: str, model: dict, pipeline: DiffusionPip
         try:
             network = type(original).from_pretrained(model["source"], **options)
         except Exception as error:
-            raise SystemExit(f"{model['source']} ({name}): cannot be loaded: {one_line(error)}") from None
+            raise load_problem(f"{model['source']} ({name})", error) from None
         original.to("cpu")  # one of the two at a time
         pipeline.register_modules(**{model["part"]: network.to(device)})
         yield pipeline
@@ -843,7 +912,10 @@ def scores_file(args: ScriptArguments, column: str, model: str, shard: int | Non
 
 def stored_scores(file: Path, settings: dict) -> list | dict | None:
     """The scores in a file; None if they are missing, or were made with other settings."""
-    stored = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        stored = read_json(file)
+    except Damaged:
+        return None
     return stored["scores"] if stored.get("settings") == settings else None
 
 
@@ -861,14 +933,13 @@ def score_shard(
 
 
 def write_scores(file: Path, settings: dict, values) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(without_nan({"settings": settings, "scores": values})))
+    write_json(file, without_nan({"settings": settings, "scores": values}))
 
 
 def merge_scores(args: ScriptArguments, column: str, name: str, settings: dict, n_prompts: int, n_shards: int) -> None:
     """Joins the parts of a model's scores into one file: {"settings", "scores": n_prompts lists, or a dict of them}."""
     parts = [scores_file(args, column, name, number) for number in range(n_shards)]
-    values = [value for part in parts for value in json.loads(part.read_text())["scores"]]
+    values = [value for part in parts for value in read_json(part)["scores"]]
     if len({isinstance(value, dict) for value in values}) > 1:
         shutil.rmtree(parts[0].parent)
         raise SystemExit(f"metric {column}: gives numbers and dicts: all images need the same")
@@ -1090,8 +1161,7 @@ def results_card(args: ScriptArguments, name: str, repo_id: str, record: dict, r
     settings = ", ".join(f"`{key}` {value}" for key, value in drawing.items())
     others = [f"`{other}`" for other in record["settings"]["models"] if other not in (name, BASE)]
     legend = f"`{name}` is this LoRA" + (f"; {', '.join(others)}: others." if others else ".")
-    body = f"""{CARD_BEGIN}
-## Evaluation
+    body = f"""## Evaluation
 
 {legend} Base model: `{os.path.basename(base) if local else base}`. Prompts: {prompts["name"]}. {settings}.
 
@@ -1099,9 +1169,8 @@ def results_card(args: ScriptArguments, name: str, repo_id: str, record: dict, r
 ![The same prompts and seeds for all models](grid.png)
 
 All figures are in [results.json](results.json).
-{CARD_END}
 """
-    return make_card(front, body)
+    return make_card(front, card_block(body))
 
 
 def merge_results(mine: RepoCard, theirs: RepoCard) -> RepoCard:
@@ -1250,6 +1319,7 @@ def parse_rows(content: bytes, suffix: str, column: str) -> list[dict]:
 def stream_rows(source: str, split: str | None, columns: tuple[str, ...], whole_rows: bool) -> Iterator[dict]:
     """Yields rows of a .parquet file, or of a dataset on the Hub or in a folder, while it reads them. Nothing is
     downloaded as a whole. Of Parquet files, which most datasets with images are, only these `columns` are read."""
+    check_dataset_folder("--prompts", source, columns=False)
     options = {"path": source}
     if source.endswith(".parquet") and os.path.isfile(source):
         options, split = {"path": "parquet", "data_files": source}, "train"
@@ -1307,30 +1377,51 @@ def make_state() -> PartialState:
 def check_settings(folder: Path, settings: dict, what: str) -> None:
     """Refuses to mix two runs: the work in `folder` must have been made with these settings."""
     record = folder / "settings.json"
-    if record.exists():
-        previous = json.loads(record.read_text())
-        for name in {**previous, **settings}:
-            if previous.get(name) != settings.get(name):
-                problem = f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}"
-                raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
+    try:
+        previous = read_json(record)
+    except Damaged:
+        same = "if this command has the settings of the earlier run, delete that file: it is written again"
+        raise SystemExit(f"{record} is damaged: {same}") from None
+    for name in {**previous, **settings} if previous else ():
+        if previous.get(name) != settings.get(name):
+            problem = f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}"
+            raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".settings.tmp{os.getpid()}"
-    temporary.write_text(json.dumps(settings, indent=2))
-    os.replace(temporary, folder / "settings.json")
+    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`."""
+    if not (folder / "settings.json").exists():
+        write_json(folder / "settings.json", settings)
 
 
 def markdown_table(header: list[str], rows: list[list]) -> str:
     cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(value) for value in row) + " |" for row in cells)
+    return "\n".join("| " + " | ".join(map(table_cell, row)) + " |" for row in cells)
+
+
+def table_cell(value) -> str:
+    """Any text as one cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def save_picture(picture: PILImage.Image, file: Path) -> None:
-    temporary = file.with_name(f".{file.name}.tmp.png")
-    picture.save(temporary)
-    os.replace(temporary, file)
+    """Writes a PNG. Each part of it has a checksum: see `is_whole_png`."""
+    with replacing(file) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def is_whole_png(file: Path) -> bool:
+    """Verifies the checksums in a PNG; False if there is no such file."""
+    try:
+        with PILImage.open(file) as picture:
+            picture.verify()
+        return picture.format == "PNG"
+    except FileNotFoundError:
+        return False
+    except Exception as error:  # PIL raises many kinds
+        if system_problem(error):
+            raise
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1412,6 +1503,8 @@ def decode_image(image: PILImage.Image | bytes) -> PILImage.Image:
     try:
         image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image
         image.load()
+        # The official scorers take palettes, grey and transparent pictures as they are.
+        image = to_rgb(image) if image.mode[0] in "FI" else image
     except Exception as error:  # PIL raises many kinds
         message = re.sub(r" <[^>]*>", "", one_line(error))  # PIL names the object by its address in memory
         raise BadImage(f"{type(error).__name__}: {message}") from None
@@ -1507,6 +1600,7 @@ class RewardModel:
             for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
                 submitted.append([(i, pool.submit(self.decode_and_prepare, image)) for i, image in batch])
                 if len(submitted) > 2:
+                    stop_if_asked("all scores of finished shards are kept: the same command goes on")
                     futures = submitted.popleft()
                     if skip_bad:
                         futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
@@ -1543,8 +1637,9 @@ class FunctionReward(RewardModel):
             raise SystemExit(f"reward {name}: no file {file}")
         try:
             module = import_file(str(Path(file).resolve()))
-        except Exception as error:
-            raise SystemExit(f"reward {name}: {file} cannot be imported: {one_line(error)}") from None
+        except (Exception, SystemExit) as error:  # the file may call sys.exit()
+            problem = f"{file} cannot be imported: {type(error).__name__}: {one_line(error)}"
+            raise SystemExit(f"reward {name}: {problem}") from None
         self.function = getattr(module, function, None)
         if not callable(getattr(self.function, "score", None) if inspect.isclass(self.function) else self.function):
             raise SystemExit(f"reward {name}: {file} has no function {function!r}, and no class of it with a `score`")
@@ -1566,13 +1661,23 @@ class FunctionReward(RewardModel):
             positions = [position for position, _ in batch]
             more = {"rows": [given[position] for position in positions]} if self.takes_rows else {}
             arguments = [image for _, image in batch], [prompts[position] for position in positions]
-            values = self.function(*arguments, **more) if batch else []
-            values = list(values) if hasattr(values, "__iter__") else [values]
+            values = self.call(*arguments, **more) if batch else []
+            if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
+                raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
+            values = list(values)
             if len(values) != len(batch):
                 raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
             for position, value in zip(positions, values):
                 scores[position] = self.checked(value, prompts[position], several=rows is not None)
         return scores
+
+    def call(self, *arguments, **more):
+        try:
+            return self.function(*arguments, **more)
+        except (Exception, SystemExit) as error:  # of the user's code: say where
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            message = f"{type(error).__name__}: {one_line(error)} ({frame.filename}, line {frame.lineno})"
+            raise SystemExit(system_problem(error) or f"reward {self.name}: fails: {message}") from None
 
     def checked(self, value, prompt: str, several: bool) -> float | dict[str, float]:
         """The value as a finite float, or a dict of floats; exits with one line if it is neither."""
@@ -2204,10 +2309,32 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
             response = getattr(error, "response", None)
             if response is None or response.status_code != 404:  # a self-hosted Hub may not know this question
                 raise
+        check_hub_card(repo_id, repo_type)
     except Exception as error:
         problem = f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}"
         raise SystemExit(f"{problem}; it takes a token with write access (hf auth login, or HF_TOKEN)") from None
     return repo_id
+
+
+def check_card(file: Path) -> None:
+    """Exits with one line if a card exists and cannot be read: at its end the run keeps what people wrote into it."""
+    try:
+        if file.exists():
+            RepoCard(file.read_text(), ignore_metadata_errors=False)
+    except (ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise SystemExit(f"{file} is no card that can be kept: {one_line(error)}: mend or remove it") from None
+
+
+def check_hub_card(repo_id: str, repo_type: str) -> None:
+    """The same for the card of a repository."""
+    head = retried(HfApi().repo_info, repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
+    if "README.md" in {file.rfilename for file in head.siblings}:
+        check_card(Path(retried(hf_hub_download, repo_id, "README.md", repo_type=repo_type, revision=head.sha)))
+
+
+def card_block(text: str) -> str:
+    """The part of a card that a run writes, between its marks; a prompt may hold anything, even a mark."""
+    return f"{CARD_BEGIN}\n{text.strip().replace('<!--', '<! --')}\n{CARD_END}\n"
 
 
 def make_card(front: dict, body: str, file: Path | None = None) -> str:
@@ -2264,6 +2391,163 @@ def push_to_hub(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Shared: start and stop (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+LOCK_BEAT = 20  # seconds between two signs of life of a lock's owner
+# Errors of the disk and of the system that say nothing about the script.
+SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+SYSTEM_ERRORS |= {errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ESTALE}
+stop_signals: list[int] = []  # that this process has received
+
+
+def run_script(main: Callable) -> None:
+    """Parses the flags, locks the output folder and runs `main`. An error of the disk ends in one line."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_stop_signal)
+    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
+    try:
+        args = parse_arguments()
+        check_folder_name(Path(args.output_dir))
+        with locked(Path(args.output_dir), "--output_dir"):
+            main(args)
+    except Exception as error:
+        if problem := system_problem(error):
+            raise SystemExit(problem) from None
+        raise
+
+
+def check_folder_name(folder: Path) -> None:
+    """Exits with one line if the name of the output folder cannot stand in patterns of files, cards and on the Hub."""
+    name = folder.resolve().name
+    if len(name.encode()) > 100 or not re.fullmatch(r"[^*?\[\]{}|<>\"'\\\x00-\x1f]+", name):
+        shown = repr(name[:110])
+        raise SystemExit(f"--output_dir: the name {shown} has over 100 bytes, or one of * ? [ ] {{ }} | < > \" ' \\")
+
+
+def on_stop_signal(number: int, frame) -> None:
+    """The first SIGTERM or Ctrl-C lets the script finish the step or batch in hand; a second one ends it at once."""
+    if stop_signals:
+        # A launcher passes a signal on that the whole group has received already: this is not a second one.
+        if time.monotonic() - stop_signals[1] > 2:
+            os._exit(128 + number)
+        return
+    stop_signals.extend((number, time.monotonic()))
+    if is_first_process():
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stops as soon as the work in hand is done; a second signal stops at once\n".encode())
+
+
+def stop_if_asked(kept: str) -> None:
+    """Ends the script if a signal has asked for that. `kept`: one line, what is kept and how to go on."""
+    if stop_signals:
+        if is_first_process():
+            print(f"stopped: {kept}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + stop_signals[0])
+
+
+def system_problem(error: BaseException) -> str | None:
+    """One line for an error of the disk or the system, or for one that it caused; None for others."""
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        number, text = getattr(error, "errno", None), one_line(error)
+        if match := re.search(r"(?:os error|errno) (\d+)", text):  # of a library that is not written in Python
+            number = int(match[1])
+        if number in SYSTEM_ERRORS:
+            break
+        error = error.__cause__ or error.__context__
+    else:
+        return None
+    path = Path(os.path.abspath(getattr(error, "filename", None) or "."))
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free, inodes = shutil.disk_usage(existing).free, os.statvfs(existing)
+    left = f"{free / 1e9:.3g} GB free" + (", no file can be added" if inodes.f_files and not inodes.f_favail else "")
+    where = f"{path} cannot be read or written" if getattr(error, "filename", None) else "reading or writing failed"
+    return f"{where}: {os.strerror(number)} ({existing}: {left}). Nothing is half-written: the same command goes on"
+
+
+def load_problem(what: str, error: Exception) -> BaseException:
+    """What to raise if a model cannot be loaded: one line, or the error itself if the disk or the system made it."""
+    return error if system_problem(error) else SystemExit(f"{what}: cannot be loaded: {one_line(error)}")
+
+
+@contextmanager
+def locked(folder: Path, flag: str, wait: bool = False) -> Iterator[None]:
+    """Keeps other runs out of a folder, on this machine or on others that share it. If one is there, exits with one
+    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind."""
+    if not is_first_process():
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"{flag} {folder} is a file")
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    file, ended = folder / ".lock", threading.Event()
+    handle = take_lock(file, flag, wait)
+    threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        file.unlink(missing_ok=True)
+        handle.close()
+        for path in created:
+            try:
+                path.rmdir()
+            except OSError:  # it is not empty
+                break
+
+
+def take_lock(file: Path, flag: str, wait: bool) -> IO:
+    """Locks a file and writes this process into it. The system drops the lock of a process that dies."""
+    waited = False
+    while True:
+        handle = open(file, "a+")
+        handle.seek(0)
+        owner = handle.read()
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = owner_is_gone(file, owner)
+        except OSError as error:
+            free = error.errno not in (errno.EACCES, errno.EAGAIN)
+            if free:
+                warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        if free and file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+            break
+        handle.close()
+        if not free and not wait:
+            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
+        if not free and not waited:
+            warn(f"{file.parent} is in use by {owner}: waiting for its end")
+            waited = True
+        stop_if_asked("nothing was begun")
+        time.sleep(0 if free else 1)  # free, but another file: its owner has just removed it
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {platform.node()}")
+    handle.flush()
+    return handle
+
+
+def owner_is_gone(file: Path, owner: str) -> bool:
+    """Whether the process that a lock names has ended, although its lock is free: some network file systems keep locks
+    on one machine only. A live owner changes the file's date."""
+    if not owner or owner.endswith(f" on {platform.node()}"):
+        return True
+    warn(f"{file} names {owner}: watching it for {2 * LOCK_BEAT} s")
+    date = file.stat().st_mtime_ns
+    time.sleep(2 * LOCK_BEAT)
+    return not file.exists() or file.stat().st_mtime_ns == date
+
+
+def show_life(file: Path, ended: threading.Event) -> None:
+    while not ended.wait(LOCK_BEAT):
+        if file.exists():
+            os.utime(file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Shared: arguments and files (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2272,14 +2556,21 @@ def push_to_hub(
 RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
 YAML_NULL = ("", "~", "null", "Null", "NULL")
 RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
+DAMAGE = (OSError, ValueError, LookupError, TypeError)  # what readers raise on a damaged file
+UNFINISHED = "UNFINISHED"  # stands in a folder of data files while they are written
 
 
 class OneLineParser(TrlParser):
-    """TrlParser that ends every usage error in one line. It ignores the metadata that is ours, not argparse's."""
+    """TrlParser that ends every usage error in one line. A flag with a `group`, and those after it, stand under that
+    title in --help. Metadata that is ours, not argparse's, is left out."""
+
+    group = None
 
     def add_argument(self, *names, **options):
+        if title := options.pop("group", None):
+            self.group = self.add_argument_group(title)
         options = {key: value for key, value in options.items() if key not in (*RANGES, "may_change")}
-        return super().add_argument(*names, **options)
+        return self.group.add_argument(*names, **options) if self.group else super().add_argument(*names, **options)
 
     def error(self, message: str):
         # argparse names both spellings of a flag: --lr_scheduler/--lr-scheduler.
@@ -2289,7 +2580,8 @@ class OneLineParser(TrlParser):
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
     words = sys.argv[1:] if words is None else words
-    parser = OneLineParser(ScriptArguments, allow_abbrev=False)
+    layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = OneLineParser(ScriptArguments, allow_abbrev=False, **layout)
     parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")
     arguments = vars(parser.parse_args([*(parser.parse_known_args(words)[0].config or []), *words]))
     return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
@@ -2316,6 +2608,8 @@ def check_ranges(args: "ScriptArguments") -> None:
     """Exits with one line if a value is outside the range that its flag's metadata gives."""
     for spec in fields(args):
         value = getattr(args, spec.name)
+        if isinstance(value, float) and not np.isfinite(value):
+            raise SystemExit(f"--{spec.name} {value}: must be a finite number")
         for limit in RANGES.keys() & spec.metadata.keys():
             if value is not None and not RANGES[limit](value, spec.metadata[limit]):
                 raise SystemExit(f"--{spec.name} {value}: must be {RANGE_WORDS[limit]} {spec.metadata[limit]}")
@@ -2332,20 +2626,184 @@ def progress_bar(*arguments, **options) -> tqdm:
     return tqdm(*arguments, **pause, **options)
 
 
+class Damaged(Exception):
+    """A file that does not hold what was written into it. `file`: its path."""
+
+    def __init__(self, file: Path):
+        super().__init__(f"{file} is damaged")
+        self.file = file
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Gives the name of a temporary file, which takes the place of `file` when the block ends, after its content has
+    reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
+    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, file)
+        sync(file.parent)  # the name, too, is on the disk
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Writes a whole file, or leaves it as it was."""
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(file: Path, text: str) -> None:
-    """Writes under a temporary name, then renames: nobody sees half a file."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+    write_bytes(file, text.encode())
+
+
+def write_json(file: Path, record: dict) -> None:
+    """Writes a JSON file with a checksum, which `read_json` verifies."""
+    write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
+
+
+def read_json(file: Path) -> dict:
+    """What `write_json` wrote, without its checksum; {} if there is no such file. Raises Damaged for other content."""
+    if not file.exists():
+        return {}
+    try:
+        record = json.loads(file.read_bytes())
+        if record.pop("checksum") == json_checksum(record):
+            return record
+    except (ValueError, LookupError, AttributeError, TypeError):
+        pass
+    raise Damaged(file)
+
+
+def json_checksum(record: dict) -> str:
+    return short_hash(json.dumps(record, sort_keys=True))
+
+
+def is_empty(folder: Path) -> bool:
+    """True if a folder holds nothing but this run's lock."""
+    return not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir())
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Removes what killed runs left in a folder that this run has locked."""
+    for path in list(folder.rglob(".*.tmp*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it may have been in such a folder
+
+
+warned: set[str] = set()
+
+
+def warn(text: str) -> None:
+    """A line on the console, once, and from the first process only."""
+    if is_first_process() and text not in warned:
+        warned.add(text)
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_dataset_folder(flag: str, folder: str, columns: bool = True) -> None:
+    """Exits with one line if a local dataset is not whole: its build was interrupted, or a file is missing, unreadable
+    or damaged. `columns`: reads the columns, too, and verifies their checksums; else only the list of files."""
+    if not os.path.isdir(folder):
+        return
+    again = "run the command that wrote it again"
+    for mark in sorted(Path(folder).rglob(UNFINISHED)):
+        raise SystemExit(f"{flag} {folder}: {mark.parent} is unfinished: {again}")
+    files = sorted(file for file in Path(folder).rglob("*.parquet") if "work" not in file.relative_to(folder).parts)
+    series = {}
+    for file in files:
+        if match := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.parquet", file.name):
+            series.setdefault((file.parent, match[1]), {}).setdefault(int(match[3]), set()).add(int(match[2]))
+    for (parent, name), found in series.items():
+        if len(found) > 1:
+            kinds = " and ".join(f"{name}-*-of-{total:05d}.parquet" for total in sorted(found))
+            raise SystemExit(f"{flag} {folder}: {parent} holds files of two datasets, {kinds}: remove those of one")
+        for total, numbers in found.items():
+            if numbers != set(range(total)):
+                have = f"{len(numbers)} of the {total} files {name}-*-of-{total:05d}.parquet"
+                raise SystemExit(f"{flag} {folder}: {parent} holds {have}: {again}, or fetch the dataset again")
+    for file in progress_bar(files if columns else [], desc="check data", unit="file", delay=5):
+        if not is_whole(file):
+            raise SystemExit(f"{flag} {folder}: {file} is damaged: {again}, or fetch the file again")
+
+
+def is_whole(file: Path) -> bool:
+    """Reads a Parquet file and verifies the checksums of its pages, where it has them."""
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
+            return rows == parquet.metadata.num_rows
+    except (pa.ArrowException, *DAMAGE) as error:
+        if getattr(error, "errno", None):  # the disk, not the content
+            raise
+        return False
 
 
 def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and dates of a folder's files: of a model, or of a dataset without what is written
-    again at every run (card, pictures, statistics) and without the work shards."""
-    files = [(file.relative_to(folder), file.stat()) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    """A hash of the names, sizes and content of a folder's files, whatever their dates: of a model, or of a dataset
+    without what is written again at every run (card, pictures, statistics) and without the work shards. Of a large
+    file it reads blocks that are spread over it, the last one included."""
     others = ("work", "README.md", "grid.png", "figures", "statistics.json")
-    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files if name.parts[0] not in others]
-    return short_hash("|".join(stats))
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in files if file.relative_to(folder).parts[0] not in others]
+    blocks = max(1, min(64, 4096 // max(len(files), 1)))
+    return short_hash("|".join(f"{file.relative_to(folder)}:{sampled_digest(file, blocks)}" for file in files))
+
+
+def sampled_digest(file: Path, blocks: int, block_size: int = 2**16) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    digest.update(str(size).encode())
+    with open(file, "rb") as handle:
+        last = max(size - block_size, 0)
+        whole = size <= blocks * block_size
+        for start in range(0, max(size, 1), block_size) if whole else np.linspace(0, last, blocks + 1)[1:].astype(int):
+            handle.seek(start)
+            digest.update(handle.read(block_size))
+    return digest.hexdigest()
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """A picture of any kind as 8-bit RGB: 16 bits keep their brightness, what is transparent becomes white. Raises
+    ValueError for pixels whose range is not known."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F" or image.mode.startswith("I") and max(image.getextrema()) > 65535:
+        raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
+    if image.mode.startswith("I"):
+        return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        warn("transparent images get a white background")
+        image = image.convert("RGBA")
+        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def file_digest(file: Path) -> str:
+    """A hash of the whole content of a file."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
 def short_hash(data: str | bytes) -> str:
@@ -2360,5 +2818,4 @@ def local_cache(folder: str) -> str | None:
 
 
 if __name__ == "__main__":
-    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
-    main(parse_arguments())
+    run_script(main)

@@ -32,6 +32,8 @@ processes: it does only what is missing.
 """
 
 import argparse
+import errno
+import fcntl
 import hashlib
 import html
 import importlib.util
@@ -42,13 +44,19 @@ import math
 import operator
 import os
 import pickle
+import platform
 import re
+import shutil
+import signal
 import sys
+import threading
 import time
+import traceback
 import zipfile
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -56,9 +64,11 @@ from functools import cache
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load ends without a traceback
 # bitsandbytes warns at every start that an optional kernel is missing, which nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -129,15 +139,17 @@ REWARD_MODELS = {
 
 # Copied from train_rankdpo_sdxl.flag
 def flag(default, help: str, **metadata):
-    """A field with its help, its range (see RANGES) and `may_change`: whether a resumed run may set it differently."""
+    """A field with its help, its range (see RANGES), `may_change`: whether a resumed run may set it differently, and
+    `group`: the title of the flags from here on in --help."""
     kind = "default_factory" if callable(default) else "default"
     return field(**{kind: default}, metadata={"help": help, **metadata})
 
 
 @dataclass
 class ScriptArguments:
-    # Pairs
-    dataset_name: str | None = flag(None, "Dataset of pairs: Hub id (streamed), folder, or .parquet / .jsonl file.")
+    dataset_name: str | None = flag(
+        None, "Dataset of pairs: Hub id (streamed), folder, or .parquet / .jsonl file.", group="Pairs"
+    )
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.")
     dataset_split: str = flag("train", "Split of the dataset.")
@@ -151,8 +163,9 @@ class ScriptArguments:
     image_0_uid_column: str = flag("image_0_uid", "Id of the first image. Without it, ids are made from the content.")
     image_1_uid_column: str = flag("image_1_uid", "Id of the second image.")
     on_bad_image: Literal["skip", "fail"] = flag("skip", "Broken images: skip their pairs, or fail.", may_change=True)
-    # Quality
-    reward: str = flag("hpsv2", f"{', '.join(REWARD_MODELS)}; name=checkpoint; file.py:function.", may_change=True)
+    reward: str = flag(
+        "hpsv2", f"{', '.join(REWARD_MODELS)}; name=checkpoint; file.py:function.", may_change=True, group="Quality"
+    )
     reward_batch_size: int = flag(32, "Images scored together.", min=1, may_change=True)
     normalization: Literal["auto", "standardize", "none"] = flag(
         "auto",
@@ -161,8 +174,12 @@ class ScriptArguments:
         may_change=True,
     )
     top_fraction: float = flag(1.0, "Share of the ranked pairs to keep, the best.", above=0, max=1, may_change=True)
-    # Work and output
-    output_dir: str = flag("outputs/qsd", "Folder for the dataset, figures, card, and shards of work.", may_change=True)
+    output_dir: str = flag(
+        "outputs/qsd",
+        "Folder for the dataset, figures, card, and shards of work.",
+        may_change=True,
+        group="Work and output",
+    )
     include_images: bool = flag(False, "Write, and push, the images too, not only other columns.", may_change=True)
     num_examples: int = flag(5, "Best and worst pairs to show in pictures; 0: none.", min=0, may_change=True)
     shard_size: int = flag(512, "Pairs per shard of work: what a crash can lose.", min=1)
@@ -234,28 +251,28 @@ def index(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
     """Reads all rows once and checks their labels, before any model is loaded. Images are read only to make their ids
     where the dataset has none."""
     own = range(state.process_index, pairs.num_files, state.num_processes)
-    missing = [file for file in own if shard_facts(index_file(args, file)) is None]
+    files = [(file, index_file(args, file)) for file in own]
+    missing = [file for file, target in files if shard_facts(target) is None or not is_whole(target)]
     without_id = [image for image, uid in zip(pairs.images, pairs.uids) if uid not in pairs.features]
     columns = list(dict.fromkeys(pairs.light_columns + without_id))
-    metadata = {b"synpic": b"{}"}  # `shard_facts` takes a file without it for incomplete
     progress = progress_bar(desc="read pairs", unit="pair", disable=not (missing and state.is_local_main_process))
     for file in missing:
-        target = index_file(args, file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
-        writer, rows_read = None, 0
-        for table in pairs.tables(file, columns):
-            new_columns = index_rows(args, pairs, table, file, rows_read)
-            table = table.select([name for name in pairs.light_columns if name not in new_columns])
-            for name, values in new_columns.items():
-                table = table.append_column(name, values)
-            writer = writer or pq.ParquetWriter(temporary, table.schema.with_metadata(metadata))
-            writer.write_table(table.cast(writer.schema))
-            rows_read += len(table)
-            progress.update(len(table))
-        writer = writer or pq.ParquetWriter(temporary, pa.schema([], metadata))  # the file has no rows
-        writer.close()
-        os.replace(temporary, target)
+        with replacing(index_file(args, file)) as temporary:
+            writer, rows_read = None, 0
+            for table in pairs.tables(file, columns):
+                new_columns = index_rows(args, pairs, table, file, rows_read)
+                table = table.select([name for name in pairs.light_columns if name not in new_columns])
+                for name, values in new_columns.items():
+                    table = table.append_column(name, values)
+                schema = table.schema.remove_metadata()
+                writer = writer or pq.ParquetWriter(temporary, schema, write_page_checksum=True)
+                writer.write_table(table.cast(writer.schema))
+                rows_read += len(table)
+                progress.update(len(table))
+                stop_if_asked(f"nothing in {args.output_dir} is lost: the same command goes on")
+            writer = writer or pq.ParquetWriter(temporary, pa.schema([]))  # the file has no rows
+            writer.add_key_value_metadata({b"synpic": sealed({}, writer.schema, rows_read)})
+            writer.close()
     progress.close()
     state.wait_for_everyone()
 
@@ -265,7 +282,11 @@ def score(args: ScriptArguments, pairs: "Pairs", shards: list[dict], state: Part
     dataset."""
     write_settings(score_folder(args), reward_settings(args.reward))
     own = np.array_split(np.arange(len(shards)), state.num_processes)[state.process_index]
-    missing = [shards[i] for i in own if not is_complete(score_file(args, shards[i]), **shards[i]["facts"])]
+    missing = []
+    for shard in (shards[i] for i in own):
+        file = score_file(args, shard)
+        if not is_complete(file, **shard["facts"]) or not is_whole(file):
+            missing.append(shard)
     if missing:
         reward = load_reward_model(args.reward, state.device, batch_size=args.reward_batch_size)
         total = sum(len(shard["keys"]) for shard in missing)
@@ -348,9 +369,11 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: dict, upload: 
     facts = {"pairs": ranking["hash"]}
     targets = {data_file(output_dir / folder, number, files) for folder in folders for number in files}
     stale = {*(output_dir / "scores").glob("*.parquet"), *(output_dir / "data").glob("*.parquet")} - targets
-    if not stale and all(shard_facts(file) == facts for file in targets):
+    if not stale and all(shard_facts(file) == facts and is_whole(file) for file in targets):
+        (output_dir / UNFINISHED).unlink(missing_ok=True)
         return
 
+    write_text(output_dir / UNFINISHED, "The dataset in this folder is not complete: see score_pairs.py.\n")
     buckets = output_dir / "work" / "buckets"
     buckets.mkdir(parents=True, exist_ok=True)
     # The figures show an earlier run, and the buckets are left from a run that was killed.
@@ -364,8 +387,10 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: dict, upload: 
                 with open(buckets / f"{number}.arrow", "ab") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
                     writer.write_table(table.filter(pa.array(bucket_of_row == number)))
             progress.update(len(table))
+            stop_if_asked(f"all scores in {output_dir} are kept: the same command goes on")
     progress.close()
     for number in files:
+        stop_if_asked(f"all scores in {output_dir} are kept: the same command goes on")
         parts = []
         with open(buckets / f"{number}.arrow", "rb") as handle:
             while handle.peek(1):
@@ -383,6 +408,7 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: dict, upload: 
         (buckets / f"{number}.arrow").unlink()
     for file in stale:  # of a run with another --top_fraction: load_dataset would read both
         file.unlink()
+    (output_dir / UNFINISHED).unlink()
 
 
 def main(args: ScriptArguments) -> None:
@@ -391,7 +417,7 @@ def main(args: ScriptArguments) -> None:
     # Find everything that is wrong with flags, columns and labels before loading a model.
     check_rewards([args.reward])
     output_dir, work = Path(args.output_dir), Path(args.output_dir) / "work"
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not work.is_dir():
+    if not work.is_dir() and not is_empty(output_dir):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
     if args.dataset_name and output_dir.resolve().is_relative_to(Path(args.dataset_name).resolve()):
         raise SystemExit(f"--output_dir {output_dir} is inside the dataset: choose another folder")
@@ -400,6 +426,9 @@ def main(args: ScriptArguments) -> None:
             args.dataset_revision = HfApi().dataset_info(args.dataset_name, revision=args.dataset_revision).sha
         except Exception as error:
             raise SystemExit(f"--dataset_name {args.dataset_name}: cannot be read: {one_line(error)}") from None
+    check_card(output_dir / "README.md")
+    if args.dataset_name:
+        check_dataset_folder("--dataset_name", args.dataset_name, columns=not (work / "index").is_dir())
     settings = run_settings(args)
     check_settings(work, settings, "a run")
     check_settings(score_folder(args), reward_settings(args.reward), f"scores of {reward_name(args.reward)}")
@@ -411,8 +440,7 @@ def main(args: ScriptArguments) -> None:
         check_dataset_repo(args.hub_dataset_id, published)
     if state.is_main_process:
         write_settings(work, settings)
-        for stale in output_dir.rglob(".*.tmp*"):  # of processes that were killed
-            stale.unlink()
+        remove_temporary_files(output_dir)
     state.wait_for_everyone()
 
     index(args, pairs, state)
@@ -458,7 +486,7 @@ class Pairs:
             self.num_files = stream.num_shards
             first = next(iter(stream.with_format("arrow").iter(batch_size=1)), None)
         except Exception as error:
-            raise SystemExit(f"{self.where}: cannot be read: {one_line(error)}") from None
+            raise SystemExit(f"{self.where}: cannot be read: {one_line(error.__cause__ or error)}") from None
         if first is None:
             raise SystemExit(f"{self.where}: split {args.dataset_split!r} has no rows")
         self.features = stream.features or Features.from_arrow_schema(first.schema)
@@ -475,6 +503,8 @@ class Pairs:
             else:
                 options = {"revision": args.dataset_revision}
                 if os.path.isfile(name):
+                    if not name.endswith((".parquet", ".jsonl", ".json")):
+                        raise ValueError("a file must be .parquet, .jsonl or .json")
                     options = {"data_files": {args.dataset_split: name}}
                     name = "parquet" if name.endswith(".parquet") else "json"
                 options |= {"name": args.dataset_config_name, "cache_dir": local_cache(name)}
@@ -491,7 +521,7 @@ class Pairs:
             for table in stream.skip(start).with_format("arrow").iter(batch_size=size):
                 yield table.select(columns)
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-            problem = f"file {file} of {self.num_files} cannot be read: {one_line(error)}"
+            problem = f"file {file} of {self.num_files} cannot be read: {one_line(error.__cause__ or error)}"
             raise SystemExit(f"{self.where}: {problem}; the same command continues from here") from None
 
     def check_columns(self) -> None:
@@ -508,6 +538,9 @@ class Pairs:
                 raise SystemExit(f"{self.where}: column {name!r} holds {types[name]}: must be bytes, Image or paths")
         if label != "none" and not re.match(r"float|int|uint|bool|null", types[label]):
             raise SystemExit(f"{self.where}: column {label!r} holds {types[label]}: it must hold 0, 0.5 or 1")
+        has_label = self.args.has_label_column
+        if not re.match(r"bool|int|uint|float|null", types.get(has_label, "bool")):
+            raise SystemExit(f"{self.where}: column {has_label!r} holds {types[has_label]}: it must hold true or false")
 
     def row_name(self, file: int, row: int) -> str:
         return f"row {row} of file {file}" if self.num_files > 1 else f"row {row}"
@@ -567,8 +600,7 @@ def run_settings(args: ScriptArguments) -> dict:
         if path and os.path.isdir(path):
             settings["files"].append(folder_digest(path))
         elif path and os.path.exists(path):
-            stat = os.stat(path)
-            settings["files"].append(content_hash(f"{stat.st_size}|{stat.st_mtime_ns}").hex())
+            settings["files"].append(sampled_digest(Path(path), blocks=64))
     return settings
 
 
@@ -631,8 +663,7 @@ def image_uid(pairs: Pairs, column: str, value) -> str:
 
 def read_index(args: ScriptArguments, pairs: Pairs, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
     """These columns of all rows, and the first row of each file (and, last, the number of rows)."""
-    # Unlike read_table, ParquetFile reads the index of an empty file, which has no columns.
-    tables = [pq.ParquetFile(index_file(args, file)).read(columns) for file in range(pairs.num_files)]
+    tables = [read_table(index_file(args, file), columns) for file in range(pairs.num_files)]
     return pa.concat_tables([table for table in tables if len(table)]), np.cumsum([0, *map(len, tables)])
 
 
@@ -696,7 +727,7 @@ def score_shard(args: ScriptArguments, pairs: Pairs, reward, shard: dict, table:
 
 def read_scores(args: ScriptArguments, pairs: Pairs, shards: list[dict]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Sorted keys, their scores (NaN: bad image), and what was wrong with the bad ones."""
-    tables = [pq.read_table(score_file(args, shard)) for shard in shards]
+    tables = [read_table(score_file(args, shard)) for shard in shards]
     errors = [error for table in tables for error in table["error"].to_pylist() if error]
     if errors and args.on_bad_image == "fail":
         raise SystemExit(f"{pairs.where}: {errors[0]}; --on_bad_image skip leaves its pairs out")
@@ -771,7 +802,7 @@ def save_figure(figure: Figure, file: Path) -> None:
 def draw_figures(args: ScriptArguments, ranking: dict) -> None:
     """Figures 1a and 1b of the paper: the distribution of ψ_w − ψ_l, and Q over the sorted index."""
     folder = Path(args.output_dir) / "figures"
-    if (folder / "difference.png").exists() and (folder / "quality.png").exists():
+    if is_whole_png(folder / "difference.png") and is_whole_png(folder / "quality.png"):
         return
     title = f"reward: {reward_name(args.reward)}"
     figure = Figure(figsize=(6, 4), dpi=100, layout="tight")
@@ -793,7 +824,7 @@ def draw_figures(args: ScriptArguments, ranking: dict) -> None:
 def draw_examples(args: ScriptArguments, pairs: Pairs, ranking: dict, cell: int = 224) -> None:
     """Strips of the best and the worst pairs: winners above, losers below, in squares of `cell` pixels."""
     folder, order = Path(args.output_dir) / "figures", ranking["order"]
-    if (folder / "best.png").exists() and (folder / "worst.png").exists():
+    if is_whole_png(folder / "best.png") and is_whole_png(folder / "worst.png"):
         return
     number = min(args.num_examples, len(order))
     for name, rows in {"best": order[:number], "worst": order[::-1][:number]}.items():
@@ -855,8 +886,7 @@ The worst pairs, where the reward model contradicts the label most:
         ["ranked", counts["ranked"]],
         [f"kept (`--top_fraction {args.top_fraction:g}`)", kept],
     ]
-    body = f"""{CARD_BEGIN}
-# {output_dir.resolve().name}
+    body = f"""# {output_dir.resolve().name}
 
 Preference pairs of `{source}`, sorted by how much a reward model trusts their labels: a Quality Sorted Dataset for
 DPO-QSD. Row 1 is the best pair: train in this order, without shuffling.{images}
@@ -900,7 +930,6 @@ Q at the first rank, at 1 %, 5.33 %, 10 %, 25 %, 50 % and 75 % of the ranks, and
 Reward `{args.reward}`{f", pairs at commit {args.dataset_revision}" if args.dataset_revision else ""}. \
 {", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets"))}. Hash of pairs, order and ψ:
 {ranking["hash"]}.
-{CARD_END}
 """
     configs = {
         "default" if folder == "data" else folder: (folder, output_features(args, pairs, folder == "data"))
@@ -916,7 +945,7 @@ Reward `{args.reward}`{f", pairs at commit {args.dataset_revision}" if args.data
         **({"source_datasets": [args.dataset_name]} if is_hub else {}),
         **config_metadata(output_dir, configs),
     }
-    write_text(output_dir / "README.md", make_card(front, body, output_dir / "README.md"))
+    write_text(output_dir / "README.md", make_card(front, card_block(body), output_dir / "README.md"))
     write_text(output_dir / "statistics.json", json.dumps({**statistics, **counts, "kept": kept}, indent=2) + "\n")
 
 
@@ -936,30 +965,51 @@ def make_state() -> PartialState:
 def check_settings(folder: Path, settings: dict, what: str) -> None:
     """Refuses to mix two runs: the work in `folder` must have been made with these settings."""
     record = folder / "settings.json"
-    if record.exists():
-        previous = json.loads(record.read_text())
-        for name in {**previous, **settings}:
-            if previous.get(name) != settings.get(name):
-                problem = f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}"
-                raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
+    try:
+        previous = read_json(record)
+    except Damaged:
+        same = "if this command has the settings of the earlier run, delete that file: it is written again"
+        raise SystemExit(f"{record} is damaged: {same}") from None
+    for name in {**previous, **settings} if previous else ():
+        if previous.get(name) != settings.get(name):
+            problem = f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}"
+            raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".settings.tmp{os.getpid()}"
-    temporary.write_text(json.dumps(settings, indent=2))
-    os.replace(temporary, folder / "settings.json")
+    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`."""
+    if not (folder / "settings.json").exists():
+        write_json(folder / "settings.json", settings)
 
 
 def markdown_table(header: list[str], rows: list[list]) -> str:
     cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(value) for value in row) + " |" for row in cells)
+    return "\n".join("| " + " | ".join(map(table_cell, row)) + " |" for row in cells)
+
+
+def table_cell(value) -> str:
+    """Any text as one cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def save_picture(picture: PILImage.Image, file: Path) -> None:
-    temporary = file.with_name(f".{file.name}.tmp.png")
-    picture.save(temporary)
-    os.replace(temporary, file)
+    """Writes a PNG. Each part of it has a checksum: see `is_whole_png`."""
+    with replacing(file) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def is_whole_png(file: Path) -> bool:
+    """Verifies the checksums in a PNG; False if there is no such file."""
+    try:
+        with PILImage.open(file) as picture:
+            picture.verify()
+        return picture.format == "PNG"
+    except FileNotFoundError:
+        return False
+    except Exception as error:  # PIL raises many kinds
+        if system_problem(error):
+            raise
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -968,20 +1018,24 @@ def save_picture(picture: PILImage.Image, file: Path) -> None:
 
 
 def write_table(table: pa.Table, file: Path, facts: dict, row_group_size: int = 100) -> None:
-    """Writes Parquet with small row groups and a page index (the Hub's viewer needs both), then renames it.
+    """Writes Parquet with small row groups and a page index (the Hub's viewer needs both) and with checksums, then
+    renames it.
 
     Args:
         facts: recorded in the file; `shard_facts` reads them.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {**(table.schema.metadata or {}), b"synpic": json.dumps(facts).encode()}
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
-    with open(temporary, "wb") as handle:
-        table = table.replace_schema_metadata(metadata)
-        pq.write_table(table, handle, row_group_size=row_group_size, write_page_index=True)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
+    with replacing(file) as temporary, open(temporary, "wb") as handle:
+        record = {b"synpic": sealed(facts, table.schema, len(table))}
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **record})
+        options = {"write_page_index": True, "write_page_checksum": True}
+        pq.write_table(table, handle, row_group_size=row_group_size, **options)
+
+
+def sealed(facts: dict, schema: pa.Schema, n_rows: int) -> bytes:
+    """The record in a Parquet file: facts, and a checksum of what the pages' own checksums do not cover."""
+    columns = [f"{field.name} {field.type}".replace("<item:", "<element:") for field in schema]
+    checksum = json_checksum({"facts": facts, "columns": columns, "rows": n_rows})
+    return json.dumps({"facts": facts, "checksum": checksum}).encode()
 
 
 def shard_facts(file: Path) -> dict | None:
@@ -989,9 +1043,28 @@ def shard_facts(file: Path) -> dict | None:
     if not file.exists():
         return None
     try:
-        return json.loads(pq.read_schema(file).metadata[b"synpic"])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+        metadata = pq.read_metadata(file)
+        record = metadata.metadata[b"synpic"]
+        facts = json.loads(record)["facts"]
+        return facts if record == sealed(facts, metadata.schema.to_arrow_schema(), metadata.num_rows) else None
+    except (pa.ArrowException, *DAMAGE) as error:
+        if getattr(error, "errno", None):  # the disk, not the content
+            raise
         return None
+
+
+def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a file that `write_table` wrote. Raises Damaged if a checksum does not match."""
+    try:
+        if shard_facts(file) is not None:
+            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                table = parquet.read(columns)
+                if len(table) == parquet.metadata.num_rows:
+                    return table
+    except (pa.ArrowException, *DAMAGE) as error:
+        if getattr(error, "errno", None):
+            raise
+    raise Damaged(file)
 
 
 def is_complete(file: Path, **expected) -> bool:
@@ -1079,6 +1152,8 @@ def decode_image(image: PILImage.Image | bytes) -> PILImage.Image:
     try:
         image = PILImage.open(BytesIO(image)) if isinstance(image, bytes) else image
         image.load()
+        # The official scorers take palettes, grey and transparent pictures as they are.
+        image = to_rgb(image) if image.mode[0] in "FI" else image
     except Exception as error:  # PIL raises many kinds
         message = re.sub(r" <[^>]*>", "", one_line(error))  # PIL names the object by its address in memory
         raise BadImage(f"{type(error).__name__}: {message}") from None
@@ -1174,6 +1249,7 @@ class RewardModel:
             for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
                 submitted.append([(i, pool.submit(self.decode_and_prepare, image)) for i, image in batch])
                 if len(submitted) > 2:
+                    stop_if_asked("all scores of finished shards are kept: the same command goes on")
                     futures = submitted.popleft()
                     if skip_bad:
                         futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
@@ -1210,8 +1286,9 @@ class FunctionReward(RewardModel):
             raise SystemExit(f"reward {name}: no file {file}")
         try:
             module = import_file(str(Path(file).resolve()))
-        except Exception as error:
-            raise SystemExit(f"reward {name}: {file} cannot be imported: {one_line(error)}") from None
+        except (Exception, SystemExit) as error:  # the file may call sys.exit()
+            problem = f"{file} cannot be imported: {type(error).__name__}: {one_line(error)}"
+            raise SystemExit(f"reward {name}: {problem}") from None
         self.function = getattr(module, function, None)
         if not callable(getattr(self.function, "score", None) if inspect.isclass(self.function) else self.function):
             raise SystemExit(f"reward {name}: {file} has no function {function!r}, and no class of it with a `score`")
@@ -1233,13 +1310,23 @@ class FunctionReward(RewardModel):
             positions = [position for position, _ in batch]
             more = {"rows": [given[position] for position in positions]} if self.takes_rows else {}
             arguments = [image for _, image in batch], [prompts[position] for position in positions]
-            values = self.function(*arguments, **more) if batch else []
-            values = list(values) if hasattr(values, "__iter__") else [values]
+            values = self.call(*arguments, **more) if batch else []
+            if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
+                raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
+            values = list(values)
             if len(values) != len(batch):
                 raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
             for position, value in zip(positions, values):
                 scores[position] = self.checked(value, prompts[position], several=rows is not None)
         return scores
+
+    def call(self, *arguments, **more):
+        try:
+            return self.function(*arguments, **more)
+        except (Exception, SystemExit) as error:  # of the user's code: say where
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            message = f"{type(error).__name__}: {one_line(error)} ({frame.filename}, line {frame.lineno})"
+            raise SystemExit(system_problem(error) or f"reward {self.name}: fails: {message}") from None
 
     def checked(self, value, prompt: str, several: bool) -> float | dict[str, float]:
         """The value as a finite float, or a dict of floats; exits with one line if it is neither."""
@@ -1999,10 +2086,32 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
             response = getattr(error, "response", None)
             if response is None or response.status_code != 404:  # a self-hosted Hub may not know this question
                 raise
+        check_hub_card(repo_id, repo_type)
     except Exception as error:
         problem = f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}"
         raise SystemExit(f"{problem}; it takes a token with write access (hf auth login, or HF_TOKEN)") from None
     return repo_id
+
+
+def check_card(file: Path) -> None:
+    """Exits with one line if a card exists and cannot be read: at its end the run keeps what people wrote into it."""
+    try:
+        if file.exists():
+            RepoCard(file.read_text(), ignore_metadata_errors=False)
+    except (ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise SystemExit(f"{file} is no card that can be kept: {one_line(error)}: mend or remove it") from None
+
+
+def check_hub_card(repo_id: str, repo_type: str) -> None:
+    """The same for the card of a repository."""
+    head = retried(HfApi().repo_info, repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
+    if "README.md" in {file.rfilename for file in head.siblings}:
+        check_card(Path(retried(hf_hub_download, repo_id, "README.md", repo_type=repo_type, revision=head.sha)))
+
+
+def card_block(text: str) -> str:
+    """The part of a card that a run writes, between its marks; a prompt may hold anything, even a mark."""
+    return f"{CARD_BEGIN}\n{text.strip().replace('<!--', '<! --')}\n{CARD_END}\n"
 
 
 def make_card(front: dict, body: str, file: Path | None = None) -> str:
@@ -2059,6 +2168,163 @@ def push_to_hub(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Shared: start and stop (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+LOCK_BEAT = 20  # seconds between two signs of life of a lock's owner
+# Errors of the disk and of the system that say nothing about the script.
+SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+SYSTEM_ERRORS |= {errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ESTALE}
+stop_signals: list[int] = []  # that this process has received
+
+
+def run_script(main: Callable) -> None:
+    """Parses the flags, locks the output folder and runs `main`. An error of the disk ends in one line."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_stop_signal)
+    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
+    try:
+        args = parse_arguments()
+        check_folder_name(Path(args.output_dir))
+        with locked(Path(args.output_dir), "--output_dir"):
+            main(args)
+    except Exception as error:
+        if problem := system_problem(error):
+            raise SystemExit(problem) from None
+        raise
+
+
+def check_folder_name(folder: Path) -> None:
+    """Exits with one line if the name of the output folder cannot stand in patterns of files, cards and on the Hub."""
+    name = folder.resolve().name
+    if len(name.encode()) > 100 or not re.fullmatch(r"[^*?\[\]{}|<>\"'\\\x00-\x1f]+", name):
+        shown = repr(name[:110])
+        raise SystemExit(f"--output_dir: the name {shown} has over 100 bytes, or one of * ? [ ] {{ }} | < > \" ' \\")
+
+
+def on_stop_signal(number: int, frame) -> None:
+    """The first SIGTERM or Ctrl-C lets the script finish the step or batch in hand; a second one ends it at once."""
+    if stop_signals:
+        # A launcher passes a signal on that the whole group has received already: this is not a second one.
+        if time.monotonic() - stop_signals[1] > 2:
+            os._exit(128 + number)
+        return
+    stop_signals.extend((number, time.monotonic()))
+    if is_first_process():
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stops as soon as the work in hand is done; a second signal stops at once\n".encode())
+
+
+def stop_if_asked(kept: str) -> None:
+    """Ends the script if a signal has asked for that. `kept`: one line, what is kept and how to go on."""
+    if stop_signals:
+        if is_first_process():
+            print(f"stopped: {kept}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + stop_signals[0])
+
+
+def system_problem(error: BaseException) -> str | None:
+    """One line for an error of the disk or the system, or for one that it caused; None for others."""
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        number, text = getattr(error, "errno", None), one_line(error)
+        if match := re.search(r"(?:os error|errno) (\d+)", text):  # of a library that is not written in Python
+            number = int(match[1])
+        if number in SYSTEM_ERRORS:
+            break
+        error = error.__cause__ or error.__context__
+    else:
+        return None
+    path = Path(os.path.abspath(getattr(error, "filename", None) or "."))
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free, inodes = shutil.disk_usage(existing).free, os.statvfs(existing)
+    left = f"{free / 1e9:.3g} GB free" + (", no file can be added" if inodes.f_files and not inodes.f_favail else "")
+    where = f"{path} cannot be read or written" if getattr(error, "filename", None) else "reading or writing failed"
+    return f"{where}: {os.strerror(number)} ({existing}: {left}). Nothing is half-written: the same command goes on"
+
+
+def load_problem(what: str, error: Exception) -> BaseException:
+    """What to raise if a model cannot be loaded: one line, or the error itself if the disk or the system made it."""
+    return error if system_problem(error) else SystemExit(f"{what}: cannot be loaded: {one_line(error)}")
+
+
+@contextmanager
+def locked(folder: Path, flag: str, wait: bool = False) -> Iterator[None]:
+    """Keeps other runs out of a folder, on this machine or on others that share it. If one is there, exits with one
+    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind."""
+    if not is_first_process():
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"{flag} {folder} is a file")
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    file, ended = folder / ".lock", threading.Event()
+    handle = take_lock(file, flag, wait)
+    threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        file.unlink(missing_ok=True)
+        handle.close()
+        for path in created:
+            try:
+                path.rmdir()
+            except OSError:  # it is not empty
+                break
+
+
+def take_lock(file: Path, flag: str, wait: bool) -> IO:
+    """Locks a file and writes this process into it. The system drops the lock of a process that dies."""
+    waited = False
+    while True:
+        handle = open(file, "a+")
+        handle.seek(0)
+        owner = handle.read()
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = owner_is_gone(file, owner)
+        except OSError as error:
+            free = error.errno not in (errno.EACCES, errno.EAGAIN)
+            if free:
+                warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        if free and file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+            break
+        handle.close()
+        if not free and not wait:
+            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
+        if not free and not waited:
+            warn(f"{file.parent} is in use by {owner}: waiting for its end")
+            waited = True
+        stop_if_asked("nothing was begun")
+        time.sleep(0 if free else 1)  # free, but another file: its owner has just removed it
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {platform.node()}")
+    handle.flush()
+    return handle
+
+
+def owner_is_gone(file: Path, owner: str) -> bool:
+    """Whether the process that a lock names has ended, although its lock is free: some network file systems keep locks
+    on one machine only. A live owner changes the file's date."""
+    if not owner or owner.endswith(f" on {platform.node()}"):
+        return True
+    warn(f"{file} names {owner}: watching it for {2 * LOCK_BEAT} s")
+    date = file.stat().st_mtime_ns
+    time.sleep(2 * LOCK_BEAT)
+    return not file.exists() or file.stat().st_mtime_ns == date
+
+
+def show_life(file: Path, ended: threading.Event) -> None:
+    while not ended.wait(LOCK_BEAT):
+        if file.exists():
+            os.utime(file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Shared: arguments and files (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2067,14 +2333,21 @@ def push_to_hub(
 RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
 YAML_NULL = ("", "~", "null", "Null", "NULL")
 RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
+DAMAGE = (OSError, ValueError, LookupError, TypeError)  # what readers raise on a damaged file
+UNFINISHED = "UNFINISHED"  # stands in a folder of data files while they are written
 
 
 class OneLineParser(TrlParser):
-    """TrlParser that ends every usage error in one line. It ignores the metadata that is ours, not argparse's."""
+    """TrlParser that ends every usage error in one line. A flag with a `group`, and those after it, stand under that
+    title in --help. Metadata that is ours, not argparse's, is left out."""
+
+    group = None
 
     def add_argument(self, *names, **options):
+        if title := options.pop("group", None):
+            self.group = self.add_argument_group(title)
         options = {key: value for key, value in options.items() if key not in (*RANGES, "may_change")}
-        return super().add_argument(*names, **options)
+        return self.group.add_argument(*names, **options) if self.group else super().add_argument(*names, **options)
 
     def error(self, message: str):
         # argparse names both spellings of a flag: --lr_scheduler/--lr-scheduler.
@@ -2084,7 +2357,8 @@ class OneLineParser(TrlParser):
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
     words = sys.argv[1:] if words is None else words
-    parser = OneLineParser(ScriptArguments, allow_abbrev=False)
+    layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = OneLineParser(ScriptArguments, allow_abbrev=False, **layout)
     parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")
     arguments = vars(parser.parse_args([*(parser.parse_known_args(words)[0].config or []), *words]))
     return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
@@ -2111,6 +2385,8 @@ def check_ranges(args: "ScriptArguments") -> None:
     """Exits with one line if a value is outside the range that its flag's metadata gives."""
     for spec in fields(args):
         value = getattr(args, spec.name)
+        if isinstance(value, float) and not np.isfinite(value):
+            raise SystemExit(f"--{spec.name} {value}: must be a finite number")
         for limit in RANGES.keys() & spec.metadata.keys():
             if value is not None and not RANGES[limit](value, spec.metadata[limit]):
                 raise SystemExit(f"--{spec.name} {value}: must be {RANGE_WORDS[limit]} {spec.metadata[limit]}")
@@ -2127,20 +2403,184 @@ def progress_bar(*arguments, **options) -> tqdm:
     return tqdm(*arguments, **pause, **options)
 
 
+class Damaged(Exception):
+    """A file that does not hold what was written into it. `file`: its path."""
+
+    def __init__(self, file: Path):
+        super().__init__(f"{file} is damaged")
+        self.file = file
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Gives the name of a temporary file, which takes the place of `file` when the block ends, after its content has
+    reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
+    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, file)
+        sync(file.parent)  # the name, too, is on the disk
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Writes a whole file, or leaves it as it was."""
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(file: Path, text: str) -> None:
-    """Writes under a temporary name, then renames: nobody sees half a file."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+    write_bytes(file, text.encode())
+
+
+def write_json(file: Path, record: dict) -> None:
+    """Writes a JSON file with a checksum, which `read_json` verifies."""
+    write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
+
+
+def read_json(file: Path) -> dict:
+    """What `write_json` wrote, without its checksum; {} if there is no such file. Raises Damaged for other content."""
+    if not file.exists():
+        return {}
+    try:
+        record = json.loads(file.read_bytes())
+        if record.pop("checksum") == json_checksum(record):
+            return record
+    except (ValueError, LookupError, AttributeError, TypeError):
+        pass
+    raise Damaged(file)
+
+
+def json_checksum(record: dict) -> str:
+    return short_hash(json.dumps(record, sort_keys=True))
+
+
+def is_empty(folder: Path) -> bool:
+    """True if a folder holds nothing but this run's lock."""
+    return not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir())
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Removes what killed runs left in a folder that this run has locked."""
+    for path in list(folder.rglob(".*.tmp*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it may have been in such a folder
+
+
+warned: set[str] = set()
+
+
+def warn(text: str) -> None:
+    """A line on the console, once, and from the first process only."""
+    if is_first_process() and text not in warned:
+        warned.add(text)
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_dataset_folder(flag: str, folder: str, columns: bool = True) -> None:
+    """Exits with one line if a local dataset is not whole: its build was interrupted, or a file is missing, unreadable
+    or damaged. `columns`: reads the columns, too, and verifies their checksums; else only the list of files."""
+    if not os.path.isdir(folder):
+        return
+    again = "run the command that wrote it again"
+    for mark in sorted(Path(folder).rglob(UNFINISHED)):
+        raise SystemExit(f"{flag} {folder}: {mark.parent} is unfinished: {again}")
+    files = sorted(file for file in Path(folder).rglob("*.parquet") if "work" not in file.relative_to(folder).parts)
+    series = {}
+    for file in files:
+        if match := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.parquet", file.name):
+            series.setdefault((file.parent, match[1]), {}).setdefault(int(match[3]), set()).add(int(match[2]))
+    for (parent, name), found in series.items():
+        if len(found) > 1:
+            kinds = " and ".join(f"{name}-*-of-{total:05d}.parquet" for total in sorted(found))
+            raise SystemExit(f"{flag} {folder}: {parent} holds files of two datasets, {kinds}: remove those of one")
+        for total, numbers in found.items():
+            if numbers != set(range(total)):
+                have = f"{len(numbers)} of the {total} files {name}-*-of-{total:05d}.parquet"
+                raise SystemExit(f"{flag} {folder}: {parent} holds {have}: {again}, or fetch the dataset again")
+    for file in progress_bar(files if columns else [], desc="check data", unit="file", delay=5):
+        if not is_whole(file):
+            raise SystemExit(f"{flag} {folder}: {file} is damaged: {again}, or fetch the file again")
+
+
+def is_whole(file: Path) -> bool:
+    """Reads a Parquet file and verifies the checksums of its pages, where it has them."""
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
+            return rows == parquet.metadata.num_rows
+    except (pa.ArrowException, *DAMAGE) as error:
+        if getattr(error, "errno", None):  # the disk, not the content
+            raise
+        return False
 
 
 def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and dates of a folder's files: of a model, or of a dataset without what is written
-    again at every run (card, pictures, statistics) and without the work shards."""
-    files = [(file.relative_to(folder), file.stat()) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    """A hash of the names, sizes and content of a folder's files, whatever their dates: of a model, or of a dataset
+    without what is written again at every run (card, pictures, statistics) and without the work shards. Of a large
+    file it reads blocks that are spread over it, the last one included."""
     others = ("work", "README.md", "grid.png", "figures", "statistics.json")
-    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files if name.parts[0] not in others]
-    return short_hash("|".join(stats))
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in files if file.relative_to(folder).parts[0] not in others]
+    blocks = max(1, min(64, 4096 // max(len(files), 1)))
+    return short_hash("|".join(f"{file.relative_to(folder)}:{sampled_digest(file, blocks)}" for file in files))
+
+
+def sampled_digest(file: Path, blocks: int, block_size: int = 2**16) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    digest.update(str(size).encode())
+    with open(file, "rb") as handle:
+        last = max(size - block_size, 0)
+        whole = size <= blocks * block_size
+        for start in range(0, max(size, 1), block_size) if whole else np.linspace(0, last, blocks + 1)[1:].astype(int):
+            handle.seek(start)
+            digest.update(handle.read(block_size))
+    return digest.hexdigest()
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """A picture of any kind as 8-bit RGB: 16 bits keep their brightness, what is transparent becomes white. Raises
+    ValueError for pixels whose range is not known."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F" or image.mode.startswith("I") and max(image.getextrema()) > 65535:
+        raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
+    if image.mode.startswith("I"):
+        return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        warn("transparent images get a white background")
+        image = image.convert("RGBA")
+        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def file_digest(file: Path) -> str:
+    """A hash of the whole content of a file."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
 def short_hash(data: str | bytes) -> str:
@@ -2155,5 +2595,4 @@ def local_cache(folder: str) -> str | None:
 
 
 if __name__ == "__main__":
-    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
-    main(parse_arguments())
+    run_script(main)

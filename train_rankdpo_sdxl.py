@@ -28,19 +28,24 @@ The method is in `rankdpo_loss`, `training_step` and `train`; sections named Sha
 """
 
 import argparse
+import errno
+import fcntl
 import gc
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import logging
 import operator
 import os
+import platform
 import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,14 +57,19 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import IO, Literal
 
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load ends without a traceback
 # bitsandbytes warns at every start that an optional kernel is missing, which nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 import yaml
@@ -86,7 +96,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from PIL import Image as PILImage
 from PIL import ImageOps
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.amp import GradScaler
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -108,7 +118,8 @@ CARD_END = "<!-- End of what train_rankdpo_sdxl.py wrote. -->"
 
 
 def flag(default, help: str, **metadata):
-    """A field with its help, its range (see RANGES) and `may_change`: whether a resumed run may set it differently."""
+    """A field with its help, its range (see RANGES), `may_change`: whether a resumed run may set it differently, and
+    `group`: the title of the flags from here on in --help."""
     kind = "default_factory" if callable(default) else "default"
     return field(**{kind: default}, metadata={"help": help, **metadata})
 
@@ -117,12 +128,10 @@ def flag(default, help: str, **metadata):
 class TrainingArguments:
     """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
 
-    # Model
-    revision: str | None = flag(None, "Revision of the model on the Hub.")
+    revision: str | None = flag(None, "Revision of the model on the Hub.", group="Model")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
     rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
-    # Data
-    dataset_name: str | None = flag(None, "Dataset with the images: Hub id or folder. Required.")
+    dataset_name: str | None = flag(None, "Dataset with the images: Hub id or folder. Required.", group="Data")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.")
     dataset_split: str = flag("train", "Split of the dataset.")
@@ -131,8 +140,9 @@ class TrainingArguments:
     vae_batch_size: int = flag(4, "Images per forward pass of the VAE.", min=1, may_change=True)
     dataloader_num_workers: int = flag(0, "Processes that read the data ahead.", min=0, may_change=True)
     proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
-    # Training
-    noise: Literal["prompt", "image"] = flag("prompt", "One noise for all images of a row, or one for each image.")
+    noise: Literal["prompt", "image"] = flag(
+        "prompt", "One noise for all images of a row, or one for each image.", group="Training"
+    )
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
     safeguard: float | None = flag(
         None, "Diffusion-SDPO's mu, e.g. 0.6: weakens the losers' gradients that would harm the winner.", min=0, max=1
@@ -154,14 +164,16 @@ class TrainingArguments:
     adam_weight_decay: float = flag(1e-2, "AdamW's weight decay.", min=0)
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", min=0)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", above=0)
+    max_skipped_steps: int = flag(10, "Steps in a row without a finite loss to skip.", min=0, may_change=True)
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward pass.")
     allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 matrix products.")
     gradient_checkpointing: bool = flag(False, "Less memory, about a quarter more computation.", may_change=True)
     checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints.", min=1, may_change=True)
     checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", min=1, may_change=True)
     resume_from_checkpoint: str | None = flag(None, "A checkpoint's folder, or latest (if any).", may_change=True)
-    # Validation, trackers, Hub
-    validation_prompts: list[str] | None = flag(None, "Gallery; default: the first four prompts.", may_change=True)
+    validation_prompts: list[str] | None = flag(
+        None, "Gallery; default: the first four prompts.", may_change=True, group="Validation, trackers, Hub"
+    )
     validation_steps: int | None = flag(None, "Also draw the gallery every N optimizer steps.", min=1, may_change=True)
     validation_num_inference_steps: int = flag(30, "Denoising steps of the gallery.", min=1, may_change=True)
     validation_guidance_scale: float = flag(5.0, "Guidance scale of the gallery.", may_change=True)
@@ -182,6 +194,11 @@ class TrainingArguments:
             raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise SystemExit("--mixed_precision fp16 needs a GPU: use bf16 or no")
+        if self.report_to not in ("all", "none", "no"):
+            if self.report_to not in ("tensorboard", "wandb", "trackio"):
+                raise SystemExit(f"--report_to {self.report_to}: choose tensorboard, wandb, trackio, all or none")
+            if not importlib.util.find_spec(self.report_to):
+                raise SystemExit(f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}")
         for name, given in (("sft_weight", self.sft_weight > 0), ("safeguard", self.safeguard is not None)):
             if given and self.loss_type in UNUSED_BY[name]:
                 raise SystemExit(f"--{name}: --loss_type {self.loss_type} does not use it: leave it out")
@@ -230,7 +247,7 @@ class ScriptArguments(RankDPOArguments):
         "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix; it runs in the mixed precision. The model's own runs in "
         "float32, because it overflows in fp16.",
     )
-    resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=8)
+    resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=8, max=8192)
     time_ids: Literal["resolution", "image"] = flag(
         "resolution", "Micro-conditioning: the resolution for all images, or each image's original size and crop."
     )
@@ -482,25 +499,29 @@ def train(
                 with accelerator.autocast():
                     loss, metrics = training_step(model, unwrapped, noise_scheduler, batch, args)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / args.gradient_accumulation_steps
-        lr = lr_scheduler.get_last_lr()[0]
-        if not accelerator.optimizer_step_was_skipped:
-            lr_scheduler.step()
+        totals["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        totals["stop"] = torch.full_like(totals["grad_norm"], len(stop_signals))
 
-        # The only synchronisation of an optimizer step: all metrics of all processes in one reduction.
-        totals["grad_norm"] = grad_norm
+        # The only synchronisation of an optimizer step: all metrics of all processes in one reduction. It comes before
+        # the update, so that a step without a finite loss and gradient can be skipped: by all processes alike.
         values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
-        log.write(step, dict(zip(totals, values), lr=lr))
+        logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
+        stopping = logs.pop("stop") > 0
+        if log.write(step, logs) or accelerator.scaler:  # with fp16 the scaler itself skips, and lowers the loss scale
+            optimizer.step()
+            if not accelerator.optimizer_step_was_skipped:
+                lr_scheduler.step()
+        optimizer.zero_grad()
 
-        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
-            save_checkpoint(args, step, unwrapped, optimizer, lr_scheduler, accelerator.scaler)
+        due = step % args.checkpointing_steps == 0 or step == run.max_train_steps or stopping
+        if accelerator.is_main_process and due:
+            save_checkpoint(args, run, step, unwrapped, optimizer, lr_scheduler)
             if args.push_to_hub:
-                upload_checkpoint(args, run, step)
+                upload_checkpoint(args, run, step, wait=stopping)
+        if stopping and step < run.max_train_steps:
+            end_stopped_run(args, run, step)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
             log_images(accelerator, validator.prompts, validator(unwrapped), step)
             log.step_ended = time.time()  # drawing does not count as training
@@ -529,11 +550,12 @@ def main(args: ScriptArguments) -> None:
     dataset = load_ranked_dataset(args)
     labels = make_labels(args, dataset)
     k = len(labels[0]["images"])
-    run = plan_run(args, accelerator, len(labels), k, {"labels": hash_of_labels(labels)})
+    identity = {"labels": hash_of_labels(labels), "images": images_key(args, dataset, labels)}
+    run = plan_run(args, accelerator, len(labels), k, identity)
     run.rewards = label_rewards(args, dataset)
     run.description = f"{len(labels)} prompts x {k} images"
     images = stored_images(args, dataset, labels)
-    cache = LatentCache(args, cache_key(args, dataset, labels), len(labels), accelerator)
+    cache = LatentCache(args, cache_key(args, identity["images"]), len(labels), accelerator)
     check_images(images, cache)
     facts = {"prompts": f"{len(labels)} x {k} images", "data": data_identity(dataset, run.settings["labels"])}
     if begin_run(args, run):  # False: the run is finished already
@@ -580,10 +602,12 @@ def load_ranked_dataset(args: ScriptArguments) -> Dataset:
     """Loads and checks the dataset's table; no image is decoded yet. Exits with one line that names what is wrong."""
     where, options = f"--dataset_name {args.dataset_name}", {"split": args.dataset_split}
     options |= {"revision": args.dataset_revision, "cache_dir": local_cache(args.dataset_name)}
+    fresh = options["cache_dir"] and not os.path.isdir(options["cache_dir"])
+    check_dataset_folder("--dataset_name", args.dataset_name, columns=fresh)
     try:
         dataset = load_dataset(args.dataset_name, args.dataset_config_name, **options)
     except Exception as error:
-        raise SystemExit(f"{where}: cannot be loaded: {one_line(error)}") from None
+        raise load_problem(where, error.__cause__ or error) from None
     have = ", ".join(dataset.column_names) or "none"
     for name in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
         if (column := getattr(args, name)) not in dataset.column_names:
@@ -646,11 +670,26 @@ def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
         label = {"id": str(prompt_id), "prompt": row[args.prompt_column], "images": images}
         label |= {"weight": weight} if weighted else {}
         labels.append({**label, "phi": np.array(phi, dtype=np.float32), "rank": np.array(rank, dtype=np.int64)})
+    check_order(args, labels)
     if weighted:
         mean = np.mean([label["weight"] for label in labels]) or 1.0  # all weights are 0
         for label in labels:
             label["weight"] = np.array(label["weight"] / mean, dtype=np.float32)
     return labels
+
+
+def check_order(args: ScriptArguments, labels: list[dict]) -> None:
+    """Says how much of the dataset teaches anything; exits with one line if nothing does."""
+    pairs = sum(len(row["phi"]) * (len(row["phi"]) - 1) for row in labels)
+    ordered = sum((row["phi"][:, None] != row["phi"]).sum() for row in labels)
+    if args.loss_type in ("sft", "weighted_sft", "plackett_luce"):
+        return
+    without = sum(len(set(row["phi"].tolist())) == 1 for row in labels)
+    if ordered == 0:
+        problem = f"--dataset_name {args.dataset_name}: the images of all {without} prompts are equally preferred"
+        raise SystemExit(f"{problem}: there is no order to learn")
+    if is_first_process():
+        print(f"{ordered / pairs:.1%} of the pairs of images have an order; {without} prompts have none")
 
 
 def hash_of_labels(labels: list[dict]) -> str:
@@ -674,17 +713,20 @@ def label_source(args: ScriptArguments) -> str:
 def stored_labels(args: ScriptArguments, row: dict, n_images: int) -> tuple[list[float], list[int]]:
     """The row's own preferences and ranks; a ValueError says what is wrong with them, or with the prompt."""
     prompt, phi, rank = row[args.prompt_column], row[args.preference_column], row.get(args.rank_column)
-    if not prompt or not prompt.strip():
-        raise ValueError("the prompt is empty: remove the row")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("the prompt is empty or no text: remove the row")
     if n_images < 2:
         raise ValueError(f"it has {n_images} image: a preference needs at least 2 images per prompt")
-    if phi is None or len(phi) != n_images or any(value is None or value != value for value in phi):
+    if not isinstance(rank, (list, type(None))):
+        raise ValueError(f"`{args.rank_column}` is {rank!r}: it must be a list, one rank for each image")
+    numbers = isinstance(phi, list) and all(isinstance(value, (int, float)) and value == value for value in phi)
+    if not numbers or len(phi) != n_images:
         raise ValueError(f"`{args.preference_column}` must give one number for each of the {n_images} images")
     if min(phi) < 0 or max(phi) > 1:
         raise ValueError(f"`{args.preference_column}` {phi} is outside [0, 1]")
     if rank is None:
         return phi, np.argsort(np.argsort(-np.array(phi), kind="stable"), kind="stable") + 1
-    is_permutation = None not in rank and sorted(rank) == list(range(1, n_images + 1))
+    is_permutation = all(isinstance(r, int) for r in rank) and sorted(rank) == list(range(1, n_images + 1))
     if not is_permutation or (np.diff(np.array(phi)[np.argsort(rank)]) > 0).any():
         rule = "it must be a permutation of 1…k that never puts a less preferred image first"
         raise ValueError(f"`{args.rank_column}` {list(rank)} contradicts `{args.preference_column}` {phi}: {rule}")
@@ -727,18 +769,23 @@ def count_images(dataset: Dataset, column: str) -> list[int]:
     return [count for table in batches for count in pc.list_value_length(table[column]).fill_null(0).to_pylist()]
 
 
-def cache_key(args: ScriptArguments, dataset: Dataset, labels: list[dict]) -> str:
-    """Hash of everything that latents and embeddings depend on, so not of labels and hyperparameters."""
+def images_key(args: ScriptArguments, dataset: Dataset, labels: list[dict]) -> str:
+    """Hash of what identifies the images and prompts: their content, wherever the dataset lies."""
+    local = os.path.isdir(args.dataset_name)
     parts = [
-        CACHE_VERSION,
-        dataset._fingerprint,
-        folder_digest(args.dataset_name) if os.path.isdir(args.dataset_name) else None,
+        folder_digest(args.dataset_name) if local else dataset._fingerprint,
+        [label["id"] for label in labels],
         args.images_column,
         args.prompt_column,
         labels[0]["images"] if args.generators is None else [label["images"] for label in labels],
-        *encoding_settings(args),
     ]
     return short_hash(json.dumps(parts))
+
+
+def cache_key(args: ScriptArguments, images: str) -> str:
+    """Hash of everything that latents and embeddings depend on, so not of labels and hyperparameters. `images`: of
+    `images_key`."""
+    return short_hash(json.dumps([CACHE_VERSION, images, args.cache_text_embeddings, *encoding_settings(args)]))
 
 
 def stored_images(args: ScriptArguments, dataset: Dataset, labels: list[dict]) -> "StoredImages":
@@ -877,11 +924,8 @@ def export_lora(model: UNet2DConditionModel, output_dir: Path) -> None:
 
 def save_comfyui_lora(model: UNet2DConditionModel, file: Path) -> None:
     """Writes the LoRA under ComfyUI's keys."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
-    temporary = file.with_suffix(".tmp")
-    save_file(comfyui_state_dict(state_dict), temporary, metadata={"format": "pt"})
-    publish_file(temporary, file)
+    write_bytes(file, save(comfyui_state_dict(state_dict), metadata={"format": "pt"}))
 
 
 def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -941,7 +985,6 @@ def encoding_settings(args: ScriptArguments) -> list:
         model_fingerprint(args.pretrained_model_name_or_path, "model_index.json", args.revision),
         args.variant,
         vae and model_fingerprint(vae, "config.json"),
-        args.cache_text_embeddings,
         args.resolution,
         str(args.weight_dtype),
     ]
@@ -976,8 +1019,10 @@ def unet_usage(args: ScriptArguments) -> dict:
 
 
 CACHE_SHARD_ROWS = 64  # dataset rows per cache file: a crash loses at most these
-CACHE_VERSION = 2
+CACHE_VERSION = 3
+EMPTY_PROMPT = "empty-prompt"  # the cache file of its embeddings
 LORA_FILE = "pytorch_lora_weights.safetensors"
+STATE_FILE = "training_state.pt"
 LOG_FILE = "training_log.jsonl"
 CARD_FACTS = ("base_model", "datasets", "widget")  # the keys of the card's front matter that a run writes again
 
@@ -1024,7 +1069,8 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, length: int, image
     settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata.get("may_change")}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
-    settings |= {**identity, "global_batch_size": rows_per_step}
+    settings |= {**identity, "model_files": short_hash(json.dumps(encoding_settings(args)))}
+    settings |= {"global_batch_size": rows_per_step}
     checkpoint = check_output_dir(args, settings)
     start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * length / rows_per_step))
@@ -1036,33 +1082,59 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, length: int, image
 def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
     """Refuses a folder that holds another run; returns the checkpoint to resume from, if any."""
     output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint
-    if output_dir.exists() and not output_dir.is_dir():
-        raise SystemExit(f"--output_dir {output_dir} is a file")
     here, checkpoints = f"--output_dir {output_dir} holds", list_checkpoints(output_dir)
-    finished = (output_dir / LORA_FILE).exists()
-    if (output_dir / "run.json").exists():
-        previous = json.loads((output_dir / "run.json").read_text())
-        changed = [name for name, value in settings.items() if previous.get(name) != value]
-        if changed and (checkpoints or finished):
-            name = min(changed, key=lambda name: name not in previous)
-            other = f"of another version of this script, which had no {name}"
-            if name in previous:
-                other = f"with {name} {previous[name]}, not {settings[name]}"
-            raise SystemExit(f"{here} a run {other}: choose another folder")
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
+    has_lora = (output_dir / LORA_FILE).exists()
+    check_card(output_dir / "README.md")
+    try:
+        previous = read_json(output_dir / "run.json")
+    except Damaged as error:
+        warn(f"{error}: it is written again")  # the checkpoints, too, know which run they are of
+        previous = settings
+    changed = [name for name, value in settings.items() if previous.get(name) != value]
+    if previous and changed and (checkpoints or has_lora):
+        name = min(changed, key=lambda name: name not in previous)
+        other = f"of another version of this script, which had no {name}"
+        if name in previous:
+            other = f"with {name} {previous[name]}, not {settings[name]}"
+        raise SystemExit(f"{here} a run {other}: choose another folder")
+    if not previous and not is_empty(output_dir):
         raise SystemExit(f"{here} other files: choose another folder")
     if resume is None:
-        if checkpoints or finished:
+        if checkpoints or has_lora:
             hint = "add --resume_from_checkpoint latest to continue it, or choose another folder"
             raise SystemExit(f"{here} this run's results already: {hint}")
         return None
     if resume == "latest":
-        if finished and not checkpoints:
+        if has_lora and not checkpoints:
             raise SystemExit(f"{here} a LoRA but no checkpoint to continue from")
-        return checkpoints[-1] if checkpoints else None
-    if Path(resume).resolve() not in [path.resolve() for path in checkpoints]:
+    elif Path(resume).resolve() not in [path.resolve() for path in checkpoints]:
         raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
-    return Path(resume)
+    else:
+        checkpoints = [Path(resume)]
+    for checkpoint in reversed(checkpoints):
+        record = checkpoint_record(checkpoint)
+        if record.get("run", run_id(settings)) != run_id(settings):
+            raise SystemExit(f"{checkpoint} is of another run: remove it, or choose another folder")
+        if record:
+            return checkpoint
+        problem = f"{checkpoint} is damaged"
+        if resume != "latest":
+            raise SystemExit(f"{problem}: --resume_from_checkpoint latest takes the newest whole one")
+        warn(f"{problem}: the one before it is taken, if there is one")
+    return None
+
+
+def run_id(settings: dict) -> str:
+    return short_hash(json.dumps(settings, sort_keys=True))
+
+
+def checkpoint_record(folder: Path) -> dict:
+    """What a checkpoint says of itself, if all of its files are as they were written; else {}."""
+    try:
+        record = read_json(folder / "checkpoint.json")
+        return record if all(file_digest(folder / name) == digest for name, digest in record["files"].items()) else {}
+    except (Damaged, LookupError, FileNotFoundError):
+        return {}
 
 
 def begin_run(args: ScriptArguments, run: Run) -> bool:
@@ -1071,18 +1143,41 @@ def begin_run(args: ScriptArguments, run: Run) -> bool:
     accelerator.wait_for_everyone()  # no process writes before all have checked
     if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
         args.hub_model_id = create_repo(args.hub_model_id or output_dir.resolve().name, "model", args.hub_private_repo)
-    if run.start_step == run.max_train_steps and (output_dir / "README.md").exists():  # the card is written last
+    finished = run.start_step == run.max_train_steps and is_finished(run, output_dir)
+    accelerator.wait_for_everyone()
+    if finished:
         accelerator.print(f"{output_dir} is trained already: {run.max_train_steps} steps")
         if args.push_to_hub and accelerator.is_main_process:
             upload(args, output_dir)
         return False
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for stale in output_dir.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(stale)
-        record = json.dumps({**run.settings, "rewards": run.rewards}, indent=2)
-        write_text(output_dir / "run.json", record + "\n")
+        remove_temporary_files(output_dir)
+        write_run_record(run, output_dir)
     return True
+
+
+def write_run_record(run: Run, output_dir: Path, finished: dict | None = None) -> None:
+    """Writes run.json: the settings, the rewards that made the labels, and, once the LoRA is written, `finished`."""
+    record = {**run.settings, "rewards": run.rewards, **({"finished": finished} if finished else {})}
+    write_json(output_dir / "run.json", record)
+
+
+def result_files(output_dir: Path) -> dict[str, str]:
+    """The files of a finished run, by name: their digests. Not the card, which people edit."""
+    files = [output_dir / LORA_FILE, *output_dir.glob("comfyui/*.safetensors"), *output_dir.glob("images/*.png")]
+    return {file.relative_to(output_dir).as_posix(): file_digest(file) for file in sorted(files) if file.exists()}
+
+
+def is_finished(run: Run, output_dir: Path) -> bool:
+    """Whether LoRA, gallery and card of the run's last step are in place, as they were written."""
+    try:
+        finished = read_json(output_dir / "run.json").get("finished", {})
+    except Damaged:
+        return False
+    card = output_dir / "README.md"
+    if finished.get("step") != run.max_train_steps or not card.exists():
+        return False
+    return finished["files"] == result_files(output_dir) and CARD_END in card.read_text()
 
 
 def read_config(args: ScriptArguments, file: str, flag: str = "pretrained_model_name_or_path") -> dict:
@@ -1121,6 +1216,7 @@ class StoredImages(torch.utils.data.Dataset):
             try:
                 with open_image(stored) as image:
                     image.draft("RGB", (64, 64))
+                    to_rgb(image)
                     image.load()
             except Exception as error:
                 return f"{name} does not decode: {one_line(error)}"
@@ -1141,7 +1237,7 @@ def resize_and_crop(stored: dict, resolution: int) -> tuple[torch.Tensor, list[i
     """Resizes the shorter side of an image, {"bytes", "path"}, to `resolution` and crops the centre. Returns uint8
     pixels (3, resolution, resolution) and [original height, original width, crop top, crop left]."""
     with open_image(stored) as opened:
-        picture = ImageOps.exif_transpose(opened).convert("RGB")
+        picture = to_rgb(ImageOps.exif_transpose(opened))
     original = [picture.height, picture.width]
     picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
     top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
@@ -1149,34 +1245,52 @@ def resize_and_crop(stored: dict, resolution: int) -> tuple[torch.Tensor, list[i
 
 
 class LatentCache:
-    """Latents and prompt embeddings on disk, CACHE_SHARD_ROWS rows a file, whatever the number of processes."""
+    """Latents and prompt embeddings on disk, CACHE_SHARD_ROWS rows a file, whatever the number of processes. The name
+    of a file ends with a hash of its content."""
 
     def __init__(self, args: ScriptArguments, key: str, length: int, accelerator: Accelerator):
-        self.folder, self.length = Path(args.cache_dir) / key, length
-        self.empty_prompt = self.folder / "empty-prompt.safetensors"  # its embeddings
+        self.folder, self.length, self.verified = Path(args.cache_dir) / key, length, set()
         # Files belong to processes by number, not by what is missing: processes check at different times.
         self.owned = range(accelerator.process_index, -(-length // CACHE_SHARD_ROWS), accelerator.num_processes)
+        self.find()
+
+    def find(self) -> None:
+        """Lists the files, by their names without the hash."""
+        self.files = {file.stem.rpartition("-")[0]: file for file in sorted(self.folder.glob("*.safetensors"))}
 
     def rows(self, shard: int) -> range:
         return range(shard * CACHE_SHARD_ROWS, min((shard + 1) * CACHE_SHARD_ROWS, self.length))
 
-    def file(self, shard: int) -> Path:
-        """Named by number and rows: with more data, the last file is another one."""
-        return self.folder / f"shard-{shard:06d}-{len(self.rows(shard))}.safetensors"
+    def name(self, shard: int) -> str:
+        """Number and rows: with more data, the last file is another one."""
+        return f"shard-{shard:06d}-{len(self.rows(shard))}"
 
     def missing(self) -> list[int]:
-        """The files of this process that do not exist yet."""
-        return [shard for shard in self.owned if not self.file(shard).exists()]
+        """The files of this process that do not exist yet. A damaged one is removed, to be made again."""
+        hidden = all(self.files.get(self.name(shard)) in self.verified for shard in self.owned)
+        owned = progress_bar(self.owned, desc="check cache", unit="file", delay=5, disable=hidden)
+        return [shard for shard in owned if not self.has(self.name(shard))]
 
-    def write(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".tmp{os.getpid()}")
-        save_file(tensors, temporary)
-        publish_file(temporary, file)
+    def has(self, name: str) -> bool:
+        """Whether there is such a file, and it holds what was written into it."""
+        file = self.files.get(name)
+        if file is None or file in self.verified:
+            return file is not None
+        if file_digest(file) == file.stem.rpartition("-")[2]:
+            self.verified.add(file)
+            return True
+        print(f"warning: {file} is damaged: it is made again", file=sys.stderr)
+        file.unlink()
+        del self.files[name]
+        return False
+
+    def write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        content = save(tensors)
+        write_bytes(self.folder / f"{name}-{short_hash(content)}.safetensors", content)
 
     def read(self, row: int) -> dict[str, torch.Tensor]:
         shard, offset = divmod(row, CACHE_SHARD_ROWS)
-        file = open_cache_file(self.file(shard))
+        file = open_cache_file(self.files[self.name(shard)])
         return {name: file.get_slice(name)[offset] for name in file.keys()}
 
 
@@ -1196,8 +1310,9 @@ def check_images(images: StoredImages, cache: LatentCache) -> None:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
         problems = pool.map(images.problem, rows)
         for problem in progress_bar(problems, desc="check images", total=len(rows), disable=len(rows) < 2000):
-            if problem:
+            if problem or stop_signals:
                 pool.shutdown(wait=False, cancel_futures=True)
+                stop_if_asked("nothing was begun")
                 raise SystemExit(problem)
 
 
@@ -1207,34 +1322,24 @@ def encode_dataset(
     """Writes what is missing of the cache, then frees the VAE and the text encoders. Returns a validator, in the main
     process, and the prompt encoder, if prompts are encoded at every step."""
     vae = load_vae(args).requires_grad_(False).eval().to(accelerator.device)
-    encode_prompts, missing = None, cache.missing()
-    if missing or accelerator.is_main_process or not args.cache_text_embeddings:
+    encode_prompts, is_main = None, accelerator.is_main_process
+    empty_prompt = is_main and needs_empty_embeds(args) and not cache.has(EMPTY_PROMPT)
+    if cache.missing() or is_main or not args.cache_text_embeddings:
         encode_prompts = PromptEncoder(args, accelerator.device)
-    if missing:
-        rows = [row for shard in missing for row in cache.rows(shard)]
-        workers, hidden = args.dataloader_num_workers, not accelerator.is_local_main_process
-        decoded = iter(torch.utils.data.DataLoader(images, batch_size=None, sampler=rows, num_workers=workers))
-        with progress_bar(total=len(rows), desc="encode", unit=ROW, disable=hidden) as bar:
-            for shard in missing:
-                items = []
-                for _ in cache.rows(shard):
-                    item = next(decoded)
-                    latents = encode_images(vae, item.pop("pixels"), args.vae_batch_size)
-                    items.append({**item, "latents": latents.to("cpu", args.weight_dtype)})
-                    bar.update()
-                tensors = {name: torch.stack([item[name] for item in items]).contiguous() for name in items[0]}
-                if args.cache_text_embeddings:
-                    prompts = [images.labels[row]["prompt"] for row in cache.rows(shard)]
-                    embeds = encode_in_batches(encode_prompts, prompts, args.weight_dtype)
-                    tensors |= {name: tensor.to("cpu").contiguous() for name, tensor in embeds.items()}
-                cache.write(cache.file(shard), tensors)
-    if accelerator.is_main_process and needs_empty_embeds(args) and not cache.empty_prompt.exists():
-        embeds = encode_in_batches(encode_prompts, [""], args.weight_dtype)
-        cache.write(cache.empty_prompt, {name: tensor[0].cpu() for name, tensor in embeds.items()})
+    if cache.missing() or empty_prompt:
+        with locked(cache.folder, "--cache_dir", wait=True):
+            cache.find()  # a run that wrote here meanwhile may have made it all
+            if is_main:
+                remove_temporary_files(cache.folder)
+            encode_shards(args, images, cache, vae, encode_prompts, hidden=not accelerator.is_local_main_process)
+            if empty_prompt:
+                embeds = encode_in_batches(encode_prompts, [""], args.weight_dtype)
+                cache.write(EMPTY_PROMPT, {name: tensor[0].cpu() for name, tensor in embeds.items()})
     accelerator.wait_for_everyone()
+    cache.find()  # with the files of the other processes
     vae.to("cpu")
-    validator, latents = None, None
-    if accelerator.is_main_process:
+    validator = None
+    if is_main:
         prompts = args.validation_prompts or list(dict.fromkeys(label["prompt"] for label in images.labels))[:4]
         validator = Validator(args, prompts, vae, encode_prompts, accelerator.device)
     if args.cache_text_embeddings:
@@ -1244,6 +1349,33 @@ def encode_dataset(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     return validator, encode_prompts
+
+
+def encode_shards(
+    args: ScriptArguments, images: StoredImages, cache: LatentCache, vae, encode_prompts: "PromptEncoder", hidden: bool
+) -> None:
+    """Writes the missing cache files of this process. `hidden`: without a progress bar."""
+    missing = cache.missing()
+    rows = [row for shard in missing for row in cache.rows(shard)]
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=None, sampler=rows, num_workers=args.dataloader_num_workers if rows else 0
+    )
+    decoded = iter(loader)
+    with progress_bar(total=len(rows), desc="encode", unit=ROW, disable=hidden or not rows) as bar:
+        for shard in missing:
+            items = []
+            for _ in cache.rows(shard):
+                item = next(decoded)
+                latents = encode_images(vae, item.pop("pixels"), args.vae_batch_size)
+                items.append({**item, "latents": latents.to("cpu", args.weight_dtype)})
+                bar.update()
+            tensors = {name: torch.stack([item[name] for item in items]).contiguous() for name in items[0]}
+            if args.cache_text_embeddings:
+                prompts = [images.labels[row]["prompt"] for row in cache.rows(shard)]
+                embeds = encode_in_batches(encode_prompts, prompts, args.weight_dtype)
+                tensors |= {name: tensor.to("cpu").contiguous() for name, tensor in embeds.items()}
+            cache.write(cache.name(shard), tensors)
+            stop_if_asked(f"what is encoded is in {cache.folder}: the same command goes on")
 
 
 @torch.no_grad()
@@ -1273,7 +1405,7 @@ class CachedRows(torch.utils.data.Dataset):
 
     def __init__(self, args: ScriptArguments, cache: LatentCache, labels: list[dict], noise_scheduler):
         self.args, self.cache, self.labels, self.noise_scheduler = args, cache, labels, noise_scheduler
-        self.empty_embeds = load_file(cache.empty_prompt) if needs_empty_embeds(args) else {}
+        self.empty_embeds = load_file(cache.files[EMPTY_PROMPT]) if needs_empty_embeds(args) else {}
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, row = key
@@ -1356,41 +1488,55 @@ def adapter_off(model: Module):
 
 def write_lora(pipeline_class: type, model: Module, folder: Path) -> None:
     """Writes `pytorch_lora_weights.safetensors` with peft keys and the adapter's metadata."""
-    temporary = folder / ".lora.tmp"
     metadata = model.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order differs from run to run
     layers = {f"{DENOISER}_lora_layers": get_peft_model_state_dict(model)}
-    pipeline_class.save_lora_weights(temporary, **layers, **{f"{DENOISER}_lora_adapter_metadata": metadata})
-    publish_file(temporary / LORA_FILE, folder / LORA_FILE)
-    shutil.rmtree(temporary)
-
-
-def publish_file(temporary: Path, file: Path) -> None:
-    temporary.chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
-    os.replace(temporary, file)
+    with TemporaryDirectory(prefix=".lora.tmp", dir=folder) as temporary:
+        pipeline_class.save_lora_weights(temporary, **layers, **{f"{DENOISER}_lora_adapter_metadata": metadata})
+        with replacing(folder / LORA_FILE) as file:
+            os.replace(Path(temporary, LORA_FILE), file)
+            file.chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
 
 
 def save_checkpoint(
-    args: ScriptArguments, step: int, model: Module, optimizer: Optimizer, lr_scheduler: LRScheduler, scaler: GradScaler
+    args: ScriptArguments, run: Run, step: int, model: Module, optimizer: Optimizer, lr_scheduler: LRScheduler
 ) -> None:
-    """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit."""
-    output_dir = Path(args.output_dir)
+    """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit. Its
+    checkpoint.json names the run, and the digests of the files."""
+    output_dir, scaler = Path(args.output_dir), run.accelerator.scaler
     folder, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_lora(model, temporary)
     state = {
         "optimizer": optimizer.state_dict(),
         "lr_scheduler": lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler else None,
     }
-    torch.save(state, temporary / "training_state.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_lora(model, temporary)
+        torch.save(state, content := BytesIO())
+        write_bytes(temporary / STATE_FILE, content.getbuffer())
+        digests = {name: file_digest(temporary / name) for name in (LORA_FILE, STATE_FILE)}
+        write_json(temporary / "checkpoint.json", {"step": step, "run": run_id(run.settings), "files": digests})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        sync(output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     if args.checkpoints_total_limit:
         others = [path for path in list_checkpoints(output_dir) if path != folder]
         for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
             shutil.rmtree(old)
+
+
+def end_stopped_run(args: ScriptArguments, run: Run, step: int) -> None:
+    """Ends all processes after a signal. The checkpoint of the step is written."""
+    run.accelerator.wait_for_everyone()
+    if run.pending_upload:
+        run.pending_upload.result()
+    run.accelerator.end_training()
+    stop_signals[:] = stop_signals or [signal.SIGTERM, 0.0]  # another process has received it
+    stop_if_asked(f"checkpoint-{step} is in {args.output_dir}: --resume_from_checkpoint latest goes on from there")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -1411,7 +1557,7 @@ def load_lora(folder: Path, model: Module) -> None:
 def load_training_state(folder: Path, optimizer: Optimizer, lr_scheduler: LRScheduler, scaler: GradScaler) -> None:
     """Restores optimizer, schedule and loss scale. There is no random state: timesteps, noise and order of the data are
     functions of seed and step."""
-    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     lr_scheduler.load_state_dict(state["lr_scheduler"])
     if scaler:
@@ -1432,30 +1578,39 @@ class TrainingLog:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             accelerator.init_trackers(PROJECT, config=config)
             file = Path(args.output_dir) / LOG_FILE
-            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-            whole = [line for line in lines if line.endswith("}\n")]
-            write_text(file, "".join(line for line in whole if json.loads(line)["step"] <= run.start_step))
+            write_text(file, "".join(earlier_log(file, run.start_step)))
             self.file = open(file, "a", buffering=1)
         hidden = not accelerator.is_local_main_process
         self.bar = progress_bar(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
         self.started = self.step_ended = time.time()
+        self.skipped = 0  # steps in a row
 
-    def write(self, step: int, logs: dict[str, float]) -> None:
-        """Logs one optimizer step; exits with one line if the loss or the gradient is not finite."""
+    def write(self, step: int, logs: dict[str, float]) -> bool:
+        """Logs one optimizer step. Returns whether its loss and gradient are finite, so that it counts; exits with one
+        line after too many steps that do not."""
         now = time.time()
         logs["images_per_second"] = self.run.rows_per_step * self.run.images_per_row / (now - self.step_ended)
         self.step_ended = now
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
         self.bar.update()
         self.run.accelerator.log(logs, step=step)
-        if self.run.accelerator.is_main_process:
-            self.file.write(json.dumps({"step": step, **logs}) + "\n")
-        # With fp16 the loss scaler skips a step whose gradient overflows; otherwise the weights are lost.
+        # With fp16 the loss scaler skips a step whose gradient overflows, while it looks for the scale.
         overflow = not np.isfinite(logs["grad_norm"]) and self.args.mixed_precision != "fp16"
-        if not np.isfinite(logs["loss"]) or overflow:
-            values = f"the loss is {logs['loss']}, the gradient's norm {logs['grad_norm']}"
-            hint = "Lower --learning_rate, or use --mixed_precision bf16"
-            raise SystemExit(f"step {step}: {values}; the last checkpoint is kept. {hint}")
+        finite = np.isfinite(logs["loss"]) and not overflow
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.run.accelerator.is_main_process:
+            known = {name: value if np.isfinite(value) else None for name, value in logs.items()}  # JSON has no NaN
+            self.file.write(json.dumps({"step": step, **known, **({} if finite else {"skipped": True})}) + "\n")
+        if self.skipped > self.args.max_skipped_steps:
+            self.give_up(step)
+        return bool(finite)
+
+    def give_up(self, step: int) -> None:
+        """Ends the run, with a command that may help."""
+        kept = [path.name for path in list_checkpoints(Path(self.args.output_dir))[-1:]] or ["no checkpoint"]
+        values = f"{self.skipped} steps in a row without a finite loss and gradient; {kept[0]} is kept"
+        other = f"--learning_rate {self.args.learning_rate / 2:g} --output_dir {self.args.output_dir}-2"
+        raise SystemExit(f"step {step}: {values}. To try half the learning rate: {training_command()} {other}")
 
     def close(self) -> float:
         """Returns the images per second of the whole training; 0 if there was no step left."""
@@ -1464,6 +1619,19 @@ class TrainingLog:
             self.file.close()
         images = (self.run.max_train_steps - self.run.start_step) * self.run.rows_per_step * self.run.images_per_row
         return images / (time.time() - self.started) if images else 0.0
+
+
+def earlier_log(file: Path, last_step: int) -> list[str]:
+    """The lines of a training log up to a step. A line that is damaged is left out."""
+    lines = {}
+    for line in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else ():
+        try:
+            step = json.loads(line)["step"]
+            if step <= last_step:
+                lines[int(step)] = line + "\n"
+        except (ValueError, LookupError, TypeError):
+            warn(f"{file} has a damaged line, which is left out")
+    return [lines[step] for step in sorted(lines)]
 
 
 class Validator:
@@ -1538,6 +1706,7 @@ def finish(args: ScriptArguments, run: Run, model: Module, validator: Validator,
     before, after = validator(model, lora=False), validator(model)
     log_images(run.accelerator, validator.prompts, after, run.max_train_steps)
     write_card(args, output_dir, validator.prompts, before, after, facts)
+    write_run_record(run, output_dir, {"step": run.max_train_steps, "files": result_files(output_dir)})
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
     if args.push_to_hub:
         if run.pending_upload:
@@ -1548,13 +1717,14 @@ def finish(args: ScriptArguments, run: Run, model: Module, validator: Validator,
 def write_card(args: ScriptArguments, output_dir: Path, prompts: list, before: list, after: list, facts: dict) -> None:
     """Writes the before/after gallery and the model card. `card_parts` gives what depends on method and model: `tags`,
     `datasets`, `introduction`, `facts`, how to `load` and `call` the pipeline, how to use the LoRA in `comfyui`."""
-    (output_dir / "images").mkdir(exist_ok=True)
+    shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
     widgets, gallery = [], ["| prompt | base | with this LoRA |", "|---|---|---|"]
     for i, (prompt, base, tuned) in enumerate(zip(prompts, before, after)):
-        base.save(output_dir / "images" / f"{i}_base.png")
-        tuned.save(output_dir / "images" / f"{i}.png")
+        for image, name in ((base, f"{i}_base.png"), (tuned, f"{i}.png")):
+            with replacing(output_dir / "images" / name) as file:
+                image.save(file, "PNG")
         widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
-        cell = prompt.replace("|", "\\|").replace("\n", " ")
+        cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
     model, parts, name = args.pretrained_model_name_or_path, card_parts(args, facts), output_dir.resolve().name
     datasets = [dataset for dataset in parts["datasets"] if dataset and not os.path.isdir(dataset)]
@@ -1566,8 +1736,7 @@ def write_card(args: ScriptArguments, output_dir: Path, prompts: list, before: l
         "tags": ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *parts["tags"]],
         "widget": widgets,
     }
-    body = f"""{CARD_BEGIN}
-# {name}
+    body = f"""# {name}
 
 {parts["introduction"]}
 
@@ -1607,9 +1776,8 @@ from the script's defaults, as a file for `--config`:
 ```yaml
 {changed_settings(args)}
 ```
-{CARD_END}
 """
-    write_text(output_dir / "README.md", make_card(front, body, output_dir / "README.md"))
+    write_text(output_dir / "README.md", make_card(front, card_block(body), output_dir / "README.md"))
 
 
 def base_license(model: str, revision: str | None) -> dict:
@@ -1674,13 +1842,15 @@ def upload(args: ScriptArguments, output_dir: Path) -> None:
     print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
 
 
-def upload_checkpoint(args: ScriptArguments, run: Run, step: int) -> None:
+def upload_checkpoint(args: ScriptArguments, run: Run, step: int, wait: bool) -> None:
     """Sends a checkpoint's LoRA in the background. It is skipped if an earlier one is still being sent: a later one, or
-    the final LoRA, replaces it."""
+    the final LoRA, replaces it. `wait`: not skipped."""
     if args.hub_strategy != "checkpoint" or step == run.max_train_steps:
         return
     if run.pending_upload and not run.pending_upload.done():
-        return
+        if not wait:
+            return
+        run.pending_upload.result()
     disable_progress_bars()  # they would be drawn over the bar of the training
     output_dir, name = Path(args.output_dir), f"checkpoint-{step}"
     # Read now: by the time they are sent, checkpoints_total_limit may have removed the folder.
@@ -1749,10 +1919,32 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
             response = getattr(error, "response", None)
             if response is None or response.status_code != 404:  # a self-hosted Hub may not know this question
                 raise
+        check_hub_card(repo_id, repo_type)
     except Exception as error:
         problem = f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}"
         raise SystemExit(f"{problem}; it takes a token with write access (hf auth login, or HF_TOKEN)") from None
     return repo_id
+
+
+def check_card(file: Path) -> None:
+    """Exits with one line if a card exists and cannot be read: at its end the run keeps what people wrote into it."""
+    try:
+        if file.exists():
+            RepoCard(file.read_text(), ignore_metadata_errors=False)
+    except (ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise SystemExit(f"{file} is no card that can be kept: {one_line(error)}: mend or remove it") from None
+
+
+def check_hub_card(repo_id: str, repo_type: str) -> None:
+    """The same for the card of a repository."""
+    head = retried(HfApi().repo_info, repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
+    if "README.md" in {file.rfilename for file in head.siblings}:
+        check_card(Path(retried(hf_hub_download, repo_id, "README.md", repo_type=repo_type, revision=head.sha)))
+
+
+def card_block(text: str) -> str:
+    """The part of a card that a run writes, between its marks; a prompt may hold anything, even a mark."""
+    return f"{CARD_BEGIN}\n{text.strip().replace('<!--', '<! --')}\n{CARD_END}\n"
 
 
 def make_card(front: dict, body: str, file: Path | None = None) -> str:
@@ -1809,6 +2001,163 @@ def push_to_hub(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Shared: start and stop (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+LOCK_BEAT = 20  # seconds between two signs of life of a lock's owner
+# Errors of the disk and of the system that say nothing about the script.
+SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+SYSTEM_ERRORS |= {errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ESTALE}
+stop_signals: list[int] = []  # that this process has received
+
+
+def run_script(main: Callable) -> None:
+    """Parses the flags, locks the output folder and runs `main`. An error of the disk ends in one line."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_stop_signal)
+    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
+    try:
+        args = parse_arguments()
+        check_folder_name(Path(args.output_dir))
+        with locked(Path(args.output_dir), "--output_dir"):
+            main(args)
+    except Exception as error:
+        if problem := system_problem(error):
+            raise SystemExit(problem) from None
+        raise
+
+
+def check_folder_name(folder: Path) -> None:
+    """Exits with one line if the name of the output folder cannot stand in patterns of files, cards and on the Hub."""
+    name = folder.resolve().name
+    if len(name.encode()) > 100 or not re.fullmatch(r"[^*?\[\]{}|<>\"'\\\x00-\x1f]+", name):
+        shown = repr(name[:110])
+        raise SystemExit(f"--output_dir: the name {shown} has over 100 bytes, or one of * ? [ ] {{ }} | < > \" ' \\")
+
+
+def on_stop_signal(number: int, frame) -> None:
+    """The first SIGTERM or Ctrl-C lets the script finish the step or batch in hand; a second one ends it at once."""
+    if stop_signals:
+        # A launcher passes a signal on that the whole group has received already: this is not a second one.
+        if time.monotonic() - stop_signals[1] > 2:
+            os._exit(128 + number)
+        return
+    stop_signals.extend((number, time.monotonic()))
+    if is_first_process():
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stops as soon as the work in hand is done; a second signal stops at once\n".encode())
+
+
+def stop_if_asked(kept: str) -> None:
+    """Ends the script if a signal has asked for that. `kept`: one line, what is kept and how to go on."""
+    if stop_signals:
+        if is_first_process():
+            print(f"stopped: {kept}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + stop_signals[0])
+
+
+def system_problem(error: BaseException) -> str | None:
+    """One line for an error of the disk or the system, or for one that it caused; None for others."""
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        number, text = getattr(error, "errno", None), one_line(error)
+        if match := re.search(r"(?:os error|errno) (\d+)", text):  # of a library that is not written in Python
+            number = int(match[1])
+        if number in SYSTEM_ERRORS:
+            break
+        error = error.__cause__ or error.__context__
+    else:
+        return None
+    path = Path(os.path.abspath(getattr(error, "filename", None) or "."))
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free, inodes = shutil.disk_usage(existing).free, os.statvfs(existing)
+    left = f"{free / 1e9:.3g} GB free" + (", no file can be added" if inodes.f_files and not inodes.f_favail else "")
+    where = f"{path} cannot be read or written" if getattr(error, "filename", None) else "reading or writing failed"
+    return f"{where}: {os.strerror(number)} ({existing}: {left}). Nothing is half-written: the same command goes on"
+
+
+def load_problem(what: str, error: Exception) -> BaseException:
+    """What to raise if a model cannot be loaded: one line, or the error itself if the disk or the system made it."""
+    return error if system_problem(error) else SystemExit(f"{what}: cannot be loaded: {one_line(error)}")
+
+
+@contextmanager
+def locked(folder: Path, flag: str, wait: bool = False) -> Iterator[None]:
+    """Keeps other runs out of a folder, on this machine or on others that share it. If one is there, exits with one
+    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind."""
+    if not is_first_process():
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"{flag} {folder} is a file")
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    file, ended = folder / ".lock", threading.Event()
+    handle = take_lock(file, flag, wait)
+    threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        file.unlink(missing_ok=True)
+        handle.close()
+        for path in created:
+            try:
+                path.rmdir()
+            except OSError:  # it is not empty
+                break
+
+
+def take_lock(file: Path, flag: str, wait: bool) -> IO:
+    """Locks a file and writes this process into it. The system drops the lock of a process that dies."""
+    waited = False
+    while True:
+        handle = open(file, "a+")
+        handle.seek(0)
+        owner = handle.read()
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = owner_is_gone(file, owner)
+        except OSError as error:
+            free = error.errno not in (errno.EACCES, errno.EAGAIN)
+            if free:
+                warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        if free and file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+            break
+        handle.close()
+        if not free and not wait:
+            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
+        if not free and not waited:
+            warn(f"{file.parent} is in use by {owner}: waiting for its end")
+            waited = True
+        stop_if_asked("nothing was begun")
+        time.sleep(0 if free else 1)  # free, but another file: its owner has just removed it
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {platform.node()}")
+    handle.flush()
+    return handle
+
+
+def owner_is_gone(file: Path, owner: str) -> bool:
+    """Whether the process that a lock names has ended, although its lock is free: some network file systems keep locks
+    on one machine only. A live owner changes the file's date."""
+    if not owner or owner.endswith(f" on {platform.node()}"):
+        return True
+    warn(f"{file} names {owner}: watching it for {2 * LOCK_BEAT} s")
+    date = file.stat().st_mtime_ns
+    time.sleep(2 * LOCK_BEAT)
+    return not file.exists() or file.stat().st_mtime_ns == date
+
+
+def show_life(file: Path, ended: threading.Event) -> None:
+    while not ended.wait(LOCK_BEAT):
+        if file.exists():
+            os.utime(file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Shared: arguments and files (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1817,14 +2166,21 @@ def push_to_hub(
 RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
 YAML_NULL = ("", "~", "null", "Null", "NULL")
 RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
+DAMAGE = (OSError, ValueError, LookupError, TypeError)  # what readers raise on a damaged file
+UNFINISHED = "UNFINISHED"  # stands in a folder of data files while they are written
 
 
 class OneLineParser(TrlParser):
-    """TrlParser that ends every usage error in one line. It ignores the metadata that is ours, not argparse's."""
+    """TrlParser that ends every usage error in one line. A flag with a `group`, and those after it, stand under that
+    title in --help. Metadata that is ours, not argparse's, is left out."""
+
+    group = None
 
     def add_argument(self, *names, **options):
+        if title := options.pop("group", None):
+            self.group = self.add_argument_group(title)
         options = {key: value for key, value in options.items() if key not in (*RANGES, "may_change")}
-        return super().add_argument(*names, **options)
+        return self.group.add_argument(*names, **options) if self.group else super().add_argument(*names, **options)
 
     def error(self, message: str):
         # argparse names both spellings of a flag: --lr_scheduler/--lr-scheduler.
@@ -1834,7 +2190,8 @@ class OneLineParser(TrlParser):
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
     words = sys.argv[1:] if words is None else words
-    parser = OneLineParser(ScriptArguments, allow_abbrev=False)
+    layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = OneLineParser(ScriptArguments, allow_abbrev=False, **layout)
     parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")
     arguments = vars(parser.parse_args([*(parser.parse_known_args(words)[0].config or []), *words]))
     return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
@@ -1861,6 +2218,8 @@ def check_ranges(args: "ScriptArguments") -> None:
     """Exits with one line if a value is outside the range that its flag's metadata gives."""
     for spec in fields(args):
         value = getattr(args, spec.name)
+        if isinstance(value, float) and not np.isfinite(value):
+            raise SystemExit(f"--{spec.name} {value}: must be a finite number")
         for limit in RANGES.keys() & spec.metadata.keys():
             if value is not None and not RANGES[limit](value, spec.metadata[limit]):
                 raise SystemExit(f"--{spec.name} {value}: must be {RANGE_WORDS[limit]} {spec.metadata[limit]}")
@@ -1877,20 +2236,184 @@ def progress_bar(*arguments, **options) -> tqdm:
     return tqdm(*arguments, **pause, **options)
 
 
+class Damaged(Exception):
+    """A file that does not hold what was written into it. `file`: its path."""
+
+    def __init__(self, file: Path):
+        super().__init__(f"{file} is damaged")
+        self.file = file
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Gives the name of a temporary file, which takes the place of `file` when the block ends, after its content has
+    reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
+    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, file)
+        sync(file.parent)  # the name, too, is on the disk
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Writes a whole file, or leaves it as it was."""
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(file: Path, text: str) -> None:
-    """Writes under a temporary name, then renames: nobody sees half a file."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+    write_bytes(file, text.encode())
+
+
+def write_json(file: Path, record: dict) -> None:
+    """Writes a JSON file with a checksum, which `read_json` verifies."""
+    write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
+
+
+def read_json(file: Path) -> dict:
+    """What `write_json` wrote, without its checksum; {} if there is no such file. Raises Damaged for other content."""
+    if not file.exists():
+        return {}
+    try:
+        record = json.loads(file.read_bytes())
+        if record.pop("checksum") == json_checksum(record):
+            return record
+    except (ValueError, LookupError, AttributeError, TypeError):
+        pass
+    raise Damaged(file)
+
+
+def json_checksum(record: dict) -> str:
+    return short_hash(json.dumps(record, sort_keys=True))
+
+
+def is_empty(folder: Path) -> bool:
+    """True if a folder holds nothing but this run's lock."""
+    return not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir())
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Removes what killed runs left in a folder that this run has locked."""
+    for path in list(folder.rglob(".*.tmp*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it may have been in such a folder
+
+
+warned: set[str] = set()
+
+
+def warn(text: str) -> None:
+    """A line on the console, once, and from the first process only."""
+    if is_first_process() and text not in warned:
+        warned.add(text)
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_dataset_folder(flag: str, folder: str, columns: bool = True) -> None:
+    """Exits with one line if a local dataset is not whole: its build was interrupted, or a file is missing, unreadable
+    or damaged. `columns`: reads the columns, too, and verifies their checksums; else only the list of files."""
+    if not os.path.isdir(folder):
+        return
+    again = "run the command that wrote it again"
+    for mark in sorted(Path(folder).rglob(UNFINISHED)):
+        raise SystemExit(f"{flag} {folder}: {mark.parent} is unfinished: {again}")
+    files = sorted(file for file in Path(folder).rglob("*.parquet") if "work" not in file.relative_to(folder).parts)
+    series = {}
+    for file in files:
+        if match := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.parquet", file.name):
+            series.setdefault((file.parent, match[1]), {}).setdefault(int(match[3]), set()).add(int(match[2]))
+    for (parent, name), found in series.items():
+        if len(found) > 1:
+            kinds = " and ".join(f"{name}-*-of-{total:05d}.parquet" for total in sorted(found))
+            raise SystemExit(f"{flag} {folder}: {parent} holds files of two datasets, {kinds}: remove those of one")
+        for total, numbers in found.items():
+            if numbers != set(range(total)):
+                have = f"{len(numbers)} of the {total} files {name}-*-of-{total:05d}.parquet"
+                raise SystemExit(f"{flag} {folder}: {parent} holds {have}: {again}, or fetch the dataset again")
+    for file in progress_bar(files if columns else [], desc="check data", unit="file", delay=5):
+        if not is_whole(file):
+            raise SystemExit(f"{flag} {folder}: {file} is damaged: {again}, or fetch the file again")
+
+
+def is_whole(file: Path) -> bool:
+    """Reads a Parquet file and verifies the checksums of its pages, where it has them."""
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
+            return rows == parquet.metadata.num_rows
+    except (pa.ArrowException, *DAMAGE) as error:
+        if getattr(error, "errno", None):  # the disk, not the content
+            raise
+        return False
 
 
 def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and dates of a folder's files: of a model, or of a dataset without what is written
-    again at every run (card, pictures, statistics) and without the work shards."""
-    files = [(file.relative_to(folder), file.stat()) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    """A hash of the names, sizes and content of a folder's files, whatever their dates: of a model, or of a dataset
+    without what is written again at every run (card, pictures, statistics) and without the work shards. Of a large
+    file it reads blocks that are spread over it, the last one included."""
     others = ("work", "README.md", "grid.png", "figures", "statistics.json")
-    stats = [f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files if name.parts[0] not in others]
-    return short_hash("|".join(stats))
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in files if file.relative_to(folder).parts[0] not in others]
+    blocks = max(1, min(64, 4096 // max(len(files), 1)))
+    return short_hash("|".join(f"{file.relative_to(folder)}:{sampled_digest(file, blocks)}" for file in files))
+
+
+def sampled_digest(file: Path, blocks: int, block_size: int = 2**16) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    digest.update(str(size).encode())
+    with open(file, "rb") as handle:
+        last = max(size - block_size, 0)
+        whole = size <= blocks * block_size
+        for start in range(0, max(size, 1), block_size) if whole else np.linspace(0, last, blocks + 1)[1:].astype(int):
+            handle.seek(start)
+            digest.update(handle.read(block_size))
+    return digest.hexdigest()
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """A picture of any kind as 8-bit RGB: 16 bits keep their brightness, what is transparent becomes white. Raises
+    ValueError for pixels whose range is not known."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F" or image.mode.startswith("I") and max(image.getextrema()) > 65535:
+        raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
+    if image.mode.startswith("I"):
+        return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        warn("transparent images get a white background")
+        image = image.convert("RGBA")
+        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def file_digest(file: Path) -> str:
+    """A hash of the whole content of a file."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
 def short_hash(data: str | bytes) -> str:
@@ -1905,5 +2428,4 @@ def local_cache(folder: str) -> str | None:
 
 
 if __name__ == "__main__":
-    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
-    main(parse_arguments())
+    run_script(main)

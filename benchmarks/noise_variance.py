@@ -33,7 +33,9 @@ def load(demo: Path, checkpoint: str) -> tuple:
     args = script.parse_arguments([*config, "--dataset_name", str(demo / "synpic")])
     dataset = script.load_ranked_dataset(args)
     labels = script.make_labels(args, dataset)
-    cache = script.LatentCache(args, script.cache_key(args, dataset, labels), len(labels), Accelerator(cpu=True))
+    cache = script.LatentCache(
+        args, script.cache_key(args, script.images_key(args, dataset, labels)), len(labels), Accelerator(cpu=True)
+    )
     if cache.missing():
         raise SystemExit(f"{demo}: no latents for this dataset: run make demo first")
     noise_scheduler, model = script.load_model(args)

@@ -415,7 +415,7 @@ def test_default_generators_are_the_papers_four():
 BAD_REWARDS = {
     "nan": ("def f(images, prompts):\n    return [float('nan')] * len(images)\n", ["nan", "finite"]),
     "count": ("def f(images, prompts):\n    return [1.0]\n", ["1 scores for 2 images"]),
-    "raises": ("def f(images, prompts):\n    raise KeyError('weights')\n", ["fails on a test image", "KeyError"]),
+    "raises": ("def f(images, prompts):\n    raise KeyError('weights')\n", ["fails: KeyError", "KeyError"]),
     "import": ("import no_such_module\n", ["cannot be imported", "no_such_module"]),
     "name": ("def g(images, prompts):\n    return []\n", ["no function 'f'"]),
 }

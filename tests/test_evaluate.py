@@ -260,7 +260,7 @@ def test_pictures_alone_with_metrics_of_all_kinds(tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["two@0"]["keys_red"] == pytest.approx(402)
 
-    wrong = {"red_lift": "must not end in _lift", "wrong": "must be a number", "bare": "1 scores for 3 images"}
+    wrong = {"red_lift": "must not end in _lift", "wrong": "must be a number", "bare": "returns float"}
     for name, text in {**wrong, "mixed": "gives numbers and dicts"}.items():
         assert text in refused("evaluate", *flags, "--metrics", f"{tmp_path}/own.py:{name}")
     (tmp_path / "two" / "1_0.png").write_bytes((tmp_path / "two" / "1_0.png").read_bytes()[:45])

@@ -207,8 +207,10 @@ def test_file_without_rows(tmp_path, reward):
     """An empty file between two others changes nothing."""
     rows = pick_a_pic(40)
     source = write(tmp_path / "pairs", rows, files=2)
-    first = source / "data" / "train-00000-of-00002.parquet"
-    pq.ParquetWriter(source / "data" / "train-00000-of-00003.parquet", pq.read_schema(first)).close()
+    files = [source / "data" / f"train-{number:05d}-of-00003.parquet" for number in range(3)]
+    for number in (0, 1):
+        (source / "data" / f"train-{number:05d}-of-00002.parquet").rename(files[2 * number])
+    pq.ParquetWriter(files[1], pq.read_schema(files[0])).close()
     call("score_pairs", *flags(source, reward, tmp_path / "out"), "--include_images")
     assert pq.read_metadata(tmp_path / "out" / "work" / "index" / "00001.parquet").num_rows == 0
     found = load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")

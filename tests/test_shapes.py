@@ -157,7 +157,7 @@ def implicit_accuracy(lora: Path, cache_flags: list, rows: Path) -> float:
     args.pretrained_model_name_or_path = str(ROOT / "shapes" / "models" / "base")
     labels = script.make_labels(args, script.load_ranked_dataset(args))
     args.cache_dir, args.seed = cache_flags[1], 123
-    key = script.cache_key(args, script.load_ranked_dataset(args), labels)
+    key = script.cache_key(args, script.images_key(args, script.load_ranked_dataset(args), labels))
     cache = script.LatentCache(args, key, len(labels), Accelerator(cpu=True))
     scheduler = DDPMScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler")
     data = script.CachedRows(args, cache, labels, scheduler)

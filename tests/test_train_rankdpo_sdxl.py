@@ -163,7 +163,7 @@ def test_a_dataset_built_again_in_its_folder_is_read_again(flags, tmp_path):
         args = script.ScriptArguments(dataset_name=str(data), pretrained_model_name_or_path=str(flags[1]))
         dataset = script.load_ranked_dataset(args)
         labels = script.make_labels(args, dataset)
-        found.append(([row["prompt"] for row in labels], script.cache_key(args, dataset, labels)))
+        found.append(([row["prompt"] for row in labels], script.images_key(args, dataset, labels)))
     assert found[0][0] == [row["prompt"] for row in ranked_rows(n=4, seed=1)]
     assert found[1][0] == [row["prompt"] for row in ranked_rows(n=4, seed=2)]
     assert found[0][1] != found[1][1]
@@ -175,7 +175,7 @@ def test_cached_rows_hold_what_the_pipeline_would_compute(flags, trained, tiny_s
 
     cache = Path(flags[flags.index("--cache_dir") + 1])
     rows = ranked_rows(n=10)
-    shards = [load_file(path) for path in cache.rglob("shard-000000-10.safetensors")]
+    shards = [load_file(path) for path in cache.rglob("shard-000000-10-*.safetensors")]
     tensors = next(t for t in shards if t["latents"].dtype == torch.float32 and t["latents"].shape[:2] == (10, 4))
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
     embeds, _, pooled, _ = pipeline.encode_prompt([row["prompt"] for row in rows], do_classifier_free_guidance=False)
@@ -516,12 +516,13 @@ def test_output_folder_of_another_run_is_refused(flags, trained, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     here = ("--output_dir", trained, "--train_batch_size", 2, "--max_train_steps", 6)
     assert "beta_dpo 100" in refused("train_rankdpo_sdxl", *flags, *here, "--beta_dpo", 7)
-    record = json.loads((trained / "run.json").read_text())
+    content = (trained / "run.json").read_text()
+    record = script.read_json(trained / "run.json")
     assert record["rewards"] == ["first", "second"]
     older = {name: value for name, value in record.items() if name != "noise"}
-    (trained / "run.json").write_text(json.dumps(older))
+    script.write_json(trained / "run.json", older)
     assert "another version of this script, which had no noise" in refused("train_rankdpo_sdxl", *flags, *here)
-    (trained / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+    (trained / "run.json").write_text(content)
     before[trained / "run.json"] = (trained / "run.json").stat().st_mtime_ns
     assert "--resume_from_checkpoint latest" in refused("train_rankdpo_sdxl", *flags, *here)
     call("train_rankdpo_sdxl", *flags, *here, "--resume_from_checkpoint", "latest")  # finished: nothing to do
