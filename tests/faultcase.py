@@ -63,9 +63,9 @@ class Case:
     def start(self, words: list, **kwargs) -> Run:
         return Run(self.folder, words, **kwargs)
 
-    def end(self, run: Run) -> Outcome:
+    def end(self, run: Run, timeout: float = faultlab.TIMEOUT) -> Outcome:
         """Waits for a run's end. A traceback, or no end, is a fault of the script whatever came before."""
-        outcome = run.wait()
+        outcome = run.wait(timeout)
         self.tell(f"exit code {outcome.code} in {outcome.seconds:.1f} s: {' / '.join(outcome.lines[-2:])[:400]}")
         if "Traceback (most recent call last)" in outcome.out + outcome.err:
             self.problem("TRACEBACK", "a traceback", outcome)

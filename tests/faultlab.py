@@ -148,8 +148,8 @@ class Run:
         os.kill(self.pid, number)
         return True
 
-    def wait(self) -> Outcome:
-        end = time.time() + TIMEOUT
+    def wait(self, timeout: float = TIMEOUT) -> Outcome:
+        end = time.time() + timeout
         while self.poll() is None and time.time() < end:
             self.read(0.0)
             time.sleep(0.002)
@@ -163,7 +163,7 @@ class Run:
         changes = self.file(".changes")
         count = int(changes.read_text() or 0) if changes.exists() else 0
         if hung:
-            err += f"\nHUNG: no end after {TIMEOUT} seconds\n"
+            err += f"\nHUNG: no end after {timeout} seconds\n"
         return Outcome(self.code, out, err, time.time() - self.started, count, b"i" in seen)
 
 
