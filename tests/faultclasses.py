@@ -389,10 +389,9 @@ def shared_cache(case: Case, job: str) -> None:
 def stale_lock(case: Case, job: str) -> None:
     """The lock file of a run that was killed on this host, or a damaged one, does not block."""
     case.take(job, "middle")
-    for name in ("out", "cache"):
-        if (case.folder / name).exists():
-            owner = f"process 4194304 on {platform.node()}" if case.seed % 2 else ""
-            (case.folder / name / ".lock").write_text(owner)
+    for folder in (case.folder / "out", *(case.folder / "cache").glob("*")):
+        owner = f"process 4194304 on {platform.node()}" if case.seed % 2 else ""
+        (folder / ".lock").write_text(owner)
     case.faults += 1
     case.mend(job)
 
