@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A seeded share of `make test-faults`: one case of each kind but the malformed inputs, which have tests of their own."""
+"""A seeded share of `make test-faults`: one case of each kind but malformed inputs, which have tests of their own."""
 
 import re
 import subprocess
