@@ -522,14 +522,10 @@ def check_generator(entry: dict) -> None:
         try:
             file = file_of(model, "model_index.json", revision=part.get("load", {}).get("revision"))
             class_name = json.loads(file.read_text())["_class_name"]
-            pipeline_class = getattr(diffusers, class_name)
         except Exception as error:
             problem = f"{model} is not a diffusers pipeline that can be read: {one_line(error)}"
             raise SystemExit(f"{where}: {problem}") from None
-        known = inspect.signature(pipeline_class.__call__).parameters
-        others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
-        if "prompt" not in known or pipeline_class in others:
-            raise SystemExit(f"{where}: {model} is a {class_name}, which does not draw from a prompt alone")
+        known = text_to_image_options(f"{where}: {model}", class_name)
         for name, value in call.items():
             if name not in known or name in GIVEN_BY_SCRIPT:
                 guess = difflib.get_close_matches(name, set(known) - set(GIVEN_BY_SCRIPT), 1)
@@ -994,6 +990,16 @@ def check_columns(source: str, columns: Iterable[str], wanted: tuple[str, ...]) 
 def public_text(text: str) -> str:
     """`text` without what may be secret in its URLs: user name, password, query."""
     return re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)
+
+
+def text_to_image_options(where: str, class_name: str) -> tuple[str, ...]:
+    """What a call of a pipeline takes; exits with one line unless the pipeline draws from a prompt alone."""
+    pipeline_class = getattr(diffusers, class_name, None)
+    known = tuple(inspect.signature(pipeline_class.__call__).parameters) if pipeline_class else ()
+    others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
+    if "prompt" not in known or pipeline_class in others:
+        raise SystemExit(f"{where} is a {class_name}: no pipeline of diffusers that draws from a prompt alone")
+    return known
 
 
 def prepare_pipeline(pipeline: DiffusionPipeline) -> None:

@@ -95,6 +95,7 @@ from accelerate import PartialState
 from datasets import config as datasets_config
 from datasets import load_dataset, load_dataset_builder
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -546,6 +547,7 @@ def main(args: ScriptArguments) -> None:
             repositories[name] = create_repo(repo_id, "model", args.hub_private_repo)
         remove_temporary_files(Path(args.output_dir))
         write_json(Path(args.output_dir, RECORD), {"script": "evaluate.py"})
+    state.wait_for_everyone()
 
     draw(args, prompts, models, state)
     results = score(args, rows, models, state)
@@ -580,6 +582,7 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
         base = args.pretrained_model_name_or_path
         index, _ = read_model_config("--pretrained_model_name_or_path", base, revision=args.revision)
         models[BASE] = {"kind": "base", "source": base}
+        text_to_image_options(f"--pretrained_model_name_or_path {base}", index.get("_class_name", "folder"))
     for item in args.loras:
         name, path = named_path("--loras", item, models)
         if not os.path.isdir(path) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
@@ -597,7 +600,8 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
     for item in args.models:
         if item not in networks:
             name, source = named_path("--models", item, models)
-            _, file = read_model_config(f"--models {name}:", source)
+            config, file = read_model_config(f"--models {name}:", source)
+            text_to_image_options(f"--models {name}: {source}", config.get("_class_name", "folder"))
             models[name] = {"kind": "pipeline", "source": source, "commit": commit_of(file)}
     for item in args.images:
         name, template = named_path("--images", item, models)
@@ -675,8 +679,8 @@ def find_network(args: ScriptArguments, index: dict, item: str, part: str, sourc
 def named_path(flag: str, item: str, models: dict, seeds: bool = True) -> tuple[str, str]:
     """Splits name=path and checks the name; `name@seed` is one of several trainings of a model."""
     name, _, path = item.partition("=")
-    if not path or not re.fullmatch(r"\w[\w.-]*" + r"(@\w[\w.-]*)?" * seeds, name):
-        problem = "must be name=folder or name=Hub id; name of letters, digits, '.', '_', '-'"
+    if not path or len(name) > 100 or not re.fullmatch(r"\w[\w.-]*" + r"(@\w[\w.-]*)?" * seeds, name):
+        problem = "must be name=folder or name=Hub id; name of letters, digits, '.', '_', '-', at most 100"
         raise SystemExit(f"{flag} {item}: {problem}" + ", or name@seed" * seeds)
     root, taken = name.partition("@")[0], {*RESERVED, *models}
     for other, model in models.items():  # a run and several trainings have a name of their own
@@ -1347,6 +1351,16 @@ def check_columns(source: str, columns: Iterable[str], wanted: tuple[str, ...]) 
 def public_text(text: str) -> str:
     """`text` without what may be secret in its URLs: user name, password, query."""
     return re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)
+
+
+def text_to_image_options(where: str, class_name: str) -> tuple[str, ...]:
+    """What a call of a pipeline takes; exits with one line unless the pipeline draws from a prompt alone."""
+    pipeline_class = getattr(diffusers, class_name, None)
+    known = tuple(inspect.signature(pipeline_class.__call__).parameters) if pipeline_class else ()
+    others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
+    if "prompt" not in known or pipeline_class in others:
+        raise SystemExit(f"{where} is a {class_name}: no pipeline of diffusers that draws from a prompt alone")
+    return known
 
 
 def prepare_pipeline(pipeline: DiffusionPipeline) -> None:

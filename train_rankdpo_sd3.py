@@ -1251,6 +1251,7 @@ class LatentCache:
 
     def find(self) -> None:
         """Lists the files, by their names without the hash."""
+        open_cache_file.cache_clear()  # a file may have been made again
         self.files = {file.stem.rpartition("-")[0]: file for file in sorted(self.folder.glob("*.safetensors"))}
 
     def rows(self, shard: int) -> range:
@@ -1321,16 +1322,16 @@ def encode_dataset(
     empty_prompt = is_main and needs_empty_embeds(args) and not cache.has(EMPTY_PROMPT)
     if cache.missing() or is_main or not args.cache_text_embeddings:
         encode_prompts = PromptEncoder(args, accelerator.device)
-    if cache.missing() or empty_prompt:
-        with locked(cache.folder, "--cache_dir", wait=True):
-            cache.find()  # a run that wrote here meanwhile may have made it all
-            if is_main:
-                remove_temporary_files(cache.folder)
-            encode_shards(args, images, cache, vae, encode_prompts, hidden=not accelerator.is_local_main_process)
-            if empty_prompt:
-                embeds = encode_in_batches(encode_prompts, [""], args.weight_dtype)
-                cache.write(EMPTY_PROMPT, {name: tensor[0].cpu() for name, tensor in embeds.items()})
-    accelerator.wait_for_everyone()
+    writes = cache.missing() or empty_prompt
+    with locked(cache.folder, "--cache_dir", wait=True) if writes else nullcontext():
+        cache.find()  # a run that wrote here meanwhile may have made it all
+        encode_shards(args, images, cache, vae, encode_prompts, hidden=not accelerator.is_local_main_process)
+        if empty_prompt:
+            embeds = encode_in_batches(encode_prompts, [""], args.weight_dtype)
+            cache.write(EMPTY_PROMPT, {name: tensor[0].cpu() for name, tensor in embeds.items()})
+        accelerator.wait_for_everyone()
+        if writes and is_main:  # no process of this run or of another one is writing here
+            remove_temporary_files(cache.folder)
     cache.find()  # with the files of the other processes
     vae.to("cpu")
     validator = None
@@ -1697,6 +1698,8 @@ def finish(args: ScriptArguments, run: Run, model: Module, validator: Validator,
         "hardware": f"{run.accelerator.num_processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")),
     }
+    if skipped := (output_dir / LOG_FILE).read_text().count('"skipped": true'):
+        facts["skipped steps"] = skipped
     export_lora(model, output_dir)
     before, after = validator(model, lora=False), validator(model)
     log_images(run.accelerator, validator.prompts, after, run.max_train_steps)
