@@ -37,7 +37,8 @@ def disturb(case: Case, words: list, golden: Golden, number: int, again: bool = 
         outcome = case.run(words, moment=moment)
         sent = outcome.injected
     else:
-        wait, run = case.rng.uniform(0, golden.seconds * 0.9), case.start(words)
+        # Not in the first instants: until a script's first lines have run, the answer to Ctrl-C is Python's own.
+        wait, run = case.rng.uniform(0.05, golden.seconds * 0.9), case.start(words)
         run.wait_ready()
         time.sleep(wait)
         case.tell(f"signal {number} after {wait:.3f} s")
