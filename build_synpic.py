@@ -154,7 +154,7 @@ class ScriptArguments:
     )
     generation_batch_size: int = flag(4, "Images drawn together.", min=1)
     image_format: Literal["jpg", "png"] = flag("jpg", "jpg (quality 95, which the Hub's viewer shows) or png.")
-    seed: int = flag(0, "Seeds the images, together with the prompt and the generator's name.", min=0)
+    seed: int = flag(0, "Seeds the images, together with the prompt and the generator's name.", min=0, max=2**32 - 1)
     rewards: list[str] = flag(
         lambda: list(DEFAULT_REWARDS),
         f"{', '.join(REWARD_MODELS)}, each also as name=checkpoint; file.py:function of your own.",
@@ -531,6 +531,8 @@ def check_generator(entry: dict) -> None:
                 guess = difflib.get_close_matches(name, set(known) - set(GIVEN_BY_SCRIPT), 1)
                 hint = f": do you mean {guess[0]}?" if guess else ", or the script gives it itself"
                 raise SystemExit(f"{where}: `call` has {name}, which {class_name} does not take{hint}")
+            if name == "num_inference_steps" and (not isinstance(value, int) or value < 1):
+                raise SystemExit(f"{where}: `call` has {name} {value}: it must be a number of steps, at least 1")
             if name in ("height", "width") and (not isinstance(value, int) or value < 8 or value % 8 or value > 8192):
                 raise SystemExit(f"{where}: `call` has {name} {value}: it must be a multiple of 8, at most 8192")
 
@@ -584,10 +586,8 @@ class Generator:
             kwargs["dtype"] = {component: getattr(torch, name) for component, name in dtype.items()}
         else:
             kwargs["dtype"] = getattr(torch, dtype)
-        try:
+        with loading(f"generator's model {part['model']}"):
             pipeline = DiffusionPipeline.from_pretrained(part["model"], **kwargs).to(device)
-        except Exception as error:
-            raise load_problem(f"generator's model {part['model']}", error) from None
         prepare_pipeline(pipeline)
         return pipeline
 
@@ -2249,6 +2249,8 @@ def run_script(main: Callable) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_stop_signal)
     transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
+    for handler in logging.getLogger("datasets").handlers:  # its errors are raised as well
+        handler.addFilter(lambda record: record.levelno != logging.ERROR)
     try:
         args = parse_arguments()
         check_folder_name(Path(args.output_dir))
@@ -2287,8 +2289,9 @@ def stop_if_asked(kept: str) -> None:
         raise SystemExit(128 + stop_signals[0][0])
 
 
-def system_problem(error: BaseException) -> str | None:
-    """One line for an error of the disk or the system, or for one that it caused; None for others."""
+def system_problem(error: BaseException, where: str = "") -> str | None:
+    """One line for an error of the disk or the system, or for one that it caused; None for others. `where`: the folder
+    it is about, if the error does not say."""
     seen = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -2300,17 +2303,29 @@ def system_problem(error: BaseException) -> str | None:
         error = error.__cause__ or error.__context__
     else:
         return None
-    path = Path(os.path.abspath(getattr(error, "filename", None) or "."))
+    path = getattr(error, "filename", None) or where
+    if not path:
+        return f"reading or writing failed: {os.strerror(number)}. Nothing is half-written: the same command goes on"
+    path = Path(os.path.abspath(path))
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free, inodes = shutil.disk_usage(existing).free, os.statvfs(existing)
     left = f"{free / 1e9:.3g} GB free" + (", no file can be added" if inodes.f_files and not inodes.f_favail else "")
-    where = f"{path} cannot be read or written" if getattr(error, "filename", None) else "reading or writing failed"
-    return f"{where}: {os.strerror(number)} ({existing}: {left}). Nothing is half-written: the same command goes on"
+    problem = f"{path} cannot be read or written: {os.strerror(number)} ({existing}: {left})"
+    return f"{problem}. Nothing is half-written: the same command goes on"
 
 
-def load_problem(what: str, error: Exception) -> BaseException:
-    """What to raise if a model cannot be loaded: one line, or the error itself if the disk or the system made it."""
-    return error if system_problem(error) else SystemExit(f"{what}: cannot be loaded: {one_line(error)}")
+def load_problem(what: str, error: Exception, where: str = "") -> SystemExit:
+    """What to raise if a model or a dataset cannot be loaded: one line. `where`: the folder that loading writes to."""
+    return SystemExit(system_problem(error, where) or f"{what}: cannot be loaded: {one_line(error)}")
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Ends in one line if what stands in the block cannot load a model."""
+    try:
+        yield
+    except Exception as error:
+        raise load_problem(what, error) from None
 
 
 @contextmanager
@@ -2492,15 +2507,23 @@ def replacing(file: Path) -> Iterator[Path]:
     reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
     temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, file)
-        sync(file.parent)  # the name, too, is on the disk
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
+        with naming(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, file)
+            sync(file.parent)  # the name, too, is on the disk
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Errors of the disk in this block name this file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
 
 
 def sync(path: Path) -> None:

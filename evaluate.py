@@ -120,7 +120,7 @@ BASE = "base"
 # Keys of results.json that no model may have.
 RESERVED = ("n_prompts", "n_images", "baseline", "settings", "checkpoints", "seeds", "pairwise")
 NETWORKS = ("unet", "transformer")  # components that --models can replace
-RECORD = "evaluation.json"  # marks a folder as this script's
+OWN_FILES = ("images", "scores", "results.json", "results.md", "grid.png", "curves.png")  # of an output folder
 SCORES_PER_FILE = 256  # a crash loses at most these
 FEW_PROMPTS = 25  # an interval over fewer prompts carries a warning
 # What results.json adds to a metric's name: no metric may end so.
@@ -196,7 +196,7 @@ class ScriptArguments:
     max_sequence_length: int | None = flag(None, "T5 tokens of a prompt. Default: the pipeline's own.", min=1)
     use_text_encoder_3: bool = flag(True, "SD3's T5. false: draw without it, as for a LoRA trained without it.")
     batch_size: int = flag(4, "Images drawn together.", min=1)
-    seed: int = flag(0, "Seeds the images and the bootstrap.", min=0)
+    seed: int = flag(0, "Seeds the images and the bootstrap.", min=0, max=2**32 - 1)
     metrics: list[str] = flag(
         lambda: list(DEFAULT_METRICS),
         f"{', '.join(REWARD_MODELS)}, each also as name=checkpoint; file.py:function of your own.",
@@ -546,7 +546,6 @@ def main(args: ScriptArguments) -> None:
         for name, repo_id in repositories.items():
             repositories[name] = create_repo(repo_id, "model", args.hub_private_repo)
         remove_temporary_files(Path(args.output_dir))
-        write_json(Path(args.output_dir, RECORD), {"script": "evaluate.py"})
     state.wait_for_everyone()
 
     draw(args, prompts, models, state)
@@ -565,8 +564,10 @@ def main(args: ScriptArguments) -> None:
 
 def check_output_dir(args: ScriptArguments) -> None:
     """Exits with one line if the folder holds something else, e.g. a dataset: its grid.png would be replaced."""
-    if not is_empty(Path(args.output_dir)) and not Path(args.output_dir, RECORD).exists():
-        raise SystemExit(f"--output_dir {args.output_dir} holds other files: choose another folder")
+    folder = Path(args.output_dir)
+    names = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if others := [name for name in names if name not in OWN_FILES]:
+        raise SystemExit(f"--output_dir {folder} holds other files ({others[0]}): choose another folder")
 
 
 def read_models(args: ScriptArguments) -> dict[str, dict]:
@@ -588,8 +589,10 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
         if not os.path.isdir(path) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
             raise SystemExit(f"--loras {item}: there is no folder {path}, nor can it be a repository on the Hub")
         try:
-            weights = check_lora(file_of(path, LORA_FILE))
-            models[name] = {"kind": "lora", "source": path, "file": weights, **training_rewards(path)}
+            weights, record = check_lora(file_of(path, LORA_FILE)), training_record(path)
+            if record.get("finished", {}).get("files", {}).get(LORA_FILE, file_digest(weights)) != file_digest(weights):
+                raise ValueError("it is not the LoRA that its run.json names: it is damaged, or was replaced")
+            models[name] = {"kind": "lora", "source": path, "file": weights, "trained_on": record.get("rewards", [])}
         except Exception as error:
             raise SystemExit(f"--loras {item}: cannot be read: {one_line(error)}") from None
     for item in args.eval_checkpoints:
@@ -624,7 +627,7 @@ def read_checkpoints(item: str, models: dict) -> dict[str, dict]:
                 raise Damaged(folder / LORA_FILE)
             checkpoint = {"kind": "lora", "source": str(folder), "file": check_lora(folder / LORA_FILE)}
             place = {"run": name, "seen": step * per_step}
-            found[f"{name}@{step}"] = {**checkpoint, **place, **training_rewards(path)}
+            found[f"{name}@{step}"] = {**checkpoint, **place, "trained_on": training_record(path).get("rewards", [])}
         if not found:
             raise FileNotFoundError("no checkpoint in it")
     except Exception as error:
@@ -717,10 +720,10 @@ def stack_seeds(by_model: dict, groups: dict[str, list[str]]) -> dict[str, np.nd
     return together | {name: scores[None] for name, scores in by_model.items()}
 
 
-def training_rewards(path: str) -> dict:
-    """The rewards that ranked a LoRA's training data, where its run.json names them."""
+def training_record(path: str) -> dict:
+    """The run.json of a LoRA that one of the trainers made, else {}."""
     try:
-        return {"trained_on": read_json(file_of(path, "run.json")).get("rewards", [])}
+        return read_json(file_of(path, "run.json"))
     except Exception:  # a LoRA of another trainer
         return {}
 
@@ -732,6 +735,10 @@ def check_lora(file: Path) -> str:
     weights = load_file(file)
     if not any("lora" in key for key in weights):
         raise ValueError(f"{file} holds no LoRA")
+    for first, second in (("lora_A", "lora_B"), ("lora_down", "lora_up")):
+        ends = [{key.replace(end, "") for key in weights if end in key} for end in (first, second)]
+        if alone := sorted(ends[0] ^ ends[1]):
+            raise ValueError(f"{file} has only one of {first} and {second} of {alone[0]}")
     if broken := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} in {file} holds a value that is not finite")
     return str(file)
@@ -751,6 +758,10 @@ def check_lora_fits(args: ScriptArguments, index: dict, models: dict) -> None:
     modules = {name: module for name, module in network.named_modules() if hasattr(module, "weight")}
     for name, model in loras.items():
         with safe_open(model["file"], framework="pt") as weights:
+            if all("lora_A" in key or "lora_B" in key for key in weights.keys()) and not any(
+                key.startswith(f"{part}.") or key.partition(".lora_")[0] in modules for key in weights.keys()
+            ):
+                raise SystemExit(f"{model['source']} ({name}): no key of it fits {base}")
             for key in weights.keys():
                 match = re.fullmatch(rf"{part}\.(.+)\.lora_([AB])\.weight", key)
                 if not match:
@@ -767,10 +778,8 @@ def load_pipeline(args: ScriptArguments, source: str, device: torch.device) -> D
     if is_base:
         options |= {"revision": args.revision, "variant": args.variant}
     options |= {} if args.use_text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}
-    try:
+    with loading(source):
         pipeline = DiffusionPipeline.from_pretrained(source, **options).to(device)
-    except Exception as error:
-        raise load_problem(source, error) from None
     if is_base and args.max_sequence_length and not takes_sequence_length(pipeline):
         raise SystemExit(f"--max_sequence_length: a {type(pipeline).__name__} has no such option: leave the flag out")
     prepare_pipeline(pipeline)
@@ -787,10 +796,8 @@ def takes_sequence_length(pipeline: DiffusionPipeline) -> bool:
 def fitted(args: ScriptArguments, name: str, model: dict, pipeline: DiffusionPipeline):
     """The pipeline with a model's LoRA or network; afterwards as it was."""
     if model["kind"] == "lora":
-        try:
+        with loading(f"{model['source']} ({name})"):
             pipeline.load_lora_weights(model["file"])
-        except Exception as error:
-            raise load_problem(f"{model['source']} ({name})", error) from None
         if not pipeline.get_active_adapters():  # diffusers only warns
             raise SystemExit(f"{model['source']} ({name}): no key of it fits {args.pretrained_model_name_or_path}")
         yield pipeline
@@ -798,10 +805,8 @@ def fitted(args: ScriptArguments, name: str, model: dict, pipeline: DiffusionPip
     elif model["kind"] == "network":
         original, device = getattr(pipeline, model["part"]), pipeline.device
         options = {"subfolder": model["subfolder"] or None, "dtype": getattr(torch, args.dtype)}
-        try:
+        with loading(f"{model['source']} ({name})"):
             network = type(original).from_pretrained(model["source"], **options)
-        except Exception as error:
-            raise load_problem(f"{model['source']} ({name})", error) from None
         original.to("cpu")  # one of the two at a time
         pipeline.register_modules(**{model["part"]: network.to(device)})
         yield pipeline
@@ -2421,6 +2426,8 @@ def run_script(main: Callable) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_stop_signal)
     transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
+    for handler in logging.getLogger("datasets").handlers:  # its errors are raised as well
+        handler.addFilter(lambda record: record.levelno != logging.ERROR)
     try:
         args = parse_arguments()
         check_folder_name(Path(args.output_dir))
@@ -2459,8 +2466,9 @@ def stop_if_asked(kept: str) -> None:
         raise SystemExit(128 + stop_signals[0][0])
 
 
-def system_problem(error: BaseException) -> str | None:
-    """One line for an error of the disk or the system, or for one that it caused; None for others."""
+def system_problem(error: BaseException, where: str = "") -> str | None:
+    """One line for an error of the disk or the system, or for one that it caused; None for others. `where`: the folder
+    it is about, if the error does not say."""
     seen = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -2472,17 +2480,29 @@ def system_problem(error: BaseException) -> str | None:
         error = error.__cause__ or error.__context__
     else:
         return None
-    path = Path(os.path.abspath(getattr(error, "filename", None) or "."))
+    path = getattr(error, "filename", None) or where
+    if not path:
+        return f"reading or writing failed: {os.strerror(number)}. Nothing is half-written: the same command goes on"
+    path = Path(os.path.abspath(path))
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free, inodes = shutil.disk_usage(existing).free, os.statvfs(existing)
     left = f"{free / 1e9:.3g} GB free" + (", no file can be added" if inodes.f_files and not inodes.f_favail else "")
-    where = f"{path} cannot be read or written" if getattr(error, "filename", None) else "reading or writing failed"
-    return f"{where}: {os.strerror(number)} ({existing}: {left}). Nothing is half-written: the same command goes on"
+    problem = f"{path} cannot be read or written: {os.strerror(number)} ({existing}: {left})"
+    return f"{problem}. Nothing is half-written: the same command goes on"
 
 
-def load_problem(what: str, error: Exception) -> BaseException:
-    """What to raise if a model cannot be loaded: one line, or the error itself if the disk or the system made it."""
-    return error if system_problem(error) else SystemExit(f"{what}: cannot be loaded: {one_line(error)}")
+def load_problem(what: str, error: Exception, where: str = "") -> SystemExit:
+    """What to raise if a model or a dataset cannot be loaded: one line. `where`: the folder that loading writes to."""
+    return SystemExit(system_problem(error, where) or f"{what}: cannot be loaded: {one_line(error)}")
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Ends in one line if what stands in the block cannot load a model."""
+    try:
+        yield
+    except Exception as error:
+        raise load_problem(what, error) from None
 
 
 @contextmanager
@@ -2664,15 +2684,23 @@ def replacing(file: Path) -> Iterator[Path]:
     reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
     temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, file)
-        sync(file.parent)  # the name, too, is on the disk
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
+        with naming(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, file)
+            sync(file.parent)  # the name, too, is on the disk
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Errors of the disk in this block name this file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
 
 
 def sync(path: Path) -> None:

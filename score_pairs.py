@@ -384,7 +384,8 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: dict, upload: 
         for table in kept_rows(args, pairs, ranking, file):
             bucket_of_row = (table["quality_rank"].to_numpy() - 1) // rows_per_file
             for number in np.unique(bucket_of_row):
-                with open(buckets / f"{number}.arrow", "ab") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                bucket = buckets / f"{number}.arrow"
+                with naming(bucket), open(bucket, "ab") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
                     writer.write_table(table.filter(pa.array(bucket_of_row == number)))
             progress.update(len(table))
             stop_if_asked(f"all scores in {output_dir} are kept: the same command goes on")
@@ -627,7 +628,7 @@ def index_rows(args: ScriptArguments, pairs: Pairs, table: pa.Table, file: int, 
     status, winner = [], []
     for row, (prompt, label) in enumerate(zip(prompts, labels), first_row):
         where = f"{pairs.where}: {pairs.row_name(file, row)}"
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str) or not prompt.strip():
             raise SystemExit(f"{where}: {args.prompt_column} is empty: remove the row, or write a prompt")
         missing = label is None or math.isnan(label)
         if not missing and label not in (0, 0.5, 1):
@@ -2184,6 +2185,8 @@ def run_script(main: Callable) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_stop_signal)
     transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
+    for handler in logging.getLogger("datasets").handlers:  # its errors are raised as well
+        handler.addFilter(lambda record: record.levelno != logging.ERROR)
     try:
         args = parse_arguments()
         check_folder_name(Path(args.output_dir))
@@ -2222,8 +2225,9 @@ def stop_if_asked(kept: str) -> None:
         raise SystemExit(128 + stop_signals[0][0])
 
 
-def system_problem(error: BaseException) -> str | None:
-    """One line for an error of the disk or the system, or for one that it caused; None for others."""
+def system_problem(error: BaseException, where: str = "") -> str | None:
+    """One line for an error of the disk or the system, or for one that it caused; None for others. `where`: the folder
+    it is about, if the error does not say."""
     seen = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -2235,17 +2239,29 @@ def system_problem(error: BaseException) -> str | None:
         error = error.__cause__ or error.__context__
     else:
         return None
-    path = Path(os.path.abspath(getattr(error, "filename", None) or "."))
+    path = getattr(error, "filename", None) or where
+    if not path:
+        return f"reading or writing failed: {os.strerror(number)}. Nothing is half-written: the same command goes on"
+    path = Path(os.path.abspath(path))
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free, inodes = shutil.disk_usage(existing).free, os.statvfs(existing)
     left = f"{free / 1e9:.3g} GB free" + (", no file can be added" if inodes.f_files and not inodes.f_favail else "")
-    where = f"{path} cannot be read or written" if getattr(error, "filename", None) else "reading or writing failed"
-    return f"{where}: {os.strerror(number)} ({existing}: {left}). Nothing is half-written: the same command goes on"
+    problem = f"{path} cannot be read or written: {os.strerror(number)} ({existing}: {left})"
+    return f"{problem}. Nothing is half-written: the same command goes on"
 
 
-def load_problem(what: str, error: Exception) -> BaseException:
-    """What to raise if a model cannot be loaded: one line, or the error itself if the disk or the system made it."""
-    return error if system_problem(error) else SystemExit(f"{what}: cannot be loaded: {one_line(error)}")
+def load_problem(what: str, error: Exception, where: str = "") -> SystemExit:
+    """What to raise if a model or a dataset cannot be loaded: one line. `where`: the folder that loading writes to."""
+    return SystemExit(system_problem(error, where) or f"{what}: cannot be loaded: {one_line(error)}")
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Ends in one line if what stands in the block cannot load a model."""
+    try:
+        yield
+    except Exception as error:
+        raise load_problem(what, error) from None
 
 
 @contextmanager
@@ -2427,15 +2443,23 @@ def replacing(file: Path) -> Iterator[Path]:
     reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
     temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, file)
-        sync(file.parent)  # the name, too, is on the disk
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
+        with naming(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, file)
+            sync(file.parent)  # the name, too, is on the disk
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Errors of the disk in this block name this file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
 
 
 def sync(path: Path) -> None:

@@ -155,7 +155,9 @@ class TrainingArguments:
         None, "Diffusion-SDPO's mu, e.g. 0.6: weakens the losers' gradients that would harm the winner.", min=0, max=1
     )
     output_dir: str = flag("outputs/lora", "Folder for LoRA, card and checkpoints.", may_change=True)
-    seed: int = flag(0, "Seeds the initial LoRA, random labels, order, timesteps, noise and gallery.", min=0)
+    seed: int = flag(
+        0, "Seeds the initial LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1
+    )
     train_batch_size: int = flag(1, "Prompts or pairs per process and forward pass.", min=1, may_change=True)
     gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.", min=1, may_change=True)
     num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
@@ -532,7 +534,8 @@ def fit(args: ScriptArguments, run: "Run", images: "StoredImages", cache: "Laten
     """Encodes the data, trains, and writes the LoRA with its card. `facts`: of the data, for the card."""
     validator, encode_prompts = encode_dataset(args, images, cache, run.accelerator)
     set_seed(args.seed)
-    noise_scheduler, model = load_model(args)
+    with loading(args.pretrained_model_name_or_path):
+        noise_scheduler, model = load_model(args)
     prepare_model(args, run, model)
     rows = CachedRows(args, cache, images.labels, noise_scheduler)
     speed = train(args, run, model, noise_scheduler, training_batches(args, run, rows, encode_prompts), validator)
@@ -641,7 +644,8 @@ def load_table(args: ScriptArguments, prefix: str) -> Dataset:
     try:
         return load_dataset(name, config, **options)
     except Exception as error:
-        raise load_problem(f"--{prefix}dataset_name {name}", error.__cause__ or error) from None
+        written = options["cache_dir"] or str(datasets_config.HF_DATASETS_CACHE)
+        raise load_problem(f"--{prefix}dataset_name {name}", error.__cause__ or error, written) from None
 
 
 def number_columns(args: ScriptArguments, pairs: Dataset) -> list[str]:
@@ -927,7 +931,8 @@ def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
         if name in previous:
             other = f"with {name} {previous[name]}, not {settings[name]}"
         raise SystemExit(f"{here} a run {other}: choose another folder")
-    if not previous and not is_empty(output_dir):
+    own = any(checkpoint_record(path).get("run") == run_id(settings) for path in checkpoints)  # run.json was deleted
+    if not previous and not own and not is_empty(output_dir):
         raise SystemExit(f"{here} other files: choose another folder")
     if resume is None:
         if checkpoints or has_lora:
@@ -995,19 +1000,25 @@ def write_run_record(run: Run, output_dir: Path, finished: dict | None = None) -
 def result_files(output_dir: Path) -> dict[str, str]:
     """The files of a finished run, by name: their digests. Not the card, which people edit."""
     files = [output_dir / LORA_FILE, *output_dir.glob("comfyui/*.safetensors"), *output_dir.glob("images/*.png")]
+    files.append(output_dir / LOG_FILE)
     return {file.relative_to(output_dir).as_posix(): file_digest(file) for file in sorted(files) if file.exists()}
 
 
 def is_finished(run: Run, output_dir: Path) -> bool:
-    """Whether LoRA, gallery and card of the run's last step are in place, as they were written."""
+    """Whether LoRA, gallery, log and card of the run's last step are in place, as they were written."""
     try:
         finished = read_json(output_dir / "run.json").get("finished", {})
     except Damaged:
         return False
-    card = output_dir / "README.md"
-    if finished.get("step") != run.max_train_steps or not card.exists():
+    if finished.get("step") != run.max_train_steps:
         return False
-    return finished["files"] == result_files(output_dir) and CARD_END in card.read_text()
+    files, card = result_files(output_dir), output_dir / "README.md"
+    wrong = [name for name in {**finished["files"], **files} if finished["files"].get(name) != files.get(name)]
+    if not card.exists() or CARD_END not in card.read_text():
+        wrong.append(card.name)
+    if wrong:
+        warn(f"{output_dir / wrong[0]} is damaged or missing: the run is finished again")
+    return not wrong
 
 
 def read_config(args: ScriptArguments, file: str, flag: str = "pretrained_model_name_or_path") -> dict:
@@ -1153,11 +1164,13 @@ def encode_dataset(
 ) -> tuple["Validator | None", "PromptEncoder | None"]:
     """Writes what is missing of the cache, then frees the VAE and the text encoders. Returns a validator, in the main
     process, and the prompt encoder, if prompts are encoded at every step."""
-    vae = load_vae(args).requires_grad_(False).eval().to(accelerator.device)
+    with loading(f"the VAE of {args.pretrained_model_name_or_path}"):
+        vae = load_vae(args).requires_grad_(False).eval().to(accelerator.device)
     encode_prompts, is_main = None, accelerator.is_main_process
     empty_prompt = is_main and needs_empty_embeds(args) and not cache.has(EMPTY_PROMPT)
     if cache.missing() or is_main or not args.cache_text_embeddings:
-        encode_prompts = PromptEncoder(args, accelerator.device)
+        with loading(args.pretrained_model_name_or_path):
+            encode_prompts = PromptEncoder(args, accelerator.device)
     writes = cache.missing() or empty_prompt
     with locked(cache.folder, "--cache_dir", wait=True) if writes else nullcontext():
         cache.find()  # a run that wrote here meanwhile may have made it all
@@ -1349,7 +1362,8 @@ def save_checkpoint(
         torch.save(state, content := BytesIO())
         write_bytes(temporary / STATE_FILE, content.getbuffer())
         digests = {name: file_digest(temporary / name) for name in (LORA_FILE, STATE_FILE)}
-        write_json(temporary / "checkpoint.json", {"step": step, "run": run_id(run.settings), "files": digests})
+        record = {"step": step, "run": run_id(run.settings), "files": digests}
+        write_json(temporary / "checkpoint.json", {**record, "log": file_digest(output_dir / LOG_FILE)})
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         sync(output_dir)
@@ -1410,7 +1424,7 @@ class TrainingLog:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             accelerator.init_trackers(PROJECT, config=config)
             file = Path(args.output_dir) / LOG_FILE
-            write_text(file, "".join(earlier_log(file, run.start_step)))
+            write_text(file, earlier_log(file, run))
             self.file = open(file, "a", buffering=1)
         hidden = not accelerator.is_local_main_process
         self.bar = progress_bar(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
@@ -1432,7 +1446,9 @@ class TrainingLog:
         self.skipped = 0 if finite else self.skipped + 1
         if self.run.accelerator.is_main_process:
             known = {name: value if np.isfinite(value) else None for name, value in logs.items()}  # JSON has no NaN
-            self.file.write(json.dumps({"step": step, **known, **({} if finite else {"skipped": True})}) + "\n")
+            line = json.dumps({"step": step, **known, **({} if finite else {"skipped": True})})
+            with naming(Path(self.args.output_dir, LOG_FILE)):
+                self.file.write(line + "\n")
         if self.skipped > self.args.max_skipped_steps:
             self.give_up(step)
         return bool(finite)
@@ -1453,17 +1469,20 @@ class TrainingLog:
         return images / (time.time() - self.started) if images else 0.0
 
 
-def earlier_log(file: Path, last_step: int) -> list[str]:
-    """The lines of a training log up to a step. A line that is damaged is left out."""
+def earlier_log(file: Path, run: Run) -> str:
+    """A training log up to the step that a run continues from. Says if it is not as it was at that step."""
     lines = {}
     for line in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else ():
         try:
             step = json.loads(line)["step"]
-            if step <= last_step:
+            if step <= run.start_step:
                 lines[int(step)] = line + "\n"
         except (ValueError, LookupError, TypeError):
-            warn(f"{file} has a damaged line, which is left out")
-    return [lines[step] for step in sorted(lines)]
+            pass  # the last line of a run that was killed, or a damaged one
+    text = "".join(lines[step] for step in sorted(lines))
+    if run.checkpoint and checkpoint_record(run.checkpoint).get("log") != short_hash(text):
+        warn(f"{file}: lines up to step {run.start_step} are damaged or missing")
+    return text
 
 
 class Validator:
@@ -1534,8 +1553,12 @@ def finish(args: ScriptArguments, run: Run, model: Module, validator: Validator,
         "hardware": f"{run.accelerator.num_processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")),
     }
-    if skipped := (output_dir / LOG_FILE).read_text().count('"skipped": true'):
+    log = (output_dir / LOG_FILE).read_text()
+    if skipped := log.count('"skipped": true'):
         facts["skipped steps"] = skipped
+    if skipped == log.count("\n") > 0:
+        problem = "no step had a finite loss and gradient: nothing was learned"
+        raise SystemExit(f"{problem}. See that {args.pretrained_model_name_or_path} draws pictures")
     export_lora(model, output_dir)
     before, after = validator(model, lora=False), validator(model)
     log_images(run.accelerator, validator.prompts, after, run.max_train_steps)
@@ -2022,6 +2045,8 @@ def run_script(main: Callable) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_stop_signal)
     transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
+    for handler in logging.getLogger("datasets").handlers:  # its errors are raised as well
+        handler.addFilter(lambda record: record.levelno != logging.ERROR)
     try:
         args = parse_arguments()
         check_folder_name(Path(args.output_dir))
@@ -2060,8 +2085,9 @@ def stop_if_asked(kept: str) -> None:
         raise SystemExit(128 + stop_signals[0][0])
 
 
-def system_problem(error: BaseException) -> str | None:
-    """One line for an error of the disk or the system, or for one that it caused; None for others."""
+def system_problem(error: BaseException, where: str = "") -> str | None:
+    """One line for an error of the disk or the system, or for one that it caused; None for others. `where`: the folder
+    it is about, if the error does not say."""
     seen = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -2073,17 +2099,29 @@ def system_problem(error: BaseException) -> str | None:
         error = error.__cause__ or error.__context__
     else:
         return None
-    path = Path(os.path.abspath(getattr(error, "filename", None) or "."))
+    path = getattr(error, "filename", None) or where
+    if not path:
+        return f"reading or writing failed: {os.strerror(number)}. Nothing is half-written: the same command goes on"
+    path = Path(os.path.abspath(path))
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free, inodes = shutil.disk_usage(existing).free, os.statvfs(existing)
     left = f"{free / 1e9:.3g} GB free" + (", no file can be added" if inodes.f_files and not inodes.f_favail else "")
-    where = f"{path} cannot be read or written" if getattr(error, "filename", None) else "reading or writing failed"
-    return f"{where}: {os.strerror(number)} ({existing}: {left}). Nothing is half-written: the same command goes on"
+    problem = f"{path} cannot be read or written: {os.strerror(number)} ({existing}: {left})"
+    return f"{problem}. Nothing is half-written: the same command goes on"
 
 
-def load_problem(what: str, error: Exception) -> BaseException:
-    """What to raise if a model cannot be loaded: one line, or the error itself if the disk or the system made it."""
-    return error if system_problem(error) else SystemExit(f"{what}: cannot be loaded: {one_line(error)}")
+def load_problem(what: str, error: Exception, where: str = "") -> SystemExit:
+    """What to raise if a model or a dataset cannot be loaded: one line. `where`: the folder that loading writes to."""
+    return SystemExit(system_problem(error, where) or f"{what}: cannot be loaded: {one_line(error)}")
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Ends in one line if what stands in the block cannot load a model."""
+    try:
+        yield
+    except Exception as error:
+        raise load_problem(what, error) from None
 
 
 @contextmanager
@@ -2265,15 +2303,23 @@ def replacing(file: Path) -> Iterator[Path]:
     reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
     temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, file)
-        sync(file.parent)  # the name, too, is on the disk
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
+        with naming(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, file)
+            sync(file.parent)  # the name, too, is on the disk
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Errors of the disk in this block name this file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
 
 
 def sync(path: Path) -> None:

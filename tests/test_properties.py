@@ -194,11 +194,11 @@ def test_cache_key_follows_what_is_cached_and_nothing_else(tiny_sdxl, ranked_dat
     def key(**changes) -> str:
         settings = {"pretrained_model_name_or_path": str(tiny_sdxl), "dataset_name": str(ranked_dataset)}
         args = train_rankdpo_sdxl.ScriptArguments(**{**settings, "resolution": 32, **changes})
-        return train_rankdpo_sdxl.cache_key(args, dataset, labels)
+        return train_rankdpo_sdxl.cache_key(args, train_rankdpo_sdxl.images_key(args, dataset, labels))
 
     dataset = Dataset.from_dict({"prompt": ["a"]})
     dataset._fingerprint = "fixed"
-    labels = [{"images": [0, 1]}]
+    labels = [{"id": "a", "images": [0, 1]}]
     changes = {name: CACHE_CHANGES[name] for name in cached} | {name: NO_CACHE_CHANGES[name] for name in uncached}
     only_cached = key(**{name: CACHE_CHANGES[name] for name in cached})
     assert key(**changes) == only_cached
