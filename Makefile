@@ -1,11 +1,12 @@
-# make demo · demo-sd3 · demo-qsd · test · test-faults · quality · fix-copies · bench · models: each makes and reuses .venv by itself.
+# make demo · demo-sd3 · demo-qsd · test · test-faults · coverage · quality · fix-copies · bench · models: each makes and
+# reuses .venv by itself.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-sd3 demo-qsd test test-faults quality fix-copies models bench
+.PHONY: demo demo-sd3 demo-qsd test test-faults coverage quality fix-copies models bench
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -68,6 +69,13 @@ demo-qsd: .venv/ready
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Lines of the scripts that the tests run, in processes of their own included.
+coverage: .venv/ready-test
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --show-missing
 
 # More than 500 faults injected into tiny runs; the last line counts what was lost, silently wrong, or a traceback.
 test-faults: .venv/ready
