@@ -1033,8 +1033,8 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
     try:
         previous = read_json(record)
     except Damaged:
-        same = "if this command has the settings of the earlier run, delete that file: it is written again"
-        raise SystemExit(f"{record} is damaged: {same}") from None
+        same = "if this version wrote it, with the settings of this command, delete it: it is written again"
+        raise SystemExit(f"{record} is damaged, or of an earlier version of this script: {same}") from None
     for name in {**previous, **settings} if previous else ():
         if previous.get(name) != settings.get(name):
             problem = f"{folder} holds {what} made with {name} {previous.get(name)}, not {settings.get(name)}"
@@ -1111,11 +1111,13 @@ def shard_facts(file: Path) -> dict | None:
         metadata = pq.read_metadata(file)
         record = metadata.metadata[b"synpic"]
         facts = json.loads(record)["facts"]
-        return facts if record == sealed(facts, metadata.schema.to_arrow_schema(), metadata.num_rows) else None
+        if record == sealed(facts, metadata.schema.to_arrow_schema(), metadata.num_rows):
+            return facts
     except (pa.ArrowException, *DAMAGE) as error:
-        if getattr(error, "errno", None):  # the disk, not the content
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
             raise
-        return None
+    warn(str(Damaged(file)))
+    return None
 
 
 def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
@@ -1127,7 +1129,7 @@ def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
                 if len(table) == parquet.metadata.num_rows:
                     return table
     except (pa.ArrowException, *DAMAGE) as error:
-        if getattr(error, "errno", None):
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
             raise
     raise Damaged(file)
 
@@ -2237,6 +2239,7 @@ def push_to_hub(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # errors of file systems without locks
 LOCK_BEAT = 20  # seconds between two signs of life of a lock's owner
 # Errors of the disk and of the system that say nothing about the script.
 SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -2246,6 +2249,7 @@ stop_signals: list[tuple[int, float]] = []  # that this process has received, an
 
 def run_script(main: Callable) -> None:
     """Parses the flags, locks the output folder and runs `main`. An error of the disk ends in one line."""
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_stop_signal)
     transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
@@ -2257,9 +2261,30 @@ def run_script(main: Callable) -> None:
         with locked(Path(args.output_dir), "--output_dir"):
             main(args)
     except Exception as error:
+        if stop_signals:  # another process of this run has ended at its own place
+            stop_if_asked(f"before this process was ready for it: {one_line(error)}")
         if problem := system_problem(error):
             raise SystemExit(problem) from None
         raise
+
+
+class Console:
+    """A text stream whose reader may go away, as `| tee log` does at Ctrl-C: what nobody reads is dropped."""
+
+    def __init__(self, stream: IO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(BrokenPipeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(BrokenPipeError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def check_folder_name(folder: Path) -> None:
@@ -2278,7 +2303,8 @@ def on_stop_signal(number: int, frame) -> None:
     stop_signals.append((number, time.monotonic()))
     if is_first_process() and len(stop_signals) == 1:
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stops as soon as the work in hand is done; a second signal stops at once\n".encode())
+        with suppress(OSError):
+            os.write(2, f"\n{name}: stops after the work in hand; a second signal stops at once\n".encode())
 
 
 def stop_if_asked(kept: str) -> None:
@@ -2366,7 +2392,9 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = owner_is_gone(file, owner)
         except OSError as error:
-            free = error.errno not in (errno.EACCES, errno.EAGAIN)
+            if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
+                raise
+            free = error.errno in NO_LOCKS
             if free:
                 warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
         if free and is_file_of(handle, file):
@@ -2497,7 +2525,7 @@ class Damaged(Exception):
     """A file that does not hold what was written into it. `file`: its path."""
 
     def __init__(self, file: Path):
-        super().__init__(f"{file} is damaged")
+        super().__init__(f"{file} is damaged, or of an earlier version of this script")
         self.file = file
 
 
@@ -2553,12 +2581,15 @@ def write_json(file: Path, record: dict) -> None:
     write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
 
 
-def read_json(file: Path) -> dict:
-    """What `write_json` wrote, without its checksum; {} if there is no such file. Raises Damaged for other content."""
+def read_json(file: Path, sealed: bool = True) -> dict:
+    """What `write_json` wrote, without its checksum; {} if there is no such file. Raises Damaged for other content.
+    With `sealed` False it also takes a file without a checksum, of an earlier version."""
     if not file.exists():
         return {}
     try:
         record = json.loads(file.read_bytes())
+        if not sealed and "checksum" not in record:
+            return record
         if record.pop("checksum") == json_checksum(record):
             return record
     except (ValueError, LookupError, AttributeError, TypeError):
@@ -2619,7 +2650,8 @@ def check_dataset_folder(flag: str, folder: str, columns: bool = True) -> None:
             if numbers != set(range(total)):
                 have = f"{len(numbers)} of the {total} files {name}-*-of-{total:05d}.parquet"
                 raise SystemExit(f"{flag} {folder}: {parent} holds {have}: {again}, or fetch the dataset again")
-    for file in progress_bar(files if columns else [], desc="check data", unit="file", delay=5):
+    for file in progress_bar(files if columns and is_first_process() else [], desc="check data", unit="file", delay=5):
+        stop_if_asked("nothing was begun")
         if not is_whole(file):
             raise SystemExit(f"{flag} {folder}: {file} is damaged: {again}, or fetch the file again")
 
@@ -2629,11 +2661,13 @@ def is_whole(file: Path) -> bool:
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
-            return rows == parquet.metadata.num_rows
+            if rows == parquet.metadata.num_rows:
+                return True
     except (pa.ArrowException, *DAMAGE) as error:
-        if getattr(error, "errno", None):  # the disk, not the content
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
             raise
-        return False
+    warn(str(Damaged(file)))
+    return False
 
 
 def folder_digest(folder: str) -> str:
@@ -2641,10 +2675,11 @@ def folder_digest(folder: str) -> str:
     without what is written again at every run (card, pictures, statistics) and without the work shards. Of a large
     file it reads blocks that are spread over it, the last one included."""
     others = ("work", "README.md", "grid.png", "figures", "statistics.json")
-    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file() and not file.name.startswith(".")]
-    files = [file for file in files if file.relative_to(folder).parts[0] not in others]
-    blocks = max(1, min(64, 4096 // max(len(files), 1)))
-    return short_hash("|".join(f"{file.relative_to(folder)}:{sampled_digest(file, blocks)}" for file in files))
+    names = sorted(path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
+    # Hidden files and folders are other programs' records: .git, .cache/huggingface.
+    names = [name for name in names if name.parts[0] not in others and not any(p[0] == "." for p in name.parts)]
+    blocks, block_size = (max(1, min(64, 4096 // len(names))), 2**16) if 0 < len(names) < 4096 else (1, 2**12)
+    return short_hash("|".join(f"{name}:{sampled_digest(Path(folder, name), blocks, block_size)}" for name in names))
 
 
 def sampled_digest(file: Path, blocks: int, block_size: int = 2**16) -> str:

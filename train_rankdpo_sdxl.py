@@ -128,12 +128,12 @@ def flag(default, help: str, **metadata):
 class TrainingArguments:
     """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
 
-    revision: str | None = flag(None, "Revision of the model on the Hub.", group="Model")
+    revision: str | None = flag(None, "Revision of the model on the Hub.", may_change=True, group="Model")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
     rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
     dataset_name: str | None = flag(None, "Dataset with the images: Hub id or folder. Required.", group="Data")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
-    dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.")
+    dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.", may_change=True)
     dataset_split: str = flag("train", "Split of the dataset.")
     cache_dir: str = flag("outputs/cache", "Folder where latents and embeddings stay for later runs.", may_change=True)
     cache_text_embeddings: bool = flag(True, "Encode prompts once; false: at every step.", may_change=True)
@@ -511,7 +511,8 @@ def train(
         values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
         logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
         stopping = logs.pop("stop") > 0
-        if log.write(step, logs) or accelerator.scaler:  # with fp16 the scaler itself skips, and lowers the loss scale
+        finite = log.write(step, logs)
+        if finite or accelerator.scaler:  # with fp16 the scaler itself skips a step, and lowers the loss scale
             optimizer.step()
             if not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
@@ -777,7 +778,7 @@ def images_key(args: ScriptArguments, dataset: Dataset, labels: list[dict]) -> s
     """Hash of what identifies the images and prompts: their content, wherever the dataset lies."""
     local = os.path.isdir(args.dataset_name)
     parts = [
-        folder_digest(args.dataset_name) if local else dataset._fingerprint,
+        folder_digest(args.dataset_name) if local else hub_commits(dataset) or dataset._fingerprint,
         [label["id"] for label in labels],
         args.images_column,
         args.prompt_column,
@@ -1028,6 +1029,10 @@ EMPTY_PROMPT = "empty-prompt"  # the cache file of its embeddings
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "training_state.pt"
 LOG_FILE = "training_log.jsonl"
+HINTS = {  # if they differ from those of an earlier run
+    "images": "the dataset has changed; --dataset_revision takes an earlier commit of the Hub",
+    "model_files": "the model has changed; --revision takes an earlier commit of the Hub",
+}
 CARD_FACTS = ("base_model", "datasets", "widget")  # the keys of the card's front matter that a run writes again
 
 
@@ -1091,8 +1096,10 @@ def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
     check_card(output_dir / "README.md")
     try:
         previous = read_json(output_dir / "run.json")
-    except Damaged as error:
-        warn(f"{error}: it is written again")  # the checkpoints, too, know which run they are of
+    except Damaged as error:  # the checkpoints, too, know which run they are of
+        if not any(map(checkpoint_record, checkpoints)):
+            raise SystemExit(f"{error}, and no checkpoint of it can be used: choose another folder") from None
+        warn(f"{error}: it is written again")
         previous = settings
     changed = [name for name, value in settings.items() if previous.get(name) != value]
     if previous and changed and (checkpoints or has_lora):
@@ -1100,9 +1107,10 @@ def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
         other = f"of another version of this script, which had no {name}"
         if name in previous:
             other = f"with {name} {previous[name]}, not {settings[name]}"
+        if name in HINTS and name in previous:
+            other += f" ({HINTS[name]})"
         raise SystemExit(f"{here} a run {other}: choose another folder")
-    own = any(checkpoint_record(path).get("run") == run_id(settings) for path in checkpoints)  # run.json was deleted
-    if not previous and not own and not is_empty(output_dir):
+    if not previous and not is_empty(output_dir) and not any(map(checkpoint_record, checkpoints)):
         raise SystemExit(f"{here} other files: choose another folder")
     if resume is None:
         if checkpoints or has_lora:
@@ -1183,7 +1191,7 @@ def is_finished(run: Run, output_dir: Path) -> bool:
     if finished.get("step") != run.max_train_steps:
         return False
     files, card = result_files(output_dir), output_dir / "README.md"
-    wrong = [name for name in {**finished["files"], **files} if finished["files"].get(name) != files.get(name)]
+    wrong = [name for name, digest in finished["files"].items() if files.get(name) != digest]
     if not card.exists() or CARD_END not in card.read_text():
         wrong.append(card.name)
     if wrong:
@@ -1279,10 +1287,16 @@ class LatentCache:
 
     def missing(self) -> list[int]:
         """The files of this process that do not exist yet. A damaged one is removed, to be made again."""
-        verified = all(self.files.get(self.name(shard)) in self.verified for shard in self.owned)
-        hidden = verified or not is_first_process()
-        owned = progress_bar(self.owned, desc="check cache", unit="file", delay=5, disable=hidden)
-        return [shard for shard in owned if not self.has(self.name(shard))]
+        hidden = not is_first_process()
+        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter's lock
+            whole = pool.map(self.has, map(self.name, self.owned))
+            whole = progress_bar(whole, desc="check cache", total=len(self.owned), unit="file", delay=5, disable=hidden)
+            return [shard for shard, known in zip(self.owned, whole) if not known]
+
+    def is_complete(self, *others: str) -> bool:
+        """Whether all files of all processes, and `others`, exist; says nothing of their content."""
+        shards = range(-(-self.length // CACHE_SHARD_ROWS))
+        return self.files.keys() >= {*others, *map(self.name, shards)}
 
     def has(self, name: str) -> bool:
         """Whether there is such a file, and it holds what was written into it."""
@@ -1293,7 +1307,7 @@ class LatentCache:
             self.verified.add(file)
             return True
         print(f"warning: {file} is damaged: it is made again", file=sys.stderr)
-        file.unlink()
+        file.unlink(missing_ok=True)
         del self.files[name]
         return False
 
@@ -1337,15 +1351,21 @@ def encode_dataset(
     with loading(f"the VAE of {args.pretrained_model_name_or_path}"):
         vae = load_vae(args).requires_grad_(False).eval().to(accelerator.device)
     encode_prompts, is_main = None, accelerator.is_main_process
-    empty_prompt = is_main and needs_empty_embeds(args) and not cache.has(EMPTY_PROMPT)
-    if cache.missing() or is_main or not args.cache_text_embeddings:
+    others = [EMPTY_PROMPT] if needs_empty_embeds(args) else []
+    cache.missing()  # removes damaged files
+    if is_main and others:
+        cache.has(EMPTY_PROMPT)
+    accelerator.wait_for_everyone()
+    cache.find()
+    writes = not cache.is_complete(*others)
+    if writes or is_main or not args.cache_text_embeddings:
         with loading(args.pretrained_model_name_or_path):
             encode_prompts = PromptEncoder(args, accelerator.device)
-    writes = cache.missing() or empty_prompt
     with locked(cache.folder, "--cache_dir", wait=True) if writes else nullcontext():
+        accelerator.wait_for_everyone()  # the first process has the lock
         cache.find()  # a run that wrote here meanwhile may have made it all
         encode_shards(args, images, cache, vae, encode_prompts, hidden=not accelerator.is_local_main_process)
-        if empty_prompt:
+        if is_main and others and not cache.has(EMPTY_PROMPT):
             embeds = encode_in_batches(encode_prompts, [""], args.weight_dtype)
             cache.write(EMPTY_PROMPT, {name: tensor[0].cpu() for name, tensor in embeds.items()})
         accelerator.wait_for_everyone()
@@ -1372,10 +1392,8 @@ def encode_shards(
     """Writes the missing cache files of this process. `hidden`: without a progress bar."""
     missing = cache.missing()
     rows = [row for shard in missing for row in cache.rows(shard)]
-    loader = torch.utils.data.DataLoader(
-        images, batch_size=None, sampler=rows, num_workers=args.dataloader_num_workers if rows else 0
-    )
-    decoded = iter(loader)
+    options = {"num_workers": args.dataloader_num_workers if rows else 0, "worker_init_fn": ignore_stop_signals}
+    decoded = iter(torch.utils.data.DataLoader(images, batch_size=None, sampler=rows, **options))
     with progress_bar(total=len(rows), desc="encode", unit=ROW, disable=hidden or not rows) as bar:
         for shard in missing:
             items = []
@@ -1460,8 +1478,16 @@ def training_batches(
     place = (accelerator.process_index, accelerator.num_processes, run.start_step)
     sampler, workers = EpochSampler(args, len(rows.labels), *place), args.dataloader_num_workers
     on_gpu = device.type == "cuda"
-    loader = torch.utils.data.DataLoader(rows, batch_sampler=sampler, num_workers=workers, pin_memory=on_gpu)
+    options = {"num_workers": workers, "pin_memory": on_gpu, "worker_init_fn": ignore_stop_signals}
+    loader = torch.utils.data.DataLoader(rows, batch_sampler=sampler, **options)
     return map(partial(complete_batch, args, device, encode_prompts), loader)  # starts the workers at once
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """In a DataLoader's worker: signals often reach the whole group. The main process still needs the worker, and ends
+    it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def complete_batch(args: ScriptArguments, device: torch.device, encode_prompts: "PromptEncoder | None", batch: dict):
@@ -1533,6 +1559,7 @@ def save_checkpoint(
         write_bytes(temporary / STATE_FILE, content.getbuffer())
         digests = {name: file_digest(temporary / name) for name in (LORA_FILE, STATE_FILE)}
         record = {"step": step, "run": run_id(run.settings), "files": digests}
+        sync(output_dir / LOG_FILE)
         write_json(temporary / "checkpoint.json", {**record, "log": file_digest(output_dir / LOG_FILE)})
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
@@ -1547,10 +1574,11 @@ def save_checkpoint(
 
 def end_stopped_run(args: ScriptArguments, run: Run, step: int) -> None:
     """Ends all processes after a signal. The checkpoint of the step is written."""
-    run.accelerator.wait_for_everyone()
     if run.pending_upload:
         run.pending_upload.result()
-    run.accelerator.end_training()
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
+    run.accelerator.wait_for_everyone()  # a launcher ends all processes soon after the first
     stop_signals.append((signal.SIGTERM, 0.0))  # perhaps only another process has received one
     stop_if_asked(f"checkpoint-{step} is in {args.output_dir}: --resume_from_checkpoint latest goes on from there")
 
@@ -1610,16 +1638,15 @@ class TrainingLog:
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
         self.bar.update()
         self.run.accelerator.log(logs, step=step)
-        # With fp16 the loss scaler skips a step whose gradient overflows, while it looks for the scale.
-        overflow = not np.isfinite(logs["grad_norm"]) and self.args.mixed_precision != "fp16"
-        finite = np.isfinite(logs["loss"]) and not overflow
+        finite = np.isfinite([logs["loss"], logs["grad_norm"]]).all()
         self.skipped = 0 if finite else self.skipped + 1
         if self.run.accelerator.is_main_process:
             known = {name: value if np.isfinite(value) else None for name, value in logs.items()}  # JSON has no NaN
             line = json.dumps({"step": step, **known, **({} if finite else {"skipped": True})})
             with naming(Path(self.args.output_dir, LOG_FILE)):
                 self.file.write(line + "\n")
-        if self.skipped > self.args.max_skipped_steps:
+        # With fp16 the first gradients overflow, while the loss scaler looks for its scale.
+        if self.skipped > self.args.max_skipped_steps + 20 * (self.args.mixed_precision == "fp16"):
             self.give_up(step)
         return bool(finite)
 
@@ -1628,6 +1655,7 @@ class TrainingLog:
         kept = [path.name for path in list_checkpoints(Path(self.args.output_dir))[-1:]] or ["no checkpoint"]
         values = f"{self.skipped} steps in a row without a finite loss and gradient; {kept[0]} is kept"
         other = f"--learning_rate {self.args.learning_rate / 2:g} --output_dir {self.args.output_dir}-2"
+        other += " --resume_from_checkpoint latest"
         raise SystemExit(f"step {step}: {values}. To try half the learning rate: {training_command()} {other}")
 
     def close(self) -> float:
@@ -1823,9 +1851,13 @@ def base_license(model: str, revision: str | None) -> dict:
 
 def data_identity(dataset: Dataset, digest: str) -> str:
     """Identifies the data: the commit of a dataset from the Hub, and a hash of the labels."""
-    folders = {Path(file["filename"]).parent.name for file in dataset.cache_files}  # datasets names them by the commit
-    commits = [f"commit {folder}" for folder in sorted(folders) if re.fullmatch("[0-9a-f]{40}", folder)]
-    return ", ".join([*commits, f"hash of rows and labels {digest}"])
+    return ", ".join([*(f"commit {commit}" for commit in hub_commits(dataset)), f"hash of rows and labels {digest}"])
+
+
+def hub_commits(dataset: Dataset) -> list[str]:
+    """The commit of a dataset from the Hub: `datasets` names the folders of its cache by it."""
+    folders = {Path(file["filename"]).parent.name for file in dataset.cache_files}
+    return [folder for folder in sorted(folders) if re.fullmatch("[0-9a-f]{40}", folder)]
 
 
 def changed_settings(args: ScriptArguments) -> str:
@@ -2032,6 +2064,7 @@ def push_to_hub(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # errors of file systems without locks
 LOCK_BEAT = 20  # seconds between two signs of life of a lock's owner
 # Errors of the disk and of the system that say nothing about the script.
 SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -2041,6 +2074,7 @@ stop_signals: list[tuple[int, float]] = []  # that this process has received, an
 
 def run_script(main: Callable) -> None:
     """Parses the flags, locks the output folder and runs `main`. An error of the disk ends in one line."""
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_stop_signal)
     transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
@@ -2052,9 +2086,30 @@ def run_script(main: Callable) -> None:
         with locked(Path(args.output_dir), "--output_dir"):
             main(args)
     except Exception as error:
+        if stop_signals:  # another process of this run has ended at its own place
+            stop_if_asked(f"before this process was ready for it: {one_line(error)}")
         if problem := system_problem(error):
             raise SystemExit(problem) from None
         raise
+
+
+class Console:
+    """A text stream whose reader may go away, as `| tee log` does at Ctrl-C: what nobody reads is dropped."""
+
+    def __init__(self, stream: IO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(BrokenPipeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(BrokenPipeError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def check_folder_name(folder: Path) -> None:
@@ -2073,7 +2128,8 @@ def on_stop_signal(number: int, frame) -> None:
     stop_signals.append((number, time.monotonic()))
     if is_first_process() and len(stop_signals) == 1:
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stops as soon as the work in hand is done; a second signal stops at once\n".encode())
+        with suppress(OSError):
+            os.write(2, f"\n{name}: stops after the work in hand; a second signal stops at once\n".encode())
 
 
 def stop_if_asked(kept: str) -> None:
@@ -2161,7 +2217,9 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = owner_is_gone(file, owner)
         except OSError as error:
-            free = error.errno not in (errno.EACCES, errno.EAGAIN)
+            if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
+                raise
+            free = error.errno in NO_LOCKS
             if free:
                 warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
         if free and is_file_of(handle, file):
@@ -2292,7 +2350,7 @@ class Damaged(Exception):
     """A file that does not hold what was written into it. `file`: its path."""
 
     def __init__(self, file: Path):
-        super().__init__(f"{file} is damaged")
+        super().__init__(f"{file} is damaged, or of an earlier version of this script")
         self.file = file
 
 
@@ -2348,12 +2406,15 @@ def write_json(file: Path, record: dict) -> None:
     write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
 
 
-def read_json(file: Path) -> dict:
-    """What `write_json` wrote, without its checksum; {} if there is no such file. Raises Damaged for other content."""
+def read_json(file: Path, sealed: bool = True) -> dict:
+    """What `write_json` wrote, without its checksum; {} if there is no such file. Raises Damaged for other content.
+    With `sealed` False it also takes a file without a checksum, of an earlier version."""
     if not file.exists():
         return {}
     try:
         record = json.loads(file.read_bytes())
+        if not sealed and "checksum" not in record:
+            return record
         if record.pop("checksum") == json_checksum(record):
             return record
     except (ValueError, LookupError, AttributeError, TypeError):
@@ -2414,7 +2475,8 @@ def check_dataset_folder(flag: str, folder: str, columns: bool = True) -> None:
             if numbers != set(range(total)):
                 have = f"{len(numbers)} of the {total} files {name}-*-of-{total:05d}.parquet"
                 raise SystemExit(f"{flag} {folder}: {parent} holds {have}: {again}, or fetch the dataset again")
-    for file in progress_bar(files if columns else [], desc="check data", unit="file", delay=5):
+    for file in progress_bar(files if columns and is_first_process() else [], desc="check data", unit="file", delay=5):
+        stop_if_asked("nothing was begun")
         if not is_whole(file):
             raise SystemExit(f"{flag} {folder}: {file} is damaged: {again}, or fetch the file again")
 
@@ -2424,11 +2486,13 @@ def is_whole(file: Path) -> bool:
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
-            return rows == parquet.metadata.num_rows
+            if rows == parquet.metadata.num_rows:
+                return True
     except (pa.ArrowException, *DAMAGE) as error:
-        if getattr(error, "errno", None):  # the disk, not the content
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
             raise
-        return False
+    warn(str(Damaged(file)))
+    return False
 
 
 def folder_digest(folder: str) -> str:
@@ -2436,10 +2500,11 @@ def folder_digest(folder: str) -> str:
     without what is written again at every run (card, pictures, statistics) and without the work shards. Of a large
     file it reads blocks that are spread over it, the last one included."""
     others = ("work", "README.md", "grid.png", "figures", "statistics.json")
-    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file() and not file.name.startswith(".")]
-    files = [file for file in files if file.relative_to(folder).parts[0] not in others]
-    blocks = max(1, min(64, 4096 // max(len(files), 1)))
-    return short_hash("|".join(f"{file.relative_to(folder)}:{sampled_digest(file, blocks)}" for file in files))
+    names = sorted(path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
+    # Hidden files and folders are other programs' records: .git, .cache/huggingface.
+    names = [name for name in names if name.parts[0] not in others and not any(p[0] == "." for p in name.parts)]
+    blocks, block_size = (max(1, min(64, 4096 // len(names))), 2**16) if 0 < len(names) < 4096 else (1, 2**12)
+    return short_hash("|".join(f"{name}:{sampled_digest(Path(folder, name), blocks, block_size)}" for name in names))
 
 
 def sampled_digest(file: Path, blocks: int, block_size: int = 2**16) -> str:

@@ -77,6 +77,10 @@ def wait_for(condition, *processes) -> None:
         time.sleep(0.02)
 
 
+def logged(log: Path) -> int:
+    return log.read_text().count("\n") if log.exists() else 0
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_ends_training_with_a_checkpoint_of_that_step(flags, tmp_path, processes):
     """Exit code 143 of every process, although only one of two receives the signal; then the same weights, bit for bit,
@@ -103,7 +107,7 @@ def test_sigterm_ends_training_with_a_checkpoint_of_that_step(flags, tmp_path, p
     finish(whole)
     started = ranks(stopped)
     log = stopped / "training_log.jsonl"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3, *started)
+    wait_for(lambda: logged(log) >= 3, *started)
     started[-1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [143] * processes, outputs
@@ -113,6 +117,24 @@ def test_sigterm_ends_training_with_a_checkpoint_of_that_step(flags, tmp_path, p
     assert f"stopped: checkpoint-{last} is in" in outputs[0] and "Traceback" not in "".join(outputs)
     finish(stopped, *LATEST)
     assert same_lora(whole, stopped)
+
+
+def test_a_signal_to_the_whole_group_and_a_console_that_is_gone(flags, tmp_path):
+    """Slurm signals every process, DataLoader's workers too. `| tee log` ends at Ctrl-C, and nobody reads any more."""
+    more = ["--dataloader_num_workers", 2, "--max_train_steps", 100_000, "--output_dir", tmp_path / "out"]
+    command = [sys.executable, "train_rankdpo_sdxl.py", *map(str, [*flags, *more])]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": ROOT, "start_new_session": True}
+    log = tmp_path / "out" / "training_log.jsonl"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen([*command, *LATEST], **options)
+        steps = logged(log) + 3
+        wait_for(lambda steps=steps: logged(log) >= steps, process)
+        if number == signal.SIGINT:
+            process.stdout.close()
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=60) == 128 + number, process.stdout.read()
+        last = json.loads(log.read_text().splitlines()[-1])["step"]
+        assert script.checkpoint_record(tmp_path / "out" / f"checkpoint-{last}")
 
 
 def test_a_second_signal_ends_at_once(flags, tmp_path):
@@ -213,6 +235,18 @@ def test_damaged_run_json_and_log_do_not_stop_a_resume(flags, finished, tmp_path
     assert steps == [1, 3, 4, 5, 6]
 
 
+def test_a_run_of_an_earlier_version_is_not_begun_again(flags, finished, tmp_path):
+    """Its files have no checksums: they are not taken for damaged ones."""
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    record = script.read_json(folder / "run.json")
+    (folder / "run.json").write_text(json.dumps(record))
+    for checkpoint in script.list_checkpoints(folder):
+        (checkpoint / "checkpoint.json").unlink()
+    message = refused("train_rankdpo_sdxl", *flags, "--output_dir", folder, "--max_train_steps", 6, *LATEST)
+    assert "of an earlier version" in message and "choose another folder" in message
+
+
 def test_a_damaged_cache_file_is_made_again(flags, tmp_path, capsys):
     """Also one whose damage would give a NaN: the file is named."""
     cache = tmp_path / "cache"
@@ -261,7 +295,7 @@ def test_too_many_such_steps_end_with_a_command_that_can_be_followed(flags, tmp_
         message = refused("train_rankdpo_sdxl", *flags, *more)
     assert message.startswith("step 2: 2 steps in a row") and "no checkpoint is kept" in message
     _, _, command = message.partition("To try half the learning rate: ")
-    assert "--learning_rate 0.005" in command
+    assert "--learning_rate 0.005" in command and command.endswith("--resume_from_checkpoint latest")
     call("train_rankdpo_sdxl", *shlex.split(command)[2:])
     assert (tmp_path / "out-2" / script.LORA_FILE).exists()
 
