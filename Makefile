@@ -75,7 +75,8 @@ coverage: .venv/ready-test
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m coverage combine --quiet
-	$(BIN)/python -m coverage report --show-missing
+	$(BIN)/python -m coverage json --quiet -o .coverage.json
+	$(BIN)/python tests/coverage_report.py .coverage.json
 
 # More than 500 faults injected into tiny runs; the last line counts what was lost, silently wrong, or a traceback.
 test-faults: .venv/ready

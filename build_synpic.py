@@ -283,7 +283,7 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
         for generator, s in jobs[state.process_index :: state.num_processes]:
             source, facts = image_shard(args, generator, s, shards[s])
             target = shard_file(args, s, "scores", column, generator)
-            if not is_complete(target, **facts) or not is_whole(target):
+            if not is_complete(target, **facts) or not is_usable(target):
                 missing.append((source, target, facts, shards[s]))
         if not missing:
             continue
@@ -357,7 +357,7 @@ def rank_shards(args: ScriptArguments, shards: dict, names: list[str], features:
                 file = shard_file(args, s, "scores", reward, name)
                 if not is_complete(file, **shard):
                     raise SystemExit(f"{file} is missing or of other images: run the score stage first")
-    if shard_facts(target) != facts or not is_whole(target):
+    if shard_facts(target) != facts or not is_usable(target):
         table = pa.concat_tables(ranked_table(args, s, rows, names, features) for s, rows in shards.items())
         # Row groups of at most 64 MB: the Hub's viewer reads a whole one to show a page.
         write_table(table, target, facts, row_group_size=min(max(64_000_000 * len(table) // table.nbytes, 1), 100))
@@ -702,7 +702,7 @@ def write_scores(output_dir: Path, features: Features) -> None:
         file.unlink()
     for part, target in zip(parts, targets):
         facts = {"data": hash_of_facts(part)}
-        if shard_facts(target) != facts or not is_whole(target):
+        if shard_facts(target) != facts or not is_usable(target):
             table = pa.concat_tables(read_table(file, columns=list(features)) for file in part)
             write_table(table.cast(features.arrow_schema), target, facts, row_group_size=1000)
 
@@ -1118,6 +1118,14 @@ def shard_facts(file: Path) -> dict | None:
             raise
     warn(str(Damaged(file)))
     return None
+
+
+def is_usable(file: Path) -> bool:
+    """`is_whole`, and says so if it is not."""
+    whole = is_whole(file)
+    if not whole:
+        warn(str(Damaged(file)))
+    return whole
 
 
 def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
@@ -2661,13 +2669,11 @@ def is_whole(file: Path) -> bool:
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
-            if rows == parquet.metadata.num_rows:
-                return True
+            return rows == parquet.metadata.num_rows
     except (pa.ArrowException, *DAMAGE) as error:
         if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
             raise
-    warn(str(Damaged(file)))
-    return False
+        return False
 
 
 def folder_digest(folder: str) -> str:

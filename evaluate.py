@@ -2838,13 +2838,11 @@ def is_whole(file: Path) -> bool:
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
-            if rows == parquet.metadata.num_rows:
-                return True
+            return rows == parquet.metadata.num_rows
     except (pa.ArrowException, *DAMAGE) as error:
         if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
             raise
-    warn(str(Damaged(file)))
-    return False
+        return False
 
 
 def folder_digest(folder: str) -> str:

@@ -252,7 +252,7 @@ def index(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
     where the dataset has none."""
     own = range(state.process_index, pairs.num_files, state.num_processes)
     files = [(file, index_file(args, file)) for file in own]
-    missing = [file for file, target in files if shard_facts(target) is None or not is_whole(target)]
+    missing = [file for file, target in files if shard_facts(target) is None or not is_usable(target)]
     without_id = [image for image, uid in zip(pairs.images, pairs.uids) if uid not in pairs.features]
     columns = list(dict.fromkeys(pairs.light_columns + without_id))
     progress = progress_bar(desc="read pairs", unit="pair", disable=not (missing and state.is_local_main_process))
@@ -285,7 +285,7 @@ def score(args: ScriptArguments, pairs: "Pairs", shards: list[dict], state: Part
     missing = []
     for shard in (shards[i] for i in own):
         file = score_file(args, shard)
-        if not is_complete(file, **shard["facts"]) or not is_whole(file):
+        if not is_complete(file, **shard["facts"]) or not is_usable(file):
             missing.append(shard)
     if missing:
         reward = load_reward_model(args.reward, state.device, batch_size=args.reward_batch_size)
@@ -369,7 +369,7 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: dict, upload: 
     facts = {"pairs": ranking["hash"]}
     targets = {data_file(output_dir / folder, number, files) for folder in folders for number in files}
     stale = {*(output_dir / "scores").glob("*.parquet"), *(output_dir / "data").glob("*.parquet")} - targets
-    if not stale and all(shard_facts(file) == facts and is_whole(file) for file in targets):
+    if not stale and all(shard_facts(file) == facts and is_usable(file) for file in targets):
         (output_dir / UNFINISHED).unlink(missing_ok=True)
         return
 
@@ -1054,6 +1054,14 @@ def shard_facts(file: Path) -> dict | None:
             raise
     warn(str(Damaged(file)))
     return None
+
+
+def is_usable(file: Path) -> bool:
+    """`is_whole`, and says so if it is not."""
+    whole = is_whole(file)
+    if not whole:
+        warn(str(Damaged(file)))
+    return whole
 
 
 def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
@@ -2597,13 +2605,11 @@ def is_whole(file: Path) -> bool:
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
-            if rows == parquet.metadata.num_rows:
-                return True
+            return rows == parquet.metadata.num_rows
     except (pa.ArrowException, *DAMAGE) as error:
         if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
             raise
-    warn(str(Damaged(file)))
-    return False
+        return False
 
 
 def folder_digest(folder: str) -> str:
