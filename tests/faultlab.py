@@ -54,7 +54,8 @@ SCRIPTS = (
     "evaluate",
 )
 TIMEOUT = 30  # seconds; a tiny run takes one
-BAR = r"^.*\[\d\d:\d\d(:\d\d)?[<,][^\]]*\]"  # tqdm's: 30%|###  | 3/10 [00:01<00:02, 2.50image/s]
+# tqdm's: 30%|###  | 3/10 [00:01<00:02, 2.50image/s]. Older versions cut it at the width of the console.
+BAR = r"^.*\[\d\d:\d\d(:\d\d)?[<,]([^\]]*\]|\d\d:\d\d[\w?./, =+-]*$)"
 # Events of Python's audit that change files: the moments that faults aim at.
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 
