@@ -1052,17 +1052,6 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(table_cell, row)) + " |" for row in cells)
 
 
-def table_cell(value) -> str:
-    """Any text as one cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def save_picture(picture: PILImage.Image, file: Path) -> None:
-    """Writes a PNG. Each part of it has a checksum: see `is_whole_png`."""
-    with replacing(file) as temporary:
-        picture.save(temporary, "PNG")
-
-
 def is_whole_png(file: Path) -> bool:
     """Verifies the checksums in a PNG; False if there is no such file."""
     try:
@@ -1108,37 +1097,35 @@ def shard_facts(file: Path) -> dict | None:
     if not file.exists():
         return None
     try:
-        metadata = pq.read_metadata(file)
-        record = metadata.metadata[b"synpic"]
-        facts = json.loads(record)["facts"]
-        if record == sealed(facts, metadata.schema.to_arrow_schema(), metadata.num_rows):
-            return facts
-    except (pa.ArrowException, *DAMAGE) as error:
-        if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
-            raise
-    warn(str(Damaged(file)))
-    return None
+        with reading(file):
+            metadata = pq.read_metadata(file)
+            record = metadata.metadata[b"synpic"]
+            facts = json.loads(record)["facts"]
+            if record == sealed(facts, metadata.schema.to_arrow_schema(), metadata.num_rows):
+                return facts
+            raise Damaged(file)
+    except Damaged as error:
+        warn(str(error))
+        return None
 
 
 def is_usable(file: Path) -> bool:
-    """`is_whole`, and says so if it is not."""
-    whole = is_whole(file)
-    if not whole:
-        warn(str(Damaged(file)))
-    return whole
+    """Whether the checksums of a file's pages are right; says so if they are not."""
+    try:
+        check_pages(file)
+        return True
+    except Damaged as error:
+        warn(str(error))
+        return False
 
 
 def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
     """The rows of a file that `write_table` wrote. Raises Damaged if a checksum does not match."""
-    try:
-        if shard_facts(file) is not None:
-            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-                table = parquet.read(columns)
-                if len(table) == parquet.metadata.num_rows:
-                    return table
-    except (pa.ArrowException, *DAMAGE) as error:
-        if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
-            raise
+    if shard_facts(file) is not None:
+        with reading(file), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            table = parquet.read(columns)
+            if len(table) == parquet.metadata.num_rows:
+                return table
     raise Damaged(file)
 
 
@@ -2459,7 +2446,6 @@ def show_life(file: Path, ended: threading.Event) -> None:
 RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
 YAML_NULL = ("", "~", "null", "Null", "NULL")
 RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
-DAMAGE = (OSError, ValueError, LookupError, TypeError)  # what readers raise on a damaged file
 UNFINISHED = "UNFINISHED"  # stands in a folder of data files while they are written
 
 
@@ -2523,6 +2509,11 @@ def one_line(error: Exception | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def table_cell(value) -> str:
+    """Any text as one cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
 def progress_bar(*arguments, **options) -> tqdm:
     """A tqdm bar; where the output is not a terminal it writes at most one line every 30 seconds."""
     pause = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
@@ -2555,10 +2546,12 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Errors of the disk in this block name this file."""
+    """Errors of the disk in this block name this file, unless they are about a file of another folder."""
     try:
         yield
     except OSError as error:
+        if error.filename is not None and Path(str(error.filename)).parent != file.parent:
+            raise
         raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
 
 
@@ -2582,6 +2575,12 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 def write_text(file: Path, text: str) -> None:
     write_bytes(file, text.encode())
+
+
+def save_picture(picture: PILImage.Image, file: Path) -> None:
+    """Writes a PNG. Each part of it has a checksum."""
+    with replacing(file) as temporary:
+        picture.save(temporary, "PNG")
 
 
 def write_json(file: Path, record: dict) -> None:
@@ -2643,37 +2642,46 @@ def check_dataset_folder(flag: str, folder: str, columns: bool = True) -> None:
     if not os.path.isdir(folder):
         return
     again = "run the command that wrote it again"
-    for mark in sorted(Path(folder).rglob(UNFINISHED)):
-        raise SystemExit(f"{flag} {folder}: {mark.parent} is unfinished: {again}")
+    if marks := sorted(Path(folder).rglob(UNFINISHED)):
+        raise SystemExit(f"{flag} {folder}: {marks[0].parent} is unfinished: {again}")
     files = sorted(file for file in Path(folder).rglob("*.parquet") if "work" not in file.relative_to(folder).parts)
     series = {}
     for file in files:
         if match := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.parquet", file.name):
             series.setdefault((file.parent, match[1]), {}).setdefault(int(match[3]), set()).add(int(match[2]))
     for (parent, name), found in series.items():
-        if len(found) > 1:
+        (total, numbers), *others = found.items()
+        if others:
             kinds = " and ".join(f"{name}-*-of-{total:05d}.parquet" for total in sorted(found))
             raise SystemExit(f"{flag} {folder}: {parent} holds files of two datasets, {kinds}: remove those of one")
-        for total, numbers in found.items():
-            if numbers != set(range(total)):
-                have = f"{len(numbers)} of the {total} files {name}-*-of-{total:05d}.parquet"
-                raise SystemExit(f"{flag} {folder}: {parent} holds {have}: {again}, or fetch the dataset again")
+        if numbers != set(range(total)):
+            have = f"{len(numbers)} of the {total} files {name}-*-of-{total:05d}.parquet"
+            raise SystemExit(f"{flag} {folder}: {parent} holds {have}: {again}, or fetch the dataset again")
     for file in progress_bar(files if columns and is_first_process() else [], desc="check data", unit="file", delay=5):
         stop_if_asked("nothing was begun")
-        if not is_whole(file):
-            raise SystemExit(f"{flag} {folder}: {file} is damaged: {again}, or fetch the file again")
+        try:
+            check_pages(file)
+        except Damaged:
+            raise SystemExit(f"{flag} {folder}: {file} is damaged: {again}, or fetch the file again") from None
 
 
-def is_whole(file: Path) -> bool:
-    """Reads a Parquet file and verifies the checksums of its pages, where it has them."""
+def check_pages(file: Path) -> None:
+    """Reads a Parquet file and verifies the checksums of its pages, where it has them. Raises Damaged."""
+    with reading(file), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
+        if rows != parquet.metadata.num_rows:
+            raise Damaged(file)
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """What readers of Parquet raise in this block on a damaged file becomes Damaged."""
     try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
-            return rows == parquet.metadata.num_rows
-    except (pa.ArrowException, *DAMAGE) as error:
+        yield
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
             raise
-        return False
+        raise Damaged(file) from None
 
 
 def folder_digest(folder: str) -> str:

@@ -1508,7 +1508,7 @@ def earlier_log(file: Path, run: Run) -> str:
         except (ValueError, LookupError, TypeError):
             pass  # the last line of a run that was killed, or a damaged one
     text = "".join(lines[step] for step in sorted(lines))
-    if run.checkpoint and checkpoint_record(run.checkpoint).get("log") != short_hash(text):
+    if run.checkpoint and read_json(run.checkpoint / "checkpoint.json").get("log") != short_hash(text):
         warn(f"{file}: lines up to step {run.start_step} are damaged or missing")
     return text
 
@@ -1606,11 +1606,9 @@ def write_card(args: ScriptArguments, output_dir: Path, prompts: list, before: l
     widgets, gallery = [], ["| prompt | base | with this LoRA |", "|---|---|---|"]
     for i, (prompt, base, tuned) in enumerate(zip(prompts, before, after)):
         for image, name in ((base, f"{i}_base.png"), (tuned, f"{i}.png")):
-            with replacing(output_dir / "images" / name) as file:
-                image.save(file, "PNG")
+            save_picture(image, output_dir / "images" / name)
         widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
-        cell = " ".join(prompt.split()).replace("|", "\\|")
-        gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
+        gallery.append(f"| {table_cell(prompt)} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
     model, parts, name = args.pretrained_model_name_or_path, card_parts(args, facts), output_dir.resolve().name
     datasets = [dataset for dataset in parts["datasets"] if dataset and not os.path.isdir(dataset)]
     front = {  # the Hub cannot link to a folder of this machine
@@ -2277,7 +2275,6 @@ def show_life(file: Path, ended: threading.Event) -> None:
 RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
 YAML_NULL = ("", "~", "null", "Null", "NULL")
 RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
-DAMAGE = (OSError, ValueError, LookupError, TypeError)  # what readers raise on a damaged file
 UNFINISHED = "UNFINISHED"  # stands in a folder of data files while they are written
 
 
@@ -2341,6 +2338,11 @@ def one_line(error: Exception | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def table_cell(value) -> str:
+    """Any text as one cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
 def progress_bar(*arguments, **options) -> tqdm:
     """A tqdm bar; where the output is not a terminal it writes at most one line every 30 seconds."""
     pause = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
@@ -2373,10 +2375,12 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Errors of the disk in this block name this file."""
+    """Errors of the disk in this block name this file, unless they are about a file of another folder."""
     try:
         yield
     except OSError as error:
+        if error.filename is not None and Path(str(error.filename)).parent != file.parent:
+            raise
         raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
 
 
@@ -2400,6 +2404,12 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 def write_text(file: Path, text: str) -> None:
     write_bytes(file, text.encode())
+
+
+def save_picture(picture: PILImage.Image, file: Path) -> None:
+    """Writes a PNG. Each part of it has a checksum."""
+    with replacing(file) as temporary:
+        picture.save(temporary, "PNG")
 
 
 def write_json(file: Path, record: dict) -> None:
@@ -2461,37 +2471,46 @@ def check_dataset_folder(flag: str, folder: str, columns: bool = True) -> None:
     if not os.path.isdir(folder):
         return
     again = "run the command that wrote it again"
-    for mark in sorted(Path(folder).rglob(UNFINISHED)):
-        raise SystemExit(f"{flag} {folder}: {mark.parent} is unfinished: {again}")
+    if marks := sorted(Path(folder).rglob(UNFINISHED)):
+        raise SystemExit(f"{flag} {folder}: {marks[0].parent} is unfinished: {again}")
     files = sorted(file for file in Path(folder).rglob("*.parquet") if "work" not in file.relative_to(folder).parts)
     series = {}
     for file in files:
         if match := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.parquet", file.name):
             series.setdefault((file.parent, match[1]), {}).setdefault(int(match[3]), set()).add(int(match[2]))
     for (parent, name), found in series.items():
-        if len(found) > 1:
+        (total, numbers), *others = found.items()
+        if others:
             kinds = " and ".join(f"{name}-*-of-{total:05d}.parquet" for total in sorted(found))
             raise SystemExit(f"{flag} {folder}: {parent} holds files of two datasets, {kinds}: remove those of one")
-        for total, numbers in found.items():
-            if numbers != set(range(total)):
-                have = f"{len(numbers)} of the {total} files {name}-*-of-{total:05d}.parquet"
-                raise SystemExit(f"{flag} {folder}: {parent} holds {have}: {again}, or fetch the dataset again")
+        if numbers != set(range(total)):
+            have = f"{len(numbers)} of the {total} files {name}-*-of-{total:05d}.parquet"
+            raise SystemExit(f"{flag} {folder}: {parent} holds {have}: {again}, or fetch the dataset again")
     for file in progress_bar(files if columns and is_first_process() else [], desc="check data", unit="file", delay=5):
         stop_if_asked("nothing was begun")
-        if not is_whole(file):
-            raise SystemExit(f"{flag} {folder}: {file} is damaged: {again}, or fetch the file again")
+        try:
+            check_pages(file)
+        except Damaged:
+            raise SystemExit(f"{flag} {folder}: {file} is damaged: {again}, or fetch the file again") from None
 
 
-def is_whole(file: Path) -> bool:
-    """Reads a Parquet file and verifies the checksums of its pages, where it has them."""
+def check_pages(file: Path) -> None:
+    """Reads a Parquet file and verifies the checksums of its pages, where it has them. Raises Damaged."""
+    with reading(file), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
+        if rows != parquet.metadata.num_rows:
+            raise Damaged(file)
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """What readers of Parquet raise in this block on a damaged file becomes Damaged."""
     try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
-            return rows == parquet.metadata.num_rows
-    except (pa.ArrowException, *DAMAGE) as error:
+        yield
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
             raise
-        return False
+        raise Damaged(file) from None
 
 
 def folder_digest(folder: str) -> str:

@@ -352,6 +352,13 @@ def test_a_write_that_fails_ends_in_one_line(flags, tmp_path):
     call("train_rankdpo_sdxl", *command[1:], *LATEST)
 
 
+def test_an_error_about_another_file_keeps_its_name(tmp_path):
+    """A file that cannot be read while another one is written."""
+    with pytest.raises(OSError) as raised, script.replacing(tmp_path / "out.json"):
+        (tmp_path / "no" / "source.png").read_bytes()
+    assert raised.value.filename.endswith("source.png") and not list(tmp_path.iterdir())
+
+
 def test_parquet_json_and_pictures_notice_every_flipped_bit(tmp_path):
     """Each reader gives what was written, or says that it cannot."""
     rng = np.random.default_rng(0)
