@@ -64,7 +64,7 @@ from functools import cache
 from importlib.metadata import version
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 
@@ -1145,7 +1145,7 @@ def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None,
 
     Args:
         name: one of REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or a Hub
-            id) loads another checkpoint than the published one.
+            id) loads another checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class.
         dtype: by default float32 on a CPU and half precision on a GPU.
 
     Returns:
@@ -1168,18 +1168,35 @@ def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None,
 
 
 def reward_name(name: str) -> str:
-    """The column of a reward: `shapes/world.py:color_reward` → `color_reward`, `pickscore=folder` → `pickscore`."""
+    """The column of a reward: `shapes/world.py:color_reward` → `color_reward`, `pickscore=folder` → `pickscore`,
+    `my.py:Score,model=user/name` → `Score_model=name`."""
     kind, _, checkpoint = name.partition("=")
     if kind == "vqascore_vlm":  # scores of different models are not comparable
         return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][0]).name}"
-    return kind if kind in REWARD_MODELS else name.rpartition(":")[2]
+    if kind in REWARD_MODELS:
+        return kind
+    _, function, settings = split_function(name)
+    return "_".join([function, *(f"{key}={value.rstrip('/').rpartition('/')[2]}" for key, value in settings.items())])
+
+
+def split_function(name: str) -> tuple[str, str, dict[str, str]]:
+    """`file.py:Class,key=value,…` → file, name, settings. Exits with one line if it is nothing of the kind."""
+    match = re.fullmatch(r"(.+?\.py):(\w+)((?:,\w+=[^,]+)*)", name)
+    if not match:
+        own = "path/to/file.py:function or path/to/file.py:Class,key=value"
+        raise SystemExit(f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or {own}")
+    return match[1], match[2], dict(word.split("=", 1) for word in match[3].split(",")[1:])
 
 
 def reward_settings(name: str) -> dict:
-    """What a reward's scores depend on: its checkpoint, or the text of its file."""
+    """What a reward's scores depend on: its checkpoint; or the text of its file, the settings, and what these name."""
     kind, _, checkpoint = name.partition("=")
     if kind not in REWARD_MODELS:
-        return {"reward": name.rpartition("/")[2], "sha256": FunctionReward(name, batch_size=1).identity}
+        file, function, settings = split_function(name)
+        found = {"reward": f"{Path(file).name}:{function}", "sha256": FunctionReward(name, batch_size=1).identity}
+        paths = {key: value for key, value in settings.items() if os.path.exists(value)}
+        digests = {key: folder_digest(v) if os.path.isdir(v) else file_digest(Path(v)) for key, v in paths.items()}
+        return found | ({"settings": settings} if settings else {}) | ({"files": digests} if digests else {})
     checkpoint = checkpoint or REWARD_MODELS[kind][0]
     files = {"files": folder_digest(checkpoint)} if os.path.isdir(checkpoint) else {}
     return {"reward": reward_name(name), "checkpoint": checkpoint, **files}
@@ -1226,6 +1243,8 @@ class RewardModel:
     """Base class. Worker threads decode and prepare images ahead of the model, which takes them in batches. A subclass
     loads its weights in `load` and defines `compare` (n encoded images and prompts → n rewards). It may override
     `prepare` (PIL image → model input, in a worker), `encode_images` and `encode_prompts` (one batch each)."""
+
+    progress: tqdm | None = None  # a bar that counts the images
 
     def __init__(self, name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32):
         self.name = name
@@ -1316,6 +1335,8 @@ class RewardModel:
                     if skip_bad:
                         futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
                     yield [(position, future.result()) for position, future in futures]
+                    if self.progress is not None:
+                        self.progress.update(len(futures))
 
     def decode_and_prepare(self, image):
         return self.prepare(decode_image(image))
@@ -1340,10 +1361,7 @@ class FunctionReward(RewardModel):
     such a `score`. If it has a parameter `rows`, that is the whole row of each image's prompt, as a dict."""
 
     def __init__(self, name: str, batch_size: int, device="cpu"):
-        file, _, function = name.rpartition(":")
-        if not file.endswith(".py") or not function:
-            choices = ", ".join(REWARD_MODELS)
-            raise SystemExit(f"reward {name}: unknown; choose from {choices}, or path/to/file.py:function")
+        file, function, settings = split_function(name)
         if not Path(file).is_file():
             raise SystemExit(f"reward {name}: no file {file}")
         try:
@@ -1357,7 +1375,26 @@ class FunctionReward(RewardModel):
         called = self.function.score if inspect.isclass(self.function) else self.function
         self.takes_rows = "rows" in inspect.signature(called).parameters
         self.name, self.batch_size, self.device = name, batch_size, torch.device(device)
-        self.identity = short_hash(Path(file).read_bytes())
+        self.settings = self.read_settings(settings)
+        self.identity = short_hash(b"".join(path.read_bytes() for path in source_files(Path(file))))
+
+    def read_settings(self, given: dict[str, str]) -> dict:
+        """The settings in the types of the class's parameters; exits with one line if one is unknown or wrong."""
+        if not inspect.isclass(self.function):
+            if given:
+                raise SystemExit(f"reward {self.name}: a function takes no settings, only a class does")
+            return {}
+        known = dict(inspect.signature(self.function).parameters)
+        known = {key: known[key].annotation for key in known if key not in ("device", "batch_size")}
+        for key, text in given.items():
+            if key not in known:
+                names = f"its settings are {', '.join(known)}" if known else "it has none"
+                raise SystemExit(f"reward {self.name}: there is no setting {key}; {names}")
+            try:
+                given[key] = typed_setting(text, known[key])
+            except ValueError as error:
+                raise SystemExit(f"reward {self.name}: setting {key}: {one_line(error)}") from None
+        return given
 
     def prepare(self, image):
         return image
@@ -1365,7 +1402,7 @@ class FunctionReward(RewardModel):
     def score(self, images: list, prompts: list[str], skip_bad: bool = False, rows: list[dict] | None = None) -> list:
         """A number for each image; or a dict of numbers, where `rows` are given. A NaN in it means: does not apply."""
         if inspect.isclass(self.function):
-            self.function = self.function(device=self.device, batch_size=self.batch_size).score
+            self.function = self.call(device=self.device, batch_size=self.batch_size, **self.settings).score
         given = rows or [{"prompt": prompt} for prompt in prompts]
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         for batch in self.prepared_batches(images, skip_bad):
@@ -1402,6 +1439,24 @@ class FunctionReward(RewardModel):
         if not all(np.isfinite(np.float32(number)) or is_dict and math.isnan(number) for number in numbers.values()):
             raise SystemExit(f"reward {self.name}: {what}: it must be a finite number")
         return numbers if is_dict else numbers[""]
+
+
+def typed_setting(text: str, kind) -> bool | int | float | str:
+    """A setting in the type of its parameter. Raises ValueError if it cannot be."""
+    choices = ("true", "false") if kind is bool else get_args(kind) if get_origin(kind) is Literal else (text,)
+    if text not in choices:
+        raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
+    return text == "true" if kind is bool else kind(text) if kind in (int, float) else text
+
+
+def source_files(file: Path) -> list[Path]:
+    """A Python file and those beside it that it imports, directly or through another one."""
+    found = [file]
+    for path in found:
+        names = re.findall(r"^\s*(?:from|import)\s+(\w+)", path.read_text(), re.MULTILINE)
+        files = (path.with_name(f"{name}.py") for name in dict.fromkeys(names))
+        found += [other for other in files if other.is_file() and other not in found]
+    return found
 
 
 @cache

@@ -74,7 +74,7 @@ from fnmatch import fnmatch
 from functools import cache
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 
@@ -179,6 +179,7 @@ class ScriptArguments:
         list, "name=pipeline, or name=unet:network and name=transformer:network, in the base's place; folder or Hub id."
     )
     images: list[str] = flag(list, "name=TEMPLATE of pictures that exist, e.g. a={index:05d}/samples/{number:04d}.png.")
+    allow_missing: bool = flag(False, "Leave out pictures of --images that are missing, and count them.")
     eval_checkpoints: list[str] = flag(list, "name=output_dir of training runs. Plots all checkpoints as curves.")
     baseline: str = flag(BASE, "The model that lifts and win rates refer to.")
     dtype: Literal["float32", "float16", "bfloat16"] = flag("float32", "Type of the models' weights.")
@@ -197,9 +198,12 @@ class ScriptArguments:
     use_text_encoder_3: bool = flag(True, "SD3's T5. false: draw without it, as for a LoRA trained without it.")
     batch_size: int = flag(4, "Images drawn together.", min=1)
     seed: int = flag(0, "Seeds the images and the bootstrap.", min=0, max=2**32 - 1)
+    image_seeds: Literal["own", "counted"] = flag(
+        "own", "own: every image has a seed of its own. counted: image n of every prompt has --seed + n."
+    )
     metrics: list[str] = flag(
         lambda: list(DEFAULT_METRICS),
-        f"{', '.join(REWARD_MODELS)}, each also as name=checkpoint; file.py:function of your own.",
+        f"{', '.join(REWARD_MODELS)}, each also as name=checkpoint; file.py:function or file.py:Class,key=value.",
         group="Metrics and output",
     )
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
@@ -408,7 +412,7 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
         ):
             for start in range(0, len(missing), args.batch_size):
                 batch = missing[start : start + args.batch_size]
-                seeds = [image_seed(args.seed, prompts[i], n) for i, n in batch]
+                seeds = [image_seed(args, prompts[i], n) for i, n in batch]
                 generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
                 try:
                     images = pipeline(prompt=[prompts[i] for i, _ in batch], generator=generators, **options).images
@@ -423,12 +427,13 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
     state.wait_for_everyone()
 
 
-def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialState) -> dict:
+def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialState) -> tuple[dict, dict]:
     """Scores every model's images: metric → model → float64 (n_prompts, num_images_per_prompt).
 
-    A metric that returns several values becomes several metrics, METRIC_KEY. NaN: a value does not apply to an image.
+    A metric that returns several values becomes several metrics, METRIC_KEY. NaN: a value does not apply to an image,
+    or the image is missing. Also returns what benchmarks themselves report: metric → model → figures.
     """
-    results, unknown = {}, np.full((len(rows), args.num_images_per_prompt), np.nan)
+    results, official, unknown = {}, {}, np.full((len(rows), args.num_images_per_prompt), np.nan)
     for metric in args.metrics:
         column, scores = reward_name(metric), score_metric(args, metric, rows, models, state)
         names = {key: column + key for by_key in scores.values() for key in by_key}
@@ -438,7 +443,9 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
         check_metric_names(names.values())
         for key, name in names.items():
             results[name] = {model: by_key.get(key, unknown) for model, by_key in scores.items()}
-    return results
+        if figures := official_figures(args, metric, rows, scores):
+            official[column] = figures
+    return results, official
 
 
 def score_metric(args: ScriptArguments, metric: str, rows: list[dict], models: dict, state: PartialState) -> dict:
@@ -455,16 +462,17 @@ def score_metric(args: ScriptArguments, metric: str, rows: list[dict], models: d
     # Files belong to processes by number, not by what is missing. Their size does not depend on the processes.
     jobs = list(itertools.product(missing, range(len(shards))))[state.process_index :: state.num_processes]
     hidden = not state.is_local_main_process or not jobs
-    with progress_bar(
-        total=sum(len(shards[n]) for _, n in jobs), desc=column, unit="image", disable=hidden
-    ) as progress:
-        for name, number in jobs:
+    counts = [count_pictures(models[name], shards[n]) for name, n in jobs]
+    with progress_bar(total=sum(counts), desc=column, unit="image", disable=hidden) as progress:
+        for (name, number), count in zip(jobs, counts):
             file = scores_file(args, column, name, number)
             if stored_scores(file, settings[name]) is None:
                 reward = reward or load_reward_model(metric, state.device, batch_size=args.reward_batch_size)
+                reward.progress = progress
                 values = score_shard(args, reward, rows, models[name], name, shards[number])
                 write_scores(file, settings[name], values)
-            progress.update(len(shards[number]))
+            else:
+                progress.update(count)
     del reward
     free_memory()
     state.wait_for_everyone()
@@ -483,7 +491,7 @@ def check_metric_names(names: list[str]) -> None:
 
 
 def report(
-    args: ScriptArguments, results: dict, rows: list[dict], categories: list[str] | None, models: dict
+    args: ScriptArguments, results: dict, official: dict, rows: list[dict], categories: list[str] | None, models: dict
 ) -> tuple[dict, str]:
     """Writes the results, the table and the pictures. Returns the content of results.json and the table."""
     output_dir, metrics, prompts = Path(args.output_dir), list(results), [row["prompt"] for row in rows]
@@ -496,8 +504,12 @@ def report(
         entry |= {f"{metric}_trained_on": True for metric in metrics if metric in trained_on}
     if args.prompts == "hpsv2" and args.category_column == "style" and not args.max_prompts:
         for metric in {"hpsv2", "hpsv2.1", "hpsv2_antialias", "hpsv2.1_antialias"} & set(metrics):
-            for name, scores in results[metric].items():
-                summary[name][f"{metric}_official"] = hpsv2_figure(scores, categories)
+            figures = {name: hpsv2_figure(scores, categories) for name, scores in results[metric].items()}
+            official = {**official, metric: figures}
+    for metric, figures in official.items():
+        for name, figure in figures.items():
+            summary[name][f"{metric}_official"] = figure
+    missing = {name: model["missing"] for name, model in models.items() if model.get("missing")}
     record = {
         "n_prompts": len(prompts),
         "n_images": len(prompts) * args.num_images_per_prompt,
@@ -507,6 +519,7 @@ def report(
         "pairwise": pairwise,
         **({"seeds": groups} if groups else {}),
         **({"checkpoints": checkpoints} if checkpoints else {}),
+        **({"missing_images": missing} if missing else {}),
     }
     files = ["results.json", "results.md", "grid.png"]
     if checkpoints:
@@ -531,7 +544,10 @@ def main(args: ScriptArguments) -> None:
     check_metric_names([reward_name(metric) for metric in args.metrics])
     keep = (args.category_column,) if args.category_column else ()
     whole_rows = any(takes_rows(metric) for metric in args.metrics)
+    whole_rows |= any("{row[" in template for template in args.images)
     rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep, whole_rows)
+    for metric in args.metrics:
+        check_metric_rows(metric, rows)
     prompts = [row["prompt"] for row in rows]
     categories = [str(row[args.category_column]) for row in rows] if args.category_column else None
     models = read_models(args)
@@ -549,9 +565,9 @@ def main(args: ScriptArguments) -> None:
     state.wait_for_everyone()
 
     draw(args, prompts, models, state)
-    results = score(args, rows, models, state)
+    results, official = score(args, rows, models, state)
     if state.is_main_process:
-        record, table = report(args, results, rows, categories, models)
+        record, table = report(args, results, official, rows, categories, models)
         for name, repo_id in repositories.items():
             publish(args, repo_id, results_card(args, name, repo_id, record, table))
     state.wait_for_everyone()
@@ -821,8 +837,10 @@ def image_settings(args: ScriptArguments, rows: list[dict], categories: list[str
     """What a model's images depend on. Exits with one line if pictures that should exist do not."""
     prompts = [row["prompt"] for row in rows]
     if model["kind"] == "images":
-        model["pictures"] = find_pictures(args, prompts, categories, model["source"])
-        stats = [f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in model["pictures"].values()]
+        model["pictures"] = find_pictures(args, rows, categories, model["source"])
+        model["missing"] = len(rows) * args.num_images_per_prompt - len(model["pictures"])
+        files = [file for file, _ in model["pictures"].values()]
+        stats = [f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
         return {
             "images": model["source"],
             "files": short_hash("\n".join(stats)),
@@ -853,11 +871,13 @@ def report_settings(args: ScriptArguments, prompts: list[str], models: dict) -> 
         local = model["kind"] == "images" or os.path.isdir(source)
         shown[name] = f"{model['kind']} {os.path.basename(source.rstrip('/')) if local else source}"
     settings = {"prompts": short_hash("\n".join(prompts)), "seed": args.seed}
+    plugins = {reward_name(metric): plugin(metric) for metric in args.metrics if plugin(metric)}
     if any(model["kind"] != "images" for model in models.values()):
         base = args.pretrained_model_name_or_path
         settings = run_settings(args, prompts) | {"model": os.path.basename(base) if os.path.isdir(base) else base}
     loras = {name: text.removeprefix("lora ") for name, text in shown.items() if text.startswith("lora ")}
-    return {**settings, "loras": loras, "models": shown}
+    metrics = {column: {"sha256": own.identity, **public_settings(own)} for column, own in plugins.items()}
+    return {**settings, "loras": loras, "models": shown, **({"metrics": metrics} if metrics else {})}
 
 
 def run_settings(args: ScriptArguments, prompts: list[str]) -> dict:
@@ -870,35 +890,55 @@ def run_settings(args: ScriptArguments, prompts: list[str]) -> dict:
         **{name: getattr(args, name) for name in (*DRAWING_FLAGS, "dtype", "seed")},
         **({"max_sequence_length": args.max_sequence_length} if args.max_sequence_length else {}),
         **({} if args.use_text_encoder_3 else {"use_text_encoder_3": False}),
+        **({} if args.image_seeds == "own" else {"image_seeds": args.image_seeds}),
     }
 
 
-def find_pictures(args: ScriptArguments, prompts: list[str], categories: list[str] | None, template: str) -> dict:
-    """(prompt, number) → file, from a template with {index}, {number}, {prompt}, {category} and {category_index}, the
-    place of the prompt in its category. Exits with one line if the template is wrong or a picture is missing."""
-    where, pictures, seen = f"--images {template}", {}, {}
-    for i, prompt in enumerate(prompts):
+def find_pictures(args: ScriptArguments, rows: list[dict], categories: list[str] | None, template: str) -> dict:
+    """(prompt, number) → (file, cell), where a template's pictures lie. Its fields are {index} and {number}; {image},
+    their number over all prompts; {prompt}, {row[COLUMN]}, {category}; and {category_index}, the place of the prompt in
+    its category. With `#2x2` at its end, a file is a grid of pictures, read row by row.
+
+    Returns:
+        cell is (column, row, columns, rows) in a grid, else None. Exits with one line if the template is wrong, a
+        picture does not open, or pictures are missing without --allow_missing: those are left out of the result.
+    """
+    where, pictures, missing, seen = f"--images {template}", {}, [], {}
+    names, columns, high = re.fullmatch(r"(.*?)(?:#(\d+)x(\d+))?", template, re.DOTALL).groups(default="1")
+    columns, high = int(columns), int(high)
+    if not columns * high:
+        raise SystemExit(f"{where}: a grid has at least one column and one row")
+    for i, row in enumerate(rows):
         category = categories[i] if categories else ""
-        place = {"index": i, "prompt": prompt, "category": category, "category_index": seen.get(category, 0)}
-        seen[category] = seen.get(category, 0) + 1
+        place = {"index": i, "prompt": row["prompt"], "row": row, "category": category}
+        place["category_index"] = seen[category] = seen.get(category, -1) + 1
         for n in range(args.num_images_per_prompt):
+            number, cell = divmod(n, columns * high)
             try:
-                pictures[i, n] = Path(template.format(**place, number=n))
+                file = Path(names.format(**place, number=number, image=i * args.num_images_per_prompt + n))
             except (AttributeError, LookupError, TypeError, ValueError) as error:
-                fields = "{index}, {number}, {prompt}, {category} and {category_index}"
+                fields = "{index}, {number}, {image}, {prompt}, {row[COLUMN]}, {category} and {category_index}"
                 raise SystemExit(f"{where}: wrong template: {one_line(error)}; its fields are {fields}") from None
-            if not os.path.isfile(pictures[i, n]):
-                raise SystemExit(f"{where}: no picture {pictures[i, n]} (prompt {i}, image {n})")
-            check_picture(where, pictures[i, n])
+            if not os.path.isfile(file):
+                missing.append(f"{file} (prompt {i}, image {n})")
+                continue
+            check_picture(where, file, (columns, high))
+            pictures[i, n] = file, (cell % columns, cell // columns, columns, high) if columns * high > 1 else None
+    if missing and not (args.allow_missing and pictures):
+        of = f"{len(missing)} of {len(missing) + len(pictures)} pictures are missing"
+        raise SystemExit(f"{where}: no picture {missing[0]}; {of}: make them, or leave them out with --allow_missing")
     if len(set(pictures.values())) < len(pictures):
         raise SystemExit(f"{where}: gives the same picture to several images: use {{index}} and {{number}}")
     return pictures
 
 
-def check_picture(where: str, file: Path, whole: bool = False) -> None:
-    """Exits with one line if the file holds no picture; `whole`: reads all of it, and not only its head."""
+def check_picture(where: str, file: Path, grid: tuple[int, int] = (1, 1), whole: bool = False) -> None:
+    """Exits with one line if the file holds no picture, or none that can be cut into this many columns and rows;
+    `whole`: reads all of it, and not only its head."""
     try:
         with PILImage.open(file) as image:
+            if image.width % grid[0] or image.height % grid[1]:
+                raise ValueError(f"{image.width} x {image.height} pixels are no grid of {grid[0]} x {grid[1]}")
             if whole:
                 image.load()
     except Exception as error:
@@ -910,9 +950,45 @@ def check_picture(where: str, file: Path, whole: bool = False) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def takes_rows(name: str) -> bool:
-    """Whether a reward is a function or class of the user that wants the whole row of each prompt."""
-    return name.partition("=")[0] not in REWARD_MODELS and FunctionReward(name, batch_size=1).takes_rows
+def plugin(metric: str) -> "FunctionReward | None":
+    """A metric of a file of its own, not loaded."""
+    return None if metric.partition("=")[0] in REWARD_MODELS else FunctionReward(metric, batch_size=1)
+
+
+def takes_rows(metric: str) -> bool:
+    """Whether a metric of a file of its own wants the whole row of each prompt."""
+    own = plugin(metric)
+    return own is not None and own.takes_rows
+
+
+def check_metric_rows(metric: str, rows: list[dict]) -> None:
+    """Lets a metric look at the prompts' rows before anything is drawn; exits with its line if it can't use them."""
+    check = getattr(getattr(plugin(metric), "function", None), "check_rows", None)
+    try:
+        if check:
+            check(rows)
+    except ValueError as error:
+        raise SystemExit(f"metric {reward_name(metric)}: --prompts: {one_line(error)}") from None
+
+
+def official_figures(args: ScriptArguments, metric: str, rows: list[dict], scores: dict) -> dict[str, dict[str, float]]:
+    """model → what the benchmark itself reports, if its class defines it; `scores`: model → key → array."""
+    own = plugin(metric)
+    figure = getattr(getattr(own, "function", None), "official", None)
+    if figure is None:
+        return {}
+    parameters = inspect.signature(own.function).parameters
+    settings = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | own.settings
+    return {
+        model: figure(rows, {key.removeprefix("_"): array for key, array in by_key.items()}, settings)
+        for model, by_key in scores.items()
+    }
+
+
+def public_settings(own: "FunctionReward") -> dict[str, dict]:
+    """A metric's settings for results.json, which --push_to_hub publishes: of local files only their names."""
+    shown = {k: os.path.basename(v.rstrip("/")) if os.path.exists(str(v)) else v for k, v in own.settings.items()}
+    return {"settings": shown} if shown else {}
 
 
 def scores_file(args: ScriptArguments, column: str, model: str, shard: int | None = None) -> Path:
@@ -933,14 +1009,18 @@ def stored_scores(file: Path, settings: dict) -> list | dict | None:
 def score_shard(
     args: ScriptArguments, reward: "RewardModel", rows: list[dict], model: dict, name: str, items: list[tuple[int, int]]
 ) -> list:
-    files = [picture_file(args, name, model, *item) for item in items]
-    prompts, chosen = [rows[i]["prompt"] for i, _ in items], [rows[i] for i, _ in items]
+    """The scores of these (prompt, number); None where the image is missing."""
+    pictures = {item: picture_file(args, name, model, *item) for item in items}
+    found = {item: picture for item, picture in pictures.items() if picture}
+    prompts, chosen = [rows[i]["prompt"] for i, _ in found], [rows[i] for i, _ in found]
     try:
-        return reward.score([PILImage.open(file) for file in files], prompts, rows=chosen)
-    except BadImage:
-        for file in files:
+        images = [open_picture(*picture) for picture in found.values()]
+        scores = dict(zip(found, reward.score(images, prompts, rows=chosen), strict=True))
+    except (BadImage, OSError):
+        for file, _ in found.values():
             check_picture(name, file, whole=True)
         raise
+    return [scores.get(item) for item in items]
 
 
 def write_scores(file: Path, settings: dict, values) -> None:
@@ -951,10 +1031,12 @@ def merge_scores(args: ScriptArguments, column: str, name: str, settings: dict, 
     """Joins the parts of a model's scores into one file: {"settings", "scores": n_prompts lists, or a dict of them}."""
     parts = [scores_file(args, column, name, number) for number in range(n_shards)]
     values = [value for part in parts for value in read_json(part)["scores"]]
-    if len({isinstance(value, dict) for value in values}) > 1:
+    kinds = {isinstance(value, dict) for value in values if value is not None}  # None: the image is missing
+    if len(kinds) > 1:
         shutil.rmtree(parts[0].parent)
         raise SystemExit(f"metric {column}: gives numbers and dicts: all images need the same")
-    if isinstance(values[0], dict):
+    if kinds == {True}:
+        values = [value or {} for value in values]
         keys = dict.fromkeys(key for value in values for key in value)
         scores = {key: nested([value.get(key) for value in values], n_prompts) for key in keys}
     else:
@@ -986,19 +1068,38 @@ def without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def image_seed(seed: int, prompt: str, number: int) -> int:
-    """Gives every image a seed of its own, the same for all models."""
-    return int.from_bytes(hashlib.sha256(f"{seed}|{prompt}|{number}".encode()).digest()[:4], "big")
+def image_seed(args: ScriptArguments, prompt: str, number: int) -> int:
+    """The seed of an image, the same for all models: its own, or, as in benchmarks, counted from --seed."""
+    if args.image_seeds == "counted":
+        return args.seed + number
+    return int.from_bytes(hashlib.sha256(f"{args.seed}|{prompt}|{number}".encode()).digest()[:4], "big")
 
 
 def image_file(output_dir: Path, model: str, prompt: int, number: int) -> Path:
     return output_dir / "images" / model / f"{prompt:05d}_{number}.png"
 
 
-def picture_file(args: ScriptArguments, name: str, model: dict, prompt: int, number: int) -> Path:
-    """A picture that was drawn, or one of --images."""
+def picture_file(
+    args: ScriptArguments, name: str, model: dict, prompt: int, number: int
+) -> tuple[Path, tuple | None] | None:
+    """The file of a picture and its cell, if the file is a grid; None for one of --images that is missing."""
     drawn = image_file(Path(args.output_dir), name, prompt, number)
-    return model["pictures"][prompt, number] if model["kind"] == "images" else drawn
+    return model["pictures"].get((prompt, number)) if model["kind"] == "images" else (drawn, None)
+
+
+def count_pictures(model: dict, items: list[tuple[int, int]]) -> int:
+    """How many of these images exist, once all are drawn."""
+    return sum(item in model["pictures"] for item in items) if model["kind"] == "images" else len(items)
+
+
+def open_picture(file: Path, cell: tuple[int, int, int, int] | None) -> PILImage.Image:
+    """The picture in a file, or in one cell of it."""
+    image = PILImage.open(file)
+    if cell is None:
+        return image
+    column, row, columns, rows = cell
+    wide, high = image.width // columns, image.height // rows
+    return image.crop((column * wide, row * high, (column + 1) * wide, (row + 1) * high))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1046,17 +1147,19 @@ def markdown_report(record: dict, summary: dict, metrics: list[str], compared: l
                 means = [f"{parts[category]['mean']:.3f}".replace("nan", "") for parts in by_category.values()]
                 rows.append([category, part["n_prompts"], *means])
             lines += ["", f"{metric} by category:", "", markdown_table(["category", "prompts", *summary], rows)]
-        official = {
-            name: entry[f"{metric}_official"] for name, entry in summary.items() if f"{metric}_official" in entry
-        }
-        if official:
-            styles = [style for style in next(iter(official.values())) if style != "overall"]
-            rows = []
-            for name, figure in official.items():
-                cells = [f"{figure[style]['mean']:.2f} ± {figure[style]['std']:.2f}" for style in styles]
-                rows.append([name, *cells, f"{figure['overall']:.2f}"])
-            lines += ["", f"{metric} as HPSv2 reports it: mean and deviation of ten chunks' means, times 100.", ""]
-            lines.append(markdown_table(["model", *styles, "overall"], rows))
+    official = {}
+    for name, entry in summary.items():
+        for key in (key for key in entry if key.endswith("_official")):
+            official.setdefault(key.removesuffix("_official"), {})[name] = entry[key]
+    for metric, by_model in official.items():
+        names = dict.fromkeys(figure for figures in by_model.values() for figure in figures)
+        what = f"{metric} as the benchmark reports it"
+        if metric.startswith("hpsv2"):
+            what += ": mean and deviation of ten chunks' means, times 100"
+        rows = [[figure, *(official_cell(by_model[name].get(figure)) for name in by_model)] for figure in names]
+        lines += ["", f"{what}:", "", markdown_table(["", *by_model], rows)]
+    for name, count in record.get("missing_images", {}).items():
+        lines += ["", f"{count} images of `{name}` are missing and left out."]
     if any(" ! |" in line for line in lines):
         lines += ["", f"! The interval says little: it is over fewer than {FEW_PROMPTS} prompts, or of zero width."]
     return "\n".join(lines) + "\n"
@@ -1073,6 +1176,12 @@ def figure_cells(entry: dict, key: str) -> list[str]:
         else:
             cells += ["", ""]
     return cells
+
+
+def official_cell(figure: float | dict | None) -> str:
+    if isinstance(figure, dict):
+        return f"{figure['mean']:.2f} ± {figure['std']:.2f}"
+    return "" if figure is None or math.isnan(figure) else f"{figure:.4g}"
 
 
 def pair_cell(pair: dict | None) -> str:
@@ -1098,7 +1207,10 @@ def grid_picture(
         for row, i in enumerate(chosen):
             top = label + row * (cell + label)
             for n in range(per_model):
-                image = PILImage.open(picture_file(args, name, models[name], int(i), n)).convert("RGB")
+                picture = picture_file(args, name, models[name], int(i), n)
+                if picture is None:
+                    continue
+                image = open_picture(*picture).convert("RGB")
                 resample = PILImage.NEAREST if image.width < cell else PILImage.LANCZOS
                 canvas.paste(image.resize((cell, cell), resample), (left + n * cell, top))
             if column == 0:
@@ -1444,7 +1556,7 @@ def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None,
 
     Args:
         name: one of REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or a Hub
-            id) loads another checkpoint than the published one.
+            id) loads another checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class.
         dtype: by default float32 on a CPU and half precision on a GPU.
 
     Returns:
@@ -1467,18 +1579,35 @@ def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None,
 
 
 def reward_name(name: str) -> str:
-    """The column of a reward: `shapes/world.py:color_reward` → `color_reward`, `pickscore=folder` → `pickscore`."""
+    """The column of a reward: `shapes/world.py:color_reward` → `color_reward`, `pickscore=folder` → `pickscore`,
+    `my.py:Score,model=user/name` → `Score_model=name`."""
     kind, _, checkpoint = name.partition("=")
     if kind == "vqascore_vlm":  # scores of different models are not comparable
         return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][0]).name}"
-    return kind if kind in REWARD_MODELS else name.rpartition(":")[2]
+    if kind in REWARD_MODELS:
+        return kind
+    _, function, settings = split_function(name)
+    return "_".join([function, *(f"{key}={value.rstrip('/').rpartition('/')[2]}" for key, value in settings.items())])
+
+
+def split_function(name: str) -> tuple[str, str, dict[str, str]]:
+    """`file.py:Class,key=value,…` → file, name, settings. Exits with one line if it is nothing of the kind."""
+    match = re.fullmatch(r"(.+?\.py):(\w+)((?:,\w+=[^,]+)*)", name)
+    if not match:
+        own = "path/to/file.py:function or path/to/file.py:Class,key=value"
+        raise SystemExit(f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or {own}")
+    return match[1], match[2], dict(word.split("=", 1) for word in match[3].split(",")[1:])
 
 
 def reward_settings(name: str) -> dict:
-    """What a reward's scores depend on: its checkpoint, or the text of its file."""
+    """What a reward's scores depend on: its checkpoint; or the text of its file, the settings, and what these name."""
     kind, _, checkpoint = name.partition("=")
     if kind not in REWARD_MODELS:
-        return {"reward": name.rpartition("/")[2], "sha256": FunctionReward(name, batch_size=1).identity}
+        file, function, settings = split_function(name)
+        found = {"reward": f"{Path(file).name}:{function}", "sha256": FunctionReward(name, batch_size=1).identity}
+        paths = {key: value for key, value in settings.items() if os.path.exists(value)}
+        digests = {key: folder_digest(v) if os.path.isdir(v) else file_digest(Path(v)) for key, v in paths.items()}
+        return found | ({"settings": settings} if settings else {}) | ({"files": digests} if digests else {})
     checkpoint = checkpoint or REWARD_MODELS[kind][0]
     files = {"files": folder_digest(checkpoint)} if os.path.isdir(checkpoint) else {}
     return {"reward": reward_name(name), "checkpoint": checkpoint, **files}
@@ -1525,6 +1654,8 @@ class RewardModel:
     """Base class. Worker threads decode and prepare images ahead of the model, which takes them in batches. A subclass
     loads its weights in `load` and defines `compare` (n encoded images and prompts → n rewards). It may override
     `prepare` (PIL image → model input, in a worker), `encode_images` and `encode_prompts` (one batch each)."""
+
+    progress: tqdm | None = None  # a bar that counts the images
 
     def __init__(self, name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32):
         self.name = name
@@ -1615,6 +1746,8 @@ class RewardModel:
                     if skip_bad:
                         futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
                     yield [(position, future.result()) for position, future in futures]
+                    if self.progress is not None:
+                        self.progress.update(len(futures))
 
     def decode_and_prepare(self, image):
         return self.prepare(decode_image(image))
@@ -1639,10 +1772,7 @@ class FunctionReward(RewardModel):
     such a `score`. If it has a parameter `rows`, that is the whole row of each image's prompt, as a dict."""
 
     def __init__(self, name: str, batch_size: int, device="cpu"):
-        file, _, function = name.rpartition(":")
-        if not file.endswith(".py") or not function:
-            choices = ", ".join(REWARD_MODELS)
-            raise SystemExit(f"reward {name}: unknown; choose from {choices}, or path/to/file.py:function")
+        file, function, settings = split_function(name)
         if not Path(file).is_file():
             raise SystemExit(f"reward {name}: no file {file}")
         try:
@@ -1656,7 +1786,26 @@ class FunctionReward(RewardModel):
         called = self.function.score if inspect.isclass(self.function) else self.function
         self.takes_rows = "rows" in inspect.signature(called).parameters
         self.name, self.batch_size, self.device = name, batch_size, torch.device(device)
-        self.identity = short_hash(Path(file).read_bytes())
+        self.settings = self.read_settings(settings)
+        self.identity = short_hash(b"".join(path.read_bytes() for path in source_files(Path(file))))
+
+    def read_settings(self, given: dict[str, str]) -> dict:
+        """The settings in the types of the class's parameters; exits with one line if one is unknown or wrong."""
+        if not inspect.isclass(self.function):
+            if given:
+                raise SystemExit(f"reward {self.name}: a function takes no settings, only a class does")
+            return {}
+        known = dict(inspect.signature(self.function).parameters)
+        known = {key: known[key].annotation for key in known if key not in ("device", "batch_size")}
+        for key, text in given.items():
+            if key not in known:
+                names = f"its settings are {', '.join(known)}" if known else "it has none"
+                raise SystemExit(f"reward {self.name}: there is no setting {key}; {names}")
+            try:
+                given[key] = typed_setting(text, known[key])
+            except ValueError as error:
+                raise SystemExit(f"reward {self.name}: setting {key}: {one_line(error)}") from None
+        return given
 
     def prepare(self, image):
         return image
@@ -1664,7 +1813,7 @@ class FunctionReward(RewardModel):
     def score(self, images: list, prompts: list[str], skip_bad: bool = False, rows: list[dict] | None = None) -> list:
         """A number for each image; or a dict of numbers, where `rows` are given. A NaN in it means: does not apply."""
         if inspect.isclass(self.function):
-            self.function = self.function(device=self.device, batch_size=self.batch_size).score
+            self.function = self.call(device=self.device, batch_size=self.batch_size, **self.settings).score
         given = rows or [{"prompt": prompt} for prompt in prompts]
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         for batch in self.prepared_batches(images, skip_bad):
@@ -1701,6 +1850,24 @@ class FunctionReward(RewardModel):
         if not all(np.isfinite(np.float32(number)) or is_dict and math.isnan(number) for number in numbers.values()):
             raise SystemExit(f"reward {self.name}: {what}: it must be a finite number")
         return numbers if is_dict else numbers[""]
+
+
+def typed_setting(text: str, kind) -> bool | int | float | str:
+    """A setting in the type of its parameter. Raises ValueError if it cannot be."""
+    choices = ("true", "false") if kind is bool else get_args(kind) if get_origin(kind) is Literal else (text,)
+    if text not in choices:
+        raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
+    return text == "true" if kind is bool else kind(text) if kind in (int, float) else text
+
+
+def source_files(file: Path) -> list[Path]:
+    """A Python file and those beside it that it imports, directly or through another one."""
+    found = [file]
+    for path in found:
+        names = re.findall(r"^\s*(?:from|import)\s+(\w+)", path.read_text(), re.MULTILINE)
+        files = (path.with_name(f"{name}.py") for name in dict.fromkeys(names))
+        found += [other for other in files if other.is_file() and other not in found]
+    return found
 
 
 @cache

@@ -267,6 +267,117 @@ def test_pictures_alone_with_metrics_of_all_kinds(tmp_path):
     assert "two/1_0.png cannot be read" in refused("evaluate", *flags, "--metrics", f"{tmp_path}/own.py:keys")
 
 
+BENCHMARK = """
+from typing import Literal
+
+import numpy as np
+from scale import SCALE
+
+
+class Red:
+    def __init__(self, device, batch_size, channel: int = 0, mode: Literal["mean", "max"] = "mean", weights: str = ""):
+        if mode == "max" and channel == 2:
+            raise ValueError("no such weights")
+        self.channel, self.mode = channel, getattr(np, mode)
+
+    @staticmethod
+    def check_rows(rows):
+        if "tag" not in rows[0]:
+            raise ValueError("row 1: no tag: make the prompts with red.py")
+
+    @staticmethod
+    def official(rows, scores, settings):
+        (values,) = scores.values()
+        return {row["tag"]: float(np.nanmean(v)) * settings["channel"] for row, v in zip(rows, values)}
+
+    def score(self, images, prompts, rows):
+        return [SCALE * float(self.mode(np.asarray(image.convert("RGB"))[..., self.channel])) for image in images]
+"""
+
+
+def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
+    """Settings of a class are part of name and identity, and so is a file that it imports. Grids are cut row by row."""
+    (tmp_path / "red.py").write_text(BENCHMARK)
+    (tmp_path / "scale.py").write_text("SCALE = 1\n")
+    (tmp_path / "weights.bin").write_bytes(b"1")
+    rows = [{"prompt": prompt, "tag": f"t{i}", "id": f"item-{i}"} for i, prompt in enumerate("abc")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "bare.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 8, 3), dtype=np.uint8)  # prompt, number
+    for i, cells in enumerate(pixels):
+        grid = np.concatenate([np.concatenate(list(cells[:2]), axis=1), np.concatenate(list(cells[2:]), axis=1)])
+        Image.fromarray(grid).save(tmp_path / f"item-{i}.png")
+        for n, cell in enumerate(cells):
+            Image.fromarray(cell).save(tmp_path / f"{rows[i]['prompt']}_{4 * i + n:06d}.png")
+    (tmp_path / "b_000006.png").unlink()
+    metric = f"{tmp_path}/red.py:Red"
+    flags = ["--prompts", tmp_path / "prompts.jsonl", "--num_images_per_prompt", 4, "--output_dir", tmp_path / "out"]
+    flags += ["--baseline", "grid", "--metrics", metric, f"{metric},channel=1,mode=max,weights={tmp_path}/weights.bin"]
+    images = ["--images", f"grid={tmp_path}/{{row[id]}}.png#2x2", f"single={tmp_path}/{{prompt}}_{{image:06d}}.png"]
+    message = refused("evaluate", *flags, *images)
+    assert "no picture" in message and "b_000006.png (prompt 1, image 2)" in message
+    assert "1 of 12 pictures are missing" in message and not (tmp_path / "out").exists()
+
+    flags += [*images, "--allow_missing", "true"]
+    call("evaluate", *flags)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    mean, largest = pixels[..., 0].mean(axis=(2, 3)), pixels[..., 1].max(axis=(2, 3)).astype(float)
+    left = np.where(np.arange(12).reshape(3, 4) == 6, np.nan, mean)
+    name = "Red_channel=1_mode=max_weights=weights.bin"
+    assert results["grid"]["Red"] == pytest.approx(mean.mean())
+    assert results["grid"][name] == pytest.approx(largest.mean())
+    assert results["single"]["Red"] == pytest.approx(np.nanmean(left, axis=1).mean())
+    assert results["single"]["Red_lift"] == 0 and results["single"]["Red_win_rate"] == 0.5
+    expected = {f"t{i}": value for i, value in enumerate(largest.mean(axis=1))}
+    assert results["grid"][f"{name}_official"] == pytest.approx(expected)
+    assert results["missing_images"] == {"single": 1}
+    assert "1 images of `single` are missing" in (tmp_path / "out" / "results.md").read_text()
+    shown = results["settings"]["metrics"][name]["settings"]
+    assert shown == {"channel": 1, "mode": "max", "weights": "weights.bin"}  # no path of this machine
+
+    scores = tmp_path / "out" / "scores"
+    before = {file: file.stat().st_mtime_ns for file in scores.rglob("*.json")}
+    call("evaluate", *flags)
+    assert {file: file.stat().st_mtime_ns for file in scores.rglob("*.json")} == before
+    (tmp_path / "weights.bin").write_bytes(b"2")  # scores again what depends on it, and nothing else
+    call("evaluate", *flags)
+    assert {file.parent.name for file in before if file.stat().st_mtime_ns != before[file]} == {name}
+    (tmp_path / "scale.py").write_text("SCALE = 10\n")
+    run("evaluate.py", *flags)  # a process that has not imported the old file
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["grid"]["Red"] == pytest.approx(10 * mean.mean())
+
+    wrong = {
+        ",chanel=1": "no setting chanel; its settings are channel, mode, weights",
+        ",channel=x": "setting channel: invalid literal for int",
+        ",mode=min": "'min' is not one of mean, max",
+        ",mode=max,channel=2": "no such weights",
+        ":": "or path/to/file.py:Class,key=value",
+    }
+    for settings, text in wrong.items():
+        assert text in refused("evaluate", *flags, "--metrics", metric + settings)
+    assert "red.py" in refused("evaluate", *flags, "--prompts", tmp_path / "bare.jsonl")
+    (tmp_path / "item-0.png").write_bytes((tmp_path / "a_000000.png").read_bytes())
+    flags[flags.index(images[1])] = f"grid={tmp_path}/{{row[id]}}.png#3x2"
+    assert "are no grid of 3 x 2" in refused("evaluate", *flags)
+
+
+def test_counted_seeds(tmp_path, tiny_sdxl):
+    """Image n of every prompt is drawn with --seed + n, as the benchmarks draw theirs."""
+    from diffusers import StableDiffusionXLPipeline
+
+    (tmp_path / "prompts.txt").write_text("a red circle\na green square\n")
+    flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--prompts", tmp_path / "prompts.txt"]
+    flags += ["--metrics", brightness(tmp_path), "--num_images_per_prompt", 2, "--num_inference_steps", 2]
+    call("evaluate", *flags, "--seed", 42, "--image_seeds", "counted", "--output_dir", tmp_path / "out")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
+    for n in range(2):
+        generator = torch.Generator("cpu").manual_seed(42 + n)
+        image = pipeline("a green square", num_inference_steps=2, guidance_scale=5.0, generator=generator).images[0]
+        drawn = np.asarray(Image.open(tmp_path / "out" / "images" / "base" / f"00001_{n}.png"), dtype=int)
+        assert np.abs(drawn - np.asarray(image, dtype=int)).max() <= 1
+
+
 def test_metrics_that_ranked_the_training_data_are_marked(tmp_path, tiny_sdxl, lora):
     (tmp_path / "own.py").write_text("def second(images, prompts):\n    return [1.0 for _ in images]\n")
     flags = [*make_flags(tmp_path, tiny_sdxl, lora), "--loras", f"mine@0={lora}", f"mine@1={lora}"]
