@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the shape of the top-level scripts: shared sections, marked copies, repeated lines, the method first.
+"""Checks the shape of scripts and metrics: shared sections, marked copies, repeated lines, the method first.
 
 A shared section starts with a banner and runs to the next banner or to the end of the file:
 
@@ -37,8 +37,13 @@ Lines = list[str]
 Scripts = dict[str, Lines]  # script without .py → its lines
 
 
+def script_files(folder: Path) -> dict[str, Path]:
+    """The top-level scripts and the metrics, under their names without .py."""
+    return {path.stem: path for path in sorted([*folder.glob("*.py"), *folder.glob("metrics/*.py")])}
+
+
 def read_scripts(folder: Path) -> Scripts:
-    return {path.stem: path.read_text().splitlines() for path in sorted(folder.glob("*.py"))}
+    return {name: path.read_text().splitlines() for name, path in script_files(folder).items()}
 
 
 def sections(lines: Lines) -> list[tuple[str, str, slice]]:
@@ -237,7 +242,7 @@ def fix(folder: Path) -> list[str]:
                     lines[copy[0]] = copy[1]
     written = [script for script in scripts if scripts[script] != before[script]]
     for script in written:
-        (folder / f"{script}.py").write_text("\n".join(scripts[script]) + "\n")
+        script_files(folder)[script].write_text("\n".join(scripts[script]) + "\n")
     return [f"{script}.py: rewritten" for script in written]
 
 

@@ -16,6 +16,7 @@ from conftest import ROOT, call
 
 
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
+METRICS = [path.stem for path in sorted((ROOT / "metrics").glob("*.py"))]
 TRAINERS = [name for name in SCRIPTS if name.startswith("train_")]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml")) + sorted((ROOT / "shapes").glob("*.yaml"))
@@ -25,6 +26,9 @@ COMMAND = re.compile(r"^(?:accelerate launch|python|torchrun|uv run|hf jobs uv r
 def texts() -> dict[str, str]:
     """Where commands stand: the bash blocks of the pages, the scripts' docstrings, the comments of the recipes."""
     found = {f"{name}.py": importlib.import_module(name).__doc__ for name in SCRIPTS}
+    for name in METRICS:
+        file = f"metrics/{name}.py"
+        found[file] = ast.get_docstring(ast.parse((ROOT / file).read_text()))
     for page in PAGES:
         if page.exists():
             found[str(page.relative_to(ROOT))] = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.S))
@@ -199,7 +203,7 @@ USED_BY = {
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *(f"metrics/{name}" for name in METRICS)])
 def test_header_names_exactly_what_the_script_imports(script):
     """The PEP 723 header: what the script imports, and what that needs for what the script does; no more."""
     text = (ROOT / f"{script}.py").read_text()
@@ -212,7 +216,8 @@ def test_header_names_exactly_what_the_script_imports(script):
             imported |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.partition(".")[0])
-    packages = {DISTRIBUTIONS.get(name, name) for name in imported - sys.stdlib_module_names}
+    imported -= sys.stdlib_module_names | set(METRICS)  # metrics may use each other
+    packages = {DISTRIBUTIONS.get(name, name) for name in imported}
     more = set(header) - packages
     assert packages <= set(header), packages - set(header)
     assert all(USED_BY.get(name) in packages for name in more), more - USED_BY.keys()
