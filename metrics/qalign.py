@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["huggingface_hub", "numpy", "pillow", "protobuf", "safetensors", "sentencepiece", "torch", "transformers"]
+# dependencies = [
+#     "huggingface_hub", "numpy", "pillow", "protobuf", "safetensors", "sentencepiece", "torch", "transformers",
+# ]
 # ///
 """Q-Align (Wu et al., ICML 2024): how good a picture's quality and aesthetics are, 0 (bad) to 1 (excellent), as the
 multimodal language model OneAlign sees it. The prompt plays no part.
@@ -16,19 +18,18 @@ For pictures that exist:
 
 The model reads a question about the picture and the start of the answer ("The quality of the image is"). The score
 weighs the five levels by their probability as the next word. The model has 8.2 billion weights: 16.4 GB in float16 on a
-GPU, 33 GB in float32 on the CPU. The default downloads https://huggingface.co/q-future/one-align, about 16 GB.
+GPU, 33 GB in float32 on the CPU. The default downloads https://huggingface.co/q-future/one-align.
 
-As in the official code (https://github.com/Q-Future/Q-Align): the model, the tokens, the pictures' transform and the
-prompts of `QAlignScorer` and `QAlignAestheticScorer`, float16 on a GPU. There are three official variants:
+As in the official code (https://github.com/Q-Future/Q-Align): the model, the tokens, the pictures' transform, the
+prompts of `QAlignScorer` and `QAlignAestheticScorer`, and float16 on a GPU. The official variants differ:
 
-- The scorers round the probabilities and the score to float16. Here they are float64, as in the scripts that evaluate
-  the paper's models (`iqa_eval.py`, `iaa_eval.py`).
-- Those scripts put a space, not a line break, between the picture and "ASSISTANT"; `iaa_eval.py` asks after the picture.
-- `model.score` of the Hub's model has levels of 5 to 1: 1 + 4 × the score here. Besides, it answers with "The image of
-  the quality is", because two words of its template are swapped. So its scores are others.
+- Those scorers round the probabilities and the score to float16. Here they are float64, as in `iaa_eval.py`.
+- The scripts `iqa_eval.py` and `iaa_eval.py` put a space, not a line break, before "ASSISTANT", as training did. And
+  `iaa_eval.py` shows the picture before the question. Their scores differ from these.
+- `score` of the model's class, the first way in the official README, has levels of 5 to 1: 1 + 4 × the score here.
+  But it starts the answer with "The image of the quality is", because two words are swapped. So it differs too.
 
-Two differences do not show on evaluate.py's pictures: here a picture becomes RGB before it is padded, not after, and
-attention uses PyTorch's kernels.
+Two more differences: here a picture becomes RGB before it is padded, not after, and attention is PyTorch's own.
 """
 
 import argparse
@@ -78,8 +79,11 @@ def prompt_tokens(tokenizer, word: str) -> tuple[list[int], list[int]]:
 
 
 def level_tokens(tokenizer) -> list[int]:
-    """The first token of each level, after the start token."""
-    return [tokenizer(level).input_ids[1] for level in LEVELS]
+    """The first token of each level, after the start token. Raises ValueError if they are not five."""
+    tokens = [tokenizer(level).input_ids[1:2] for level in LEVELS]
+    if len({*map(tuple, tokens)}) < len(LEVELS):  # without its files, transformers makes an empty tokenizer
+        raise ValueError("the tokenizer cannot tell the levels apart: the model's tokenizer.model may be missing")
+    return [token for (token,) in tokens]
 
 
 class QAlign:
@@ -164,7 +168,7 @@ def read_config(file: Path) -> ModelConfig:
     built = {"hidden_act": "silu", "rope_scaling": None, "attention_bias": False}
     built["num_key_value_heads"] = config.num_attention_heads
     for key, value in built.items():
-        if values.get(key, value) != value:
+        if values.get(key) not in (None, value):
             raise ValueError(f"{file}: {key} is {values[key]!r}; only {value!r} is supported")
     return config
 
@@ -350,7 +354,7 @@ def split_heads(hidden: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def rotary_angles(length: int, head_size: int, theta: float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (length, head size) of LLaMA's rotary positions, computed in float32, in the dtype of `like`."""
+    """LLaMA's rotary positions: cosines and sines (length, head size), computed in float32, in the dtype of `like`."""
     exponents = torch.arange(0, head_size, 2, device=like.device).float() / head_size
     angles = torch.outer(torch.arange(length, device=like.device).float(), 1 / theta**exponents).repeat(1, 2)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)

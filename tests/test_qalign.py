@@ -80,6 +80,9 @@ def test_equals_the_official_scorers(golden, weights, folder, pictures, extensio
         np.testing.assert_allclose(logits, golden[f"{name}_logits"], atol=1e-5)
         np.testing.assert_allclose([score[name] for score in scores], golden[name], atol=1e-6)
     assert metric.score(pictures[1:], [""], [{}]) == [pytest.approx(scores[1], abs=1e-6)]
+    metric.model = metric.model.half()  # the dtype on a GPU; one that is forgotten somewhere would be an error
+    metric.dtype = torch.float16
+    assert metric.score(pictures, ["", ""], [{}, {}])[0] == pytest.approx(scores[0], abs=2e-3)
     grey = pictures[0].convert("L")
     assert metric.score([grey], [""], [{}]) == metric.score([grey.convert("RGB")], [""], [{}])
 
@@ -102,8 +105,8 @@ def test_full_size_has_the_official_keys(golden):
 
 
 def test_positions(golden, weights, folder):
-    np.testing.assert_array_equal(qalign.query_positions(48, 5), golden["q_pos_embed"])
-    np.testing.assert_array_equal(qalign.grid_positions(48, 4), golden["k_pos_embed"])
+    np.testing.assert_allclose(qalign.query_positions(48, 5), golden["q_pos_embed"], atol=1e-6)
+    np.testing.assert_allclose(qalign.grid_positions(48, 4), golden["k_pos_embed"], atol=1e-6)
     key = "model.visual_abstractor.encoder.layers.1.crossattention.attention.k_pos_embed"
     rounded = torch.from_numpy(golden["k_pos_embed"]).bfloat16()
     save_file(weights | {key: rounded}, folder / "model.safetensors")
@@ -113,45 +116,46 @@ def test_positions(golden, weights, folder):
 
 
 def test_refuses_a_checkpoint_that_does_not_fit(weights, folder):
-    def problem(**changes):
-        save_file({key: value for key, value in (weights | changes).items()}, folder / "model.safetensors")
+    file, norm = folder / "config.json", "model.norm.weight"
+
+    def problem(content: dict) -> str:
+        save_file(content, folder / "model.safetensors")
         with pytest.raises(ValueError) as error:
-            qalign.load_model(
-                str(folder), qalign.read_config(folder / "config.json"), torch.device("cpu"), torch.float16
-            )
+            qalign.load_model(str(folder), qalign.read_config(file), torch.device("cpu"), torch.float16)
         return str(error.value)
 
-    config = json.loads((folder / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match="no weights: neither model"):
         qalign.weight_files(str(folder))
-    assert problem(**{"model.extra.weight": torch.ones(2)}).endswith("model.extra.weight is no weight of this model")
-    assert problem(**{"model.norm.weight": torch.ones(3)}).endswith("model.norm.weight has the shape [3], not [64]")
-    large = torch.full((64,), 1e6)
-    assert "model.norm.weight holds a value that is not finite in torch.float16" in problem(
-        **{"model.norm.weight": large}
+    assert problem(weights | {"model.extra": torch.ones(2)}).endswith("model.extra is no weight of this model")
+    assert problem(weights | {norm: torch.ones(3)}).endswith(f"{norm} has the shape [3], not [64]")
+    assert f"{norm} holds a value that is not finite in torch.float16" in problem(
+        weights | {norm: torch.ones(64) * 1e6}
     )
-    fewer = {key: value for key, value in weights.items() if key != "model.norm.weight"}
-    weights = fewer
-    assert problem().endswith("1 weights are missing: norm.weight")
-    for key, value in (("model_type", "llama"), ("rope_scaling", {"type": "linear", "factor": 2.0})):
-        (folder / "config.json").write_text(json.dumps(config | {key: value}))
-        with pytest.raises(ValueError, match=f"{value if key == 'model_type' else key}"):
-            qalign.read_config(folder / "config.json")
+    assert problem({key: weights[key] for key in weights if key != norm}).endswith("1 weights are missing: norm.weight")
+    config = json.loads(file.read_text())
+    for key, value in (("model_type", "llama"), ("rope_scaling", {"type": "linear"}), ("num_key_value_heads", 2)):
+        file.write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match="of type llama" if key == "model_type" else key):
+            qalign.read_config(file)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="tokenizer.model may be missing"):
+        qalign.QAlign(torch.device("cpu"), batch_size=1, model=str(folder))
 
 
-def test_command(weights, folder, pictures, golden):
+def test_command(weights, folder, pictures, golden, monkeypatch):
     save_file(weights, folder / "model.safetensors")
     pictures[0].save(folder / "a.png")
     (folder / "b.png").write_text("no picture")
     pictures[1].save(folder / "c.png")
-    command = ["metrics/qalign.py", *(folder / f"{name}.png" for name in "abc"), "--model", folder, "--device", "cpu"]
-    result = run(*command, check=False)
+    files = [folder / name for name in ("a.png", "b.png", "c.png")]
+    result = run("metrics/qalign.py", *files, "--model", folder, "--device", "cpu", check=False)
     lines = [
-        f"{folder / name}\tquality {golden['quality'][index]:.4f}\taesthetic {golden['aesthetic'][index]:.4f}"
-        for index, name in enumerate(("a.png", "c.png"))
+        f"{file}\tquality {quality:.4f}\taesthetic {aesthetic:.4f}"
+        for file, quality, aesthetic in zip(files[::2], golden["quality"], golden["aesthetic"])
     ]
     assert result.stdout.splitlines() == lines
-    assert result.stderr.splitlines() == [f"{folder / 'b.png'} cannot be read: UnidentifiedImageError"]
+    assert result.stderr.splitlines() == [f"{files[1]} cannot be read: UnidentifiedImageError"]
     assert result.returncode == 1
-    absent = run("metrics/qalign.py", "a.png", "--model", folder / "none", check=False)
-    assert absent.returncode == 1 and absent.stderr.count("\n") == 1 and "no folder" in absent.stderr
+    monkeypatch.setattr(sys, "argv", ["qalign.py", "a.png", "--model", str(folder / "none")])
+    with pytest.raises(SystemExit, match="none is no folder, and the Hub gives no such model"):
+        qalign.main()

@@ -3,10 +3,11 @@
 
     python make_qalign.py OFFICIAL_CHECKOUT
 
-Official code: https://github.com/Q-Future/Q-Align at 14dfdffb3b970c0727d48938b8f3741a65acbd6e. Environment: Python 3.11,
-torch 2.1.2, torchvision 0.16.2, transformers 4.36.1, tokenizers 0.15.0, sentencepiece 0.1.99, protobuf 4.25, numpy 1.26.4,
-pillow 13.0.0, icecream 2; decord and flash_attn are not needed. The images go through the official `QAlignScorer` and
-`QAlignAestheticScorer`, in float32 on the CPU and with the attention of the official pins (no SDPA before torch 2.1.1).
+Official code: https://github.com/Q-Future/Q-Align at 14dfdffb3b970c0727d48938b8f3741a65acbd6e. Environment: Python
+3.11, torch 2.1.2, torchvision 0.16.2, transformers 4.36.1, tokenizers 0.15.0, sentencepiece 0.1.99, protobuf 4.25.9,
+numpy 1.26.4, pillow 13.0.0, icecream 2.2.0. The images go through the official `QAlignScorer` and
+`QAlignAestheticScorer`, in float32 on the CPU, with the attention of the official pins (`eager`; transformers takes
+SDPA from torch 2.1.1 on).
 """
 
 import hashlib
