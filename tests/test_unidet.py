@@ -157,3 +157,22 @@ def test_official_downloads(weights, tmp_path, monkeypatch):
     assert unidet.UniDet(torch.device("cpu")).labels == NAMES
     assert calls[0] == ("shikunl/prismer", "expert_weights/Unified_learned_OCIM_RS200_6x+2x.pth")
     assert torch.hub.HASH_REGEX.search(calls[1][1]["file_name"])[1] == "c38ba9352b2a9f83" and calls[1][1]["check_hash"]
+
+
+def test_a_box_takes_the_level_of_its_size():
+    """Level 4 begins at a side of 224 pixels, level 5 at 448; each level's features are its number."""
+    features = [torch.full((1, 1, 512 // stride, 512 // stride), float(level)) for level, stride in ((3, 8), (4, 16))]
+    features.append(torch.full((1, 1, 16, 16), 5.0))
+    sides = torch.tensor([8.0, 112, 223.5, 224, 447.5, 448, 512])
+    boxes = torch.stack([512 - sides, torch.zeros(7), torch.full((7,), 512.0), sides], dim=1)
+    patches = unidet.pool_regions(features, boxes)
+    assert patches.shape == (7, 1, 7, 7)
+    assert patches.mean(dim=(1, 2, 3)).tolist() == pytest.approx([3, 3, 3, 4, 4, 5, 5])
+
+
+def test_empty_and_infinite_boxes_are_no_detections():
+    boxes = torch.tensor([[0, 0, 9, 9], [5, 5, 5, 8], [0, 0, float("inf"), 9], [20, 20, 30, 30]])
+    scores = torch.tensor([[0.3, 0.05], [0.9, 0.9], [0.9, 0.9], [0.2, 0.6]])
+    boxes, scores, classes = unidet.choose_detections(boxes, scores, 0.1)
+    assert boxes.tolist() == [[20, 20, 30, 30], [0, 0, 9, 9], [20, 20, 30, 30]]
+    assert scores.tolist() == pytest.approx([0.6, 0.3, 0.2]) and classes.tolist() == [1, 0, 0]
