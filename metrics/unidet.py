@@ -25,7 +25,7 @@ A difference: images run one by one, not in padded batches of 64, so that no ima
 one size give the same in the official code.
 
 Weights: `shikunl/prismer`, `expert_weights/Unified_learned_OCIM_RS200_6x+2x.pth`. The code was written for this project
-after the published architecture: xingyizhou/UniDet, ResNeSt and detectron2 (all Apache-2.0) and T2I-CompBench (MIT).
+after the published architecture: xingyizhou/UniDet with its ResNeSt, detectron2 (both Apache-2.0), T2I-CompBench (MIT).
 """
 
 import json
