@@ -12,8 +12,8 @@
         --loras rankdpo=outputs/rankdpo-sdxl --metrics metrics/t2i_compbench.py:T2ICompBench \
         --output_dir outputs/compbench
 
-The first two commands parse the official prompts once; scoring needs no spaCy. The score of an image is a number from 0
-to 1 for the category of its prompt:
+The first two commands parse the official prompts once; scoring needs no spaCy. An image gets a number, at most 1 and
+higher for better, for the category of its prompt:
 
 - `color`, `shape`, `texture`: BLIP-VQA. The product of p(yes) over the prompt's noun phrases, each asked as a question.
 - `spatial`: UniDet. How sure the detector is of both objects, and how well their boxes fit the relation.
@@ -270,13 +270,10 @@ class T2ICompBench:
     ):
         self.device, self.batch_size = torch.device(device), batch_size
         self.sources = {"blip": blip, "tokenizer": tokenizer, "clip": clip, "detector": detector, "unidet": unidet}
-        for setting in ("blip", "detector"):  # models load when an image needs them; a wrong path is an error now
-            source = self.sources[setting]
-            if (
-                source != "unidet"
-                and not source.startswith(("https://", "http://", "hub:"))
-                and not os.path.isfile(source)
-            ):
+        # Models load when an image needs them; a wrong path is an error now.
+        elsewhere = ("https://", "http://", "hub:")
+        for setting, source in (("blip", blip), ("detector", detector)):
+            if source != "unidet" and not source.startswith(elsewhere) and not os.path.isfile(source):
                 raise FileNotFoundError(f"setting {setting}: no file {source}")
 
     @staticmethod
@@ -375,8 +372,9 @@ class BlipVQA:
         else:
             config = transformers.BlipConfig(vision_config=BLIP_VISION, text_config=BLIP_TEXT)
         self.size = config.vision_config.image_size
-        self.model = load_strictly(transformers.BlipForQuestionAnswering, config, blip_weights(read_weights(weights)))
-        self.model.to(device)
+        converted = blip_weights(read_weights(weights))
+        model = load_strictly(transformers.BlipForQuestionAnswering, None, config=config, state_dict=converted)
+        self.model = model.to(device)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
         self.tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
         # 30523, 30522, 2748 and 2053 in BERT's vocabulary
@@ -484,14 +482,14 @@ def blip_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return converted
 
 
-def load_strictly(model_class, config, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A transformers model with these weights, in float32. Raises ValueError that names a key which is missing, unknown
-    or of another size."""
+def load_strictly(model_class, source: str | None, **options) -> torch.nn.Module:
+    """`model_class.from_pretrained`, in float32. Raises ValueError that names a key which is missing, unknown or of
+    another size."""
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # no report of the keys that differ: the error below names them
     try:
-        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
-        model, info = model_class.from_pretrained(None, config=config, state_dict=weights, **options)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
+        model, info = model_class.from_pretrained(source, **options)
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     info["mismatched_keys"] = [f"{key} {[*has]}, not {[*needs]}" for key, has, needs in info["mismatched_keys"]]
@@ -511,7 +509,7 @@ class ClipCosine:
 
     def __init__(self, device: torch.device, source: str):
         self.device = device
-        self.model = transformers.CLIPModel.from_pretrained(source, dtype=torch.float32).eval().to(device)
+        self.model = load_strictly(transformers.CLIPModel, source).to(device)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         self.size = self.model.config.vision_config.image_size
 
@@ -553,8 +551,7 @@ class HubDetector:
     def __init__(self, device: torch.device, source: str, threshold: float = 0.5):
         self.device, self.threshold = device, threshold
         self.processor = transformers.AutoImageProcessor.from_pretrained(source)
-        self.model = transformers.AutoModelForObjectDetection.from_pretrained(source, dtype=torch.float32)
-        self.model.eval().to(device)
+        self.model = load_strictly(transformers.AutoModelForObjectDetection, source).to(device)
 
     @torch.inference_mode()
     def detect(self, images: list[PILImage.Image]) -> list[list[Detection]]:
@@ -629,8 +626,12 @@ def make_rows(folder: str, categories: list[str], parse) -> list[dict]:
 def read_lines(folder: str, name: str) -> list[str]:
     """The lines of a file in a folder or under a URL, without empty ones."""
     if folder.startswith(("https://", "http://")):
-        with urllib.request.urlopen(f"{folder.rstrip('/')}/{name}", timeout=60) as response:
-            text = response.read().decode()
+        url = f"{folder.rstrip('/')}/{name}"
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response:
+                text = response.read().decode()
+        except OSError as error:
+            raise ValueError(f"{url} cannot be read: {error}") from None
     else:
         text = Path(folder, name).read_text(encoding="utf-8")
     return [line.strip() for line in text.splitlines() if line.strip()]

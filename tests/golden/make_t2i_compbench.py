@@ -41,7 +41,7 @@ COLORS = "red green blue brown black fluffy wooden metallic oval pentagonal".spl
 NOUNS = "bench bowl cat dog horse vase lamp bird phone plate giraffe key girl boy man woman".split()
 COMPOUNDS = ["stop sign", "coat rack", "water bottle", "ice cube", "coffee table"]
 RELATIONS = ["on the left of", "on the right of", "on the top of", "on the bottom of", "next to", "near", "on side of"]
-RELATIONS += ["on top of", "above"]
+RELATIONS += ["on top of", "on the side of", "above"]
 
 
 class Sentence:
@@ -201,7 +201,7 @@ def position_cases(number: int) -> list[tuple]:
 
 
 SUBSET_PROMPTS = [f"The {color} {noun} was {i}. So" for i, (color, noun) in enumerate(zip(COLORS * 2, NOUNS))]
-SUBSETS = {"spatial": [line.upper() for line in SUBSET_PROMPTS[:5]], "action": SUBSET_PROMPTS[4:11]}
+SUBSETS = {"spatial": [f"{line.upper()} what" for line in SUBSET_PROMPTS[:5]], "action": SUBSET_PROMPTS[4:11]}
 
 
 def part_scores() -> np.ndarray:
@@ -236,7 +236,7 @@ CONFIG = {
 }
 QUESTIONS = [
     ["a green bench?", "a blue bowl?", "the Brown coat-rack?"],
-    ['The "red" hat (old): #1!?', "dogs?", "a green bench?"],
+    ['The "red" hat (old): #1!?', "dogs? !", "a green bench?"],
     ["word " * 60 + "?", "a very long red green blue bench bowl and so on and so on?", "It's a cat.?"],
     ["a bowl?", "a blue blue blue blue blue bowl?", "~ strange;*?"],
 ]
