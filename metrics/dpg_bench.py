@@ -20,11 +20,12 @@ official code does not apply the dependencies there.
 
 A variant: the official code cuts a picture into its 2×2 parts; here each part is an image.
 
-With `quirks=true`, the metric also does the following, which the published figures contain:
+With `quirks=true`, the metric also does the following, as the official script does:
 
-- The first row of the CSV is left out. Its proposition is the parent of others of that prompt.
-- A prompt is dropped if a question has a parent that is not there: looking for its score raises an exception. Without
-  `quirks`, such a parent is ignored. A parent that failed, named before it, ends the search.
+- The first row of the CSV is left out.
+- A prompt is dropped if a question of it has a parent that is not there, such as that of the first row: looking for its
+  score raises an exception. (A parent that failed, named before it, ends the search without one.) Without `quirks`,
+  such a parent is ignored.
 - If the CSV has rows of a prompt in several places, only the last place counts.
 - The scores of the categories are those of each prompt's last image.
 
@@ -41,6 +42,8 @@ import os
 import re
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,8 +60,8 @@ CSV = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_
 CATEGORIES = ("global", "entity", "attribute", "relation", "other")  # the L1 categories
 COLUMNS = ("proposition_ids", "dependencies", "questions", "category_broad", "category_detailed", "csv_rows")
 MODELSCOPE = "https://modelscope.cn/api/v1/models/{}/repo?Revision=master&FilePath={}"
-# The published mPLUG-large for visual question answering. Names are those of its config.yaml and config_bert.json.
-PUBLISHED = {
+# The published mPLUG-large for visual question answering, in the words of its config.yaml and its config_bert.json.
+MPLUG = {
     "image_res": 504,
     "clip_vision_layers": 24,
     "clip_vision_width": 1024,
@@ -67,6 +70,8 @@ PUBLISHED = {
     "max_length": 10,
     "min_length": 1,
     "bert_config": "config_bert.json",
+}
+BERT = {
     "vocab_size": 30522,
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -78,7 +83,7 @@ PUBLISHED = {
     "text_encoder_layers": 6,
     "fusion_layers": 6,
     "text_decode_layers": 12,
-    "stride_layer": 100,  # every so many fusion layers, image and text attend to each other; here none does
+    "stride_layer": 100,  # every so many fusion layers take image and text as one sequence; here none does
 }
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -151,7 +156,7 @@ def mean(values) -> float:
 
 
 def beam_search(
-    next_log_probs, n: int, beam_size: int, max_length: int, min_length: int, device="cpu"
+    next_log_probs: Callable, n: int, beam_size: int, max_length: int, min_length: int, device="cpu"
 ) -> list[tuple[list[int], float]]:
     """mPLUG's beam search: the best answer to each of n questions, as (tokens from START, score).
 
@@ -177,10 +182,10 @@ def beam_search(
         beams, tokens = picks // log_probs.shape[-1], picks % log_probs.shape[-1]
         sequences = sequences.gather(1, beams[..., None].expand_as(sequences))
         sequences = torch.cat([sequences, tokens[..., None]], dim=-1)
-        ended = (tokens == END) | (length == max_length)
+        ended, numbers = (tokens == END) | (length == max_length), questions.tolist()
         done = ended[:, 0]
         for row, beam in (ended | done[:, None]).nonzero().tolist():
-            candidates[questions[row]].append((sequences[row, beam].tolist(), scores[row, beam].item()))
+            candidates[numbers[row]].append((sequences[row, beam].tolist(), scores[row, beam].item()))
         sequences, totals, questions = sequences[~done], totals[~done], questions[~done]
         if not len(questions):
             break
@@ -266,7 +271,7 @@ class DPGBench:
             Counter(key for proposition in propositions(row, quirks).values() for key in proposition.categories)
             for row in rows
         ]
-        for key in scores.keys() - {"score"}:
+        for key in [key for key in scores if key != "score"]:
             # An image's score of a category is a mean over its questions; the figure is the mean over all questions.
             weights = np.array([count[key] for count in counts])[:, None] * (known & np.isfinite(scores[key]))
             if quirks:
@@ -287,9 +292,9 @@ class MPlug(torch.nn.Module):
     """mPLUG (Li et al., 2022) for visual question answering.
 
     CLIP's image tokens; a BERT for the question; fusion layers, in which the question attends to the image; a decoder
-    that attends to both and writes the answer. `config` has the entries of PUBLISHED.
+    that attends to both and writes the answer. `config` has the entries of MPLUG and BERT.
 
-    All questions about an image share its keys and values: they are computed once, not for each question and beam.
+    All questions of a batch are about one image and share its keys and values.
     """
 
     def __init__(self, config: dict):
@@ -365,14 +370,16 @@ class MPlug(torch.nn.Module):
 
     def answer(self, image: torch.Tensor, ids: torch.Tensor, seen: torch.Tensor) -> list[tuple[list[int], float]]:
         """Arguments as for `fuse`. The tokens and the score of each answer (see `beam_search`)."""
-        contexts = self.contexts(*self.fuse(image, ids, seen), seen)
-
-        def next_log_probs(sequences, questions):
-            chosen = [[choose(part, questions) for part in context] for context in contexts]
-            return self.logits(sequences, chosen).softmax(dim=-1).log()
-
+        next_log_probs = partial(self.next_log_probs, self.contexts(*self.fuse(image, ids, seen), seen))
         sizes = (self.config[name] for name in ("beam_size", "max_length", "min_length"))
         return beam_search(next_log_probs, len(ids), *sizes, device=ids.device)
+
+    def next_log_probs(
+        self, contexts: list[list[tuple]], sequences: torch.Tensor, questions: torch.Tensor
+    ) -> torch.Tensor:
+        """Log probabilities for `beam_search`, given the contexts of all questions."""
+        contexts = [[choose(part, questions) for part in context] for context in contexts]
+        return self.logits(sequences, contexts).softmax(dim=-1).log()
 
 
 def choose(part: tuple, questions: torch.Tensor) -> tuple:
@@ -462,29 +469,37 @@ def model_folder(model: str) -> Path:
         return Path(HfApi().snapshot_download(model, allow_patterns=files))
     name = model.removeprefix("modelscope:")
     folder = Path(torch.hub.get_dir()) / "modelscope" / name.replace("/", "--")
-    for file in ("config.yaml", "config_bert.json", "vocab.txt", "pytorch_model.bin"):
-        if not (folder / file).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(MODELSCOPE.format(name, file), str(folder / file))
-            except OSError as error:
-                raise FileNotFoundError(f"{file} of {name} does not come from ModelScope: {error}") from None
+    download(name, "config.yaml", folder)
+    for file in (load_config(folder)["bert_config"], "vocab.txt", "pytorch_model.bin"):
+        download(name, file, folder)
     return folder
 
 
+def download(name: str, file: str, folder: Path) -> None:
+    """A file of a model on ModelScope, unless the folder has it."""
+    if not (folder / file).exists():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(MODELSCOPE.format(name, file), str(folder / file))
+        except OSError as error:
+            raise FileNotFoundError(f"{file} of {name} does not come from ModelScope: {error}") from None
+
+
 def load_config(folder: Path) -> dict:
-    """PUBLISHED, with the entries that config.yaml and the BERT's file have."""
-    config, source = dict(PUBLISHED), folder / "config.yaml"
-    for _ in range(2):
-        if source.is_file():
-            try:
-                found = yaml.safe_load(source.read_text())  # YAML can read JSON, but takes 1e-12 for a text
-                found = json.loads(source.read_text()) if source.suffix == ".json" else found
-            except (yaml.YAMLError, ValueError) as error:
-                raise ValueError(f"{source} is damaged: {' '.join(str(error).split())}") from None
-            config |= {key: found[key] for key in config.keys() & found.keys()}
-        source = folder / config["bert_config"]
-    return config
+    """MPLUG and BERT, with what the folder's config.yaml and the file that it names say instead."""
+    config = read_config(folder / "config.yaml", MPLUG)
+    return config | read_config(folder / config["bert_config"], BERT)
+
+
+def read_config(file: Path, known: dict) -> dict:
+    """The known entries of a YAML or JSON file; those that it lacks, or all if there is no such file, as `known`."""
+    if not file.is_file():
+        return known
+    try:  # YAML would take JSON's 1e-12 for a text
+        found = json.loads(file.read_text()) if file.suffix == ".json" else yaml.safe_load(file.read_text())
+        return {key: found.get(key, value) for key, value in known.items()}
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}") from None
 
 
 # Regular expressions that turn keys of MPlug into those of the official checkpoint, in turn.
@@ -552,9 +567,9 @@ def convert_weights(weights: dict[str, torch.Tensor], model: MPlug) -> dict[str,
         if not tensor.isfinite().all():
             raise ValueError(f"{source} of the checkpoint holds a value that is not finite")
         converted[key] = tensor
-    fusion = re.compile(rf"fusion_encoder\.encoder\.layer\.({'|'.join(map(str, range(first)))})\.")  # never run
-    for key in weights.keys() - used:
-        if not UNUSED.match(key) and not (first and fusion.match(key)):
+    never_run = tuple(f"fusion_encoder.encoder.layer.{i}." for i in range(first))
+    for key in sorted(weights.keys() - used):
+        if not UNUSED.match(key) and not key.startswith(never_run):
             raise ValueError(f"the checkpoint has an unknown key: {key}")
     return converted
 
@@ -603,10 +618,9 @@ def read_csv(text: str) -> list[dict]:
             proposition_id = int(line["proposition_id"])
             parents = [int(parent) for parent in line["dependency"].split(",")]
         except ValueError:
-            ids = f"{line['proposition_id']!r} and {line['dependency']!r}"
-            raise ValueError(
-                f"row {number + 1}: proposition_id and dependency must be whole numbers, not {ids}"
-            ) from None
+            found = f"not {line['proposition_id']!r} and {line['dependency']!r}"
+            problem = f"proposition_id and dependency must be whole numbers, {found}"
+            raise ValueError(f"row {number + 1}: {problem}") from None
         row = {"prompt": line["text"], "item_id": line["item_id"]} | {column: [] for column in COLUMNS}
         row = rows.setdefault(line["item_id"], row)
         if row["prompt"] != line["text"]:

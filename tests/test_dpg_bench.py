@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,13 +86,13 @@ def test_answers_are_the_official_ones(mplug, batch_size, monkeypatch):
 
 def test_score_asks_the_model(mplug):
     """`score` of images of several modes is what the answers of their RGB forms give."""
-    metric = load(mplug[1], quirks=True)
+    metric = load(mplug[1])
     rows = dpg_bench.read_csv(inputs.make_csv(0))[1:5]
     images = [inputs.picture(n, (20 + 9 * n, 30), mode) for n, mode in enumerate(["RGBA", "L", "P", "CMYK"])]
     for image, row, scores in zip(images, rows, metric.score(images, ["x"] * 4, rows), strict=True):
         answers = metric.answer(image.convert("RGB"), row["questions"])
         right = {number: answer == "yes" for number, answer in zip(row["proposition_ids"], answers)}
-        expected = dpg_bench.image_scores(dpg_bench.propositions(row, True), right, True)
+        expected = dpg_bench.image_scores(dpg_bench.propositions(row, False), right, False)
         np.testing.assert_equal(scores, expected)
 
 
@@ -126,7 +127,7 @@ def test_each_key_is_read_or_known_not_to_be():
 
 
 def tiny_config() -> dict:
-    return {key: {**inputs.MPLUG, **inputs.BERT}.get(key, value) for key, value in dpg_bench.PUBLISHED.items()}
+    return dpg_bench.MPLUG | dpg_bench.BERT | inputs.MPLUG | inputs.BERT
 
 
 def test_weights_in_safetensors_without_the_twins(mplug, tmp_path):
@@ -139,6 +140,23 @@ def test_weights_in_safetensors_without_the_twins(mplug, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     expected = load(folder).model.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in load(tmp_path).model.state_dict().items())
+
+
+def test_download_from_modelscope(mplug, tmp_path, monkeypatch):
+    """Each file is fetched once, from the address that modelscope's own package uses."""
+    urls, start = [], "https://modelscope.cn/api/v1/models/iic/mplug/repo?Revision=master&FilePath="
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(
+        torch.hub,
+        "download_url_to_file",
+        lambda url, file: urls.append(url) or shutil.copy(mplug[1] / url.removeprefix(start), file),
+    )
+    for _ in range(2):
+        weights = load("modelscope:iic/mplug").model.state_dict()
+    assert torch.equal(weights["visn_fc.bias"], official_weights(mplug[0])["visn_fc.bias"])
+    assert urls == [start + file for file in ("config.yaml", "config_bert.json", "vocab.txt", "pytorch_model.bin")]
+    with pytest.raises(FileNotFoundError, match="^config.yaml of iic/other does not come from ModelScope: "):
+        load("modelscope:iic/other")
 
 
 LAYER = "encoder.layer.1.output.dense.bias"
