@@ -28,7 +28,7 @@ prompt once, in one category only. Different:
 - The official code parses with en_core_web_sm 3.5.0. Another version may tag a word differently; the prompts file shows
   what was asked and looked for.
 - CLIP runs in float32 (the official code: float16 on a GPU), and cuts prompts at 77 tokens (the official code stops).
-- The official images are drawn with 10 seeds per prompt, 42 to 51; `evaluate.py` has seeds of its own.
+- The official images are drawn with 10 seeds per prompt, 42 to 51, as `--seed 42 --image_seeds counted` does.
 
 Settings (`metrics/t2i_compbench.py:T2ICompBench,key=value,…`):
 
@@ -530,6 +530,7 @@ def cropped_pixels(image: PILImage.Image, size: int) -> torch.Tensor:
     return normalize(to_tensor(small), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
+# Copied from build_synpic.clean_text
 def clean_text(text: str) -> str:
     """OpenAI CLIP's cleaning of a prompt, which transformers' tokenizer does not do."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()

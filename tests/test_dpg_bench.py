@@ -379,10 +379,7 @@ BAD = {
         f"{HEADER}\n{FIRST}\na,A,2,none,global - (x),?",
         "row 2: proposition_id and dependency must be",
     ),
-    "text": (
-        f"{HEADER}\n{FIRST}\na,B,2,0,global - (x),?",
-        "row 2: item a has another text in a row before",
-    ),
+    "text": (f"{HEADER}\n{FIRST}\nb,,1,0,global - (x),?", "row 2 has no text"),
     "binary": (b"\xff\xfe\x00", "cannot be read"),
     "missing": (None, "cannot be read"),
 }
