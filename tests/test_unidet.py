@@ -34,8 +34,7 @@ def golden():
         return dict(file)
 
 
-@pytest.fixture(scope="module")
-def weights():
+def tiny_weights() -> dict[str, torch.Tensor]:
     """The tiny weights as a detectron2 checkpoint of the published kind stores them."""
     with torch.device("meta"):
         model = unidet.UnifiedRCNN(**CONFIG, labels=len(NAMES))
@@ -43,6 +42,11 @@ def weights():
     tensors["backbone.bottom_up.res3.0.conv1.norm.num_batches_tracked"] = torch.tensor(7)
     tensors["proposal_generator.anchor_generator.cell_anchors.0"] = torch.zeros(9, 4)
     return tensors | {"pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return tiny_weights()
 
 
 def save(folder: Path, weights, **config) -> str:
