@@ -81,7 +81,7 @@ HUB_DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 LONG_SIDE, SHORT_SIDE, MULTIPLE = 1333, 800, 32  # pixels of the detector's input
 PADDING, PIXEL_MEAN, PIXEL_STD = 128, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MAX_DETECTIONS = 100
-DETECTED_TOGETHER = 8  # the detector's multi-scale features of 800 x 800 pixels take about half a gigabyte an image
+DETECTED_TOGETHER = 8  # of 800 x 800 pixels, each takes the detector about 0.9 GB of memory
 
 
 def judge(metadata: dict, objects: dict, color_of, position_threshold: float = 0.1) -> tuple[bool, str]:
@@ -179,7 +179,7 @@ class GenEval:
         self.max_objects, self.position_threshold = max_objects, position_threshold
         self.detector = load_detector(detector).to(self.device)
         self.clip = load_strictly(transformers.CLIPModel, clip).to(self.device)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(clip)
+        self.tokenizer = load_tokenizer(clip)
         self.classifiers = {}  # class → what `color_classifier` gives
 
     @torch.inference_mode()
@@ -531,7 +531,7 @@ def load_strictly(model_class, source: str | None, **options) -> torch.nn.Module
     try:
         options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = model_class.from_pretrained(source, **options)
-    except OSError as error:  # no such folder, no such repository, no network
+    except (OSError, ValueError) as error:  # no such folder, no such repository, no network, no such kind of model
         raise ValueError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -546,6 +546,13 @@ def load_strictly(model_class, source: str | None, **options) -> torch.nn.Module
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(source: str):
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} has no tokenizer: {str(error).strip().splitlines()[0]}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

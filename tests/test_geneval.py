@@ -109,6 +109,13 @@ def test_judge_limits():
     for count, expected in ((1, False), (2, True), (3, False)):
         assert geneval.judge(clock, {"clock": [box] * count}, None)[0] is expected
     assert geneval.judge(clock, {}, None) == (False, "expected clock>=2, found 0")
+    scene = [{"class": "dog", "count": 2}, {"class": "cup", "count": 1, "position": ["above", 0]}]
+    reason = "expected dog>=2, found 1\nno target for cup to be above"
+    assert geneval.judge({"include": scene}, {"dog": [box], "cup": [box]}, None) == (False, reason)
+    scene[0] = {"class": "dog", "count": 1, "color": "red"}
+    reason = "expected cup above target, found below and right of target"
+    found = {"dog": [box, box], "cup": [[60, 60, 70, 70]]}
+    assert geneval.judge({"include": scene}, found, lambda name, box: "red") == (False, reason)
     empty = {"class": "dog", "count": 1, "color": None, "position": None}  # as a table of rows would hold it
     assert geneval.judge({"include": [empty], "exclude": None}, {"dog": [box]}, None) == (True, "")
 
@@ -307,9 +314,17 @@ def test_score_depends_on_no_batch(metric, outputs):
     prompts = [row["prompt"] for row in rows]
     assert metric.score(images, prompts, rows) == expected
     assert [metric.score([image], [""], [row])[0] for image, row in zip(images[:3], rows)] == expected[:3]
-    turned = images[2].transpose(PILImage.Transpose.ROTATE_90).convert("RGBA")
-    turned.getexif()[274] = 6  # the camera was turned: show it by 270 degrees
-    assert metric.score([turned], prompts[:1], rows[2:3]) == expected[2:3]
+
+
+def test_score_turns_pictures(metric, monkeypatch):
+    """As OpenCV and the official script do: by the camera's orientation, without transparency."""
+    seen, image = [], make_geneval.picture(41, 120)
+    monkeypatch.setattr(metric, "detect", lambda images, rows: [seen.extend(images) or {}])
+    turned = image.transpose(PILImage.Transpose.ROTATE_90).convert("RGBA")
+    turned.putalpha(7)
+    turned.getexif()[274] = 6  # to be shown turned by 270 degrees
+    assert metric.score([turned], [""], OFFICIAL_ROWS[:1]) == [0.0]
+    assert seen[0].mode == "RGB" and np.array_equal(seen[0], image)
 
 
 def test_threshold_of_counting(metric, outputs):
@@ -372,6 +387,8 @@ def test_checkpoints(checkpoints, metric, tmp_path):
         geneval.load_detector(str(tmp_path / "few"))
     with pytest.raises(ValueError, match="no-such-folder cannot be loaded: [^\n]*$"):
         geneval.load_detector(str(tmp_path / "no-such-folder"))
+    with pytest.raises(ValueError, match="few has no tokenizer: [^\n]*$"):
+        geneval.load_tokenizer(str(tmp_path / "few"))
 
 
 OFFICIAL_ROWS = [

@@ -47,7 +47,7 @@ SIZES = {  # of Mask2FormerConfig; mmdet's names stand in `tiny_mmdet`
 BACKBONE = {"embed_dim": 8, "depths": [2, 2, 2, 1], "num_heads": [1, 2, 2, 4], "window_size": 7}
 CLIP = {"width": 32, "layers": 2, "heads": 2, "patch": 8, "size": 32, "embed": 16, "vocabulary": 49408, "context": 77}
 PICTURES = ((96, 64), (70, 70), (41, 120), (64, 64))  # width, height
-INPUTS = ((96, 64), (70, 70), (41, 120), (1024, 1024), (800, 800), (1600, 1600), (640, 481), (1500, 400))
+INPUTS = ((96, 64), (70, 70), (41, 120), (1024, 1024), (800, 800), (1600, 1600), (640, 481), (512, 384), (1500, 400))
 CLIP_CLASSES = ("dog", "computer mouse")
 
 
@@ -90,11 +90,12 @@ def random_boxes(rng: np.random.Generator, count: int) -> list[list[float]]:
 
 def edge_pair(rng: np.random.Generator) -> tuple[list[float], list[float]]:
     """Two boxes whose offset stands on, or just beside, a limit of the rules."""
-    k, kind = int(rng.integers(1, 9)), int(rng.integers(5))
+    k, kind = int(rng.integers(1, 41)), int(rng.integers(5))
     along, across = [(10 * k, 0), (4 * k, 3 * k), (0, 0), (5 * k, 12 * k), (8 * k, 0)][kind]
-    # kind 0: offset 10k and sizes 100k in sum, the margin to the pixel. 1: 4k - 0.1 · 15k is half of the distance 5k.
-    total = [100 * k, 15 * k, 20 * k, 4 * k, 30 * k][kind]
-    along += int(rng.integers(-1, 2)) * int(rng.integers(2))
+    # kind 0: offset 10k and sizes 100k in sum, the margin itself. 1: 4k - 0.1 · 15k is half of the distance 5k. 4: half
+    # of 8k.
+    total = [100 * k, 15 * k, 20 * k, 4 * k, 40 * k][kind]
+    along += float(rng.choice([0.0, 0.0, -0.5, 0.5, -1.0, 1.0]))
     along, across = along * int(rng.choice([-1, 1])), across * int(rng.choice([-1, 1]))
     sizes = (total - total // 2, total // 2)
     boxes = []
