@@ -25,8 +25,8 @@ Images that exist, in the folders of the official repository:
 Identical to https://github.com/djghosh13/geneval (commit af4902f): the rules, the thresholds, the detector's weights
 (MMDetection's Mask2Former, loaded into that of transformers), its pre-processing to the last bit, its post-processing,
 the prompts and crops for colours. CLIP ViT-L/14 is that of transformers. On a GPU it runs under float16 autocast, as in
-the official code. The published figures are of 50 steps, guidance 9.0, and seed 42 before each prompt; evaluate.py
-draws from seeds of its own.
+the official code. The published figures are of 50 steps, guidance 9.0, and seed 42 before each prompt. With `--seed 42
+--image_seeds counted`, image n of each prompt has seed 42 + n here.
 
 A variant, to be named as such: `GenEval,detector=hub` takes facebook/mask2former-swin-small-coco-instance, another
 training of the same architecture, with the official pre- and post-processing.

@@ -199,6 +199,7 @@ USED_BY = {
     "protobuf": "transformers",  # T5's tokenizer
     "sentencepiece": "transformers",  # T5's tokenizer
     "peft": "diffusers",  # load_lora_weights
+    "scipy": "transformers",  # Mask2Former
 }
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 
