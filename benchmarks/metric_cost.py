@@ -3,8 +3,8 @@
 
     python benchmarks/metric_cost.py
 
-No weights are loaded. The models stand on PyTorch's meta device (Mask2Former, whose code needs numbers, on the CPU), and
-torch.utils.flop_counter counts matrix products and convolutions.
+No weights are loaded. The models stand on PyTorch's meta device (Mask2Former, whose code needs numbers, on the CPU).
+torch.utils.flop_counter counts their matrix products and convolutions.
 """
 
 import sys
@@ -14,15 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "metrics"))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
 import dpg_bench  # noqa: E402
 import geneval  # noqa: E402
 import qalign  # noqa: E402
 import t2i_compbench  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 import unidet  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 
 def geneval_image(model) -> None:

@@ -43,6 +43,7 @@ import re
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -588,7 +589,7 @@ def load_mplug(folder: Path) -> MPlug:
 
 
 def read_text(source: str) -> str:
-    """The text of a file or URL."""
+    """The text of a file or URL. Raises ValueError if it cannot be read."""
     try:
         if source.startswith(("http://", "https://")):
             with urllib.request.urlopen(source, timeout=60) as response:
@@ -634,24 +635,32 @@ def read_csv(text: str) -> list[dict]:
     return list(rows.values())
 
 
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """Writes a prompts file, whole or not at all; exits with one line if it cannot."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise SystemExit(f"--output {file} cannot be written: {error}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prompts of DPG-Bench")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prompts", help="turn the official CSV into a prompts file for evaluate.py")
     command.add_argument("--csv", default=CSV, help="dpg_bench.csv, a file or a URL (default: the official one)")
-    command.add_argument("--output", required=True, help="the file to write, one JSON object per line")
+    command.add_argument("--output", type=Path, required=True, help="the file to write, one JSON object per line")
     args = parser.parse_args()
     try:
         rows = read_csv(read_text(args.csv))
     except (ValueError, csv.Error) as error:
         raise SystemExit(f"--csv {args.csv}: {error}") from None
-    temporary = f"{args.output}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(temporary, args.output)
-    except OSError as error:
-        raise SystemExit(f"--output {args.output} cannot be written: {error}") from None
+    write_rows(args.output, rows)
     print(f"{len(rows)} prompts with {sum(len(row['questions']) for row in rows)} questions: {args.output}")
 
 

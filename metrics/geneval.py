@@ -18,7 +18,7 @@ the image is correct: 1.0 or 0.0. The benchmark has 553 prompts of six kinds, an
 
 Images that exist, in the folders of the official repository:
 
-    python evaluate.py --images "sdxl=IMAGES/{index:05d}/samples/{number:04d}.png" --baseline sdxl \
+    python evaluate.py --images "sdxl=IMAGES/{index:05d}/samples/{number:05d}.png" --baseline sdxl \
         --prompts geneval.jsonl --category_column tag --num_images_per_prompt 4 \
         --metrics metrics/geneval.py:GenEval --output_dir outputs/geneval
 
@@ -37,11 +37,12 @@ import json
 import os
 import re
 import sys
+import urllib.request
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -53,7 +54,6 @@ from torch.nn.functional import normalize as unit
 from torchvision.transforms.functional import center_crop, normalize, to_tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.utils import logging as transformers_logging
 
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -475,7 +475,8 @@ DETECTOR_KEYS = (
     (r"^panoptic_head\.mask_embed\.2\.", "model.transformer_module.decoder.mask_predictor.mask_embedder.1.0."),
     (r"^panoptic_head\.mask_embed\.4\.", "model.transformer_module.decoder.mask_predictor.mask_embedder.2.0."),
 )
-UNUSED = (r"\.swin\.layernorm\.", r"^criterion\.empty_weight$")  # of transformers' model: no output depends on them
+# Of transformers' model: no output depends on them, or, an index, they follow from the window's size.
+UNUSED = (r"\.swin\.layernorm\.", r"^criterion\.empty_weight$", r"\.relative_position_index$")
 
 
 def load_detector(source: str) -> Mask2FormerForUniversalSegmentation:
@@ -488,12 +489,13 @@ def load_detector(source: str) -> Mask2FormerForUniversalSegmentation:
         sizes = Path(source).parent / "config.json"
         config = Mask2FormerConfig.from_json_file(sizes) if sizes.exists() else official_config()
     else:
-        model = load_strictly(Mask2FormerForUniversalSegmentation, HUB_DETECTOR if source == "hub" else source)
+        checkpoint = HUB_DETECTOR if source == "hub" else source
+        model = load_strictly(Mask2FormerForUniversalSegmentation, checkpoint, UNUSED)
         if model.config.num_labels != len(CLASSES):
             raise ValueError(f"detector {source} has {model.config.num_labels} classes, not the {len(CLASSES)} of COCO")
         return model
     weights = detector_weights(checkpoint.get("state_dict", checkpoint))
-    return load_strictly(Mask2FormerForUniversalSegmentation, None, config=config, state_dict=weights)
+    return load_strictly(Mask2FormerForUniversalSegmentation, None, UNUSED, config=config, state_dict=weights)
 
 
 def official_config() -> Mask2FormerConfig:
@@ -524,23 +526,26 @@ def detector_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return renamed
 
 
-def load_strictly(model_class, source: str | None, **options) -> torch.nn.Module:
-    """A transformers model in float32 for inference. A key that is missing, unknown or of another size is an error."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # no report of the keys that differ: the error below names them
+def load_strictly(
+    model_class, source: str | None, unused: tuple[str, ...] = (), **options
+) -> transformers.PreTrainedModel:
+    """A transformers model in float32 for inference. Raises ValueError that names a key which is missing, unknown or of
+    another size. `unused`: patterns of keys on which no output depends."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # no report of the keys that differ: the error below names them
     try:
         options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = model_class.from_pretrained(source, **options)
     except (OSError, ValueError) as error:  # no such folder, no such repository, no network, no such kind of model
         raise ValueError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     finally:
-        transformers_logging.set_verbosity(verbosity)
-    missing = [key for key in info["missing_keys"] if not any(re.search(unused, key) for unused in UNUSED)]
-    mismatched = [f"{key} {[*has]}, not {[*needs]}" for key, has, needs in info["mismatched_keys"]]
-    for what, keys in (("missing", missing), ("unexpected", info["unexpected_keys"]), ("mismatched", mismatched)):
-        if keys := sorted(keys):
-            where = source or "detector"
-            raise ValueError(f"{where}: {len(keys)} {what} keys: {', '.join(keys[:3])}{', …' if keys[3:] else ''}")
+        transformers.utils.logging.set_verbosity(verbosity)
+    info["mismatched_keys"] = [f"{key} {[*has]}, not {[*needs]}" for key, has, needs in info["mismatched_keys"]]
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = sorted(key for key in info[f"{what}_keys"] if not any(re.search(known, key) for known in unused))
+        if keys:
+            where, more = source or "the weights", ", …" if keys[3:] else ""
+            raise ValueError(f"{where}: {len(keys)} {what} keys: {', '.join(keys[:3])}{more}")
     # Copies the weights out of the mapped file. Weights that are not aligned to 64 bytes give, on a CPU, other last
     # digits from run to run.
     for tensor in (*model.parameters(), *model.buffers()):
@@ -560,28 +565,40 @@ def load_tokenizer(source: str):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_prompts(source: str, output: Path) -> None:
-    """Checks GenEval's metadata (a file or a URL) and writes it as a prompts file."""
+# Copied from dpg_bench.read_text
+def read_text(source: str) -> str:
+    """The text of a file or URL. Raises ValueError if it cannot be read."""
     try:
-        if re.match("https?://", source):
-            with urlopen(source, timeout=60) as response:
-                text = response.read().decode()
-        else:
-            text = Path(source).read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if not rows or not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
-            raise ValueError("has lines without a prompt" if rows else "is empty")
-        GenEval.check_rows(rows)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--metadata {source}: {error}") from None
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+        if source.startswith(("http://", "https://")):
+            with urllib.request.urlopen(source, timeout=60) as response:
+                return response.read().decode("utf-8-sig")
+        return Path(source).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from None
+
+
+# Copied from dpg_bench.write_rows
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """Writes a prompts file, whole or not at all; exits with one line if it cannot."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, output)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, file)
     except OSError as error:
-        raise SystemExit(f"--output {output}: {error}") from None
-    print(f"{output}: {len(rows)} prompts")
+        raise SystemExit(f"--output {file} cannot be written: {error}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def read_metadata(source: str) -> list[dict]:
+    """The rows of GenEval's metadata, a file or a URL. Raises ValueError that names what is wrong."""
+    rows = [json.loads(line) for line in read_text(source).splitlines() if line.strip()]
+    if not rows or not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
+        raise ValueError("has lines without a prompt" if rows else "is empty")
+    GenEval.check_rows(rows)
+    return rows
 
 
 def main(words: list[str] | None = None) -> None:
@@ -590,8 +607,13 @@ def main(words: list[str] | None = None) -> None:
     prompts = commands.add_parser("prompts", help="write the prompts file")
     prompts.add_argument("--output", type=Path, required=True, help="JSON lines to write")
     prompts.add_argument("--metadata", default=METADATA, help="file or URL. Default: the official file")
-    arguments = parser.parse_args(words)
-    write_prompts(arguments.metadata, arguments.output)
+    args = parser.parse_args(words)
+    try:
+        rows = read_metadata(args.metadata)
+    except ValueError as error:
+        raise SystemExit(f"--metadata {args.metadata}: {error}") from None
+    write_rows(args.output, rows)
+    print(f"{args.output}: {len(rows)} prompts")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ import html
 import json
 import math
 import os
+import re
 import urllib.request
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -482,20 +484,31 @@ def blip_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return converted
 
 
-def load_strictly(model_class, source: str | None, **options) -> torch.nn.Module:
-    """`model_class.from_pretrained`, in float32. Raises ValueError that names a key which is missing, unknown or of
-    another size."""
+# Copied from geneval.load_strictly
+def load_strictly(
+    model_class, source: str | None, unused: tuple[str, ...] = (), **options
+) -> transformers.PreTrainedModel:
+    """A transformers model in float32 for inference. Raises ValueError that names a key which is missing, unknown or of
+    another size. `unused`: patterns of keys on which no output depends."""
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # no report of the keys that differ: the error below names them
     try:
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
+        options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = model_class.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:  # no such folder, no such repository, no network, no such kind of model
+        raise ValueError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     info["mismatched_keys"] = [f"{key} {[*has]}, not {[*needs]}" for key, has, needs in info["mismatched_keys"]]
     for what in ("missing", "unexpected", "mismatched"):
-        if keys := sorted(info[f"{what}_keys"]):
-            raise ValueError(f"{len(keys)} {what} keys: {', '.join(keys[:3])}{', …' if keys[3:] else ''}")
+        keys = sorted(key for key in info[f"{what}_keys"] if not any(re.search(known, key) for known in unused))
+        if keys:
+            where, more = source or "the weights", ", …" if keys[3:] else ""
+            raise ValueError(f"{where}: {len(keys)} {what} keys: {', '.join(keys[:3])}{more}")
+    # Copies the weights out of the mapped file. Weights that are not aligned to 64 bytes give, on a CPU, other last
+    # digits from run to run.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return model.eval().requires_grad_(False)
 
 
@@ -626,16 +639,19 @@ def make_rows(folder: str, categories: list[str], parse) -> list[dict]:
 
 def read_lines(folder: str, name: str) -> list[str]:
     """The lines of a file in a folder or under a URL, without empty ones."""
-    if folder.startswith(("https://", "http://")):
-        url = f"{folder.rstrip('/')}/{name}"
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response:
-                text = response.read().decode()
-        except OSError as error:
-            raise ValueError(f"{url} cannot be read: {error}") from None
-    else:
-        text = Path(folder, name).read_text(encoding="utf-8")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in read_text(f"{folder.rstrip('/')}/{name}").splitlines() if line.strip()]
+
+
+# Copied from dpg_bench.read_text
+def read_text(source: str) -> str:
+    """The text of a file or URL. Raises ValueError if it cannot be read."""
+    try:
+        if source.startswith(("http://", "https://")):
+            with urllib.request.urlopen(source, timeout=60) as response:
+                return response.read().decode("utf-8-sig")
+        return Path(source).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from None
 
 
 def load_parser(name: str):
@@ -648,14 +664,19 @@ def load_parser(name: str):
         raise ValueError(f"spaCy has no model {name} here: python -m spacy download {name}") from None
 
 
+# Copied from dpg_bench.write_rows
 def write_rows(file: Path, rows: list[dict]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    """Writes a prompts file, whole or not at all; exits with one line if it cannot."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         os.replace(temporary, file)
+    except OSError as error:
+        raise SystemExit(f"--output {file} cannot be written: {error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -670,9 +691,9 @@ def main(words: list[str] | None = None) -> None:
     try:
         parse = None if args.categories == ["non_spatial"] else load_parser(args.parser)
         rows = make_rows(args.folder, args.categories, parse)
-        write_rows(args.output, rows)
     except (OSError, ValueError) as error:
         raise SystemExit(f"prompts: {' '.join(str(error).split())}") from None
+    write_rows(args.output, rows)
     version = f", parsed by {args.parser} {parse.meta['version']}" if parse else ""
     print(f"{args.output}: {len(rows)} prompts{version}")
 
