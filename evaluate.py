@@ -3,8 +3,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate", "datasets", "diffusers", "ftfy", "huggingface_hub", "matplotlib", "numpy", "peft", "pillow",
-#     "protobuf", "pyarrow", "pyyaml", "safetensors", "sentencepiece", "torch", "torchvision", "tqdm", "transformers",
-#     "trl",
+#     "protobuf", "pyarrow", "pyyaml", "safetensors", "scipy", "sentencepiece", "torch", "torchvision", "tqdm",
+#     "transformers", "trl",
 # ]
 # ///
 """Compares models on the same prompts and seeds: reward metrics, win rates, intervals, pictures. A model is the base, a
@@ -39,6 +39,7 @@ This also writes the results into the LoRA's card on the Hub (table, picture and
 """
 
 import argparse
+import ast
 import csv
 import errno
 import fcntl
@@ -74,7 +75,8 @@ from fnmatch import fnmatch
 from functools import cache
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import IO, Literal, get_args, get_origin
+from types import UnionType
+from typing import IO, Literal, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
 
@@ -118,7 +120,7 @@ logging.getLogger("diffusers.loaders.lora_base").addFilter(lambda record: "No Lo
 
 BASE = "base"
 # Keys of results.json that no model may have.
-RESERVED = ("n_prompts", "n_images", "baseline", "settings", "checkpoints", "seeds", "pairwise")
+RESERVED = ("n_prompts", "n_images", "baseline", "settings", "checkpoints", "seeds", "pairwise", "missing_images")
 NETWORKS = ("unet", "transformer")  # components that --models can replace
 OWN_FILES = ("images", "scores", "results.json", "results.md", "grid.png", "curves.png")  # of an output folder
 SCORES_PER_FILE = 256  # a crash loses at most these
@@ -431,9 +433,9 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
     """Scores every model's images: metric → model → float64 (n_prompts, num_images_per_prompt).
 
     A metric that returns several values becomes several metrics, METRIC_KEY. NaN: a value does not apply to an image,
-    or the image is missing. Also returns what benchmarks themselves report: metric → model → figures.
+    or the image is missing. Also returns the names of each metric's values: metric → key → METRIC_KEY.
     """
-    results, official, unknown = {}, {}, np.full((len(rows), args.num_images_per_prompt), np.nan)
+    results, keys, unknown = {}, {}, np.full((len(rows), args.num_images_per_prompt), np.nan)
     for metric in args.metrics:
         column, scores = reward_name(metric), score_metric(args, metric, rows, models, state)
         names = {key: column + key for by_key in scores.values() for key in by_key}
@@ -443,9 +445,8 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
         check_metric_names(names.values())
         for key, name in names.items():
             results[name] = {model: by_key.get(key, unknown) for model, by_key in scores.items()}
-        if figures := official_figures(args, metric, rows, scores):
-            official[column] = figures
-    return results, official
+        keys[metric] = {key.removeprefix("_"): name for key, name in names.items()}
+    return results, keys
 
 
 def score_metric(args: ScriptArguments, metric: str, rows: list[dict], models: dict, state: PartialState) -> dict:
@@ -488,10 +489,12 @@ def check_metric_names(names: list[str]) -> None:
         if name.endswith(ENDINGS):
             ending = max(filter(name.endswith, ENDINGS), key=len)
             raise SystemExit(f"metric {name}: a name must not end in {ending}, which results.json uses: rename it")
+        if len(name.encode()) > 200:  # it names a folder
+            raise SystemExit(f"metric {name[:60]}…: its name, with the settings, is longer than 200 letters")
 
 
 def report(
-    args: ScriptArguments, results: dict, official: dict, rows: list[dict], categories: list[str] | None, models: dict
+    args: ScriptArguments, results: dict, keys: dict, rows: list[dict], categories: list[str] | None, models: dict
 ) -> tuple[dict, str]:
     """Writes the results, the table and the pictures. Returns the content of results.json and the table."""
     output_dir, metrics, prompts = Path(args.output_dir), list(results), [row["prompt"] for row in rows]
@@ -502,13 +505,11 @@ def report(
     for name, entry in summary.items():
         trained_on = {reward for member in groups.get(name, [name]) for reward in models[member].get("trained_on", ())}
         entry |= {f"{metric}_trained_on": True for metric in metrics if metric in trained_on}
-    if args.prompts == "hpsv2" and args.category_column == "style" and not args.max_prompts:
-        for metric in {"hpsv2", "hpsv2.1", "hpsv2_antialias", "hpsv2.1_antialias"} & set(metrics):
-            figures = {name: hpsv2_figure(scores, categories) for name, scores in results[metric].items()}
-            official = {**official, metric: figures}
-    for metric, figures in official.items():
-        for name, figure in figures.items():
-            summary[name][f"{metric}_official"] = figure
+    for metric in args.metrics:
+        for name in models:
+            scores = {key: results[value][name] for key, value in keys[metric].items()}
+            if figures := official_figures(args, metric, rows, categories, scores):
+                summary[name][f"{reward_name(metric)}_official"] = figures
     missing = {name: model["missing"] for name, model in models.items() if model.get("missing")}
     record = {
         "n_prompts": len(prompts),
@@ -546,8 +547,8 @@ def main(args: ScriptArguments) -> None:
     whole_rows = any(takes_rows(metric) for metric in args.metrics)
     whole_rows |= any("{row[" in template for template in args.images)
     rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep, whole_rows)
-    for metric in args.metrics:
-        check_metric_rows(metric, rows)
+    with state.local_main_process_first():  # one process of a machine downloads
+        prepare_metrics(args.metrics, rows)
     prompts = [row["prompt"] for row in rows]
     categories = [str(row[args.category_column]) for row in rows] if args.category_column else None
     models = read_models(args)
@@ -565,9 +566,9 @@ def main(args: ScriptArguments) -> None:
     state.wait_for_everyone()
 
     draw(args, prompts, models, state)
-    results, official = score(args, rows, models, state)
+    results, keys = score(args, rows, models, state)
     if state.is_main_process:
-        record, table = report(args, results, official, rows, categories, models)
+        record, table = report(args, results, keys, rows, categories, models)
         for name, repo_id in repositories.items():
             publish(args, repo_id, results_card(args, name, repo_id, record, table))
     state.wait_for_everyone()
@@ -839,8 +840,9 @@ def image_settings(args: ScriptArguments, rows: list[dict], categories: list[str
     if model["kind"] == "images":
         model["pictures"] = find_pictures(args, rows, categories, model["source"])
         model["missing"] = len(rows) * args.num_images_per_prompt - len(model["pictures"])
-        files = [file for file, _ in model["pictures"].values()]
-        stats = [f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+        files = [(*item, file, file.stat()) for item, (file, _) in model["pictures"].items()]
+        stats = [f"{i},{n}:{file}:{stat.st_size}:{stat.st_mtime_ns}" for i, n, file, stat in files]
+        stats.append(str(args.num_images_per_prompt))
         return {
             "images": model["source"],
             "files": short_hash("\n".join(stats)),
@@ -871,11 +873,11 @@ def report_settings(args: ScriptArguments, prompts: list[str], models: dict) -> 
         local = model["kind"] == "images" or os.path.isdir(source)
         shown[name] = f"{model['kind']} {os.path.basename(source.rstrip('/')) if local else source}"
     settings = {"prompts": short_hash("\n".join(prompts)), "seed": args.seed}
-    plugins = {reward_name(metric): plugin(metric) for metric in args.metrics if plugin(metric)}
     if any(model["kind"] != "images" for model in models.values()):
         base = args.pretrained_model_name_or_path
         settings = run_settings(args, prompts) | {"model": os.path.basename(base) if os.path.isdir(base) else base}
     loras = {name: text.removeprefix("lora ") for name, text in shown.items() if text.startswith("lora ")}
+    plugins = {reward_name(metric): own for metric in args.metrics if (own := plugin(metric))}
     metrics = {column: {"sha256": own.identity, **public_settings(own)} for column, own in plugins.items()}
     return {**settings, "loras": loras, "models": shown, **({"metrics": metrics} if metrics else {})}
 
@@ -896,8 +898,8 @@ def run_settings(args: ScriptArguments, prompts: list[str]) -> dict:
 
 def find_pictures(args: ScriptArguments, rows: list[dict], categories: list[str] | None, template: str) -> dict:
     """(prompt, number) → (file, cell), where a template's pictures lie. Its fields are {index} and {number}; {image},
-    their number over all prompts; {prompt}, {row[COLUMN]}, {category}; and {category_index}, the place of the prompt in
-    its category. With `#2x2` at its end, a file is a grid of pictures, read row by row.
+    the number over all prompts; {prompt}, {row[COLUMN]}, {category}; {category_index} and {category_image}, the same in
+    the prompt's category. With `#2x2` at its end, a file is a grid of pictures, read row by row.
 
     Returns:
         cell is (column, row, columns, rows) in a grid, else None. Exits with one line if the template is wrong, a
@@ -914,10 +916,12 @@ def find_pictures(args: ScriptArguments, rows: list[dict], categories: list[str]
         place["category_index"] = seen[category] = seen.get(category, -1) + 1
         for n in range(args.num_images_per_prompt):
             number, cell = divmod(n, columns * high)
+            images = [start * args.num_images_per_prompt + n for start in (i, place["category_index"])]
             try:
-                file = Path(names.format(**place, number=number, image=i * args.num_images_per_prompt + n))
+                file = Path(names.format(**place, number=number, image=images[0], category_image=images[1]))
             except (AttributeError, LookupError, TypeError, ValueError) as error:
-                fields = "{index}, {number}, {image}, {prompt}, {row[COLUMN]}, {category} and {category_index}"
+                fields = "{index}, {number}, {image}, {prompt}, {row[COLUMN]}, {category}, {category_index} and "
+                fields += "{category_image}"
                 raise SystemExit(f"{where}: wrong template: {one_line(error)}; its fields are {fields}") from None
             if not os.path.isfile(file):
                 missing.append(f"{file} (prompt {i}, image {n})")
@@ -946,7 +950,7 @@ def check_picture(where: str, file: Path, grid: tuple[int, int] = (1, 1), whole:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Scores on disk
+# Metrics of files of their own
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -955,40 +959,64 @@ def plugin(metric: str) -> "FunctionReward | None":
     return None if metric.partition("=")[0] in REWARD_MODELS else FunctionReward(metric, batch_size=1)
 
 
+def hook(own: "FunctionReward | None", name: str) -> Callable | None:
+    """An optional function of a metric's class: prepare, check_rows or official."""
+    return getattr(own.function, name, None) if own and inspect.isclass(own.function) else None
+
+
 def takes_rows(metric: str) -> bool:
-    """Whether a metric of a file of its own wants the whole row of each prompt."""
+    """Whether a metric wants the whole row of each prompt, to score, to check or to report."""
     own = plugin(metric)
-    return own is not None and own.takes_rows
+    return own is not None and bool(own.takes_rows or hook(own, "check_rows") or hook(own, "official"))
 
 
-def check_metric_rows(metric: str, rows: list[dict]) -> None:
-    """Lets a metric look at the prompts' rows before anything is drawn; exits with its line if it can't use them."""
-    check = getattr(getattr(plugin(metric), "function", None), "check_rows", None)
-    try:
-        if check:
-            check(rows)
-    except ValueError as error:
-        raise SystemExit(f"metric {reward_name(metric)}: --prompts: {one_line(error)}") from None
-
-
-def official_figures(args: ScriptArguments, metric: str, rows: list[dict], scores: dict) -> dict[str, dict[str, float]]:
-    """model → what the benchmark itself reports, if its class defines it; `scores`: model → key → array."""
-    own = plugin(metric)
-    figure = getattr(getattr(own, "function", None), "official", None)
-    if figure is None:
-        return {}
+def all_settings(own: "FunctionReward") -> dict:
+    """The settings of a metric's class, those that were not given too."""
     parameters = inspect.signature(own.function).parameters
-    settings = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | own.settings
-    return {
-        model: figure(rows, {key.removeprefix("_"): array for key, array in by_key.items()}, settings)
-        for model, by_key in scores.items()
-    }
+    return {key: p.default for key, p in parameters.items() if p.default is not p.empty} | own.settings
+
+
+def prepare_metrics(metrics: list[str], rows: list[dict]) -> None:
+    """Lets metrics look at the prompts' rows, and find or download their weights. Exits with the line of the first that
+    cannot work, before anything is drawn."""
+    for metric in metrics:
+        own = plugin(metric)
+        for name, where in (("check_rows", "--prompts: "), ("prepare", "")):
+            function = hook(own, name)
+            try:
+                if function:
+                    function(*((rows,) if name == "check_rows" else (rows, all_settings(own))))
+            except Exception as error:
+                kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+                raise SystemExit(f"metric {reward_name(metric)}: {where}{kind}{one_line(error)}") from None
+
+
+def official_figures(
+    args: ScriptArguments, metric: str, rows: list[dict], categories: list[str] | None, scores: dict[str, np.ndarray]
+) -> dict:
+    """What a benchmark itself reports of a model: its class's `official`, or HPSv2's own figure. Otherwise {}."""
+    own = plugin(metric)
+    if function := hook(own, "official"):
+        figures = own.call(function, rows, scores, all_settings(own))
+        try:
+            return {str(name): float(figure) for name, figure in figures.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise SystemExit(f"metric {reward_name(metric)}: `official` must return a dict of numbers") from None
+    whole = args.prompts == "hpsv2" and args.category_column == "style" and not args.max_prompts
+    if own is None and reward_name(metric).startswith("hpsv2") and whole and not np.isnan(scores[""]).any():
+        return hpsv2_figure(scores[""], categories)
+    return {}
 
 
 def public_settings(own: "FunctionReward") -> dict[str, dict]:
     """A metric's settings for results.json, which --push_to_hub publishes: of local files only their names."""
-    shown = {k: os.path.basename(v.rstrip("/")) if os.path.exists(str(v)) else v for k, v in own.settings.items()}
+    shown = own.settings | {key: os.path.basename(value.rstrip("/")) for key, value in own.paths().items()}
     return {"settings": shown} if shown else {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores on disk
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def scores_file(args: ScriptArguments, column: str, model: str, shard: int | None = None) -> Path:
@@ -1014,7 +1042,8 @@ def score_shard(
     found = {item: picture for item, picture in pictures.items() if picture}
     prompts, chosen = [rows[i]["prompt"] for i, _ in found], [rows[i] for i, _ in found]
     try:
-        images = [open_picture(*picture) for picture in found.values()]
+        opened = {file: PILImage.open(file) for file, _ in found.values()}
+        images = [cut(opened[file], cell) for file, cell in found.values()]
         scores = dict(zip(found, reward.score(images, prompts, rows=chosen), strict=True))
     except (BadImage, OSError):
         for file, _ in found.values():
@@ -1092,9 +1121,8 @@ def count_pictures(model: dict, items: list[tuple[int, int]]) -> int:
     return sum(item in model["pictures"] for item in items) if model["kind"] == "images" else len(items)
 
 
-def open_picture(file: Path, cell: tuple[int, int, int, int] | None) -> PILImage.Image:
-    """The picture in a file, or in one cell of it."""
-    image = PILImage.open(file)
+def cut(image: PILImage.Image, cell: tuple[int, int, int, int] | None) -> PILImage.Image:
+    """The picture itself, or the one in this cell of it."""
     if cell is None:
         return image
     column, row, columns, rows = cell
@@ -1112,18 +1140,19 @@ def markdown_report(record: dict, summary: dict, metrics: list[str], compared: l
     baseline, seeds = record["baseline"], record.get("seeds", {})
     drawn = not any(text.startswith("images ") for text in record["settings"]["models"].values())
     lines = [
+        *official_tables(record, summary),
         f"Prompts: {record['n_prompts']}, images per model: {record['n_images']}"
         + (", the same seeds for all" if drawn else "")
         + f". Lift over `{baseline}` and win rate against it, with paired bootstrap 95 % intervals over prompts; a tie "
         "counts half a win.",
         "",
     ]
-    rows = []
+    rows, spread = [], {metric: known_categories(summary, metric) for metric in metrics}
     for metric in metrics:
         for name, entry in summary.items():
             label = f"{metric} (trained on)" if f"{metric}_trained_on" in entry else metric
             for key, what in ((metric, label), (f"{metric}_category_mean", f"{label}, mean over categories")):
-                if key in entry:
+                if not math.isnan(entry.get(key, math.nan)) and (key == metric or len(spread[metric]) > 1):
                     rows.append([name, what, *figure_cells(entry, key)])
     interval = "95 % interval"
     lines.append(markdown_table(["model", "metric", "mean", interval, "lift", interval, "win rate", interval], rows))
@@ -1140,26 +1169,13 @@ def markdown_report(record: dict, summary: dict, metrics: list[str], compared: l
         rows = [[name, *(pair_cell(pairs[name].get(other)) for other in compared)] for name in compared]
         lines.append(markdown_table(["", *compared], rows))
     for metric in metrics:
-        by_category = {name: entry.get(f"{metric}_by_category") for name, entry in summary.items()}
-        if all(by_category.values()):
+        if len(spread[metric]) > 1:
             rows = []
-            for category, part in by_category[next(iter(summary))].items():
-                means = [f"{parts[category]['mean']:.3f}".replace("nan", "") for parts in by_category.values()]
-                rows.append([category, part["n_prompts"], *means])
+            for category in spread[metric]:
+                parts = [entry[f"{metric}_by_category"][category] for entry in summary.values()]
+                means = [f"{part['mean']:.3f}".replace("nan", "") for part in parts]
+                rows.append([category, parts[0]["n_prompts"], *means])
             lines += ["", f"{metric} by category:", "", markdown_table(["category", "prompts", *summary], rows)]
-    official = {}
-    for name, entry in summary.items():
-        for key in (key for key in entry if key.endswith("_official")):
-            official.setdefault(key.removesuffix("_official"), {})[name] = entry[key]
-    for metric, by_model in official.items():
-        names = dict.fromkeys(figure for figures in by_model.values() for figure in figures)
-        what = f"{metric} as the benchmark reports it"
-        if metric.startswith("hpsv2"):
-            what += ": mean and deviation of ten chunks' means, times 100"
-        rows = [[figure, *(official_cell(by_model[name].get(figure)) for name in by_model)] for figure in names]
-        lines += ["", f"{what}:", "", markdown_table(["", *by_model], rows)]
-    for name, count in record.get("missing_images", {}).items():
-        lines += ["", f"{count} images of `{name}` are missing and left out."]
     if any(" ! |" in line for line in lines):
         lines += ["", f"! The interval says little: it is over fewer than {FEW_PROMPTS} prompts, or of zero width."]
     return "\n".join(lines) + "\n"
@@ -1176,6 +1192,30 @@ def figure_cells(entry: dict, key: str) -> list[str]:
         else:
             cells += ["", ""]
     return cells
+
+
+def known_categories(summary: dict, metric: str) -> list[str]:
+    """The categories in which a metric has a value; a benchmark's metric may be for one of them only."""
+    parts = [entry.get(f"{metric}_by_category", {}) for entry in summary.values()]
+    return [name for name in parts[0] if any(not math.isnan(part[name]["mean"]) for part in parts)]
+
+
+def official_tables(record: dict, summary: dict) -> list[str]:
+    """The figures of benchmarks as they report them, a table each, and what they are over."""
+    tables, lines = {}, []
+    for name, entry in summary.items():
+        for key in (key for key in entry if key.endswith("_official")):
+            tables.setdefault(key.removesuffix("_official"), {})[name] = entry[key]
+    over = f"{record['n_prompts']} prompts, {record['n_images']} images"
+    for metric, by_model in tables.items():
+        names = dict.fromkeys(figure for figures in by_model.values() for figure in figures)
+        rows = [[figure, *(official_cell(by_model[name].get(figure)) for name in by_model)] for figure in names]
+        lines += [f"{metric} as the benchmark reports it, over {over}:", "", markdown_table(["", *by_model], rows), ""]
+        if any(isinstance(figure, dict) for figures in by_model.values() for figure in figures.values()):
+            lines += ["A style's mean and deviation are those of ten chunks' means, times 100.", ""]
+    for name, count in record.get("missing_images", {}).items():
+        lines += [f"Of `{name}`, {count} of these images are missing and left out.", ""]
+    return lines
 
 
 def official_cell(figure: float | dict | None) -> str:
@@ -1210,7 +1250,7 @@ def grid_picture(
                 picture = picture_file(args, name, models[name], int(i), n)
                 if picture is None:
                     continue
-                image = open_picture(*picture).convert("RGB")
+                image = cut(PILImage.open(picture[0]), picture[1]).convert("RGB")
                 resample = PILImage.NEAREST if image.width < cell else PILImage.LANCZOS
                 canvas.paste(image.resize((cell, cell), resample), (left + n * cell, top))
             if column == 0:
@@ -1592,22 +1632,30 @@ def reward_name(name: str) -> str:
 
 def split_function(name: str) -> tuple[str, str, dict[str, str]]:
     """`file.py:Class,key=value,…` → file, name, settings. Exits with one line if it is nothing of the kind."""
-    match = re.fullmatch(r"(.+?\.py):(\w+)((?:,\w+=[^,]+)*)", name)
+    match = re.fullmatch(r"(.+?\.py):(\w+)(.*)", name, re.DOTALL)
     if not match:
         own = "path/to/file.py:function or path/to/file.py:Class,key=value"
-        raise SystemExit(f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or {own}")
-    return match[1], match[2], dict(word.split("=", 1) for word in match[3].split(",")[1:])
+        hint = " (a setting? in YAML, quote a metric that has settings)" if re.fullmatch(r"\w+=.*", name) else ""
+        raise SystemExit(f"reward {name}: unknown{hint}; choose from {', '.join(REWARD_MODELS)}, or {own}")
+    words = match[3].split(",")[1:]
+    settings = dict(word.split("=", 1) for word in words if re.fullmatch(r"\w+=.+", word, re.DOTALL))
+    if match[3][:1] not in ("", ",") or len(settings) < len(words):
+        form = f"{match[2]},key=value,key=value, each key once, no comma in a value"
+        raise SystemExit(f"reward {name}: settings follow the name as {form}")
+    return match[1], match[2], settings
 
 
 def reward_settings(name: str) -> dict:
     """What a reward's scores depend on: its checkpoint; or the text of its file, the settings, and what these name."""
     kind, _, checkpoint = name.partition("=")
     if kind not in REWARD_MODELS:
-        file, function, settings = split_function(name)
-        found = {"reward": f"{Path(file).name}:{function}", "sha256": FunctionReward(name, batch_size=1).identity}
-        paths = {key: value for key, value in settings.items() if os.path.exists(value)}
-        digests = {key: folder_digest(v) if os.path.isdir(v) else file_digest(Path(v)) for key, v in paths.items()}
-        return found | ({"settings": settings} if settings else {}) | ({"files": digests} if digests else {})
+        own, (file, function, settings) = FunctionReward(name, batch_size=1), split_function(name)
+        found = {"reward": f"{Path(file).name}:{function}", "sha256": own.identity}
+        # Of a checkpoint's file, the sizes beside it count too.
+        paths = {key: [Path(value), Path(value).with_name("config.json")] for key, value in own.paths().items()}
+        files = {key: [file_digest(path) for path in paths[key] if path.is_file()] for key in paths}
+        files |= {key: folder_digest(value) for key, value in own.paths().items() if os.path.isdir(value)}
+        return found | ({"settings": settings} if settings else {}) | ({"files": files} if files else {})
     checkpoint = checkpoint or REWARD_MODELS[kind][0]
     files = {"files": folder_digest(checkpoint)} if os.path.isdir(checkpoint) else {}
     return {"reward": reward_name(name), "checkpoint": checkpoint, **files}
@@ -1617,7 +1665,9 @@ def check_rewards(names: list[str]) -> None:
     """Exits with one line unless every reward is known. Imports the user's own functions."""
     columns = [reward_name(name) for name in names]
     if not columns or len(set(columns)) < len(columns):
-        raise SystemExit(f"rewards {' '.join(names)}: one or more are needed, each with a name of its own")
+        twice = sorted({column for column in columns if columns.count(column) > 1})
+        problem = f"two would be named {twice[0]}" if twice else "one or more are needed"
+        raise SystemExit(f"rewards {' '.join(names)}: {problem}: each needs a name of its own")
     for name in names:
         kind, _, checkpoint = name.partition("=")
         if kind not in REWARD_MODELS:
@@ -1789,18 +1839,22 @@ class FunctionReward(RewardModel):
         self.settings = self.read_settings(settings)
         self.identity = short_hash(b"".join(path.read_bytes() for path in source_files(Path(file))))
 
+    def paths(self) -> dict[str, str]:
+        """The settings that name a file or a folder."""
+        return {key: value for key, value in self.settings.items() if isinstance(value, str) and os.path.exists(value)}
+
     def read_settings(self, given: dict[str, str]) -> dict:
         """The settings in the types of the class's parameters; exits with one line if one is unknown or wrong."""
         if not inspect.isclass(self.function):
             if given:
                 raise SystemExit(f"reward {self.name}: a function takes no settings, only a class does")
             return {}
-        known = dict(inspect.signature(self.function).parameters)
-        known = {key: known[key].annotation for key in known if key not in ("device", "batch_size")}
+        known = inspect.signature(self.function, eval_str=True).parameters
+        names = [key for key, p in known.items() if key not in ("device", "batch_size") and p.kind != p.VAR_KEYWORD]
         for key, text in given.items():
-            if key not in known:
-                names = f"its settings are {', '.join(known)}" if known else "it has none"
-                raise SystemExit(f"reward {self.name}: there is no setting {key}; {names}")
+            if key not in names:
+                what = f"its settings are {', '.join(names)}" if names else "it has none"
+                raise SystemExit(f"reward {self.name}: there is no setting {key}; {what}")
             try:
                 given[key] = typed_setting(text, known[key])
             except ValueError as error:
@@ -1813,14 +1867,15 @@ class FunctionReward(RewardModel):
     def score(self, images: list, prompts: list[str], skip_bad: bool = False, rows: list[dict] | None = None) -> list:
         """A number for each image; or a dict of numbers, where `rows` are given. A NaN in it means: does not apply."""
         if inspect.isclass(self.function):
-            self.function = self.call(device=self.device, batch_size=self.batch_size, **self.settings).score
+            made = self.call(self.function, device=self.device, batch_size=self.batch_size, **self.settings)
+            self.function = made.score
         given = rows or [{"prompt": prompt} for prompt in prompts]
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         for batch in self.prepared_batches(images, skip_bad):
             positions = [position for position, _ in batch]
             more = {"rows": [given[position] for position in positions]} if self.takes_rows else {}
             arguments = [image for _, image in batch], [prompts[position] for position in positions]
-            values = self.call(*arguments, **more) if batch else []
+            values = self.call(self.function, *arguments, **more) if batch else []
             if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
                 raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
             values = list(values)
@@ -1830,9 +1885,10 @@ class FunctionReward(RewardModel):
                 scores[position] = self.checked(value, prompts[position], several=rows is not None)
         return scores
 
-    def call(self, *arguments, **more):
+    def call(self, function: Callable, *arguments, **more):
+        """Calls a function of the user's file; exits with one line if it fails."""
         try:
-            return self.function(*arguments, **more)
+            return function(*arguments, **more)
         except (Exception, SystemExit) as error:  # of the user's code: say where
             frame = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {one_line(error)} ({frame.filename}, line {frame.lineno})"
@@ -1852,21 +1908,33 @@ class FunctionReward(RewardModel):
         return numbers if is_dict else numbers[""]
 
 
-def typed_setting(text: str, kind) -> bool | int | float | str:
-    """A setting in the type of its parameter. Raises ValueError if it cannot be."""
-    choices = ("true", "false") if kind is bool else get_args(kind) if get_origin(kind) is Literal else (text,)
-    if text not in choices:
+def typed_setting(text: str, parameter: inspect.Parameter) -> bool | int | float | str:
+    """A setting in the type of its parameter, by annotation or default. Raises ValueError if it cannot be."""
+    kind = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
+    if get_origin(kind) in (Union, UnionType):  # float | None
+        kind = get_args(kind)[0]
+    if kind in (int, float):
+        return kind(text)
+    choices = {"true": True, "false": False} if kind is bool else {}
+    if get_origin(kind) is Literal:
+        choices = {str(choice): choice for choice in get_args(kind)}
+    if choices and text not in choices:
         raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
-    return text == "true" if kind is bool else kind(text) if kind in (int, float) else text
+    return choices.get(text, text)
 
 
 def source_files(file: Path) -> list[Path]:
-    """A Python file and those beside it that it imports, directly or through another one."""
+    """A Python file and those beside it that it imports, directly or through another one; of a package, all files."""
     found = [file]
     for path in found:
-        names = re.findall(r"^\s*(?:from|import)\s+(\w+)", path.read_text(), re.MULTILINE)
-        files = (path.with_name(f"{name}.py") for name in dict.fromkeys(names))
-        found += [other for other in files if other.is_file() and other not in found]
+        names = {}
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names |= dict.fromkeys(module.partition(".")[0] for module in modules if module)
+        for name in names:
+            beside = [file.with_name(f"{name}.py"), *sorted(file.with_name(name).rglob("*.py"))]
+            found += [other for other in beside if other.is_file() and other not in found]
     return found
 
 

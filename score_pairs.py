@@ -32,6 +32,7 @@ processes: it does only what is missing.
 """
 
 import argparse
+import ast
 import errno
 import fcntl
 import hashlib
@@ -64,7 +65,8 @@ from functools import cache
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Literal, get_args, get_origin
+from types import UnionType
+from typing import IO, Literal, Union, get_args, get_origin
 
 
 if __name__ == "__main__":
@@ -1117,22 +1119,30 @@ def reward_name(name: str) -> str:
 
 def split_function(name: str) -> tuple[str, str, dict[str, str]]:
     """`file.py:Class,key=value,…` → file, name, settings. Exits with one line if it is nothing of the kind."""
-    match = re.fullmatch(r"(.+?\.py):(\w+)((?:,\w+=[^,]+)*)", name)
+    match = re.fullmatch(r"(.+?\.py):(\w+)(.*)", name, re.DOTALL)
     if not match:
         own = "path/to/file.py:function or path/to/file.py:Class,key=value"
-        raise SystemExit(f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or {own}")
-    return match[1], match[2], dict(word.split("=", 1) for word in match[3].split(",")[1:])
+        hint = " (a setting? in YAML, quote a metric that has settings)" if re.fullmatch(r"\w+=.*", name) else ""
+        raise SystemExit(f"reward {name}: unknown{hint}; choose from {', '.join(REWARD_MODELS)}, or {own}")
+    words = match[3].split(",")[1:]
+    settings = dict(word.split("=", 1) for word in words if re.fullmatch(r"\w+=.+", word, re.DOTALL))
+    if match[3][:1] not in ("", ",") or len(settings) < len(words):
+        form = f"{match[2]},key=value,key=value, each key once, no comma in a value"
+        raise SystemExit(f"reward {name}: settings follow the name as {form}")
+    return match[1], match[2], settings
 
 
 def reward_settings(name: str) -> dict:
     """What a reward's scores depend on: its checkpoint; or the text of its file, the settings, and what these name."""
     kind, _, checkpoint = name.partition("=")
     if kind not in REWARD_MODELS:
-        file, function, settings = split_function(name)
-        found = {"reward": f"{Path(file).name}:{function}", "sha256": FunctionReward(name, batch_size=1).identity}
-        paths = {key: value for key, value in settings.items() if os.path.exists(value)}
-        digests = {key: folder_digest(v) if os.path.isdir(v) else file_digest(Path(v)) for key, v in paths.items()}
-        return found | ({"settings": settings} if settings else {}) | ({"files": digests} if digests else {})
+        own, (file, function, settings) = FunctionReward(name, batch_size=1), split_function(name)
+        found = {"reward": f"{Path(file).name}:{function}", "sha256": own.identity}
+        # Of a checkpoint's file, the sizes beside it count too.
+        paths = {key: [Path(value), Path(value).with_name("config.json")] for key, value in own.paths().items()}
+        files = {key: [file_digest(path) for path in paths[key] if path.is_file()] for key in paths}
+        files |= {key: folder_digest(value) for key, value in own.paths().items() if os.path.isdir(value)}
+        return found | ({"settings": settings} if settings else {}) | ({"files": files} if files else {})
     checkpoint = checkpoint or REWARD_MODELS[kind][0]
     files = {"files": folder_digest(checkpoint)} if os.path.isdir(checkpoint) else {}
     return {"reward": reward_name(name), "checkpoint": checkpoint, **files}
@@ -1142,7 +1152,9 @@ def check_rewards(names: list[str]) -> None:
     """Exits with one line unless every reward is known. Imports the user's own functions."""
     columns = [reward_name(name) for name in names]
     if not columns or len(set(columns)) < len(columns):
-        raise SystemExit(f"rewards {' '.join(names)}: one or more are needed, each with a name of its own")
+        twice = sorted({column for column in columns if columns.count(column) > 1})
+        problem = f"two would be named {twice[0]}" if twice else "one or more are needed"
+        raise SystemExit(f"rewards {' '.join(names)}: {problem}: each needs a name of its own")
     for name in names:
         kind, _, checkpoint = name.partition("=")
         if kind not in REWARD_MODELS:
@@ -1314,18 +1326,22 @@ class FunctionReward(RewardModel):
         self.settings = self.read_settings(settings)
         self.identity = short_hash(b"".join(path.read_bytes() for path in source_files(Path(file))))
 
+    def paths(self) -> dict[str, str]:
+        """The settings that name a file or a folder."""
+        return {key: value for key, value in self.settings.items() if isinstance(value, str) and os.path.exists(value)}
+
     def read_settings(self, given: dict[str, str]) -> dict:
         """The settings in the types of the class's parameters; exits with one line if one is unknown or wrong."""
         if not inspect.isclass(self.function):
             if given:
                 raise SystemExit(f"reward {self.name}: a function takes no settings, only a class does")
             return {}
-        known = dict(inspect.signature(self.function).parameters)
-        known = {key: known[key].annotation for key in known if key not in ("device", "batch_size")}
+        known = inspect.signature(self.function, eval_str=True).parameters
+        names = [key for key, p in known.items() if key not in ("device", "batch_size") and p.kind != p.VAR_KEYWORD]
         for key, text in given.items():
-            if key not in known:
-                names = f"its settings are {', '.join(known)}" if known else "it has none"
-                raise SystemExit(f"reward {self.name}: there is no setting {key}; {names}")
+            if key not in names:
+                what = f"its settings are {', '.join(names)}" if names else "it has none"
+                raise SystemExit(f"reward {self.name}: there is no setting {key}; {what}")
             try:
                 given[key] = typed_setting(text, known[key])
             except ValueError as error:
@@ -1338,14 +1354,15 @@ class FunctionReward(RewardModel):
     def score(self, images: list, prompts: list[str], skip_bad: bool = False, rows: list[dict] | None = None) -> list:
         """A number for each image; or a dict of numbers, where `rows` are given. A NaN in it means: does not apply."""
         if inspect.isclass(self.function):
-            self.function = self.call(device=self.device, batch_size=self.batch_size, **self.settings).score
+            made = self.call(self.function, device=self.device, batch_size=self.batch_size, **self.settings)
+            self.function = made.score
         given = rows or [{"prompt": prompt} for prompt in prompts]
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         for batch in self.prepared_batches(images, skip_bad):
             positions = [position for position, _ in batch]
             more = {"rows": [given[position] for position in positions]} if self.takes_rows else {}
             arguments = [image for _, image in batch], [prompts[position] for position in positions]
-            values = self.call(*arguments, **more) if batch else []
+            values = self.call(self.function, *arguments, **more) if batch else []
             if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
                 raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
             values = list(values)
@@ -1355,9 +1372,10 @@ class FunctionReward(RewardModel):
                 scores[position] = self.checked(value, prompts[position], several=rows is not None)
         return scores
 
-    def call(self, *arguments, **more):
+    def call(self, function: Callable, *arguments, **more):
+        """Calls a function of the user's file; exits with one line if it fails."""
         try:
-            return self.function(*arguments, **more)
+            return function(*arguments, **more)
         except (Exception, SystemExit) as error:  # of the user's code: say where
             frame = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {one_line(error)} ({frame.filename}, line {frame.lineno})"
@@ -1377,21 +1395,33 @@ class FunctionReward(RewardModel):
         return numbers if is_dict else numbers[""]
 
 
-def typed_setting(text: str, kind) -> bool | int | float | str:
-    """A setting in the type of its parameter. Raises ValueError if it cannot be."""
-    choices = ("true", "false") if kind is bool else get_args(kind) if get_origin(kind) is Literal else (text,)
-    if text not in choices:
+def typed_setting(text: str, parameter: inspect.Parameter) -> bool | int | float | str:
+    """A setting in the type of its parameter, by annotation or default. Raises ValueError if it cannot be."""
+    kind = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
+    if get_origin(kind) in (Union, UnionType):  # float | None
+        kind = get_args(kind)[0]
+    if kind in (int, float):
+        return kind(text)
+    choices = {"true": True, "false": False} if kind is bool else {}
+    if get_origin(kind) is Literal:
+        choices = {str(choice): choice for choice in get_args(kind)}
+    if choices and text not in choices:
         raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
-    return text == "true" if kind is bool else kind(text) if kind in (int, float) else text
+    return choices.get(text, text)
 
 
 def source_files(file: Path) -> list[Path]:
-    """A Python file and those beside it that it imports, directly or through another one."""
+    """A Python file and those beside it that it imports, directly or through another one; of a package, all files."""
     found = [file]
     for path in found:
-        names = re.findall(r"^\s*(?:from|import)\s+(\w+)", path.read_text(), re.MULTILINE)
-        files = (path.with_name(f"{name}.py") for name in dict.fromkeys(names))
-        found += [other for other in files if other.is_file() and other not in found]
+        names = {}
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names |= dict.fromkeys(module.partition(".")[0] for module in modules if module)
+        for name in names:
+            beside = [file.with_name(f"{name}.py"), *sorted(file.with_name(name).rglob("*.py"))]
+            found += [other for other in beside if other.is_file() and other not in found]
     return found
 
 

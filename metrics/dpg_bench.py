@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["huggingface_hub", "numpy", "pillow", "pyyaml", "safetensors", "torch", "transformers"]
+# dependencies = ["huggingface_hub", "numpy", "pillow", "pyyaml", "safetensors", "torch", "tqdm", "transformers"]
 # ///
 """DPG-Bench (Hu et al., 2024, "ELLA"): 1,065 long prompts. A question answering model, mPLUG-large, is asked about each
 proposition of a prompt. The score of an image is the share of questions it answers with yes.
@@ -35,10 +35,12 @@ order a set of strings, so the scores that it prints for a category can be those
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import math
 import os
+import pickle
 import re
 import urllib.request
 from collections import Counter
@@ -51,9 +53,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import BertTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 
@@ -214,6 +217,9 @@ class DPGBench:
             raise FileNotFoundError(f"{model} has no vocab.txt")
         self.tokenizer = BertTokenizer.from_pretrained(folder)
         self.model = load_mplug(folder).to(device)
+        if len(self.tokenizer) != self.model.config["vocab_size"]:  # words would be read as unknown, without an error
+            sizes = f"{len(self.tokenizer)} words, not {self.model.config['vocab_size']}"
+            raise ValueError(f"{folder / 'vocab.txt'} has {sizes}: it is damaged, or of another model")
 
     @torch.inference_mode()
     def score(self, images: list, prompts: list[str], rows: list[dict]) -> list[dict[str, float]]:
@@ -243,6 +249,11 @@ class DPGBench:
         texts, length = [question.lower() for question in questions], QUESTION_LENGTH
         batch = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return batch.to(self.device)
+
+    @staticmethod
+    def prepare(rows: list[dict], settings: dict) -> None:
+        """Finds or downloads the model."""
+        model_folder(settings["model"])
 
     @staticmethod
     def check_rows(rows: list[dict]) -> None:
@@ -284,7 +295,9 @@ class DPGBench:
 
 def prepare(image: Image.Image, size: int) -> torch.Tensor:
     """Stretches an image to a square; float32 (3, size, size) in CLIP's normalisation."""
-    image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    # The width first, as Pillow did it in one call before 13.0; that rounds tall pictures in another way.
+    image = image.convert("RGB").resize((size, image.height), Image.Resampling.BICUBIC)
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
@@ -463,27 +476,52 @@ class BertLayer(torch.nn.Module):
 
 def model_folder(model: str) -> Path:
     """The folder with a model's files, downloaded if `model` is none."""
-    if os.path.isdir(model):
-        return Path(model)
     if not model.startswith("modelscope:"):
-        files = ["*.yaml", "*.json", "vocab.txt", "model.safetensors", "pytorch_model.bin"]
-        return Path(HfApi().snapshot_download(model, allow_patterns=files))
+        return checkpoint_folder(model, "*.yaml", "*.json", "vocab.txt", "model.safetensors", "pytorch_model.bin")
     name = model.removeprefix("modelscope:")
     folder = Path(torch.hub.get_dir()) / "modelscope" / name.replace("/", "--")
-    download(name, "config.yaml", folder)
+    download(MODELSCOPE.format(name, "config.yaml"), folder / "config.yaml")
     for file in (load_config(folder)["bert_config"], "vocab.txt", "pytorch_model.bin"):
-        download(name, file, folder)
+        download(MODELSCOPE.format(name, file), folder / file)
     return folder
 
 
-def download(name: str, file: str, folder: Path) -> None:
-    """A file of a model on ModelScope, unless the folder has it."""
-    if not (folder / file).exists():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(MODELSCOPE.format(name, file), str(folder / file))
-        except OSError as error:
-            raise FileNotFoundError(f"{file} of {name} does not come from ModelScope: {error}") from None
+# Copied from geneval.download
+def download(url: str, file: Path, sha256: str = "") -> Path:
+    """A file from the web, kept at `file`. Raises ValueError unless it arrives whole, with a digest that starts so."""
+    if file.exists():
+        return file
+    temporary, digest = file.with_name(f".{file.name}.{os.getpid()}.tmp"), hashlib.sha256()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as out:
+            length = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=length or None, desc=file.name, unit="B", unit_scale=True) as progress:
+                while block := response.read(2**20):
+                    out.write(block)
+                    digest.update(block)
+                    progress.update(len(block))
+        if length and temporary.stat().st_size != length or not digest.hexdigest().startswith(sha256):
+            raise ValueError("it did not arrive whole")
+        os.replace(temporary, file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{url} cannot be downloaded to {file}: {error}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return file
+
+
+# Copied from qalign.checkpoint_folder
+def checkpoint_folder(source: str, *patterns: str) -> Path:
+    """The folder of a checkpoint. Of a repository on the Hub, it downloads the files that match these patterns."""
+    if os.path.isdir(source):
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=[*patterns]))
+    except (OSError, ValueError) as error:
+        problem = f"no folder, and the Hub gives no such model ({type(error).__name__})"
+        raise FileNotFoundError(f"{source} is {problem}") from None
 
 
 def load_config(folder: Path) -> dict:
@@ -580,12 +618,24 @@ def load_mplug(folder: Path) -> MPlug:
     safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
     if not safe.is_file() and not pickled.is_file():
         raise FileNotFoundError(f"{folder} has no model.safetensors and no pytorch_model.bin")
-    weights = load_file(safe) if safe.is_file() else torch.load(pickled, map_location="cpu", weights_only=True)
+    weights = load_file(safe) if safe.is_file() else read_checkpoint(pickled)
     for wrapper in ("model", "module"):
         weights = weights.get(wrapper, weights)
     model = MPlug(load_config(folder))
     model.load_state_dict(convert_weights({key.replace("model.", ""): weights[key] for key in weights}, model))
     return model.eval().requires_grad_(False)
+
+
+# Copied from unidet.read_checkpoint
+def read_checkpoint(file: Path) -> dict:
+    """What torch.save wrote: tensors and plain values, nothing that runs code. Raises ValueError if it is no dict."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read as weights: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{file} holds no weights by key")
+    return checkpoint
 
 
 def read_text(source: str) -> str:

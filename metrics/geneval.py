@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "numpy", "pillow", "scipy", "torch", "torchvision", "transformers",
-# ]
+# dependencies = ["huggingface_hub", "numpy", "pillow", "scipy", "torch", "torchvision", "tqdm", "transformers"]
 # ///
 """GenEval (Ghosh et al., NeurIPS 2023): does an image show the objects of its prompt, in number, colour and place?
 
@@ -33,8 +31,10 @@ training of the same architecture, with the official pre- and post-processing.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import pickle
 import re
 import sys
 import urllib.request
@@ -47,11 +47,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from PIL import Image as PILImage
 from PIL import ImageOps
 from torch.nn.functional import interpolate, pad
 from torch.nn.functional import normalize as unit
 from torchvision.transforms.functional import center_crop, normalize, to_tensor
+from tqdm import tqdm
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -191,6 +193,12 @@ class GenEval:
             correct, _ = judge(row, objects, partial(self.color_of, image), self.position_threshold)
             scores.append(float(correct))
         return scores
+
+    @staticmethod
+    def prepare(rows: list[dict], settings: dict) -> None:
+        """Finds or downloads the weights."""
+        find_detector(settings["detector"])
+        checkpoint_folder(settings["clip"], *MODEL_FILES)
 
     @staticmethod
     def check_rows(rows: list[dict]) -> None:
@@ -476,26 +484,81 @@ DETECTOR_KEYS = (
     (r"^panoptic_head\.mask_embed\.4\.", "model.transformer_module.decoder.mask_predictor.mask_embedder.2.0."),
 )
 # Of transformers' model: no output depends on them, or, an index, they follow from the window's size.
+MODEL_FILES = ("*.json", "*.txt", "*.safetensors")  # of a model on the Hub
 UNUSED = (r"\.swin\.layernorm\.", r"^criterion\.empty_weight$", r"\.relative_position_index$")
 
 
 def load_detector(source: str) -> Mask2FormerForUniversalSegmentation:
     """A Mask2Former for instances of the 80 classes, from what GenEval's `detector` may be."""
-    if source == "official":
-        options = {"map_location": "cpu", "check_hash": True, "weights_only": True}
-        checkpoint, config = torch.hub.load_state_dict_from_url(DETECTOR, **options), official_config()
-    elif os.path.isfile(source):
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-        sizes = Path(source).parent / "config.json"
-        config = Mask2FormerConfig.from_json_file(sizes) if sizes.exists() else official_config()
-    else:
-        checkpoint = HUB_DETECTOR if source == "hub" else source
-        model = load_strictly(Mask2FormerForUniversalSegmentation, checkpoint, UNUSED)
+    found = find_detector(source)
+    if found.is_dir():
+        model = load_strictly(Mask2FormerForUniversalSegmentation, str(found), UNUSED)
         if model.config.num_labels != len(CLASSES):
             raise ValueError(f"detector {source} has {model.config.num_labels} classes, not the {len(CLASSES)} of COCO")
         return model
+    checkpoint, sizes = read_checkpoint(found), found.parent / "config.json"
+    config = Mask2FormerConfig.from_json_file(sizes) if sizes.exists() else official_config()
     weights = detector_weights(checkpoint.get("state_dict", checkpoint))
     return load_strictly(Mask2FormerForUniversalSegmentation, None, UNUSED, config=config, state_dict=weights)
+
+
+def find_detector(source: str) -> Path:
+    """The detector's file (MMDetection's) or folder (that of transformers), downloaded if it is none here."""
+    if source == "official":
+        name = DETECTOR.rpartition("/")[2]
+        return download(DETECTOR, Path(torch.hub.get_dir(), "checkpoints", name), DETECTOR[-12:-4])
+    if os.path.isfile(source):
+        return Path(source)
+    return checkpoint_folder(HUB_DETECTOR if source == "hub" else source, *MODEL_FILES)
+
+
+def download(url: str, file: Path, sha256: str = "") -> Path:
+    """A file from the web, kept at `file`. Raises ValueError unless it arrives whole, with a digest that starts so."""
+    if file.exists():
+        return file
+    temporary, digest = file.with_name(f".{file.name}.{os.getpid()}.tmp"), hashlib.sha256()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as out:
+            length = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=length or None, desc=file.name, unit="B", unit_scale=True) as progress:
+                while block := response.read(2**20):
+                    out.write(block)
+                    digest.update(block)
+                    progress.update(len(block))
+        if length and temporary.stat().st_size != length or not digest.hexdigest().startswith(sha256):
+            raise ValueError("it did not arrive whole")
+        os.replace(temporary, file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{url} cannot be downloaded to {file}: {error}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return file
+
+
+# Copied from unidet.read_checkpoint
+def read_checkpoint(file: Path) -> dict:
+    """What torch.save wrote: tensors and plain values, nothing that runs code. Raises ValueError if it is no dict."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read as weights: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{file} holds no weights by key")
+    return checkpoint
+
+
+# Copied from qalign.checkpoint_folder
+def checkpoint_folder(source: str, *patterns: str) -> Path:
+    """The folder of a checkpoint. Of a repository on the Hub, it downloads the files that match these patterns."""
+    if os.path.isdir(source):
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=[*patterns]))
+    except (OSError, ValueError) as error:
+        problem = f"no folder, and the Hub gives no such model ({type(error).__name__})"
+        raise FileNotFoundError(f"{source} is {problem}") from None
 
 
 def official_config() -> Mask2FormerConfig:

@@ -96,10 +96,16 @@ class QAlign:
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         folder = checkpoint_folder(model, "*.json", "tokenizer.model")
         self.image_processor = CLIPImageProcessorPil.from_pretrained(folder)
-        tokenizer = LlamaTokenizer.from_pretrained(folder)
+        # The official tokenizer adds the start token by default; that of transformers 5 only if the files say so.
+        tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
         self.prompts = {name: prompt_tokens(tokenizer, word) for name, word in ASPECTS.items()}
         self.levels = level_tokens(tokenizer)
         self.model = load_model(model, read_config(folder / "config.json"), self.device, self.dtype)
+
+    @staticmethod
+    def prepare(rows: list[dict], settings: dict) -> None:
+        """Finds or downloads the model."""
+        checkpoint_folder(settings["model"], "*.json", "tokenizer.model", "*.safetensors")
 
     @torch.inference_mode()
     def score(self, images: list[PILImage.Image], prompts: list[str], rows: list[dict]) -> list[dict[str, float]]:
@@ -489,8 +495,10 @@ def main():
         try:
             image = PILImage.open(file)
             image.load()
+            if image.mode[0] in "FI":  # Pillow would cut their values off at 255
+                raise ValueError("its pixels are not of 8 bits: convert the image")
         except Exception as error:  # PIL raises many kinds
-            print(f"{file} cannot be read: {type(error).__name__}", file=sys.stderr)
+            print(f"{file} cannot be read: {type(error).__name__}: {error}", file=sys.stderr)
             failed = True
             continue
         scores = metric.score([image], [""], [{}])[0]

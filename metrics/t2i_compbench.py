@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["ftfy", "numpy", "pillow", "spacy", "torch", "torchvision", "transformers"]
+# dependencies = ["ftfy", "huggingface_hub", "numpy", "pillow", "spacy", "torch", "torchvision", "tqdm", "transformers"]
 # ///
 """T2I-CompBench (Huang et al., NeurIPS 2023): six categories of compositional prompts, 300 prompts each.
 
@@ -34,9 +34,9 @@ Settings (`metrics/t2i_compbench.py:T2ICompBench,key=value,…`):
 
 - `blip`: URL or file of BLIP's VQA weights in the official format. A `config.json` beside the file gives other sizes.
 - `tokenizer`: folder or Hub id of BERT's vocabulary. `clip`: folder or Hub id of a CLIP.
-- `detector`: `unidet`; a `.jsonl` file of detections that UniDet made elsewhere; or `hub:` and the folder or Hub id of
-  a transformers detector with COCO labels, e.g. `hub:hustvl/yolos-base`. Scores with the last are a variant, not
-  comparable with published ones.
+- `detector`: `unidet`; a `.jsonl` file of detections that UniDet made elsewhere; or the folder or Hub id of a
+  transformers detector with COCO labels, e.g. `hustvl/yolos-base`. Scores with the last are a variant, not comparable
+  with published ones.
 - `unidet`: weights of UniDet, see `unidet.py`.
 
 A line of a `.jsonl` file of detections, the best detection first, boxes in pixels of the image that `detector_image`
@@ -53,6 +53,7 @@ import html
 import json
 import math
 import os
+import pickle
 import re
 import urllib.request
 from contextlib import suppress
@@ -63,9 +64,12 @@ import ftfy
 import numpy as np
 import torch
 import transformers
+import unidet
+from huggingface_hub import snapshot_download
 from PIL import Image as PILImage
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, normalize, resize, to_tensor
+from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
@@ -84,6 +88,9 @@ PARTS = {
 }
 # The columns of the prompts file that a part needs, and their types.
 COLUMNS = {"blip_vqa": {"questions": list}, "unidet": {"objects": list, "relation": str}, "clip": {"clip_text": str}}
+
+TOKENIZER_FILES = ("*.json", "*.txt")  # of a model on the Hub
+MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of `detector_image`
 Detection = tuple[str, float, Box]  # label, score, box
@@ -272,11 +279,6 @@ class T2ICompBench:
     ):
         self.device, self.batch_size = torch.device(device), batch_size
         self.sources = {"blip": blip, "tokenizer": tokenizer, "clip": clip, "detector": detector, "unidet": unidet}
-        # Models load when an image needs them; a wrong path is an error now.
-        elsewhere = ("https://", "http://", "hub:")
-        for setting, source in (("blip", blip), ("detector", detector)):
-            if source != "unidet" and not source.startswith(elsewhere) and not os.path.isfile(source):
-                raise FileNotFoundError(f"setting {setting}: no file {source}")
 
     @staticmethod
     def check_rows(rows: list[dict]) -> None:
@@ -295,6 +297,20 @@ class T2ICompBench:
             if problem:
                 make = "make the prompts file with `python metrics/t2i_compbench.py prompts`"
                 raise ValueError(f"row {number} ({row.get('prompt')!r}): {problem}: {make}")
+
+    @staticmethod
+    def prepare(rows: list[dict], settings: dict) -> None:
+        """Finds or downloads the weights that these rows need."""
+        parts = {part for row in rows for part in row["parts"]}
+        if "blip_vqa" in parts:
+            find_blip(settings["blip"])
+            checkpoint_folder(settings["tokenizer"], *TOKENIZER_FILES)
+        if "clip" in parts:
+            checkpoint_folder(settings["clip"], *MODEL_FILES)
+        if "unidet" in parts and settings["detector"] == "unidet":
+            unidet.find_weights(settings["unidet"])
+        elif "unidet" in parts and not os.path.isfile(settings["detector"]):
+            checkpoint_folder(settings["detector"], *MODEL_FILES)
 
     @staticmethod
     def official(rows: list[dict], scores: dict[str, np.ndarray], settings: dict) -> dict[str, float]:
@@ -341,12 +357,8 @@ class T2ICompBench:
         """An object with `detect(images) -> list[list[Detection]]`."""
         source = self.sources["detector"]
         if source == "unidet":
-            from unidet import UniDet
-
-            return UniDet(self.device, weights=self.sources["unidet"])
-        if source.startswith("hub:"):
-            return HubDetector(self.device, source.removeprefix("hub:"))
-        return StoredDetections(source)
+            return unidet.UniDet(self.device, weights=self.sources["unidet"])
+        return StoredDetections(source) if os.path.isfile(source) else HubDetector(self.device, source)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -431,19 +443,77 @@ def clean_question(question: str) -> str:
 
 def stretched_pixels(image: PILImage.Image, size: int) -> torch.Tensor:
     """(3, size, size), float32, normalised: both sides are resized, whatever the image's shape."""
-    square = image.convert("RGB").resize((size, size), PILImage.Resampling.BICUBIC)
+    # The width first, as Pillow did it in one call before 13.0; that rounds tall pictures in another way.
+    narrow = image.convert("RGB").resize((size, image.height), PILImage.Resampling.BICUBIC)
+    square = narrow.resize((size, size), PILImage.Resampling.BICUBIC)
     return normalize(to_tensor(square), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
 def read_weights(source: str) -> dict[str, torch.Tensor]:
     """The state dict of BLIP's checkpoint, a URL or a file."""
-    if source.startswith(("https://", "http://")):
-        checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-    else:
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(find_blip(source))
     if "model" not in checkpoint:
         raise ValueError(f"{source} has no entry 'model': it is no checkpoint of BLIP")
     return checkpoint["model"]
+
+
+def find_blip(source: str) -> Path:
+    """The file of BLIP's weights, downloaded if `source` is a URL."""
+    if source.startswith(("https://", "http://")):
+        return download(source, Path(torch.hub.get_dir(), "checkpoints", source.rpartition("/")[2]))
+    if not os.path.isfile(source):
+        raise FileNotFoundError(f"setting blip: no file {source}")
+    return Path(source)
+
+
+# Copied from geneval.download
+def download(url: str, file: Path, sha256: str = "") -> Path:
+    """A file from the web, kept at `file`. Raises ValueError unless it arrives whole, with a digest that starts so."""
+    if file.exists():
+        return file
+    temporary, digest = file.with_name(f".{file.name}.{os.getpid()}.tmp"), hashlib.sha256()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as out:
+            length = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=length or None, desc=file.name, unit="B", unit_scale=True) as progress:
+                while block := response.read(2**20):
+                    out.write(block)
+                    digest.update(block)
+                    progress.update(len(block))
+        if length and temporary.stat().st_size != length or not digest.hexdigest().startswith(sha256):
+            raise ValueError("it did not arrive whole")
+        os.replace(temporary, file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{url} cannot be downloaded to {file}: {error}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return file
+
+
+# Copied from unidet.read_checkpoint
+def read_checkpoint(file: Path) -> dict:
+    """What torch.save wrote: tensors and plain values, nothing that runs code. Raises ValueError if it is no dict."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read as weights: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{file} holds no weights by key")
+    return checkpoint
+
+
+# Copied from qalign.checkpoint_folder
+def checkpoint_folder(source: str, *patterns: str) -> Path:
+    """The folder of a checkpoint. Of a repository on the Hub, it downloads the files that match these patterns."""
+    if os.path.isdir(source):
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=[*patterns]))
+    except (OSError, ValueError) as error:
+        problem = f"no folder, and the Hub gives no such model ({type(error).__name__})"
+        raise FileNotFoundError(f"{source} is {problem}") from None
 
 
 def blip_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

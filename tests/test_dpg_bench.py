@@ -7,9 +7,9 @@ import itertools
 import json
 import math
 import random
-import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -146,16 +146,18 @@ def test_download_from_modelscope(mplug, tmp_path, monkeypatch):
     """Each file is fetched once, from the address that modelscope's own package uses."""
     urls, start = [], "https://modelscope.cn/api/v1/models/iic/mplug/repo?Revision=master&FilePath="
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(
-        torch.hub,
-        "download_url_to_file",
-        lambda url, file: urls.append(url) or shutil.copy(mplug[1] / url.removeprefix(start), file),
-    )
+
+    def urlopen(url, timeout):
+        urls.append(url)
+        return urllib.request.OpenerDirector.open(opener, (mplug[1] / url.removeprefix(start)).as_uri())
+
+    opener = urllib.request.build_opener()
+    monkeypatch.setattr(dpg_bench.urllib.request, "urlopen", urlopen)
     for _ in range(2):
         weights = load("modelscope:iic/mplug").model.state_dict()
     assert torch.equal(weights["visn_fc.bias"], official_weights(mplug[0])["visn_fc.bias"])
     assert urls == [start + file for file in ("config.yaml", "config_bert.json", "vocab.txt", "pytorch_model.bin")]
-    with pytest.raises(FileNotFoundError, match="^config.yaml of iic/other does not come from ModelScope: "):
+    with pytest.raises(ValueError, match="config.yaml cannot be downloaded to "):
         load("modelscope:iic/other")
 
 
@@ -183,6 +185,13 @@ def test_incomplete_folders_are_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no vocab.txt$"):
         load(tmp_path)
     inputs.write_model(tmp_path, 6)
+    words = (tmp_path / "vocab.txt").read_text()
+    torch.save(official_weights("published"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "vocab.txt").write_text(words[: len(words) // 2])  # a download that broke off
+    with pytest.raises(ValueError, match="vocab.txt has [0-9]+ words, not "):
+        load(tmp_path)
+    (tmp_path / "vocab.txt").write_text(words)
+    (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match="has no model.safetensors and no pytorch_model.bin$"):
         load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")

@@ -268,10 +268,12 @@ def test_pictures_alone_with_metrics_of_all_kinds(tmp_path):
 
 
 BENCHMARK = """
+from __future__ import annotations
+
+import math, scale
 from typing import Literal
 
 import numpy as np
-from scale import SCALE
 
 
 class Red:
@@ -286,12 +288,19 @@ class Red:
             raise ValueError("row 1: no tag: make the prompts with red.py")
 
     @staticmethod
+    def prepare(rows, settings):
+        if settings["weights"] == "none":
+            raise FileNotFoundError("there are no such weights")
+
+    @staticmethod
     def official(rows, scores, settings):
+        if settings["channel"] == 2:
+            return {"red": "much"}
         (values,) = scores.values()
         return {row["tag"]: float(np.nanmean(v)) * settings["channel"] for row, v in zip(rows, values)}
 
     def score(self, images, prompts, rows):
-        return [SCALE * float(self.mode(np.asarray(image.convert("RGB"))[..., self.channel])) for image in images]
+        return [scale.SCALE * float(self.mode(np.asarray(image.convert("RGB"))[..., self.channel])) for image in images]
 """
 
 
@@ -300,7 +309,7 @@ def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
     (tmp_path / "red.py").write_text(BENCHMARK)
     (tmp_path / "scale.py").write_text("SCALE = 1\n")
     (tmp_path / "weights.bin").write_bytes(b"1")
-    rows = [{"prompt": prompt, "tag": f"t{i}", "id": f"item-{i}"} for i, prompt in enumerate("abc")]
+    rows = [{"prompt": prompt, "tag": f"t{i}", "id": f"item-{i}", "kind": "x"} for i, prompt in enumerate("abc")]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "bare.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 8, 3), dtype=np.uint8)  # prompt, number
@@ -313,7 +322,11 @@ def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
     metric = f"{tmp_path}/red.py:Red"
     flags = ["--prompts", tmp_path / "prompts.jsonl", "--num_images_per_prompt", 4, "--output_dir", tmp_path / "out"]
     flags += ["--baseline", "grid", "--metrics", metric, f"{metric},channel=1,mode=max,weights={tmp_path}/weights.bin"]
-    images = ["--images", f"grid={tmp_path}/{{row[id]}}.png#2x2", f"single={tmp_path}/{{prompt}}_{{image:06d}}.png"]
+    images = [
+        "--images",
+        f"grid={tmp_path}/{{row[id]}}.png#2x2",
+        f"single={tmp_path}/{{prompt}}_{{category_image:06d}}.png",
+    ]
     message = refused("evaluate", *flags, *images)
     assert "no picture" in message and "b_000006.png (prompt 1, image 2)" in message
     assert "1 of 12 pictures are missing" in message and not (tmp_path / "out").exists()
@@ -331,7 +344,9 @@ def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
     expected = {f"t{i}": value for i, value in enumerate(largest.mean(axis=1))}
     assert results["grid"][f"{name}_official"] == pytest.approx(expected)
     assert results["missing_images"] == {"single": 1}
-    assert "1 images of `single` are missing" in (tmp_path / "out" / "results.md").read_text()
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert table.startswith("Red as the benchmark reports it, over 3 prompts, 12 images:")
+    assert "Of `single`, 1 of these images are missing and left out." in table
     shown = results["settings"]["metrics"][name]["settings"]
     assert shown == {"channel": 1, "mode": "max", "weights": "weights.bin"}  # no path of this machine
 
@@ -352,11 +367,22 @@ def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
         ",channel=x": "setting channel: invalid literal for int",
         ",mode=min": "'min' is not one of mean, max",
         ",mode=max,channel=2": "no such weights",
-        ":": "or path/to/file.py:Class,key=value",
+        ",channel=2": "`official` must return a dict of numbers",
+        ",weights=none": "metric Red_weights=none: there are no such weights",
+        ",channel": "settings follow the name as Red,key=value",
+        ",channel=1,channel=2": "each key once",
+        "?channel=1": "settings follow the name",
+        ",weights=" + "x" * 250: "longer than 200 letters",
+        ":": "settings follow the name",
     }
     for settings, text in wrong.items():
         assert text in refused("evaluate", *flags, "--metrics", metric + settings)
     assert "red.py" in refused("evaluate", *flags, "--prompts", tmp_path / "bare.jsonl")
+    row = [*flags[: flags.index("--images")], "--images", f"grid={tmp_path}/{{row[id]}}.png#2x2"]
+    row[row.index("--num_images_per_prompt") + 1] = 2  # other images of the same files
+    run("evaluate.py", *row, "--metrics", metric)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["grid"]["Red"] == pytest.approx(10 * mean[:, :2].mean())
     (tmp_path / "item-0.png").write_bytes((tmp_path / "a_000000.png").read_bytes())
     flags[flags.index(images[1])] = f"grid={tmp_path}/{{row[id]}}.png#3x2"
     assert "are no grid of 3 x 2" in refused("evaluate", *flags)

@@ -4,6 +4,8 @@
 What the official code gave stands in golden/geneval.npz; golden/make_geneval.py says how it was made.
 """
 
+import hashlib
+import io
 import json
 import math
 import sys
@@ -392,7 +394,7 @@ def test_checkpoints(checkpoints, metric, tmp_path):
     geneval.Mask2FormerForUniversalSegmentation(detector_config(num_labels=11)).save_pretrained(tmp_path / "few")
     with pytest.raises(ValueError, match="has 11 classes, not the 80 of COCO"):
         geneval.load_detector(str(tmp_path / "few"))
-    with pytest.raises(ValueError, match="no-such-folder cannot be loaded: [^\n]*$"):
+    with pytest.raises(FileNotFoundError, match="no-such-folder is no folder, and the Hub gives no such model"):
         geneval.load_detector(str(tmp_path / "no-such-folder"))
     with pytest.raises(ValueError, match="few has no tokenizer: [^\n]*$"):
         geneval.load_tokenizer(str(tmp_path / "few"))
@@ -446,3 +448,30 @@ def test_prompts_command(tmp_path, capsys):
             source.write_text(text)
         with pytest.raises(SystemExit, match=f"^--metadata .*{problem}[^\n]*$"):
             geneval.main(["prompts", "--metadata", str(source), "--output", str(output)])
+
+
+def test_downloads_arrive_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A file must have the digest that is part of its name; a connection that breaks off leaves nothing."""
+    content, urls = b"weights" * 1000, []
+
+    class Response(io.BytesIO):
+        headers = {"Content-Length": str(len(content))}
+
+    def urlopen(url, timeout):
+        urls.append(url)
+        return Response(content[:size])
+
+    monkeypatch.setattr(geneval.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    size = 300
+    with pytest.raises(ValueError, match="cannot be downloaded to .*: it did not arrive whole"):
+        geneval.download("https://x/y", tmp_path / "file")
+    size = len(content)
+    with pytest.raises(ValueError, match="it did not arrive whole"):  # another file under the official address
+        geneval.find_detector("official")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert urls[1].startswith("https://download.openmmlab.com/") and urls[1].endswith("-743b7d99.pth")
+    digest = hashlib.sha256(content).hexdigest()
+    for _ in range(2):  # the second time from disk
+        assert geneval.download("https://x/y", tmp_path / "file", digest[:8]).read_bytes() == content
+    assert len(urls) == 3

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -225,8 +224,16 @@ def test_wrong_weights_are_named(models, tmp_path):
     torch.save(weights, tmp_path / "blip.pth")
     with pytest.raises(ValueError, match="no entry 'model'"):
         bench.BlipVQA(torch.device("cpu"), 1, f"{tmp_path}/blip.pth", models["tokenizer"])
-    with pytest.raises(FileNotFoundError, match="setting blip: no file nowhere.pth"):
-        bench.T2ICompBench("cpu", 1, blip="nowhere.pth")
+    settings = {"detector": "unidet", "unidet": "official", **models}
+    rows = [{"parts": ["clip", "blip_vqa"]}, {"parts": ["unidet"]}]
+    wrong = {"blip": "setting blip: no file nowhere", "clip": "nowhere is no folder", "unidet": "no file nowhere"}
+    for setting, message in wrong.items():
+        with pytest.raises(FileNotFoundError, match=message):
+            bench.T2ICompBench.prepare(rows, {**settings, setting: "nowhere"})
+    bench.T2ICompBench.prepare(rows[:1], settings)  # no detector is needed
+    with pytest.raises(ValueError, match="blip.txt cannot be read as weights: [^\n]*$"):
+        (tmp_path / "blip.txt").write_text("no weights")
+        bench.read_weights(f"{tmp_path}/blip.txt")
 
 
 class StubDetector:
@@ -243,7 +250,7 @@ class StubDetector:
 
 def test_scores_of_a_whole_file(models, monkeypatch):
     """Each image has its category's score and NaN elsewhere, whatever is scored beside it."""
-    monkeypatch.setitem(sys.modules, "unidet", types.SimpleNamespace(UniDet=StubDetector))
+    monkeypatch.setattr(bench.unidet, "UniDet", StubDetector)
     asked = {"questions": ["a red dog?", "the cat?"]}
     spatial = {"objects": ["dog", "cat"], "relation": "on the left of"}
     text = {"clip_text": "A dog <&amp;  a cat"}
@@ -307,7 +314,7 @@ def test_other_detectors(tmp_path):
     model.save_pretrained(tmp_path / "yolos")
     processor = transformers.YolosImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
     processor.save_pretrained(tmp_path / "yolos")
-    detector = bench.T2ICompBench("cpu", 1, detector=f"hub:{tmp_path}/yolos").detector
+    detector = bench.T2ICompBench("cpu", 1, detector=f"{tmp_path}/yolos").detector
     (found,) = detector.detect([picture])
     assert len({score for _, score, _ in found}) > 5
     assert len(found) > 5 and {label for label, _, _ in found} <= {"dog", "cat"}

@@ -150,17 +150,17 @@ def test_official_downloads(weights, tmp_path, monkeypatch):
     assert unidet.read_labels(tmp_path / "names.pt") == NAMES
     calls = []
 
-    def download(*arguments, **settings):
-        calls.append((arguments, settings))
-        return {"labels": NAMES}
+    def download(*arguments):
+        calls.append(arguments)
+        return tmp_path / "names.pt"
 
     path = save(tmp_path, {f"module.{name}": value for name, value in weights.items()})
     monkeypatch.setattr(unidet, "PUBLISHED", CONFIG)
     monkeypatch.setattr(unidet, "hf_hub_download", lambda *arguments: calls.append(arguments) or path)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    monkeypatch.setattr(unidet, "download", download)
     assert unidet.UniDet(torch.device("cpu")).labels == NAMES
     assert calls[0] == ("shikunl/prismer", "expert_weights/Unified_learned_OCIM_RS200_6x+2x.pth")
-    assert torch.hub.HASH_REGEX.search(calls[1][1]["file_name"])[1] == "c38ba9352b2a9f83" and calls[1][1]["check_hash"]
+    assert calls[1][0].endswith("/dataset/detection_features.pt") and calls[1][2] == "c38ba9352b2a9f83"
 
 
 def test_a_box_takes_the_level_of_its_size():
