@@ -166,6 +166,8 @@ class ScriptArguments:
     )
     shard_size: int = flag(64, "Prompts per shard: the work that a crash can lose.", min=1)
     stages: list[str] = flag(lambda: list(STAGES), "Stages to run.", choices=STAGES)
+    task_index: str = flag("auto", "Which of --num_tasks this is, from 0. auto: the scheduler's number.")
+    num_tasks: str = flag("auto", "Generate and score as one of N independent tasks. auto: the scheduler's, else 1.")
     gpu_hourly_cost: float | None = flag(None, "$ per GPU and hour, for the card.", min=0)
     push_to_hub: bool = flag(False, "Upload the dataset in the publish stage.")
     hub_dataset_id: str | None = flag(None, "Dataset repository: user/name.")
@@ -176,6 +178,7 @@ class ScriptArguments:
         if not self.prompts:
             raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
+        complete_task_flags(self, last=("rank", "publish"))
         if self.push_to_hub and not self.hub_dataset_id:
             raise SystemExit("--push_to_hub needs --hub_dataset_id user/name")
 
@@ -226,13 +229,13 @@ def preference_rank(scores: np.ndarray) -> np.ndarray:
 def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
     """Draws the missing images. Each generator is loaded once, draws its shards, and is freed.
 
-    Shards belong to processes by number, not by what is missing, because processes look at different times.
+    Shards belong to tasks and to their processes by number, not by what is missing: they look at different times.
     """
     for entry in generators:
         name = entry["name"]
         write_settings(Path(args.output_dir, "work", "images", name), generator_settings(entry))
         missing = []
-        for s in range(state.process_index, len(shards), state.num_processes):
+        for s in own_shards(args, shards)[state.process_index :: state.num_processes]:
             file, ids = shard_file(args, s, "images", name), [row["prompt_id"] for row in shards[s]]
             if not is_complete(file, prompts=hash_of(ids)):
                 missing.append((file, ids, shards[s]))
@@ -275,7 +278,7 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
 
     A score belongs to an image by the hash of its bytes, so an image that is drawn again is scored again.
     """
-    jobs = [(entry["name"], s) for entry in generators for s in range(len(shards))]
+    jobs = [(entry["name"], s) for entry in generators for s in own_shards(args, shards)]
     for name in args.rewards:
         column = reward_name(name)
         write_settings(Path(args.output_dir, "work", "scores", column), reward_settings(name))
@@ -404,7 +407,7 @@ def main(args: ScriptArguments) -> None:
             check_generator(entry)
         probe_rewards(args.rewards, generators[0], prompts)
     state.wait_for_everyone()  # no process writes before all have checked
-    if args.push_to_hub:  # a wrong token or name fails now, not after the work
+    if args.push_to_hub and args.num_tasks == 1:  # a wrong token or name fails now, not after the work
         with state.main_process_first():
             args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
             check_dataset_repo(args.hub_dataset_id, DATA_FILES)
@@ -412,8 +415,10 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process:
         work = Path(args.output_dir) / "work"
         write_settings(work, settings)
-        remove_temporary_files(Path(args.output_dir))
-        write_json(work / "prompts.json", {"prompts": prompts})
+        if args.num_tasks == 1:  # else they may be another task's
+            remove_temporary_files(Path(args.output_dir))
+        if read_prompt_list(work) != prompts:
+            write_json(work / "prompts.json", {"prompts": prompts})
     state.wait_for_everyone()
     rows = [{"prompt_id": hash_of([prompt]), "prompt": prompt} for prompt in prompts]  # the same id in every dataset
     shards = [rows[start : start + args.shard_size] for start in range(0, len(rows), args.shard_size)]
@@ -421,7 +426,11 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process:
         if "publish" in args.stages and args.push_to_hub:
             publish(args, DATA_FILES, ("grid.png",))
-        print(f"{len(rows)} prompts x {len(generators)} images in {args.output_dir}")
+        if args.num_tasks > 1:
+            last = "--num_tasks 1 --stages rank publish"
+            print(f"task {args.task_index} of {args.num_tasks} is done. After all of them: the same with {last}")
+        else:
+            print(f"{len(rows)} prompts x {len(generators)} images in {args.output_dir}")
 
 
 def run_stages(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
@@ -622,14 +631,10 @@ def encode_image(image: PILImage.Image, image_format: str) -> bytes:
 def check_work(args: ScriptArguments, settings: dict, prompts: list[str], generators: list[dict]) -> None:
     """Exits with one line if the output folder holds another run: other files, prompts or settings. Writes nothing."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir) / "work"
-    if not work.is_dir() and not is_empty(output_dir):
+    if not is_empty(output_dir) and not work.is_dir():  # in this order: another task may begin just now
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
     check_settings(work, settings, "a run")
-    try:
-        previous = read_json(work / "prompts.json").get("prompts")
-    except Damaged as error:
-        warn(f"{error}: it is written again")
-        previous = None
+    previous = read_prompt_list(work)
     if previous is not None:
         if previous[: len(prompts)] != prompts[: len(previous)]:
             raise SystemExit(f"--output_dir {output_dir} holds a run on other prompts: choose another folder")
@@ -642,11 +647,25 @@ def check_work(args: ScriptArguments, settings: dict, prompts: list[str], genera
         check_settings(work / "scores" / reward_name(name), reward_settings(name), f"scores of {reward_name(name)}")
 
 
+def read_prompt_list(work: Path) -> list[str] | None:
+    """The prompts of an earlier run; None if there is none, or their file is damaged."""
+    try:
+        return read_json(work / "prompts.json").get("prompts")
+    except Damaged as error:
+        warn(f"{error}: it is written again")
+        return None
+
+
 def check_finished(args: ScriptArguments) -> None:
     """Exits with one line unless the folder holds a dataset that can be published."""
     if not all(Path(args.output_dir, name).exists() for name in ("README.md", "data", "scores")):
         raise SystemExit(f"--output_dir {args.output_dir} holds no dataset to publish: run the rank stage first")
     check_dataset_folder("--output_dir", args.output_dir)
+
+
+def own_shards(args: ScriptArguments, shards: list) -> range:
+    """The numbers of this task's shards. All other stages of a shard belong to the same task, so no task waits."""
+    return range(args.task_index, len(shards), args.num_tasks)
 
 
 def shard_file(args: ScriptArguments, shard: int, *folders: str) -> Path:
@@ -1027,6 +1046,49 @@ def make_state() -> PartialState:
     return PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
 
 
+# What a scheduler calls the number of a task, the first and the last number, and the number of tasks.
+SCHEDULERS = {
+    "SLURM_ARRAY_TASK_ID": ("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT"),
+    "JOB_COMPLETION_INDEX": ("", "", "JOB_COMPLETIONS"),  # Kubernetes; the pod's template sets the count
+}
+
+
+def complete_task_flags(args: "ScriptArguments", last: tuple[str, ...]) -> None:
+    """Makes --task_index and --num_tasks numbers: those given, or a scheduler's, or one task. One of several tasks
+    leaves the `last` stages to a run of its own."""
+    index, total = args.task_index, args.num_tasks
+    for name, value in (("task_index", index), ("num_tasks", total)):
+        if not re.fullmatch(r"auto|\d{1,9}", value):
+            raise SystemExit(f"--{name} {value}: must be a whole number, or auto")
+    if index == total == "auto":
+        index, total = scheduled_task()
+    if index == "auto" and total == "1":
+        index = "0"
+    elif index == "auto":  # a task that is run again may be alone in its array, so its number counts as it is
+        index = next((os.environ[name] for name in SCHEDULERS if name in os.environ), None)
+    if index is None or total == "auto":
+        raise SystemExit("--task_index and --num_tasks belong together")
+    if int(index) >= int(total):
+        raise SystemExit(f"--task_index {index}: must be less than --num_tasks {total}: tasks are numbered from 0")
+    args.task_index, args.num_tasks, stages = int(index), int(total), args.stages
+    args.stages = [stage for stage in stages if args.num_tasks == 1 or stage not in last]
+    if not args.stages:
+        raise SystemExit(f"--stages {' '.join(stages)}: one run does this after all tasks: give --num_tasks 1")
+
+
+def scheduled_task() -> tuple[str, str]:
+    """This task's number, from 0, and the number of tasks, by the scheduler's variables; one task if there are none."""
+    for variable, (first, end, count) in SCHEDULERS.items():
+        index, first, end, count = (os.environ.get(name) for name in (variable, first, end, count))
+        if index and count and count != "1":
+            first = int(first or 0)
+            if end and int(end) - first + 1 != int(count):
+                raise SystemExit(f"{variable}: the array has gaps: number the tasks from 0, and give --num_tasks")
+            warn(f"task {int(index) - first} of {count}, by {variable}: does its share only; --num_tasks 1 does all")
+            return str(int(index) - first), count
+    return "0", "1"
+
+
 def check_settings(folder: Path, settings: dict, what: str) -> None:
     """Refuses to mix two runs: the work in `folder` must have been made with these settings."""
     record = folder / "settings.json"
@@ -1042,9 +1104,12 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`."""
+    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`. Of tasks
+    that start at once, one writes it, and the others compare theirs with it."""
     if not (folder / "settings.json").exists():
-        write_json(folder / "settings.json", settings)
+        with replacing(folder / "settings.json", keep=True) as temporary:
+            temporary.write_text(sealed_json(settings))
+        check_settings(folder, settings, "work")
 
 
 def markdown_table(header: list[str], rows: list[list]) -> str:
@@ -2308,7 +2373,8 @@ def run_script(main: Callable) -> None:
     try:
         args = parse_arguments()
         check_folder_name(Path(args.output_dir))
-        with locked(Path(args.output_dir), "--output_dir"):
+        number, total = getattr(args, "task_index", 0), getattr(args, "num_tasks", 1)
+        with locked(Path(args.output_dir), "--output_dir", task=f"-{number}-of-{total}" if total > 1 else ""):
             main(args)
     except Exception as error:
         if stop_signals:  # another process of this run has ended at its own place
@@ -2405,20 +2471,28 @@ def loading(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, flag: str, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, flag: str, wait: bool = False, task: str = "") -> Iterator[None]:
     """Keeps other runs out of a folder, on this machine or on others that share it. If one is there, exits with one
-    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind."""
+    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind.
+
+    A `task`, "-I-of-N", shares the folder with the other tasks of N, but not with itself or a whole run."""
     if not is_first_process():
         yield
         return
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"{flag} {folder} is a file")
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    # A task leaves the folder: another one may be about to write into it.
+    created = [path for path in (folder, *folder.parents) if not task and not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    file, ended = folder / ".lock", threading.Event()
+    file, ended = folder / f".lock{task}", threading.Event()
     handle = take_lock(file, flag, wait)
     threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
     try:
+        # Both take their own lock before they look for others: of two, at least one sees the other.
+        siblings = task[task.find("-of-") :]
+        for other in set(folder.glob(".lock*")) - {file}:
+            if not task or not other.name.endswith(siblings):
+                refuse_owner(other, flag, remove=not task)
         yield
     finally:
         ended.set()
@@ -2438,15 +2512,7 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
         handle = open(file, "a+")
         handle.seek(0)
         owner = handle.read()
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = owner_is_gone(file, owner)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
-                raise
-            free = error.errno in NO_LOCKS
-            if free:
-                warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        free = is_free(file, handle, owner, fcntl.LOCK_EX)
         if free and is_file_of(handle, file):
             break
         handle.close()
@@ -2461,6 +2527,29 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
     handle.write(f"process {os.getpid()} on {platform.node()}")
     handle.flush()
     return handle
+
+
+def refuse_owner(file: Path, flag: str, remove: bool) -> None:
+    """Exits with one line if the owner of another lock is alive. `remove`: takes away the lock of one that is dead."""
+    with suppress(FileNotFoundError), open(file, "r+") as handle:
+        owner = handle.read()
+        if not is_free(file, handle, owner, fcntl.LOCK_SH):  # shared: several tasks may look at once
+            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
+        if remove:
+            file.unlink()
+
+
+def is_free(file: Path, handle: IO, owner: str, kind: int) -> bool:
+    """Locks an open file, exclusively or shared; whether its owner, the process that the file names, has ended."""
+    try:
+        fcntl.lockf(handle, kind | fcntl.LOCK_NB)
+        return owner_is_gone(file, owner)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
+            raise
+        if error.errno in NO_LOCKS:
+            warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        return error.errno in NO_LOCKS
 
 
 def is_file_of(handle: IO, file: Path) -> bool:
@@ -2584,19 +2673,33 @@ class Damaged(Exception):
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, keep: bool = False) -> Iterator[Path]:
     """Gives the name of a temporary file, which takes the place of `file` when the block ends, after its content has
-    reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    reached the disk. If anything fails, `file` stays as it was, and nothing is left over. With `keep`, a `file` that
+    another process has written meanwhile stays, too."""
+    # Processes on two machines may have the same number.
+    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with naming(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
-            os.replace(temporary, file)
+            if not (keep and is_linked(temporary, file)):
+                os.replace(temporary, file)
             sync(file.parent)  # the name, too, is on the disk
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_linked(source: Path, target: Path) -> bool:
+    """Gives a file a second name, unless something has that name. False: the file system has no links."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -2640,7 +2743,11 @@ def save_picture(picture: PILImage.Image, file: Path) -> None:
 
 def write_json(file: Path, record: dict) -> None:
     """Writes a JSON file with a checksum, which `read_json` verifies."""
-    write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
+    write_text(file, sealed_json(record))
+
+
+def sealed_json(record: dict) -> str:
+    return json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n"
 
 
 def read_json(file: Path, sealed: bool = True) -> dict:
@@ -2664,8 +2771,8 @@ def json_checksum(record: dict) -> str:
 
 
 def is_empty(folder: Path) -> bool:
-    """True if a folder holds nothing but this run's lock."""
-    return not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir())
+    """True if a folder holds nothing but locks: this run's, or those of tasks."""
+    return not folder.is_dir() or all(path.name.startswith(".lock") for path in folder.iterdir())
 
 
 def remove_temporary_files(folder: Path) -> None:

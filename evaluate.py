@@ -121,7 +121,8 @@ BASE = "base"
 RESERVED = ("n_prompts", "n_images", "baseline", "settings", "checkpoints", "seeds", "pairwise")
 NETWORKS = ("unet", "transformer")  # components that --models can replace
 OWN_FILES = ("images", "scores", "results.json", "results.md", "grid.png", "curves.png")  # of an output folder
-SCORES_PER_FILE = 256  # a crash loses at most these
+STAGES = ("draw", "score", "report")
+SCORES_PER_FILE = 64  # a crash loses at most these
 FEW_PROMPTS = 25  # an interval over fewer prompts carries a warning
 # What results.json adds to a metric's name: no metric may end so.
 ENDINGS = ("_lift", "_win_rate", "_ci95", "_warning", "_category_mean", "_by_category", "_official", "_trained_on")
@@ -208,6 +209,9 @@ class ScriptArguments:
     )
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
     output_dir: str = flag("outputs/evaluation", "Folder for images, scores, results and report.")
+    stages: list[str] = flag(lambda: list(STAGES), "Stages to run.", choices=STAGES)
+    task_index: str = flag("auto", "Which of --num_tasks this is, from 0. auto: the scheduler's number.")
+    num_tasks: str = flag("auto", "Draw and score as one of N independent tasks. auto: the scheduler's, else 1.")
     grid_rows: int = flag(8, "Prompts in the picture.", min=1)
     push_to_hub: bool = flag(False, "Upload results.json, grid.png and card to the Hub.")
     hub_model_id: str | None = flag(None, "Repository of the one LoRA. Default: each LoRA's, where it is a Hub id.")
@@ -218,6 +222,7 @@ class ScriptArguments:
         if not self.prompts:
             raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
+        complete_task_flags(self, last=("report",))
         if self.resolution and self.resolution % 8:
             raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 8")
 
@@ -385,13 +390,13 @@ def hpsv2_figure(scores: np.ndarray, categories: list[str]) -> dict:
 def draw(args: ScriptArguments, prompts: list[str], models: dict, state: PartialState) -> None:
     """Draws the missing images, model by model. Loads a pipeline once for all models that follow each other in it."""
     output_dir, loaded = Path(args.output_dir), {}
-    items = [(i, n) for i in range(len(prompts)) for n in range(args.num_images_per_prompt)]
+    shards = image_shards(args, len(prompts))[args.task_index :: args.num_tasks]
     for name, model in models.items():
         if model["kind"] == "images":
             continue
         write_settings(output_dir / "images" / name, model["settings"])
         # Images belong to processes by number, not by what is missing. A damaged one is drawn again.
-        own = items[state.process_index :: state.num_processes]
+        own = list(itertools.chain(*shards))[state.process_index :: state.num_processes]
         missing = [item for item in own if not is_whole_png(image_file(output_dir, name, *item))]
         if not missing:
             continue
@@ -436,6 +441,8 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
     results, official, unknown = {}, {}, np.full((len(rows), args.num_images_per_prompt), np.nan)
     for metric in args.metrics:
         column, scores = reward_name(metric), score_metric(args, metric, rows, models, state)
+        if args.num_tasks > 1:
+            continue
         names = {key: column + key for by_key in scores.values() for key in by_key}
         if not names or results.keys() & names.values():
             problem = "gives a metric that another one gives, too" if names else "gives no values"
@@ -450,8 +457,7 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
 
 def score_metric(args: ScriptArguments, metric: str, rows: list[dict], models: dict, state: PartialState) -> dict:
     """One metric on all processes. Returns model → suffix of the metric's name → (n_prompts, num_images_per_prompt)."""
-    items = [(i, n) for i in range(len(rows)) for n in range(args.num_images_per_prompt)]
-    shards = [items[start : start + SCORES_PER_FILE] for start in range(0, len(items), SCORES_PER_FILE)]
+    shards = image_shards(args, len(rows))
     column, reward, depends = reward_name(metric), None, {"metric": reward_settings(metric)}
     if takes_rows(metric):
         depends["rows"] = short_hash(json.dumps(rows, sort_keys=True, default=str))
@@ -460,13 +466,16 @@ def score_metric(args: ScriptArguments, metric: str, rows: list[dict], models: d
     missing = [name for name in models if scores[name] is None]
     state.wait_for_everyone()  # no process writes before all have looked
     # Files belong to processes by number, not by what is missing. Their size does not depend on the processes.
-    jobs = list(itertools.product(missing, range(len(shards))))[state.process_index :: state.num_processes]
+    own = range(args.task_index, len(shards), args.num_tasks)
+    jobs = list(itertools.product(missing, own))[state.process_index :: state.num_processes]
     hidden = not state.is_local_main_process or not jobs
     counts = [count_pictures(models[name], shards[n]) for name, n in jobs]
     with progress_bar(total=sum(counts), desc=column, unit="image", disable=hidden) as progress:
         for (name, number), count in zip(jobs, counts):
             file = scores_file(args, column, name, number)
             if stored_scores(file, settings[name]) is None:
+                if "score" not in args.stages:
+                    raise SystemExit(f"{file} is missing: run the stages draw and score first")
                 reward = reward or load_reward_model(metric, state.device, batch_size=args.reward_batch_size)
                 reward.progress = progress
                 values = score_shard(args, reward, rows, models[name], name, shards[number])
@@ -476,6 +485,8 @@ def score_metric(args: ScriptArguments, metric: str, rows: list[dict], models: d
     del reward
     free_memory()
     state.wait_for_everyone()
+    if args.num_tasks > 1:  # other tasks have the other parts
+        return {}
     if state.is_main_process:
         for name in missing:
             merge_scores(args, column, name, settings[name], len(rows), len(shards))
@@ -557,16 +568,22 @@ def main(args: ScriptArguments) -> None:
         model["settings"] = image_settings(args, rows, categories, model)
         check_settings(Path(args.output_dir, "images", name), model["settings"], f"images of {name}")
     state.wait_for_everyone()  # no process writes before all have checked
-    repositories = hub_repositories(args, models) if args.push_to_hub else {}
+    repositories = hub_repositories(args, models) if args.push_to_hub and "report" in args.stages else {}
     if state.is_main_process:  # a wrong token or name fails now, not after the work
         for name, repo_id in repositories.items():
             repositories[name] = create_repo(repo_id, "model", args.hub_private_repo)
-        remove_temporary_files(Path(args.output_dir))
+        if args.num_tasks == 1:  # else they may be another task's
+            remove_temporary_files(Path(args.output_dir))
     state.wait_for_everyone()
 
-    draw(args, prompts, models, state)
-    results, official = score(args, rows, models, state)
-    if state.is_main_process:
+    if "draw" in args.stages:
+        draw(args, prompts, models, state)
+    if {"score", "report"} & set(args.stages):
+        results, official = score(args, rows, models, state)
+    if state.is_main_process and args.num_tasks > 1:
+        last = "--num_tasks 1 --stages report"
+        print(f"task {args.task_index} of {args.num_tasks} is done. After all of them: the same with {last}")
+    if state.is_main_process and "report" in args.stages:
         record, table = report(args, results, official, rows, categories, models)
         for name, repo_id in repositories.items():
             publish(args, repo_id, results_card(args, name, repo_id, record, table))
@@ -989,6 +1006,12 @@ def public_settings(own: "FunctionReward") -> dict[str, dict]:
     """A metric's settings for results.json, which --push_to_hub publishes: of local files only their names."""
     shown = {k: os.path.basename(v.rstrip("/")) if os.path.exists(str(v)) else v for k, v in own.settings.items()}
     return {"settings": shown} if shown else {}
+
+
+def image_shards(args: ScriptArguments, n_prompts: int) -> list[list[tuple[int, int]]]:
+    """All (prompt, number) in parts: what is scored in one file, and drawn and scored by one task."""
+    items = [(i, n) for i in range(n_prompts) for n in range(args.num_images_per_prompt)]
+    return [items[start : start + SCORES_PER_FILE] for start in range(0, len(items), SCORES_PER_FILE)]
 
 
 def scores_file(args: ScriptArguments, column: str, model: str, shard: int | None = None) -> Path:
@@ -1507,6 +1530,49 @@ def make_state() -> PartialState:
     return PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
 
 
+# What a scheduler calls the number of a task, the first and the last number, and the number of tasks.
+SCHEDULERS = {
+    "SLURM_ARRAY_TASK_ID": ("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT"),
+    "JOB_COMPLETION_INDEX": ("", "", "JOB_COMPLETIONS"),  # Kubernetes; the pod's template sets the count
+}
+
+
+def complete_task_flags(args: "ScriptArguments", last: tuple[str, ...]) -> None:
+    """Makes --task_index and --num_tasks numbers: those given, or a scheduler's, or one task. One of several tasks
+    leaves the `last` stages to a run of its own."""
+    index, total = args.task_index, args.num_tasks
+    for name, value in (("task_index", index), ("num_tasks", total)):
+        if not re.fullmatch(r"auto|\d{1,9}", value):
+            raise SystemExit(f"--{name} {value}: must be a whole number, or auto")
+    if index == total == "auto":
+        index, total = scheduled_task()
+    if index == "auto" and total == "1":
+        index = "0"
+    elif index == "auto":  # a task that is run again may be alone in its array, so its number counts as it is
+        index = next((os.environ[name] for name in SCHEDULERS if name in os.environ), None)
+    if index is None or total == "auto":
+        raise SystemExit("--task_index and --num_tasks belong together")
+    if int(index) >= int(total):
+        raise SystemExit(f"--task_index {index}: must be less than --num_tasks {total}: tasks are numbered from 0")
+    args.task_index, args.num_tasks, stages = int(index), int(total), args.stages
+    args.stages = [stage for stage in stages if args.num_tasks == 1 or stage not in last]
+    if not args.stages:
+        raise SystemExit(f"--stages {' '.join(stages)}: one run does this after all tasks: give --num_tasks 1")
+
+
+def scheduled_task() -> tuple[str, str]:
+    """This task's number, from 0, and the number of tasks, by the scheduler's variables; one task if there are none."""
+    for variable, (first, end, count) in SCHEDULERS.items():
+        index, first, end, count = (os.environ.get(name) for name in (variable, first, end, count))
+        if index and count and count != "1":
+            first = int(first or 0)
+            if end and int(end) - first + 1 != int(count):
+                raise SystemExit(f"{variable}: the array has gaps: number the tasks from 0, and give --num_tasks")
+            warn(f"task {int(index) - first} of {count}, by {variable}: does its share only; --num_tasks 1 does all")
+            return str(int(index) - first), count
+    return "0", "1"
+
+
 def check_settings(folder: Path, settings: dict, what: str) -> None:
     """Refuses to mix two runs: the work in `folder` must have been made with these settings."""
     record = folder / "settings.json"
@@ -1522,9 +1588,12 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`."""
+    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`. Of tasks
+    that start at once, one writes it, and the others compare theirs with it."""
     if not (folder / "settings.json").exists():
-        write_json(folder / "settings.json", settings)
+        with replacing(folder / "settings.json", keep=True) as temporary:
+            temporary.write_text(sealed_json(settings))
+        check_settings(folder, settings, "work")
 
 
 def markdown_table(header: list[str], rows: list[list]) -> str:
@@ -2591,7 +2660,8 @@ def run_script(main: Callable) -> None:
     try:
         args = parse_arguments()
         check_folder_name(Path(args.output_dir))
-        with locked(Path(args.output_dir), "--output_dir"):
+        number, total = getattr(args, "task_index", 0), getattr(args, "num_tasks", 1)
+        with locked(Path(args.output_dir), "--output_dir", task=f"-{number}-of-{total}" if total > 1 else ""):
             main(args)
     except Exception as error:
         if stop_signals:  # another process of this run has ended at its own place
@@ -2688,20 +2758,28 @@ def loading(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, flag: str, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, flag: str, wait: bool = False, task: str = "") -> Iterator[None]:
     """Keeps other runs out of a folder, on this machine or on others that share it. If one is there, exits with one
-    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind."""
+    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind.
+
+    A `task`, "-I-of-N", shares the folder with the other tasks of N, but not with itself or a whole run."""
     if not is_first_process():
         yield
         return
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"{flag} {folder} is a file")
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    # A task leaves the folder: another one may be about to write into it.
+    created = [path for path in (folder, *folder.parents) if not task and not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    file, ended = folder / ".lock", threading.Event()
+    file, ended = folder / f".lock{task}", threading.Event()
     handle = take_lock(file, flag, wait)
     threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
     try:
+        # Both take their own lock before they look for others: of two, at least one sees the other.
+        siblings = task[task.find("-of-") :]
+        for other in set(folder.glob(".lock*")) - {file}:
+            if not task or not other.name.endswith(siblings):
+                refuse_owner(other, flag, remove=not task)
         yield
     finally:
         ended.set()
@@ -2721,15 +2799,7 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
         handle = open(file, "a+")
         handle.seek(0)
         owner = handle.read()
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = owner_is_gone(file, owner)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
-                raise
-            free = error.errno in NO_LOCKS
-            if free:
-                warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        free = is_free(file, handle, owner, fcntl.LOCK_EX)
         if free and is_file_of(handle, file):
             break
         handle.close()
@@ -2744,6 +2814,29 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
     handle.write(f"process {os.getpid()} on {platform.node()}")
     handle.flush()
     return handle
+
+
+def refuse_owner(file: Path, flag: str, remove: bool) -> None:
+    """Exits with one line if the owner of another lock is alive. `remove`: takes away the lock of one that is dead."""
+    with suppress(FileNotFoundError), open(file, "r+") as handle:
+        owner = handle.read()
+        if not is_free(file, handle, owner, fcntl.LOCK_SH):  # shared: several tasks may look at once
+            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
+        if remove:
+            file.unlink()
+
+
+def is_free(file: Path, handle: IO, owner: str, kind: int) -> bool:
+    """Locks an open file, exclusively or shared; whether its owner, the process that the file names, has ended."""
+    try:
+        fcntl.lockf(handle, kind | fcntl.LOCK_NB)
+        return owner_is_gone(file, owner)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
+            raise
+        if error.errno in NO_LOCKS:
+            warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        return error.errno in NO_LOCKS
 
 
 def is_file_of(handle: IO, file: Path) -> bool:
@@ -2867,19 +2960,33 @@ class Damaged(Exception):
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, keep: bool = False) -> Iterator[Path]:
     """Gives the name of a temporary file, which takes the place of `file` when the block ends, after its content has
-    reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    reached the disk. If anything fails, `file` stays as it was, and nothing is left over. With `keep`, a `file` that
+    another process has written meanwhile stays, too."""
+    # Processes on two machines may have the same number.
+    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with naming(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
-            os.replace(temporary, file)
+            if not (keep and is_linked(temporary, file)):
+                os.replace(temporary, file)
             sync(file.parent)  # the name, too, is on the disk
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_linked(source: Path, target: Path) -> bool:
+    """Gives a file a second name, unless something has that name. False: the file system has no links."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -2923,7 +3030,11 @@ def save_picture(picture: PILImage.Image, file: Path) -> None:
 
 def write_json(file: Path, record: dict) -> None:
     """Writes a JSON file with a checksum, which `read_json` verifies."""
-    write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
+    write_text(file, sealed_json(record))
+
+
+def sealed_json(record: dict) -> str:
+    return json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n"
 
 
 def read_json(file: Path, sealed: bool = True) -> dict:
@@ -2947,8 +3058,8 @@ def json_checksum(record: dict) -> str:
 
 
 def is_empty(folder: Path) -> bool:
-    """True if a folder holds nothing but this run's lock."""
-    return not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir())
+    """True if a folder holds nothing but locks: this run's, or those of tasks."""
+    return not folder.is_dir() or all(path.name.startswith(".lock") for path in folder.iterdir())
 
 
 def remove_temporary_files(folder: Path) -> None:

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -75,6 +76,11 @@ def snapshot(folder: Path) -> dict:
     return {
         str(f.relative_to(folder)): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns) for f in files
     }
+
+
+def contents(folder: Path) -> dict:
+    """Path → content of every Parquet file of a finished dataset."""
+    return {file: content for file, (content, _) in snapshot(folder).items() if not file.startswith("work")}
 
 
 def copy(built: Path, target: Path) -> Path:
@@ -483,3 +489,58 @@ def test_grid_marks_the_best_image(built):
     best = row["rank"].index(1)
     assert grid[22 + 2, best * 256 + 100].tolist() == [0, 200, 0]
     assert PILImage.open(BytesIO(row["images"][0]["bytes"])).size == (32, 32)
+
+
+def test_three_tasks_at_once_with_one_killed_make_the_same_dataset(built, prompts, recipe, tmp_path):
+    """Independent tasks on a new shared folder, a rerun of the one that died, and one run for the last stages."""
+    command = ["build_synpic.py", *flags(prompts, recipe, tmp_path / "out")]
+    start = [sys.executable, *map(str, command)]
+    slurm = {"ID": "3", "MIN": "1", "MAX": "3", "COUNT": "3"}
+    slurm = {**os.environ, **{f"SLURM_ARRAY_TASK_{name}": value for name, value in slurm.items()}}
+    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    tasks = [subprocess.Popen([*start, "--num_tasks", "3", "--task_index", n], **quiet) for n in ("0", "1")]
+    tasks.append(subprocess.Popen(start, env=slurm, **quiet))
+    first = tmp_path / "out" / "work" / "images" / "one" / "00001.parquet"
+    while not first.exists():
+        assert tasks[1].poll() is None
+        time.sleep(0.005)
+    tasks[1].send_signal(signal.SIGKILL)
+    assert [task.wait() for task in tasks] == [0, -signal.SIGKILL, 0]
+    assert not (tmp_path / "out" / "data").exists()
+
+    message = refused("build_synpic", *command[1:], "--stages", "rank", "publish")
+    assert "00001.parquet is missing" in message and "run the" in message
+    before = snapshot(tmp_path / "out")
+    call("build_synpic", *command[1:], "--num_tasks", 3, "--task_index", 1)
+    new = written(before, snapshot(tmp_path / "out"))
+    assert new and all("00001.parquet" in name for name in new)
+    call("build_synpic", *command[1:], "--num_tasks", 1, "--stages", "rank", "publish")
+    assert contents(tmp_path / "out") == contents(built)
+
+
+def test_task_flags_come_from_a_scheduler_or_are_refused(prompts, recipe, tmp_path, monkeypatch):
+    def parsed(*more):
+        found = build_synpic.parse_arguments([str(flag) for flag in (*flags(prompts, recipe, tmp_path), *more)])
+        return found.task_index, found.num_tasks, found.stages
+
+    assert parsed() == (0, 1, ["generate", "score", "rank", "publish"])
+    assert parsed("--task_index", 2, "--num_tasks", 3) == (2, 3, ["generate", "score"])
+    for given, problem in [
+        (("--task_index", 3, "--num_tasks", 3), "must be less than --num_tasks 3"),
+        (("--task_index", 3), "belong together"),
+        (("--num_tasks", 3), "belong together"),
+        (("--num_tasks", "many"), "must be a whole number, or auto"),
+        (("--num_tasks", 3, "--task_index", 0, "--stages", "rank"), "give --num_tasks 1"),
+    ]:
+        with pytest.raises(SystemExit, match=problem):
+            parsed(*given)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "4")
+    assert parsed()[:2] == (0, 1)  # Kubernetes does not give the count
+    monkeypatch.setenv("JOB_COMPLETIONS", "6")
+    assert parsed()[:2] == (4, 6) and parsed("--num_tasks", 1)[:2] == (0, 1)
+    for name, value in {"ID": "7", "MIN": "3", "MAX": "8", "COUNT": "6"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert parsed()[:2] == (4, 6) and parsed("--num_tasks", 100)[:2] == (7, 100)  # one task of an array, run again
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    with pytest.raises(SystemExit, match="the array has gaps"):
+        parsed()
