@@ -152,7 +152,7 @@ class ScriptArguments:
     generators: str | None = flag(
         None, "YAML list: name, model, load, call, prior of each. Default: the paper's four.", group="Generators"
     )
-    generation_batch_size: int = flag(4, "Images drawn together.", min=1)
+    generation_batch_size: str = flag("4", "Images drawn together; auto: as many as fit, at most 32.")
     image_format: Literal["jpg", "png"] = flag("jpg", "jpg (quality 95, which the Hub's viewer shows) or png.")
     seed: int = flag(0, "Seeds the images, together with the prompt and the generator's name.", min=0, max=2**32 - 1)
     rewards: list[str] = flag(
@@ -179,6 +179,10 @@ class ScriptArguments:
             raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
         complete_task_flags(self, last=("rank", "publish"))
+        size = "32" if self.generation_batch_size == "auto" else self.generation_batch_size
+        if not re.fullmatch(r"[1-9]\d{0,8}", size):
+            raise SystemExit(f"--generation_batch_size {size}: must be a whole number, at least 1, or auto")
+        self.generation_batch_size = int(size)
         if self.push_to_hub and not self.hub_dataset_id:
             raise SystemExit("--push_to_hub needs --hub_dataset_id user/name")
 
@@ -241,7 +245,7 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
                 missing.append((file, ids, shards[s]))
         if not missing:
             continue
-        draw = Generator(entry, state.device)
+        draw, size = Generator(entry, state.device), args.generation_batch_size
         with image_bar(f"draw {name}", sum(len(ids) for _, ids, _ in missing), state) as progress:
             for file, ids, rows in missing:
                 started = time.time()
@@ -252,7 +256,7 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
                 progress.update(len(rows) - len(todo))
                 for start in range(0, len(todo), args.generation_batch_size):
                     batch = todo[start : start + args.generation_batch_size]
-                    drawn = draw([row["prompt"] for row, _ in batch], [seed for _, seed in batch])
+                    drawn, size = in_fitting_parts(draw, batch, size, f"generator {name}")
                     for (row, _), image in zip(batch, drawn):
                         images[row["prompt_id"]] = encode_image(image, args.image_format)
                     progress.update(len(batch))
@@ -601,7 +605,9 @@ class Generator:
         return pipeline
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], seeds: list[int]) -> list[PILImage.Image]:
+    def __call__(self, batch: list[tuple[dict, int]]) -> list[PILImage.Image]:
+        """The images of these rows and seeds."""
+        prompts, seeds = [row["prompt"] for row, _ in batch], [seed for _, seed in batch]
         # One generator per image, on the CPU: an image does not depend on its batch or on the kind of GPU.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         call = dict(self.entry.get("call", {}))
@@ -1028,11 +1034,6 @@ def prepare_pipeline(pipeline: DiffusionPipeline) -> None:
         pipeline.vae.enable_slicing()  # decoding a whole batch at once runs out of memory first
 
 
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared: stages (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1044,6 +1045,32 @@ def make_state() -> PartialState:
     launched = "LOCAL_RANK" in os.environ
     waiting = {"timeout": timedelta(days=7)} if launched else {}
     return PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple[list, int]:
+    """`work`, which takes a list and returns one result for each, of all items, `size` at once. Where the device's
+    memory runs out, half as many are taken from then on.
+
+    Returns:
+        the results, and how many at once did fit.
+    """
+    results = []
+    while len(results) < len(items):
+        part = items[len(results) : len(results) + size]
+        with suppress(torch.OutOfMemoryError):
+            results += work(part)
+            continue
+        if len(part) == 1:
+            raise SystemExit(f"{what}: the device's memory does not hold it with a single image")
+        size = len(part) // 2
+        free_memory()
+        warn(f"{what}: the device's memory does not hold {len(part)} images at once: goes on with {size}")
+    return results, size
 
 
 # What a scheduler calls the number of a task, the first and the last number, and the number of tasks.
@@ -1372,21 +1399,27 @@ class RewardModel:
         an image that does not decode gets NaN, else it raises BadImage. `rows` are for the user's own metrics."""
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         distinct = list(dict.fromkeys(prompts))
-        texts = [text for batch in batches(distinct, self.batch_size) for text in self.encode_prompts(batch)]
-        texts = dict(zip(distinct, texts, strict=True))
+        texts = dict(zip(distinct, self.fitting(self.encode_prompts, distinct), strict=True))
         positions, rewards = [], []
         for batch in self.prepared_batches(images, skip_bad):
-            if batch:
-                features = self.encode_images([image for _, image in batch])
-                # Rewards stay on the device until the end. Waiting for each batch would leave the device idle.
-                rewards.append(self.compare(features, [texts[prompts[position]] for position, _ in batch]))
-                positions += [position for position, _ in batch]
-        for position, reward in zip(positions, torch.cat(rewards).tolist() if rewards else []):
+            # Rewards stay on the device until the end. Waiting for each batch would leave the device idle.
+            rewards += self.fitting(self.rewards, [(image, texts[prompts[position]]) for position, image in batch])
+            positions += [position for position, _ in batch]
+        for position, reward in zip(positions, torch.stack(rewards).tolist() if rewards else []):
             if not np.isfinite(np.float32(reward)):  # scores are stored as float32
                 score = f"the score of prompt {prompts[position]!r} is {reward}"
                 raise SystemExit(f"reward {self.name}: {score}: it must be a finite number")
             scores[position] = reward
         return scores
+
+    def rewards(self, batch: list[tuple]) -> torch.Tensor:
+        """The rewards of (prepared image, encoded prompt)."""
+        return self.compare(self.encode_images([image for image, _ in batch]), [text for _, text in batch])
+
+    def fitting(self, work: Callable, items: list) -> list:
+        """`work` of all items, in batches that the device's memory holds."""
+        results, self.batch_size = in_fitting_parts(work, items, self.batch_size, f"reward {self.name}")
+        return results
 
     def prepared_batches(self, images: list, skip_bad: bool):
         """Yields batches of (position, prepared image). Workers stay two batches ahead."""
@@ -1471,22 +1504,27 @@ class FunctionReward(RewardModel):
         given = rows or [{"prompt": prompt} for prompt in prompts]
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         for batch in self.prepared_batches(images, skip_bad):
-            positions = [position for position, _ in batch]
-            more = {"rows": [given[position] for position in positions]} if self.takes_rows else {}
-            arguments = [image for _, image in batch], [prompts[position] for position in positions]
-            values = self.call(*arguments, **more) if batch else []
-            if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
-                raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
-            values = list(values)
-            if len(values) != len(batch):
-                raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
-            for position, value in zip(positions, values):
+            values = self.fitting(self.rewards, [(image, prompts[i], given[i]) for i, image in batch])
+            for (position, _), value in zip(batch, values):
                 scores[position] = self.checked(value, prompts[position], several=rows is not None)
         return scores
+
+    def rewards(self, batch: list[tuple]) -> list:
+        """What the function returns for (image, prompt, row)."""
+        images, prompts, rows = map(list, zip(*batch))
+        values = self.call(images, prompts, **({"rows": rows} if self.takes_rows else {}))
+        if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
+            raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
+        values = list(values)
+        if len(values) != len(batch):
+            raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
+        return values
 
     def call(self, *arguments, **more):
         try:
             return self.function(*arguments, **more)
+        except torch.OutOfMemoryError:
+            raise  # a smaller batch may fit
         except (Exception, SystemExit) as error:  # of the user's code: say where
             frame = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {one_line(error)} ({frame.filename}, line {frame.lineno})"

@@ -71,7 +71,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import IO, Literal, get_args, get_origin
@@ -415,14 +415,9 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
             fitted(args, name, model, loaded[source]) as pipeline,
             progress_bar(total=len(missing), desc=f"draw {name}", unit="image", disable=hidden) as progress,
         ):
-            for start in range(0, len(missing), args.batch_size):
-                batch = missing[start : start + args.batch_size]
-                seeds = [image_seed(args, prompts[i], n) for i, n in batch]
-                generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-                try:
-                    images = pipeline(prompt=[prompts[i] for i, _ in batch], generator=generators, **options).images
-                except (TypeError, ValueError) as error:  # the pipeline's own check of its settings
-                    raise SystemExit(f"{name}: cannot draw: {one_line(error)}") from None
+            size, draw_batch = args.batch_size, partial(draw_images, args, prompts, name, pipeline, options)
+            for batch in batches(missing, args.batch_size):
+                images, size = in_fitting_parts(draw_batch, batch, size, name)
                 for item, image in zip(batch, images):
                     save_picture(image, image_file(output_dir, name, *item))
                 progress.update(len(batch))
@@ -430,6 +425,16 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
     loaded.clear()
     free_memory()
     state.wait_for_everyone()
+
+
+def draw_images(args: ScriptArguments, prompts: list[str], name: str, pipeline, options: dict, batch: list) -> list:
+    """The images of these (prompt, number)."""
+    seeds = [image_seed(args, prompts[i], n) for i, n in batch]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    try:
+        return pipeline(prompt=[prompts[i] for i, _ in batch], generator=generators, **options).images
+    except (TypeError, ValueError) as error:  # the pipeline's own check of its settings
+        raise SystemExit(f"{name}: cannot draw: {one_line(error)}") from None
 
 
 def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialState) -> tuple[dict, dict]:
@@ -1512,11 +1517,6 @@ def prepare_pipeline(pipeline: DiffusionPipeline) -> None:
         pipeline.vae.enable_slicing()  # decoding a whole batch at once runs out of memory first
 
 
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared: stages (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1528,6 +1528,32 @@ def make_state() -> PartialState:
     launched = "LOCAL_RANK" in os.environ
     waiting = {"timeout": timedelta(days=7)} if launched else {}
     return PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple[list, int]:
+    """`work`, which takes a list and returns one result for each, of all items, `size` at once. Where the device's
+    memory runs out, half as many are taken from then on.
+
+    Returns:
+        the results, and how many at once did fit.
+    """
+    results = []
+    while len(results) < len(items):
+        part = items[len(results) : len(results) + size]
+        with suppress(torch.OutOfMemoryError):
+            results += work(part)
+            continue
+        if len(part) == 1:
+            raise SystemExit(f"{what}: the device's memory does not hold it with a single image")
+        size = len(part) // 2
+        free_memory()
+        warn(f"{what}: the device's memory does not hold {len(part)} images at once: goes on with {size}")
+    return results, size
 
 
 # What a scheduler calls the number of a task, the first and the last number, and the number of tasks.
@@ -1787,21 +1813,27 @@ class RewardModel:
         an image that does not decode gets NaN, else it raises BadImage. `rows` are for the user's own metrics."""
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         distinct = list(dict.fromkeys(prompts))
-        texts = [text for batch in batches(distinct, self.batch_size) for text in self.encode_prompts(batch)]
-        texts = dict(zip(distinct, texts, strict=True))
+        texts = dict(zip(distinct, self.fitting(self.encode_prompts, distinct), strict=True))
         positions, rewards = [], []
         for batch in self.prepared_batches(images, skip_bad):
-            if batch:
-                features = self.encode_images([image for _, image in batch])
-                # Rewards stay on the device until the end. Waiting for each batch would leave the device idle.
-                rewards.append(self.compare(features, [texts[prompts[position]] for position, _ in batch]))
-                positions += [position for position, _ in batch]
-        for position, reward in zip(positions, torch.cat(rewards).tolist() if rewards else []):
+            # Rewards stay on the device until the end. Waiting for each batch would leave the device idle.
+            rewards += self.fitting(self.rewards, [(image, texts[prompts[position]]) for position, image in batch])
+            positions += [position for position, _ in batch]
+        for position, reward in zip(positions, torch.stack(rewards).tolist() if rewards else []):
             if not np.isfinite(np.float32(reward)):  # scores are stored as float32
                 score = f"the score of prompt {prompts[position]!r} is {reward}"
                 raise SystemExit(f"reward {self.name}: {score}: it must be a finite number")
             scores[position] = reward
         return scores
+
+    def rewards(self, batch: list[tuple]) -> torch.Tensor:
+        """The rewards of (prepared image, encoded prompt)."""
+        return self.compare(self.encode_images([image for image, _ in batch]), [text for _, text in batch])
+
+    def fitting(self, work: Callable, items: list) -> list:
+        """`work` of all items, in batches that the device's memory holds."""
+        results, self.batch_size = in_fitting_parts(work, items, self.batch_size, f"reward {self.name}")
+        return results
 
     def prepared_batches(self, images: list, skip_bad: bool):
         """Yields batches of (position, prepared image). Workers stay two batches ahead."""
@@ -1886,22 +1918,27 @@ class FunctionReward(RewardModel):
         given = rows or [{"prompt": prompt} for prompt in prompts]
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         for batch in self.prepared_batches(images, skip_bad):
-            positions = [position for position, _ in batch]
-            more = {"rows": [given[position] for position in positions]} if self.takes_rows else {}
-            arguments = [image for _, image in batch], [prompts[position] for position in positions]
-            values = self.call(*arguments, **more) if batch else []
-            if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
-                raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
-            values = list(values)
-            if len(values) != len(batch):
-                raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
-            for position, value in zip(positions, values):
+            values = self.fitting(self.rewards, [(image, prompts[i], given[i]) for i, image in batch])
+            for (position, _), value in zip(batch, values):
                 scores[position] = self.checked(value, prompts[position], several=rows is not None)
         return scores
+
+    def rewards(self, batch: list[tuple]) -> list:
+        """What the function returns for (image, prompt, row)."""
+        images, prompts, rows = map(list, zip(*batch))
+        values = self.call(images, prompts, **({"rows": rows} if self.takes_rows else {}))
+        if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
+            raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
+        values = list(values)
+        if len(values) != len(batch):
+            raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
+        return values
 
     def call(self, *arguments, **more):
         try:
             return self.function(*arguments, **more)
+        except torch.OutOfMemoryError:
+            raise  # a smaller batch may fit
         except (Exception, SystemExit) as error:  # of the user's code: say where
             frame = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {one_line(error)} ({frame.filename}, line {frame.lineno})"

@@ -405,8 +405,8 @@ def test_stable_cascade_draws_with_its_prior(tmp_path):
         },
     }
     draw = build_synpic.Generator(entry, "cpu")
-    images = draw(["a red circle", "a blue cross"], [1, 2])
-    again = draw(["a red circle", "a blue cross"], [1, 3])
+    rows = [{"prompt": "a red circle"}, {"prompt": "a blue cross"}]
+    images, again = (draw(list(zip(rows, seeds))) for seeds in ([1, 2], [1, 3]))
     assert len(images) == 2 and images[0].size[0] >= 32
     assert np.array_equal(np.asarray(images[0]), np.asarray(again[0]))
     assert not np.array_equal(np.asarray(images[1]), np.asarray(again[1]))
@@ -544,3 +544,33 @@ def test_task_flags_come_from_a_scheduler_or_are_refused(prompts, recipe, tmp_pa
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
     with pytest.raises(SystemExit, match="the array has gaps"):
         parsed()
+
+
+def test_out_of_memory_halves_the_batch_and_draws_the_same(built, prompts, recipe, tmp_path, monkeypatch, capsys):
+    drawn, draw = [], build_synpic.Generator.__call__
+
+    def small_gpu(self, batch, limit=2):
+        drawn.append(len(batch))
+        if len(batch) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(self, batch)
+
+    monkeypatch.setattr(build_synpic.Generator, "__call__", small_gpu)
+    monkeypatch.setattr(build_synpic, "warned", set())
+    call("build_synpic", *flags(prompts, recipe, tmp_path / "out"))
+    warning = "warning: generator one: the device's memory does not hold 4 images at once: goes on with 2\n"
+    assert capsys.readouterr().err.count(warning) == 1
+    assert drawn == 2 * [4, 2, 2, 2, 2, 2]  # each generator tries the full batch once
+    rows, expected = (load_dataset(str(folder), split="train") for folder in (tmp_path / "out", built))
+    assert rows["seeds"] == expected["seeds"]
+    for row, other in zip(rows, expected):
+        for image, same in zip(row["images"], other["images"]):
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(same).astype(int)).max() <= 1
+
+    drawn.clear()
+    monkeypatch.setattr(build_synpic.Generator, "__call__", lambda self, batch: small_gpu(self, batch, limit=0))
+    message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "none", generation_batch_size="auto"))
+    assert message == "generator one: the device's memory does not hold it with a single image" and drawn == [4, 2, 1]
+    for size in ("0", "many"):
+        message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "no", generation_batch_size=size))
+        assert message == f"--generation_batch_size {size}: must be a whole number, at least 1, or auto"

@@ -506,3 +506,21 @@ def test_three_tasks_in_any_order_give_the_same_results(tmp_path, tiny_sdxl, lor
     call("evaluate", *tasks, "--stages", "report")
     for name in ("results.json", "results.md", "grid.png"):
         assert (tmp_path / "tasks" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_out_of_memory_halves_the_batch_and_draws_the_same(tmp_path, tiny_sdxl, lora, monkeypatch):
+    flags, small = make_flags(tmp_path, tiny_sdxl, lora), make_flags(tmp_path, tiny_sdxl, lora, "small")
+    call("evaluate", *flags, "--max_prompts", 2)
+    draw = evaluate.draw_images
+
+    def small_gpu(*arguments):
+        if len(arguments[-1]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(*arguments)
+
+    monkeypatch.setattr(evaluate, "draw_images", small_gpu)
+    call("evaluate", *small, "--max_prompts", 2)
+    for file in sorted((tmp_path / "out" / "images").rglob("*.png")):
+        other = tmp_path / "small" / file.relative_to(tmp_path / "out")
+        image, same = (np.asarray(Image.open(path)).astype(int) for path in (file, other))
+        assert np.abs(image - same).max() <= 1

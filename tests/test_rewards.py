@@ -1201,6 +1201,34 @@ def test_each_prompt_is_encoded_once(hps, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "function"])
+def test_out_of_memory_halves_the_batch_and_scores_the_same(hps, tmp_path, monkeypatch, capsys, name):
+    """Rewards of our own, and the user's: on five images, where two fit."""
+    code = "import torch\nlimit, seen = 5, []\ndef mine(images, prompts):\n    seen.append(len(images))\n"
+    code += "    if len(images) > limit:\n        raise torch.OutOfMemoryError('out of memory')\n"
+    (tmp_path / "mine.py").write_text(code + "    return [image.getpixel((5, 5))[0] / 255 for image in images]\n")
+    reward = load_reward_model(f"hpsv2={hps[2]}" if name == "hpsv2" else f"{tmp_path}/mine.py:mine", batch_size=5)
+    images, prompts = [noise(60, 60, seed=seed) for seed in range(7)], list("xyyxxyz")
+    expected = reward.score(images, prompts)
+    if name == "hpsv2":
+        seen, encode = [], reward.encode_images
+
+        def small_gpu(batch):
+            seen.append(len(batch))
+            if len(batch) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return encode(batch)
+
+        monkeypatch.setattr(reward, "encode_images", small_gpu)
+    else:
+        seen = reward.function.__globals__["seen"]
+        seen.clear()
+        reward.function.__globals__["limit"] = 2
+    np.testing.assert_allclose(reward.score(images, prompts), expected, atol=1e-6)
+    assert seen == [5, 2, 2, 1, 2] and reward.batch_size == 2
+    assert "does not hold 5 images at once: goes on with 2\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "function"])
 def test_bad_images(hps, tmp_path, name):
     """Skipped ones give NaN and leave the others' scores as they are."""
     (tmp_path / "mine.py").write_text(
