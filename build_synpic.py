@@ -55,7 +55,7 @@ import traceback
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -246,7 +246,9 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
         if not missing:
             continue
         draw, size = Generator(entry, state.device), args.generation_batch_size
-        with image_bar(f"draw {name}", sum(len(ids) for _, ids, _ in missing), state) as progress:
+        total, writing = sum(len(ids) for _, ids, _ in missing), Future()
+        writing.set_result(None)
+        with image_bar(f"draw {name}", total, state) as progress, ThreadPoolExecutor(4) as pool:
             for file, ids, rows in missing:
                 started = time.time()
                 images = read_column(file, "prompt_id", "image")  # of a shard that was not full
@@ -257,21 +259,18 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
                 for start in range(0, len(todo), args.generation_batch_size):
                     batch = todo[start : start + args.generation_batch_size]
                     drawn, size = in_fitting_parts(draw, batch, size, f"generator {name}")
-                    for (row, _), image in zip(batch, drawn):
-                        images[row["prompt_id"]] = encode_image(image, args.image_format)
+                    for (row, _), image in zip(batch, drawn):  # encoded while the next batch is drawn
+                        images[row["prompt_id"]] = pool.submit(encode_image, image, args.image_format)
                     progress.update(len(batch))
                     if stop_signals:  # the next run goes on within the shard
                         break
+                writing.result()  # the shard before: at most two are in memory, and an error ends the run
                 seeds = {id: seed for id, seed in zip(ids, seeds) if id in images}
-                images = [images[id] for id in seeds]
-                columns = {
-                    "prompt_id": [*seeds],
-                    "image": pa.array(images, pa.large_binary()),
-                    "seed": [*seeds.values()],
-                }
-                facts = {"prompts": hash_of([*seeds]), "images": hash_of(images)}
-                write_shard(file, columns, facts, started, state.device)
+                writing = pool.submit(write_images, file, images, seeds, time.time() - started, state.device)
+                if stop_signals:
+                    writing.result()
                 stop_if_asked(f"all images drawn so far are in {args.output_dir}: the same command goes on")
+            writing.result()
         del draw
         free_memory()
     state.wait_for_everyone()
@@ -305,7 +304,8 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
                 new = reward.score([images[n] for n in todo], [rows[n]["prompt"] for n in todo])
                 scores |= {hashes[n]: value for n, value in zip(todo, new)}
                 scores = pa.array([scores[item] for item in hashes], pa.float32())
-                write_shard(target, {"prompt_id": ids, "image": hashes, "score": scores}, facts, started, state.device)
+                columns, seconds = {"prompt_id": ids, "image": hashes, "score": scores}, time.time() - started
+                write_shard(target, columns, facts, seconds, state.device)
                 progress.update(len(ids))
         del reward
         free_memory()
@@ -706,9 +706,16 @@ def read_column(file: Path, key: str, value: str) -> dict:
     return dict(zip(table[key].to_pylist(), table[value].to_pylist()))
 
 
-def write_shard(file: Path, columns: dict, facts: dict, started: float, device: torch.device) -> None:
+def write_images(file: Path, images: dict, seeds: dict, seconds: float, device: torch.device) -> None:
+    """Writes a shard of images. `images`: of each prompt_id the bytes, or the work that makes them."""
+    images = [image.result() if isinstance(image, Future) else image for image in (images[id] for id in seeds)]
+    columns = {"prompt_id": [*seeds], "image": pa.array(images, pa.large_binary()), "seed": [*seeds.values()]}
+    write_shard(file, columns, {"prompts": hash_of([*seeds]), "images": hash_of(images)}, seconds, device)
+
+
+def write_shard(file: Path, columns: dict, facts: dict, seconds: float, device: torch.device) -> None:
     """Writes a shard with the device and the seconds that it took, those of its earlier versions included."""
-    seconds = time.time() - started + (shard_facts(file) or {}).get("seconds", 0.0)
+    seconds += (shard_facts(file) or {}).get("seconds", 0.0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     write_table(pa.table(columns), file, {**facts, "seconds": seconds, "device": name})
 

@@ -574,3 +574,20 @@ def test_out_of_memory_halves_the_batch_and_draws_the_same(built, prompts, recip
     for size in ("0", "many"):
         message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "no", generation_batch_size=size))
         assert message == f"--generation_batch_size {size}: must be a whole number, at least 1, or auto"
+
+
+def test_an_error_in_encoding_or_writing_beside_the_drawing_ends_the_run(prompts, recipe, tmp_path, monkeypatch):
+    """Shards that were finished before it stay."""
+    encode, encoded = build_synpic.encode_image, []
+
+    def failing(image, image_format):
+        encoded.append(image)
+        if len(encoded) == 6:
+            raise OSError("cannot encode")
+        return encode(image, image_format)
+
+    monkeypatch.setattr(build_synpic, "encode_image", failing)
+    with pytest.raises(OSError, match="cannot encode"):
+        call("build_synpic", *flags(prompts, recipe, tmp_path / "out", stages="generate"))
+    names = [path.name for path in sorted((tmp_path / "out" / "work" / "images" / "one").glob("*.parquet"))]
+    assert "00000.parquet" in names and "00001.parquet" not in names
