@@ -294,14 +294,12 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
         if not missing:
             continue
         reward = load_reward_model(name, state.device, batch_size=args.reward_batch_size)
-        with image_bar(f"score {column}", sum(len(rows) for *_, rows in missing), state) as progress:
-            for source, target, facts, rows in missing:
-                started = time.time()
-                images, ids = read_table(source)["image"].to_pylist(), [row["prompt_id"] for row in rows]
-                hashes = [hash_of([image, id]) for image, id in zip(images, ids)]
-                scores = read_column(target, "image", "score")
-                todo = [n for n in range(len(ids)) if hashes[n] not in scores]
-                new = reward.score([images[n] for n in todo], [rows[n]["prompt"] for n in todo])
+        total = sum(len(rows) for *_, rows in missing)
+        with image_bar(f"score {column}", total, state) as progress, ThreadPoolExecutor(1) as pool:
+            read = (read_unscored(reward, *shard) for shard in missing)  # the next one, while this one is scored
+            for target, facts, rows, hashes, scores, todo, images in one_ahead(read, pool):
+                started, ids = time.time(), [row["prompt_id"] for row in rows]
+                new = reward.score(images, [rows[n]["prompt"] for n in todo])
                 scores |= {hashes[n]: value for n, value in zip(todo, new)}
                 scores = pa.array([scores[item] for item in hashes], pa.float32())
                 columns, seconds = {"prompt_id": ids, "image": hashes, "score": scores}, time.time() - started
@@ -704,6 +702,16 @@ def read_column(file: Path, key: str, value: str) -> dict:
     except Damaged:
         return {}
     return dict(zip(table[key].to_pylist(), table[value].to_pylist()))
+
+
+def read_unscored(reward: "RewardModel", source: Path, target: Path, facts: dict, rows: list[dict]) -> tuple:
+    """What is to do for a shard: target, facts, rows, the hash of each row's image, scores that exist by hash, numbers
+    of the rows without a score, and their images, the first of them in preparation."""
+    images = read_table(source)["image"].to_pylist()
+    hashes = [hash_of([image, row["prompt_id"]]) for image, row in zip(images, rows)]
+    scores = read_column(target, "image", "score")
+    todo = [n for n in range(len(rows)) if hashes[n] not in scores]
+    return target, facts, rows, hashes, scores, todo, reward.begin([images[n] for n in todo])
 
 
 def write_images(file: Path, images: dict, seeds: dict, seconds: float, device: torch.device) -> None:
@@ -1428,20 +1436,25 @@ class RewardModel:
         results, self.batch_size = in_fitting_parts(work, items, self.batch_size, f"reward {self.name}")
         return results
 
+    def begin(self, images: list) -> list:
+        """Begins to prepare the first images, which `score` then takes as they are: so the device does not wait."""
+        ready = [workers().submit(self.decode_and_prepare, image) for image in images[: 2 * self.batch_size]]
+        return ready + images[len(ready) :]
+
     def prepared_batches(self, images: list, skip_bad: bool):
         """Yields batches of (position, prepared image). Workers stay two batches ahead."""
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            submitted = deque()
-            for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
-                submitted.append([(i, pool.submit(self.decode_and_prepare, image)) for i, image in batch])
-                if len(submitted) > 2:
-                    stop_if_asked("all scores of finished shards are kept: the same command goes on")
-                    futures = submitted.popleft()
-                    if skip_bad:
-                        futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
-                    yield [(position, future.result()) for position, future in futures]
-                    if self.progress is not None:
-                        self.progress.update(len(futures))
+        submitted = deque()
+        for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
+            begun = [image if isinstance(image, Future) else self.begin([image])[0] for _, image in batch]
+            submitted.append([(i, future) for (i, _), future in zip(batch, begun)])
+            if len(submitted) > 2:
+                stop_if_asked("all scores of finished shards are kept: the same command goes on")
+                futures = submitted.popleft()
+                if skip_bad:
+                    futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
+                yield [(position, future.result()) for position, future in futures]
+                if self.progress is not None:
+                    self.progress.update(len(futures))
 
     def decode_and_prepare(self, image):
         return self.prepare(decode_image(image))
@@ -1931,6 +1944,20 @@ class VLMReward(RewardModel):
         inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
         return logits.softmax(dim=-1)[:, self.yes]
+
+
+@cache
+def workers() -> ThreadPoolExecutor:
+    """The threads that decode and prepare images."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
+def one_ahead(items: Iterator, pool: ThreadPoolExecutor) -> Iterator:
+    """The items of an iterator. A thread makes the next one while the caller works on this one."""
+    coming = pool.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = pool.submit(next, items, None)
+        yield item
 
 
 def batches(items: list, size: int):

@@ -66,7 +66,7 @@ import warnings
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -1835,20 +1835,25 @@ class RewardModel:
         results, self.batch_size = in_fitting_parts(work, items, self.batch_size, f"reward {self.name}")
         return results
 
+    def begin(self, images: list) -> list:
+        """Begins to prepare the first images, which `score` then takes as they are: so the device does not wait."""
+        ready = [workers().submit(self.decode_and_prepare, image) for image in images[: 2 * self.batch_size]]
+        return ready + images[len(ready) :]
+
     def prepared_batches(self, images: list, skip_bad: bool):
         """Yields batches of (position, prepared image). Workers stay two batches ahead."""
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            submitted = deque()
-            for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
-                submitted.append([(i, pool.submit(self.decode_and_prepare, image)) for i, image in batch])
-                if len(submitted) > 2:
-                    stop_if_asked("all scores of finished shards are kept: the same command goes on")
-                    futures = submitted.popleft()
-                    if skip_bad:
-                        futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
-                    yield [(position, future.result()) for position, future in futures]
-                    if self.progress is not None:
-                        self.progress.update(len(futures))
+        submitted = deque()
+        for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
+            begun = [image if isinstance(image, Future) else self.begin([image])[0] for _, image in batch]
+            submitted.append([(i, future) for (i, _), future in zip(batch, begun)])
+            if len(submitted) > 2:
+                stop_if_asked("all scores of finished shards are kept: the same command goes on")
+                futures = submitted.popleft()
+                if skip_bad:
+                    futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
+                yield [(position, future.result()) for position, future in futures]
+                if self.progress is not None:
+                    self.progress.update(len(futures))
 
     def decode_and_prepare(self, image):
         return self.prepare(decode_image(image))
@@ -2338,6 +2343,20 @@ class VLMReward(RewardModel):
         inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
         return logits.softmax(dim=-1)[:, self.yes]
+
+
+@cache
+def workers() -> ThreadPoolExecutor:
+    """The threads that decode and prepare images."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
+def one_ahead(items: Iterator, pool: ThreadPoolExecutor) -> Iterator:
+    """The items of an iterator. A thread makes the next one while the caller works on this one."""
+    coming = pool.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = pool.submit(next, items, None)
+        yield item
 
 
 def batches(items: list, size: int):

@@ -56,7 +56,7 @@ import traceback
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -297,9 +297,10 @@ def score(args: ScriptArguments, pairs: "Pairs", shards: list[dict], state: Part
         total = sum(len(shard["keys"]) for shard in missing)
         name, disable = reward_name(args.reward), not state.is_local_main_process
         progress = progress_bar(total=total, desc=f"score {name}", unit="image", disable=disable)
-        for shard, table in shard_tables(args, pairs, missing):
-            score_shard(args, pairs, reward, shard, table)
-            progress.update(len(shard["keys"]))
+        with ThreadPoolExecutor(1) as pool:
+            for shard, images, begun, prompts in one_ahead(shards_with_images(args, pairs, reward, missing), pool):
+                score_shard(args, pairs, reward, shard, images, begun, prompts)
+                progress.update(len(shard["keys"]))
         progress.close()
     state.wait_for_everyone()
 
@@ -744,12 +745,20 @@ def shard_tables(args: ScriptArguments, pairs: Pairs, missing: list[dict]):
                 yield shards[number], table
 
 
-def score_shard(args: ScriptArguments, pairs: Pairs, reward, shard: dict, table: pa.Table) -> None:
+def shards_with_images(args: ScriptArguments, pairs: Pairs, reward, missing: list[dict]) -> Iterator[tuple]:
+    """Yields each shard with its images, the same with the first ones in preparation, and its prompts."""
+    for shard, table in shard_tables(args, pairs, missing):
+        images = [pairs.bytes_of(table[pairs.images[side]][row].as_py()) for row, side in shard["places"].tolist()]
+        prompts = [table[args.prompt_column][row].as_py() for row, _ in shard["places"].tolist()]
+        yield shard, images, reward.begin(images), prompts
+
+
+def score_shard(
+    args: ScriptArguments, pairs: Pairs, reward, shard: dict, images: list[bytes], begun: list, prompts: list[str]
+) -> None:
     """Scores the images of one shard and writes the scores, with NaN and a reason for images that do not decode."""
     started, places = time.time(), shard["places"].tolist()
-    images = [pairs.bytes_of(table[pairs.images[side]][row].as_py()) for row, side in places]
-    prompts = [table[args.prompt_column][row].as_py() for row, _ in places]
-    scores, errors = reward.score(images, prompts, skip_bad=True), [""] * len(places)
+    scores, errors = reward.score(begun, prompts, skip_bad=True), [""] * len(places)
     for place in np.flatnonzero(np.isnan(scores)):
         try:
             decode_image(images[place])
@@ -1377,20 +1386,25 @@ class RewardModel:
         results, self.batch_size = in_fitting_parts(work, items, self.batch_size, f"reward {self.name}")
         return results
 
+    def begin(self, images: list) -> list:
+        """Begins to prepare the first images, which `score` then takes as they are: so the device does not wait."""
+        ready = [workers().submit(self.decode_and_prepare, image) for image in images[: 2 * self.batch_size]]
+        return ready + images[len(ready) :]
+
     def prepared_batches(self, images: list, skip_bad: bool):
         """Yields batches of (position, prepared image). Workers stay two batches ahead."""
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            submitted = deque()
-            for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
-                submitted.append([(i, pool.submit(self.decode_and_prepare, image)) for i, image in batch])
-                if len(submitted) > 2:
-                    stop_if_asked("all scores of finished shards are kept: the same command goes on")
-                    futures = submitted.popleft()
-                    if skip_bad:
-                        futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
-                    yield [(position, future.result()) for position, future in futures]
-                    if self.progress is not None:
-                        self.progress.update(len(futures))
+        submitted = deque()
+        for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
+            begun = [image if isinstance(image, Future) else self.begin([image])[0] for _, image in batch]
+            submitted.append([(i, future) for (i, _), future in zip(batch, begun)])
+            if len(submitted) > 2:
+                stop_if_asked("all scores of finished shards are kept: the same command goes on")
+                futures = submitted.popleft()
+                if skip_bad:
+                    futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
+                yield [(position, future.result()) for position, future in futures]
+                if self.progress is not None:
+                    self.progress.update(len(futures))
 
     def decode_and_prepare(self, image):
         return self.prepare(decode_image(image))
@@ -1880,6 +1894,20 @@ class VLMReward(RewardModel):
         inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
         return logits.softmax(dim=-1)[:, self.yes]
+
+
+@cache
+def workers() -> ThreadPoolExecutor:
+    """The threads that decode and prepare images."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
+def one_ahead(items: Iterator, pool: ThreadPoolExecutor) -> Iterator:
+    """The items of an iterator. A thread makes the next one while the caller works on this one."""
+    coming = pool.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = pool.submit(next, items, None)
+        yield item
 
 
 def batches(items: list, size: int):

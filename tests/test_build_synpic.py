@@ -168,11 +168,8 @@ def test_many_shards_make_few_files(recipe, tmp_path, monkeypatch):
         def __init__(self, *arguments):
             pass
 
-        def __call__(self, prompts, seeds):
-            return [
-                PILImage.new("RGB", (8, 8), (seed % 256, 0, int(prompt[1:]) % 256))
-                for prompt, seed in zip(prompts, seeds)
-            ]
+        def __call__(self, batch):
+            return [PILImage.new("RGB", (8, 8), (seed % 256, 0, int(row["prompt"][1:]) % 256)) for row, seed in batch]
 
     monkeypatch.setattr(build_synpic, "Generator", Painter)
     (tmp_path / "prompts.txt").write_text("\n".join(f"p{i}" for i in range(405)) + "\n")
@@ -242,7 +239,7 @@ def test_more_prompts_keep_the_full_shards(built, prompts, recipe, tmp_path, mon
     drawn, scored = [], []
     generator, function = build_synpic.Generator.__call__, build_synpic.FunctionReward.score
     monkeypatch.setattr(
-        build_synpic.Generator, "__call__", lambda self, p, s: drawn.append(len(p)) or generator(self, p, s)
+        build_synpic.Generator, "__call__", lambda self, batch: drawn.append(len(batch)) or generator(self, batch)
     )
     monkeypatch.setattr(
         build_synpic.FunctionReward, "score", lambda self, i, p: scored.extend([1] * len(p)) or function(self, i, p)
