@@ -56,7 +56,7 @@ import traceback
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -154,7 +154,7 @@ class ScriptArguments:
     generators: str | None = flag(
         None, "YAML list: name, model, load, call, prior of each. Default: the paper's four.", group="Generators"
     )
-    generation_batch_size: int = flag(4, "Images drawn together.", min=1)
+    generation_batch_size: str = flag("4", "Images drawn together; auto: as many as fit, at most 32.")
     image_format: Literal["jpg", "png"] = flag("jpg", "jpg (quality 95, which the Hub's viewer shows) or png.")
     seed: int = flag(0, "Seeds the images, together with the prompt and the generator's name.", min=0, max=2**32 - 1)
     rewards: list[str] = flag(
@@ -168,6 +168,8 @@ class ScriptArguments:
     )
     shard_size: int = flag(64, "Prompts per shard: the work that a crash can lose.", min=1)
     stages: list[str] = flag(lambda: list(STAGES), "Stages to run.", choices=STAGES)
+    task_index: str = flag("auto", "Which of --num_tasks this is, from 0. auto: the scheduler's number.")
+    num_tasks: str = flag("auto", "Generate and score as one of N independent tasks. auto: the scheduler's, else 1.")
     gpu_hourly_cost: float | None = flag(None, "$ per GPU and hour, for the card.", min=0)
     push_to_hub: bool = flag(False, "Upload the dataset in the publish stage.")
     hub_dataset_id: str | None = flag(None, "Dataset repository: user/name.")
@@ -178,6 +180,11 @@ class ScriptArguments:
         if not self.prompts:
             raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
+        complete_task_flags(self, last=("rank", "publish"))
+        size = "32" if self.generation_batch_size == "auto" else self.generation_batch_size
+        if not re.fullmatch(r"[1-9]\d{0,8}", size):
+            raise SystemExit(f"--generation_batch_size {size}: must be a whole number, at least 1, or auto")
+        self.generation_batch_size = int(size)
         if self.push_to_hub and not self.hub_dataset_id:
             raise SystemExit("--push_to_hub needs --hub_dataset_id user/name")
 
@@ -228,20 +235,22 @@ def preference_rank(scores: np.ndarray) -> np.ndarray:
 def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
     """Draws the missing images. Each generator is loaded once, draws its shards, and is freed.
 
-    Shards belong to processes by number, not by what is missing, because processes look at different times.
+    Shards belong to tasks and to their processes by number, not by what is missing: they look at different times.
     """
     for entry in generators:
         name = entry["name"]
         write_settings(Path(args.output_dir, "work", "images", name), generator_settings(entry))
         missing = []
-        for s in range(state.process_index, len(shards), state.num_processes):
+        for s in own_shards(args, shards)[state.process_index :: state.num_processes]:
             file, ids = shard_file(args, s, "images", name), [row["prompt_id"] for row in shards[s]]
             if not is_complete(file, prompts=hash_of(ids)):
                 missing.append((file, ids, shards[s]))
         if not missing:
             continue
-        draw = Generator(entry, state.device)
-        with image_bar(f"draw {name}", sum(len(ids) for _, ids, _ in missing), state) as progress:
+        draw, size = Generator(entry, state.device), args.generation_batch_size
+        total, writing = sum(len(ids) for _, ids, _ in missing), Future()
+        writing.set_result(None)
+        with image_bar(f"draw {name}", total, state) as progress, ThreadPoolExecutor(4) as pool:
             for file, ids, rows in missing:
                 started = time.time()
                 images = read_column(file, "prompt_id", "image")  # of a shard that was not full
@@ -251,22 +260,19 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
                 progress.update(len(rows) - len(todo))
                 for start in range(0, len(todo), args.generation_batch_size):
                     batch = todo[start : start + args.generation_batch_size]
-                    drawn = draw([row["prompt"] for row, _ in batch], [seed for _, seed in batch])
-                    for (row, _), image in zip(batch, drawn):
-                        images[row["prompt_id"]] = encode_image(image, args.image_format)
+                    drawn, size = in_fitting_parts(draw, batch, size, f"generator {name}")
+                    for (row, _), image in zip(batch, drawn):  # encoded while the next batch is drawn
+                        images[row["prompt_id"]] = pool.submit(encode_image, image, args.image_format)
                     progress.update(len(batch))
                     if stop_signals:  # the next run goes on within the shard
                         break
+                writing.result()  # the shard before: at most two are in memory, and an error ends the run
                 seeds = {id: seed for id, seed in zip(ids, seeds) if id in images}
-                images = [images[id] for id in seeds]
-                columns = {
-                    "prompt_id": [*seeds],
-                    "image": pa.array(images, pa.large_binary()),
-                    "seed": [*seeds.values()],
-                }
-                facts = {"prompts": hash_of([*seeds]), "images": hash_of(images)}
-                write_shard(file, columns, facts, started, state.device)
+                writing = pool.submit(write_images, file, images, seeds, time.time() - started, state.device)
+                if stop_signals:
+                    writing.result()
                 stop_if_asked(f"all images drawn so far are in {args.output_dir}: the same command goes on")
+            writing.result()
         del draw
         free_memory()
     state.wait_for_everyone()
@@ -277,7 +283,7 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
 
     A score belongs to an image by the hash of its bytes, so an image that is drawn again is scored again.
     """
-    jobs = [(entry["name"], s) for entry in generators for s in range(len(shards))]
+    jobs = [(entry["name"], s) for entry in generators for s in own_shards(args, shards)]
     for name in args.rewards:
         column = reward_name(name)
         write_settings(Path(args.output_dir, "work", "scores", column), reward_settings(name))
@@ -290,17 +296,16 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
         if not missing:
             continue
         reward = load_reward_model(name, state.device, batch_size=args.reward_batch_size)
-        with image_bar(f"score {column}", sum(len(rows) for *_, rows in missing), state) as progress:
-            for source, target, facts, rows in missing:
-                started = time.time()
-                images, ids = read_table(source)["image"].to_pylist(), [row["prompt_id"] for row in rows]
-                hashes = [hash_of([image, id]) for image, id in zip(images, ids)]
-                scores = read_column(target, "image", "score")
-                todo = [n for n in range(len(ids)) if hashes[n] not in scores]
-                new = reward.score([images[n] for n in todo], [rows[n]["prompt"] for n in todo])
+        total = sum(len(rows) for *_, rows in missing)
+        with image_bar(f"score {column}", total, state) as progress, ThreadPoolExecutor(1) as pool:
+            read = (read_unscored(reward, *shard) for shard in missing)  # the next one, while this one is scored
+            for target, facts, rows, hashes, scores, todo, images in one_ahead(read, pool):
+                started, ids = time.time(), [row["prompt_id"] for row in rows]
+                new = reward.score(images, [rows[n]["prompt"] for n in todo])
                 scores |= {hashes[n]: value for n, value in zip(todo, new)}
                 scores = pa.array([scores[item] for item in hashes], pa.float32())
-                write_shard(target, {"prompt_id": ids, "image": hashes, "score": scores}, facts, started, state.device)
+                columns, seconds = {"prompt_id": ids, "image": hashes, "score": scores}, time.time() - started
+                write_shard(target, columns, facts, seconds, state.device)
                 progress.update(len(ids))
         del reward
         free_memory()
@@ -406,7 +411,7 @@ def main(args: ScriptArguments) -> None:
             check_generator(entry)
         probe_rewards(args.rewards, generators[0], prompts)
     state.wait_for_everyone()  # no process writes before all have checked
-    if args.push_to_hub:  # a wrong token or name fails now, not after the work
+    if args.push_to_hub and args.num_tasks == 1:  # a wrong token or name fails now, not after the work
         with state.main_process_first():
             args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
             check_dataset_repo(args.hub_dataset_id, DATA_FILES)
@@ -414,8 +419,10 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process:
         work = Path(args.output_dir) / "work"
         write_settings(work, settings)
-        remove_temporary_files(Path(args.output_dir))
-        write_json(work / "prompts.json", {"prompts": prompts})
+        if args.num_tasks == 1:  # else they may be another task's
+            remove_temporary_files(Path(args.output_dir))
+        if read_prompt_list(work) != prompts:
+            write_json(work / "prompts.json", {"prompts": prompts})
     state.wait_for_everyone()
     rows = [{"prompt_id": hash_of([prompt]), "prompt": prompt} for prompt in prompts]  # the same id in every dataset
     shards = [rows[start : start + args.shard_size] for start in range(0, len(rows), args.shard_size)]
@@ -423,7 +430,11 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process:
         if "publish" in args.stages and args.push_to_hub:
             publish(args, DATA_FILES, ("grid.png",))
-        print(f"{len(rows)} prompts x {len(generators)} images in {args.output_dir}")
+        if args.num_tasks > 1:
+            last = "--num_tasks 1 --stages rank publish"
+            print(f"task {args.task_index} of {args.num_tasks} is done. After all of them: the same with {last}")
+        else:
+            print(f"{len(rows)} prompts x {len(generators)} images in {args.output_dir}")
 
 
 def run_stages(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
@@ -594,7 +605,9 @@ class Generator:
         return pipeline
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], seeds: list[int]) -> list[PILImage.Image]:
+    def __call__(self, batch: list[tuple[dict, int]]) -> list[PILImage.Image]:
+        """The images of these rows and seeds."""
+        prompts, seeds = [row["prompt"] for row, _ in batch], [seed for _, seed in batch]
         # One generator per image, on the CPU: an image does not depend on its batch or on the kind of GPU.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         call = dict(self.entry.get("call", {}))
@@ -624,14 +637,10 @@ def encode_image(image: PILImage.Image, image_format: str) -> bytes:
 def check_work(args: ScriptArguments, settings: dict, prompts: list[str], generators: list[dict]) -> None:
     """Exits with one line if the output folder holds another run: other files, prompts or settings. Writes nothing."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir) / "work"
-    if not work.is_dir() and not is_empty(output_dir):
+    if not is_empty(output_dir) and not work.is_dir():  # in this order: another task may begin just now
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
     check_settings(work, settings, "a run")
-    try:
-        previous = read_json(work / "prompts.json").get("prompts")
-    except Damaged as error:
-        warn(f"{error}: it is written again")
-        previous = None
+    previous = read_prompt_list(work)
     if previous is not None:
         if previous[: len(prompts)] != prompts[: len(previous)]:
             raise SystemExit(f"--output_dir {output_dir} holds a run on other prompts: choose another folder")
@@ -644,11 +653,25 @@ def check_work(args: ScriptArguments, settings: dict, prompts: list[str], genera
         check_settings(work / "scores" / reward_name(name), reward_settings(name), f"scores of {reward_name(name)}")
 
 
+def read_prompt_list(work: Path) -> list[str] | None:
+    """The prompts of an earlier run; None if there is none, or their file is damaged."""
+    try:
+        return read_json(work / "prompts.json").get("prompts")
+    except Damaged as error:
+        warn(f"{error}: it is written again")
+        return None
+
+
 def check_finished(args: ScriptArguments) -> None:
     """Exits with one line unless the folder holds a dataset that can be published."""
     if not all(Path(args.output_dir, name).exists() for name in ("README.md", "data", "scores")):
         raise SystemExit(f"--output_dir {args.output_dir} holds no dataset to publish: run the rank stage first")
     check_dataset_folder("--output_dir", args.output_dir)
+
+
+def own_shards(args: ScriptArguments, shards: list) -> range:
+    """The numbers of this task's shards. All other stages of a shard belong to the same task, so no task waits."""
+    return range(args.task_index, len(shards), args.num_tasks)
 
 
 def shard_file(args: ScriptArguments, shard: int, *folders: str) -> Path:
@@ -683,9 +706,26 @@ def read_column(file: Path, key: str, value: str) -> dict:
     return dict(zip(table[key].to_pylist(), table[value].to_pylist()))
 
 
-def write_shard(file: Path, columns: dict, facts: dict, started: float, device: torch.device) -> None:
+def read_unscored(reward: "RewardModel", source: Path, target: Path, facts: dict, rows: list[dict]) -> tuple:
+    """What is to do for a shard: target, facts, rows, the hash of each row's image, scores that exist by hash, numbers
+    of the rows without a score, and their images, the first of them in preparation."""
+    images = read_table(source)["image"].to_pylist()
+    hashes = [hash_of([image, row["prompt_id"]]) for image, row in zip(images, rows)]
+    scores = read_column(target, "image", "score")
+    todo = [n for n in range(len(rows)) if hashes[n] not in scores]
+    return target, facts, rows, hashes, scores, todo, reward.begin([images[n] for n in todo])
+
+
+def write_images(file: Path, images: dict, seeds: dict, seconds: float, device: torch.device) -> None:
+    """Writes a shard of images. `images`: of each prompt_id the bytes, or the work that makes them."""
+    images = [image.result() if isinstance(image, Future) else image for image in (images[id] for id in seeds)]
+    columns = {"prompt_id": [*seeds], "image": pa.array(images, pa.large_binary()), "seed": [*seeds.values()]}
+    write_shard(file, columns, {"prompts": hash_of([*seeds]), "images": hash_of(images)}, seconds, device)
+
+
+def write_shard(file: Path, columns: dict, facts: dict, seconds: float, device: torch.device) -> None:
     """Writes a shard with the device and the seconds that it took, those of its earlier versions included."""
-    seconds = time.time() - started + (shard_facts(file) or {}).get("seconds", 0.0)
+    seconds += (shard_facts(file) or {}).get("seconds", 0.0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     write_table(pa.table(columns), file, {**facts, "seconds": seconds, "device": name})
 
@@ -1011,11 +1051,6 @@ def prepare_pipeline(pipeline: DiffusionPipeline) -> None:
         pipeline.vae.enable_slicing()  # decoding a whole batch at once runs out of memory first
 
 
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared: stages (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1027,6 +1062,75 @@ def make_state() -> PartialState:
     launched = "LOCAL_RANK" in os.environ
     waiting = {"timeout": timedelta(days=7)} if launched else {}
     return PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple[list, int]:
+    """`work`, which takes a list and returns one result for each, of all items, `size` at once. Where the device's
+    memory runs out, half as many are taken from then on.
+
+    Returns:
+        the results, and how many at once did fit.
+    """
+    results = []
+    while len(results) < len(items):
+        part = items[len(results) : len(results) + size]
+        with suppress(torch.OutOfMemoryError):
+            results += work(part)
+            continue
+        if len(part) == 1:
+            raise SystemExit(f"{what}: the device's memory does not hold it with a single image")
+        size = len(part) // 2
+        free_memory()
+        warn(f"{what}: the device's memory does not hold {len(part)} images at once: goes on with {size}")
+    return results, size
+
+
+# What a scheduler calls the number of a task, the first and the last number, and the number of tasks.
+SCHEDULERS = {
+    "SLURM_ARRAY_TASK_ID": ("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT"),
+    "JOB_COMPLETION_INDEX": ("", "", "JOB_COMPLETIONS"),  # Kubernetes; the pod's template sets the count
+}
+
+
+def complete_task_flags(args: "ScriptArguments", last: tuple[str, ...]) -> None:
+    """Makes --task_index and --num_tasks numbers: those given, or a scheduler's, or one task. One of several tasks
+    leaves the `last` stages to a run of its own."""
+    index, total = args.task_index, args.num_tasks
+    for name, value in (("task_index", index), ("num_tasks", total)):
+        if not re.fullmatch(r"auto|\d{1,9}", value):
+            raise SystemExit(f"--{name} {value}: must be a whole number, or auto")
+    if index == total == "auto":
+        index, total = scheduled_task()
+    if index == "auto" and total == "1":
+        index = "0"
+    elif index == "auto":  # a task that is run again may be alone in its array, so its number counts as it is
+        index = next((os.environ[name] for name in SCHEDULERS if name in os.environ), None)
+    if index is None or total == "auto":
+        raise SystemExit("--task_index and --num_tasks belong together")
+    if int(index) >= int(total):
+        raise SystemExit(f"--task_index {index}: must be less than --num_tasks {total}: tasks are numbered from 0")
+    args.task_index, args.num_tasks, stages = int(index), int(total), args.stages
+    args.stages = [stage for stage in stages if args.num_tasks == 1 or stage not in last]
+    if not args.stages:
+        raise SystemExit(f"--stages {' '.join(stages)}: one run does this after all tasks: give --num_tasks 1")
+
+
+def scheduled_task() -> tuple[str, str]:
+    """This task's number, from 0, and the number of tasks, by the scheduler's variables; one task if there are none."""
+    for variable, (first, end, count) in SCHEDULERS.items():
+        index, first, end, count = (os.environ.get(name) for name in (variable, first, end, count))
+        if index and count and count != "1":
+            first = int(first or 0)
+            if end and int(end) - first + 1 != int(count):
+                raise SystemExit(f"{variable}: the array has gaps: number the tasks from 0, and give --num_tasks")
+            warn(f"task {int(index) - first} of {count}, by {variable}: does its share only; --num_tasks 1 does all")
+            return str(int(index) - first), count
+    return "0", "1"
 
 
 def check_settings(folder: Path, settings: dict, what: str) -> None:
@@ -1044,9 +1148,12 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`."""
+    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`. Of tasks
+    that start at once, one writes it, and the others compare theirs with it."""
     if not (folder / "settings.json").exists():
-        write_json(folder / "settings.json", settings)
+        with replacing(folder / "settings.json", keep=True) as temporary:
+            temporary.write_text(sealed_json(settings))
+        check_settings(folder, settings, "work")
 
 
 def markdown_table(header: list[str], rows: list[list]) -> str:
@@ -1319,36 +1426,47 @@ class RewardModel:
         an image that does not decode gets NaN, else it raises BadImage. `rows` are for the user's own metrics."""
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         distinct = list(dict.fromkeys(prompts))
-        texts = [text for batch in batches(distinct, self.batch_size) for text in self.encode_prompts(batch)]
-        texts = dict(zip(distinct, texts, strict=True))
+        texts = dict(zip(distinct, self.fitting(self.encode_prompts, distinct), strict=True))
         positions, rewards = [], []
         for batch in self.prepared_batches(images, skip_bad):
-            if batch:
-                features = self.encode_images([image for _, image in batch])
-                # Rewards stay on the device until the end. Waiting for each batch would leave the device idle.
-                rewards.append(self.compare(features, [texts[prompts[position]] for position, _ in batch]))
-                positions += [position for position, _ in batch]
-        for position, reward in zip(positions, torch.cat(rewards).tolist() if rewards else []):
+            # Rewards stay on the device until the end. Waiting for each batch would leave the device idle.
+            rewards += self.fitting(self.rewards, [(image, texts[prompts[position]]) for position, image in batch])
+            positions += [position for position, _ in batch]
+        for position, reward in zip(positions, torch.stack(rewards).tolist() if rewards else []):
             if not np.isfinite(np.float32(reward)):  # scores are stored as float32
                 score = f"the score of prompt {prompts[position]!r} is {reward}"
                 raise SystemExit(f"reward {self.name}: {score}: it must be a finite number")
             scores[position] = reward
         return scores
 
+    def rewards(self, batch: list[tuple]) -> torch.Tensor:
+        """The rewards of (prepared image, encoded prompt)."""
+        return self.compare(self.encode_images([image for image, _ in batch]), [text for _, text in batch])
+
+    def fitting(self, work: Callable, items: list) -> list:
+        """`work` of all items, in batches that the device's memory holds."""
+        results, self.batch_size = in_fitting_parts(work, items, self.batch_size, f"reward {self.name}")
+        return results
+
+    def begin(self, images: list) -> list:
+        """Begins to prepare the first images, which `score` then takes as they are: so the device does not wait."""
+        ready = [workers().submit(self.decode_and_prepare, image) for image in images[: 2 * self.batch_size]]
+        return ready + images[len(ready) :]
+
     def prepared_batches(self, images: list, skip_bad: bool):
         """Yields batches of (position, prepared image). Workers stay two batches ahead."""
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            submitted = deque()
-            for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
-                submitted.append([(i, pool.submit(self.decode_and_prepare, image)) for i, image in batch])
-                if len(submitted) > 2:
-                    stop_if_asked("all scores of finished shards are kept: the same command goes on")
-                    futures = submitted.popleft()
-                    if skip_bad:
-                        futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
-                    yield [(position, future.result()) for position, future in futures]
-                    if self.progress is not None:
-                        self.progress.update(len(futures))
+        submitted = deque()
+        for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
+            begun = [image if isinstance(image, Future) else self.begin([image])[0] for _, image in batch]
+            submitted.append([(i, future) for (i, _), future in zip(batch, begun)])
+            if len(submitted) > 2:
+                stop_if_asked("all scores of finished shards are kept: the same command goes on")
+                futures = submitted.popleft()
+                if skip_bad:
+                    futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
+                yield [(position, future.result()) for position, future in futures]
+                if self.progress is not None:
+                    self.progress.update(len(futures))
 
     def decode_and_prepare(self, image):
         return self.prepare(decode_image(image))
@@ -1423,23 +1541,28 @@ class FunctionReward(RewardModel):
         given = rows or [{"prompt": prompt} for prompt in prompts]
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         for batch in self.prepared_batches(images, skip_bad):
-            positions = [position for position, _ in batch]
-            more = {"rows": [given[position] for position in positions]} if self.takes_rows else {}
-            arguments = [image for _, image in batch], [prompts[position] for position in positions]
-            values = self.call(self.function, *arguments, **more) if batch else []
-            if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
-                raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
-            values = list(values)
-            if len(values) != len(batch):
-                raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
-            for position, value in zip(positions, values):
+            values = self.fitting(self.rewards, [(image, prompts[i], given[i]) for i, image in batch])
+            for (position, _), value in zip(batch, values):
                 scores[position] = self.checked(value, prompts[position], several=rows is not None)
         return scores
+
+    def rewards(self, batch: list[tuple]) -> list:
+        """What the function returns for (image, prompt, row)."""
+        images, prompts, rows = map(list, zip(*batch))
+        values = self.call(self.function, images, prompts, **({"rows": rows} if self.takes_rows else {}))
+        if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
+            raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
+        values = list(values)
+        if len(values) != len(batch):
+            raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
+        return values
 
     def call(self, function: Callable, *arguments, **more):
         """Calls a function of the user's file; exits with one line if it fails."""
         try:
             return function(*arguments, **more)
+        except torch.OutOfMemoryError:
+            raise  # a smaller batch may fit
         except (Exception, SystemExit) as error:  # of the user's code: say where
             frame = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {one_line(error)} ({frame.filename}, line {frame.lineno})"
@@ -1851,6 +1974,20 @@ class VLMReward(RewardModel):
         inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
         return logits.softmax(dim=-1)[:, self.yes]
+
+
+@cache
+def workers() -> ThreadPoolExecutor:
+    """The threads that decode and prepare images."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
+def one_ahead(items: Iterator, pool: ThreadPoolExecutor) -> Iterator:
+    """The items of an iterator. A thread makes the next one while the caller works on this one."""
+    coming = pool.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = pool.submit(next, items, None)
+        yield item
 
 
 def batches(items: list, size: int):
@@ -2338,7 +2475,8 @@ def run_script(main: Callable) -> None:
     try:
         args = parse_arguments()
         check_folder_name(Path(args.output_dir))
-        with locked(Path(args.output_dir), "--output_dir"):
+        number, total = getattr(args, "task_index", 0), getattr(args, "num_tasks", 1)
+        with locked(Path(args.output_dir), "--output_dir", task=f"-{number}-of-{total}" if total > 1 else ""):
             main(args)
     except Exception as error:
         if stop_signals:  # another process of this run has ended at its own place
@@ -2435,20 +2573,28 @@ def loading(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, flag: str, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, flag: str, wait: bool = False, task: str = "") -> Iterator[None]:
     """Keeps other runs out of a folder, on this machine or on others that share it. If one is there, exits with one
-    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind."""
+    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind.
+
+    A `task`, "-I-of-N", shares the folder with the other tasks of N, but not with itself or a whole run."""
     if not is_first_process():
         yield
         return
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"{flag} {folder} is a file")
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    # A task leaves the folder: another one may be about to write into it.
+    created = [path for path in (folder, *folder.parents) if not task and not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    file, ended = folder / ".lock", threading.Event()
+    file, ended = folder / f".lock{task}", threading.Event()
     handle = take_lock(file, flag, wait)
     threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
     try:
+        # Both take their own lock before they look for others: of two, at least one sees the other.
+        siblings = task[task.find("-of-") :]
+        for other in set(folder.glob(".lock*")) - {file}:
+            if not task or not other.name.endswith(siblings):
+                refuse_owner(other, flag, remove=not task)
         yield
     finally:
         ended.set()
@@ -2468,15 +2614,7 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
         handle = open(file, "a+")
         handle.seek(0)
         owner = handle.read()
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = owner_is_gone(file, owner)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
-                raise
-            free = error.errno in NO_LOCKS
-            if free:
-                warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        free = is_free(file, handle, owner, fcntl.LOCK_EX)
         if free and is_file_of(handle, file):
             break
         handle.close()
@@ -2491,6 +2629,29 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
     handle.write(f"process {os.getpid()} on {platform.node()}")
     handle.flush()
     return handle
+
+
+def refuse_owner(file: Path, flag: str, remove: bool) -> None:
+    """Exits with one line if the owner of another lock is alive. `remove`: takes away the lock of one that is dead."""
+    with suppress(FileNotFoundError), open(file, "r+") as handle:
+        owner = handle.read()
+        if not is_free(file, handle, owner, fcntl.LOCK_SH):  # shared: several tasks may look at once
+            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
+        if remove:
+            file.unlink()
+
+
+def is_free(file: Path, handle: IO, owner: str, kind: int) -> bool:
+    """Locks an open file, exclusively or shared; whether its owner, the process that the file names, has ended."""
+    try:
+        fcntl.lockf(handle, kind | fcntl.LOCK_NB)
+        return owner_is_gone(file, owner)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
+            raise
+        if error.errno in NO_LOCKS:
+            warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        return error.errno in NO_LOCKS
 
 
 def is_file_of(handle: IO, file: Path) -> bool:
@@ -2614,19 +2775,33 @@ class Damaged(Exception):
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, keep: bool = False) -> Iterator[Path]:
     """Gives the name of a temporary file, which takes the place of `file` when the block ends, after its content has
-    reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    reached the disk. If anything fails, `file` stays as it was, and nothing is left over. With `keep`, a `file` that
+    another process has written meanwhile stays, too."""
+    # Processes on two machines may have the same number.
+    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with naming(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
-            os.replace(temporary, file)
+            if not (keep and is_linked(temporary, file)):
+                os.replace(temporary, file)
             sync(file.parent)  # the name, too, is on the disk
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_linked(source: Path, target: Path) -> bool:
+    """Gives a file a second name, unless something has that name. False: the file system has no links."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -2670,7 +2845,11 @@ def save_picture(picture: PILImage.Image, file: Path) -> None:
 
 def write_json(file: Path, record: dict) -> None:
     """Writes a JSON file with a checksum, which `read_json` verifies."""
-    write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
+    write_text(file, sealed_json(record))
+
+
+def sealed_json(record: dict) -> str:
+    return json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n"
 
 
 def read_json(file: Path, sealed: bool = True) -> dict:
@@ -2694,8 +2873,8 @@ def json_checksum(record: dict) -> str:
 
 
 def is_empty(folder: Path) -> bool:
-    """True if a folder holds nothing but this run's lock."""
-    return not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir())
+    """True if a folder holds nothing but locks: this run's, or those of tasks."""
+    return not folder.is_dir() or all(path.name.startswith(".lock") for path in folder.iterdir())
 
 
 def remove_temporary_files(folder: Path) -> None:

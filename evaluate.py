@@ -67,12 +67,12 @@ import warnings
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from io import BytesIO, StringIO
 from pathlib import Path
 from types import UnionType
@@ -123,7 +123,8 @@ BASE = "base"
 RESERVED = ("n_prompts", "n_images", "baseline", "settings", "checkpoints", "seeds", "pairwise", "missing_images")
 NETWORKS = ("unet", "transformer")  # components that --models can replace
 OWN_FILES = ("images", "scores", "results.json", "results.md", "grid.png", "curves.png")  # of an output folder
-SCORES_PER_FILE = 256  # a crash loses at most these
+STAGES = ("draw", "score", "report")
+SCORES_PER_FILE = 64  # a crash loses at most these
 FEW_PROMPTS = 25  # an interval over fewer prompts carries a warning
 # What results.json adds to a metric's name: no metric may end so.
 ENDINGS = ("_lift", "_win_rate", "_ci95", "_warning", "_category_mean", "_by_category", "_official", "_trained_on")
@@ -210,6 +211,9 @@ class ScriptArguments:
     )
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
     output_dir: str = flag("outputs/evaluation", "Folder for images, scores, results and report.")
+    stages: list[str] = flag(lambda: list(STAGES), "Stages to run.", choices=STAGES)
+    task_index: str = flag("auto", "Which of --num_tasks this is, from 0. auto: the scheduler's number.")
+    num_tasks: str = flag("auto", "Draw and score as one of N independent tasks. auto: the scheduler's, else 1.")
     grid_rows: int = flag(8, "Prompts in the picture.", min=1)
     push_to_hub: bool = flag(False, "Upload results.json, grid.png and card to the Hub.")
     hub_model_id: str | None = flag(None, "Repository of the one LoRA. Default: each LoRA's, where it is a Hub id.")
@@ -220,6 +224,7 @@ class ScriptArguments:
         if not self.prompts:
             raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
+        complete_task_flags(self, last=("report",))
         if self.resolution and self.resolution % 8:
             raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 8")
 
@@ -387,13 +392,13 @@ def hpsv2_figure(scores: np.ndarray, categories: list[str]) -> dict:
 def draw(args: ScriptArguments, prompts: list[str], models: dict, state: PartialState) -> None:
     """Draws the missing images, model by model. Loads a pipeline once for all models that follow each other in it."""
     output_dir, loaded = Path(args.output_dir), {}
-    items = [(i, n) for i in range(len(prompts)) for n in range(args.num_images_per_prompt)]
+    shards = image_shards(args, len(prompts))[args.task_index :: args.num_tasks]
     for name, model in models.items():
         if model["kind"] == "images":
             continue
         write_settings(output_dir / "images" / name, model["settings"])
         # Images belong to processes by number, not by what is missing. A damaged one is drawn again.
-        own = items[state.process_index :: state.num_processes]
+        own = list(itertools.chain(*shards))[state.process_index :: state.num_processes]
         missing = [item for item in own if not is_whole_png(image_file(output_dir, name, *item))]
         if not missing:
             continue
@@ -412,14 +417,9 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
             fitted(args, name, model, loaded[source]) as pipeline,
             progress_bar(total=len(missing), desc=f"draw {name}", unit="image", disable=hidden) as progress,
         ):
-            for start in range(0, len(missing), args.batch_size):
-                batch = missing[start : start + args.batch_size]
-                seeds = [image_seed(args, prompts[i], n) for i, n in batch]
-                generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-                try:
-                    images = pipeline(prompt=[prompts[i] for i, _ in batch], generator=generators, **options).images
-                except (TypeError, ValueError) as error:  # the pipeline's own check of its settings
-                    raise SystemExit(f"{name}: cannot draw: {one_line(error)}") from None
+            size, draw_batch = args.batch_size, partial(draw_images, args, prompts, name, pipeline, options)
+            for batch in batches(missing, args.batch_size):
+                images, size = in_fitting_parts(draw_batch, batch, size, name)
                 for item, image in zip(batch, images):
                     save_picture(image, image_file(output_dir, name, *item))
                 progress.update(len(batch))
@@ -427,6 +427,16 @@ def draw(args: ScriptArguments, prompts: list[str], models: dict, state: Partial
     loaded.clear()
     free_memory()
     state.wait_for_everyone()
+
+
+def draw_images(args: ScriptArguments, prompts: list[str], name: str, pipeline, options: dict, batch: list) -> list:
+    """The images of these (prompt, number)."""
+    seeds = [image_seed(args, prompts[i], n) for i, n in batch]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    try:
+        return pipeline(prompt=[prompts[i] for i, _ in batch], generator=generators, **options).images
+    except (TypeError, ValueError) as error:  # the pipeline's own check of its settings
+        raise SystemExit(f"{name}: cannot draw: {one_line(error)}") from None
 
 
 def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialState) -> tuple[dict, dict]:
@@ -438,6 +448,8 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
     results, keys, unknown = {}, {}, np.full((len(rows), args.num_images_per_prompt), np.nan)
     for metric in args.metrics:
         column, scores = reward_name(metric), score_metric(args, metric, rows, models, state)
+        if args.num_tasks > 1:
+            continue
         names = {key: column + key for by_key in scores.values() for key in by_key}
         if not names or results.keys() & names.values():
             problem = "gives a metric that another one gives, too" if names else "gives no values"
@@ -451,8 +463,7 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
 
 def score_metric(args: ScriptArguments, metric: str, rows: list[dict], models: dict, state: PartialState) -> dict:
     """One metric on all processes. Returns model → suffix of the metric's name → (n_prompts, num_images_per_prompt)."""
-    items = [(i, n) for i in range(len(rows)) for n in range(args.num_images_per_prompt)]
-    shards = [items[start : start + SCORES_PER_FILE] for start in range(0, len(items), SCORES_PER_FILE)]
+    shards = image_shards(args, len(rows))
     column, reward, depends = reward_name(metric), None, {"metric": reward_settings(metric)}
     if takes_rows(metric):
         depends["rows"] = short_hash(json.dumps(rows, sort_keys=True, default=str))
@@ -461,13 +472,16 @@ def score_metric(args: ScriptArguments, metric: str, rows: list[dict], models: d
     missing = [name for name in models if scores[name] is None]
     state.wait_for_everyone()  # no process writes before all have looked
     # Files belong to processes by number, not by what is missing. Their size does not depend on the processes.
-    jobs = list(itertools.product(missing, range(len(shards))))[state.process_index :: state.num_processes]
+    own = range(args.task_index, len(shards), args.num_tasks)
+    jobs = list(itertools.product(missing, own))[state.process_index :: state.num_processes]
     hidden = not state.is_local_main_process or not jobs
     counts = [count_pictures(models[name], shards[n]) for name, n in jobs]
     with progress_bar(total=sum(counts), desc=column, unit="image", disable=hidden) as progress:
         for (name, number), count in zip(jobs, counts):
             file = scores_file(args, column, name, number)
             if stored_scores(file, settings[name]) is None:
+                if "score" not in args.stages:
+                    raise SystemExit(f"{file} is missing: run the stages draw and score first")
                 reward = reward or load_reward_model(metric, state.device, batch_size=args.reward_batch_size)
                 reward.progress = progress
                 values = score_shard(args, reward, rows, models[name], name, shards[number])
@@ -477,6 +491,8 @@ def score_metric(args: ScriptArguments, metric: str, rows: list[dict], models: d
     del reward
     free_memory()
     state.wait_for_everyone()
+    if args.num_tasks > 1:  # other tasks have the other parts
+        return {}
     if state.is_main_process:
         for name in missing:
             merge_scores(args, column, name, settings[name], len(rows), len(shards))
@@ -558,16 +574,22 @@ def main(args: ScriptArguments) -> None:
         model["settings"] = image_settings(args, rows, categories, model)
         check_settings(Path(args.output_dir, "images", name), model["settings"], f"images of {name}")
     state.wait_for_everyone()  # no process writes before all have checked
-    repositories = hub_repositories(args, models) if args.push_to_hub else {}
+    repositories = hub_repositories(args, models) if args.push_to_hub and "report" in args.stages else {}
     if state.is_main_process:  # a wrong token or name fails now, not after the work
         for name, repo_id in repositories.items():
             repositories[name] = create_repo(repo_id, "model", args.hub_private_repo)
-        remove_temporary_files(Path(args.output_dir))
+        if args.num_tasks == 1:  # else they may be another task's
+            remove_temporary_files(Path(args.output_dir))
     state.wait_for_everyone()
 
-    draw(args, prompts, models, state)
-    results, keys = score(args, rows, models, state)
-    if state.is_main_process:
+    if "draw" in args.stages:
+        draw(args, prompts, models, state)
+    if {"score", "report"} & set(args.stages):
+        results, keys = score(args, rows, models, state)
+    if state.is_main_process and args.num_tasks > 1:
+        last = "--num_tasks 1 --stages report"
+        print(f"task {args.task_index} of {args.num_tasks} is done. After all of them: the same with {last}")
+    if state.is_main_process and "report" in args.stages:
         record, table = report(args, results, keys, rows, categories, models)
         for name, repo_id in repositories.items():
             publish(args, repo_id, results_card(args, name, repo_id, record, table))
@@ -1017,6 +1039,12 @@ def public_settings(own: "FunctionReward") -> dict[str, dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Scores on disk
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def image_shards(args: ScriptArguments, n_prompts: int) -> list[list[tuple[int, int]]]:
+    """All (prompt, number) in parts: what is scored in one file, and drawn and scored by one task."""
+    items = [(i, n) for i in range(n_prompts) for n in range(args.num_images_per_prompt)]
+    return [items[start : start + SCORES_PER_FILE] for start in range(0, len(items), SCORES_PER_FILE)]
 
 
 def scores_file(args: ScriptArguments, column: str, model: str, shard: int | None = None) -> Path:
@@ -1529,11 +1557,6 @@ def prepare_pipeline(pipeline: DiffusionPipeline) -> None:
         pipeline.vae.enable_slicing()  # decoding a whole batch at once runs out of memory first
 
 
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared: stages (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1545,6 +1568,75 @@ def make_state() -> PartialState:
     launched = "LOCAL_RANK" in os.environ
     waiting = {"timeout": timedelta(days=7)} if launched else {}
     return PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple[list, int]:
+    """`work`, which takes a list and returns one result for each, of all items, `size` at once. Where the device's
+    memory runs out, half as many are taken from then on.
+
+    Returns:
+        the results, and how many at once did fit.
+    """
+    results = []
+    while len(results) < len(items):
+        part = items[len(results) : len(results) + size]
+        with suppress(torch.OutOfMemoryError):
+            results += work(part)
+            continue
+        if len(part) == 1:
+            raise SystemExit(f"{what}: the device's memory does not hold it with a single image")
+        size = len(part) // 2
+        free_memory()
+        warn(f"{what}: the device's memory does not hold {len(part)} images at once: goes on with {size}")
+    return results, size
+
+
+# What a scheduler calls the number of a task, the first and the last number, and the number of tasks.
+SCHEDULERS = {
+    "SLURM_ARRAY_TASK_ID": ("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT"),
+    "JOB_COMPLETION_INDEX": ("", "", "JOB_COMPLETIONS"),  # Kubernetes; the pod's template sets the count
+}
+
+
+def complete_task_flags(args: "ScriptArguments", last: tuple[str, ...]) -> None:
+    """Makes --task_index and --num_tasks numbers: those given, or a scheduler's, or one task. One of several tasks
+    leaves the `last` stages to a run of its own."""
+    index, total = args.task_index, args.num_tasks
+    for name, value in (("task_index", index), ("num_tasks", total)):
+        if not re.fullmatch(r"auto|\d{1,9}", value):
+            raise SystemExit(f"--{name} {value}: must be a whole number, or auto")
+    if index == total == "auto":
+        index, total = scheduled_task()
+    if index == "auto" and total == "1":
+        index = "0"
+    elif index == "auto":  # a task that is run again may be alone in its array, so its number counts as it is
+        index = next((os.environ[name] for name in SCHEDULERS if name in os.environ), None)
+    if index is None or total == "auto":
+        raise SystemExit("--task_index and --num_tasks belong together")
+    if int(index) >= int(total):
+        raise SystemExit(f"--task_index {index}: must be less than --num_tasks {total}: tasks are numbered from 0")
+    args.task_index, args.num_tasks, stages = int(index), int(total), args.stages
+    args.stages = [stage for stage in stages if args.num_tasks == 1 or stage not in last]
+    if not args.stages:
+        raise SystemExit(f"--stages {' '.join(stages)}: one run does this after all tasks: give --num_tasks 1")
+
+
+def scheduled_task() -> tuple[str, str]:
+    """This task's number, from 0, and the number of tasks, by the scheduler's variables; one task if there are none."""
+    for variable, (first, end, count) in SCHEDULERS.items():
+        index, first, end, count = (os.environ.get(name) for name in (variable, first, end, count))
+        if index and count and count != "1":
+            first = int(first or 0)
+            if end and int(end) - first + 1 != int(count):
+                raise SystemExit(f"{variable}: the array has gaps: number the tasks from 0, and give --num_tasks")
+            warn(f"task {int(index) - first} of {count}, by {variable}: does its share only; --num_tasks 1 does all")
+            return str(int(index) - first), count
+    return "0", "1"
 
 
 def check_settings(folder: Path, settings: dict, what: str) -> None:
@@ -1562,9 +1654,12 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`."""
+    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`. Of tasks
+    that start at once, one writes it, and the others compare theirs with it."""
     if not (folder / "settings.json").exists():
-        write_json(folder / "settings.json", settings)
+        with replacing(folder / "settings.json", keep=True) as temporary:
+            temporary.write_text(sealed_json(settings))
+        check_settings(folder, settings, "work")
 
 
 def markdown_table(header: list[str], rows: list[list]) -> str:
@@ -1768,36 +1863,47 @@ class RewardModel:
         an image that does not decode gets NaN, else it raises BadImage. `rows` are for the user's own metrics."""
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         distinct = list(dict.fromkeys(prompts))
-        texts = [text for batch in batches(distinct, self.batch_size) for text in self.encode_prompts(batch)]
-        texts = dict(zip(distinct, texts, strict=True))
+        texts = dict(zip(distinct, self.fitting(self.encode_prompts, distinct), strict=True))
         positions, rewards = [], []
         for batch in self.prepared_batches(images, skip_bad):
-            if batch:
-                features = self.encode_images([image for _, image in batch])
-                # Rewards stay on the device until the end. Waiting for each batch would leave the device idle.
-                rewards.append(self.compare(features, [texts[prompts[position]] for position, _ in batch]))
-                positions += [position for position, _ in batch]
-        for position, reward in zip(positions, torch.cat(rewards).tolist() if rewards else []):
+            # Rewards stay on the device until the end. Waiting for each batch would leave the device idle.
+            rewards += self.fitting(self.rewards, [(image, texts[prompts[position]]) for position, image in batch])
+            positions += [position for position, _ in batch]
+        for position, reward in zip(positions, torch.stack(rewards).tolist() if rewards else []):
             if not np.isfinite(np.float32(reward)):  # scores are stored as float32
                 score = f"the score of prompt {prompts[position]!r} is {reward}"
                 raise SystemExit(f"reward {self.name}: {score}: it must be a finite number")
             scores[position] = reward
         return scores
 
+    def rewards(self, batch: list[tuple]) -> torch.Tensor:
+        """The rewards of (prepared image, encoded prompt)."""
+        return self.compare(self.encode_images([image for image, _ in batch]), [text for _, text in batch])
+
+    def fitting(self, work: Callable, items: list) -> list:
+        """`work` of all items, in batches that the device's memory holds."""
+        results, self.batch_size = in_fitting_parts(work, items, self.batch_size, f"reward {self.name}")
+        return results
+
+    def begin(self, images: list) -> list:
+        """Begins to prepare the first images, which `score` then takes as they are: so the device does not wait."""
+        ready = [workers().submit(self.decode_and_prepare, image) for image in images[: 2 * self.batch_size]]
+        return ready + images[len(ready) :]
+
     def prepared_batches(self, images: list, skip_bad: bool):
         """Yields batches of (position, prepared image). Workers stay two batches ahead."""
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            submitted = deque()
-            for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
-                submitted.append([(i, pool.submit(self.decode_and_prepare, image)) for i, image in batch])
-                if len(submitted) > 2:
-                    stop_if_asked("all scores of finished shards are kept: the same command goes on")
-                    futures = submitted.popleft()
-                    if skip_bad:
-                        futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
-                    yield [(position, future.result()) for position, future in futures]
-                    if self.progress is not None:
-                        self.progress.update(len(futures))
+        submitted = deque()
+        for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
+            begun = [image if isinstance(image, Future) else self.begin([image])[0] for _, image in batch]
+            submitted.append([(i, future) for (i, _), future in zip(batch, begun)])
+            if len(submitted) > 2:
+                stop_if_asked("all scores of finished shards are kept: the same command goes on")
+                futures = submitted.popleft()
+                if skip_bad:
+                    futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
+                yield [(position, future.result()) for position, future in futures]
+                if self.progress is not None:
+                    self.progress.update(len(futures))
 
     def decode_and_prepare(self, image):
         return self.prepare(decode_image(image))
@@ -1872,23 +1978,28 @@ class FunctionReward(RewardModel):
         given = rows or [{"prompt": prompt} for prompt in prompts]
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         for batch in self.prepared_batches(images, skip_bad):
-            positions = [position for position, _ in batch]
-            more = {"rows": [given[position] for position in positions]} if self.takes_rows else {}
-            arguments = [image for _, image in batch], [prompts[position] for position in positions]
-            values = self.call(self.function, *arguments, **more) if batch else []
-            if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
-                raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
-            values = list(values)
-            if len(values) != len(batch):
-                raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
-            for position, value in zip(positions, values):
+            values = self.fitting(self.rewards, [(image, prompts[i], given[i]) for i, image in batch])
+            for (position, _), value in zip(batch, values):
                 scores[position] = self.checked(value, prompts[position], several=rows is not None)
         return scores
+
+    def rewards(self, batch: list[tuple]) -> list:
+        """What the function returns for (image, prompt, row)."""
+        images, prompts, rows = map(list, zip(*batch))
+        values = self.call(self.function, images, prompts, **({"rows": rows} if self.takes_rows else {}))
+        if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
+            raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
+        values = list(values)
+        if len(values) != len(batch):
+            raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
+        return values
 
     def call(self, function: Callable, *arguments, **more):
         """Calls a function of the user's file; exits with one line if it fails."""
         try:
             return function(*arguments, **more)
+        except torch.OutOfMemoryError:
+            raise  # a smaller batch may fit
         except (Exception, SystemExit) as error:  # of the user's code: say where
             frame = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {one_line(error)} ({frame.filename}, line {frame.lineno})"
@@ -2302,6 +2413,20 @@ class VLMReward(RewardModel):
         return logits.softmax(dim=-1)[:, self.yes]
 
 
+@cache
+def workers() -> ThreadPoolExecutor:
+    """The threads that decode and prepare images."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
+def one_ahead(items: Iterator, pool: ThreadPoolExecutor) -> Iterator:
+    """The items of an iterator. A thread makes the next one while the caller works on this one."""
+    coming = pool.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = pool.submit(next, items, None)
+        yield item
+
+
 def batches(items: list, size: int):
     return (items[start : start + size] for start in range(0, len(items), size))
 
@@ -2659,7 +2784,8 @@ def run_script(main: Callable) -> None:
     try:
         args = parse_arguments()
         check_folder_name(Path(args.output_dir))
-        with locked(Path(args.output_dir), "--output_dir"):
+        number, total = getattr(args, "task_index", 0), getattr(args, "num_tasks", 1)
+        with locked(Path(args.output_dir), "--output_dir", task=f"-{number}-of-{total}" if total > 1 else ""):
             main(args)
     except Exception as error:
         if stop_signals:  # another process of this run has ended at its own place
@@ -2756,20 +2882,28 @@ def loading(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, flag: str, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, flag: str, wait: bool = False, task: str = "") -> Iterator[None]:
     """Keeps other runs out of a folder, on this machine or on others that share it. If one is there, exits with one
-    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind."""
+    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind.
+
+    A `task`, "-I-of-N", shares the folder with the other tasks of N, but not with itself or a whole run."""
     if not is_first_process():
         yield
         return
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"{flag} {folder} is a file")
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    # A task leaves the folder: another one may be about to write into it.
+    created = [path for path in (folder, *folder.parents) if not task and not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    file, ended = folder / ".lock", threading.Event()
+    file, ended = folder / f".lock{task}", threading.Event()
     handle = take_lock(file, flag, wait)
     threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
     try:
+        # Both take their own lock before they look for others: of two, at least one sees the other.
+        siblings = task[task.find("-of-") :]
+        for other in set(folder.glob(".lock*")) - {file}:
+            if not task or not other.name.endswith(siblings):
+                refuse_owner(other, flag, remove=not task)
         yield
     finally:
         ended.set()
@@ -2789,15 +2923,7 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
         handle = open(file, "a+")
         handle.seek(0)
         owner = handle.read()
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = owner_is_gone(file, owner)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
-                raise
-            free = error.errno in NO_LOCKS
-            if free:
-                warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        free = is_free(file, handle, owner, fcntl.LOCK_EX)
         if free and is_file_of(handle, file):
             break
         handle.close()
@@ -2812,6 +2938,29 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
     handle.write(f"process {os.getpid()} on {platform.node()}")
     handle.flush()
     return handle
+
+
+def refuse_owner(file: Path, flag: str, remove: bool) -> None:
+    """Exits with one line if the owner of another lock is alive. `remove`: takes away the lock of one that is dead."""
+    with suppress(FileNotFoundError), open(file, "r+") as handle:
+        owner = handle.read()
+        if not is_free(file, handle, owner, fcntl.LOCK_SH):  # shared: several tasks may look at once
+            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
+        if remove:
+            file.unlink()
+
+
+def is_free(file: Path, handle: IO, owner: str, kind: int) -> bool:
+    """Locks an open file, exclusively or shared; whether its owner, the process that the file names, has ended."""
+    try:
+        fcntl.lockf(handle, kind | fcntl.LOCK_NB)
+        return owner_is_gone(file, owner)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
+            raise
+        if error.errno in NO_LOCKS:
+            warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        return error.errno in NO_LOCKS
 
 
 def is_file_of(handle: IO, file: Path) -> bool:
@@ -2935,19 +3084,33 @@ class Damaged(Exception):
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, keep: bool = False) -> Iterator[Path]:
     """Gives the name of a temporary file, which takes the place of `file` when the block ends, after its content has
-    reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    reached the disk. If anything fails, `file` stays as it was, and nothing is left over. With `keep`, a `file` that
+    another process has written meanwhile stays, too."""
+    # Processes on two machines may have the same number.
+    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with naming(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
-            os.replace(temporary, file)
+            if not (keep and is_linked(temporary, file)):
+                os.replace(temporary, file)
             sync(file.parent)  # the name, too, is on the disk
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_linked(source: Path, target: Path) -> bool:
+    """Gives a file a second name, unless something has that name. False: the file system has no links."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -2991,7 +3154,11 @@ def save_picture(picture: PILImage.Image, file: Path) -> None:
 
 def write_json(file: Path, record: dict) -> None:
     """Writes a JSON file with a checksum, which `read_json` verifies."""
-    write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
+    write_text(file, sealed_json(record))
+
+
+def sealed_json(record: dict) -> str:
+    return json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n"
 
 
 def read_json(file: Path, sealed: bool = True) -> dict:
@@ -3015,8 +3182,8 @@ def json_checksum(record: dict) -> str:
 
 
 def is_empty(folder: Path) -> bool:
-    """True if a folder holds nothing but this run's lock."""
-    return not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir())
+    """True if a folder holds nothing but locks: this run's, or those of tasks."""
+    return not folder.is_dir() or all(path.name.startswith(".lock") for path in folder.iterdir())
 
 
 def remove_temporary_files(folder: Path) -> None:

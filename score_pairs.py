@@ -35,6 +35,7 @@ import argparse
 import ast
 import errno
 import fcntl
+import gc
 import hashlib
 import html
 import importlib.util
@@ -56,7 +57,7 @@ import traceback
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -112,6 +113,7 @@ from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 
+STAGES = ("score", "sort")
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # keys of the front matter that every run writes again
 CARD_BEGIN = "<!-- score_pairs.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what score_pairs.py wrote. -->"
@@ -185,12 +187,16 @@ class ScriptArguments:
     include_images: bool = flag(False, "Write, and push, the images too, not only other columns.", may_change=True)
     num_examples: int = flag(5, "Best and worst pairs to show in pictures; 0: none.", min=0, may_change=True)
     shard_size: int = flag(512, "Pairs per shard of work: what a crash can lose.", min=1)
+    stages: list[str] = flag(lambda: list(STAGES), "Stages to run.", choices=STAGES, may_change=True)
+    task_index: str = flag("auto", "Which of --num_tasks this is, from 0. auto: the scheduler's.", may_change=True)
+    num_tasks: str = flag("auto", "Score as one of N independent tasks. auto: the scheduler's, or 1.", may_change=True)
     push_to_hub: bool = flag(False, "Upload the dataset.", may_change=True)
     hub_dataset_id: str | None = flag(None, "Dataset repository: user/name.", may_change=True)
     hub_private_repo: bool = flag(False, "Make a new repository private.", may_change=True)
 
     def __post_init__(self):
         check_ranges(self)
+        complete_task_flags(self, last=("sort",))
         if (self.winner_dir is None) != (self.loser_dir is None):
             raise SystemExit("--winner_dir and --loser_dir belong together")
         if (self.dataset_name is None) == (self.winner_dir is None):
@@ -251,14 +257,16 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
 
 def index(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
     """Reads all rows once and checks their labels, before any model is loaded. Images are read only to make their ids
-    where the dataset has none."""
-    own = range(state.process_index, pairs.num_files, state.num_processes)
-    files = [(file, index_file(args, file)) for file in own]
-    missing = [file for file, target in files if shard_facts(target) is None or not is_usable(target)]
+    where the dataset has none.
+
+    Every task needs the index of all files. Tasks begin at different files, and pass over those that others finish."""
+    missing = [file for file in index_order(args, pairs.num_files, state) if not is_indexed(args, file)]
     without_id = [image for image, uid in zip(pairs.images, pairs.uids) if uid not in pairs.features]
     columns = list(dict.fromkeys(pairs.light_columns + without_id))
     progress = progress_bar(desc="read pairs", unit="pair", disable=not (missing and state.is_local_main_process))
     for file in missing:
+        if args.num_tasks > 1 and is_indexed(args, file):  # by another task, meanwhile
+            continue
         with replacing(index_file(args, file)) as temporary:
             writer, rows_read = None, 0
             for table in pairs.tables(file, columns):
@@ -280,23 +288,21 @@ def index(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
 
 
 def score(args: ScriptArguments, pairs: "Pairs", shards: list[dict], state: PartialState) -> None:
-    """Scores the missing shards. Each process takes a run of consecutive shards, so it reads only its own part of the
-    dataset."""
+    """Scores the missing shards. Each task, and in it each process, takes a run of consecutive shards, so it reads only
+    its own part of the dataset."""
     write_settings(score_folder(args), reward_settings(args.reward))
-    own = np.array_split(np.arange(len(shards)), state.num_processes)[state.process_index]
-    missing = []
-    for shard in (shards[i] for i in own):
-        file = score_file(args, shard)
-        if not is_complete(file, **shard["facts"]) or not is_usable(file):
-            missing.append(shard)
+    own = np.array_split(np.arange(len(shards)), args.num_tasks)[args.task_index]
+    own = np.array_split(own, state.num_processes)[state.process_index]
+    missing = [shards[i] for i in own if not is_scored(args, shards[i])]
     if missing:
         reward = load_reward_model(args.reward, state.device, batch_size=args.reward_batch_size)
         total = sum(len(shard["keys"]) for shard in missing)
         name, disable = reward_name(args.reward), not state.is_local_main_process
         progress = progress_bar(total=total, desc=f"score {name}", unit="image", disable=disable)
-        for shard, table in shard_tables(args, pairs, missing):
-            score_shard(args, pairs, reward, shard, table)
-            progress.update(len(shard["keys"]))
+        with ThreadPoolExecutor(1) as pool:
+            for shard, images, begun, prompts in one_ahead(shards_with_images(args, pairs, reward, missing), pool):
+                score_shard(args, pairs, reward, shard, images, begun, prompts)
+                progress.update(len(shard["keys"]))
         progress.close()
     state.wait_for_everyone()
 
@@ -420,7 +426,7 @@ def main(args: ScriptArguments) -> None:
     # Find everything that is wrong with flags, columns and labels before loading a model.
     check_rewards([args.reward])
     output_dir, work = Path(args.output_dir), Path(args.output_dir) / "work"
-    if not work.is_dir() and not is_empty(output_dir):
+    if not is_empty(output_dir) and not work.is_dir():  # in this order: another task may begin just now
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
     if args.dataset_name and output_dir.resolve().is_relative_to(Path(args.dataset_name).resolve()):
         raise SystemExit(f"--output_dir {output_dir} is inside the dataset: choose another folder")
@@ -438,18 +444,26 @@ def main(args: ScriptArguments) -> None:
     pairs = Pairs(args)
     state.wait_for_everyone()  # no process writes before all have checked
     published = tuple(f"{folder}/train-*-of-*.parquet" for folder in data_folders(args))
-    if args.push_to_hub and state.is_main_process:  # a wrong token or name fails now, not after the work
+    # A wrong token or name fails now, not after the work.
+    if args.push_to_hub and "sort" in args.stages and state.is_main_process:
         args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
         check_dataset_repo(args.hub_dataset_id, published)
     if state.is_main_process:
         write_settings(work, settings)
-        remove_temporary_files(output_dir)
+        if args.num_tasks == 1:  # else they may be another task's
+            remove_temporary_files(output_dir)
     state.wait_for_everyone()
 
-    index(args, pairs, state)
-    shards = shards_to_score(args, pairs)
-    score(args, pairs, shards, state)
-    if state.is_main_process:
+    if "score" in args.stages:
+        index(args, pairs, state)
+        shards = shards_to_score(args, pairs)
+        score(args, pairs, shards, state)
+    else:
+        shards = check_scored(args, pairs)
+    if state.is_main_process and args.num_tasks > 1:
+        last = "--num_tasks 1 --stages sort"
+        print(f"task {args.task_index} of {args.num_tasks} is done. After all of them: the same with {last}")
+    if state.is_main_process and "sort" in args.stages:
         ranking = rank_pairs(args, pairs, shards)
         with DatasetUpload(args.hub_dataset_id if args.push_to_hub else None) as upload:
             write_dataset(args, pairs, ranking, upload)
@@ -619,6 +633,33 @@ def score_file(args: ScriptArguments, shard: dict) -> Path:
     return score_folder(args) / f"{shard['file']:05d}-{shard['shard']:05d}.parquet"
 
 
+def index_order(args: ScriptArguments, num_files: int, state: PartialState) -> list[int]:
+    """The files that this process reads: its share; of several tasks all, its share first."""
+    if args.num_tasks == 1:
+        return list(range(state.process_index, num_files, state.num_processes))
+    place = args.task_index * state.num_processes + state.process_index
+    start = num_files * place // (args.num_tasks * state.num_processes)
+    return [*range(start, num_files), *range(start)]
+
+
+def is_indexed(args: ScriptArguments, file: int) -> bool:
+    return shard_facts(index_file(args, file)) is not None and is_usable(index_file(args, file))
+
+
+def is_scored(args: ScriptArguments, shard: dict) -> bool:
+    return is_complete(score_file(args, shard), **shard["facts"]) and is_usable(score_file(args, shard))
+
+
+def check_scored(args: ScriptArguments, pairs: Pairs) -> list[dict]:
+    """The shards, all of which have scores. Exits with one line if some are missing."""
+    if not all(is_indexed(args, file) for file in range(pairs.num_files)):
+        raise SystemExit(f"{args.output_dir}: pairs are not all read: run the score stage first")
+    shards = shards_to_score(args, pairs)
+    if missing := sum(not is_scored(args, shard) for shard in shards):
+        raise SystemExit(f"{args.output_dir}: {missing} of {len(shards)} shards lack scores: run the score stage first")
+    return shards
+
+
 def index_rows(args: ScriptArguments, pairs: Pairs, table: pa.Table, file: int, first_row: int) -> dict[str, pa.Array]:
     """The columns that the other stages need for these rows: ids, keys of (image, prompt), status and winner. Exits
     with one line that names a row whose label, prompt or id is wrong."""
@@ -706,12 +747,20 @@ def shard_tables(args: ScriptArguments, pairs: Pairs, missing: list[dict]):
                 yield shards[number], table
 
 
-def score_shard(args: ScriptArguments, pairs: Pairs, reward, shard: dict, table: pa.Table) -> None:
+def shards_with_images(args: ScriptArguments, pairs: Pairs, reward, missing: list[dict]) -> Iterator[tuple]:
+    """Yields each shard with its images, the same with the first ones in preparation, and its prompts."""
+    for shard, table in shard_tables(args, pairs, missing):
+        images = [pairs.bytes_of(table[pairs.images[side]][row].as_py()) for row, side in shard["places"].tolist()]
+        prompts = [table[args.prompt_column][row].as_py() for row, _ in shard["places"].tolist()]
+        yield shard, images, reward.begin(images), prompts
+
+
+def score_shard(
+    args: ScriptArguments, pairs: Pairs, reward, shard: dict, images: list[bytes], begun: list, prompts: list[str]
+) -> None:
     """Scores the images of one shard and writes the scores, with NaN and a reason for images that do not decode."""
     started, places = time.time(), shard["places"].tolist()
-    images = [pairs.bytes_of(table[pairs.images[side]][row].as_py()) for row, side in places]
-    prompts = [table[args.prompt_column][row].as_py() for row, _ in places]
-    scores, errors = reward.score(images, prompts, skip_bad=True), [""] * len(places)
+    scores, errors = reward.score(begun, prompts, skip_bad=True), [""] * len(places)
     for place in np.flatnonzero(np.isnan(scores)):
         try:
             decode_image(images[place])
@@ -965,6 +1014,75 @@ def make_state() -> PartialState:
     return PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
 
 
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple[list, int]:
+    """`work`, which takes a list and returns one result for each, of all items, `size` at once. Where the device's
+    memory runs out, half as many are taken from then on.
+
+    Returns:
+        the results, and how many at once did fit.
+    """
+    results = []
+    while len(results) < len(items):
+        part = items[len(results) : len(results) + size]
+        with suppress(torch.OutOfMemoryError):
+            results += work(part)
+            continue
+        if len(part) == 1:
+            raise SystemExit(f"{what}: the device's memory does not hold it with a single image")
+        size = len(part) // 2
+        free_memory()
+        warn(f"{what}: the device's memory does not hold {len(part)} images at once: goes on with {size}")
+    return results, size
+
+
+# What a scheduler calls the number of a task, the first and the last number, and the number of tasks.
+SCHEDULERS = {
+    "SLURM_ARRAY_TASK_ID": ("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT"),
+    "JOB_COMPLETION_INDEX": ("", "", "JOB_COMPLETIONS"),  # Kubernetes; the pod's template sets the count
+}
+
+
+def complete_task_flags(args: "ScriptArguments", last: tuple[str, ...]) -> None:
+    """Makes --task_index and --num_tasks numbers: those given, or a scheduler's, or one task. One of several tasks
+    leaves the `last` stages to a run of its own."""
+    index, total = args.task_index, args.num_tasks
+    for name, value in (("task_index", index), ("num_tasks", total)):
+        if not re.fullmatch(r"auto|\d{1,9}", value):
+            raise SystemExit(f"--{name} {value}: must be a whole number, or auto")
+    if index == total == "auto":
+        index, total = scheduled_task()
+    if index == "auto" and total == "1":
+        index = "0"
+    elif index == "auto":  # a task that is run again may be alone in its array, so its number counts as it is
+        index = next((os.environ[name] for name in SCHEDULERS if name in os.environ), None)
+    if index is None or total == "auto":
+        raise SystemExit("--task_index and --num_tasks belong together")
+    if int(index) >= int(total):
+        raise SystemExit(f"--task_index {index}: must be less than --num_tasks {total}: tasks are numbered from 0")
+    args.task_index, args.num_tasks, stages = int(index), int(total), args.stages
+    args.stages = [stage for stage in stages if args.num_tasks == 1 or stage not in last]
+    if not args.stages:
+        raise SystemExit(f"--stages {' '.join(stages)}: one run does this after all tasks: give --num_tasks 1")
+
+
+def scheduled_task() -> tuple[str, str]:
+    """This task's number, from 0, and the number of tasks, by the scheduler's variables; one task if there are none."""
+    for variable, (first, end, count) in SCHEDULERS.items():
+        index, first, end, count = (os.environ.get(name) for name in (variable, first, end, count))
+        if index and count and count != "1":
+            first = int(first or 0)
+            if end and int(end) - first + 1 != int(count):
+                raise SystemExit(f"{variable}: the array has gaps: number the tasks from 0, and give --num_tasks")
+            warn(f"task {int(index) - first} of {count}, by {variable}: does its share only; --num_tasks 1 does all")
+            return str(int(index) - first), count
+    return "0", "1"
+
+
 def check_settings(folder: Path, settings: dict, what: str) -> None:
     """Refuses to mix two runs: the work in `folder` must have been made with these settings."""
     record = folder / "settings.json"
@@ -980,9 +1098,12 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`."""
+    """Records what the work in a folder is made with. A record that exists is the same: see `check_settings`. Of tasks
+    that start at once, one writes it, and the others compare theirs with it."""
     if not (folder / "settings.json").exists():
-        write_json(folder / "settings.json", settings)
+        with replacing(folder / "settings.json", keep=True) as temporary:
+            temporary.write_text(sealed_json(settings))
+        check_settings(folder, settings, "work")
 
 
 def markdown_table(header: list[str], rows: list[list]) -> str:
@@ -1255,36 +1376,47 @@ class RewardModel:
         an image that does not decode gets NaN, else it raises BadImage. `rows` are for the user's own metrics."""
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         distinct = list(dict.fromkeys(prompts))
-        texts = [text for batch in batches(distinct, self.batch_size) for text in self.encode_prompts(batch)]
-        texts = dict(zip(distinct, texts, strict=True))
+        texts = dict(zip(distinct, self.fitting(self.encode_prompts, distinct), strict=True))
         positions, rewards = [], []
         for batch in self.prepared_batches(images, skip_bad):
-            if batch:
-                features = self.encode_images([image for _, image in batch])
-                # Rewards stay on the device until the end. Waiting for each batch would leave the device idle.
-                rewards.append(self.compare(features, [texts[prompts[position]] for position, _ in batch]))
-                positions += [position for position, _ in batch]
-        for position, reward in zip(positions, torch.cat(rewards).tolist() if rewards else []):
+            # Rewards stay on the device until the end. Waiting for each batch would leave the device idle.
+            rewards += self.fitting(self.rewards, [(image, texts[prompts[position]]) for position, image in batch])
+            positions += [position for position, _ in batch]
+        for position, reward in zip(positions, torch.stack(rewards).tolist() if rewards else []):
             if not np.isfinite(np.float32(reward)):  # scores are stored as float32
                 score = f"the score of prompt {prompts[position]!r} is {reward}"
                 raise SystemExit(f"reward {self.name}: {score}: it must be a finite number")
             scores[position] = reward
         return scores
 
+    def rewards(self, batch: list[tuple]) -> torch.Tensor:
+        """The rewards of (prepared image, encoded prompt)."""
+        return self.compare(self.encode_images([image for image, _ in batch]), [text for _, text in batch])
+
+    def fitting(self, work: Callable, items: list) -> list:
+        """`work` of all items, in batches that the device's memory holds."""
+        results, self.batch_size = in_fitting_parts(work, items, self.batch_size, f"reward {self.name}")
+        return results
+
+    def begin(self, images: list) -> list:
+        """Begins to prepare the first images, which `score` then takes as they are: so the device does not wait."""
+        ready = [workers().submit(self.decode_and_prepare, image) for image in images[: 2 * self.batch_size]]
+        return ready + images[len(ready) :]
+
     def prepared_batches(self, images: list, skip_bad: bool):
         """Yields batches of (position, prepared image). Workers stay two batches ahead."""
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            submitted = deque()
-            for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
-                submitted.append([(i, pool.submit(self.decode_and_prepare, image)) for i, image in batch])
-                if len(submitted) > 2:
-                    stop_if_asked("all scores of finished shards are kept: the same command goes on")
-                    futures = submitted.popleft()
-                    if skip_bad:
-                        futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
-                    yield [(position, future.result()) for position, future in futures]
-                    if self.progress is not None:
-                        self.progress.update(len(futures))
+        submitted = deque()
+        for batch in [*batches(list(enumerate(images)), self.batch_size), [], []]:
+            begun = [image if isinstance(image, Future) else self.begin([image])[0] for _, image in batch]
+            submitted.append([(i, future) for (i, _), future in zip(batch, begun)])
+            if len(submitted) > 2:
+                stop_if_asked("all scores of finished shards are kept: the same command goes on")
+                futures = submitted.popleft()
+                if skip_bad:
+                    futures = [item for item in futures if not isinstance(item[1].exception(), BadImage)]
+                yield [(position, future.result()) for position, future in futures]
+                if self.progress is not None:
+                    self.progress.update(len(futures))
 
     def decode_and_prepare(self, image):
         return self.prepare(decode_image(image))
@@ -1359,23 +1491,28 @@ class FunctionReward(RewardModel):
         given = rows or [{"prompt": prompt} for prompt in prompts]
         scores = [math.nan for _ in zip(images, prompts, strict=True)]
         for batch in self.prepared_batches(images, skip_bad):
-            positions = [position for position, _ in batch]
-            more = {"rows": [given[position] for position in positions]} if self.takes_rows else {}
-            arguments = [image for _, image in batch], [prompts[position] for position in positions]
-            values = self.call(self.function, *arguments, **more) if batch else []
-            if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
-                raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
-            values = list(values)
-            if len(values) != len(batch):
-                raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
-            for position, value in zip(positions, values):
+            values = self.fitting(self.rewards, [(image, prompts[i], given[i]) for i, image in batch])
+            for (position, _), value in zip(batch, values):
                 scores[position] = self.checked(value, prompts[position], several=rows is not None)
         return scores
+
+    def rewards(self, batch: list[tuple]) -> list:
+        """What the function returns for (image, prompt, row)."""
+        images, prompts, rows = map(list, zip(*batch))
+        values = self.call(self.function, images, prompts, **({"rows": rows} if self.takes_rows else {}))
+        if isinstance(values, (dict, str)) or not hasattr(values, "__iter__"):
+            raise SystemExit(f"reward {self.name}: returns {type(values).__name__}: it must be a list of numbers")
+        values = list(values)
+        if len(values) != len(batch):
+            raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(batch)} images")
+        return values
 
     def call(self, function: Callable, *arguments, **more):
         """Calls a function of the user's file; exits with one line if it fails."""
         try:
             return function(*arguments, **more)
+        except torch.OutOfMemoryError:
+            raise  # a smaller batch may fit
         except (Exception, SystemExit) as error:  # of the user's code: say where
             frame = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {one_line(error)} ({frame.filename}, line {frame.lineno})"
@@ -1787,6 +1924,20 @@ class VLMReward(RewardModel):
         inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
         return logits.softmax(dim=-1)[:, self.yes]
+
+
+@cache
+def workers() -> ThreadPoolExecutor:
+    """The threads that decode and prepare images."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
+def one_ahead(items: Iterator, pool: ThreadPoolExecutor) -> Iterator:
+    """The items of an iterator. A thread makes the next one while the caller works on this one."""
+    coming = pool.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = pool.submit(next, items, None)
+        yield item
 
 
 def batches(items: list, size: int):
@@ -2274,7 +2425,8 @@ def run_script(main: Callable) -> None:
     try:
         args = parse_arguments()
         check_folder_name(Path(args.output_dir))
-        with locked(Path(args.output_dir), "--output_dir"):
+        number, total = getattr(args, "task_index", 0), getattr(args, "num_tasks", 1)
+        with locked(Path(args.output_dir), "--output_dir", task=f"-{number}-of-{total}" if total > 1 else ""):
             main(args)
     except Exception as error:
         if stop_signals:  # another process of this run has ended at its own place
@@ -2371,20 +2523,28 @@ def loading(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, flag: str, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, flag: str, wait: bool = False, task: str = "") -> Iterator[None]:
     """Keeps other runs out of a folder, on this machine or on others that share it. If one is there, exits with one
-    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind."""
+    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind.
+
+    A `task`, "-I-of-N", shares the folder with the other tasks of N, but not with itself or a whole run."""
     if not is_first_process():
         yield
         return
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"{flag} {folder} is a file")
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    # A task leaves the folder: another one may be about to write into it.
+    created = [path for path in (folder, *folder.parents) if not task and not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    file, ended = folder / ".lock", threading.Event()
+    file, ended = folder / f".lock{task}", threading.Event()
     handle = take_lock(file, flag, wait)
     threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
     try:
+        # Both take their own lock before they look for others: of two, at least one sees the other.
+        siblings = task[task.find("-of-") :]
+        for other in set(folder.glob(".lock*")) - {file}:
+            if not task or not other.name.endswith(siblings):
+                refuse_owner(other, flag, remove=not task)
         yield
     finally:
         ended.set()
@@ -2404,15 +2564,7 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
         handle = open(file, "a+")
         handle.seek(0)
         owner = handle.read()
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = owner_is_gone(file, owner)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
-                raise
-            free = error.errno in NO_LOCKS
-            if free:
-                warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        free = is_free(file, handle, owner, fcntl.LOCK_EX)
         if free and is_file_of(handle, file):
             break
         handle.close()
@@ -2427,6 +2579,29 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
     handle.write(f"process {os.getpid()} on {platform.node()}")
     handle.flush()
     return handle
+
+
+def refuse_owner(file: Path, flag: str, remove: bool) -> None:
+    """Exits with one line if the owner of another lock is alive. `remove`: takes away the lock of one that is dead."""
+    with suppress(FileNotFoundError), open(file, "r+") as handle:
+        owner = handle.read()
+        if not is_free(file, handle, owner, fcntl.LOCK_SH):  # shared: several tasks may look at once
+            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
+        if remove:
+            file.unlink()
+
+
+def is_free(file: Path, handle: IO, owner: str, kind: int) -> bool:
+    """Locks an open file, exclusively or shared; whether its owner, the process that the file names, has ended."""
+    try:
+        fcntl.lockf(handle, kind | fcntl.LOCK_NB)
+        return owner_is_gone(file, owner)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
+            raise
+        if error.errno in NO_LOCKS:
+            warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        return error.errno in NO_LOCKS
 
 
 def is_file_of(handle: IO, file: Path) -> bool:
@@ -2550,19 +2725,33 @@ class Damaged(Exception):
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, keep: bool = False) -> Iterator[Path]:
     """Gives the name of a temporary file, which takes the place of `file` when the block ends, after its content has
-    reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    reached the disk. If anything fails, `file` stays as it was, and nothing is left over. With `keep`, a `file` that
+    another process has written meanwhile stays, too."""
+    # Processes on two machines may have the same number.
+    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with naming(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
-            os.replace(temporary, file)
+            if not (keep and is_linked(temporary, file)):
+                os.replace(temporary, file)
             sync(file.parent)  # the name, too, is on the disk
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_linked(source: Path, target: Path) -> bool:
+    """Gives a file a second name, unless something has that name. False: the file system has no links."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -2606,7 +2795,11 @@ def save_picture(picture: PILImage.Image, file: Path) -> None:
 
 def write_json(file: Path, record: dict) -> None:
     """Writes a JSON file with a checksum, which `read_json` verifies."""
-    write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
+    write_text(file, sealed_json(record))
+
+
+def sealed_json(record: dict) -> str:
+    return json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n"
 
 
 def read_json(file: Path, sealed: bool = True) -> dict:
@@ -2630,8 +2823,8 @@ def json_checksum(record: dict) -> str:
 
 
 def is_empty(folder: Path) -> bool:
-    """True if a folder holds nothing but this run's lock."""
-    return not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir())
+    """True if a folder holds nothing but locks: this run's, or those of tasks."""
+    return not folder.is_dir() or all(path.name.startswith(".lock") for path in folder.iterdir())
 
 
 def remove_temporary_files(folder: Path) -> None:

@@ -2076,7 +2076,8 @@ def run_script(main: Callable) -> None:
     try:
         args = parse_arguments()
         check_folder_name(Path(args.output_dir))
-        with locked(Path(args.output_dir), "--output_dir"):
+        number, total = getattr(args, "task_index", 0), getattr(args, "num_tasks", 1)
+        with locked(Path(args.output_dir), "--output_dir", task=f"-{number}-of-{total}" if total > 1 else ""):
             main(args)
     except Exception as error:
         if stop_signals:  # another process of this run has ended at its own place
@@ -2173,20 +2174,28 @@ def loading(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, flag: str, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, flag: str, wait: bool = False, task: str = "") -> Iterator[None]:
     """Keeps other runs out of a folder, on this machine or on others that share it. If one is there, exits with one
-    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind."""
+    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind.
+
+    A `task`, "-I-of-N", shares the folder with the other tasks of N, but not with itself or a whole run."""
     if not is_first_process():
         yield
         return
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"{flag} {folder} is a file")
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    # A task leaves the folder: another one may be about to write into it.
+    created = [path for path in (folder, *folder.parents) if not task and not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    file, ended = folder / ".lock", threading.Event()
+    file, ended = folder / f".lock{task}", threading.Event()
     handle = take_lock(file, flag, wait)
     threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
     try:
+        # Both take their own lock before they look for others: of two, at least one sees the other.
+        siblings = task[task.find("-of-") :]
+        for other in set(folder.glob(".lock*")) - {file}:
+            if not task or not other.name.endswith(siblings):
+                refuse_owner(other, flag, remove=not task)
         yield
     finally:
         ended.set()
@@ -2206,15 +2215,7 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
         handle = open(file, "a+")
         handle.seek(0)
         owner = handle.read()
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = owner_is_gone(file, owner)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
-                raise
-            free = error.errno in NO_LOCKS
-            if free:
-                warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        free = is_free(file, handle, owner, fcntl.LOCK_EX)
         if free and is_file_of(handle, file):
             break
         handle.close()
@@ -2229,6 +2230,29 @@ def take_lock(file: Path, flag: str, wait: bool) -> IO:
     handle.write(f"process {os.getpid()} on {platform.node()}")
     handle.flush()
     return handle
+
+
+def refuse_owner(file: Path, flag: str, remove: bool) -> None:
+    """Exits with one line if the owner of another lock is alive. `remove`: takes away the lock of one that is dead."""
+    with suppress(FileNotFoundError), open(file, "r+") as handle:
+        owner = handle.read()
+        if not is_free(file, handle, owner, fcntl.LOCK_SH):  # shared: several tasks may look at once
+            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
+        if remove:
+            file.unlink()
+
+
+def is_free(file: Path, handle: IO, owner: str, kind: int) -> bool:
+    """Locks an open file, exclusively or shared; whether its owner, the process that the file names, has ended."""
+    try:
+        fcntl.lockf(handle, kind | fcntl.LOCK_NB)
+        return owner_is_gone(file, owner)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
+            raise
+        if error.errno in NO_LOCKS:
+            warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
+        return error.errno in NO_LOCKS
 
 
 def is_file_of(handle: IO, file: Path) -> bool:
@@ -2352,19 +2376,33 @@ class Damaged(Exception):
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, keep: bool = False) -> Iterator[Path]:
     """Gives the name of a temporary file, which takes the place of `file` when the block ends, after its content has
-    reached the disk. If anything fails, `file` stays as it was, and nothing is left over."""
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
+    reached the disk. If anything fails, `file` stays as it was, and nothing is left over. With `keep`, a `file` that
+    another process has written meanwhile stays, too."""
+    # Processes on two machines may have the same number.
+    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with naming(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
-            os.replace(temporary, file)
+            if not (keep and is_linked(temporary, file)):
+                os.replace(temporary, file)
             sync(file.parent)  # the name, too, is on the disk
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_linked(source: Path, target: Path) -> bool:
+    """Gives a file a second name, unless something has that name. False: the file system has no links."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -2408,7 +2446,11 @@ def save_picture(picture: PILImage.Image, file: Path) -> None:
 
 def write_json(file: Path, record: dict) -> None:
     """Writes a JSON file with a checksum, which `read_json` verifies."""
-    write_text(file, json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n")
+    write_text(file, sealed_json(record))
+
+
+def sealed_json(record: dict) -> str:
+    return json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n"
 
 
 def read_json(file: Path, sealed: bool = True) -> dict:
@@ -2432,8 +2474,8 @@ def json_checksum(record: dict) -> str:
 
 
 def is_empty(folder: Path) -> bool:
-    """True if a folder holds nothing but this run's lock."""
-    return not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir())
+    """True if a folder holds nothing but locks: this run's, or those of tasks."""
+    return not folder.is_dir() or all(path.name.startswith(".lock") for path in folder.iterdir())
 
 
 def remove_temporary_files(folder: Path) -> None:

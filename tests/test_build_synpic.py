@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -75,6 +76,11 @@ def snapshot(folder: Path) -> dict:
     return {
         str(f.relative_to(folder)): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns) for f in files
     }
+
+
+def contents(folder: Path) -> dict:
+    """Path → content of every Parquet file of a finished dataset."""
+    return {file: content for file, (content, _) in snapshot(folder).items() if not file.startswith("work")}
 
 
 def copy(built: Path, target: Path) -> Path:
@@ -162,11 +168,8 @@ def test_many_shards_make_few_files(recipe, tmp_path, monkeypatch):
         def __init__(self, *arguments):
             pass
 
-        def __call__(self, prompts, seeds):
-            return [
-                PILImage.new("RGB", (8, 8), (seed % 256, 0, int(prompt[1:]) % 256))
-                for prompt, seed in zip(prompts, seeds)
-            ]
+        def __call__(self, batch):
+            return [PILImage.new("RGB", (8, 8), (seed % 256, 0, int(row["prompt"][1:]) % 256)) for row, seed in batch]
 
     monkeypatch.setattr(build_synpic, "Generator", Painter)
     (tmp_path / "prompts.txt").write_text("\n".join(f"p{i}" for i in range(405)) + "\n")
@@ -236,7 +239,7 @@ def test_more_prompts_keep_the_full_shards(built, prompts, recipe, tmp_path, mon
     drawn, scored = [], []
     generator, function = build_synpic.Generator.__call__, build_synpic.FunctionReward.score
     monkeypatch.setattr(
-        build_synpic.Generator, "__call__", lambda self, p, s: drawn.append(len(p)) or generator(self, p, s)
+        build_synpic.Generator, "__call__", lambda self, batch: drawn.append(len(batch)) or generator(self, batch)
     )
     monkeypatch.setattr(
         build_synpic.FunctionReward, "score", lambda self, i, p: scored.extend([1] * len(p)) or function(self, i, p)
@@ -399,8 +402,8 @@ def test_stable_cascade_draws_with_its_prior(tmp_path):
         },
     }
     draw = build_synpic.Generator(entry, "cpu")
-    images = draw(["a red circle", "a blue cross"], [1, 2])
-    again = draw(["a red circle", "a blue cross"], [1, 3])
+    rows = [{"prompt": "a red circle"}, {"prompt": "a blue cross"}]
+    images, again = (draw(list(zip(rows, seeds))) for seeds in ([1, 2], [1, 3]))
     assert len(images) == 2 and images[0].size[0] >= 32
     assert np.array_equal(np.asarray(images[0]), np.asarray(again[0]))
     assert not np.array_equal(np.asarray(images[1]), np.asarray(again[1]))
@@ -483,3 +486,105 @@ def test_grid_marks_the_best_image(built):
     best = row["rank"].index(1)
     assert grid[22 + 2, best * 256 + 100].tolist() == [0, 200, 0]
     assert PILImage.open(BytesIO(row["images"][0]["bytes"])).size == (32, 32)
+
+
+def test_three_tasks_at_once_with_one_killed_make_the_same_dataset(built, prompts, recipe, tmp_path):
+    """Independent tasks on a new shared folder, a rerun of the one that died, and one run for the last stages."""
+    command = ["build_synpic.py", *flags(prompts, recipe, tmp_path / "out")]
+    start = [sys.executable, *map(str, command)]
+    slurm = {"ID": "3", "MIN": "1", "MAX": "3", "COUNT": "3"}
+    slurm = {**os.environ, **{f"SLURM_ARRAY_TASK_{name}": value for name, value in slurm.items()}}
+    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    tasks = [subprocess.Popen([*start, "--num_tasks", "3", "--task_index", n], **quiet) for n in ("0", "1")]
+    tasks.append(subprocess.Popen(start, env=slurm, **quiet))
+    first = tmp_path / "out" / "work" / "images" / "one" / "00001.parquet"
+    while not first.exists():
+        assert tasks[1].poll() is None
+        time.sleep(0.005)
+    tasks[1].send_signal(signal.SIGKILL)
+    assert [task.wait() for task in tasks] == [0, -signal.SIGKILL, 0]
+    assert not (tmp_path / "out" / "data").exists()
+
+    message = refused("build_synpic", *command[1:], "--stages", "rank", "publish")
+    assert "00001.parquet is missing" in message and "run the" in message
+    before = snapshot(tmp_path / "out")
+    call("build_synpic", *command[1:], "--num_tasks", 3, "--task_index", 1)
+    new = written(before, snapshot(tmp_path / "out"))
+    assert new and all("00001.parquet" in name for name in new)
+    call("build_synpic", *command[1:], "--num_tasks", 1, "--stages", "rank", "publish")
+    assert contents(tmp_path / "out") == contents(built)
+
+
+def test_task_flags_come_from_a_scheduler_or_are_refused(prompts, recipe, tmp_path, monkeypatch):
+    def parsed(*more):
+        found = build_synpic.parse_arguments([str(flag) for flag in (*flags(prompts, recipe, tmp_path), *more)])
+        return found.task_index, found.num_tasks, found.stages
+
+    assert parsed() == (0, 1, ["generate", "score", "rank", "publish"])
+    assert parsed("--task_index", 2, "--num_tasks", 3) == (2, 3, ["generate", "score"])
+    for given, problem in [
+        (("--task_index", 3, "--num_tasks", 3), "must be less than --num_tasks 3"),
+        (("--task_index", 3), "belong together"),
+        (("--num_tasks", 3), "belong together"),
+        (("--num_tasks", "many"), "must be a whole number, or auto"),
+        (("--num_tasks", 3, "--task_index", 0, "--stages", "rank"), "give --num_tasks 1"),
+    ]:
+        with pytest.raises(SystemExit, match=problem):
+            parsed(*given)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "4")
+    assert parsed()[:2] == (0, 1)  # Kubernetes does not give the count
+    monkeypatch.setenv("JOB_COMPLETIONS", "6")
+    assert parsed()[:2] == (4, 6) and parsed("--num_tasks", 1)[:2] == (0, 1)
+    for name, value in {"ID": "7", "MIN": "3", "MAX": "8", "COUNT": "6"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert parsed()[:2] == (4, 6) and parsed("--num_tasks", 100)[:2] == (7, 100)  # one task of an array, run again
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    with pytest.raises(SystemExit, match="the array has gaps"):
+        parsed()
+
+
+def test_out_of_memory_halves_the_batch_and_draws_the_same(built, prompts, recipe, tmp_path, monkeypatch, capsys):
+    drawn, draw = [], build_synpic.Generator.__call__
+
+    def small_gpu(self, batch, limit=2):
+        drawn.append(len(batch))
+        if len(batch) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(self, batch)
+
+    monkeypatch.setattr(build_synpic.Generator, "__call__", small_gpu)
+    monkeypatch.setattr(build_synpic, "warned", set())
+    call("build_synpic", *flags(prompts, recipe, tmp_path / "out"))
+    warning = "warning: generator one: the device's memory does not hold 4 images at once: goes on with 2\n"
+    assert capsys.readouterr().err.count(warning) == 1
+    assert drawn == 2 * [4, 2, 2, 2, 2, 2]  # each generator tries the full batch once
+    rows, expected = (load_dataset(str(folder), split="train") for folder in (tmp_path / "out", built))
+    assert rows["seeds"] == expected["seeds"]
+    for row, other in zip(rows, expected):
+        for image, same in zip(row["images"], other["images"]):
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(same).astype(int)).max() <= 1
+
+    drawn.clear()
+    monkeypatch.setattr(build_synpic.Generator, "__call__", lambda self, batch: small_gpu(self, batch, limit=0))
+    message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "none", generation_batch_size="auto"))
+    assert message == "generator one: the device's memory does not hold it with a single image" and drawn == [4, 2, 1]
+    for size in ("0", "many"):
+        message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "no", generation_batch_size=size))
+        assert message == f"--generation_batch_size {size}: must be a whole number, at least 1, or auto"
+
+
+def test_an_error_in_encoding_or_writing_beside_the_drawing_ends_the_run(prompts, recipe, tmp_path, monkeypatch):
+    """Shards that were finished before it stay."""
+    encode, encoded = build_synpic.encode_image, []
+
+    def failing(image, image_format):
+        encoded.append(image)
+        if len(encoded) == 6:
+            raise OSError("cannot encode")
+        return encode(image, image_format)
+
+    monkeypatch.setattr(build_synpic, "encode_image", failing)
+    with pytest.raises(OSError, match="cannot encode"):
+        call("build_synpic", *flags(prompts, recipe, tmp_path / "out", stages="generate"))
+    names = [path.name for path in sorted((tmp_path / "out" / "work" / "images" / "one").glob("*.parquet"))]
+    assert "00000.parquet" in names and "00001.parquet" not in names

@@ -517,3 +517,36 @@ def test_sd3_is_drawn_with_the_tokens_asked_for_and_without_t5(tmp_path, tiny_sd
         call("evaluate", *flags, *more, "--output_dir", tmp_path / str(number))
         found.append(json.loads((tmp_path / str(number) / "results.json").read_text())["base"]["brightness"])
     assert len(set(found)) == 3
+
+
+def test_three_tasks_in_any_order_give_the_same_results(tmp_path, tiny_sdxl, lora, monkeypatch):
+    monkeypatch.setattr(evaluate, "SCORES_PER_FILE", 3)  # 12 images: four files
+    flags, tasks = make_flags(tmp_path, tiny_sdxl, lora), make_flags(tmp_path, tiny_sdxl, lora, "tasks")
+    call("evaluate", *flags)
+    for number in (2, 0):
+        call("evaluate", *tasks, "--num_tasks", 3, "--task_index", number)
+    assert not (tmp_path / "tasks" / "results.json").exists()
+    assert "is missing: run the stages draw and score" in refused("evaluate", *tasks, "--stages", "report")
+    call("evaluate", *tasks, "--num_tasks", 3, "--task_index", 1)
+    monkeypatch.setattr(evaluate, "load_reward_model", lambda *a: pytest.fail("scored again"))
+    call("evaluate", *tasks, "--stages", "report")
+    for name in ("results.json", "results.md", "grid.png"):
+        assert (tmp_path / "tasks" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_out_of_memory_halves_the_batch_and_draws_the_same(tmp_path, tiny_sdxl, lora, monkeypatch):
+    flags, small = make_flags(tmp_path, tiny_sdxl, lora), make_flags(tmp_path, tiny_sdxl, lora, "small")
+    call("evaluate", *flags, "--max_prompts", 2)
+    draw = evaluate.draw_images
+
+    def small_gpu(*arguments):
+        if len(arguments[-1]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(*arguments)
+
+    monkeypatch.setattr(evaluate, "draw_images", small_gpu)
+    call("evaluate", *small, "--max_prompts", 2)
+    for file in sorted((tmp_path / "out" / "images").rglob("*.png")):
+        other = tmp_path / "small" / file.relative_to(tmp_path / "out")
+        image, same = (np.asarray(Image.open(path)).astype(int) for path in (file, other))
+        assert np.abs(image - same).max() <= 1

@@ -4,6 +4,7 @@ is faults.py, injects many more of them."""
 
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -318,6 +319,51 @@ def test_a_second_run_on_a_folder_is_refused_while_the_first_one_lives(flags, tm
     with script.locked(tmp_path / "out", "--output_dir"):  # the lock of a dead process does not hold
         pass
     assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_tasks_share_a_folder_but_not_with_themselves_or_a_whole_run(tmp_path):
+    def hold(task, ready):
+        with script.locked(tmp_path / "out", "--output_dir", task=task):
+            ready.set()
+            time.sleep(600)
+
+    def held(task):
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=hold, args=(task, ready := context.Event()), daemon=True)
+        process.start()
+        assert ready.wait(60)
+        return process
+
+    def refused_to(task):
+        with pytest.raises(SystemExit, match="is in use by process"), script.locked(tmp_path / "out", "--f", task=task):
+            pass
+
+    task = held("-0-of-3")
+    with script.locked(tmp_path / "out", "--output_dir", task="-1-of-3"):
+        pass
+    for other in ("", "-0-of-3", "-1-of-4"):
+        refused_to(other)
+    task.kill()
+    task.join()
+    whole = held("")  # the lock of a dead task does not hold, and goes
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+    refused_to("-1-of-3")
+    whole.kill()
+    whole.join()
+    with script.locked(tmp_path / "out", "--output_dir", task="-1-of-3"):
+        pass
+
+
+def test_of_two_tasks_with_other_settings_that_start_at_once_one_is_refused(tmp_path):
+    """The check of both came before either had written."""
+    build_synpic.write_settings(tmp_path, {"seed": 0})
+    build_synpic.write_settings(tmp_path, {"seed": 0})
+    (tmp_path / "late").mkdir()
+    with build_synpic.replacing(tmp_path / "late" / "settings.json", keep=True) as temporary:
+        temporary.write_text("second")
+        (tmp_path / "late" / "settings.json").write_text("first")
+    assert (tmp_path / "late" / "settings.json").read_text() == "first"
+    assert [file.name for file in (tmp_path / "late").iterdir()] == ["settings.json"]
 
 
 def test_a_refused_run_leaves_no_folder(flags, tmp_path, monkeypatch):

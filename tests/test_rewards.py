@@ -10,6 +10,7 @@ import re
 import sys
 import types
 import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -1198,6 +1199,51 @@ def test_each_prompt_is_encoded_once(hps, monkeypatch):
     np.testing.assert_allclose(reward.score(images, prompts), alone, atol=1e-6)
     assert [len(batch) for batch in batches["encode_images"]] == [4, 2] and batches["encode_prompts"] == [["x", "y"]]
     assert reward.score([], []) == []
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "function"])
+def test_out_of_memory_halves_the_batch_and_scores_the_same(hps, tmp_path, monkeypatch, capsys, name):
+    """Rewards of our own, and the user's: on five images, where two fit."""
+    code = "import torch\nlimit, seen = 5, []\ndef mine(images, prompts):\n    seen.append(len(images))\n"
+    code += "    if len(images) > limit:\n        raise torch.OutOfMemoryError('out of memory')\n"
+    (tmp_path / "mine.py").write_text(code + "    return [image.getpixel((5, 5))[0] / 255 for image in images]\n")
+    reward = load_reward_model(f"hpsv2={hps[2]}" if name == "hpsv2" else f"{tmp_path}/mine.py:mine", batch_size=5)
+    images, prompts = [noise(60, 60, seed=seed) for seed in range(7)], list("xyyxxyz")
+    expected = reward.score(images, prompts)
+    if name == "hpsv2":
+        seen, encode = [], reward.encode_images
+
+        def small_gpu(batch):
+            seen.append(len(batch))
+            if len(batch) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return encode(batch)
+
+        monkeypatch.setattr(reward, "encode_images", small_gpu)
+    else:
+        seen = reward.function.__globals__["seen"]
+        seen.clear()
+        reward.function.__globals__["limit"] = 2
+    np.testing.assert_allclose(reward.score(images, prompts), expected, atol=1e-6)
+    assert seen == [5, 2, 2, 1, 2] and reward.batch_size == 2
+    assert "does not hold 5 images at once: goes on with 2\n" in capsys.readouterr().err
+
+
+def test_the_next_shard_is_read_and_decoded_while_this_one_is_scored(hps):
+    reward, read = load_reward_model(f"hpsv2={hps[2]}", batch_size=2), []
+
+    def shards():
+        for number in range(3):
+            read.append(number)
+            yield reward.begin([noise(60, 60, seed=10 * number + seed) for seed in range(5)])
+
+    with ThreadPoolExecutor(1) as pool:
+        for number, begun in enumerate(build_synpic.one_ahead(shards(), pool)):
+            assert [isinstance(image, Future) for image in begun] == [True] * 4 + [False]
+            expected = reward.score([noise(60, 60, seed=10 * number + seed) for seed in range(5)], ["x"] * 5)
+            np.testing.assert_allclose(reward.score(begun, ["x"] * 5), expected, atol=1e-6)
+            pool.submit(int).result()  # what was submitted before it is done
+            assert read == list(range(min(number + 2, 3)))
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "function"])

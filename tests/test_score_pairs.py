@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -549,3 +550,22 @@ def test_killed_after_the_dataset_before_the_figures(tmp_path, reward, monkeypat
     call("score_pairs", *flags(source, reward, tmp_path / "out", top_fraction=0.5))
     call("score_pairs", *flags(source, reward, tmp_path / "straight", top_fraction=0.5))
     assert figure.read_bytes() == (tmp_path / "straight" / "figures" / "quality.png").read_bytes()
+
+
+def test_three_tasks_in_any_order_make_the_same_dataset(tmp_path, reward):
+    """Each task reads the whole index, but scores only its share; no image is scored twice."""
+    dataset = write(tmp_path / "pairs", pick_a_pic(200, uids=False), files=4)
+    call("score_pairs", *flags(dataset, reward, tmp_path / "one"))
+    alone = scored(reward)
+    Path(reward.rpartition("/")[0], "log.txt").unlink()
+    tasks = [*flags(dataset, reward, tmp_path / "out"), "--num_tasks", 3, "--task_index"]
+    call("score_pairs", *tasks, 2)
+    message = refused("score_pairs", *flags(dataset, reward, tmp_path / "out"), "--stages", "sort")
+    assert re.search(r"\d+ of \d+ shards lack scores: run the score stage first", message)
+    command = [sys.executable, "score_pairs.py", *map(str, tasks)]
+    at_once = [subprocess.Popen([*command, n], cwd=ROOT, stderr=subprocess.DEVNULL) for n in ("0", "1")]
+    assert [task.wait() for task in at_once] == [0, 0]
+    call("score_pairs", *flags(dataset, reward, tmp_path / "out"), "--stages", "sort")
+    assert sorted(scored(reward)) == sorted(alone)
+    for file in ("scores/train-00000-of-00001.parquet", "statistics.json", "figures/quality.png"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
