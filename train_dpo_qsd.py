@@ -488,14 +488,14 @@ def train(
         num_training_steps=run.max_train_steps,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    if run.checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: one sync per tensor and step
+    if run.checkpoint:
         load_training_state(run.checkpoint, optimizer, lr_scheduler, accelerator.scaler)
     log = TrainingLog(args, run, parameters)
 
     for step in range(run.start_step + 1, run.max_train_steps + 1):
         totals = {}
         for _ in range(args.gradient_accumulation_steps):
-            batch = next(batches)
+            batch = log.next_batch(batches)
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     loss, metrics = training_step(model, unwrapped, noise_scheduler, batch, args)
@@ -513,8 +513,8 @@ def train(
         finite = log.write(step, logs)
         if finite or accelerator.scaler:  # with fp16 the scaler itself skips a step, and lowers the loss scale
             optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:
-                lr_scheduler.step()
+        if finite:
+            lr_scheduler.step()
         optimizer.zero_grad()
 
         due = step % args.checkpointing_steps == 0 or step == run.max_train_steps or stopping
@@ -1309,8 +1309,17 @@ def training_batches(
     sampler, workers = EpochSampler(args, len(rows.labels), *place), args.dataloader_num_workers
     on_gpu = device.type == "cuda"
     options = {"num_workers": workers, "pin_memory": on_gpu, "worker_init_fn": ignore_stop_signals}
-    loader = torch.utils.data.DataLoader(rows, batch_sampler=sampler, **options)
-    return map(partial(complete_batch, args, device, encode_prompts), loader)  # starts the workers at once
+    loader = iter(torch.utils.data.DataLoader(rows, batch_sampler=sampler, **options))  # starts the workers at once
+    return map(partial(complete_batch, args, device, encode_prompts), read_ahead(loader))
+
+
+def read_ahead(batches: Iterator) -> Iterator:
+    """The same batches. A thread reads the next one while the caller works with this one."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        ahead = thread.submit(next, batches)
+        while True:
+            batch, ahead = ahead.result(), thread.submit(next, batches)
+            yield batch
 
 
 def ignore_stop_signals(worker: int) -> None:
@@ -1340,7 +1349,7 @@ def prepare_model(args: ScriptArguments, run: Run, model: Module) -> None:
 
 
 def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
-    optimizer_class, betas = torch.optim.AdamW, (args.adam_beta1, args.adam_beta2)
+    optimizer_class, betas = partial(torch.optim.AdamW, fused=True), (args.adam_beta1, args.adam_beta2)
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     decay, epsilon = args.adam_weight_decay, args.adam_epsilon
@@ -1457,14 +1466,23 @@ class TrainingLog:
         hidden = not accelerator.is_local_main_process
         self.bar = progress_bar(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
         self.started = self.step_ended = time.time()
+        self.data_time = 0.0  # of this step
         self.skipped = 0  # steps in a row
+
+    def next_batch(self, batches: Iterator) -> dict[str, torch.Tensor]:
+        """The next batch. Counts the seconds that the step waits for it."""
+        asked = time.time()
+        batch = next(batches)
+        self.data_time += time.time() - asked
+        return batch
 
     def write(self, step: int, logs: dict[str, float]) -> bool:
         """Logs one optimizer step. Returns whether its loss and gradient are finite, so that it counts; exits with one
         line after too many steps that do not."""
         now = time.time()
-        logs["images_per_second"] = self.run.rows_per_step * self.run.images_per_row / (now - self.step_ended)
-        self.step_ended = now
+        logs |= {"step_time": now - self.step_ended, "data_time": self.data_time}
+        logs["images_per_second"] = self.run.rows_per_step * self.run.images_per_row / logs["step_time"]
+        self.step_ended, self.data_time = now, 0.0
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
         self.bar.update()
         self.run.accelerator.log(logs, step=step)
