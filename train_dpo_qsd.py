@@ -93,6 +93,7 @@ from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete,
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session, parse_ratelimit_headers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from PIL import Image as PILImage
 from PIL import ImageOps
 from safetensors import safe_open
@@ -176,6 +177,7 @@ class TrainingArguments:
     max_skipped_steps: int = flag(10, "Steps in a row without a finite loss to skip.", min=0, may_change=True)
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward pass.")
     allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 matrix products.")
+    compile: bool = flag(False, "Compile the transformer blocks: faster steps after a slow first one.", may_change=True)
     gradient_checkpointing: bool = flag(False, "Less memory, about a quarter more computation.", may_change=True)
     checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints.", min=1, may_change=True)
     checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", min=1, may_change=True)
@@ -454,8 +456,9 @@ def training_step(
         }
     ref_errors_w, ref_errors_l = None, None
     if args.loss_type != "orpo":
-        with torch.no_grad(), adapter_off(reference):
-            ref_errors_w, ref_errors_l = denoising_error(reference(**inputs).sample, target).view(-1, 2).unbind(dim=1)
+        with as_reference(reference):
+            ref_errors = denoising_error(reference(**inputs).sample.detach(), target)
+        ref_errors_w, ref_errors_l = ref_errors.view(-1, 2).unbind(dim=1)
     prediction = model(**inputs).sample
     model_errors_w, model_errors_l = denoising_error(prediction, target).view(-1, 2).unbind(dim=1)
     errors = (model_errors_w, model_errors_l, ref_errors_w, ref_errors_l)
@@ -896,6 +899,8 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise SystemExit(f"accelerate is set to {kind.value}: a LoRA needs no more than data parallelism")
+    if args.compile and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which(os.environ.get("CC", "gcc"))):
+        raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
@@ -1346,6 +1351,18 @@ def prepare_model(args: ScriptArguments, run: Run, model: Module) -> None:
     model.to(run.accelerator.device).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(model)
+
+
+def compile_blocks(model: Module) -> None:
+    """Compiles the transformer blocks, each kind of block once, at its first forward. The scale of the LoRA becomes a
+    tensor, which `as_reference` sets to 0: an adapter that is switched off is another graph, with other rounding."""
+    model.lora_scale = torch.ones((), device=model.device)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling["default"] = model.lora_scale
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
 def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
@@ -1354,6 +1371,21 @@ def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optim
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     decay, epsilon = args.adam_weight_decay, args.adam_epsilon
     return optimizer_class(parameters, lr=args.learning_rate, betas=betas, weight_decay=decay, eps=epsilon)
+
+
+@contextmanager
+def as_reference(model: Module):
+    """In this block a forward of the model is one of the reference, without the LoRA. A compiled model keeps track of
+    gradients as in training, so that the same graphs run: detach what it returns."""
+    if (scale := getattr(model, "lora_scale", None)) is None:
+        with torch.no_grad(), adapter_off(model):
+            yield
+        return
+    scale.zero_()
+    try:
+        yield
+    finally:
+        scale.fill_(1.0)
 
 
 @contextmanager
@@ -1486,6 +1518,8 @@ class TrainingLog:
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
         self.bar.update()
         self.run.accelerator.log(logs, step=step)
+        if self.args.compile and step == self.run.start_step + 1:
+            self.run.accelerator.print(f"step {step} took {logs['step_time']:.0f} s, with its compilation")
         finite = np.isfinite([logs["loss"], logs["grad_norm"]]).all()
         self.skipped = 0 if finite else self.skipped + 1
         if self.run.accelerator.is_main_process:
@@ -1555,6 +1589,8 @@ class Validator:
             with (
                 torch.autocast(torch.device(self.device).type, dtype, enabled=dtype != torch.float32),
                 nullcontext() if lora else adapter_off(model),
+                # Other shapes than in training: they would be compiled anew.
+                torch.compiler.set_stance("force_eager") if self.args.compile else nullcontext(),
             ):
                 latents = self.pipeline(
                     **{name: tensor.to(self.device) for name, tensor in (embeds | self.negative_embeds).items()},
