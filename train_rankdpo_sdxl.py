@@ -93,6 +93,7 @@ from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete,
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session, parse_ratelimit_headers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from PIL import Image as PILImage
 from PIL import ImageOps
 from safetensors import safe_open
@@ -169,6 +170,7 @@ class TrainingArguments:
     max_skipped_steps: int = flag(10, "Steps in a row without a finite loss to skip.", min=0, may_change=True)
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward pass.")
     allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 matrix products.")
+    compile: bool = flag(False, "Compile the transformer blocks: faster steps after a slow first one.", may_change=True)
     gradient_checkpointing: bool = flag(False, "Less memory, about a quarter more computation.", may_change=True)
     checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints.", min=1, may_change=True)
     checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", min=1, may_change=True)
@@ -456,8 +458,8 @@ def training_step(
     }
     ref_errors = None
     if args.loss_type not in ("sft", "weighted_sft"):
-        with torch.no_grad(), adapter_off(reference):
-            ref_errors = denoising_error(reference(**inputs).sample, target).view(batch_size, k)
+        with as_reference(reference):
+            ref_errors = denoising_error(reference(**inputs).sample.detach(), target).view(batch_size, k)
     prediction = model(**inputs).sample
     model_errors = denoising_error(prediction, target).view(batch_size, k)
     options = {name: batch[name] for name in ("phi", "rank", "weight") if name in batch}
@@ -489,14 +491,14 @@ def train(
         num_training_steps=run.max_train_steps,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    if run.checkpoint:  # after prepare, which would move AdamW's step counters to the GPU: one sync per tensor and step
+    if run.checkpoint:
         load_training_state(run.checkpoint, optimizer, lr_scheduler, accelerator.scaler)
     log = TrainingLog(args, run, parameters)
 
     for step in range(run.start_step + 1, run.max_train_steps + 1):
         totals = {}
         for _ in range(args.gradient_accumulation_steps):
-            batch = next(batches)
+            batch = log.next_batch(batches)
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     loss, metrics = training_step(model, unwrapped, noise_scheduler, batch, args)
@@ -514,8 +516,8 @@ def train(
         finite = log.write(step, logs)
         if finite or accelerator.scaler:  # with fp16 the scaler itself skips a step, and lowers the loss scale
             optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:
-                lr_scheduler.step()
+        if finite:
+            lr_scheduler.step()
         optimizer.zero_grad()
 
         due = step % args.checkpointing_steps == 0 or step == run.max_train_steps or stopping
@@ -1066,6 +1068,8 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise SystemExit(f"accelerate is set to {kind.value}: a LoRA needs no more than data parallelism")
+    if args.compile and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which(os.environ.get("CC", "gcc"))):
+        raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
@@ -1479,8 +1483,17 @@ def training_batches(
     sampler, workers = EpochSampler(args, len(rows.labels), *place), args.dataloader_num_workers
     on_gpu = device.type == "cuda"
     options = {"num_workers": workers, "pin_memory": on_gpu, "worker_init_fn": ignore_stop_signals}
-    loader = torch.utils.data.DataLoader(rows, batch_sampler=sampler, **options)
-    return map(partial(complete_batch, args, device, encode_prompts), loader)  # starts the workers at once
+    loader = iter(torch.utils.data.DataLoader(rows, batch_sampler=sampler, **options))  # starts the workers at once
+    return map(partial(complete_batch, args, device, encode_prompts), read_ahead(loader))
+
+
+def read_ahead(batches: Iterator) -> Iterator:
+    """The same batches. A thread reads the next one while the caller works with this one."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        ahead = thread.submit(next, batches)
+        while True:
+            batch, ahead = ahead.result(), thread.submit(next, batches)
+            yield batch
 
 
 def ignore_stop_signals(worker: int) -> None:
@@ -1507,14 +1520,41 @@ def prepare_model(args: ScriptArguments, run: Run, model: Module) -> None:
     model.to(run.accelerator.device).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(model)
+
+
+def compile_blocks(model: Module) -> None:
+    """Compiles the transformer blocks, each kind of block once, at its first forward. The scale of the LoRA becomes a
+    tensor, which `as_reference` sets to 0: an adapter that is switched off is another graph, with other rounding."""
+    model.lora_scale = torch.ones((), device=model.device)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling["default"] = model.lora_scale
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
 def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
-    optimizer_class, betas = torch.optim.AdamW, (args.adam_beta1, args.adam_beta2)
+    optimizer_class, betas = partial(torch.optim.AdamW, fused=True), (args.adam_beta1, args.adam_beta2)
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     decay, epsilon = args.adam_weight_decay, args.adam_epsilon
     return optimizer_class(parameters, lr=args.learning_rate, betas=betas, weight_decay=decay, eps=epsilon)
+
+
+@contextmanager
+def as_reference(model: Module):
+    """In this block a forward of the model is one of the reference, without the LoRA. A compiled model keeps track of
+    gradients as in training, so that the same graphs run: detach what it returns."""
+    if (scale := getattr(model, "lora_scale", None)) is None:
+        with torch.no_grad(), adapter_off(model):
+            yield
+        return
+    scale.zero_()
+    try:
+        yield
+    finally:
+        scale.fill_(1.0)
 
 
 @contextmanager
@@ -1627,17 +1667,28 @@ class TrainingLog:
         hidden = not accelerator.is_local_main_process
         self.bar = progress_bar(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
         self.started = self.step_ended = time.time()
+        self.data_time = 0.0  # of this step
         self.skipped = 0  # steps in a row
+
+    def next_batch(self, batches: Iterator) -> dict[str, torch.Tensor]:
+        """The next batch. Counts the seconds that the step waits for it."""
+        asked = time.time()
+        batch = next(batches)
+        self.data_time += time.time() - asked
+        return batch
 
     def write(self, step: int, logs: dict[str, float]) -> bool:
         """Logs one optimizer step. Returns whether its loss and gradient are finite, so that it counts; exits with one
         line after too many steps that do not."""
         now = time.time()
-        logs["images_per_second"] = self.run.rows_per_step * self.run.images_per_row / (now - self.step_ended)
-        self.step_ended = now
+        logs |= {"step_time": now - self.step_ended, "data_time": self.data_time}
+        logs["images_per_second"] = self.run.rows_per_step * self.run.images_per_row / logs["step_time"]
+        self.step_ended, self.data_time = now, 0.0
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
         self.bar.update()
         self.run.accelerator.log(logs, step=step)
+        if self.args.compile and step == self.run.start_step + 1:
+            self.run.accelerator.print(f"step {step} took {logs['step_time']:.0f} s, with its compilation")
         finite = np.isfinite([logs["loss"], logs["grad_norm"]]).all()
         self.skipped = 0 if finite else self.skipped + 1
         if self.run.accelerator.is_main_process:
@@ -1707,6 +1758,8 @@ class Validator:
             with (
                 torch.autocast(torch.device(self.device).type, dtype, enabled=dtype != torch.float32),
                 nullcontext() if lora else adapter_off(model),
+                # Other shapes than in training: they would be compiled anew.
+                torch.compiler.set_stance("force_eager") if self.args.compile else nullcontext(),
             ):
                 latents = self.pipeline(
                     **{name: tensor.to(self.device) for name, tensor in (embeds | self.negative_embeds).items()},

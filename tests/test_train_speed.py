@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes training fast and must not change its result: no waiting inside a step, in all three trainers."""
+
+import importlib
+import json
+import os
+import shutil
+import threading
+
+import pytest
+import torch
+from conftest import call, refused
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+TRAINERS = {
+    "train_rankdpo_sdxl": ("tiny_sdxl", "ranked_dataset"),
+    "train_rankdpo_sd3": ("tiny_sd3", "ranked_dataset"),
+    "train_dpo_qsd": ("tiny_sd", "pair_dataset"),
+}
+
+
+@pytest.fixture
+def flags(request, tmp_path_factory):
+    """Makes the flags of a short run of a trainer."""
+
+    def make(script):
+        model, data = map(request.getfixturevalue, TRAINERS[script])
+        flags = ["--pretrained_model_name_or_path", model, "--dataset_name", data, "--report_to", "none"]
+        flags += ["--cache_dir", tmp_path_factory.getbasetemp() / f"speed-{script}", "--rank", 4]
+        flags += "--resolution 32 --validation_num_inference_steps 1 --learning_rate 1e-2 --beta_dpo 100".split()
+        return [*flags, *["--top_fraction", 1] * (script == "train_dpo_qsd")]
+
+    return make
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: values that Python or torch reads off a tensor."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        if name in self.OPERATIONS or any(part is not None and part.dtype == torch.bool for part in indices):
+            self.counts.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("more", ["", "--safeguard 0.5 --sft_weight 0.1 --gradient_accumulation_steps 2"])
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_step_waits_for_the_gpu_once(flags, script, more, tmp_path, monkeypatch):
+    """Between two updates, one `tolist` of the figures and nothing else. The thread that reads the data may wait."""
+    module, waits, steps = importlib.import_module(script), Waits(), 4
+
+    def watched(name):
+        original = getattr(torch.Tensor, name)
+
+        def method(tensor, *args, **kwargs):
+            if reading["on"] and threading.current_thread() is threading.main_thread():
+                waits.counts.append(name)
+            return original(tensor, *args, **kwargs)
+
+        return method
+
+    def watched_step(*arguments):
+        if not reading["on"]:
+            reading["on"] = True
+            waits.__enter__()
+        return training_step(*arguments)
+
+    def unwatched(original):
+        def function(*arguments):
+            was, reading["on"] = reading["on"], False
+            with torch.utils._python_dispatch._disable_current_modes():
+                result = original(*arguments)
+            reading["on"] = was
+            return result
+
+        return function
+
+    def end(log):
+        reading["on"] = False
+        waits.__exit__(None, None, None)
+        return close(log)
+
+    reading, training_step, close = {"on": False}, module.training_step, module.TrainingLog.close
+    for name in ("item", "cpu", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    monkeypatch.setattr(module, "training_step", watched_step)
+    monkeypatch.setattr(module.TrainingLog, "next_batch", unwatched(module.TrainingLog.next_batch))
+    monkeypatch.setattr(module, "save_checkpoint", unwatched(module.save_checkpoint))
+    monkeypatch.setattr(module.TrainingLog, "close", end)
+    call(script, *flags(script), *more.split(), "--max_train_steps", steps, "--output_dir", tmp_path / "lora")
+    assert waits.counts == ["tolist"] * steps
+
+
+def test_the_step_test_sees_what_waits(monkeypatch):
+    """The counter itself: each of these waits on a GPU."""
+    values, found = torch.arange(3.0), {}
+    mask = values > 1
+    for name, wait in {
+        "item": lambda: values[0].item(),
+        "float": lambda: float(values[0]),
+        "bool": lambda: bool(mask[0]),
+        "nonzero": lambda: mask.nonzero(),
+        "index": lambda: values[mask],
+        "masked_select": lambda: values.masked_select(mask),
+    }.items():
+        with Waits() as waits:
+            wait()
+        found[name] = len(waits.counts)
+    assert min(found.values()) > 0, found
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_the_log_has_the_seconds_of_a_step_and_of_its_data(flags, script, tmp_path):
+    call(script, *flags(script), "--max_train_steps", 3, "--output_dir", tmp_path / "lora")
+    for line in (tmp_path / "lora" / "training_log.jsonl").read_text().splitlines():
+        logs = json.loads(line)
+        assert 0 <= logs["data_time"] < logs["step_time"]
+        assert logs["images_per_second"] == pytest.approx((2 if "qsd" in script else 4) / logs["step_time"])
+
+
+def test_batches_are_read_ahead():
+    """The next batch is read while the caller works with one; an error of the reader reaches the caller."""
+    script, second = importlib.import_module("train_rankdpo_sdxl"), threading.Event()
+
+    def batches():
+        yield "first"
+        second.set()
+        yield "second"
+        raise OSError("the disk")
+
+    ahead = script.read_ahead(batches())
+    assert next(ahead) == "first" and second.wait(10)
+    assert next(ahead) == "second"
+    with pytest.raises(OSError, match="the disk"):
+        next(ahead)
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+
+
+def compiled_run(flags, script, folder, monkeypatch, *more) -> tuple[list[dict], list[int]]:
+    """The log of a run, and how many graphs there were before each of its forwards."""
+    module, graphs = importlib.import_module(script), []
+    step = module.training_step
+
+    def counted(*arguments):
+        graphs.append(counters["stats"]["unique_graphs"])
+        return step(*arguments)
+
+    torch._dynamo.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "training_step", counted)
+        call(script, *flags(script), *more, "--output_dir", folder)
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()], graphs
+
+
+@needs_compiler
+@pytest.mark.parametrize("script, steps", [("train_rankdpo_sdxl", 20), ("train_rankdpo_sd3", 4)])
+def test_compiled_training_is_the_same_training(flags, script, steps, tmp_path, monkeypatch, capfd):
+    """Scores of exactly 0 at the start, no graph after step 2, the losses of the eager run; for SDXL also the same bits
+    after a resume. The gallery is not compiled."""
+    more = ["--max_train_steps", steps, "--checkpointing_steps", steps // 2, "--validation_steps", 1]
+    eager, _ = compiled_run(flags, script, tmp_path / "eager", monkeypatch, *more)
+    compiled, graphs = compiled_run(flags, script, tmp_path / "straight", monkeypatch, *more, "--compile")
+    assert compiled[0]["chosen_error"] == compiled[0]["rejected_error"] == 0.0 and compiled[-1]["chosen_error"] != 0.0
+    assert graphs[1] > graphs[0] and len(set(graphs[2:])) == 1, graphs
+    for a, b in zip(eager, compiled, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    assert "step 1 took" in capfd.readouterr().out
+    if script == "train_rankdpo_sd3":
+        return
+    shutil.copytree(tmp_path / "straight" / "checkpoint-10", tmp_path / "resumed" / "checkpoint-10")
+    for file in ("run.json", "training_log.jsonl"):
+        shutil.copy(tmp_path / "straight" / file, tmp_path / "resumed")
+    more += ["--compile", "--resume_from_checkpoint", "latest"]
+    assert len(compiled_run(flags, script, tmp_path / "resumed", monkeypatch, *more)[1]) == 10
+    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("straight", "resumed"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_compiling_without_a_compiler_is_refused(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    script = "train_rankdpo_sdxl"
+    assert "--compile needs a C++ compiler" in refused(script, *flags(script), "--compile", "--output_dir", tmp_path)
