@@ -1,12 +1,12 @@
-# make demo · demo-sd3 · demo-qsd · test · test-faults · coverage · quality · fix-copies · bench · models: each makes and
-# reuses .venv by itself.
+# make demo · demo-sd3 · demo-qsd · test · test-faults · coverage · quality · fix-copies · bench · bench-gpu · models: each
+# makes and reuses .venv by itself; bench-gpu takes it if it is there.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-sd3 demo-qsd test test-faults coverage quality fix-copies models bench
+.PHONY: demo demo-sd3 demo-qsd test test-faults coverage quality fix-copies models bench bench-gpu
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -94,6 +94,19 @@ fix-copies: .venv/ready
 # Side by side with the official scorer, full size (18 minutes on 2 cores).
 bench: .venv/ready-test
 	$(BIN)/python benchmarks/score_speed.py
+
+# Training and scoring at full size on a GPU, at most 9 minutes, without network: installs nothing, but takes .venv if there.
+# PEER=path/to/train_diffusion_dpo_sdxl.py compares with it first.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+bench-gpu:
+	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
+		|| { echo "bench-gpu: no CUDA device here: nothing was measured"; exit 0; }; \
+	set -x; mkdir -p outputs/bench-gpu; \
+	$(if $(PEER),timeout 240 $(GPU_PYTHON) benchmarks/train_speed.py --peer $(PEER) --steps 8 --rounds 1 \
+		--json outputs/bench-gpu/compare.json;) \
+	timeout $(if $(PEER),180,420) $(GPU_PYTHON) benchmarks/train_speed.py --sweep --steps 8 \
+		--minutes $(if $(PEER),1.5,5) --json outputs/bench-gpu/sweep.json; \
+	timeout 110 $(GPU_PYTHON) benchmarks/score_speed.py --blocks 1 --prompts 16 --json outputs/bench-gpu/scores.json
 
 # The generators that the demos use, trained from scratch.
 models: .venv/ready

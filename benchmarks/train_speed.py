@@ -1,0 +1,632 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much a training step costs, counted and timed: the RankDPO trainers, and diffusers' Diffusion-DPO script.
+
+Counted, without weights and without a GPU, at full size (1024², 4 images a prompt, rank 64):
+
+    python benchmarks/train_speed.py --flops --peer path/to/train_diffusion_dpo_sdxl.py
+
+Timed, ours and the peer in turn, each started as a user starts it, with random weights: full size on a GPU, on a CPU a
+UNet of a fifth of the width with SDXL's depth and text width, at 256²:
+
+    python benchmarks/train_speed.py --peer path/to/train_diffusion_dpo_sdxl.py --json outputs/train_speed.json
+
+Ours alone, SDXL and SD3, batch after batch until memory ends, with and without gradient checkpointing:
+
+    python benchmarks/train_speed.py --sweep --json outputs/sweep.json
+
+The peer is a copy of examples/research_projects/diffusion_dpo/train_diffusion_dpo_sdxl.py of diffusers. It stays where
+it is. Only the steps are timed, from the dates that both scripts' TensorBoard logs carry; ours has then encoded the
+images, the peer encodes them in every step. Nothing is downloaded.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import BytesIO, StringIO
+from pathlib import Path
+from unittest import mock
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import datasets  # noqa: E402
+import diffusers  # noqa: E402
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from datasets import Dataset, Features, Image, List, Value  # noqa: E402
+from PIL import Image as PILImage  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+
+K = 4  # images of a prompt: two pairs of the peer's
+SCRIPTS = {"sdxl": "train_rankdpo_sdxl", "sd3": "train_rankdpo_sd3"}
+PLAIN_ATTENTION = F.scaled_dot_product_attention
+CUDA = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+HAS_WANDB = importlib.util.find_spec("wandb") is not None  # the peer imports it; an empty module is enough
+WARM_UP = 2  # steps that are not timed
+# scaled: a fifth of SDXL's width, with a VAE of a quarter and one layer of each text encoder, so that these have about
+# the share of a step's FLOPs that they have at full size.
+SIZES = {
+    "full": {"resolution": 1024, "channels": (320, 640, 1280), "heads": (5, 10, 20), "depths": (1, 2, 10)}
+    | {"vae": (128, 256, 512, 512), "text": ((768, 12, 12), (1280, 32, 20)), "sd3": (24, 24)},
+    "scaled": {"resolution": 256, "channels": (64, 128, 256), "heads": (1, 2, 4), "depths": (1, 2, 10)}
+    | {"vae": (32, 64, 128, 128), "text": ((768, 1, 12), (1280, 1, 20)), "sd3": (12, 5)},
+    "tiny": {"resolution": 64, "channels": (32, 64, 64), "heads": (1, 2, 2), "depths": (1, 1, 1)}
+    | {"vae": (32, 32, 32, 32), "text": ((32, 1, 2), (32, 1, 2)), "sd3": (2, 1)},
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Counting
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    """Attention as a GPU computes it in half precision: by the kernel whose backward pass computes the scores again.
+    The meta device by itself takes the plain formula, which keeps them: less to compute, far more to store."""
+    if attn_mask is None and query.shape[-1] <= 256:  # the kernel's largest head
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    return PLAIN_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+
+
+def count(run: Callable, *arguments) -> float:
+    """TFLOP of a call: matrix products, convolutions and attention, of its backward pass too."""
+    with mock.patch.object(F, "scaled_dot_product_attention", flash_attention):
+        with FlopCounterMode(display=False) as counter:
+            run(*arguments)
+    return counter.get_total_flops() / 1e12
+
+
+def load_without_weights(cls, folder=None, *, pretrained_model_name_or_path=None, subfolder="", dtype=None, **_):
+    """Takes the place of `from_pretrained`: the model of a configuration, on the meta device."""
+    folder = Path(pretrained_model_name_or_path or folder, subfolder or "")
+    with torch.device("meta"):
+        if issubclass(cls, diffusers.ModelMixin):
+            model = cls.from_config(cls.load_config(folder))
+        else:
+            model = cls(cls.config_class.from_pretrained(folder))
+    return model.to(dtype or torch.float32).eval()
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """In this block all models have shapes and no values."""
+    with mock.patch.object(diffusers.ModelMixin, "from_pretrained", classmethod(load_without_weights)):
+        with mock.patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(load_without_weights)):
+            yield
+
+
+def make_batch(family: str, model, resolution: int) -> dict[str, torch.Tensor]:
+    """One prompt with its images, as the trainer's loop gets it, on the meta device."""
+    config, size = model.config, resolution // 8
+    latents = torch.empty(1, K, config.in_channels, size, size, device="meta")
+    batch = {"latents": latents, "noise": latents, "phi": torch.empty(1, K, device="meta")}
+    batch["rank"] = torch.ones(1, K, dtype=torch.long, device="meta")
+    if family == "sdxl":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        batch["timesteps"] = torch.ones(1, dtype=torch.long, device="meta")
+        batch["time_ids"] = torch.empty(1, K, 6, device="meta")
+        batch["prompt_embeds"] = torch.empty(1, 77, config.cross_attention_dim, device="meta")
+        return batch | {"pooled_prompt_embeds": torch.empty(1, pooled, device="meta")}
+    clip = torch.empty(1, 77, config.pooled_projection_dim, device="meta")
+    t5 = torch.empty(1, 256, config.joint_attention_dim, device="meta")
+    batch |= {"sigmas": torch.empty(1, device="meta"), "clip_embeds": clip, "t5_embeds": t5}
+    return batch | {"pooled_prompt_embeds": torch.empty(1, config.pooled_projection_dim, device="meta")}
+
+
+def count_ours(family: str, folder: Path, rank: int, resolution: int) -> dict[str, float]:
+    """TFLOP an image of a training step: `step`, and `checkpointing` with it; and of what no step can do without:
+    `reference` (a forward of the base model), `lora` (a forward and backward with the LoRA), `floor` (both)."""
+    script = importlib.import_module(SCRIPTS[family])
+    flags = ["--pretrained_model_name_or_path", str(folder), "--dataset_name", "none"]
+    args = script.parse_arguments([*flags, "--rank", str(rank), "--resolution", str(resolution)])
+    with without_weights():
+        noise_scheduler, model = script.load_model(args)
+    place = types.SimpleNamespace(device=torch.device("meta"))
+    script.prepare_model(args, types.SimpleNamespace(checkpoint=None, accelerator=place), model)
+    calls = []
+    model.register_forward_pre_hook(lambda _, __, inputs: calls.append(inputs), with_kwargs=True)
+    step = (our_step, script, model, noise_scheduler, make_batch(family, model, resolution), args)
+    counted = {"step": count(*step) / K}
+    model.enable_gradient_checkpointing()
+    counted["checkpointing"] = count(*step) / K
+    model.disable_gradient_checkpointing()
+    inputs = calls[0]  # what the script gives to the model
+    counted["lora"] = count(forward_and_backward, model, inputs) / K
+    model.disable_adapters()
+    counted["reference"] = count(forward, model, inputs) / K
+    return counted | {"floor": counted["reference"] + counted["lora"]}
+
+
+def our_step(script, model, noise_scheduler, batch: dict, args) -> None:
+    loss, _ = script.training_step(model, model, noise_scheduler, batch, args)
+    loss.backward()
+
+
+def forward_and_backward(model, inputs: dict) -> None:
+    model(**inputs).sample.square().mean().backward()
+
+
+@torch.no_grad()
+def forward(model, inputs: dict) -> None:
+    model(**inputs)
+
+
+class StepDone(Exception):
+    """The peer reads its loss: its first step is over."""
+
+
+def stop_at_loss(tensor: torch.Tensor, item: Callable = torch.Tensor.item):
+    if tensor.is_meta:
+        raise StepDone
+    return item(tensor)
+
+
+def count_peer(file: Path, flags: list[str], images: int) -> float:
+    """TFLOP an image of the first step of the peer's own `main`, on the meta device. The step is complete when the peer
+    reads the loss, which on this device has no value."""
+    peer = import_peer(file)
+    device = property(lambda accelerator: torch.device("meta"))
+    with without_weights(), mock.patch.object(Accelerator, "device", device):
+        with mock.patch.object(torch.Tensor, "item", stop_at_loss), redirect_stderr(StringIO()):
+            return count(run_to_loss, peer, flags) / images
+
+
+def run_to_loss(peer, flags: list[str]) -> None:
+    try:
+        peer.main(peer.parse_args(flags))
+    except StepDone:
+        return
+    raise SystemExit(f"--peer {peer.__file__}: it ended without a step")
+
+
+def import_peer(file: Path):
+    if not HAS_WANDB:
+        sys.modules["wandb"] = types.ModuleType("wandb")
+    spec = importlib.util.spec_from_file_location("peer", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def peer_settings(options, work: Path) -> dict[str, list[str]]:
+    """The settings of the peer that are counted. In its README's the rank is 8, and the VAE is another one."""
+    rank, checkpointing = ["--rank", str(options.rank)], ["--gradient_checkpointing"]
+    vae = ["--pretrained_vae_model_name_or_path", str(work / "sdxl" / "vae")]
+    return {"step": rank, "checkpointing": [*rank, *checkpointing], "readme": ["--rank", "8", *checkpointing, *vae]}
+
+
+def count_all(options, work: Path, families: tuple = ("sd3", "sdxl"), settings: tuple | None = None) -> dict:
+    """Counts the trainers and the peer, prints and returns the figures."""
+    resolution, found = SIZES[options.size]["resolution"], {}
+    for family in families:
+        make_model(work / family, family, options.size, None)
+        found[family] = ours = count_ours(family, work / family, options.rank, resolution)
+        parts = f"{ours['reference']:.4g} for the reference and {ours['lora']:.4g} for the LoRA"
+        print(f"{SCRIPTS[family]}: {ours['step']:.4g} TFLOP an image; {ours['checkpointing']:.4g} with checkpointing")
+        print(f"    floor {ours['floor']:.4g}: {parts}")
+    if options.peer:
+        make_datasets(work, 2, resolution)
+        ours, found["peer"], found["ratios"] = found["sdxl"], {}, {}
+        titles = {
+            "step": (f"rank {options.rank}, no checkpointing", "the same"),
+            "checkpointing": (f"rank {options.rank}, checkpointing", "the same"),
+            "readme": ("its README's setting: rank 8, checkpointing", f"ours at rank {options.rank} without it"),
+        }
+        for name, flags in peer_settings(options, work).items():
+            if settings is None or name in settings:
+                flags = [*peer_flags(work, work / f"peer-{name}", resolution, 1), *flags]
+                found["peer"][name] = tflop = count_peer(options.peer, flags, K)
+                found["ratios"][name] = ratio = tflop / ours["step" if name == "readme" else name]
+                setting, other = titles[name]
+                print(f"{options.peer.stem}: {tflop:.4g} TFLOP an image ({setting}); {ratio:.2f} times {other}")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Timing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def step_ends(folder: Path) -> list[float]:
+    """When each step was logged, in seconds: the dates of the loss in a run's TensorBoard files."""
+    for file in sorted(folder.rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        if "loss" in events.Tags()["scalars"]:
+            return [event.wall_time for event in events.Scalars("loss")]
+    return []
+
+
+class DeviceMemory(threading.Thread):
+    """Watches how much more of the GPU's memory is taken than at the start, by whatever process."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak, self.ended, self.before = 0, threading.Event(), taken_memory()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.05):
+            self.peak = max(self.peak, taken_memory() - self.before)
+
+
+def taken_memory() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def timed_run(command: list, folder: Path, images: int) -> dict:
+    """Runs a trainer in a process of its own. Returns images/s of its steps after the first ones, the seconds of the
+    whole process, its peak memory on the GPU in GB, and why it failed, if it did."""
+    environment = dict(os.environ)
+    if not HAS_WANDB:
+        (folder.parent / "stubs").mkdir(parents=True, exist_ok=True)
+        (folder.parent / "stubs" / "wandb.py").touch()
+        environment["PYTHONPATH"] = str(folder.parent / "stubs")
+    memory = DeviceMemory() if CUDA else None
+    if memory:
+        memory.start()
+    started = time.time()
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    row = {"images_per_second": None, "seconds": time.time() - started, "peak_memory_gb": None}
+    if memory:
+        memory.ended.set()
+        memory.join()
+        row["peak_memory_gb"] = memory.peak / 1e9
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return row | {"failed": next((line for line in lines if "out of memory" in line), (lines or ["?"])[-1])[:300]}
+    ends = step_ends(folder)[WARM_UP - 1 :]
+    row["images_per_second"] = images * (len(ends) - 1) / (ends[-1] - ends[0])
+    return row
+
+
+def our_flags(work: Path, output: Path, family: str, resolution: int, batch: int) -> list:
+    """What both trainers need for a run without anything beside its steps, but for one small gallery at the end."""
+    return [
+        *("--pretrained_model_name_or_path", work / family, "--dataset_name", work / "ranked"),
+        *("--cache_dir", work / f"cache-{family}", "--output_dir", output, "--resolution", resolution),
+        *("--train_batch_size", batch, "--learning_rate", 1e-5, "--checkpointing_steps", 10**6, "--seed", 0),
+        *("--validation_prompts", "a red circle", "--validation_num_inference_steps", 1),
+    ]
+
+
+def peer_flags(work: Path, output: Path, resolution: int, batch: int) -> list[str]:
+    """The same images in as many to a step: two pairs for each prompt."""
+    flags = [
+        *("--pretrained_model_name_or_path", work / "sdxl", "--dataset_name", work / "pairs"),
+        *("--dataset_split_name", "train", "--cache_dir", work / "cache-peer", "--output_dir", output),
+        *("--resolution", resolution, "--train_batch_size", batch * K // 2, "--learning_rate", 1e-5),
+        *("--lr_warmup_steps", 0, "--checkpointing_steps", 10**6, "--seed", 0, "--no_hflip"),
+    ]
+    return list(map(str, flags))
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """TFLOP/s of a large product of matrices of this type: the best of ten."""
+    n = 8192 if CUDA else 2048
+    a, seconds = torch.randn(n, n, device="cuda" if CUDA else "cpu", dtype=dtype), []
+    for _ in range(10):
+        started = synchronized()
+        a @ a
+        seconds.append(synchronized() - started)
+    return 2 * n**3 / min(seconds) / 1e12
+
+
+def synchronized() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(options, work: Path, found: dict) -> None:
+    """Ours and the peer in turn, A B A B."""
+    resolution, batch = SIZES[options.size]["resolution"], options.batch
+    cost = "checkpointing" if options.gradient_checkpointing else "step"
+    found["counted"] = counted = count_all(options, work / "counted", ("sdxl",), (cost,))
+    found["runs"] = []
+    make_model(work / "sdxl", "sdxl", options.size, DTYPE)
+    make_datasets(work, options.steps * batch, resolution)
+    same = [*run_flags(options), *["--gradient_checkpointing"] * options.gradient_checkpointing]
+    names = {"ours": "sdxl", "peer": "peer"} if options.peer else {"ours": "sdxl"}
+    for number in range(options.rounds):
+        for name, counts in names.items():
+            output = work / f"{name}-{number}"
+            if name == "ours":
+                script = f"{SCRIPTS['sdxl']}.py"
+                flags = [*our_flags(work, output, "sdxl", resolution, batch), *shlex.split(options.ours)]
+            else:
+                script, flags = options.peer.resolve(), peer_flags(work, output, resolution, batch)
+            row = timed_run([sys.executable, script, *flags, *same], output, K * batch)
+            if "failed" in row:
+                raise SystemExit(f"{name}: {row['failed']}")
+            add_row(options, found, {"run": name, "round": number} | row, counted[counts][cost])
+    if options.peer:
+        ours, peer = ([row["images_per_second"] for row in found["runs"] if row["run"] == name] for name in names)
+        ratios = [a / b for a, b in zip(ours, peer)]
+        # All runs have as many images, so their times for an image may be added.
+        together = sum(1 / speed for speed in peer) / sum(1 / speed for speed in ours)
+        found["ratio"] = {"all": together, "min": min(ratios), "max": max(ratios)}
+
+
+def sweep(options, work: Path, found: dict) -> None:
+    """Ours alone, both models, from one prompt a batch on until memory or time ends."""
+    resolution, ended = SIZES[options.size]["resolution"], time.time() + 60 * options.minutes
+    found |= {"counted": {}, "runs": []}
+    counted, full, left_out = found["counted"], set(), 0
+    make_datasets(work, 16, resolution)
+    for batch, family, checkpointing in itertools.product((1, 2, 4, 8), SCRIPTS, (False, True)):
+        if (family, checkpointing) in full:
+            continue
+        if time.time() > ended:
+            left_out += 1
+            continue
+        if family not in counted:
+            make_model(work / family, family, options.size, DTYPE)
+            counted[family] = count_ours(family, work / family, options.rank, resolution)
+        output = work / f"{family}-{batch}-{checkpointing}"
+        flags = [*our_flags(work, output, family, resolution, batch), *run_flags(options), *shlex.split(options.ours)]
+        flags += ["--gradient_checkpointing"] * checkpointing
+        row = timed_run([sys.executable, f"{SCRIPTS[family]}.py", *flags], output, K * batch)
+        if "failed" in row:
+            full.add((family, checkpointing))
+        name = f"{family}, {batch} x {K} images{', checkpointing' * checkpointing}"
+        add_row(options, found, {"run": name} | row, counted[family]["checkpointing" if checkpointing else "step"])
+    if left_out:
+        print(f"the {options.minutes:g} minutes are over: {left_out} settings are left out")
+
+
+def run_flags(options) -> list:
+    """The flags that ours and the peer share, under the same names."""
+    flags = ["--rank", options.rank, "--max_train_steps", options.steps, "--report_to", "tensorboard"]
+    return [*flags, "--mixed_precision", "bf16" if CUDA else "no", "--dataloader_num_workers", 4 if CUDA else 0]
+
+
+def add_row(options, found: dict, row: dict, tflop: float) -> None:
+    """Keeps and prints a run, with the share of the measured peak that its counted work comes to."""
+    speed = row["images_per_second"]
+    row |= {"tflop_per_image": tflop, "share_of_peak": speed and speed * tflop / found["matmul_tflops"]}
+    found["runs"].append(row)
+    write_figures(options, found)
+    print(describe(row), flush=True)
+
+
+def describe(row: dict) -> str:
+    if "failed" in row:
+        return f"{row['run']}: {row['failed']}"
+    memory = f", {row['peak_memory_gb']:.1f} GB" if row["peak_memory_gb"] else ""
+    speed = f"{row['images_per_second']:.3f} images/s, {row['share_of_peak']:.1%} of the peak"
+    return f"{row['run']}: {speed}{memory}; {row['seconds']:.0f} s in all"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models and data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_model(folder: Path, family: str, size: str, dtype: torch.dtype | None) -> None:
+    """Writes a pipeline with random weights of this type; with None only its configurations, scheduler and tokenizers.
+    SD3 goes without T5: its place among the tokens is filled with zeros, at the same cost."""
+    device = "cuda" if CUDA else "cpu"
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype or torch.float32)
+    with torch.device(device if dtype else "meta"):
+        parts = make_parts(family, SIZES[size])
+    torch.set_default_dtype(torch.float32)
+    for suffix in ("", "_2"):
+        parts[f"tokenizer{suffix}"] = tokenizer = transformers.AutoTokenizer.from_pretrained(
+            ROOT / "shapes/models" / ("base" if family == "sdxl" else "sd3") / f"tokenizer{suffix}"
+        )
+        tokenizer.model_max_length = 77
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if family == "sdxl":
+        parts["scheduler"] = diffusers.EulerDiscreteScheduler(**schedule)
+        pipeline = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        pipeline = diffusers.StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)
+    if dtype:
+        pipeline.to("cpu").save_pretrained(folder)
+        return
+    pipeline.save_config(folder)
+    for name, part in parts.items():
+        if isinstance(part, diffusers.ModelMixin):
+            part.save_config(folder / name)
+        elif isinstance(part, transformers.PreTrainedModel):
+            part.config.architectures = [type(part).__name__]
+            part.config.save_pretrained(folder / name)
+        else:
+            part.save_pretrained(folder / name)
+
+
+def make_parts(family: str, size: dict) -> dict:
+    """The models of a pipeline, on the device of the context."""
+    first = transformers.CLIPTextModel if family == "sdxl" else transformers.CLIPTextModelWithProjection
+    widths = [width for width, _, _ in size["text"]]
+    parts = {
+        "text_encoder": first(clip_config(*size["text"][0], "quick_gelu")),
+        "text_encoder_2": transformers.CLIPTextModelWithProjection(clip_config(*size["text"][1], "gelu")),
+    }
+    vae = {"latent_channels": 4, "scaling_factor": 0.13025}
+    if family == "sdxl":
+        parts["unet"] = diffusers.UNet2DConditionModel(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=size["channels"],
+            attention_head_dim=size["heads"],  # diffusers' name for their number
+            transformer_layers_per_block=size["depths"],
+            cross_attention_dim=sum(widths),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=6 * 256 + widths[1],
+        )
+    else:
+        layers, heads = size["sd3"]
+        parts["transformer"] = diffusers.SD3Transformer2DModel(
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=layers,
+            attention_head_dim=64,
+            num_attention_heads=heads,
+            joint_attention_dim=2 * sum(widths),
+            caption_projection_dim=64 * heads,
+            pooled_projection_dim=sum(widths),
+            pos_embed_max_size=192,
+        )
+        vae = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+        vae |= {"use_quant_conv": False, "use_post_quant_conv": False}
+    parts["vae"] = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=size["vae"],
+        layers_per_block=2,
+        sample_size=1024,
+        **vae,
+    )
+    return parts
+
+
+def clip_config(width: int, layers: int, heads: int, activation: str) -> transformers.CLIPTextConfig:
+    """Of the sizes that are not full, the inner layers are narrow too: text must not cost more than it does there."""
+    return transformers.CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width if layers > 1 else width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act=activation,
+        projection_dim=width,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+
+
+def make_datasets(work: Path, prompts: int, resolution: int) -> None:
+    """The same images twice: `ranked`, K to a prompt, for our trainers; `pairs`, two and two of them, for the peer."""
+    rng, ranked, pairs = np.random.default_rng(0), [], []
+    for number in range(prompts):
+        prompt = f"a red circle and {number} squares"
+        jpgs = [picture(rng, resolution) for _ in range(K)]
+        phi = [1 - place / (K - 1) for place in range(K)]
+        row = {"prompt_id": f"{number}", "prompt": prompt, "images": [{"bytes": jpg, "path": None} for jpg in jpgs]}
+        ranked.append({**row, "preference_probability": phi, "rank": list(range(1, K + 1))})
+        for first in range(0, K, 2):
+            pairs.append({"caption": prompt, "jpg_0": jpgs[first], "jpg_1": jpgs[first + 1], "label_0": 1.0})
+    for name in ("ranked", "pairs"):
+        (work / name / "data").mkdir(parents=True, exist_ok=True)
+    file = "data/train-00000-of-00001.parquet"
+    kinds = {"prompt_id": Value("string"), "prompt": Value("string"), "images": List(Image())}
+    kinds |= {"preference_probability": List(Value("float32")), "rank": List(Value("int32"))}
+    Dataset.from_list(ranked, features=Features(kinds)).to_parquet(str(work / "ranked" / file))
+    pq.write_table(pa.Table.from_pylist(pairs), work / "pairs" / file)
+
+
+def picture(rng: np.random.Generator, resolution: int) -> bytes:
+    """A JPEG that is about as rough as a photograph."""
+    coarse = rng.integers(0, 256, (resolution // 16, resolution // 16, 3), dtype=np.uint8)
+    buffer = BytesIO()
+    PILImage.fromarray(coarse).resize((resolution, resolution), PILImage.BICUBIC).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_options(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flops", action="store_true", help="Count, at full size; nothing is run.")
+    parser.add_argument("--sweep", action="store_true", help="Time ours alone, SDXL and SD3, at growing batches.")
+    parser.add_argument("--peer", type=Path, help="diffusers' train_diffusion_dpo_sdxl.py.")
+    parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
+    parser.add_argument("--size", choices=SIZES, help="Default: full if counted or on a GPU, scaled on a CPU.")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1, help=f"Prompts of {K} images a step; the peer: as many images.")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="For both.")
+    parser.add_argument("--ours", default="", help="More flags for our trainers, in quotes, after a =.")
+    parser.add_argument("--steps", type=int, default=20 if CUDA else 10, help=f"The first {WARM_UP} are not timed.")
+    parser.add_argument("--rounds", type=int, default=2, help="Runs of each, in turn.")
+    parser.add_argument("--minutes", type=float, default=6.0, help="A sweep begins no run after this time.")
+    options = parser.parse_args(words)
+    options.size = options.size or ("full" if options.flops or CUDA else "scaled")
+    if options.peer and not options.peer.is_file():
+        parser.error(f"--peer {options.peer}: no such file")
+    if options.steps < WARM_UP + 1:
+        parser.error(f"--steps {options.steps}: must be at least {WARM_UP + 1}")
+    return options
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    found = {"gpu": torch.cuda.get_device_name() if CUDA else None, "cpu": platform.processor()}
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            found["cpu"] = line.partition(":")[2].strip()
+    versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
+    return found | {"cores": os.cpu_count(), "date": time.strftime("%F")} | versions
+
+
+def write_figures(options, found: dict) -> None:
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        temporary = options.json.with_name(f".{options.json.name}.tmp")
+        temporary.write_text(json.dumps(found, indent=2) + "\n")
+        temporary.replace(options.json)
+
+
+def main() -> None:
+    options = parse_options()
+    logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    found = {"machine": machine(), "size": options.size, "resolution": SIZES[options.size]["resolution"]}
+    with tempfile.TemporaryDirectory(prefix="train-speed-") as name:
+        work, last = Path(name), None
+        if options.flops:
+            found |= count_all(options, work)
+            step, floor = found["sdxl"]["step"], found["sdxl"]["floor"]
+            last = f"TFLOP per image: {step:.1f} (floor {floor:.1f})"
+        else:
+            found |= {"precision": str(DTYPE).removeprefix("torch."), "matmul_tflops": matmul_peak(DTYPE)}
+            where = found["machine"]["gpu"] or f"{found['machine']['cpu']}, {torch.get_num_threads()} threads"
+            products = f"{found['precision']} matrix products: {found['matmul_tflops']:.3g} TFLOP/s"
+            print(f"{where}; torch {torch.__version__}; {products}", flush=True)
+            (sweep if options.sweep else compare)(options, work, found)
+            if ratio := found.get("ratio"):
+                last = f"ratio {ratio['all']:.2f} (min {ratio['min']:.2f}, max {ratio['max']:.2f})"
+    write_figures(options, found)
+    if last:
+        print(last)
+
+
+if __name__ == "__main__":
+    main()
