@@ -20,7 +20,7 @@ METRICS = [path.stem for path in sorted((ROOT / "metrics").glob("*.py"))]
 TRAINERS = [name for name in SCRIPTS if name.startswith("train_")]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml")) + sorted((ROOT / "shapes").glob("*.yaml"))
-COMMAND = re.compile(r"^(?:accelerate launch|python|torchrun|uv run|hf jobs uv run)\b.*?(\S+)\.py\b(.*)$")
+COMMAND = re.compile(r"^(?:srun )?(?:accelerate launch|python|torchrun|uv run|hf jobs uv run)\b.*?(\S+)\.py\b(.*)$")
 
 
 def texts() -> dict[str, str]:
@@ -53,7 +53,8 @@ def test_command_parses(where, command, monkeypatch):
         return
     if flags.strip() == "--help":
         return
-    args = importlib.import_module(script).parse_arguments(shlex.split(flags.replace("...", ""), comments=True))
+    flags = flags.replace("...", "").replace("$SLURM_ARRAY_TASK_ID", "0")
+    args = importlib.import_module(script).parse_arguments(shlex.split(flags, comments=True))
     for flag in ("generators", "prompts"):
         file = getattr(args, flag, None)
         if isinstance(file, str) and file.startswith(("recipes/", "shapes/")):
