@@ -79,6 +79,7 @@ from datasets import Dataset, Image, load_dataset
 from datasets import config as datasets_config
 from diffusers import (
     AutoencoderKL,
+    BitsAndBytesConfig,
     FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
     SD3Transformer2DModel,
@@ -174,6 +175,7 @@ class TrainingArguments:
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", above=0)
     max_skipped_steps: int = flag(10, "Steps in a row without a finite loss to skip.", min=0, may_change=True)
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward pass.")
+    base_precision: Literal["nf4", "int8"] | None = flag(None, "Quantise the frozen weights with bitsandbytes.")
     allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 matrix products.")
     compile: bool = flag(False, "Compile the transformer blocks: faster steps after a slow first one.", may_change=True)
     precompute_ref: bool = flag(False, "Compute the reference's errors first, and keep them.", may_change=True)
@@ -664,7 +666,7 @@ def load_model(args: ScriptArguments) -> tuple[FlowMatchEulerDiscreteScheduler, 
     model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
     noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**model, subfolder="scheduler")
     weights = {"subfolder": "transformer", "variant": args.variant, "dtype": args.weight_dtype}
-    transformer = SD3Transformer2DModel.from_pretrained(**model, **weights)
+    transformer = SD3Transformer2DModel.from_pretrained(**model, **weights, **quantization(args))
     transformer._repeated_blocks = ["JointTransformerBlock"]  # for --compile; diffusers names them for other models
     return noise_scheduler, transformer
 
@@ -1091,6 +1093,7 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
         raise SystemExit(f"accelerate is set to {kind.value}: a LoRA needs no more than data parallelism")
     if args.compile and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which(os.environ.get("CC", "gcc"))):
         raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
+    check_quantization(args)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
@@ -1103,6 +1106,8 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, length: int, image
     settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata.get("may_change")}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
+    if args.base_precision is None:  # a run of a version without this flag goes on
+        del settings["base_precision"]
     settings |= {**identity, "model_files": short_hash(json.dumps(encoding_settings(args)))}
     settings |= {"global_batch_size": rows_per_step}
     checkpoint = check_output_dir(args, settings)
@@ -1567,6 +1572,24 @@ def complete_batch(args: ScriptArguments, device: torch.device, encode_prompts: 
     if encode_prompts:
         batch |= encode_in_batches(encode_prompts, batch.pop("prompt"), args.weight_dtype)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def check_quantization(args: ScriptArguments) -> None:
+    """Exits with one line if the base cannot be quantised here."""
+    if args.base_precision and args.compile:
+        raise SystemExit(f"--base_precision {args.base_precision}: leave out --compile, with which it was never tried")
+    if args.base_precision and not torch.cuda.is_available():
+        raise SystemExit(f"--base_precision {args.base_precision} needs a GPU: diffusers does not quantise without one")
+
+
+def quantization(args: ScriptArguments) -> dict:
+    """Options of `from_pretrained`: the linear layers in the type of --base_precision, if there is one."""
+    options = {
+        None: {},
+        "int8": {"load_in_8bit": True},
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.weight_dtype},
+    }[args.base_precision]
+    return {"quantization_config": BitsAndBytesConfig(**options)} if options else {}
 
 
 def prepare_model(args: ScriptArguments, run: Run, model: Module) -> None:

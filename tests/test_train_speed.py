@@ -7,9 +7,11 @@ import os
 import shutil
 import threading
 
+import bitsandbytes
 import pytest
 import torch
 from conftest import call, refused, run, torchrun
+from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
@@ -264,3 +266,35 @@ def test_precomputed_reference_errors_of_two_processes(flags, tmp_path):
     assert len(list((tmp_path / "cache").glob("reference-*/*.safetensors"))) == 2  # the same files
     one, two = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+@pytest.mark.parametrize("script", ["train_rankdpo_sdxl", "train_rankdpo_sd3"])
+def test_quantised_base(flags, script, precision, tmp_path, monkeypatch):
+    """bitsandbytes quantises on a CPU, too, where diffusers and the script refuse to: the base has other layers, the
+    scores are exactly 0 at the start, the LoRA is float32 and learns, and a resumed run ends with the same bits."""
+    module, kinds = importlib.import_module(script), set()
+    step = module.training_step
+
+    def spied(model, *arguments):
+        kinds.update(type(layer.base_layer).__name__ for layer in model.modules() if isinstance(layer, LoraLayer))
+        return step(model, *arguments)
+
+    command = [*flags(script), "--base_precision", precision, "--checkpointing_steps", 2, "--max_train_steps"]
+    assert "needs a GPU" in refused(script, *command, 4, "--output_dir", tmp_path / "refused")
+    monkeypatch.setattr(module, "training_step", spied)
+    monkeypatch.setattr(module, "check_quantization", lambda args: None)
+    # Its kernel for drawing on such a processor takes multiples of 32 features only.
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda *args, **kwargs: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: device_map)
+    call(script, *command, 4, "--output_dir", tmp_path / "straight")
+    assert kinds == {{"nf4": "Linear4bit", "int8": "Linear8bitLt"}[precision]}
+    logs = [json.loads(line) for line in (tmp_path / "straight" / "training_log.jsonl").read_text().splitlines()]
+    assert logs[0]["chosen_error"] == logs[0]["rejected_error"] == 0.0 and logs[-1]["chosen_error"] != 0.0
+    call(script, *command, 2, "--output_dir", tmp_path / "resumed")
+    call(script, *command, 4, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", "latest")
+    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("straight", "resumed"))
+    assert all(torch.equal(a[key], b[key]) and a[key].dtype == torch.float32 for key in a)
+    assert max(tensor.abs().max().item() for name, tensor in a.items() if "lora_B" in name) > 1e-4
