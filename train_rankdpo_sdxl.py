@@ -79,6 +79,7 @@ from datasets import Dataset, Image, load_dataset
 from datasets import config as datasets_config
 from diffusers import (
     AutoencoderKL,
+    BitsAndBytesConfig,
     DDPMScheduler,
     DiffusionPipeline,
     SchedulerMixin,
@@ -111,7 +112,8 @@ from trl import TrlParser
 
 LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "plackett_luce", "sft", "weighted_sft")
 # The objectives that an option has no meaning for.
-UNUSED_BY = {"sft_weight": ("sft", "weighted_sft"), "safeguard": ("plackett_luce", "sft", "weighted_sft")}
+UNUSED_BY = dict.fromkeys(("sft_weight", "precompute_ref"), ("sft", "weighted_sft"))
+UNUSED_BY["safeguard"] = ("plackett_luce", "sft", "weighted_sft")
 PROJECT = "rankdpo-sdxl"  # its name in the trackers
 BASE_LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": {"license": "openrail++"}}
 CARD_BEGIN = "<!-- train_rankdpo_sdxl.py writes from here to its second mark; text before and after is kept. -->"
@@ -169,8 +171,10 @@ class TrainingArguments:
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", above=0)
     max_skipped_steps: int = flag(10, "Steps in a row without a finite loss to skip.", min=0, may_change=True)
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward pass.")
+    base_precision: Literal["nf4", "int8"] | None = flag(None, "Quantise the frozen weights with bitsandbytes.")
     allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 matrix products.")
     compile: bool = flag(False, "Compile the transformer blocks: faster steps after a slow first one.", may_change=True)
+    precompute_ref: bool = flag(False, "Compute the reference's errors first, and keep them.", may_change=True)
     gradient_checkpointing: bool = flag(False, "Less memory, about a quarter more computation.", may_change=True)
     checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints.", min=1, may_change=True)
     checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", min=1, may_change=True)
@@ -203,8 +207,8 @@ class TrainingArguments:
                 raise SystemExit(f"--report_to {self.report_to}: choose tensorboard, wandb, trackio, all or none")
             if not importlib.util.find_spec(self.report_to):
                 raise SystemExit(f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}")
-        for name, given in (("sft_weight", self.sft_weight > 0), ("safeguard", self.safeguard is not None)):
-            if given and self.loss_type in UNUSED_BY[name]:
+        for name, unused_by in UNUSED_BY.items():
+            if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
                 raise SystemExit(f"--{name}: --loss_type {self.loss_type} does not use it: leave it out")
 
     @property
@@ -425,20 +429,19 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
     return seeded_generator(args.seed, epoch, "order").permutation(length)
 
 
-def training_step(
-    model: Module, reference: Module, noise_scheduler: SchedulerMixin, batch: dict, args: ScriptArguments
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """One forward of all k images of a batch of prompts, and of the reference where the objective needs it.
+def predict(
+    model: Module, noise_scheduler: SchedulerMixin, batch: dict, args: ScriptArguments
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One forward of all k images of a batch of prompts.
 
     Args:
-        model: the UNet as prepared for training; reference: the same UNet unwrapped, whose adapter is switched off.
         batch: latents and noise (B, k, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width),
-            pooled_prompt_embeds (B, width), time_ids (B, k, 6), phi (B, k), rank (B, k), weight (B, k) of weighted_sft.
+            pooled_prompt_embeds (B, width), time_ids (B, k, 6).
 
     Returns:
-        loss, metrics of `rankdpo_loss`.
+        errors, float32 (B, k); prediction and target, (B, k, C, h, w).
     """
-    batch_size, k = batch["latents"].shape[:2]
+    k = batch["latents"].shape[1]
     latents = batch["latents"].flatten(0, 1).float()
     noise = batch["noise"].flatten(0, 1)
     timesteps = batch["timesteps"].repeat_interleave(k)
@@ -447,25 +450,40 @@ def training_step(
         target = noise
     else:
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
-    inputs = {
-        "sample": noisy_latents,
-        "timestep": timesteps,
-        "encoder_hidden_states": batch["prompt_embeds"].repeat_interleave(k, dim=0),
-        "added_cond_kwargs": {
+    prediction = model(
+        sample=noisy_latents,
+        timestep=timesteps,
+        encoder_hidden_states=batch["prompt_embeds"].repeat_interleave(k, dim=0),
+        added_cond_kwargs={
             "text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(k, dim=0),
             "time_ids": micro_conditioning(args, batch["time_ids"]).flatten(0, 1).to(args.weight_dtype),
         },
-    }
-    ref_errors = None
-    if args.loss_type not in ("sft", "weighted_sft"):
+    ).sample
+    shape = batch["latents"].shape
+    return denoising_error(prediction, target).view(shape[:2]), prediction.view(shape), target.view(shape)
+
+
+def training_step(
+    model: Module, reference: Module, noise_scheduler: SchedulerMixin, batch: dict, args: ScriptArguments
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a batch of prompts: one forward, and one of the reference where the objective needs it.
+
+    Args:
+        model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off.
+        batch: what `predict` reads, phi (B, k), rank (B, k), weight (B, k) of weighted_sft, and ref_errors (B, k) where
+            they were computed before.
+
+    Returns:
+        loss, metrics of `rankdpo_loss`.
+    """
+    ref_errors = batch.get("ref_errors")
+    if ref_errors is None and args.loss_type not in UNUSED_BY["precompute_ref"]:
         with as_reference(reference):
-            ref_errors = denoising_error(reference(**inputs).sample.detach(), target).view(batch_size, k)
-    prediction = model(**inputs).sample
-    model_errors = denoising_error(prediction, target).view(batch_size, k)
+            ref_errors = predict(reference, noise_scheduler, batch, args)[0].detach()
+    model_errors, prediction, target = predict(model, noise_scheduler, batch, args)
     options = {name: batch[name] for name in ("phi", "rank", "weight") if name in batch}
     if args.safeguard is not None:
-        pairs = (batch_size, k, *prediction.shape[1:])
-        options["loser_scale"] = safeguard_scale(prediction.view(pairs), target.view(pairs), args.safeguard)
+        options["loser_scale"] = safeguard_scale(prediction, target, args.safeguard)
     options |= {"loss_type": args.loss_type, "rank_source": args.rank_source, "sft_weight": args.sft_weight}
     return rankdpo_loss(model_errors, ref_errors, beta=args.beta_dpo, **options)
 
@@ -541,6 +559,8 @@ def fit(args: ScriptArguments, run: "Run", images: "StoredImages", cache: "Laten
         noise_scheduler, model = load_model(args)
     prepare_model(args, run, model)
     rows = CachedRows(args, cache, images.labels, noise_scheduler)
+    if args.precompute_ref:
+        precompute_reference(args, run, model, rows, encode_prompts)
     speed = train(args, run, model, noise_scheduler, training_batches(args, run, rows, encode_prompts), validator)
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
@@ -895,7 +915,7 @@ def load_model(args: ScriptArguments) -> tuple[DDPMScheduler, UNet2DConditionMod
     """Scheduler and UNet, without LoRA."""
     model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
     noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
-    weights = {"subfolder": "unet", "variant": args.variant, "dtype": args.weight_dtype}
+    weights = {"subfolder": "unet", "variant": args.variant, "dtype": args.weight_dtype, **quantization(args)}
     return noise_scheduler, UNet2DConditionModel.from_pretrained(**model, **weights)
 
 
@@ -1028,6 +1048,12 @@ def unet_usage(args: ScriptArguments) -> dict:
 CACHE_SHARD_ROWS = 64  # dataset rows per cache file: a crash loses at most these
 CACHE_VERSION = 3
 EMPTY_PROMPT = "empty-prompt"  # the cache file of its embeddings
+FREE_OF_REFERENCE = (  # settings that the reference's errors do not depend on
+    *("labels", "rank_by", "preference_column", "rank_column", "loss_type", "beta_dpo", "rank_source", "orpo_lambda"),
+    *("sft_weight", "safeguard", "rank", "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps"),
+    *("num_train_epochs", "max_grad_norm", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay"),
+    *("adam_epsilon", "global_batch_size"),
+)
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "training_state.pt"
 LOG_FILE = "training_log.jsonl"
@@ -1070,6 +1096,7 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
         raise SystemExit(f"accelerate is set to {kind.value}: a LoRA needs no more than data parallelism")
     if args.compile and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which(os.environ.get("CC", "gcc"))):
         raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
+    check_quantization(args)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
@@ -1082,6 +1109,8 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, length: int, image
     settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata.get("may_change")}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
+    if args.base_precision is None:  # a run of a version without this flag goes on
+        del settings["base_precision"]
     settings |= {**identity, "model_files": short_hash(json.dumps(encoding_settings(args)))}
     settings |= {"global_batch_size": rows_per_step}
     checkpoint = check_output_dir(args, settings)
@@ -1438,18 +1467,20 @@ def needs_empty_embeds(args: ScriptArguments) -> bool:
 
 
 class CachedRows(torch.utils.data.Dataset):
-    """Encoded rows with their labels, timestep and noise, indexed by (epoch, row)."""
+    """Encoded rows with their labels, timestep and noise, indexed by the keys of `EpochSampler`."""
 
     def __init__(self, args: ScriptArguments, cache: LatentCache, labels: list[dict], noise_scheduler):
         self.args, self.cache, self.labels, self.noise_scheduler = args, cache, labels, noise_scheduler
         self.empty_embeds = load_file(cache.files[EMPTY_PROMPT]) if needs_empty_embeds(args) else {}
+        self.ref_errors: LatentCache | None = None  # of `precompute_reference`
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
-        epoch, row = key
+    def __getitem__(self, key: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+        epoch, row, place = key
         label, item = self.labels[row], self.cache.read(row)
         noise_key = (self.args.seed, epoch, label["id"])
         item |= sample_noise(self.args, self.noise_scheduler, noise_key, item["latents"].shape)
         item |= {name: torch.from_numpy(label[name]) for name in ("phi", "rank", "weight") if name in label}
+        item |= self.ref_errors.read(place) if self.ref_errors else {}
         share = self.args.proportion_empty_prompts
         empty = share > 0 and seeded_generator(*noise_key, "empty prompt").random() < share
         if self.args.cache_text_embeddings:
@@ -1458,20 +1489,24 @@ class CachedRows(torch.utils.data.Dataset):
 
 
 class EpochSampler:
-    """Yields the (epoch, row) keys of one process's micro-batches, without end. In step s, counted from 0, all
-    processes together take items s·G … (s+1)·G − 1 of the epochs' orders laid end to end; G is the global batch."""
+    """Yields the keys of one process's micro-batches, without end: (epoch, row, place), where the place counts from the
+    start of the run. In step s, counted from 0, all processes together take the places s·G … (s+1)·G − 1 of the epochs'
+    orders laid end to end; G is the global batch."""
 
     def __init__(self, args: ScriptArguments, length: int, process_index: int, num_processes: int, start_step: int):
         self.args, self.length, self.start_step = args, length, start_step
         self.process_index, self.num_processes = process_index, num_processes
+        self.order = lru_cache(maxsize=2)(partial(epoch_order, args, length=length))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = lru_cache(maxsize=2)(partial(epoch_order, self.args, length=self.length))
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         batch_size = self.args.train_batch_size
         for micro_step in itertools.count(self.start_step * self.args.gradient_accumulation_steps):
             start = (micro_step * self.num_processes + self.process_index) * batch_size
-            places = [divmod(position, self.length) for position in range(start, start + batch_size)]
-            yield [(epoch, int(order(epoch)[offset])) for epoch, offset in places]
+            yield [self.key(place) for place in range(start, start + batch_size)]
+
+    def key(self, place: int) -> tuple[int, int, int]:
+        epoch, offset = divmod(place, self.length)
+        return epoch, int(self.order(epoch)[offset]), place
 
 
 def training_batches(
@@ -1496,6 +1531,38 @@ def read_ahead(batches: Iterator) -> Iterator:
             yield batch
 
 
+def precompute_reference(
+    args: ScriptArguments, run: Run, model: Module, rows: CachedRows, encode_prompts: "PromptEncoder | None"
+) -> None:
+    """Gives the rows the reference's errors of all places of the run. They are kept beside the latents, in files like
+    theirs, for later runs that differ in nothing but FREE_OF_REFERENCE."""
+    accelerator = run.accelerator
+    settings = {name: value for name, value in run.settings.items() if name not in FREE_OF_REFERENCE}
+    key = short_hash(json.dumps([rows.cache.folder.name, args.train_batch_size, args.compile, settings]))
+    cache = LatentCache(args, f"reference-{key}", run.max_train_steps * run.rows_per_step, accelerator)
+    sampler = EpochSampler(args, len(rows.labels), 0, 1, 0)
+    cache.missing()  # removes damaged files
+    accelerator.wait_for_everyone()
+    cache.find()
+    with locked(cache.folder, "--cache_dir", wait=True) if not cache.is_complete() else nullcontext():
+        accelerator.wait_for_everyone()  # the first process has the lock
+        cache.find()
+        missing, hidden = cache.missing(), not accelerator.is_local_main_process
+        for shard in progress_bar(missing, desc="reference", unit="file", disable=hidden or not missing):
+            places, errors = cache.rows(shard), []
+            for start in range(places.start, places.stop, args.train_batch_size):
+                keys = map(sampler.key, range(start, min(start + args.train_batch_size, places.stop)))
+                batch = torch.utils.data.default_collate([rows[key] for key in keys])
+                batch = complete_batch(args, accelerator.device, encode_prompts, batch)
+                with accelerator.autocast(), as_reference(model):
+                    errors.append(predict(model, rows.noise_scheduler, batch, args)[0].detach())
+            cache.write(cache.name(shard), {"ref_errors": torch.cat(errors).cpu()})
+            stop_if_asked(f"what is computed is in {cache.folder}: the same command goes on")
+        accelerator.wait_for_everyone()
+    cache.find()  # with the files of the other processes
+    rows.ref_errors = cache
+
+
 def ignore_stop_signals(worker: int) -> None:
     """In a DataLoader's worker: signals often reach the whole group. The main process still needs the worker, and ends
     it."""
@@ -1508,6 +1575,24 @@ def complete_batch(args: ScriptArguments, device: torch.device, encode_prompts: 
     if encode_prompts:
         batch |= encode_in_batches(encode_prompts, batch.pop("prompt"), args.weight_dtype)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def check_quantization(args: ScriptArguments) -> None:
+    """Exits with one line if the base cannot be quantised here."""
+    if args.base_precision and args.compile:
+        raise SystemExit(f"--base_precision {args.base_precision}: leave out --compile, with which it was never tried")
+    if args.base_precision and not torch.cuda.is_available():
+        raise SystemExit(f"--base_precision {args.base_precision} needs a GPU: diffusers does not quantise without one")
+
+
+def quantization(args: ScriptArguments) -> dict:
+    """Options of `from_pretrained`: the linear layers in the type of --base_precision, if there is one."""
+    options = {
+        None: {},
+        "int8": {"load_in_8bit": True},
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.weight_dtype},
+    }[args.base_precision]
+    return {"quantization_config": BitsAndBytesConfig(**options)} if options else {}
 
 
 def prepare_model(args: ScriptArguments, run: Run, model: Module) -> None:

@@ -47,7 +47,7 @@ def load(demo: Path, checkpoint: str) -> tuple:
 
 def draw(args, rows, row: int, timestep: int, key: tuple, noise: str) -> dict[str, torch.Tensor]:
     """A batch of one prompt with this timestep and a noise that the key seeds."""
-    item = rows[0, row]
+    item = rows[0, row, 0]
     args.noise = noise
     item |= script.sample_noise(args, rows.noise_scheduler, key, item["latents"].shape)
     return {name: tensor[None] for name, tensor in (item | {"timesteps": torch.tensor(timestep)}).items()}

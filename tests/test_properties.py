@@ -161,7 +161,7 @@ def test_every_step_sees_the_same_rows_on_any_number_of_processes(script, length
     assert steps(*batch, start, 6) == whole[start:]
     items = [item for step in whole for item in step]
     for epoch in range(len(items) // length):
-        assert sorted(row for e, row in items if e == epoch) == list(range(length))  # each row once in an epoch
+        assert sorted(row for e, row, _ in items if e == epoch) == list(range(length))  # each row once in an epoch
 
 
 # Cache key

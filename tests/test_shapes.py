@@ -168,7 +168,8 @@ def implicit_accuracy(lora: Path, cache_flags: list, rows: Path) -> float:
     state = {k.removeprefix("unet."): v for k, v in load_file(lora / "pytorch_lora_weights.safetensors").items()}
     set_peft_model_state_dict(unet, state)
     found = []
-    draws = [(draw, i) for draw in range(4) for i in range(len(labels))]  # four timesteps and noises for each prompt
+    # Four timesteps and noises for each prompt; the place is not used.
+    draws = [(draw, i, 0) for draw in range(4) for i in range(len(labels))]
     for start in range(0, len(draws), 16):
         batch = torch.utils.data.default_collate([data[item] for item in draws[start : start + 16]])
         with torch.no_grad():

@@ -141,7 +141,8 @@ def test_data_order_and_noise_do_not_depend_on_the_number_of_processes(tmp_path)
         seen[processes, batch, accumulation] = [sorted(step) for step in steps]
     assert len({str(order) for order in seen.values()}) == 1
     items = [item for step in seen[1, 4, 1] for item in step]
-    assert sorted(items) == [(epoch, row) for epoch in range(2) for row in range(length)]
+    assert sorted(item[:2] for item in items) == [(epoch, row) for epoch in range(2) for row in range(length)]
+    assert sorted(item[2] for item in items) == list(range(2 * length))  # the places
     args = script.ScriptArguments(dataset_name="x", train_batch_size=4, seed=3)
     assert sorted(next(iter(script.EpochSampler(args, length, 0, 1, start_step=2)))) == seen[4, 1, 1][2]
 

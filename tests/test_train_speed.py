@@ -7,9 +7,12 @@ import os
 import shutil
 import threading
 
+import bitsandbytes
 import pytest
 import torch
-from conftest import call, refused
+from conftest import call, refused, run, torchrun
+from diffusers.quantizers.bitsandbytes import bnb_quantizer
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -193,3 +196,105 @@ def test_compiling_without_a_compiler_is_refused(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     script = "train_rankdpo_sdxl"
     assert "--compile needs a C++ compiler" in refused(script, *flags(script), "--compile", "--output_dir", tmp_path)
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_precomputed_reference_errors_give_the_same_bits(flags, script, tmp_path, monkeypatch):
+    """Straight, against a run whose errors are computed first, interrupted, and found again by a run with another beta;
+    every forward of the base happens once. The 72 places are two files, and several epochs."""
+    module, references = importlib.import_module(script), []
+    predict = module.predict
+
+    def spied(model, noise_scheduler, batch, args):
+        if next(layer for layer in model.modules() if isinstance(layer, LoraLayer)).disable_adapters:
+            references.append(len(batch["latents"]))
+        return predict(model, noise_scheduler, batch, args)
+
+    monkeypatch.setattr(module, "predict", spied)
+    more = "--max_train_steps 36 --train_batch_size 2 --noise image --proportion_empty_prompts 0.3".split()
+    more += ["--cache_dir", tmp_path / "cache", "--output_dir"]
+    call(script, *flags(script), *more, tmp_path / "straight")
+    assert references == [2] * 36
+    assert not list((tmp_path / "cache").glob("reference-*"))
+
+    references.clear()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(module, "stop_if_asked", stop_at_reference)
+        call(script, *flags(script), *more, tmp_path / "first", "--precompute_ref")
+    (folder,) = (tmp_path / "cache").glob("reference-*")
+    assert len(list(folder.glob("*.safetensors"))) == 1 and references == [2] * 32
+    call(script, *flags(script), *more, tmp_path / "first", "--precompute_ref")
+    assert references == [2] * 36
+    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("straight", "first"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    keep = ("loss", "margin", "chosen_error", "grad_norm")
+    a, b = ((tmp_path / name / "training_log.jsonl").read_text().splitlines() for name in ("straight", "first"))
+    assert [[json.loads(line)[name] for name in keep] for line in a] == [
+        [json.loads(line)[name] for name in keep] for line in b
+    ]
+
+    references.clear()
+    call(script, *flags(script), *more, tmp_path / "second", "--precompute_ref", "--beta_dpo", 50, "--rank", 2)
+    assert not references
+    shard = min(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")  # damaged: made again
+    call(script, *flags(script), *more, tmp_path / "third", "--precompute_ref", "--beta_dpo", 50, "--rank", 2)
+    assert references == [2] * 32
+    b, c = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("second", "third"))
+    assert all(torch.equal(b[key], c[key]) for key in b)
+    call(script, *flags(script), *more, tmp_path / "other", "--precompute_ref", "--seed", 1)
+    assert references == [2] * (32 + 36)
+
+
+def stop_at_reference(kept: str) -> None:
+    """As if the run were asked to stop after the first file of reference errors."""
+    if "reference-" in kept:
+        raise SystemExit(kept)
+
+
+def test_precomputed_errors_of_no_reference_are_refused(flags, tmp_path):
+    script = "train_rankdpo_sdxl"
+    more = ["--loss_type", "sft", "--precompute_ref", "--output_dir", tmp_path]
+    assert "--precompute_ref: --loss_type sft does not use it" in refused(script, *flags(script), *more)
+
+
+def test_precomputed_reference_errors_of_two_processes(flags, tmp_path):
+    script, more = "train_rankdpo_sdxl", "--max_train_steps 20 --precompute_ref --cache_dir".split()
+    more = [*flags("train_rankdpo_sdxl"), *more, tmp_path / "cache", "--output_dir"]
+    run(*torchrun(2, f"{script}.py"), *more, tmp_path / "two", "--train_batch_size", 2)
+    call(script, *more, tmp_path / "one", "--train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    assert len(list((tmp_path / "cache").glob("reference-*/*.safetensors"))) == 2  # the same files
+    one, two = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+@pytest.mark.parametrize("script", ["train_rankdpo_sdxl", "train_rankdpo_sd3"])
+def test_quantised_base(flags, script, precision, tmp_path, monkeypatch):
+    """bitsandbytes quantises on a CPU, too, where diffusers and the script refuse to: the base has other layers, the
+    scores are exactly 0 at the start, the LoRA is float32 and learns, and a resumed run ends with the same bits."""
+    module, kinds = importlib.import_module(script), set()
+    step = module.training_step
+
+    def spied(model, *arguments):
+        kinds.update(type(layer.base_layer).__name__ for layer in model.modules() if isinstance(layer, LoraLayer))
+        return step(model, *arguments)
+
+    command = [*flags(script), "--base_precision", precision, "--checkpointing_steps", 2, "--max_train_steps"]
+    assert "needs a GPU" in refused(script, *command, 4, "--output_dir", tmp_path / "refused")
+    monkeypatch.setattr(module, "training_step", spied)
+    monkeypatch.setattr(module, "check_quantization", lambda args: None)
+    # Its kernel for drawing on such a processor takes multiples of 32 features only.
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda *args, **kwargs: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: device_map)
+    call(script, *command, 4, "--output_dir", tmp_path / "straight")
+    assert kinds == {{"nf4": "Linear4bit", "int8": "Linear8bitLt"}[precision]}
+    logs = [json.loads(line) for line in (tmp_path / "straight" / "training_log.jsonl").read_text().splitlines()]
+    assert logs[0]["chosen_error"] == logs[0]["rejected_error"] == 0.0 and logs[-1]["chosen_error"] != 0.0
+    call(script, *command, 2, "--output_dir", tmp_path / "resumed")
+    call(script, *command, 4, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", "latest")
+    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("straight", "resumed"))
+    assert all(torch.equal(a[key], b[key]) and a[key].dtype == torch.float32 for key in a)
+    assert max(tensor.abs().max().item() for name, tensor in a.items() if "lora_B" in name) > 1e-4
