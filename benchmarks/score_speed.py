@@ -20,6 +20,7 @@ largest of a block.
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--reload_pairs", type=int, default=1, help="Pairs a block for `hpsv2.score` as it is.")
     parser.add_argument("--size", type=int, default=512, help="Pixels a side.")
     parser.add_argument("--batch_size", type=int, default=64 if cuda else 4, help="Ours.")
+    parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
@@ -186,6 +188,15 @@ def main() -> None:
     print(f"score_pairs.py: {n_images / ours:.3f} images/s")
     print(f"largest difference of a score: {difference:.1e}")
     ratios = [fair / ours for fair, ours, _ in seconds]
+    found = {"device": where, "torch": torch.__version__, "date": time.strftime("%F"), "difference": difference}
+    found["images_per_second"] = {
+        "hpsv2.score": 2 * args.reload_pairs * args.blocks / reloading,
+        "fair loop": n_images / fair,
+        "score_pairs.py": n_images / ours,
+    }
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(found | {"ratios": ratios}, indent=2) + "\n")
     print(f"ratio {fair / ours:.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})")
 
 

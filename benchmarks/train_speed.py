@@ -31,11 +31,10 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from io import BytesIO, StringIO
 from pathlib import Path
 from unittest import mock
@@ -48,6 +47,7 @@ sys.path.insert(0, str(ROOT))
 import datasets  # noqa: E402
 import diffusers  # noqa: E402
 import numpy as np  # noqa: E402
+import psutil  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
@@ -66,6 +66,7 @@ PLAIN_ATTENTION = F.scaled_dot_product_attention
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 HAS_WANDB = importlib.util.find_spec("wandb") is not None  # the peer imports it; an empty module is enough
+SETTINGS = ("step", "checkpointing")  # of a count: without and with gradient checkpointing
 WARM_UP = 2  # steps that are not timed
 # scaled: a fifth of SDXL's width, with a VAE of a quarter and one layer of each text encoder, so that these have about
 # the share of a step's FLOPs that they have at full size.
@@ -138,9 +139,9 @@ def make_batch(family: str, model, resolution: int) -> dict[str, torch.Tensor]:
     return batch | {"pooled_prompt_embeds": torch.empty(1, config.pooled_projection_dim, device="meta")}
 
 
-def count_ours(family: str, folder: Path, rank: int, resolution: int) -> dict[str, float]:
-    """TFLOP an image of a training step: `step`, and `checkpointing` with it; and of what no step can do without:
-    `reference` (a forward of the base model), `lora` (a forward and backward with the LoRA), `floor` (both)."""
+def count_ours(family: str, folder: Path, rank: int, resolution: int, settings: tuple = SETTINGS) -> dict[str, float]:
+    """TFLOP an image of a training step in these settings; and of what no step can do without: `reference` (a forward
+    of the base model), `lora` (a forward and backward with the LoRA), `floor` (both)."""
     script = importlib.import_module(SCRIPTS[family])
     flags = ["--pretrained_model_name_or_path", str(folder), "--dataset_name", "none"]
     args = script.parse_arguments([*flags, "--rank", str(rank), "--resolution", str(resolution)])
@@ -151,9 +152,11 @@ def count_ours(family: str, folder: Path, rank: int, resolution: int) -> dict[st
     calls = []
     model.register_forward_pre_hook(lambda _, __, inputs: calls.append(inputs), with_kwargs=True)
     step = (our_step, script, model, noise_scheduler, make_batch(family, model, resolution), args)
-    counted = {"step": count(*step) / K}
-    model.enable_gradient_checkpointing()
-    counted["checkpointing"] = count(*step) / K
+    counted = {}
+    for setting in (name for name in SETTINGS if name in settings):
+        if setting == "checkpointing":
+            model.enable_gradient_checkpointing()
+        counted[setting] = count(*step) / K
     model.disable_gradient_checkpointing()
     inputs = calls[0]  # what the script gives to the model
     counted["lora"] = count(forward_and_backward, model, inputs) / K
@@ -220,14 +223,16 @@ def peer_settings(options, work: Path) -> dict[str, list[str]]:
     return {"step": rank, "checkpointing": [*rank, *checkpointing], "readme": ["--rank", "8", *checkpointing, *vae]}
 
 
-def count_all(options, work: Path, families: tuple = ("sd3", "sdxl"), settings: tuple | None = None) -> dict:
+def count_all(options, work: Path, families: tuple, settings: tuple) -> dict:
     """Counts the trainers and the peer, prints and returns the figures."""
     resolution, found = SIZES[options.size]["resolution"], {}
     for family in families:
         make_model(work / family, family, options.size, None)
-        found[family] = ours = count_ours(family, work / family, options.rank, resolution)
+        found[family] = ours = count_ours(family, work / family, options.rank, resolution, settings)
         parts = f"{ours['reference']:.4g} for the reference and {ours['lora']:.4g} for the LoRA"
-        print(f"{SCRIPTS[family]}: {ours['step']:.4g} TFLOP an image; {ours['checkpointing']:.4g} with checkpointing")
+        for name, setting in {"step": "no checkpointing", "checkpointing": "checkpointing"}.items():
+            if name in ours:
+                print(f"{SCRIPTS[family]}: {ours[name]:.4g} TFLOP an image (rank {options.rank}, {setting})")
         print(f"    floor {ours['floor']:.4g}: {parts}")
     if options.peer:
         make_datasets(work, 2, resolution)
@@ -238,7 +243,7 @@ def count_all(options, work: Path, families: tuple = ("sd3", "sdxl"), settings: 
             "readme": ("its README's setting: rank 8, checkpointing", f"ours at rank {options.rank} without it"),
         }
         for name, flags in peer_settings(options, work).items():
-            if settings is None or name in settings:
+            if name in settings:
                 flags = [*peer_flags(work, work / f"peer-{name}", resolution, 1), *flags]
                 found["peer"][name] = tflop = count_peer(options.peer, flags, K)
                 found["ratios"][name] = ratio = tflop / ours["step" if name == "readme" else name]
@@ -261,46 +266,45 @@ def step_ends(folder: Path) -> list[float]:
     return []
 
 
-class DeviceMemory(threading.Thread):
-    """Watches how much more of the GPU's memory is taken than at the start, by whatever process."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.peak, self.ended, self.before = 0, threading.Event(), taken_memory()
-
-    def run(self) -> None:
-        while not self.ended.wait(0.05):
-            self.peak = max(self.peak, taken_memory() - self.before)
-
-
 def taken_memory() -> int:
-    free, total = torch.cuda.mem_get_info()
+    """Bytes of the GPU's memory that are taken, by whatever process."""
+    free, total = torch.cuda.mem_get_info() if CUDA else (0, 0)
     return total - free
 
 
 def timed_run(command: list, folder: Path, images: int) -> dict:
-    """Runs a trainer in a process of its own. Returns images/s of its steps after the first ones, the seconds of the
-    whole process, its peak memory on the GPU in GB, and why it failed, if it did."""
-    environment = dict(os.environ)
+    """Runs a trainer in a process of its own.
+
+    Returns:
+        of its steps after the first ones images/s and, which other processes disturb less, CPU seconds an image; of the
+        whole process the seconds and the peak of the GPU's memory in GB; and why it failed, if it did.
+    """
+    environment, stubs = dict(os.environ), folder.parent / "stubs"
     if not HAS_WANDB:
-        (folder.parent / "stubs").mkdir(parents=True, exist_ok=True)
-        (folder.parent / "stubs" / "wandb.py").touch()
-        environment["PYTHONPATH"] = str(folder.parent / "stubs")
-    memory = DeviceMemory() if CUDA else None
-    if memory:
-        memory.start()
-    started = time.time()
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
-    row = {"images_per_second": None, "seconds": time.time() - started, "peak_memory_gb": None}
-    if memory:
-        memory.ended.set()
-        memory.join()
-        row["peak_memory_gb"] = memory.peak / 1e9
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        stubs.mkdir(parents=True, exist_ok=True)
+        (stubs / "wandb.py").touch()
+        environment["PYTHONPATH"] = str(stubs)
+    torch.cuda.empty_cache()  # what made the model
+    before, started, watched, peak = taken_memory(), time.time(), [], 0
+    with open(folder.with_suffix(".log"), "w+") as console:
+        command = list(map(str, command))
+        process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=console)
+        while process.poll() is None:
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                used = process.cpu_times()
+                watched.append((time.time(), used.user + used.system))
+            peak = max(peak, taken_memory() - before)
+            time.sleep(0.05)
+        console.seek(0)
+        lines = [line.strip() for line in console if line.strip()]
+    row = {"images_per_second": None, "cpu_seconds_per_image": None, "seconds": time.time() - started}
+    row["peak_memory_gb"] = peak / 1e9 if CUDA else None
+    if process.returncode:
         return row | {"failed": next((line for line in lines if "out of memory" in line), (lines or ["?"])[-1])[:300]}
     ends = step_ends(folder)[WARM_UP - 1 :]
-    row["images_per_second"] = images * (len(ends) - 1) / (ends[-1] - ends[0])
+    images *= len(ends) - 1
+    row["images_per_second"] = images / (ends[-1] - ends[0])
+    row["cpu_seconds_per_image"] = float(np.diff(np.interp([ends[0], ends[-1]], *zip(*watched)))[0]) / images
     return row
 
 
@@ -370,6 +374,9 @@ def compare(options, work: Path, found: dict) -> None:
         # All runs have as many images, so their times for an image may be added.
         together = sum(1 / speed for speed in peer) / sum(1 / speed for speed in ours)
         found["ratio"] = {"all": together, "min": min(ratios), "max": max(ratios)}
+        ours, peer = ([row["cpu_seconds_per_image"] for row in found["runs"] if row["run"] == name] for name in names)
+        ratios = [b / a for a, b in zip(ours, peer)]
+        found["cpu_ratio"] = {"all": sum(peer) / sum(ours), "min": min(ratios), "max": max(ratios)}
 
 
 def sweep(options, work: Path, found: dict) -> None:
@@ -419,7 +426,8 @@ def describe(row: dict) -> str:
         return f"{row['run']}: {row['failed']}"
     memory = f", {row['peak_memory_gb']:.1f} GB" if row["peak_memory_gb"] else ""
     speed = f"{row['images_per_second']:.3f} images/s, {row['share_of_peak']:.1%} of the peak"
-    return f"{row['run']}: {speed}{memory}; {row['seconds']:.0f} s in all"
+    processor = f"{row['cpu_seconds_per_image']:.3g} CPU seconds an image"
+    return f"{row['run']}: {speed}{memory}; {processor}; {row['seconds']:.0f} s in all"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -595,6 +603,10 @@ def machine() -> dict:
     return found | {"cores": os.cpu_count(), "date": time.strftime("%F")} | versions
 
 
+def spread(ratio: dict) -> str:
+    return f"ratio {ratio['all']:.2f} (min {ratio['min']:.2f}, max {ratio['max']:.2f})"
+
+
 def write_figures(options, found: dict) -> None:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -612,7 +624,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="train-speed-") as name:
         work, last = Path(name), None
         if options.flops:
-            found |= count_all(options, work)
+            found |= count_all(options, work, ("sd3", "sdxl"), (*SETTINGS, "readme"))
             step, floor = found["sdxl"]["step"], found["sdxl"]["floor"]
             last = f"TFLOP per image: {step:.1f} (floor {floor:.1f})"
         else:
@@ -622,7 +634,8 @@ def main() -> None:
             print(f"{where}; torch {torch.__version__}; {products}", flush=True)
             (sweep if options.sweep else compare)(options, work, found)
             if ratio := found.get("ratio"):
-                last = f"ratio {ratio['all']:.2f} (min {ratio['min']:.2f}, max {ratio['max']:.2f})"
+                print(f"CPU time: {spread(found['cpu_ratio'])}")
+                last = spread(ratio)
     write_figures(options, found)
     if last:
         print(last)

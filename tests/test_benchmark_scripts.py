@@ -81,7 +81,7 @@ def test_a_step_costs_no_more_than_its_least_parts(family, tmp_path):
 
 def test_full_size_is_sdxl_at_its_floor(tmp_path):
     train_speed.make_model(tmp_path, "sdxl", "full", None)
-    counted = train_speed.count_ours("sdxl", tmp_path, rank=64, resolution=1024)
+    counted = train_speed.count_ours("sdxl", tmp_path, rank=64, resolution=1024, settings=("step",))
     assert counted["reference"] == pytest.approx(6.76, abs=0.01)  # as published counts of SDXL's UNet have it
     assert counted["step"] <= 22.0 and counted["step"] == pytest.approx(counted["floor"])
 
