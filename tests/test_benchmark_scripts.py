@@ -123,5 +123,5 @@ def test_a_peer_that_is_not_there_is_one_line(capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure for 9 minutes")
 def test_bench_gpu_skips_itself_without_a_gpu():
-    done = subprocess.run(["make", "bench-gpu"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["make", "--no-print-directory", "bench-gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "bench-gpu: no CUDA device here: nothing was measured\n"
