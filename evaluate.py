@@ -564,7 +564,7 @@ def main(args: ScriptArguments) -> None:
     whole_rows |= any("{row[" in template for template in args.images)
     rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep, whole_rows)
     with state.local_main_process_first():  # one process of a machine downloads
-        prepare_metrics(args.metrics, rows)
+        prepare_metrics(args.metrics, rows, weights="score" in args.stages)
     prompts = [row["prompt"] for row in rows]
     categories = [str(row[args.category_column]) for row in rows] if args.category_column else None
     models = read_models(args)
@@ -998,19 +998,19 @@ def all_settings(own: "FunctionReward") -> dict:
     return {key: p.default for key, p in parameters.items() if p.default is not p.empty} | own.settings
 
 
-def prepare_metrics(metrics: list[str], rows: list[dict]) -> None:
-    """Lets metrics look at the prompts' rows, and find or download their weights. Exits with the line of the first that
-    cannot work, before anything is drawn."""
-    for metric in metrics:
-        own = plugin(metric)
-        for name, where in (("check_rows", "--prompts: "), ("prepare", "")):
-            function = hook(own, name)
+def prepare_metrics(metrics: list[str], rows: list[dict], weights: bool) -> None:
+    """Lets metrics look at the prompts' rows, and find or download their `weights`. Exits with the line of the first
+    that cannot work, before anything is drawn."""
+    for own in filter(None, map(plugin, metrics)):
+        hooks = {"check_rows": (rows,)} | ({"prepare": (rows, all_settings(own))} if weights else {})
+        for name, arguments in hooks.items():
             try:
-                if function:
-                    function(*((rows,) if name == "check_rows" else (rows, all_settings(own))))
+                if function := hook(own, name):
+                    function(*arguments)
             except Exception as error:
+                where = "--prompts: " if name == "check_rows" else ""
                 kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-                raise SystemExit(f"metric {reward_name(metric)}: {where}{kind}{one_line(error)}") from None
+                raise SystemExit(f"metric {reward_name(own.name)}: {where}{kind}{one_line(error)}") from None
 
 
 def official_figures(

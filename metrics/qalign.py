@@ -105,7 +105,8 @@ class QAlign:
     @staticmethod
     def prepare(rows: list[dict], settings: dict) -> None:
         """Finds or downloads the model."""
-        checkpoint_folder(settings["model"], "*.json", "tokenizer.model", "*.safetensors")
+        checkpoint_folder(settings["model"], "*.json", "tokenizer.model")
+        weight_files(settings["model"])
 
     @torch.inference_mode()
     def score(self, images: list[PILImage.Image], prompts: list[str], rows: list[dict]) -> list[dict[str, float]]:

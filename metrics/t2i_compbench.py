@@ -308,7 +308,7 @@ class T2ICompBench:
         if "clip" in parts:
             checkpoint_folder(settings["clip"], *MODEL_FILES)
         if "unidet" in parts and settings["detector"] == "unidet":
-            unidet.find_weights(settings["unidet"])
+            unidet.find_files(settings["unidet"])
         elif "unidet" in parts and not os.path.isfile(settings["detector"]):
             checkpoint_folder(settings["detector"], *MODEL_FILES)
 

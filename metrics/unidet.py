@@ -94,10 +94,7 @@ class UniDet:
     """
 
     def __init__(self, device: torch.device, weights: str = "official", threshold: float = 0.1):
-        path = find_weights(weights)
-        config = {} if weights == "official" else read_config(path.parent / "config.json")
-        labels = config.pop("labels", None)
-        self.labels = read_labels(path.parent / labels if labels else None)
+        path, config, self.labels = find_files(weights)
         self.device, self.threshold = torch.device(device), threshold
         with torch.device("meta"):  # no time for initial values, no memory for a second copy
             self.model = UnifiedRCNN(**PUBLISHED | config, labels=len(self.labels))
@@ -121,12 +118,14 @@ class UniDet:
         return results
 
 
-def find_weights(weights: str) -> Path:
-    """The file of the weights, downloaded if they are the official ones."""
+def find_files(weights: str) -> tuple[Path, dict, list[str]]:
+    """The file of the weights, the sizes that its config.json gives, and the labels' names. Downloads official ones."""
     path = Path(hf_hub_download(*OFFICIAL_WEIGHTS) if weights == "official" else weights)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: pass the path of UniDet's weights, or `official`")
-    return path
+    config = {} if weights == "official" else read_config(path.parent / "config.json")
+    labels = config.pop("labels", None)
+    return path, config, read_labels(path.parent / labels if labels else None)
 
 
 # Input

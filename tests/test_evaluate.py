@@ -378,6 +378,8 @@ def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
     for settings, text in wrong.items():
         assert text in refused("evaluate", *flags, "--metrics", metric + settings)
     assert "red.py" in refused("evaluate", *flags, "--prompts", tmp_path / "bare.jsonl")
+    message = refused("evaluate", *flags, "--metrics", f"{metric},weights=none", "--stages", "report")
+    assert "run the stages draw and score first" in message  # a report asks for no weights
     row = [*flags[: flags.index("--images")], "--images", f"grid={tmp_path}/{{row[id]}}.png#2x2"]
     row[row.index("--num_images_per_prompt") + 1] = 2  # other images of the same files
     run("evaluate.py", *row, "--metrics", metric)
