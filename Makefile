@@ -1,12 +1,12 @@
-# make demo · demo-sd3 · demo-qsd · test · test-faults · coverage · quality · fix-copies · bench · bench-gpu · models: each
-# makes and reuses .venv by itself; bench-gpu takes it if it is there.
+# make demo · demo-sd3 · demo-qsd · reproduce · test · test-faults · coverage · quality · fix-copies · bench · bench-gpu ·
+# models: each makes and reuses .venv by itself; bench-gpu takes it if it is there.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-sd3 demo-qsd test test-faults coverage quality fix-copies models bench bench-gpu
+.PHONY: demo demo-sd3 demo-qsd reproduce test test-faults coverage quality fix-copies models bench bench-gpu
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -39,8 +39,8 @@ demo-sd3: .venv/ready
 
 # DPO on noisy pairs (30 % of the labels wrong): the best by quality, in order, against all of them at random, for as many
 # steps and for a full epoch. `make demo-qsd SEEDS="0 1 2"` makes the table of docs/shapes.md.
-SEEDS ?= 0
 QSD_STEPS := 40
+demo-qsd: SEEDS ?= 0
 demo-qsd: DEMO := outputs/demo-qsd
 demo-qsd: .venv/ready
 	$(BIN)/python shapes/world.py --split train --num_prompts 1000 --seed 2 --output $(DEMO)/train.jsonl
@@ -61,6 +61,12 @@ demo-qsd: .venv/ready
 	$(BIN)/python evaluate.py --config shapes/evaluate.yaml --prompts $(DEMO)/heldout.jsonl --output_dir $(DEMO)/evaluation \
 		--loras $(foreach s,$(SEEDS),$(foreach m,qsd steps epoch,$(m)-$(s)=$(DEMO)/loras/$(m)-$(s)))
 	$(BIN)/python shapes/report_qsd.py $(DEMO)
+
+# Rows of the papers' ablation tables, or whole tables, trained with seeds 0 to SEEDS - 1 and judged exactly.
+ROWS ?= objectives
+reproduce: SEEDS ?= 3
+reproduce: .venv/ready
+	$(BIN)/python shapes/reproduce.py --rows $(ROWS) --seeds $(SEEDS) $(if $(JOBS),--jobs $(JOBS))
 
 # The official scorers, as oracles of the tests; without their own, obsolete dependencies.
 .venv/ready-test: .venv/ready requirements-test.txt

@@ -33,7 +33,7 @@ def main(demo: Path) -> None:
     seeds = sorted(name.removeprefix("qsd-") for name in scores if name.startswith("qsd-"))
     for seed in seeds:
         counts = json.loads((demo / f"pairs-{seed}" / "counts.json").read_text())
-        print(f"seed {seed}: {counts['labelled']} labelled pairs, {counts['flipped']} of the labels wrong")
+        print(f"seed {seed}: {counts['labelled']} labelled pairs, {counts['wrong']} of the labels wrong")
     mean = {method: np.mean([scores[f"{method}-{seed}"] for seed in seeds], axis=0) for method in METHODS}
     rows = [("base", scores["base"], None)]
     rows += [(title, mean[method], mean[method] - scores["base"]) for method, title in METHODS.items()]

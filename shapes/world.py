@@ -422,14 +422,35 @@ def preference(images: list, prompts: list[str]) -> list[float]:
     return np.mean([reward(images, prompts) for reward in rewards], axis=0).tolist()
 
 
+MISJUDGED = 0.3  # share of the pictures that one careless rater misjudges
+
+
+def misjudged(image, prompt: str) -> bool:
+    """Whether a careless rater takes this picture for right where it is wrong, and for wrong where it is right."""
+    digest = hashlib.sha256(f"rater|{prompt}|".encode() + np.asarray(image).tobytes()).digest()
+    return bool(np.random.default_rng(list(digest)).random() < MISJUDGED)
+
+
+def misjudging_preference(images: list, prompts: list[str]) -> list[float]:
+    """`preference` that makes the careless rater's own mistakes: on these pictures it says the opposite."""
+    scores = preference(images, prompts)
+    return [1 - s if misjudged(*item) else s for s, *item in zip(scores, images, prompts)]
+
+
+def aversion(images: list, prompts: list[str]) -> list[float]:
+    """The opposite of `preference`: it puts the worst pairs first."""
+    return [1 - score for score in preference(images, prompts)]
+
+
 def main():
     parser = argparse.ArgumentParser(description="Write a list of shapes-world prompts as JSON lines.")
     parser.add_argument("--split", choices=("train", "heldout"), required=True)
     parser.add_argument("--num_prompts", type=int, required=True)
+    parser.add_argument("--skip", type=int, default=0, help="Leave out the first N.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    rows = sample_prompts(args.split, args.num_prompts, args.seed)
+    rows = sample_prompts(args.split, args.skip + args.num_prompts, args.seed)[args.skip :]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.output.with_name(args.output.name + ".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -76,12 +76,13 @@ def test_recipe_is_used_by_a_command(path):
     name = str(path.relative_to(ROOT))
     makefile = re.sub(r"\\\n\s*", " ", (ROOT / "Makefile").read_text())
     used = [*(command for _, command in commands()), *makefile.splitlines(), *(p.read_text() for p in RECIPES)]
+    used.append((ROOT / "shapes" / "reproduce.py").read_text())
     assert any(re.search(rf"(--config|--generators|generators:) {re.escape(name)}\b", line) for line in used)
 
 
 def test_every_row_of_the_papers_has_its_command():
-    """The rows of the tables of results in docs/reproduction.md, against the comments above its commands."""
-    page = (ROOT / "docs" / "reproduction.md").read_text()
+    """The rows of the tables of results in docs/papers.md, against the comments above its commands."""
+    page = (ROOT / "docs" / "papers.md").read_text()
     parts = re.split(r"^## ", page, flags=re.M)
     tables = {part.partition("\n")[0]: part for part in parts if "Table" in part.partition("\n")[0]}
     assert len(tables) == 7

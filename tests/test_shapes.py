@@ -78,7 +78,7 @@ def test_noisy_pairs_are_labelled_by_the_verifier_and_flipped(tmp_path):
             one, other = world.accuracy(images, [row["caption"]] * 2)
             assert (row["label_0"] == 0.5) == (one == other)
             wrong += row["label_0"] != 0.5 and (row["label_0"] == 1) != (one > other)
-        assert counts == {"pairs": 240, "labelled": 160, "flipped": wrong} and low <= wrong <= high
+        assert counts == {"pairs": 240, "labelled": 160, "wrong": wrong} and low <= wrong <= high
     assert len({row["image_0_uid"] for row in rows} | {row["image_1_uid"] for row in rows}) == 160
 
 

@@ -1,0 +1,761 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both papers in miniature: every row of their ablations on the shapes world, with seeds and intervals.
+
+    python shapes/reproduce.py --rows objectives --seeds 3 --output_dir outputs/reproduce
+
+`make reproduce ROWS=objectives SEEDS=3` does the same. A row is a training by one of the real scripts, started as a
+user starts it, and judged exactly on held-out prompts. The tables below name the rows, and what the papers print for
+them. The same command goes on where a run was interrupted: data, trainings and images that exist are not made again.
+Every result stays in `results.json`, with its command. Rows of one seed share order, timesteps and noise.
+
+    python shapes/reproduce.py --search dpo rankdpo --output_dir outputs/reproduce
+
+chooses the settings of methods: four of each are trained, and judged on prompts that no table uses. What came out is
+kept in `shapes/reproduce_search.json`, from which the rows take their settings.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SEARCH_FILE = ROOT / "shapes" / "reproduce_search.json"
+mpl.rcParams["svg.hashsalt"] = "reproduce"  # the same figures give the same file
+FAMILIES = {"": "base", "_sd3": "sd3_base"}  # endings of the settings' files → row of the model without a LoRA
+SEARCH_SEED = 100  # no row's: other labels, noise and order than those that are reported
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: folder or file → the command that makes it. {work}: the output folder; {seed}: a training's
+# ----------------------------------------------------------------------------------------------------------------------
+
+REWARDS = {name: f"shapes/world.py:{name}_reward" for name in ("color", "shape", "count", "layout", "clean")}
+SYNPIC = "build_synpic.py --config shapes/synpic.yaml --output_dir {work}/"
+PAIRS = "shapes/pairs.py --synpic {work}/synpic-pairs --seed {seed} --output_dir {work}/"
+SCORES = "score_pairs.py --normalization none --include_images --dataset_name {work}/"
+FLIPS = (0, 10, 20, 30, 40)  # % of the labels
+
+DATA = {
+    "train.jsonl": "shapes/world.py --split train --num_prompts {prompts} --output {work}/train.jsonl",
+    "heldout.jsonl": "shapes/world.py --split heldout --num_prompts {heldout} --seed 1 --output {work}/heldout.jsonl",
+    # For the search: of the train split, but not in train.jsonl.
+    "tune.jsonl": "shapes/world.py --split train --skip {prompts} --num_prompts 200 --output {work}/tune.jsonl",
+    "synpic": SYNPIC + "synpic --prompts {work}/train.jsonl",
+    # One generator, eight seeds.
+    "seeds": SYNPIC + "seeds --prompts {work}/train.jsonl --generators shapes/generators_seeds.yaml",
+    # Pairs with noisy labels. Their prompts are others.
+    "pairs.jsonl": "shapes/world.py --split train --num_prompts {pair_prompts} --seed 2 --output {work}/pairs.jsonl",
+    "synpic-pairs": SYNPIC + f"synpic-pairs --prompts {{work}}/pairs.jsonl --rewards {REWARDS['clean']}",
+}
+for flip in FLIPS:
+    DATA[f"pairs{flip}-{{seed}}"] = PAIRS + f"pairs{flip}-{{seed}} --flip {flip / 100}"
+    DATA[f"qsd{flip}-{{seed}}"] = (
+        SCORES + f"pairs{flip}-{{seed}} --reward shapes/world.py:preference --output_dir {{work}}/qsd{flip}-{{seed}}"
+    )
+for number in range(1, len(REWARDS)):  # labels of fewer rewards
+    DATA[f"synpic-{number}"] = (
+        SYNPIC + f"synpic-{number} --prompts {{work}}/train.jsonl --rewards {' '.join(list(REWARDS.values())[:number])}"
+    )
+for name, reward in REWARDS.items():  # Q by one reward alone
+    DATA[f"qsd-{name}-{{seed}}"] = (
+        SCORES + f"pairs30-{{seed}} --reward {reward} --output_dir {{work}}/qsd-{name}-{{seed}}"
+    )
+# The quality that a pair would have if its label were turned round: the worst pairs come first.
+DATA["qsd-worst-{seed}"] = (
+    SCORES + "pairs30-{seed} --reward shapes/world.py:aversion --output_dir {work}/qsd-worst-{seed}"
+)
+# A rater who misjudges single images: with a Q by rewards that misjudge the same ones, and by others.
+DATA["pairs-misjudged-{seed}"] = PAIRS + "pairs-misjudged-{seed} --flip 0 --misjudged"
+for name, reward in {"same": "misjudging_preference", "others": "preference"}.items():
+    DATA[f"qsd-{name}-{{seed}}"] = (
+        SCORES + f"pairs-misjudged-{{seed}} --reward shapes/world.py:{reward} --output_dir {{work}}/qsd-{name}-{{seed}}"
+    )
+DATA |= {
+    "train-sd3.jsonl": "shapes/world.py --split train --num_prompts 800 --output {work}/train-sd3.jsonl",
+    "synpic-sd3": "build_synpic.py --config shapes/synpic_sd3.yaml --prompts {work}/train-sd3.jsonl "
+    "--output_dir {work}/synpic-sd3",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training: its command, to which come the settings that the search chose for its method, and its own flags."""
+
+    title: str
+    command: str
+    method: str
+    flags: str = ""
+
+
+RANKDPO = "train_rankdpo_sdxl.py --config shapes/rankdpo.yaml --dataset_name {work}/synpic"
+SEEDS = "train_rankdpo_sdxl.py --config shapes/rankdpo.yaml --dataset_name {work}/seeds"
+SD3 = "train_rankdpo_sd3.py --config shapes/rankdpo_sd3.yaml --dataset_name {work}/synpic-sd3"
+QSD = "train_dpo_qsd.py --config shapes/qsd.yaml --top_fraction 1 --dataset_name {work}/qsd"
+STEPS = 40  # of 12 pairs
+# Shares of the 2,726 pairs in Figures 3 and 4, and the steps that they take.
+SHARES = {"1": 2, "2": 5, "5.33": 12, "10": 23, "25": 57, "50": 114, "100": 227}
+
+ROWS = {
+    "sft": Row("fine-tuning on the winners of all pairs", RANKDPO, "sft", "--loss_type sft"),
+    "weighted_sft": Row(
+        "weighted fine-tuning", RANKDPO, "weighted_sft", "--loss_type weighted_sft --rank_by layout_reward"
+    ),
+    "dpo": Row("DPO", RANKDPO, "dpo", "--loss_type dpo"),
+    "dpo_gain": Row("DPO + gain", RANKDPO, "dpo_gain", "--loss_type dpo_gain"),
+    "rankdpo": Row("RankDPO, ranks by the labels", RANKDPO, "rankdpo"),
+    "predicted": Row("RankDPO, predicted ranks", RANKDPO, "predicted", "--rank_source predicted"),
+    "plackett_luce": Row("Plackett-Luce", RANKDPO, "plackett_luce", "--loss_type plackett_luce"),
+    "random": Row("DPO, random labels", RANKDPO, "dpo", "--loss_type dpo --rank_by random"),
+    "one": Row("RankDPO, one generator, four seeds", SEEDS, "rankdpo", "--generators seed0 seed1 seed2 seed3"),
+    "noise": Row("RankDPO, a noise for each image", RANKDPO, "rankdpo", "--noise image"),
+    "without_best": Row(
+        "RankDPO without the best generator", RANKDPO, "rankdpo", "--generators base base-low-guidance early"
+    ),
+    "qsd": Row("DPO, the best pairs in order", QSD + "30-{seed}", "qsd", f"--max_train_steps {STEPS}"),
+    "qsd_random": Row(
+        "DPO, all pairs at random", QSD + "30-{seed}", "qsd_random", f"--order random --max_train_steps {STEPS}"
+    ),
+    "qsd_shuffled": Row(
+        "DPO, the best pairs, shuffled",
+        QSD + "30-{seed}",
+        "qsd",
+        f"--order random --top_fraction 0.176 --max_train_steps {STEPS}",
+    ),
+    "qsd_worst": Row("DPO, the worst pairs first", QSD + "-worst-{seed}", "qsd", f"--max_train_steps {STEPS}"),
+}
+LOSSES = {"slic": ("SLiC", "--loss_type hinge", STEPS), "orpo": ("ORPO", "--loss_type orpo", 2 * STEPS)}
+for name, (title, loss, steps) in LOSSES.items():
+    flags = f"{loss} --max_train_steps {steps}"
+    ROWS[name] = Row(f"{title}, the best pairs in order", QSD + "30-{seed}", name, flags)
+    ROWS[f"{name}_random"] = Row(
+        f"{title}, all pairs at random", QSD + "30-{seed}", f"{name}_random", f"{flags} --order random"
+    )
+for name in REWARDS:
+    ROWS[f"reward_{name}"] = Row(
+        f"DPO, the {name} reward alone", RANKDPO, "dpo", f"--loss_type dpo --rank_by {name}_reward"
+    )
+    ROWS[f"qsd_{name}"] = Row(
+        f"DPO, Q by the {name} reward", QSD + f"-{name}-{{seed}}", "qsd", f"--max_train_steps {STEPS}"
+    )
+for share, steps in SHARES.items():
+    ROWS[f"qsd_{share}"] = Row(
+        f"DPO, the best pairs in order, {share} %", QSD + "30-{seed}", "qsd", f"--max_train_steps {steps}"
+    )
+    ROWS[f"qsd_random_{share}"] = Row(
+        f"DPO, all pairs at random, {share} %",
+        QSD + "30-{seed}",
+        "qsd_random",
+        f"--order random --max_train_steps {steps}",
+    )
+for rank in (4, 64):
+    for method, order in {"qsd": "the best pairs in order", "qsd_random": "all pairs at random"}.items():
+        ROWS[f"{method}_rank{rank}"] = Row(
+            f"DPO, {order}, rank {rank}", QSD + "30-{seed}", method, f"{ROWS[method].flags} --rank {rank}"
+        )
+for flip in (0, 10, 20, 40):
+    for method, order in {"qsd": "the best pairs in order", "qsd_random": "all pairs at random"}.items():
+        ROWS[f"{method}_flip{flip}"] = Row(
+            f"DPO, {order}, {flip} % wrong", QSD + f"{flip}-{{seed}}", method, ROWS[method].flags
+        )
+for name, title in {"same": "the rater's own mistakes", "others": "other mistakes"}.items():
+    ROWS[f"qsd_{name}"] = Row(
+        f"DPO, the best pairs by rewards with {title}", QSD + f"-{name}-{{seed}}", "qsd", ROWS["qsd"].flags
+    )
+ROWS["misjudged_random"] = Row(
+    "DPO, all pairs of that rater at random", QSD + "-others-{seed}", "qsd_random", ROWS["qsd_random"].flags
+)
+for number in (2, 3, 4, 6, 8):
+    ROWS[f"k{number}"] = Row(
+        f"RankDPO, {number} images of one generator",
+        SEEDS,
+        "rankdpo",
+        f"--generators {' '.join(f'seed{n}' for n in range(number))}",
+    )
+for number in range(1, len(REWARDS)):
+    ROWS[f"rewards{number}"] = Row(f"RankDPO, {number} of the rewards", f"{RANKDPO}-{number}", "rankdpo")
+for beta in (30, 100, 300, 1000, 3000, 10000):
+    ROWS[f"beta{beta}"] = Row(f"RankDPO, β = {beta}", RANKDPO, "rankdpo", f"--beta_dpo {beta}")
+for name, row in {"random": ROWS["random"], "dpo": ROWS["dpo"], "rankdpo": ROWS["rankdpo"]}.items():
+    ROWS[f"sd3_{name}"] = Row(f"SD3: {row.title}", SD3, f"sd3_{row.method}", row.flags)
+
+# Four settings of each method. A method is searched with the row of its name.
+PREFERENCE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("2e-4", "5e-4") for beta in (300, 1000)]
+DENOISING = [f"--learning_rate {lr}" for lr in ("2e-5", "5e-5", "1e-4", "2e-4")]
+PAIRWISE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("5e-4", "1e-3") for beta in (300, 1000)]
+ODDS = [f"--learning_rate {lr} --orpo_lambda {weight}" for lr in ("2e-4", "1e-3") for weight in (0.1, 1)]
+TRANSFORMER = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("5e-4", "1e-3") for beta in (100, 300)]
+SEARCH = dict.fromkeys(("sft", "weighted_sft"), DENOISING)
+SEARCH |= dict.fromkeys(("dpo", "dpo_gain", "rankdpo", "predicted", "plackett_luce"), PREFERENCE)
+SEARCH |= dict.fromkeys(("qsd", "qsd_random", "slic", "slic_random"), PAIRWISE)
+SEARCH |= dict.fromkeys(("orpo", "orpo_random"), ODDS) | dict.fromkeys(("sd3_dpo", "sd3_rankdpo"), TRANSFORMER)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a table: the row it is compared with, besides the base, and the paper's figure."""
+
+    row: str
+    against: str | None = None
+    paper: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    entries: tuple[Entry, ...]
+    figure: str | None = None  # what the paper's figures are
+    curves: dict[str, dict[str, str]] | None = None  # for the plot: line → share of the pairs → row
+
+
+TABLES = {
+    "objectives": Table(
+        "RankDPO, Table 5: objectives",
+        (
+            Entry("base", paper=74.65),
+            Entry("sft", paper=76.56),
+            Entry("weighted_sft", "sft", 77.02),
+            Entry("dpo", "weighted_sft", 78.84),
+            Entry("dpo_gain", "dpo", 79.15),
+            Entry("rankdpo", "dpo", 79.26),
+            Entry("rankdpo", "dpo_gain", 79.26),
+            Entry("predicted", "rankdpo"),
+            Entry("plackett_luce", "rankdpo"),
+        ),
+        figure="DSG on DPG-Bench, SDXL",
+    ),
+    "labels": Table(
+        "RankDPO, Table 4: labels and data",
+        (
+            Entry("base", paper=74.65),
+            Entry("random", paper=75.66),
+            *(Entry(f"reward_{name}", "random", 78.04 if name == "layout" else None) for name in REWARDS),
+            Entry("dpo", "reward_layout", 78.84),
+            Entry("dpo", "random", 78.84),
+            Entry("one", "dpo", 78.40),
+            Entry("rankdpo", "one", 79.26),
+        ),
+        figure="DSG on DPG-Bench, SDXL",
+    ),
+    "qsd": Table(
+        "DPO-QSD, Table 1: the best pairs against all pairs",
+        (
+            Entry("base"),
+            Entry("qsd_random"),
+            Entry("qsd_random_100", paper=26.34),
+            Entry("qsd", "qsd_random_100", 30.14),
+            Entry("qsd", "qsd_random"),
+        ),
+        figure="HPSv2, SD1.5",
+    ),
+    "losses": Table(
+        "DPO-QSD, Table 2: other losses",
+        (
+            Entry("base"),
+            Entry("slic_random", paper=26.71),
+            Entry("slic", "slic_random", 29.65),
+            Entry("orpo_random", paper=26.97),
+            Entry("orpo", "orpo_random", 28.25),
+        ),
+        figure="HPSv2, SD1.5",
+    ),
+    "psi": Table(
+        "DPO-QSD, Table 3: the reward behind Q",
+        (
+            Entry("base"),
+            Entry("qsd_random"),
+            Entry("qsd", "qsd_random"),
+            *(Entry(f"qsd_{name}", "qsd_random") for name in REWARDS),
+        ),
+    ),
+    "shares": Table(
+        "DPO-QSD, Figures 3 and 4: pairs seen",
+        (
+            Entry("base"),
+            *(Entry(f"qsd_random_{share}") for share in SHARES),
+            *(Entry(f"qsd_{share}", f"qsd_random_{share}") for share in SHARES),
+        ),
+        curves={
+            "the best pairs in order": {share: f"qsd_{share}" for share in SHARES},
+            "all pairs at random": {share: f"qsd_random_{share}" for share in SHARES},
+        },
+    ),
+    "lora": Table(
+        "DPO-QSD, Table 4: LoRA ranks",
+        (
+            Entry("base"),
+            Entry("qsd_random_rank4", paper=26.39),
+            Entry("qsd_rank4", "qsd_random_rank4", 29.82),
+            Entry("qsd_random", paper=26.34),
+            Entry("qsd", "qsd_random", 30.14),
+            Entry("qsd_random_rank64", paper=26.65),
+            Entry("qsd_rank64", "qsd_random_rank64", 30.06),
+        ),
+        figure="HPSv2, SD1.5, ranks 32, 64 and 256",
+    ),
+    "flips": Table(
+        "Wrong labels",
+        (
+            Entry("base"),
+            *(Entry(f"qsd_random_flip{flip}") for flip in (0, 10, 20)),
+            Entry("qsd_random"),
+            Entry("qsd_random_flip40"),
+            *(Entry(f"qsd_flip{flip}", f"qsd_random_flip{flip}") for flip in (0, 10, 20)),
+            Entry("qsd", "qsd_random"),
+            Entry("qsd_flip40", "qsd_random_flip40"),
+        ),
+    ),
+    "mistakes": Table(
+        "The unfavourable case: labels and rewards that err on the same images",
+        (
+            Entry("base"),
+            Entry("misjudged_random"),
+            Entry("qsd_others", "misjudged_random"),
+            Entry("qsd_same", "misjudged_random"),
+            Entry("qsd_same", "qsd_others"),
+        ),
+    ),
+    "order": Table(
+        "The order of the pairs",
+        (
+            Entry("base"),
+            Entry("qsd_random"),
+            Entry("qsd", "qsd_random"),
+            Entry("qsd_shuffled", "qsd"),
+            Entry("qsd_worst", "qsd_random"),
+        ),
+    ),
+    "images": Table(
+        "Images for a prompt",
+        (Entry("base"), Entry("k2"), *(Entry(f"k{k}", f"k{other}") for other, k in ((2, 3), (3, 4), (4, 6), (6, 8)))),
+    ),
+    "rewards": Table(
+        "Rewards behind the labels",
+        (
+            Entry("base"),
+            Entry("rewards1"),
+            *(Entry(f"rewards{n}", f"rewards{n - 1}") for n in (2, 3, 4)),
+            Entry("rankdpo", "rewards4"),
+        ),
+    ),
+    "beta": Table("β", (Entry("base"), *(Entry(f"beta{beta}") for beta in (30, 100, 300, 1000, 3000, 10000)))),
+    "data": Table(
+        "Noise, and a better generator added to the data",
+        (
+            Entry("base"),
+            Entry("rankdpo"),
+            Entry("noise", "rankdpo"),
+            Entry("without_best"),
+            Entry("rankdpo", "without_best"),
+        ),
+    ),
+    "sd3": Table(
+        "The SD3 architecture",
+        (
+            Entry("sd3_base", paper=85.54),
+            Entry("sd3_random"),
+            Entry("sd3_dpo", "sd3_random"),
+            Entry("sd3_rankdpo", "sd3_dpo", 86.78),
+        ),
+        figure="DSG on DPG-Bench; only the last row is SD3's",
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """Runs commands of the repository's scripts, each once: its record stays in `done/`, what it printed in `logs/`."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.work, self.options = options.output_dir, options
+        self.locks = {name: threading.Lock() for name in DATA}
+        for folder in ("done", "logs"):
+            (self.work / folder).mkdir(parents=True, exist_ok=True)
+
+    def words(self, command: str, seed: int = 0) -> list[str]:
+        sizes = {"prompts": self.options.prompts, "heldout": self.options.heldout}
+        sizes["pair_prompts"] = self.options.pair_prompts
+        return shlex.split(command.format(work=self.work, seed=seed, **sizes))
+
+    def run(self, name: str, words: list[str]) -> dict:
+        """Runs a command, unless it has ended well before. Returns its record: command, seconds and date."""
+        record, log = self.work / "done" / f"{name}.json", self.work / "logs" / f"{name}.log"
+        if record.exists() and (found := json.loads(record.read_text()))["command"] == shlex.join(words):
+            return found
+        started = time.time()
+        # One thread each: several run at once, and the last digits do not depend on the number of cores.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with open(log, "w") as console:
+            code = subprocess.call(
+                [sys.executable, *words], cwd=ROOT, env=environment, stdout=console, stderr=subprocess.STDOUT
+            )
+        if code:
+            lines = log.read_text().strip().splitlines() or ["it printed nothing"]
+            raise SystemExit(f"{name}: exit code {code}: {lines[-1]}\nIts command: {shlex.join(words)}\nIts log: {log}")
+        found = {"command": shlex.join(words), "seconds": round(time.time() - started), "date": time.strftime("%F")}
+        write_text(record, json.dumps(found, indent=2) + "\n")
+        return found
+
+    def make(self, name: str, seed: int) -> None:
+        """Makes a file or folder of DATA, after what its command reads."""
+        template = next(key for key in DATA if key.format(seed=seed) == name)
+        words = self.words(DATA[template], seed)
+        with self.locks[template]:
+            self.make_inputs(words, seed, but=name)
+            self.run(name, words)
+
+    def make_inputs(self, words: list[str], seed: int, but: str | None = None) -> None:
+        """Makes whatever of DATA a command names."""
+        known = {key.format(seed=seed) for key in DATA} - {but}
+        for word in words:
+            path = Path(word)
+            if path.parent == self.work and path.name in known:
+                self.make(path.name, seed)
+
+    def train(self, name: str, command: str, seed: int) -> dict:
+        """A training; its LoRA is then in `runs/NAME`."""
+        words = self.words(command, seed)
+        self.make_inputs(words, seed)
+        words += ["--seed", str(seed), "--cache_dir", str(self.work / "cache"), "--report_to", "none"]
+        words += ["--output_dir", str(self.work / "runs" / name), "--resume_from_checkpoint", "latest"]
+        return self.run(name, words + shlex.split(self.options.training_flags))
+
+    def evaluate(
+        self, label: str, names: list[str], prompts: str, images: int, family: str = ""
+    ) -> dict[str, np.ndarray]:
+        """Accuracy of these LoRAs and of the base: name → (prompts, images). Draws what is not drawn yet."""
+        self.make(prompts, 0)
+        folder, jobs = self.work / f"evaluation{family}-{Path(prompts).stem}", self.options.jobs
+        words = ["evaluate.py", "--config", f"shapes/evaluate{family}.yaml", "--prompts", str(self.work / prompts)]
+        words += ["--num_images_per_prompt", str(images), "--output_dir", str(folder)]
+        words += ["--loras", *(f"{name}={self.work / 'runs' / name}" for name in names)]
+        if jobs > 1:
+            task = [*words, "--stages", "draw", "score", "--num_tasks", str(jobs), "--task_index"]
+            with ThreadPoolExecutor(jobs) as pool:
+                wait_for([pool.submit(self.run, f"{label}-{n}", [*task, str(n)]) for n in range(jobs)])
+        self.run(label, [*words, "--num_tasks", "1"])
+        files = {name: folder / "scores" / "accuracy" / f"{name}.json" for name in ("base", *names)}
+        return {name: np.array(json.loads(file.read_text())["scores"]) for name, file in files.items()}
+
+
+def wait_for(futures: list[Future], **bar) -> list:
+    """The results, in order; a failed one ends those that have not begun."""
+    for future in tqdm(as_completed(futures), total=len(futures), disable=not bar, **bar):
+        if future.exception():
+            for other in futures:
+                other.cancel()
+            future.result()
+    return [future.result() for future in futures]
+
+
+def reproduce(runner: Runner, rows: list[str], seeds: list[int]) -> None:
+    """Trains and judges rows, seed after seed, and keeps what came out in results.json."""
+    for seed in seeds:
+        names = [f"{row}@{seed}" for row in rows]
+        with ThreadPoolExecutor(runner.options.jobs) as pool:
+            commands = [with_settings(ROWS[row]) for row in rows]
+            futures = [pool.submit(runner.train, *item, seed) for item in zip(names, commands)]
+            records = wait_for(futures, desc=f"train, seed {seed}", unit="run")
+        results = read_results(runner.work) | {"machine": machine(), "prompts": runner.options.heldout, "images": 4}
+        for family, base in FAMILIES.items():
+            chosen = {row: item for row, *item in zip(rows, names, records) if base_of(row) == base}
+            if chosen:
+                names = [name for name, _ in chosen.values()]
+                accuracy = runner.evaluate(f"evaluate{family}@{seed}", names, "heldout.jsonl", 4, family)
+                results["rows"][base] = {"accuracy": as_text(accuracy["base"])}
+            for row, (name, record) in chosen.items():
+                figures = {"mean": float(accuracy[name].mean()), "accuracy": as_text(accuracy[name])}
+                results["rows"].setdefault(row, {})[str(seed)] = record | figures
+        write_text(runner.work / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def base_of(row: str) -> str:
+    """The row of the model that a row's LoRA belongs to."""
+    return FAMILIES["_sd3" if row.startswith("sd3_") else ""]
+
+
+def search(runner: Runner, methods: list[str]) -> None:
+    """Trains every method with its settings, and keeps the best by the prompts of tune.jsonl."""
+    runs = {
+        (method, n): f"{ROWS[method].command} {settings} {ROWS[method].flags}"
+        for method in methods
+        for n, settings in enumerate(SEARCH[method])
+    }
+    names = [f"search-{method}-{n}" for method, n in runs]
+    with ThreadPoolExecutor(runner.options.jobs) as pool:
+        futures = [pool.submit(runner.train, *item, SEARCH_SEED) for item in zip(names, runs.values())]
+        wait_for(futures, desc="search", unit="run")
+    accuracy = {}
+    for family, base in FAMILIES.items():
+        if chosen := [f"search-{method}-{n}" for method, n in runs if base_of(method) == base]:
+            accuracy |= runner.evaluate(f"search{family}", chosen, "tune.jsonl", 2, family)
+    found = json.loads(SEARCH_FILE.read_text()) if SEARCH_FILE.exists() else {}
+    for method in methods:
+        tried = {settings: accuracy[f"search-{method}-{n}"].mean() for n, settings in enumerate(SEARCH[method])}
+        best = max(tried, key=tried.get)
+        found[method] = {"settings": best, "tried": tried, "machine": machine()}
+        print(f"{method}: {best} ({', '.join(f'{value:.3f}' for value in tried.values())})")
+    write_text(SEARCH_FILE, json.dumps(found, indent=2) + "\n")
+
+
+def with_settings(row: Row) -> str:
+    found = json.loads(SEARCH_FILE.read_text()) if SEARCH_FILE.exists() else {}
+    if row.method not in found:
+        raise SystemExit(f"{SEARCH_FILE.name} has no settings of {row.method}: run --search {row.method} first")
+    return f"{row.command} {found[row.method]['settings']} {row.flags}"
+
+
+def as_text(accuracy: np.ndarray) -> str:
+    """How many images of each prompt are right, a digit a prompt."""
+    return "".join(str(int(right)) for right in accuracy.sum(axis=1))
+
+
+def read_results(work: Path) -> dict:
+    file = work / "results.json"
+    return json.loads(file.read_text()) if file.exists() else {"rows": {}}
+
+
+def write_text(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    found = {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "date": time.strftime("%F")}
+    return found | {name: version(name) for name in ("torch", "diffusers", "peft")}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Report
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def bootstrap(scores: np.ndarray, resamples: int = 10_000) -> np.ndarray:
+    """Means of rows over resampled seeds and resampled prompts. All rows see the same draws: differences are paired.
+
+    Args:
+        scores: (rows, seeds, prompts).
+
+    Returns:
+        (resamples, rows).
+    """
+    rng, (rows, seeds, prompts) = np.random.default_rng(0), scores.shape
+    drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
+    means = (drawn @ scores.reshape(rows * seeds, prompts).T).reshape(resamples, rows, seeds)
+    return (means * rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)[:, None] / seeds).sum(axis=2)
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    return tuple(np.percentile(draws, [2.5, 97.5]).tolist())
+
+
+def direction(paper: float | None, low: float, high: float) -> str:
+    """Whether a difference goes the way that the paper's does."""
+    if low <= 0 <= high:
+        return "no difference" if paper is not None else "–"
+    return "–" if paper is None else "same sign" if (paper > 0) == (low > 0) else "other sign"
+
+
+def compare(table: Table, results: dict) -> tuple[list[dict], list[str]]:
+    """The lines of a table whose rows have been run, and the seeds that they share."""
+    found = results["rows"]
+    entries = [entry for entry in table.entries if entry.row in found]
+    names = list(dict.fromkeys(name for entry in entries for name in (base_of(entry.row), entry.row)))
+    bases = set(FAMILIES.values())
+    seeds = sorted(set.intersection(*(set(found[name]) for name in names if name not in bases)), key=int)
+    scores = np.array(
+        [
+            [as_numbers(found[name] if name in bases else found[name][seed], results["images"]) for seed in seeds]
+            for name in names
+        ]
+    )
+    means, draws = dict(zip(names, scores.mean(axis=(1, 2)))), dict(zip(names, bootstrap(scores).T))
+    papers = {entry.row: entry.paper for entry in table.entries}
+    lines = []
+    for entry in entries:
+        line = {"row": entry.row, "paper": entry.paper, "mean": means[entry.row], "ci95": interval(draws[entry.row])}
+        for key, other in {"base": base_of(entry.row), "against": entry.against}.items():
+            if other in means and other != entry.row:
+                difference = interval(draws[entry.row] - draws[other])
+                theirs = None if None in (entry.paper, papers.get(other)) else entry.paper - papers[other]
+                line[key] = {"name": other, "mean": means[entry.row] - means[other], "ci95": difference}
+                line[key] |= {"paper": theirs, "direction": direction(theirs, *difference)}
+        lines.append(line)
+    return lines, seeds
+
+
+def as_numbers(record: dict, images: int) -> list[float]:
+    return [int(digit) / images for digit in record["accuracy"]]
+
+
+def markdown(table: Table, results: dict, lines: list[dict], seeds: list[str]) -> str:
+    """A table, with the machine and how long its trainings took."""
+    titles = dict.fromkeys(FAMILIES.values(), "the base") | {name: row.title for name, row in ROWS.items()}
+    rows, differences = [["", "accuracy", "against the base"]], [["difference", "accuracy"]]
+    if table.figure:
+        rows[0] += [f"paper: {table.figure}", "direction"]
+        differences[0] += ["paper", "direction"]
+    for line in {line["row"]: line for line in lines}.values():
+        cells = [titles[line["row"]], "{:.3f} ({:.3f} to {:.3f})".format(line["mean"], *line["ci95"])]
+        cells.append(signed(line.get("base")))
+        if table.figure:
+            figure = "" if line["paper"] is None else f"{line['paper']:.2f}"
+            cells += [figure, line.get("base", {}).get("direction", "")]
+        rows.append(cells)
+    for line in (line for line in lines if "against" in line):
+        other = line["against"]
+        cells = [f"{titles[line['row']]} − {titles[other['name']]}", signed(other)]
+        if table.figure:
+            cells += ["" if other["paper"] is None else f"{other['paper']:+.2f}", other["direction"]]
+        differences.append(cells)
+    where, trained = results["machine"], [results["rows"][line["row"]] for line in lines if line["row"] in ROWS]
+    minutes = np.mean([row[seed]["seconds"] for row in trained for seed in seeds]) / 60
+    note = (
+        f"Seeds {', '.join(seeds)}; {results['prompts']} held-out prompts × {results['images']} images; 95 % "
+        f"intervals over prompts and seeds. {where['cpu']}, torch {where['torch']}, {where['date']}; "
+        f"{minutes:.1f} minutes for a training on one core."
+    )
+    return "\n".join([f"### {table.title}", "", *grid(rows), "", *grid(differences), "", *textwrap.wrap(note, 120), ""])
+
+
+def grid(rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table; nothing if only the heading is there."""
+    rows = rows[:1] + [["---"] * len(rows[0])] + rows[1:] if len(rows) > 1 else []
+    return [f"| {' | '.join(cells)} |" for cells in rows]
+
+
+def signed(difference: dict | None) -> str:
+    return "" if difference is None else "{:+.3f} ({:+.3f} to {:+.3f})".format(difference["mean"], *difference["ci95"])
+
+
+def plot(table: Table, lines: list[dict], seeds: list[str], results: dict, file: Path) -> None:
+    """Differences to the base: their intervals, and a dot for each seed. Or curves, if the table has them."""
+    if table.curves:
+        plot_curves(table, {line["row"]: line for line in lines}, file)
+        return
+    lines = [line for line in {line["row"]: line for line in lines}.values() if "base" in line]
+    figure = Figure(figsize=(7, 0.9 + 0.32 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    for place, line in enumerate(reversed(lines)):
+        axes.plot(line["base"]["ci95"], [place, place], color="tab:blue", linewidth=2)
+        base = np.mean(as_numbers(results["rows"][line["base"]["name"]], results["images"]))
+        own = [results["rows"][line["row"]][seed]["mean"] - base for seed in seeds]
+        axes.plot(own, [place] * len(own), ".", color="tab:gray", markersize=5)
+        axes.plot(line["base"]["mean"], place, "o", color="tab:blue")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(lines)), [ROWS[line["row"]].title for line in reversed(lines)])
+    axes.set_xlabel("accuracy − the base's")
+    axes.set_title(table.title, fontsize=10)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def plot_curves(table: Table, lines: dict[str, dict], file: Path) -> None:
+    """Accuracy over the share of the pairs that a training has seen, with intervals."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for label, rows in table.curves.items():
+        points = [(float(share), lines[row]) for share, row in rows.items() if row in lines]
+        shares, means = [share for share, _ in points], [line["mean"] for _, line in points]
+        axes.plot(shares, means, "o-", label=label)
+        axes.fill_between(shares, *zip(*(line["ci95"] for _, line in points)), alpha=0.15)
+    axes.axhline(lines["base"]["mean"], color="black", linewidth=0.8, label="base")
+    axes.set(xscale="log", xlabel="% of the pairs", ylabel="accuracy")
+    axes.set_xticks(list(map(float, SHARES)), list(SHARES), minor=False)
+    axes.minorticks_off()
+    axes.set_title(table.title, fontsize=10)
+    axes.legend(fontsize=8)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def report(work: Path, folder: Path, docs: Path | None) -> None:
+    """Writes tables and plots of all that has been run; `docs`: also between the marks of a page."""
+    results = read_results(work)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = docs.read_text() if docs else ""
+    for name, table in TABLES.items():
+        if ({entry.row for entry in table.entries} & ROWS.keys()) & results["rows"].keys():
+            lines, seeds = compare(table, results)
+            plot(table, lines, seeds, results, folder / f"{name}.svg")
+            body = markdown(table, results, lines, seeds)
+            print(body)
+            if docs:
+                picture = f"![{table.title}]({os.path.relpath(folder, docs.parent)}/{name}.svg)"
+                text = between_marks(text, f"reproduce.py: {name}", f"{body}\n{picture}\n")
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    if docs:
+        write_text(docs, text)
+
+
+def between_marks(text: str, mark: str, body: str) -> str:
+    """The text with `body` between <!-- MARK --> and <!-- end -->, if it has such a part."""
+    before, begin, rest = text.partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    return before + begin + body + end + after if end else text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", default=[], help=f"Rows, or tables: {', '.join(TABLES)}.")
+    parser.add_argument("--seeds", type=int, default=3, help="Seeds 0 to N − 1 of every row.")
+    parser.add_argument("--search", nargs="*", default=[], help="Choose the settings of these methods first.")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Runs at once, one core each.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"))
+    parser.add_argument("--report_dir", type=Path, help="Folder of tables and plots. Default: report in output_dir.")
+    parser.add_argument("--docs", type=Path, help="A page whose marked parts are replaced by the tables.")
+    parser.add_argument("--prompts", type=int, default=400, help="Prompts of the ranked dataset.")
+    parser.add_argument("--pair_prompts", type=int, default=1000, help="Prompts of the pairs.")
+    parser.add_argument("--heldout", type=int, default=400, help="Held-out prompts, of 4 images each.")
+    parser.add_argument("--training_flags", default="", help="More flags of all trainings, in quotes.")
+    options = parser.parse_args()
+    rows = [entry.row for name in options.rows if name in TABLES for entry in TABLES[name].entries]
+    rows = dict.fromkeys([*(name for name in options.rows if name not in TABLES), *rows])
+    for given, known, flag in ((rows, {*FAMILIES.values(), *ROWS}, "rows"), (options.search, SEARCH, "search")):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"--{flag} {unknown[0]}: choose from {', '.join(sorted(known))}")
+    runner = Runner(options)
+    if options.search:
+        search(runner, options.search)
+    if rows := [name for name in rows if name in ROWS]:
+        reproduce(runner, rows, range(options.seeds))
+    report(options.output_dir, options.report_dir or options.output_dir / "report", options.docs)
+
+
+if __name__ == "__main__":
+    main()
