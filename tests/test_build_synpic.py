@@ -4,12 +4,15 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,8 +21,10 @@ import torch
 import yaml
 from conftest import ROOT, call, check_card, make_tiny_sdxl, refused, run, torchrun
 from datasets import Image, List, Value, load_dataset
+from diffusers import StableCascadeUNet
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
+from torch._dynamo.utils import counters
 
 import build_synpic
 
@@ -588,3 +593,44 @@ def test_an_error_in_encoding_or_writing_beside_the_drawing_ends_the_run(prompts
         call("build_synpic", *flags(prompts, recipe, tmp_path / "out", stages="generate"))
     names = [path.name for path in sorted((tmp_path / "out" / "work" / "images" / "one").glob("*.parquet"))]
     assert "00000.parquet" in names and "00001.parquet" not in names
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_compiled_generators_draw_the_same_images(built, prompts, recipe, tmp_path, monkeypatch, capsys):
+    """But for rounding. One size of batch is compiled: the last batch of a shard, which is smaller, adds no graph."""
+    graphs, draw = [], build_synpic.Generator.draw
+
+    def counted(self, batch):
+        images = draw(self, batch)
+        graphs.append((len(batch), counters["stats"]["unique_graphs"]))
+        return images
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(build_synpic.Generator, "draw", counted)
+    more = {"stages": "generate", "generation_batch_size": 3}
+    given = flags(prompts, recipe, tmp_path / "out", **more)
+    call("build_synpic", *given, "--compile")
+    sizes, found = zip(*graphs)
+    assert sizes == 2 * (3, 1, 3, 1, 2) and found[0] > 0 and len(set(found[:5])) == len(set(found[5:])) == 1
+    said = capsys.readouterr().out
+    for name in ("one", "two"):
+        assert re.search(rf"^generator {name}: the first batch of 3 took \d+ s, with its compilation$", said, re.M)
+    for file in sorted((tmp_path / "out").rglob("work/images/*/*.parquet")):
+        table, other = (pq.read_table(path) for path in (file, built / file.relative_to(tmp_path / "out")))
+        assert table["seed"] == other["seed"]
+        for image, same in zip(table["image"].to_pylist(), other["image"].to_pylist()):
+            image, same = (np.asarray(PILImage.open(BytesIO(item))).astype(int) for item in (image, same))
+            assert np.abs(image - same).max() <= 2
+    for name in ("CXX", "CC"):
+        monkeypatch.setenv(name, "no-such-compiler")
+    message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "none"), "--compile")
+    assert message.startswith("--compile needs a C++ compiler")
+
+
+def test_a_denoiser_without_named_blocks_is_drawn_uncompiled(monkeypatch, capsys):
+    pipeline = SimpleNamespace(decoder=StableCascadeUNet.__new__(StableCascadeUNet))
+    torch.nn.Module.__init__(pipeline.decoder)
+    monkeypatch.setattr(build_synpic, "warned", set())
+    build_synpic.compile_blocks("cascade", pipeline)
+    words = "warning: generator cascade: --compile: diffusers names no blocks of StableCascadeUNet: drawn without\n"
+    assert capsys.readouterr().err == words
