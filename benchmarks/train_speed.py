@@ -435,9 +435,9 @@ def describe(row: dict) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_model(folder: Path, family: str, size: str, dtype: torch.dtype | None) -> None:
-    """Writes a pipeline with random weights of this type; with None only its configurations, scheduler and tokenizers.
-    SD3 goes without T5: its place among the tokens is filled with zeros, at the same cost."""
+def make_pipeline(family: str, size: str, dtype: torch.dtype | None) -> diffusers.DiffusionPipeline:
+    """A pipeline with random weights of this type on the GPU, if there is one; with None without weights. SD3 goes
+    without T5: its place among the tokens is filled with zeros, at the same cost."""
     device = "cuda" if CUDA else "cpu"
     torch.manual_seed(0)
     torch.set_default_dtype(dtype or torch.float32)
@@ -452,21 +452,26 @@ def make_model(folder: Path, family: str, size: str, dtype: torch.dtype | None) 
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     if family == "sdxl":
         parts["scheduler"] = diffusers.EulerDiscreteScheduler(**schedule)
-        pipeline = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    else:
-        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-        pipeline = diffusers.StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)
+        return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)
+
+
+def make_model(folder: Path, family: str, size: str, dtype: torch.dtype | None) -> None:
+    """Writes a pipeline with random weights of this type; with None only its configurations, scheduler and
+    tokenizers."""
+    pipeline = make_pipeline(family, size, dtype)
     if dtype:
         pipeline.to("cpu").save_pretrained(folder)
         return
     pipeline.save_config(folder)
-    for name, part in parts.items():
+    for name, part in pipeline.components.items():
         if isinstance(part, diffusers.ModelMixin):
             part.save_config(folder / name)
         elif isinstance(part, transformers.PreTrainedModel):
             part.config.architectures = [type(part).__name__]
             part.config.save_pretrained(folder / name)
-        else:
+        elif part is not None:
             part.save_pretrained(folder / name)
 
 

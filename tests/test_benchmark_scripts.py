@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/train_speed.py: what it counts is what the steps compute, and what it times are the steps."""
+"""Benchmarks: what is counted is what is computed, and what is timed are the steps, or the drawing."""
 
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import generate_speed  # noqa: E402
 import train_speed  # noqa: E402
 
 
@@ -125,3 +127,34 @@ def test_a_peer_that_is_not_there_is_one_line(capsys):
 def test_bench_gpu_skips_itself_without_a_gpu():
     done = subprocess.run(["make", "--no-print-directory", "bench-gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "bench-gpu: no CUDA device here: nothing was measured\n"
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_an_image_is_counted_as_its_forwards(family, tmp_path):
+    """With guidance, each step is two forwards of the denoiser; the rest is counted once."""
+    train_speed.make_model(tmp_path, family, "tiny", None)
+    forward = train_speed.count_ours(family, tmp_path, rank=4, resolution=64)["reference"]
+    pipeline = train_speed.make_pipeline(family, "tiny", torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    counted = {
+        steps: generate_speed.tflop_per_image(
+            pipeline, {"num_inference_steps": steps, "height": 64, "width": 64, "guidance_scale": 5.0}
+        )
+        for steps in (1, 4)
+    }
+    assert (counted[4] - counted[1]) / 6 == pytest.approx(forward, rel=0.01)
+    assert counted[1] > 2 * forward
+
+
+def test_drawing_is_timed_beside_the_bare_pipeline(tmp_path, capsys):
+    words = "--size tiny --models sdxl --steps 1 --images 3 --batch 2 --rounds 2 --json".split()
+    generate_speed.main([*words, str(tmp_path / "found.json")])
+    found, last = json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out.splitlines()[-2:]
+    assert [row["way"] for row in found["runs"]] == 2 * ["ours", "bare"]
+    seconds = np.array([row["seconds"] for row in found["runs"]]).reshape(2, 2)
+    rounds = seconds[:, 0] / seconds[:, 1] - 1
+    expected = {"all": seconds[:, 0].sum() / seconds[:, 1].sum() - 1, "min": min(rounds), "max": max(rounds)}
+    assert found["overhead"] == pytest.approx(expected)
+    assert last[0].startswith("CPU time: overhead ") and last[1].startswith(f"overhead {expected['all']:.1%} (min ")
+    assert found["difference"]["sdxl"] <= 3  # the same seeds, so the same pictures
+    assert all(row["images_per_second"] == pytest.approx(3 / row["seconds"]) for row in found["runs"])
