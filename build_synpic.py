@@ -164,6 +164,7 @@ class ScriptArguments:
         group="Rewards",
     )
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
+    rewards_at_once: int = flag(1, "Reward models held at once: an image is read and decoded once for them.", min=1)
     output_dir: str = flag(
         "outputs/synpic", "Folder for the dataset, its card, and the shards in work/.", group="Work and output"
     )
@@ -280,35 +281,42 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
 
 
 def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
-    """Scores the images without a score. Each reward model is loaded once, scores all generators' shards, and is freed.
+    """Scores the images without a score. Reward models are loaded, `--rewards_at_once` of them together, score all
+    generators' shards, and are freed.
 
     A score belongs to an image by the hash of its bytes, so an image that is drawn again is scored again.
     """
     jobs = [(entry["name"], s) for entry in generators for s in own_shards(args, shards)]
-    for name in args.rewards:
-        column = reward_name(name)
-        write_settings(Path(args.output_dir, "work", "scores", column), reward_settings(name))
-        missing = []
-        for generator, s in jobs[state.process_index :: state.num_processes]:
+    jobs = jobs[state.process_index :: state.num_processes]
+    for names in reward_groups(args.rewards, args.rewards_at_once):
+        for name in names:
+            write_settings(Path(args.output_dir, "work", "scores", reward_name(name)), reward_settings(name))
+        missing = []  # source of each shard, its facts and rows, and the target of each reward that lacks it
+        for generator, s in jobs:
             source, facts = image_shard(args, generator, s, shards[s])
-            target = shard_file(args, s, "scores", column, generator)
-            if not is_complete(target, **facts) or not is_usable(target):
-                missing.append((source, target, facts, shards[s]))
+            targets = {name: shard_file(args, s, "scores", reward_name(name), generator) for name in names}
+            targets = {name: file for name, file in targets.items() if not is_scored(file, facts)}
+            if targets:
+                missing.append((source, facts, shards[s], targets))
         if not missing:
             continue
-        reward = load_reward_model(name, state.device, batch_size=args.reward_batch_size)
-        total = sum(len(rows) for *_, rows in missing)
-        with image_bar(f"score {column}", total, state) as progress, ThreadPoolExecutor(1) as pool:
-            read = (read_unscored(reward, *shard) for shard in missing)  # the next one, while this one is scored
-            for target, facts, rows, hashes, scores, todo, images in one_ahead(read, pool):
-                started, ids = time.time(), [row["prompt_id"] for row in rows]
-                new = reward.score(images, [rows[n]["prompt"] for n in todo])
-                scores |= {hashes[n]: value for n, value in zip(todo, new)}
-                scores = pa.array([scores[item] for item in hashes], pa.float32())
-                columns, seconds = {"prompt_id": ids, "image": hashes, "score": scores}, time.time() - started
-                write_shard(target, columns, facts, seconds, state.device)
-                progress.update(len(ids))
-        del reward
+        needed = [name for name in names if any(name in targets for *_, targets in missing)]
+        options = {"device": state.device, "batch_size": args.reward_batch_size}
+        total = sum(len(rows) * len(targets) for _, _, rows, targets in missing)
+        label = f"score {' '.join(map(reward_name, needed))}"
+        with held_at_once(needed), image_bar(label, total, state) as progress, ThreadPoolExecutor(1) as pool:
+            rewards = {name: load_reward_model(name, **options) for name in needed}
+            read = (read_unscored(rewards, *shard) for shard in missing)  # the next one, while this one is scored
+            for facts, rows, hashes, parts in one_ahead(read, pool):
+                for name, target, scores, todo, images in parts:
+                    started, ids = time.time(), [row["prompt_id"] for row in rows]
+                    new = rewards[name].score(images, [rows[n]["prompt"] for n in todo])
+                    scores |= {hashes[n]: value for n, value in zip(todo, new)}
+                    scores = pa.array([scores[item] for item in hashes], pa.float32())
+                    columns, seconds = {"prompt_id": ids, "image": hashes, "score": scores}, time.time() - started
+                    write_shard(target, columns, facts, seconds, state.device)
+                    progress.update(len(ids))
+        del rewards
         free_memory()
     state.wait_for_everyone()
 
@@ -740,14 +748,37 @@ def read_column(file: Path, key: str, value: str) -> dict:
     return dict(zip(table[key].to_pylist(), table[value].to_pylist()))
 
 
-def read_unscored(reward: "RewardModel", source: Path, target: Path, facts: dict, rows: list[dict]) -> tuple:
-    """What is to do for a shard: target, facts, rows, the hash of each row's image, scores that exist by hash, numbers
-    of the rows without a score, and their images, the first of them in preparation."""
+def is_scored(file: Path, facts: dict) -> bool:
+    return is_complete(file, **facts) and is_usable(file)
+
+
+def read_unscored(rewards: dict, source: Path, facts: dict, rows: list[dict], targets: dict[str, Path]) -> tuple:
+    """What is to do for a shard: facts, rows, the hash of each row's image; and for each reward that lacks scores its
+    name, target, scores that exist by hash, numbers of the rows without one, and their images, the first of them in
+    preparation."""
     images = read_table(source)["image"].to_pylist()
     hashes = [hash_of([image, row["prompt_id"]]) for image, row in zip(images, rows)]
-    scores = read_column(target, "image", "score")
-    todo = [n for n in range(len(rows)) if hashes[n] not in scores]
-    return target, facts, rows, hashes, scores, todo, reward.begin([images[n] for n in todo])
+    known = {name: read_column(target, "image", "score") for name, target in targets.items()}
+    todo = {name: [n for n in range(len(rows)) if hashes[n] not in scores] for name, scores in known.items()}
+    begun = begin_together(rewards, images, todo)
+    parts = [(name, target, known[name], todo[name], begun[name]) for name, target in targets.items()]
+    return facts, rows, hashes, parts
+
+
+def begin_together(rewards: dict[str, "RewardModel"], images: list[bytes], todo: dict[str, list[int]]) -> dict:
+    """For each reward its images, by their numbers in `todo`, in preparation. For several, an image is decoded once.
+    The pool takes its work in order: an image's decoding has begun before a thread waits for it."""
+    if len(todo) == 1:
+        return {name: rewards[name].begin([images[n] for n in numbers]) for name, numbers in todo.items()}
+    decoded = {n: workers().submit(decode_image, images[n]) for n in sorted(set().union(*todo.values()))}
+    return {
+        name: [workers().submit(prepare_decoded, rewards[name], decoded[n]) for n in numbers]
+        for name, numbers in todo.items()
+    }
+
+
+def prepare_decoded(reward: "RewardModel", image: Future):
+    return reward.prepare(image.result())
 
 
 def write_images(file: Path, images: dict, seeds: dict, seconds: float, device: torch.device) -> None:
@@ -1103,6 +1134,10 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
+class TooLarge(SystemExit):
+    """The device's memory does not hold a model, or not with a single image."""
+
+
 def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple[list, int]:
     """`work`, which takes a list and returns one result for each, of all items, `size` at once. Where the device's
     memory runs out, half as many are taken from then on.
@@ -1117,7 +1152,7 @@ def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple
             results += work(part)
             continue
         if len(part) == 1:
-            raise SystemExit(f"{what}: the device's memory does not hold it with a single image")
+            raise TooLarge(f"{what}: the device's memory does not hold it with a single image")
         size = len(part) // 2
         free_memory()
         warn(f"{what}: the device's memory does not hold {len(part)} images at once: goes on with {size}")
@@ -1410,6 +1445,8 @@ class RewardModel:
         self.dtype = dtype or (half if self.device.type == "cuda" else torch.float32)
         try:
             self.load()
+        except torch.OutOfMemoryError:
+            raise TooLarge(f"reward {name}: the device's memory does not hold it") from None
         except Exception as error:
             message = f"{type(error).__name__}: {one_line(error)}"
             raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {message}") from None
@@ -2221,6 +2258,30 @@ def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
         .patch_embed.proj.=.embeddings.patch_embedding. .blocks.=.encoder.layers. .norm1.=.layer_norm1.
         .norm2.=.layer_norm2. .norm.=.post_layernorm. .attn.qkv.=.self_attn.qkv. .attn.proj.=.self_attn.projection."""
     return {rename(f".{key}", renames)[1:]: value for key, value in vision.items()}, text, head
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: several rewards (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def reward_groups(names: list[str], size: int) -> list[list[str]]:
+    """The rewards in groups of `size` models that are held at once, in order of their first names. A function of the
+    user's own is alone: it gets images of its own, which it may change."""
+    models = [name for name in names if name.partition("=")[0] in REWARD_MODELS]
+    groups = [*batches(models, size), *([name] for name in names if name not in models)]
+    return sorted(groups, key=lambda group: names.index(group[0]))
+
+
+@contextmanager
+def held_at_once(names: list[str]) -> Iterator[None]:
+    """In this block, the line about a model that the device's memory does not hold says what to do."""
+    try:
+        yield
+    except TooLarge as error:
+        if len(names) == 1:
+            raise
+        raise SystemExit(f"{error}, beside {len(names) - 1} more: give a smaller --rewards_at_once") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

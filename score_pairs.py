@@ -1019,6 +1019,10 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
+class TooLarge(SystemExit):
+    """The device's memory does not hold a model, or not with a single image."""
+
+
 def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple[list, int]:
     """`work`, which takes a list and returns one result for each, of all items, `size` at once. Where the device's
     memory runs out, half as many are taken from then on.
@@ -1033,7 +1037,7 @@ def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple
             results += work(part)
             continue
         if len(part) == 1:
-            raise SystemExit(f"{what}: the device's memory does not hold it with a single image")
+            raise TooLarge(f"{what}: the device's memory does not hold it with a single image")
         size = len(part) // 2
         free_memory()
         warn(f"{what}: the device's memory does not hold {len(part)} images at once: goes on with {size}")
@@ -1326,6 +1330,8 @@ class RewardModel:
         self.dtype = dtype or (half if self.device.type == "cuda" else torch.float32)
         try:
             self.load()
+        except torch.OutOfMemoryError:
+            raise TooLarge(f"reward {name}: the device's memory does not hold it") from None
         except Exception as error:
             message = f"{type(error).__name__}: {one_line(error)}"
             raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {message}") from None

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import ROOT, call, check_card, make_tiny_sdxl, refused, run, torchrun
+from conftest import ROOT, call, check_card, make_tiny_pickscore, make_tiny_sdxl, refused, run, torchrun
 from datasets import Image, List, Value, load_dataset
 from diffusers import StableCascadeUNet
 from huggingface_hub import DatasetCard
@@ -634,3 +634,45 @@ def test_a_denoiser_without_named_blocks_is_drawn_uncompiled(monkeypatch, capsys
     build_synpic.compile_blocks("cascade", pipeline)
     words = "warning: generator cascade: --compile: diffusers names no blocks of StableCascadeUNet: drawn without\n"
     assert capsys.readouterr().err == words
+
+
+def test_rewards_at_once_decode_once_and_give_the_same_bytes(built, prompts, recipe, tmp_path, monkeypatch):
+    """Two models and a function that spoils its images: the dataset of one after the other, each image decoded once for
+    both models, and again for the function. A run that lacks a file of one model scores only that."""
+    clip = make_tiny_pickscore(tmp_path / "clip")
+    (tmp_path / "mine.py").write_text(
+        "def spoiler(images, prompts):\n    for image in images:\n        image.paste('black', (0, 0, *image.size))\n"
+        "    return [len(prompt) for prompt in prompts]\n"
+    )
+    rewards = [f"pickscore={clip}", f"{tmp_path / 'mine.py'}:spoiler", f"clipscore={clip}"]
+    outputs, decode, decoded = {}, build_synpic.decode_image, []
+    monkeypatch.setattr(build_synpic, "decode_image", lambda image: decoded.append(1) or decode(image))
+    for number in (1, 2):
+        decoded.clear()
+        outputs[number] = output = tmp_path / str(number)
+        subprocess.run(["mkdir", "-p", str(output)], check=True)
+        subprocess.run(["cp", "-a", str(built / "work"), str(output / "work")], check=True)
+        given = flags(prompts, recipe, output, rewards, rewards_at_once=number, reward_batch_size=3)
+        call("build_synpic", *given)
+        assert len(decoded) == (2 if number == 2 else 3) * 20 + 2  # and two of noise to try the function
+    assert contents(outputs[1]) == contents(outputs[2]) and len(contents(outputs[1])) == 4
+
+    lost = outputs[2] / "work" / "scores" / "clipscore" / "two" / "00001.parquet"
+    before = snapshot(outputs[2])
+    lost.unlink()
+    call("build_synpic", *given)
+    assert written(before, snapshot(outputs[2])) == [str(lost.relative_to(outputs[2]))]
+
+
+def test_a_model_that_does_not_fit_beside_others_says_what_to_do(prompts, recipe, tmp_path, monkeypatch):
+    clip = make_tiny_pickscore(tmp_path / "clip")
+
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(build_synpic.CLIPScoreReward, "load", full)
+    rewards = [f"pickscore={clip}", f"clipscore={clip}"]
+    line = f"reward clipscore={clip}: the device's memory does not hold it"
+    message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "out", rewards, rewards_at_once=2))
+    assert message == f"{line}, beside 1 more: give a smaller --rewards_at_once"
+    assert refused("build_synpic", *flags(prompts, recipe, tmp_path / "out", rewards)) == line
