@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate", "datasets", "diffusers", "ftfy", "huggingface_hub", "numpy", "pillow", "protobuf", "pyarrow",
-#     "pyyaml", "safetensors", "scipy", "sentencepiece", "torch", "torchvision", "tqdm", "transformers", "trl",
+#     "pyyaml", "safetensors", "sentencepiece", "torch", "torchvision", "tqdm", "transformers", "trl",
 # ]
 # ///
 """Builds Syn-Pic, a ranked preference dataset, from prompts, generators and reward models (Karthik et al., 2024).
@@ -96,7 +96,6 @@ from huggingface_hub.utils import get_session, parse_ratelimit_headers
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from safetensors.torch import load_file
-from scipy.stats import kendalltau
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, normalize, pad, resize, to_tensor
 from tqdm import tqdm
@@ -361,7 +360,8 @@ def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict]
 
 
 def rank_shards(args: ScriptArguments, shards: dict, names: list[str], features: Features, target: Path) -> None:
-    """Joins shards, number → rows, into one file of the dataset, unless it exists and was made of the same parts."""
+    """Joins shards, number → rows, into one file of the dataset, unless it exists and was made of the same parts. Holds
+    the images of a few shards at a time."""
     rewards = {reward_name(name): reward_settings(name) for name in args.rewards}
     facts = {"prompts": [], "images": {name: [] for name in names}, "scores": rewards}
     for s, rows in shards.items():
@@ -374,9 +374,8 @@ def rank_shards(args: ScriptArguments, shards: dict, names: list[str], features:
                 if not is_complete(file, **shard):
                     raise SystemExit(f"{file} is missing or of other images: run the score stage first")
     if shard_facts(target) != facts or not is_usable(target):
-        table = pa.concat_tables(ranked_table(args, s, rows, names, features) for s, rows in shards.items())
-        # Row groups of at most 64 MB: the Hub's viewer reads a whole one to show a page.
-        write_table(table, target, facts, row_group_size=min(max(64_000_000 * len(table) // table.nbytes, 1), 100))
+        tables = (ranked_table(args, s, rows, names, features) for s, rows in shards.items())
+        write_tables(tables, sum(map(len, shards.values())), target, facts)
 
 
 def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[str], features: Features) -> pa.Table:
@@ -408,8 +407,8 @@ def main(args: ScriptArguments) -> None:
     # These checks find what is wrong with flags, files and folders before a model is loaded.
     generators = read_generators(args.generators)
     check_rewards(args.rewards)
-    rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
-    prompts = [row["prompt"] for row in rows]
+    source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
+    prompts = [row["prompt"] for row in read_prompts(*source)]
     settings = {"seed": args.seed, "image_format": args.image_format, "shard_size": args.shard_size}
     check_card(Path(args.output_dir, "README.md"))
     check_work(args, settings, prompts, generators)
@@ -724,9 +723,10 @@ def shard_file(args: ScriptArguments, shard: int, *folders: str) -> Path:
 def image_shard(args: ScriptArguments, generator: str, shard: int, rows: list[dict]) -> tuple[Path, dict]:
     """A shard of images, and the facts that its scores share with it. Exits with one line if it is missing."""
     file, prompts = shard_file(args, shard, "images", generator), hash_of([row["prompt_id"] for row in rows])
-    if not is_complete(file, prompts=prompts):
+    facts = shard_facts(file)
+    if facts is None or facts.get("prompts") != prompts:
         raise SystemExit(f"{file} is missing: run the generate stage first")
-    return file, {"prompts": prompts, "images": shard_facts(file)["images"]}
+    return file, {"prompts": prompts, "images": facts["images"]}
 
 
 def hash_of(items: list[str | bytes]) -> str:
@@ -826,17 +826,36 @@ def dataset_statistics(files: list[Path], rewards: list[str]) -> tuple[np.ndarra
         win rates (n_rewards + 1, k): each generator's share of won comparisons under each reward, and over all;
         tau (n_rewards, n_rewards): the mean of Kendall's tau-b between two rewards' orders of a prompt's images.
     """
-    columns = ["scores", "preference_probability"]
-    wins, taus = [], []
-    for row in (row for file in files for row in read_table(file, columns=columns).to_pylist()):
-        matrix = np.array([row["scores"][reward] for reward in rewards])
-        wins.append([*(preference_probability(scores[None]) for scores in matrix), row["preference_probability"]])
-        tau = np.eye(len(rewards))
-        for i, j in itertools.combinations(range(len(rewards)), 2):
-            tau[i, j] = tau[j, i] = kendalltau(matrix[i], matrix[j]).statistic
-        taus.append(tau)
-    known = np.isfinite(taus)  # a reward that gives all images the same score orders nothing
-    return np.mean(wins, axis=0), np.where(known, taus, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    wins, taus, known, n_rows = 0.0, 0.0, 0, 0
+    for file in files:
+        table = read_table(file, columns=["scores", "preference_probability"]).flatten()
+        scores = np.array([table[f"scores.{reward}"].to_pylist() for reward in rewards])  # (n_rewards, rows, k)
+        probability = np.array(table["preference_probability"].to_pylist())
+        order = np.sign(scores[..., :, None] - scores[..., None, :])  # 1: the first image is better, 0: equal
+        shares = (order > 0).sum(axis=-1) / (scores.shape[-1] - 1)
+        wins = wins + np.concatenate([shares, probability[None]]).sum(axis=1)
+        tau = rank_correlation(order)
+        taus, known = taus + np.nansum(tau, axis=0), known + np.isfinite(tau).sum(axis=0)
+        n_rows += len(table)
+    tau = taus / np.maximum(known, 1)
+    np.fill_diagonal(tau, 1.0)
+    return wins / n_rows, tau
+
+
+def rank_correlation(order: np.ndarray) -> np.ndarray:
+    """Kendall's tau-b of each row between two rewards: the cosine of their orders.
+
+    Args:
+        order: (n_rewards, rows, k, k): the sign of image i's score minus image j's.
+
+    Returns:
+        float64 (rows, n_rewards, n_rewards); NaN where a reward gives all images the same score, and orders nothing.
+    """
+    flat = order.reshape(*order.shape[:2], -1)
+    products = np.einsum("arp,brp->rab", flat, flat)
+    length = np.einsum("raa->ra", products)
+    with np.errstate(invalid="ignore"):
+        return products / np.sqrt(length[:, :, None] * length[:, None, :])
 
 
 def time_table(args: ScriptArguments, n_prompts: int, names: list[str]) -> str:
@@ -860,7 +879,9 @@ def time_table(args: ScriptArguments, n_prompts: int, names: list[str]) -> str:
 
 def grid_picture(file: Path, names: list[str], rows: int = 6, cell: int = 256) -> PILImage.Image:
     """The first prompts' images side by side, with preference probabilities. The best one has a green frame."""
-    table, label = read_table(file).slice(0, rows).to_pylist(), 22
+    with reading(file), pq.ParquetFile(file, page_checksum_verification=True) as parquet:  # of a file of many GB
+        batches_of_one = itertools.islice(parquet.iter_batches(1), rows)
+        table, label = [row for batch in batches_of_one for row in batch.to_pylist()], 22
     canvas = PILImage.new("RGB", (cell * len(names), label + (cell + label) * len(table)), "white")
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(names):
@@ -1250,17 +1271,35 @@ def is_whole_png(file: Path) -> bool:
 
 
 def write_table(table: pa.Table, file: Path, facts: dict, row_group_size: int = 100) -> None:
-    """Writes Parquet with small row groups and a page index (the Hub's viewer needs both) and with checksums, then
-    renames it.
+    """Writes one table as `write_tables` does."""
+    write_tables(iter([table]), len(table), file, facts, row_group_size)
+
+
+def write_tables(
+    tables: Iterator[pa.Table], n_rows: int, file: Path, facts: dict, row_group_size: int | None = None
+) -> None:
+    """Writes tables of one schema into a Parquet file with small row groups and a page index (the Hub's viewer needs
+    both) and with checksums, then renames it. Memory holds one table, and those that did not fill a row group.
 
     Args:
+        n_rows: of all tables together.
         facts: recorded in the file; `shard_facts` reads them.
+        row_group_size: rows; by default at most 100, and at most 64 MB as the first table has them: the viewer reads a
+            whole group to show a page.
     """
     with replacing(file) as temporary, open(temporary, "wb") as handle:
-        record = {b"synpic": sealed(facts, table.schema, len(table))}
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **record})
+        left = next(tables)
+        size = row_group_size or min(max(64_000_000 * len(left) // left.nbytes, 1), 100)
+        record = {b"synpic": sealed(facts, left.schema, n_rows)}
+        schema = left.schema.with_metadata({**(left.schema.metadata or {}), **record})
         options = {"write_page_index": True, "write_page_checksum": True}
-        pq.write_table(table, handle, row_group_size=row_group_size, **options)
+        with pq.ParquetWriter(handle, schema, **options) as writer:
+            for table in tables:
+                while len(left) >= size:
+                    writer.write_table(left.slice(0, size))
+                    left = left.slice(size)
+                left = pa.concat_tables([left, table])
+            writer.write_table(left, row_group_size=size)
 
 
 def sealed(facts: dict, schema: pa.Schema, n_rows: int) -> bytes:

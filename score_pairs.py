@@ -1135,17 +1135,35 @@ def is_whole_png(file: Path) -> bool:
 
 
 def write_table(table: pa.Table, file: Path, facts: dict, row_group_size: int = 100) -> None:
-    """Writes Parquet with small row groups and a page index (the Hub's viewer needs both) and with checksums, then
-    renames it.
+    """Writes one table as `write_tables` does."""
+    write_tables(iter([table]), len(table), file, facts, row_group_size)
+
+
+def write_tables(
+    tables: Iterator[pa.Table], n_rows: int, file: Path, facts: dict, row_group_size: int | None = None
+) -> None:
+    """Writes tables of one schema into a Parquet file with small row groups and a page index (the Hub's viewer needs
+    both) and with checksums, then renames it. Memory holds one table, and those that did not fill a row group.
 
     Args:
+        n_rows: of all tables together.
         facts: recorded in the file; `shard_facts` reads them.
+        row_group_size: rows; by default at most 100, and at most 64 MB as the first table has them: the viewer reads a
+            whole group to show a page.
     """
     with replacing(file) as temporary, open(temporary, "wb") as handle:
-        record = {b"synpic": sealed(facts, table.schema, len(table))}
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **record})
+        left = next(tables)
+        size = row_group_size or min(max(64_000_000 * len(left) // left.nbytes, 1), 100)
+        record = {b"synpic": sealed(facts, left.schema, n_rows)}
+        schema = left.schema.with_metadata({**(left.schema.metadata or {}), **record})
         options = {"write_page_index": True, "write_page_checksum": True}
-        pq.write_table(table, handle, row_group_size=row_group_size, **options)
+        with pq.ParquetWriter(handle, schema, **options) as writer:
+            for table in tables:
+                while len(left) >= size:
+                    writer.write_table(left.slice(0, size))
+                    left = left.slice(size)
+                left = pa.concat_tables([left, table])
+            writer.write_table(left, row_group_size=size)
 
 
 def sealed(facts: dict, schema: pa.Schema, n_rows: int) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -24,6 +25,7 @@ from datasets import Image, List, Value, load_dataset
 from diffusers import StableCascadeUNet
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
+from scipy import stats
 from torch._dynamo.utils import counters
 
 import build_synpic
@@ -676,3 +678,43 @@ def test_a_model_that_does_not_fit_beside_others_says_what_to_do(prompts, recipe
     message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "out", rewards, rewards_at_once=2))
     assert message == f"{line}, beside 1 more: give a smaller --rewards_at_once"
     assert refused("build_synpic", *flags(prompts, recipe, tmp_path / "out", rewards)) == line
+
+
+def test_statistics_are_those_of_scipy(tmp_path):
+    """Over two files: tau-b with ties, and a reward that orders nothing in some rows, or in all."""
+    rng, rewards = np.random.default_rng(0), ["a", "b.1", "constant"]
+    scores = rng.integers(0, 4, (3, 60, 5)).astype(np.float32)
+    scores[1, :7], scores[2] = 2.0, 1.0
+    files = []
+    for number, part in enumerate((slice(0, 25), slice(25, 60))):
+        rows = [
+            {"scores": dict(zip(rewards, scores[:, i].tolist())), "preference_probability": scores[0, i].tolist()}
+            for i in range(60)[part]
+        ]
+        files.append(tmp_path / f"{number}.parquet")
+        build_synpic.write_table(pa.Table.from_pylist(rows), files[-1], {})
+    wins, taus = build_synpic.dataset_statistics(files, rewards)
+    expected = np.nanmean([stats.kendalltau(*scores[:2, i]).statistic for i in range(60)])
+    assert taus == pytest.approx(np.array([[1, expected, 0], [expected, 1, 0], [0, 0, 1]]))
+    for reward in range(3):
+        shares = [build_synpic.preference_probability(scores[reward, i][None]) for i in range(60)]
+        assert wins[reward] == pytest.approx(np.mean(shares, axis=0))
+    assert wins[3] == pytest.approx(scores[0].mean(axis=0))
+
+
+def test_a_file_of_many_shards_needs_the_memory_of_one(tmp_path):
+    """Or of a few: what does not fill a row group waits for the next. Row groups go on across shards."""
+    held, size = [], 64 * 40_000
+
+    def tables():
+        for shard in range(24):
+            held.append(pa.total_allocated_bytes())
+            images = [os.urandom(40_000) for _ in range(64)]
+            yield pa.table({"number": range(64 * shard, 64 * shard + 64), "image": images})
+
+    build_synpic.write_tables(tables(), 64 * 24, tmp_path / "many.parquet", {"a": 1})
+    assert max(held) - held[0] < 6 * size
+    metadata = pq.read_metadata(tmp_path / "many.parquet")
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [100] * 15 + [36]
+    assert build_synpic.read_table(tmp_path / "many.parquet")["number"].to_pylist() == list(range(64 * 24))
+    assert build_synpic.is_usable(tmp_path / "many.parquet")
