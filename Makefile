@@ -105,7 +105,7 @@ bench-gpu:
 	$(if $(PEER),timeout 230 $(GPU_PYTHON) benchmarks/train_speed.py --peer $(PEER) --steps 8 --rounds 1 \
 		--json outputs/bench-gpu/compare.json || failed=1;) \
 	timeout $(if $(PEER),100,310) $(GPU_PYTHON) benchmarks/train_speed.py --sweep --steps 8 \
-		--minutes $(if $(PEER),0.7,3.5) --json outputs/bench-gpu/sweep.json || failed=1; \
+		--minutes $(if $(PEER),0.5,3.2) --json outputs/bench-gpu/sweep.json || failed=1; \
 	timeout 95 $(GPU_PYTHON) benchmarks/score_speed.py --blocks 1 --prompts 16 \
 		--json outputs/bench-gpu/scores.json || failed=1; \
 	timeout 110 $(GPU_PYTHON) benchmarks/generate_speed.py --steps 10 --images 8 --rounds 2 \
