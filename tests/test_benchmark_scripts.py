@@ -166,14 +166,3 @@ def test_memory_of_a_step(tmp_path):
     assert found["one"]["adam"] == found["one"]["lora"]  # parameters and gradients, or two states, in float32
     one, two, checkpointing = (found[name]["activations"] for name in settings)
     assert 1.7 * one < two < 2.05 * one and checkpointing < 0.7 * one
-
-
-def test_many_rows_times_the_parts_of_a_first_and_a_resumed_run(tmp_path):
-    """From the table to the end of a step."""
-    file = tmp_path / "found.json"
-    command = [sys.executable, ROOT / "benchmarks/many_rows.py", "--rows", "130", "--trainer", "train_dpo_qsd"]
-    done = subprocess.run(list(map(str, [*command, "--json", file])), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for parts in json.loads(file.read_text())["train_dpo_qsd"].values():
-        assert len(parts) == 9 and parts[-1]["part"] == "the step"
-        assert all(part["seconds"] >= 0 and part["peak_gb"] > 0 for part in parts)
