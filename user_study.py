@@ -1045,12 +1045,13 @@ header { display: flex; gap: 12px; align-items: center; }
 .prompt { font-size: 1.15em; margin: 10px 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 7.5em;
   overflow-y: auto; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 10px; }
-.pair img { width: 100%; height: min(62vh, 48vw); object-fit: contain; cursor: zoom-in; background: #8881;
+.pair img { width: 100%; aspect-ratio: 1; max-height: 62vh; object-fit: contain; cursor: zoom-in; background: #8881;
   border-radius: 6px; margin: 0; }
 .question { font-weight: 600; margin: 12px 0 8px; }
 .answers { display: flex; gap: 10px; }
 .answers button { flex: 1; padding: 14px 4px; font-size: 1em; }
-button { margin: 0 !important; font-family: inherit; font-weight: 500; padding: 8px 14px; border: 1px solid #8888; border-radius: 8px; background: #8881; cursor: pointer; }
+button { margin: 0 !important; font-family: inherit; font-weight: 500; }
+button { padding: 8px 14px; border: 1px solid #8888; border-radius: 8px; background: #8881; cursor: pointer; }
 button:disabled { opacity: 0.45; cursor: default; }
 button.chosen { outline: 3px solid #2a7de1; }
 button.main { background: #2a7de1; color: white; font-size: 1.1em; }
