@@ -448,11 +448,11 @@ def serve(args: ScriptArguments) -> None:
     """Shows the page until a signal ends it. Makes the study first, unless it exists."""
     need_gradio()
     folder = Path(args.study_dir)
-    check_study_dir(folder)
-    remove_temporary_files(folder)
     repo_id = open_vote_repository(args) if args.push_to_hub else None
     if repo_id:
         fetch_study(repo_id, folder)
+    check_study_dir(folder)
+    remove_temporary_files(folder / PICTURES)
     if args.prompts or not (folder / STUDY).exists():
         make_study(args)
     study = Study(folder, args.consent)
@@ -986,7 +986,9 @@ def page_server(study: Study, host: str, port: int) -> Iterator[None]:
     """Serves the page in a thread; exits with one line if that cannot begin."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(make_app(study), host=host, port=port, log_level="error", access_log=False))
+    # Open pages hold a connection: without a limit, the end would wait for them.
+    options = {"log_level": "error", "access_log": False, "timeout_graceful_shutdown": 1}
+    server = uvicorn.Server(uvicorn.Config(make_app(study), host=host, port=port, **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

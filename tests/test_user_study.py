@@ -475,18 +475,3 @@ def test_results_and_data_on_the_hub(finished, tmp_path, server):
     run("user_study.py", *flags, "--hub_dataset_id", "user/people", env={**os.environ, **server.environment()})
     files = server.files("datasets", "user/people")
     assert "data/train-00000-of-00001.parquet" in files and b'load_dataset("user/people"' in files["README.md"]
-
-
-def test_space_keeps_the_models_names_in_the_private_dataset(finished, tmp_path, server):
-    flags = ["space", "--study_dir", finished, "--output_dir", tmp_path / "space", "--push_to_hub"]
-    flags += ["--hub_space_id", "user/study", "--hub_dataset_id", "user/votes"]
-    run("user_study.py", *flags, env={**os.environ, **server.environment()})
-    files = server.files("spaces", "user/study")
-    assert {"app.py", "user_study.py", "requirements.txt", "README.md"} <= files.keys()
-    assert sum(name.startswith("pictures/") for name in files) == 36 and "study.json" not in files
-    assert "gradio" in files["requirements.txt"].decode().splitlines()
-    assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["sdk"] == "gradio"
-    compile(files["app.py"], "app.py", "exec")
-    assert server.repos["datasets", "user/votes"].private and "study.json" in server.files("datasets", "user/votes")
-    secret = json.loads(server.files("datasets", "user/votes")["study.json"])["secret"].encode()
-    assert not any(secret in content for content in files.values())

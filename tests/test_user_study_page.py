@@ -2,6 +2,7 @@
 """The page of user_study.py: in a real browser, and under eight raters while its server is killed."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,7 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import yaml
+from conftest import ROOT, run
 from test_user_study import HARD, make_study, study_flags
 
 import user_study
@@ -215,3 +217,41 @@ def test_answers_and_headers_of_the_server_name_no_model(tmp_path):
         with pytest.raises(raters.urllib.error.HTTPError, match="500"):
             raters.urllib.request.urlopen(raters.urllib.request.Request(url, json.dumps(body).encode(), json_type))
     assert list(study.shown) == ["r"]
+
+
+def test_the_space_serves_and_sends_its_votes(tmp_path, server):
+    """The Space's folder by itself, as the Hub starts it: the study comes from the private dataset, votes go there."""
+    make_study(tmp_path, "--questions", "overall", models=("tuned", "base")).log.close()
+    flags = ["space", "--study_dir", tmp_path / "study", "--output_dir", tmp_path / "space", "--push_to_hub"]
+    environment = {**os.environ, **server.environment()}
+    ids = ["--hub_space_id", "user/study", "--hub_dataset_id", "user/votes"]
+    run("user_study.py", *flags, *ids, env=environment)
+    files = server.files("spaces", "user/study")
+    assert {"app.py", "user_study.py", "requirements.txt", "README.md"} <= files.keys() and "study.json" not in files
+    assert sum(name.startswith("pictures/") for name in files) == 24
+    assert "gradio" in files["requirements.txt"].decode().splitlines()
+    assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["sdk"] == "gradio"
+    assert server.repos["datasets", "user/votes"].private
+    secret = json.loads(server.files("datasets", "user/votes")["study.json"])["secret"].encode()
+    assert not any(secret in content for content in files.values())
+
+    port, log = free_port(), tmp_path / "log"
+    for name, content in files.items():
+        (tmp_path / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "hf" / name).write_bytes(
+            content.replace(b"7860", str(port).encode()) if name == "app.py" else content
+        )
+    with open(log, "w") as output:
+        app = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=tmp_path / "hf", stdout=output, stderr=output, env=environment
+        )
+    while "the page is at" not in log.read_text():
+        assert app.poll() is None, log.read_text()
+        time.sleep(0.05)
+    person = raters.Rater(f"http://127.0.0.1:{port}", "ann", 0.0, 0)
+    person.judge = lambda state: "left"
+    assert person.work() == 12
+    app.send_signal(signal.SIGTERM)
+    assert app.wait(60) == 128 + signal.SIGTERM
+    lines = server.files("datasets", "user/votes")["votes.jsonl"].decode().splitlines()
+    assert len([line for line in lines if '"answer"' in line]) == 12
