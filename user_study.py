@@ -100,7 +100,15 @@ CONSENT = (
 )
 STUDY, VOTES, PICTURES = "study.json", "votes.jsonl", "pictures"  # what a study's folder holds
 MAKING = ("evaluation_dir", "images", "prompts", "num_prompts", "per_category", "seed", "questions", "allow_ties")
-MAKING += ("models", "baseline", "votes_per_comparison", "comparisons_per_rater", "attention_checks", "picture_size")
+MAKING += (
+    "models",
+    "baseline",
+    "votes_per_comparison",
+    "comparisons_per_rater",
+    "attention_checks",
+    "picture_size",
+    "consent",
+)
 HELD_MINUTES = 60  # a comparison that was shown and not answered goes to somebody else after this time
 PUBLISH_SECONDS = 60  # between two commits of votes
 GREY = (128, 128, 128)
@@ -147,8 +155,8 @@ class ScriptArguments:
     comparisons_per_rater: int | None = flag(None, "At most so many comparisons for one rater. Default: all.", min=1)
     attention_checks: int = flag(0, "Hidden test pairs per rater: a picture and noise; with ties, also itself.", min=0)
     picture_size: int = flag(1024, "Longest side of the pictures that raters see, in pixels.", min=16, max=4096)
-    consent: str = flag(CONSENT, "What raters read before they begin.", group="Page")
-    host: str = flag("127.0.0.1", "Address to listen on. 0.0.0.0: all of this machine's.")
+    consent: str = flag(CONSENT, "What raters read before they begin.")
+    host: str = flag("127.0.0.1", "Address to listen on. 0.0.0.0: all of this machine's.", group="Page")
     port: int = flag(7860, "Port to listen on.", min=1, max=65535)
     max_failed_checks: int = flag(0, "Raters who fail more test pairs are left out.", min=0, group="Tally and export")
     question: str | None = flag(None, "The question whose votes are exported. Default: the study's first.")
@@ -455,7 +463,7 @@ def serve(args: ScriptArguments) -> None:
     remove_temporary_files(folder / PICTURES)
     if args.prompts or not (folder / STUDY).exists():
         make_study(args)
-    study = Study(folder, args.consent)
+    study = Study(folder)
     with page_server(study, args.host, args.port):
         host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
         print(f"{len(study.comparisons)} comparisons, {study.record['votes_per_comparison']} raters each", flush=True)
@@ -628,6 +636,7 @@ def make_study(args: ScriptArguments) -> None:
         "votes_per_comparison": args.votes_per_comparison,
         "comparisons_per_rater": args.comparisons_per_rater,
         "seed": args.seed,
+        "consent": args.consent,
         "settings": settings,
         "secret": secrets.token_hex(32),
     }
@@ -789,8 +798,8 @@ class Study:
     """A study while it is served: who has seen what, and what they answered. All of it is made of the log, so a restart
     changes nothing. The methods that the page calls return what it then shows; threads may call them at once."""
 
-    def __init__(self, folder: Path, consent: str):
-        self.folder, self.record, self.consent = folder, read_study(folder), consent
+    def __init__(self, folder: Path):
+        self.folder, self.record = folder, read_study(folder)
         self.id = keyed(self.record["secret"], "study")[:12]
         self.comparisons = {  # item → number of the prompt, pair of models
             f"{number}-{pair}": (number, tuple(models))
@@ -946,7 +955,7 @@ def make_app(study: Study):
     from fastapi import FastAPI, Response
 
     def welcome(request: dict) -> dict:
-        return {"study": study.id, "consent": study.consent}
+        return {"study": study.id, "consent": study.record["consent"]}
 
     def enter(request: dict) -> dict:
         return study.enter(rater_of(request))

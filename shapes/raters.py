@@ -20,6 +20,14 @@ import world
 from PIL import Image
 
 
+def opinion(left: float, right: float, ties: bool, error: float, rng: random.Random) -> str:
+    """What a rater answers who sees how well each picture shows what was asked, and errs in a share of the cases."""
+    answers = ["left", "right"] + ["tie"] * ties
+    right_answers = [answers[0] if left > right else answers[1]] if left != right else answers[2:] or answers
+    wrong = [answer for answer in answers if answer not in right_answers] or answers
+    return rng.choice(wrong if rng.random() < error else right_answers)
+
+
 class Rater:
     """One rater: its id and its random numbers. A request is repeated until the server answers."""
 
@@ -48,10 +56,7 @@ class Rater:
     def judge(self, state: dict) -> str:
         pictures = [Image.open(BytesIO(self.fetch(f"picture/{name}"))) for name in state["pictures"]]
         left, right = world.accuracy(pictures, [state["prompt"]] * 2)
-        answers = ["left", "right"] + ["tie"] * state["ties"]
-        right_answers = [answers[0] if left > right else answers[1]] if left != right else answers[2:] or answers
-        wrong = [answer for answer in answers if answer not in right_answers] or answers
-        return self.rng.choice(wrong if self.rng.random() < self.error else right_answers)
+        return opinion(left, right, state["ties"], self.error, self.rng)
 
     def work(self, limit: int | None = None) -> int:
         """Answers until nothing is left, or `limit` answers are given; returns their number."""

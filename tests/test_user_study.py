@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import raters
+import world
 import yaml
 from conftest import call, ranked_rows, refused, run
 from datasets import load_dataset
@@ -54,7 +56,7 @@ def study_flags(tmp_path, *more, models=MODELS) -> list:
 def make_study(tmp_path, *more, models=MODELS) -> user_study.Study:
     flags = study_flags(tmp_path, *more, models=models)
     user_study.make_study(user_study.parse_arguments([str(flag) for flag in flags]))
-    return user_study.Study(tmp_path / "study", "consent")
+    return user_study.Study(tmp_path / "study")
 
 
 def vote(study, rater: str, choose, limit: int = 10_000) -> int:
@@ -116,7 +118,7 @@ def test_a_restart_changes_nothing(tmp_path):
         vote(study, f"r{i}", lambda line, question: "left", limit=10 + i)
     before = [study.enter(f"r{i}") for i in range(4)]
     study.log.close()
-    again = user_study.Study(tmp_path / "study", "consent")
+    again = user_study.Study(tmp_path / "study")
     assert [again.enter(f"r{i}") for i in range(4)] == before
     assert before[1]["asked"] == 2 and before[0]["asked"] == 1  # within a comparison, too
     assert again.pictures == study.pictures and again.loads() == study.loads()
@@ -143,13 +145,13 @@ def test_a_half_written_last_line_is_dropped_and_said(tmp_path, capsys, rest):
     file, content = tmp_path / "study" / "votes.jsonl", (tmp_path / "study" / "votes.jsonl").read_bytes()
     file.write_bytes(content + rest)
     user_study.warned.clear()
-    study = user_study.Study(tmp_path / "study", "consent")
+    study = user_study.Study(tmp_path / "study")
     assert f"half-written: {len(rest)} bytes were cut off" in capsys.readouterr().err
     assert file.read_bytes() == content and study.enter("r")["asked"] == 1
     study.log.close()
     file.write_bytes(content.replace(b'"item"', b'"itim"', 1))
     with pytest.raises(SystemExit, match="line 1 is damaged"):
-        user_study.Study(tmp_path / "study", "consent")
+        user_study.Study(tmp_path / "study")
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
@@ -302,6 +304,45 @@ def finished(tmp_path_factory) -> Path:
     return folder / "study"
 
 
+def test_simulated_raters_agree_with_the_verifier(tmp_path, monkeypatch):
+    """The shapes world: ten raters judge what they are shown by the exact verifier, and err in a fifth of the cases."""
+    rng, scenes = np.random.default_rng(0), world.sample_prompts("heldout", 120, 0)
+    for i, row in enumerate(scenes):
+        scene = world.parse_prompt(row["prompt"])
+        for name, share in (("tuned", 0.8), ("base", 0.5)):
+            drawn = scene if rng.random() < share else world.corrupt(scene, rng)
+            user_study.save_picture(Image.fromarray(world.render(drawn, rng)), tmp_path / name / f"{i}.png")
+    (tmp_path / "prompts.txt").write_text("".join(row["prompt"] + "\n" for row in scenes))
+    templates = [f"{name}={tmp_path / name}/{{index}}.png" for name in ("tuned", "base")]
+    flags = ["--study_dir", tmp_path / "study", "--prompts", tmp_path / "prompts.txt", "--num_prompts", 120]
+    flags += ["--questions", "alignment", "--allow_ties", "--comparisons_per_rater", 60, "--images", *templates]
+    monkeypatch.setattr(user_study.secrets, "token_hex", lambda length: "0" * 64)  # the same order in every run
+    user_study.make_study(user_study.parse_arguments(["serve", *map(str, flags)]))
+    study = user_study.Study(tmp_path / "study")
+
+    values = {}
+    for number, prompt in enumerate(study.record["prompts"]):
+        for name in ("tuned", "base"):
+            with Image.open(study.picture_file((number, name))) as picture:
+                (values[number, name],) = world.accuracy([picture], [prompt["prompt"]])
+    tuned, base = (np.array([values[number, name] for number in range(120)]) for name in ("tuned", "base"))
+    truth = np.where(tuned == base, 0.5, tuned > base)
+
+    def choose(line, question):
+        left, right = (values[study.prompt_of(line["item"]), line[side]] for side in ("left", "right"))
+        return raters.opinion(left, right, True, 0.2, people)
+
+    for seed in range(10):
+        people = random.Random(seed)
+        vote(study, f"r{seed}", choose)
+    figures = user_study.tally(study.record, user_study.read_log(study.log.file)[0], 0, 0)["pairs"]["tuned"]["base"]
+    figures = figures["alignment"]
+    low, high = figures["win_rate_ci95"]
+    assert figures["n_votes"] == 600 and figures["win_rate"] == pytest.approx(truth.mean(), abs=0.03)
+    assert 0.5 < low < truth.mean() < high and "People prefer tuned to base" in figures["verdict"]
+    assert figures["fleiss_kappa"] > 0.3 and figures["sign_test_p"] < 0.01
+
+
 def test_tally_writes_tables_a_chart_and_results(finished, tmp_path, capsys):
     call("user_study", "tally", "--study_dir", finished, "--output_dir", tmp_path / "tally")
     results = json.loads((tmp_path / "tally" / "results.json").read_text())
@@ -364,7 +405,7 @@ def test_rankings_go_into_train_rankdpo(finished, tmp_path, tiny_sdxl):
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
 
 
-def test_images_of_evaluate(tmp_path):
+def test_images_of_evaluate(tmp_path, monkeypatch):
     """The first image of each prompt, in the layout of evaluate.py, whose settings name the prompts."""
     prompts = make_prompts(tmp_path)
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
@@ -391,6 +432,7 @@ def test_images_of_evaluate(tmp_path):
     picture = Image.open(tmp_path / "study" / "pictures" / user_study.file_name(record, (2, "tuned")))
     red, green, _ = np.asarray(picture).mean(axis=(0, 1))
     assert abs(red - record["prompts"][2]["index"]) < 4 and abs(green - 100) < 4
+    monkeypatch.setattr(user_study, "need_gradio", lambda: None)
     message = refused("user_study", *flags, "--max_prompts", 5)
     assert "holds a study made with all_prompts" in message
     message = refused("user_study", *flags[:-6], "--study_dir", tmp_path / "new", "--max_prompts", 5)
@@ -442,7 +484,8 @@ def places(tmp_path_factory, finished) -> dict:
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refusals(name, tmp_path, places):
+def test_refusals(name, tmp_path, places, monkeypatch):
+    monkeypatch.setattr(user_study, "need_gradio", lambda: None)  # none of these comes so far
     flags, words = REFUSALS[name]
     message = refused("user_study", *[{**places, "NEW": tmp_path / "new"}.get(flag, flag) for flag in flags])
     assert words in message

@@ -112,7 +112,8 @@ def browser():
 
 def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
     """By keyboard and mouse, with a reload in the middle, a step back, a restart of the server, at phone width, too."""
-    study, port = make_study(tmp_path, "--allow_ties", "--questions", "overall", models=("tuned", "base")), free_port()
+    flags = ["--allow_ties", "--questions", "overall", "--consent", "My own consent."]
+    study, port = make_study(tmp_path, *flags, models=("tuned", "base")), free_port()
     page, requests, dialogs = browser.new_page(), [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
@@ -129,7 +130,7 @@ def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
     with user_study.page_server(study, "127.0.0.1", port):
         page.goto(f"http://127.0.0.1:{port}/?rater=ann")
         page.wait_for_selector('[data-part="start"]:visible')
-        assert "consent" in page.inner_text('[data-part="consent"]')
+        assert "My own consent." == page.inner_text('[data-part="consent"]')
         page.click('[data-part="start"]')
         answer(lambda: page.keyboard.press("ArrowLeft"), "2")
         answer(lambda: page.keyboard.press("2"), "3")
@@ -155,7 +156,7 @@ def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
     page.wait_for_selector('[data-part="notice"]:visible')
     assert "No connection" in page.inner_text('[data-part="notice"]')
     study.log.close()
-    again = user_study.Study(tmp_path / "study", "consent")
+    again = user_study.Study(tmp_path / "study")
     gradio.context.Context.id = 0  # a new process counts its components from 0
     with user_study.page_server(again, "127.0.0.1", port):
         page.wait_for_function("document.querySelector('[data-part=\"count\"]').textContent.startsWith('7 of')")
