@@ -25,6 +25,12 @@ HARD = '<script>alert("1")</script> "quotes" & \'more\' \u05e9\u05dc\u05d5\u05dd
 MODELS = ("tuned", "other", "base")
 
 
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Thousands of votes, and nobody pulls the plug here. tests/test_user_study_page.py syncs as users do."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def make_prompts(tmp_path, n: int = 12) -> Path:
     prompts = [row["prompt"] for row in ranked_rows(n)]
     prompts[3] = HARD
@@ -55,7 +61,9 @@ def study_flags(tmp_path, *more, models=MODELS) -> list:
 
 def make_study(tmp_path, *more, models=MODELS) -> user_study.Study:
     flags = study_flags(tmp_path, *more, models=models)
-    user_study.make_study(user_study.parse_arguments([str(flag) for flag in flags]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(user_study.secrets, "token_hex", lambda length: "0" * 64)  # the same orders in every run
+        user_study.make_study(user_study.parse_arguments([str(flag) for flag in flags]))
     return user_study.Study(tmp_path / "study")
 
 
@@ -296,7 +304,7 @@ def finished(tmp_path_factory) -> Path:
 
     def choose(line, question):
         better = "left" if order[line["left"]] < order[line["right"]] else "right"
-        return better if rng.random() < 0.85 else {"left": "right", "right": "left"}[better]
+        return better if rng.random() < 0.95 else {"left": "right", "right": "left"}[better]
 
     for i in range(5):
         vote(study, f"r{i}", choose)
