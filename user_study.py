@@ -1314,7 +1314,11 @@ def publish_results(args: ScriptArguments, repo_id: str, results: dict, table: s
     entry = {"name": repo_id.split("/")[-1], "results": [{"task": task, "dataset": prompts, "metrics": values}]}
     body = f"## User study\n\n{table}\n![What people preferred](user_study/chart.png)\n\n"
     body += "All figures are in [user_study/results.json](user_study/results.json).\n"
-    files = {f"user_study/{name}": Path(args.output_dir, name) for name in ("results.json", "chart.png")}
+    # Ids of raters may be names, if links were given out with names: they stay on this machine.
+    record = json.loads(Path(args.output_dir, "results.json").read_text())
+    record["raters"] = {key: value for key, value in record["raters"].items() if key.startswith("n_")}
+    files = {"user_study/results.json": json.dumps(record, indent=2).encode() + b"\n"}
+    files["user_study/chart.png"] = Path(args.output_dir, "chart.png")
     card = make_card({"model-index": [entry]}, card_block(body))
     try:
         push_to_hub(repo_id, "model", files, "User study", card=card, merge=merge_study)

@@ -522,6 +522,7 @@ def test_results_and_data_on_the_hub(finished, tmp_path, server):
     (result,) = model["results"]
     assert "overall, people's win rate of tuned over base" in [metric["name"] for metric in result["metrics"]]
     assert {"user_study/results.json", "user_study/chart.png"} <= files.keys()
+    assert not any(re.search(rb"\br[0-4]\b", files[name]) for name in ("user_study/results.json", "README.md"))
     flags = ["export", "--study_dir", finished, "--output_dir", tmp_path / "pairs", "--push_to_hub"]
     run("user_study.py", *flags, "--hub_dataset_id", "user/people", env={**os.environ, **server.environment()})
     files = server.files("datasets", "user/people")
