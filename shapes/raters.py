@@ -9,6 +9,7 @@ the cases, `--error`, a rater gives a wrong answer.
 """
 
 import argparse
+import http.client
 import json
 import random
 import time
@@ -44,7 +45,7 @@ class Rater:
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
                     return answer.read()
-            except OSError:  # the server is gone, and may come back
+            except (OSError, http.client.HTTPException):  # the server is gone, and may come back
                 time.sleep(0.1)
         raise SystemExit(f"{self.url} does not answer")
 
