@@ -62,9 +62,11 @@ demo-qsd: .venv/ready
 		--loras $(foreach s,$(SEEDS),$(foreach m,qsd steps epoch,$(m)-$(s)=$(DEMO)/loras/$(m)-$(s)))
 	$(BIN)/python shapes/report_qsd.py $(DEMO)
 
-# The official scorers, as oracles of the tests; without their own, obsolete dependencies.
-.venv/ready-test: .venv/ready requirements-test.txt
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-test.txt
+# Gradio, for the page of user_study.py; and the official scorers, as oracles of the tests, without their own, obsolete
+# dependencies. They come last: pip would complain about them.
+.venv/ready-test: .venv/ready requirements-test.txt requirements-official.txt
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-official.txt
 	touch $@
 
 test: .venv/ready-test

@@ -2337,6 +2337,8 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
     cannot write to it."""
     try:
         options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        if repo_type == "space":
+            options["space_sdk"] = "gradio"
         repo_id = retried(HfApi().create_repo, name, **options).repo_id
         try:  # `create_repo` also succeeds for an existing repository that the token can only read
             retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
@@ -2688,7 +2690,9 @@ class OneLineParser(TrlParser):
 
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
-    words = sys.argv[1:] if words is None else words
+    words = list(sys.argv[1:] if words is None else words)
+    if "command" in ScriptArguments.__dataclass_fields__ and words and not words[0].startswith("-"):
+        words[0] = f"--command={words[0]}"  # of a script that does several things: `user_study.py serve`
     layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = OneLineParser(ScriptArguments, allow_abbrev=False, **layout)
     parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")
