@@ -68,9 +68,11 @@ reproduce: SEEDS ?= 3
 reproduce: .venv/ready
 	$(BIN)/python shapes/reproduce.py --rows $(ROWS) --seeds $(SEEDS) $(if $(JOBS),--jobs $(JOBS))
 
-# The official scorers, as oracles of the tests; without their own, obsolete dependencies.
-.venv/ready-test: .venv/ready requirements-test.txt
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-test.txt
+# Gradio, for the page of user_study.py; and the official scorers, as oracles of the tests, without their own, obsolete
+# dependencies. They come last: pip would complain about them.
+.venv/ready-test: .venv/ready requirements-test.txt requirements-official.txt
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-official.txt
 	touch $@
 
 test: .venv/ready-test
@@ -101,19 +103,21 @@ fix-copies: .venv/ready
 bench: .venv/ready-test
 	$(BIN)/python benchmarks/score_speed.py
 
-# Training and scoring at full size on a GPU, at most 9 minutes, without network. Installs nothing; takes .venv if it is
+# Training, scoring and drawing at full size on a GPU, at most 9 minutes, without network. Installs nothing; takes .venv if it is
 # there. PEER=path/to/train_diffusion_dpo_sdxl.py compares with diffusers' script first.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 bench-gpu:
 	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
 		|| { echo "bench-gpu: no CUDA device here: nothing was measured"; exit 0; }; \
 	set -x; failed=0; \
-	$(if $(PEER),timeout 240 $(GPU_PYTHON) benchmarks/train_speed.py --peer $(PEER) --steps 8 --rounds 1 \
+	$(if $(PEER),timeout 230 $(GPU_PYTHON) benchmarks/train_speed.py --peer $(PEER) --steps 8 --rounds 1 \
 		--json outputs/bench-gpu/compare.json || failed=1;) \
-	timeout $(if $(PEER),180,420) $(GPU_PYTHON) benchmarks/train_speed.py --sweep --steps 8 \
-		--minutes $(if $(PEER),1.5,5) --json outputs/bench-gpu/sweep.json || failed=1; \
-	timeout 110 $(GPU_PYTHON) benchmarks/score_speed.py --blocks 1 --prompts 16 \
+	timeout $(if $(PEER),100,310) $(GPU_PYTHON) benchmarks/train_speed.py --sweep --steps 8 \
+		--minutes $(if $(PEER),0.5,3.2) --json outputs/bench-gpu/sweep.json || failed=1; \
+	timeout 95 $(GPU_PYTHON) benchmarks/score_speed.py --blocks 1 --prompts 16 \
 		--json outputs/bench-gpu/scores.json || failed=1; \
+	timeout 110 $(GPU_PYTHON) benchmarks/generate_speed.py --steps 10 --images 8 --rounds 2 \
+		--json outputs/bench-gpu/images.json || failed=1; \
 	exit $$failed
 
 # The generators that the demos use, trained from scratch.

@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate", "datasets", "diffusers", "ftfy", "huggingface_hub", "numpy", "pillow", "protobuf", "pyarrow",
-#     "pyyaml", "safetensors", "scipy", "sentencepiece", "torch", "torchvision", "tqdm", "transformers", "trl",
+#     "pyyaml", "safetensors", "sentencepiece", "torch", "torchvision", "tqdm", "transformers", "trl",
 # ]
 # ///
 """Builds Syn-Pic, a ranked preference dataset, from prompts, generators and reward models (Karthik et al., 2024).
@@ -96,7 +96,6 @@ from huggingface_hub.utils import get_session, parse_ratelimit_headers
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from safetensors.torch import load_file
-from scipy.stats import kendalltau
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, normalize, pad, resize, to_tensor
 from tqdm import tqdm
@@ -155,6 +154,7 @@ class ScriptArguments:
         None, "YAML list: name, model, load, call, prior of each. Default: the paper's four.", group="Generators"
     )
     generation_batch_size: str = flag("4", "Images drawn together; auto: as many as fit, at most 32.")
+    compile: bool = flag(False, "Compile the denoisers' blocks: faster drawing after a slow first batch.")
     image_format: Literal["jpg", "png"] = flag("jpg", "jpg (quality 95, which the Hub's viewer shows) or png.")
     seed: int = flag(0, "Seeds the images, together with the prompt and the generator's name.", min=0, max=2**32 - 1)
     rewards: list[str] = flag(
@@ -163,6 +163,7 @@ class ScriptArguments:
         group="Rewards",
     )
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
+    rewards_at_once: int = flag(1, "Reward models held at once: an image is read and decoded once for them.", min=1)
     output_dir: str = flag(
         "outputs/synpic", "Folder for the dataset, its card, and the shards in work/.", group="Work and output"
     )
@@ -247,7 +248,7 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
                 missing.append((file, ids, shards[s]))
         if not missing:
             continue
-        draw, size = Generator(entry, state.device), args.generation_batch_size
+        draw, size = Generator(entry, state.device, args.compile), args.generation_batch_size
         total, writing = sum(len(ids) for _, ids, _ in missing), Future()
         writing.set_result(None)
         with image_bar(f"draw {name}", total, state) as progress, ThreadPoolExecutor(4) as pool:
@@ -279,35 +280,42 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
 
 
 def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
-    """Scores the images without a score. Each reward model is loaded once, scores all generators' shards, and is freed.
+    """Scores the images without a score. Reward models are loaded, `--rewards_at_once` of them together, score all
+    generators' shards, and are freed.
 
     A score belongs to an image by the hash of its bytes, so an image that is drawn again is scored again.
     """
     jobs = [(entry["name"], s) for entry in generators for s in own_shards(args, shards)]
-    for name in args.rewards:
-        column = reward_name(name)
-        write_settings(Path(args.output_dir, "work", "scores", column), reward_settings(name))
-        missing = []
-        for generator, s in jobs[state.process_index :: state.num_processes]:
+    jobs = jobs[state.process_index :: state.num_processes]
+    for names in reward_groups(args.rewards, args.rewards_at_once):
+        for name in names:
+            write_settings(Path(args.output_dir, "work", "scores", reward_name(name)), reward_settings(name))
+        missing = []  # source of each shard, its facts and rows, and the target of each reward that lacks it
+        for generator, s in jobs:
             source, facts = image_shard(args, generator, s, shards[s])
-            target = shard_file(args, s, "scores", column, generator)
-            if not is_complete(target, **facts) or not is_usable(target):
-                missing.append((source, target, facts, shards[s]))
+            targets = {name: shard_file(args, s, "scores", reward_name(name), generator) for name in names}
+            targets = {name: file for name, file in targets.items() if not is_scored(file, facts)}
+            if targets:
+                missing.append((source, facts, shards[s], targets))
         if not missing:
             continue
-        reward = load_reward_model(name, state.device, batch_size=args.reward_batch_size)
-        total = sum(len(rows) for *_, rows in missing)
-        with image_bar(f"score {column}", total, state) as progress, ThreadPoolExecutor(1) as pool:
-            read = (read_unscored(reward, *shard) for shard in missing)  # the next one, while this one is scored
-            for target, facts, rows, hashes, scores, todo, images in one_ahead(read, pool):
-                started, ids = time.time(), [row["prompt_id"] for row in rows]
-                new = reward.score(images, [rows[n]["prompt"] for n in todo])
-                scores |= {hashes[n]: value for n, value in zip(todo, new)}
-                scores = pa.array([scores[item] for item in hashes], pa.float32())
-                columns, seconds = {"prompt_id": ids, "image": hashes, "score": scores}, time.time() - started
-                write_shard(target, columns, facts, seconds, state.device)
-                progress.update(len(ids))
-        del reward
+        needed = [name for name in names if any(name in targets for *_, targets in missing)]
+        options = {"device": state.device, "batch_size": args.reward_batch_size}
+        total = sum(len(rows) * len(targets) for _, _, rows, targets in missing)
+        label = f"score {' '.join(map(reward_name, needed))}"
+        with held_at_once(needed), image_bar(label, total, state) as progress, ThreadPoolExecutor(1) as pool:
+            rewards = {name: load_reward_model(name, **options) for name in needed}
+            read = (read_unscored(rewards, *shard) for shard in missing)  # the next one, while this one is scored
+            for facts, rows, hashes, parts in one_ahead(read, pool):
+                for name, target, scores, todo, images in parts:
+                    started, ids = time.time(), [row["prompt_id"] for row in rows]
+                    new = rewards[name].score(images, [rows[n]["prompt"] for n in todo])
+                    scores |= {hashes[n]: value for n, value in zip(todo, new)}
+                    scores = pa.array([scores[item] for item in hashes], pa.float32())
+                    columns, seconds = {"prompt_id": ids, "image": hashes, "score": scores}, time.time() - started
+                    write_shard(target, columns, facts, seconds, state.device)
+                    progress.update(len(ids))
+        del rewards
         free_memory()
     state.wait_for_everyone()
 
@@ -352,7 +360,8 @@ def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict]
 
 
 def rank_shards(args: ScriptArguments, shards: dict, names: list[str], features: Features, target: Path) -> None:
-    """Joins shards, number → rows, into one file of the dataset, unless it exists and was made of the same parts."""
+    """Joins shards, number → rows, into one file of the dataset, unless it exists and was made of the same parts. Holds
+    the images of a few shards at a time."""
     rewards = {reward_name(name): reward_settings(name) for name in args.rewards}
     facts = {"prompts": [], "images": {name: [] for name in names}, "scores": rewards}
     for s, rows in shards.items():
@@ -365,9 +374,8 @@ def rank_shards(args: ScriptArguments, shards: dict, names: list[str], features:
                 if not is_complete(file, **shard):
                     raise SystemExit(f"{file} is missing or of other images: run the score stage first")
     if shard_facts(target) != facts or not is_usable(target):
-        table = pa.concat_tables(ranked_table(args, s, rows, names, features) for s, rows in shards.items())
-        # Row groups of at most 64 MB: the Hub's viewer reads a whole one to show a page.
-        write_table(table, target, facts, row_group_size=min(max(64_000_000 * len(table) // table.nbytes, 1), 100))
+        tables = (ranked_table(args, s, rows, names, features) for s, rows in shards.items())
+        write_tables(tables, sum(map(len, shards.values())), target, facts)
 
 
 def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[str], features: Features) -> pa.Table:
@@ -399,14 +407,16 @@ def main(args: ScriptArguments) -> None:
     # These checks find what is wrong with flags, files and folders before a model is loaded.
     generators = read_generators(args.generators)
     check_rewards(args.rewards)
-    rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
-    prompts = [row["prompt"] for row in rows]
+    source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
+    prompts = [row["prompt"] for row in read_prompts(*source)]
     settings = {"seed": args.seed, "image_format": args.image_format, "shard_size": args.shard_size}
     check_card(Path(args.output_dir, "README.md"))
     check_work(args, settings, prompts, generators)
     if "rank" not in args.stages and "publish" in args.stages:
         check_finished(args)
     if "generate" in args.stages:
+        if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")))):
+            raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
         for entry in generators:
             check_generator(entry)
         probe_rewards(args.rewards, generators[0], prompts)
@@ -581,10 +591,15 @@ def probe_rewards(names: list[str], entry: dict, prompts: list[str]) -> None:
 class Generator:
     """A text-to-image pipeline with its recipe. Pipelines like Stable Cascade have a second one in front, the prior."""
 
-    def __init__(self, entry: dict, device):
+    def __init__(self, entry: dict, device, compile: bool = False):
         self.entry = entry
         self.pipeline, *priors = [self._load(part, device) for part in generator_parts(entry)]
         self.prior = priors[0] if priors else None
+        self.compiled_size = 0 if compile else None  # the largest batch so far; None: nothing is compiled
+        if compile:
+            torch.compiler.reset()  # the number of graphs is limited: this generator's count anew
+            for pipeline in (self.pipeline, *priors):
+                compile_blocks(entry["name"], pipeline)
 
     @staticmethod
     def _load(part: dict, device) -> DiffusionPipeline:
@@ -604,9 +619,22 @@ class Generator:
         prepare_pipeline(pipeline)
         return pipeline
 
-    @torch.no_grad()
     def __call__(self, batch: list[tuple[dict, int]]) -> list[PILImage.Image]:
         """The images of these rows and seeds."""
+        if self.compiled_size is None:
+            return self.draw(batch)
+        if len(batch) < self.compiled_size:  # the last of a shard: compiling for its size would cost more
+            with torch.compiler.set_stance("force_eager"):
+                return self.draw(batch)
+        started, images = time.time(), self.draw(batch)
+        if len(batch) > self.compiled_size and is_first_process():
+            seconds = f"{time.time() - started:.0f} s, with its compilation"
+            print(f"generator {self.entry['name']}: the first batch of {len(batch)} took {seconds}")
+        self.compiled_size = len(batch)
+        return images
+
+    @torch.no_grad()
+    def draw(self, batch: list[tuple[dict, int]]) -> list[PILImage.Image]:
         prompts, seeds = [row["prompt"] for row, _ in batch], [seed for _, seed in batch]
         # One generator per image, on the CPU: an image does not depend on its batch or on the kind of GPU.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -618,6 +646,19 @@ class Generator:
             return self.pipeline(prompt=prompts, generator=generators, **call).images
         except (TypeError, ValueError) as error:  # the pipeline's own check of its settings
             raise SystemExit(f"generator {self.entry['name']}: cannot draw: {one_line(error)}") from None
+
+
+def compile_blocks(name: str, pipeline: DiffusionPipeline) -> None:
+    """Compiles the repeated blocks of a pipeline's denoiser, each kind once, at its first forward with a size of batch.
+    Warns where diffusers names no such blocks."""
+    parts = [getattr(pipeline, part, None) for part in ("unet", "transformer", "prior", "decoder")]
+    for model in (part for part in parts if isinstance(part, torch.nn.Module)):
+        blocks = [kind for kind in model._no_split_modules or () if kind.endswith("Block")]
+        model._repeated_blocks = model._repeated_blocks or blocks
+        if model._repeated_blocks:
+            model.compile_repeated_blocks(dynamic=False)
+        else:
+            warn(f"generator {name}: --compile: diffusers names no blocks of {type(model).__name__}: drawn without")
 
 
 def encode_image(image: PILImage.Image, image_format: str) -> bytes:
@@ -682,9 +723,10 @@ def shard_file(args: ScriptArguments, shard: int, *folders: str) -> Path:
 def image_shard(args: ScriptArguments, generator: str, shard: int, rows: list[dict]) -> tuple[Path, dict]:
     """A shard of images, and the facts that its scores share with it. Exits with one line if it is missing."""
     file, prompts = shard_file(args, shard, "images", generator), hash_of([row["prompt_id"] for row in rows])
-    if not is_complete(file, prompts=prompts):
+    facts = shard_facts(file)
+    if facts is None or facts.get("prompts") != prompts:
         raise SystemExit(f"{file} is missing: run the generate stage first")
-    return file, {"prompts": prompts, "images": shard_facts(file)["images"]}
+    return file, {"prompts": prompts, "images": facts["images"]}
 
 
 def hash_of(items: list[str | bytes]) -> str:
@@ -706,14 +748,37 @@ def read_column(file: Path, key: str, value: str) -> dict:
     return dict(zip(table[key].to_pylist(), table[value].to_pylist()))
 
 
-def read_unscored(reward: "RewardModel", source: Path, target: Path, facts: dict, rows: list[dict]) -> tuple:
-    """What is to do for a shard: target, facts, rows, the hash of each row's image, scores that exist by hash, numbers
-    of the rows without a score, and their images, the first of them in preparation."""
+def is_scored(file: Path, facts: dict) -> bool:
+    return is_complete(file, **facts) and is_usable(file)
+
+
+def read_unscored(rewards: dict, source: Path, facts: dict, rows: list[dict], targets: dict[str, Path]) -> tuple:
+    """What is to do for a shard: facts, rows, the hash of each row's image; and for each reward that lacks scores its
+    name, target, scores that exist by hash, numbers of the rows without one, and their images, the first of them in
+    preparation."""
     images = read_table(source)["image"].to_pylist()
     hashes = [hash_of([image, row["prompt_id"]]) for image, row in zip(images, rows)]
-    scores = read_column(target, "image", "score")
-    todo = [n for n in range(len(rows)) if hashes[n] not in scores]
-    return target, facts, rows, hashes, scores, todo, reward.begin([images[n] for n in todo])
+    known = {name: read_column(target, "image", "score") for name, target in targets.items()}
+    todo = {name: [n for n in range(len(rows)) if hashes[n] not in scores] for name, scores in known.items()}
+    begun = begin_together(rewards, images, todo)
+    parts = [(name, target, known[name], todo[name], begun[name]) for name, target in targets.items()]
+    return facts, rows, hashes, parts
+
+
+def begin_together(rewards: dict[str, "RewardModel"], images: list[bytes], todo: dict[str, list[int]]) -> dict:
+    """For each reward its images, by their numbers in `todo`, in preparation. For several, an image is decoded once.
+    The pool takes its work in order: an image's decoding has begun before a thread waits for it."""
+    if len(todo) == 1:
+        return {name: rewards[name].begin([images[n] for n in numbers]) for name, numbers in todo.items()}
+    decoded = {n: workers().submit(decode_image, images[n]) for n in sorted(set().union(*todo.values()))}
+    return {
+        name: [workers().submit(prepare_decoded, rewards[name], decoded[n]) for n in numbers]
+        for name, numbers in todo.items()
+    }
+
+
+def prepare_decoded(reward: "RewardModel", image: Future):
+    return reward.prepare(image.result())
 
 
 def write_images(file: Path, images: dict, seeds: dict, seconds: float, device: torch.device) -> None:
@@ -761,17 +826,36 @@ def dataset_statistics(files: list[Path], rewards: list[str]) -> tuple[np.ndarra
         win rates (n_rewards + 1, k): each generator's share of won comparisons under each reward, and over all;
         tau (n_rewards, n_rewards): the mean of Kendall's tau-b between two rewards' orders of a prompt's images.
     """
-    columns = ["scores", "preference_probability"]
-    wins, taus = [], []
-    for row in (row for file in files for row in read_table(file, columns=columns).to_pylist()):
-        matrix = np.array([row["scores"][reward] for reward in rewards])
-        wins.append([*(preference_probability(scores[None]) for scores in matrix), row["preference_probability"]])
-        tau = np.eye(len(rewards))
-        for i, j in itertools.combinations(range(len(rewards)), 2):
-            tau[i, j] = tau[j, i] = kendalltau(matrix[i], matrix[j]).statistic
-        taus.append(tau)
-    known = np.isfinite(taus)  # a reward that gives all images the same score orders nothing
-    return np.mean(wins, axis=0), np.where(known, taus, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    wins, taus, known, n_rows = 0.0, 0.0, 0, 0
+    for file in files:
+        table = read_table(file, columns=["scores", "preference_probability"]).flatten()
+        scores = np.array([table[f"scores.{reward}"].to_pylist() for reward in rewards])  # (n_rewards, rows, k)
+        probability = np.array(table["preference_probability"].to_pylist())
+        order = np.sign(scores[..., :, None] - scores[..., None, :])  # 1: the first image is better, 0: equal
+        shares = (order > 0).sum(axis=-1) / (scores.shape[-1] - 1)
+        wins = wins + np.concatenate([shares, probability[None]]).sum(axis=1)
+        tau = rank_correlation(order)
+        taus, known = taus + np.nansum(tau, axis=0), known + np.isfinite(tau).sum(axis=0)
+        n_rows += len(table)
+    tau = taus / np.maximum(known, 1)
+    np.fill_diagonal(tau, 1.0)
+    return wins / n_rows, tau
+
+
+def rank_correlation(order: np.ndarray) -> np.ndarray:
+    """Kendall's tau-b of each row between two rewards: the cosine of their orders.
+
+    Args:
+        order: (n_rewards, rows, k, k): the sign of image i's score minus image j's.
+
+    Returns:
+        float64 (rows, n_rewards, n_rewards); NaN where a reward gives all images the same score, and orders nothing.
+    """
+    flat = order.reshape(*order.shape[:2], -1)
+    products = np.einsum("arp,brp->rab", flat, flat)
+    length = np.einsum("raa->ra", products)
+    with np.errstate(invalid="ignore"):
+        return products / np.sqrt(length[:, :, None] * length[:, None, :])
 
 
 def time_table(args: ScriptArguments, n_prompts: int, names: list[str]) -> str:
@@ -795,7 +879,9 @@ def time_table(args: ScriptArguments, n_prompts: int, names: list[str]) -> str:
 
 def grid_picture(file: Path, names: list[str], rows: int = 6, cell: int = 256) -> PILImage.Image:
     """The first prompts' images side by side, with preference probabilities. The best one has a green frame."""
-    table, label = read_table(file).slice(0, rows).to_pylist(), 22
+    with reading(file), pq.ParquetFile(file, page_checksum_verification=True) as parquet:  # of a file of many GB
+        batches_of_one = itertools.islice(parquet.iter_batches(1), rows)
+        table, label = [row for batch in batches_of_one for row in batch.to_pylist()], 22
     canvas = PILImage.new("RGB", (cell * len(names), label + (cell + label) * len(table)), "white")
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(names):
@@ -884,7 +970,7 @@ and rewards: {hash_of_facts(files)}.
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Shared: prompts and pipelines (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# Shared: prompts (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1034,6 +1120,11 @@ def public_text(text: str) -> str:
     return re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: pipelines (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def text_to_image_options(where: str, class_name: str) -> tuple[str, ...]:
     """What a call of a pipeline takes; exits with one line unless the pipeline draws from a prompt alone."""
     pipeline_class = getattr(diffusers, class_name, None)
@@ -1069,6 +1160,10 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
+class TooLarge(SystemExit):
+    """The device's memory does not hold a model, or not with a single image."""
+
+
 def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple[list, int]:
     """`work`, which takes a list and returns one result for each, of all items, `size` at once. Where the device's
     memory runs out, half as many are taken from then on.
@@ -1083,7 +1178,7 @@ def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple
             results += work(part)
             continue
         if len(part) == 1:
-            raise SystemExit(f"{what}: the device's memory does not hold it with a single image")
+            raise TooLarge(f"{what}: the device's memory does not hold it with a single image")
         size = len(part) // 2
         free_memory()
         warn(f"{what}: the device's memory does not hold {len(part)} images at once: goes on with {size}")
@@ -1181,17 +1276,35 @@ def is_whole_png(file: Path) -> bool:
 
 
 def write_table(table: pa.Table, file: Path, facts: dict, row_group_size: int = 100) -> None:
-    """Writes Parquet with small row groups and a page index (the Hub's viewer needs both) and with checksums, then
-    renames it.
+    """Writes one table as `write_tables` does."""
+    write_tables(iter([table]), len(table), file, facts, row_group_size)
+
+
+def write_tables(
+    tables: Iterator[pa.Table], n_rows: int, file: Path, facts: dict, row_group_size: int | None = None
+) -> None:
+    """Writes tables of one schema into a Parquet file with small row groups and a page index (the Hub's viewer needs
+    both) and with checksums, then renames it. Memory holds one table, and those that did not fill a row group.
 
     Args:
+        n_rows: of all tables together.
         facts: recorded in the file; `shard_facts` reads them.
+        row_group_size: rows; by default at most 100, and at most 64 MB as the first table has them: the viewer reads a
+            whole group to show a page.
     """
     with replacing(file) as temporary, open(temporary, "wb") as handle:
-        record = {b"synpic": sealed(facts, table.schema, len(table))}
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **record})
+        left = next(tables)
+        size = row_group_size or min(max(64_000_000 * len(left) // left.nbytes, 1), 100)
+        record = {b"synpic": sealed(facts, left.schema, n_rows)}
+        schema = left.schema.with_metadata({**(left.schema.metadata or {}), **record})
         options = {"write_page_index": True, "write_page_checksum": True}
-        pq.write_table(table, handle, row_group_size=row_group_size, **options)
+        with pq.ParquetWriter(handle, schema, **options) as writer:
+            for table in tables:
+                while len(left) >= size:
+                    writer.write_table(left.slice(0, size))
+                    left = left.slice(size)
+                left = pa.concat_tables([left, table])
+            writer.write_table(left, row_group_size=size)
 
 
 def sealed(facts: dict, schema: pa.Schema, n_rows: int) -> bytes:
@@ -1376,6 +1489,8 @@ class RewardModel:
         self.dtype = dtype or (half if self.device.type == "cuda" else torch.float32)
         try:
             self.load()
+        except torch.OutOfMemoryError:
+            raise TooLarge(f"reward {name}: the device's memory does not hold it") from None
         except Exception as error:
             message = f"{type(error).__name__}: {one_line(error)}"
             raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {message}") from None
@@ -2190,6 +2305,30 @@ def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Shared: several rewards (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def reward_groups(names: list[str], size: int) -> list[list[str]]:
+    """The rewards in groups of `size` models that are held at once, in order of their first names. A function of the
+    user's own is alone: it gets images of its own, which it may change."""
+    models = [name for name in names if name.partition("=")[0] in REWARD_MODELS]
+    groups = [*batches(models, size), *([name] for name in names if name not in models)]
+    return sorted(groups, key=lambda group: names.index(group[0]))
+
+
+@contextmanager
+def held_at_once(names: list[str]) -> Iterator[None]:
+    """In this block, the line about a model that the device's memory does not hold says what to do."""
+    try:
+        yield
+    except TooLarge as error:
+        if len(names) == 1:
+            raise
+        raise SystemExit(f"{error}, beside {len(names) - 1} more: give a smaller --rewards_at_once") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Shared: dataset card and repository (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2363,6 +2502,8 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
     cannot write to it."""
     try:
         options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        if repo_type == "space":
+            options["space_sdk"] = "gradio"
         repo_id = retried(HfApi().create_repo, name, **options).repo_id
         try:  # `create_repo` also succeeds for an existing repository that the token can only read
             retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
@@ -2714,7 +2855,9 @@ class OneLineParser(TrlParser):
 
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
-    words = sys.argv[1:] if words is None else words
+    words = list(sys.argv[1:] if words is None else words)
+    if "command" in ScriptArguments.__dataclass_fields__ and words and not words[0].startswith("-"):
+        words[0] = f"--command={words[0]}"  # of a script that does several things: `user_study.py serve`
     layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = OneLineParser(ScriptArguments, allow_abbrev=False, **layout)
     parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")

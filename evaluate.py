@@ -210,6 +210,7 @@ class ScriptArguments:
         group="Metrics and output",
     )
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
+    rewards_at_once: int = flag(1, "Reward models held at once: an image is read and decoded once for them.", min=1)
     output_dir: str = flag("outputs/evaluation", "Folder for images, scores, results and report.")
     stages: list[str] = flag(lambda: list(STAGES), "Stages to run.", choices=STAGES)
     task_index: str = flag("auto", "Which of --num_tasks this is, from 0. auto: the scheduler's number.")
@@ -446,10 +447,11 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
     or the image is missing. Also returns the names of each metric's values: metric → key → METRIC_KEY.
     """
     results, keys, unknown = {}, {}, np.full((len(rows), args.num_images_per_prompt), np.nan)
-    for metric in args.metrics:
-        column, scores = reward_name(metric), score_metric(args, metric, rows, models, state)
-        if args.num_tasks > 1:
-            continue
+    found = {}
+    for metrics in reward_groups(args.metrics, args.rewards_at_once):
+        found |= score_metrics(args, metrics, rows, models, state)
+    for metric in args.metrics if args.num_tasks == 1 else ():
+        column, scores = reward_name(metric), found[metric]
         names = {key: column + key for by_key in scores.values() for key in by_key}
         if not names or results.keys() & names.values():
             problem = "gives a metric that another one gives, too" if names else "gives no values"
@@ -461,43 +463,62 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
     return results, keys
 
 
-def score_metric(args: ScriptArguments, metric: str, rows: list[dict], models: dict, state: PartialState) -> dict:
-    """One metric on all processes. Returns model → suffix of the metric's name → (n_prompts, num_images_per_prompt)."""
-    shards = image_shards(args, len(rows))
-    column, reward, depends = reward_name(metric), None, {"metric": reward_settings(metric)}
-    if takes_rows(metric):
-        depends["rows"] = short_hash(json.dumps(rows, sort_keys=True, default=str))
-    settings = {name: {**depends, **model["settings"]} for name, model in models.items()}
-    scores = {name: read_scores(args, column, name, settings[name]) for name in models}
-    missing = [name for name in models if scores[name] is None]
+def score_metrics(
+    args: ScriptArguments, metrics: list[str], rows: list[dict], models: dict, state: PartialState
+) -> dict:
+    """Metrics that are held at once, on all processes.
+
+    Returns:
+        metric → model → suffix of the metric's name → float64 (n_prompts, num_images_per_prompt); of one of several
+        tasks, nothing.
+    """
+    shards, settings, scores, missing = image_shards(args, len(rows)), {}, {}, {}
+    for metric in metrics:
+        depends = {"metric": reward_settings(metric)}
+        if takes_rows(metric):
+            depends["rows"] = short_hash(json.dumps(rows, sort_keys=True, default=str))
+        settings[metric] = {name: {**depends, **model["settings"]} for name, model in models.items()}
+        scores[metric] = {name: read_scores(args, reward_name(metric), name, settings[metric][name]) for name in models}
+        missing[metric] = [name for name in models if scores[metric][name] is None]
     state.wait_for_everyone()  # no process writes before all have looked
     # Files belong to processes by number, not by what is missing. Their size does not depend on the processes.
     own = range(args.task_index, len(shards), args.num_tasks)
-    jobs = list(itertools.product(missing, own))[state.process_index :: state.num_processes]
-    hidden = not state.is_local_main_process or not jobs
-    counts = [count_pictures(models[name], shards[n]) for name, n in jobs]
-    with progress_bar(total=sum(counts), desc=column, unit="image", disable=hidden) as progress:
-        for (name, number), count in zip(jobs, counts):
-            file = scores_file(args, column, name, number)
-            if stored_scores(file, settings[name]) is None:
-                if "score" not in args.stages:
-                    raise SystemExit(f"{file} is missing: run the stages draw and score first")
-                reward = reward or load_reward_model(metric, state.device, batch_size=args.reward_batch_size)
-                reward.progress = progress
-                values = score_shard(args, reward, rows, models[name], name, shards[number])
-                write_scores(file, settings[name], values)
-            else:
+    names = [name for name in models if any(name in lacking for lacking in missing.values())]
+    jobs = list(itertools.product(names, own))[state.process_index :: state.num_processes]
+    jobs = [(metric, name, number) for name, number in jobs for metric in metrics if name in missing[metric]]
+    hidden, rewards = not state.is_local_main_process or not jobs, {}
+    counts = [count_pictures(models[name], shards[number]) for _, name, number in jobs]
+    label = " ".join(map(reward_name, metrics))
+    with held_at_once(metrics), progress_bar(total=sum(counts), desc=label, unit="image", disable=hidden) as progress:
+        opened = (None, None)
+        for (metric, name, number), count in zip(jobs, counts):
+            file = scores_file(args, reward_name(metric), name, number)
+            if stored_scores(file, settings[metric][name]) is not None:
                 progress.update(count)
-    del reward
+                continue
+            if "score" not in args.stages:
+                raise SystemExit(f"{file} is missing: run the stages draw and score first")
+            if metric not in rewards:
+                rewards[metric] = load_reward_model(metric, state.device, batch_size=args.reward_batch_size)
+                rewards[metric].progress = progress
+            if opened[0] != (name, number):  # opened, and decoded by the first metric, once for all
+                opened = (name, number), open_pictures(args, models[name], name, shards[number])
+            values = score_shard(rewards[metric], rows, name, shards[number], opened[1])
+            write_scores(file, settings[metric][name], values)
+    del rewards, opened
     free_memory()
     state.wait_for_everyone()
     if args.num_tasks > 1:  # other tasks have the other parts
         return {}
     if state.is_main_process:
-        for name in missing:
-            merge_scores(args, column, name, settings[name], len(rows), len(shards))
+        for metric in metrics:
+            for name in missing[metric]:
+                merge_scores(args, reward_name(metric), name, settings[metric][name], len(rows), len(shards))
     state.wait_for_everyone()
-    return scores | {name: read_scores(args, column, name, settings[name]) for name in missing}
+    for metric in metrics:
+        for name in missing[metric]:
+            scores[metric][name] = read_scores(args, reward_name(metric), name, settings[metric][name])
+    return scores
 
 
 def check_metric_names(names: list[str]) -> None:
@@ -1062,22 +1083,37 @@ def stored_scores(file: Path, settings: dict) -> list | dict | None:
     return stored["scores"] if stored.get("settings") == settings else None
 
 
+def open_pictures(args: ScriptArguments, model: dict, name: str, items: list[tuple[int, int]]) -> dict:
+    """(prompt, number) → file and picture of those of these images that exist."""
+    pictures = {item: picture_file(args, name, model, *item) for item in items}
+    pictures = {item: picture for item, picture in pictures.items() if picture}
+    files = {file for file, _ in pictures.values()}
+    try:
+        opened = {file: PILImage.open(file) for file in files}
+        return {item: (file, cut(opened[file], cell)) for item, (file, cell) in pictures.items()}
+    except OSError:
+        check_pictures(name, files)
+        raise
+
+
 def score_shard(
-    args: ScriptArguments, reward: "RewardModel", rows: list[dict], model: dict, name: str, items: list[tuple[int, int]]
+    reward: "RewardModel", rows: list[dict], name: str, items: list[tuple[int, int]], pictures: dict
 ) -> list:
     """The scores of these (prompt, number); None where the image is missing."""
-    pictures = {item: picture_file(args, name, model, *item) for item in items}
-    found = {item: picture for item, picture in pictures.items() if picture}
-    prompts, chosen = [rows[i]["prompt"] for i, _ in found], [rows[i] for i, _ in found]
+    prompts, chosen = [rows[i]["prompt"] for i, _ in pictures], [rows[i] for i, _ in pictures]
     try:
-        opened = {file: PILImage.open(file) for file, _ in found.values()}
-        images = [cut(opened[file], cell) for file, cell in found.values()]
-        scores = dict(zip(found, reward.score(images, prompts, rows=chosen), strict=True))
+        images = [image for _, image in pictures.values()]
+        scores = dict(zip(pictures, reward.score(images, prompts, rows=chosen), strict=True))
     except (BadImage, OSError):
-        for file, _ in found.values():
-            check_picture(name, file, whole=True)
+        check_pictures(name, {file for file, _ in pictures.values()})
         raise
     return [scores.get(item) for item in items]
+
+
+def check_pictures(name: str, files: Iterable[Path]) -> None:
+    """Exits with one line that names a file that is no whole picture."""
+    for file in sorted(files):
+        check_picture(name, file, whole=True)
 
 
 def write_scores(file: Path, settings: dict, values) -> None:
@@ -1390,7 +1426,7 @@ def publish(args: ScriptArguments, repo_id: str, card: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Shared: prompts and pipelines (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# Shared: prompts (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1540,6 +1576,11 @@ def public_text(text: str) -> str:
     return re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: pipelines (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def text_to_image_options(where: str, class_name: str) -> tuple[str, ...]:
     """What a call of a pipeline takes; exits with one line unless the pipeline draws from a prompt alone."""
     pipeline_class = getattr(diffusers, class_name, None)
@@ -1575,6 +1616,10 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
+class TooLarge(SystemExit):
+    """The device's memory does not hold a model, or not with a single image."""
+
+
 def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple[list, int]:
     """`work`, which takes a list and returns one result for each, of all items, `size` at once. Where the device's
     memory runs out, half as many are taken from then on.
@@ -1589,7 +1634,7 @@ def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple
             results += work(part)
             continue
         if len(part) == 1:
-            raise SystemExit(f"{what}: the device's memory does not hold it with a single image")
+            raise TooLarge(f"{what}: the device's memory does not hold it with a single image")
         size = len(part) // 2
         free_memory()
         warn(f"{what}: the device's memory does not hold {len(part)} images at once: goes on with {size}")
@@ -1813,6 +1858,8 @@ class RewardModel:
         self.dtype = dtype or (half if self.device.type == "cuda" else torch.float32)
         try:
             self.load()
+        except torch.OutOfMemoryError:
+            raise TooLarge(f"reward {name}: the device's memory does not hold it") from None
         except Exception as error:
             message = f"{type(error).__name__}: {one_line(error)}"
             raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {message}") from None
@@ -2627,6 +2674,30 @@ def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Shared: several rewards (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def reward_groups(names: list[str], size: int) -> list[list[str]]:
+    """The rewards in groups of `size` models that are held at once, in order of their first names. A function of the
+    user's own is alone: it gets images of its own, which it may change."""
+    models = [name for name in names if name.partition("=")[0] in REWARD_MODELS]
+    groups = [*batches(models, size), *([name] for name in names if name not in models)]
+    return sorted(groups, key=lambda group: names.index(group[0]))
+
+
+@contextmanager
+def held_at_once(names: list[str]) -> Iterator[None]:
+    """In this block, the line about a model that the device's memory does not hold says what to do."""
+    try:
+        yield
+    except TooLarge as error:
+        if len(names) == 1:
+            raise
+        raise SystemExit(f"{error}, beside {len(names) - 1} more: give a smaller --rewards_at_once") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Shared: Hub (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2672,6 +2743,8 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
     cannot write to it."""
     try:
         options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        if repo_type == "space":
+            options["space_sdk"] = "gradio"
         repo_id = retried(HfApi().create_repo, name, **options).repo_id
         try:  # `create_repo` also succeeds for an existing repository that the token can only read
             retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
@@ -3023,7 +3096,9 @@ class OneLineParser(TrlParser):
 
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
-    words = sys.argv[1:] if words is None else words
+    words = list(sys.argv[1:] if words is None else words)
+    if "command" in ScriptArguments.__dataclass_fields__ and words and not words[0].startswith("-"):
+        words[0] = f"--command={words[0]}"  # of a script that does several things: `user_study.py serve`
     layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = OneLineParser(ScriptArguments, allow_abbrev=False, **layout)
     parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")

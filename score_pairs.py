@@ -1019,6 +1019,10 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
+class TooLarge(SystemExit):
+    """The device's memory does not hold a model, or not with a single image."""
+
+
 def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple[list, int]:
     """`work`, which takes a list and returns one result for each, of all items, `size` at once. Where the device's
     memory runs out, half as many are taken from then on.
@@ -1033,7 +1037,7 @@ def in_fitting_parts(work: Callable, items: list, size: int, what: str) -> tuple
             results += work(part)
             continue
         if len(part) == 1:
-            raise SystemExit(f"{what}: the device's memory does not hold it with a single image")
+            raise TooLarge(f"{what}: the device's memory does not hold it with a single image")
         size = len(part) // 2
         free_memory()
         warn(f"{what}: the device's memory does not hold {len(part)} images at once: goes on with {size}")
@@ -1131,17 +1135,35 @@ def is_whole_png(file: Path) -> bool:
 
 
 def write_table(table: pa.Table, file: Path, facts: dict, row_group_size: int = 100) -> None:
-    """Writes Parquet with small row groups and a page index (the Hub's viewer needs both) and with checksums, then
-    renames it.
+    """Writes one table as `write_tables` does."""
+    write_tables(iter([table]), len(table), file, facts, row_group_size)
+
+
+def write_tables(
+    tables: Iterator[pa.Table], n_rows: int, file: Path, facts: dict, row_group_size: int | None = None
+) -> None:
+    """Writes tables of one schema into a Parquet file with small row groups and a page index (the Hub's viewer needs
+    both) and with checksums, then renames it. Memory holds one table, and those that did not fill a row group.
 
     Args:
+        n_rows: of all tables together.
         facts: recorded in the file; `shard_facts` reads them.
+        row_group_size: rows; by default at most 100, and at most 64 MB as the first table has them: the viewer reads a
+            whole group to show a page.
     """
     with replacing(file) as temporary, open(temporary, "wb") as handle:
-        record = {b"synpic": sealed(facts, table.schema, len(table))}
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **record})
+        left = next(tables)
+        size = row_group_size or min(max(64_000_000 * len(left) // left.nbytes, 1), 100)
+        record = {b"synpic": sealed(facts, left.schema, n_rows)}
+        schema = left.schema.with_metadata({**(left.schema.metadata or {}), **record})
         options = {"write_page_index": True, "write_page_checksum": True}
-        pq.write_table(table, handle, row_group_size=row_group_size, **options)
+        with pq.ParquetWriter(handle, schema, **options) as writer:
+            for table in tables:
+                while len(left) >= size:
+                    writer.write_table(left.slice(0, size))
+                    left = left.slice(size)
+                left = pa.concat_tables([left, table])
+            writer.write_table(left, row_group_size=size)
 
 
 def sealed(facts: dict, schema: pa.Schema, n_rows: int) -> bytes:
@@ -1326,6 +1348,8 @@ class RewardModel:
         self.dtype = dtype or (half if self.device.type == "cuda" else torch.float32)
         try:
             self.load()
+        except torch.OutOfMemoryError:
+            raise TooLarge(f"reward {name}: the device's memory does not hold it") from None
         except Exception as error:
             message = f"{type(error).__name__}: {one_line(error)}"
             raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {message}") from None
@@ -2313,6 +2337,8 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
     cannot write to it."""
     try:
         options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        if repo_type == "space":
+            options["space_sdk"] = "gradio"
         repo_id = retried(HfApi().create_repo, name, **options).repo_id
         try:  # `create_repo` also succeeds for an existing repository that the token can only read
             retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
@@ -2664,7 +2690,9 @@ class OneLineParser(TrlParser):
 
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
-    words = sys.argv[1:] if words is None else words
+    words = list(sys.argv[1:] if words is None else words)
+    if "command" in ScriptArguments.__dataclass_fields__ and words and not words[0].startswith("-"):
+        words[0] = f"--command={words[0]}"  # of a script that does several things: `user_study.py serve`
     layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = OneLineParser(ScriptArguments, allow_abbrev=False, **layout)
     parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")

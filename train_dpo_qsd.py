@@ -69,6 +69,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -749,56 +750,66 @@ def describe(args: ScriptArguments, counts: dict, used: int) -> str:
 
 def make_labels(
     args: ScriptArguments, images: Dataset, pairs: Dataset, rows: np.ndarray, winners: np.ndarray
-) -> list[dict]:
+) -> "Labels":
     """Reads the selected rows.
 
     Returns:
-        one dict per pair: `id` str, which seeds its timestep and noise, `prompt` str, and `images`: the places of
-        winner and loser, [(row, column), (row, column)] of the images' dataset.
+        of each pair `id` str, which seeds its timestep and noise, `prompt` str, and the places of winner and loser in
+        the images' dataset: `rows` int64 (2,), and `sides` int8 (2,), 0 for the column of the first images.
     """
-    columns = (args.image_0_column, args.image_1_column)
-    uids = (args.image_0_uid_column, args.image_1_uid_column)
-    names = [args.prompt_column, *(uids if args.scores_dataset_name else ())]
-    table = pairs.select_columns(names).with_format("arrow")[rows.tolist()]
-    prompts = table[args.prompt_column].to_pylist()
-    places = [[(row, column) for row in rows.tolist()] for column in columns]
-    if args.scores_dataset_name:
-        sides = [table[uid].to_pylist() for uid in uids]
-        place_of = locate_images(args, images, {uid for side in sides for uid in side})
-        incomplete = [pair for pair in zip(*sides) if not set(pair) <= place_of.keys()]
-        if incomplete:
-            absent = [str(uid) for pair in incomplete[:3] for uid in pair if uid not in place_of]
-            raise SystemExit(
-                f"--dataset_name {args.dataset_name} lacks images of {len(incomplete)} of the {len(rows)} pairs to "
-                f"train on, e.g. {', '.join(absent[:3])}: use the dataset and revision that were scored, or other "
-                "--image_0_uid_column and --image_1_uid_column"
-            )
-        places = [[place_of[uid] for uid in side] for side in sides]
-    labels = []
-    for i, (row, prompt, winner) in enumerate(zip(rows.tolist(), prompts, winners.tolist())):
-        if not isinstance(prompt, str) or not prompt.strip():
-            where = args.scores_dataset_name or args.dataset_name
-            raise SystemExit(f"{where}: row {row}: `{args.prompt_column}` is empty: remove the row, or write a prompt")
-        labels.append({"id": str(row), "prompt": prompt, "images": [places[winner][i], places[1 - winner][i]]})
-    return labels
+    uids = [args.image_0_uid_column, args.image_1_uid_column] if args.scores_dataset_name else []
+    where = args.scores_dataset_name or args.dataset_name
+    if getattr(pairs.features[args.prompt_column], "dtype", None) not in ("string", "large_string", "null"):
+        raise SystemExit(f"{where}: column {args.prompt_column!r} (--prompt_column) must hold text")
+    # The columns are views of mapped files. What is taken of them may be larger than what a short string type can hold.
+    table = pairs.select_columns(list(dict.fromkeys([args.prompt_column, *uids]))).with_format("arrow")[:]
+    table = table.cast(pa.schema([(name, pa.large_string()) for name in table.column_names])).take(pa.array(rows))
+    empty = pc.equal(pc.utf8_trim_whitespace(table[args.prompt_column]), "").fill_null(True).to_numpy()
+    if empty.any():
+        row = rows[empty.argmax()]
+        raise SystemExit(f"{where}: row {row}: `{args.prompt_column}` is empty: remove the row, or write a prompt")
+    places = np.stack([rows, rows], axis=1), np.tile(np.array([0, 1], dtype=np.int8), (len(rows), 1))
+    if uids:
+        places = locate_images(args, images, [table[uid] for uid in uids])
+    order = np.stack([winners, 1 - winners], axis=1)
+    image_rows, sides = (np.take_along_axis(place, order, axis=1) for place in places)
+    ids = pa.array(rows).cast(pa.string())
+    return Labels(id=ids, prompt=table[args.prompt_column], rows=image_rows, sides=sides)
 
 
-def locate_images(args: ScriptArguments, images: Dataset, wanted: set) -> dict:
-    """Id → (row, column) of the wanted images. A dataset without ids gets hashes of the images' files, as in
-    score_pairs.py; `datasets` caches them, so only the first run reads all images."""
-    places = {}
-    for uid, column in ((args.image_0_uid_column, args.image_0_column), (args.image_1_uid_column, args.image_1_column)):
+def locate_images(
+    args: ScriptArguments, images: Dataset, wanted: list[pa.ChunkedArray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds images by their ids. A dataset without ids gets hashes of the images' files, as in score_pairs.py;
+    `datasets` caches them, so only the first run reads all images.
+
+    Args:
+        wanted: ids of the first and of the second images, (n,) each.
+
+    Returns:
+        the first row that has each id, int64 (n, 2), and its column, int8 (n, 2), 0 or 1.
+    """
+    rows, sides = np.full((len(wanted[0]), 2), -1), np.zeros((len(wanted[0]), 2), dtype=np.int8)
+    columns = ((args.image_0_uid_column, args.image_0_column), (args.image_1_uid_column, args.image_1_column))
+    for side, (uid, column) in enumerate(columns):
         ids = images
         if uid not in images.column_names:
             ids = stored_column(images, column).map(content_ids, batched=True, batch_size=64, desc=f"ids of {column}")
             uid = "content_id"
-        row = 0
-        for batch in ids.select_columns([uid]).with_format("arrow").iter(10_000):
-            for value in batch.column(0).to_pylist():
-                if value in wanted:
-                    places.setdefault(value, (row, column))
-                row += 1
-    return places
+        ids = ids.select_columns([uid]).with_format("arrow")[:][uid].cast(pa.large_string())
+        for place, of_pairs in enumerate(wanted):
+            found = pc.index_in(of_pairs, value_set=ids, skip_nulls=True).fill_null(-1).to_numpy()
+            new = (rows[:, place] < 0) & (found >= 0)
+            rows[new, place], sides[new, place] = found[new], side
+    if (absent := rows < 0).any():
+        incomplete = np.flatnonzero(absent.any(axis=1))
+        names = [str(wanted[side][row]) for row in incomplete[:3].tolist() for side in (0, 1) if absent[row, side]]
+        raise SystemExit(
+            f"--dataset_name {args.dataset_name} lacks images of {len(incomplete)} of the {len(rows)} pairs to train "
+            f"on, e.g. {', '.join(names[:3])}: use the dataset and revision that were scored, or other "
+            "--image_0_uid_column and --image_1_uid_column"
+        )
+    return rows, sides
 
 
 def content_ids(table: pa.Table) -> pa.Table:
@@ -837,17 +848,17 @@ def cache_key(args: ScriptArguments, images: str) -> str:
     return short_hash(json.dumps([CACHE_VERSION, images, args.cache_text_embeddings, *encoding_settings(args)]))
 
 
-def stored_images(args: ScriptArguments, dataset: Dataset, labels: list[dict]) -> "StoredImages":
-    columns = {name: stored_column(dataset, name) for name in (args.image_0_column, args.image_1_column)}
+def stored_images(args: ScriptArguments, dataset: Dataset, labels: "Labels") -> "StoredImages":
+    columns = [(name, stored_column(dataset, name)) for name in (args.image_0_column, args.image_1_column)]
     return StoredImages(args, labels, partial(read_images, columns))
 
 
-def read_images(columns: dict[str, Dataset], index: int, label: dict) -> list[tuple[str, dict]]:
+def read_images(columns: list[tuple[str, Dataset]], index: int, label: dict) -> list[tuple[str, dict]]:
     """Winner and loser of a pair, undecoded, with the names that error messages use."""
     pair, stored = f"the pair of row {label['id']}", []
-    for row, column in label["images"]:
-        image = as_stored(columns[column][row].column(0)[0].as_py())
-        stored.append((f"{pair}: image {column!r} of row {row}", image))
+    for row, side in zip(label["rows"].tolist(), label["sides"].tolist()):
+        name, column = columns[side]
+        stored.append((f"{pair}: image {name!r} of row {row}", as_stored(column[row].column(0)[0].as_py())))
     return stored
 
 
@@ -883,6 +894,7 @@ FREE_OF_REFERENCE = (  # settings that the reference's errors do not depend on
     *("num_train_epochs", "max_grad_norm", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay"),
     *("adam_epsilon", "global_batch_size"),
 )
+LABELS_PER_BATCH = 10_000  # rows that are Python objects at a time
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "training_state.pt"
 LOG_FILE = "training_log.jsonl"
@@ -1080,11 +1092,32 @@ def seeded_generator(*key) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
+class Labels:
+    """What a run knows of each row of the dataset, in NumPy and Arrow columns of equal length: as Python objects it
+    would take about a kilobyte a row. `labels[row]` is a dict of the row's values."""
+
+    def __init__(self, **columns: np.ndarray | pa.Array | pa.ChunkedArray):
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["id"])
+
+    def __getitem__(self, row: int) -> dict:
+        values = {name: column[row] for name, column in self.columns.items()}
+        return {name: value.as_py() if isinstance(value, pa.Scalar) else value for name, value in values.items()}
+
+    def values(self, *names: str) -> Iterator[tuple]:
+        """The values of these columns as Python objects, row by row."""
+        for start in range(0, len(self), LABELS_PER_BATCH):
+            parts = (self.columns[name][start : start + LABELS_PER_BATCH] for name in names)
+            yield from zip(*(part.tolist() if isinstance(part, np.ndarray) else part.to_pylist() for part in parts))
+
+
 class StoredImages(torch.utils.data.Dataset):
     """The images of the dataset's rows; an item holds a row's images, preprocessed by a DataLoader's worker while the
     GPU encodes. `read(index, label)` gives a row's [(name, {"bytes", "path"}), …]."""
 
-    def __init__(self, args: ScriptArguments, labels: list[dict], read: Callable[[int, dict], list]):
+    def __init__(self, args: ScriptArguments, labels: Labels, read: Callable[[int, dict], list]):
         self.resolution, self.labels, self.read = args.resolution, labels, read
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -1195,10 +1228,12 @@ def model_fingerprint(model: str, file: str, revision: str | None = None) -> str
 
 def check_images(images: StoredImages, cache: LatentCache) -> None:
     """Decodes the images that will be encoded, so that a bad one is named before any model is loaded."""
-    rows = [row for shard in cache.missing() for row in cache.rows(shard)]
+    missing = cache.missing()
+    total = sum(len(cache.rows(shard)) for shard in missing)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-        problems = pool.map(images.problem, rows)
-        for problem in progress_bar(problems, desc="check images", total=len(rows), disable=len(rows) < 2000):
+        # File by file: a pool makes an object of every row that it is given.
+        problems = (problem for shard in missing for problem in pool.map(images.problem, cache.rows(shard)))
+        for problem in progress_bar(problems, desc="check images", total=total, disable=total < 2000):
             if problem or stop_signals:
                 pool.shutdown(wait=False, cancel_futures=True)
                 stop_if_asked("nothing was begun")
@@ -1237,7 +1272,7 @@ def encode_dataset(
     vae.to("cpu")
     validator = None
     if is_main:
-        prompts = args.validation_prompts or list(dict.fromkeys(label["prompt"] for label in images.labels))[:4]
+        prompts = args.validation_prompts or first_prompts(images.labels, 4)
         validator = Validator(args, prompts, vae, encode_prompts, accelerator.device)
     if args.cache_text_embeddings:
         encode_prompts = None
@@ -1248,15 +1283,26 @@ def encode_dataset(
     return validator, encode_prompts
 
 
+def first_prompts(labels: Labels, count: int) -> list[str]:
+    """The first prompts that differ."""
+    found = {}
+    for (prompt,) in labels.values("prompt"):
+        found[prompt] = None
+        if len(found) == count:
+            break
+    return list(found)
+
+
 def encode_shards(
     args: ScriptArguments, images: StoredImages, cache: LatentCache, vae, encode_prompts: "PromptEncoder", hidden: bool
 ) -> None:
     """Writes the missing cache files of this process. `hidden`: without a progress bar."""
     missing = cache.missing()
-    rows = [row for shard in missing for row in cache.rows(shard)]
-    options = {"num_workers": args.dataloader_num_workers if rows else 0, "worker_init_fn": ignore_stop_signals}
-    decoded = iter(torch.utils.data.DataLoader(images, batch_size=None, sampler=rows, **options))
-    with progress_bar(total=len(rows), desc="encode", unit=ROW, disable=hidden or not rows) as bar:
+    total, rows = sum(len(cache.rows(shard)) for shard in missing), map(cache.rows, missing)
+    options = {"num_workers": args.dataloader_num_workers if missing else 0, "worker_init_fn": ignore_stop_signals}
+    sampler = itertools.chain.from_iterable(rows)
+    decoded = iter(torch.utils.data.DataLoader(images, batch_size=None, sampler=sampler, **options))
+    with progress_bar(total=total, desc="encode", unit=ROW, disable=hidden or not missing) as bar:
         for shard in missing:
             items = []
             for _ in cache.rows(shard):
@@ -1298,7 +1344,7 @@ def needs_empty_embeds(args: ScriptArguments) -> bool:
 class CachedRows(torch.utils.data.Dataset):
     """Encoded rows with their labels, timestep and noise, indexed by the keys of `EpochSampler`."""
 
-    def __init__(self, args: ScriptArguments, cache: LatentCache, labels: list[dict], noise_scheduler):
+    def __init__(self, args: ScriptArguments, cache: LatentCache, labels: Labels, noise_scheduler):
         self.args, self.cache, self.labels, self.noise_scheduler = args, cache, labels, noise_scheduler
         self.empty_embeds = load_file(cache.files[EMPTY_PROMPT]) if needs_empty_embeds(args) else {}
         self.ref_errors: LatentCache | None = None  # of `precompute_reference`
@@ -2107,6 +2153,8 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
     cannot write to it."""
     try:
         options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        if repo_type == "space":
+            options["space_sdk"] = "gradio"
         repo_id = retried(HfApi().create_repo, name, **options).repo_id
         try:  # `create_repo` also succeeds for an existing repository that the token can only read
             retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
@@ -2458,7 +2506,9 @@ class OneLineParser(TrlParser):
 
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
-    words = sys.argv[1:] if words is None else words
+    words = list(sys.argv[1:] if words is None else words)
+    if "command" in ScriptArguments.__dataclass_fields__ and words and not words[0].startswith("-"):
+        words[0] = f"--command={words[0]}"  # of a script that does several things: `user_study.py serve`
     layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = OneLineParser(ScriptArguments, allow_abbrev=False, **layout)
     parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")

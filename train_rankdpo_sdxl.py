@@ -648,81 +648,124 @@ def load_ranked_dataset(args: ScriptArguments) -> Dataset:
     return dataset
 
 
-def make_labels(args: ScriptArguments, dataset: Dataset) -> list[dict]:
+def make_labels(args: ScriptArguments, dataset: Dataset) -> "Labels":
     """Checks every row and computes its labels.
 
     Returns:
-        one dict per row: `id` str, `prompt` str, `images` (positions of the images used, k of them), `phi` float32
-        (k,), `rank` int64 (k,) and, for weighted_sft, `weight` float32 (k,), of mean 1 over the dataset.
+        of each row `id` str, `prompt` str, `images` (positions of the images used, k of them), `phi` float32 (k,),
+        `rank` int64 (k,) and, for weighted_sft, `weight` float32 (k,), of mean 1 over the dataset.
     """
     columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
     columns += [name for name in (args.rank_column, "generators", "scores") if name in dataset.column_names]
-    from_scores = args.rank_by != "random" and (args.generators or args.rank_by != "all")
     weighted = args.loss_type == "weighted_sft"
-    if (from_scores or weighted) and not isinstance(dataset.features.get("scores"), dict):
+    if (from_scores(args) or weighted) and not isinstance(dataset.features.get("scores"), dict):
         needs = "--loss_type weighted_sft needs" if weighted else "--rank_by / --generators need"
         raise SystemExit(f"{needs} the dataset's `scores` column, a struct of lists, which it does not have")
     if args.generators and "generators" not in columns:
         raise SystemExit("--generators needs the dataset's `generators` column, which it does not have")
-    labels, first_row_of, counts = [], {}, count_images(dataset, args.images_column)
-    for index, (row, n_images) in enumerate(zip(dataset.select_columns(columns), counts)):
-        prompt_id = row[args.prompt_id_column]
-        where = f"row {index} (prompt_id {prompt_id!r})"
-        try:
-            if prompt_id is None or prompt_id in first_row_of:
-                same = "missing" if prompt_id is None else f"the same as in row {first_row_of[prompt_id]}"
-                raise ValueError(f"`{args.prompt_id_column}` is {same}")
-            first_row_of[prompt_id] = index
-            phi, rank = stored_labels(args, row, n_images)
-            images = chosen_images(args, row, n_images)
-            if args.rank_by == "random":
-                rank = seeded_generator(args.seed, "random labels", prompt_id).permutation(len(images)) + 1
-                phi = (len(images) - rank) / (len(images) - 1)
-            elif from_scores:
-                scores = reward_scores(args, row, n_images, args.rank_by)[:, images]
-                phi, rank = preference_probability(scores), preference_rank(scores)
-            if weighted:
-                reward = label_source(args)
-                weight = reward_scores(args, row, n_images, reward)[0, images]
-                if weight.min() < 0:
-                    other = "name another reward with --rank_by"
-                    raise ValueError(
-                        f"weighted_sft takes `{reward}` as weights; {weight.min():.4g} is below 0: {other}"
-                    )
-            if labels and len(images) != len(labels[0]["images"]):
-                k = len(labels[0]["images"])
-                raise ValueError(f"{len(images)} images, but row 0 has {k}: all rows need the same number")
-        except ValueError as error:
-            raise SystemExit(f"{where}: {error}") from None
-        label = {"id": str(prompt_id), "prompt": row[args.prompt_column], "images": images}
-        label |= {"weight": weight} if weighted else {}
-        labels.append({**label, "phi": np.array(phi, dtype=np.float32), "rank": np.array(rank, dtype=np.int64)})
-    check_order(args, labels)
+    table = dataset.select_columns(list(dict.fromkeys(columns))).with_format("arrow")[
+        :
+    ]  # of mapped files: not read yet
+    check_ids(args, table[args.prompt_id_column])
+    counts, found, k = count_images(dataset, args.images_column), [], None
+    kinds = {"images": np.int32, "phi": np.float32, "rank": np.int64, "weight": np.float64}
+    for start in range(0, len(table), LABELS_PER_BATCH):
+        batch = []
+        for index, row in enumerate(table.slice(start, LABELS_PER_BATCH).to_pylist(), start):
+            try:
+                label = row_labels(args, row, int(counts[index]))
+                k = k or len(label["images"])
+                if len(label["images"]) != k:
+                    raise ValueError(f"{len(label['images'])} images, but row 0 has {k}: all rows need the same number")
+            except ValueError as error:
+                raise SystemExit(f"row {index} (prompt_id {row[args.prompt_id_column]!r}): {error}") from None
+            batch.append(label)
+        found.append({name: np.array([label[name] for label in batch], dtype=kinds[name]) for name in batch[0]})
+    arrays = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
     if weighted:
-        mean = np.mean([label["weight"] for label in labels]) or 1.0  # all weights are 0
-        for label in labels:
-            label["weight"] = np.array(label["weight"] / mean, dtype=np.float32)
+        mean = np.mean(arrays["weight"]) or 1.0  # all weights are 0
+        arrays["weight"] = (arrays["weight"] / mean).astype(np.float32)
+    arrays["images"] = pa.FixedSizeListArray.from_arrays(arrays["images"].ravel(), k)
+    ids = table[args.prompt_id_column].cast(pa.large_string())
+    labels = Labels(id=ids, prompt=table[args.prompt_column], **arrays)
+    check_order(args, labels)
     return labels
 
 
-def check_order(args: ScriptArguments, labels: list[dict]) -> None:
+def check_ids(args: ScriptArguments, ids: pa.ChunkedArray) -> None:
+    """Exits with one line unless every row has an id of its own."""
+    if not ids.null_count and pc.count_distinct(ids).as_py() == len(ids):
+        return
+    first_row_of = {}
+    for row, prompt_id in enumerate(ids.to_pylist()):
+        if prompt_id is None or prompt_id in first_row_of:
+            same = "missing" if prompt_id is None else f"the same as in row {first_row_of[prompt_id]}"
+            raise SystemExit(f"row {row} (prompt_id {prompt_id!r}): `{args.prompt_id_column}` is {same}")
+        first_row_of[prompt_id] = row
+
+
+def from_scores(args: ScriptArguments) -> bool:
+    """Whether the labels are computed from the scores, not read."""
+    return args.rank_by != "random" and bool(args.generators or args.rank_by != "all")
+
+
+def row_labels(args: ScriptArguments, row: dict, n_images: int) -> dict:
+    """A row's `images`, `phi`, `rank` and, for weighted_sft, `weight`, not yet over the mean: k of each. A ValueError
+    says what is wrong with the row."""
+    phi, rank = stored_labels(args, row, n_images)
+    images = chosen_images(args, row, n_images)
+    if args.rank_by == "random":
+        rng = seeded_generator(args.seed, "random labels", row[args.prompt_id_column])
+        rank = rng.permutation(len(images)) + 1
+        phi = (len(images) - rank) / (len(images) - 1)
+    elif from_scores(args):
+        scores = reward_scores(args, row, n_images, args.rank_by)[:, images]
+        phi, rank = preference_probability(scores), preference_rank(scores)
+    if args.loss_type != "weighted_sft":
+        return {"images": images, "phi": phi, "rank": rank}
+    reward = label_source(args)
+    weight = reward_scores(args, row, n_images, reward)[0, images]
+    if weight.min() < 0:
+        other = "name another reward with --rank_by"
+        raise ValueError(f"weighted_sft takes `{reward}` as weights; {weight.min():.4g} is below 0: {other}")
+    return {"images": images, "phi": phi, "rank": rank, "weight": weight}
+
+
+def check_order(args: ScriptArguments, labels: "Labels") -> None:
     """Says how much of the dataset teaches anything; exits with one line if nothing does."""
     if args.loss_type in ("sft", "weighted_sft", "plackett_luce"):
         return
-    pairs = sum(len(row["phi"]) * (len(row["phi"]) - 1) for row in labels)
-    ordered = sum((row["phi"][:, None] != row["phi"]).sum() for row in labels)
-    without = sum(len(set(row["phi"].tolist())) == 1 for row in labels)
+    phi = labels.columns["phi"]
+    ordered = sum(np.count_nonzero(other[:, None] != phi) for other in phi.T)
+    without = np.count_nonzero((phi == phi[:, :1]).all(axis=1))
     if ordered == 0:
         problem = f"--dataset_name {args.dataset_name}: the images of all {without} prompts are equally preferred"
         raise SystemExit(f"{problem}: there is no order to learn")
     if is_first_process():
-        print(f"{ordered / pairs:.1%} of the pairs of images have an order; {without} prompts have none")
+        share = ordered / (phi.size * (phi.shape[1] - 1))
+        print(f"{share:.1%} of the pairs of images have an order; {without} prompts have none")
 
 
-def hash_of_labels(labels: list[dict]) -> str:
+def hash_of_labels(labels: "Labels") -> str:
     """Identifies the labels: the ids, and everything that the objective reads."""
-    names = [name for name in ("phi", "rank", "weight") if name in labels[0]]
-    return short_hash("|".join(f"{row['id']}{''.join(str(row[name].tolist()) for name in names)}" for row in labels))
+    names = [name for name in ("phi", "rank", "weight") if name in labels.columns]
+    rows = (f"{prompt_id}{''.join(map(str, values))}" for prompt_id, *values in labels.values("id", *names))
+    return hash_of_pieces(joined("|", rows))
+
+
+def joined(separator: str, texts: Iterator[str]) -> Iterator[str]:
+    """The pieces of `separator.join(texts)`, for texts that are too many for one string."""
+    yield next(texts)
+    for text in texts:
+        yield separator + text
+
+
+def hash_of_pieces(pieces: Iterator[str]) -> str:
+    """`short_hash` of a text that is given in pieces."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece.encode())
+    return digest.hexdigest()[:16]
 
 
 def label_rewards(args: ScriptArguments, dataset: Dataset) -> list[str]:
@@ -754,7 +797,7 @@ def stored_labels(args: ScriptArguments, row: dict, n_images: int) -> tuple[list
     if rank is None:
         return phi, np.argsort(np.argsort(-np.array(phi), kind="stable"), kind="stable") + 1
     is_permutation = all(isinstance(r, int) for r in rank) and sorted(rank) == list(range(1, n_images + 1))
-    if not is_permutation or (np.diff(np.array(phi)[np.argsort(rank)]) > 0).any():
+    if not is_permutation or any(a < b for (_, a), (_, b) in itertools.pairwise(sorted(zip(rank, phi)))):
         rule = "it must be a permutation of 1…k that never puts a less preferred image first"
         raise ValueError(f"`{args.rank_column}` {list(rank)} contradicts `{args.preference_column}` {phi}: {rule}")
     return phi, rank
@@ -790,23 +833,28 @@ def reward_scores(args: ScriptArguments, row: dict, n_images: int, reward: str) 
     return scores
 
 
-def count_images(dataset: Dataset, column: str) -> list[int]:
-    """Images per row, counted in Arrow: no image is read into Python."""
-    batches = dataset.select_columns([column]).with_format("arrow").iter(256)
-    return [count for table in batches for count in pc.list_value_length(table[column]).fill_null(0).to_pylist()]
+def count_images(dataset: Dataset, column: str) -> np.ndarray:
+    """Images per row, (rows,), counted in Arrow: no image is read into Python."""
+    images = dataset.select_columns([column]).with_format("arrow")[:][column]
+    return pc.list_value_length(images).fill_null(0).to_numpy()
 
 
-def images_key(args: ScriptArguments, dataset: Dataset, labels: list[dict]) -> str:
+def images_key(args: ScriptArguments, dataset: Dataset, labels: "Labels") -> str:
     """Hash of what identifies the images and prompts: their content, wherever the dataset lies."""
     local = os.path.isdir(args.dataset_name)
-    parts = [
-        folder_digest(args.dataset_name) if local else hub_commits(dataset) or dataset._fingerprint,
-        [label["id"] for label in labels],
-        args.images_column,
-        args.prompt_column,
-        labels[0]["images"] if args.generators is None else [label["images"] for label in labels],
-    ]
-    return short_hash(json.dumps(parts))
+    source = folder_digest(args.dataset_name) if local else hub_commits(dataset) or dataset._fingerprint
+    images = json_list(labels, "images") if args.generators else [json.dumps(labels[0]["images"])]
+    columns = json.dumps([args.images_column, args.prompt_column])[1:-1]
+    # In pieces, what json.dumps of one list would write.
+    beginning, middle = ["[", json.dumps(source), ", "], [", ", columns, ", "]
+    return hash_of_pieces(itertools.chain(beginning, json_list(labels, "id"), middle, images, ["]"]))
+
+
+def json_list(labels: "Labels", name: str) -> Iterator[str]:
+    """The pieces of json.dumps of a column."""
+    yield "["
+    yield from joined(", ", (json.dumps(value) for (value,) in labels.values(name)))
+    yield "]"
 
 
 def cache_key(args: ScriptArguments, images: str) -> str:
@@ -815,7 +863,7 @@ def cache_key(args: ScriptArguments, images: str) -> str:
     return short_hash(json.dumps([CACHE_VERSION, images, args.cache_text_embeddings, *encoding_settings(args)]))
 
 
-def stored_images(args: ScriptArguments, dataset: Dataset, labels: list[dict]) -> "StoredImages":
+def stored_images(args: ScriptArguments, dataset: Dataset, labels: "Labels") -> "StoredImages":
     return StoredImages(args, labels, partial(read_images, stored_column(dataset, args.images_column)))
 
 
@@ -1054,6 +1102,7 @@ FREE_OF_REFERENCE = (  # settings that the reference's errors do not depend on
     *("num_train_epochs", "max_grad_norm", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay"),
     *("adam_epsilon", "global_batch_size"),
 )
+LABELS_PER_BATCH = 10_000  # rows that are Python objects at a time
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "training_state.pt"
 LOG_FILE = "training_log.jsonl"
@@ -1251,11 +1300,32 @@ def seeded_generator(*key) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
+class Labels:
+    """What a run knows of each row of the dataset, in NumPy and Arrow columns of equal length: as Python objects it
+    would take about a kilobyte a row. `labels[row]` is a dict of the row's values."""
+
+    def __init__(self, **columns: np.ndarray | pa.Array | pa.ChunkedArray):
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["id"])
+
+    def __getitem__(self, row: int) -> dict:
+        values = {name: column[row] for name, column in self.columns.items()}
+        return {name: value.as_py() if isinstance(value, pa.Scalar) else value for name, value in values.items()}
+
+    def values(self, *names: str) -> Iterator[tuple]:
+        """The values of these columns as Python objects, row by row."""
+        for start in range(0, len(self), LABELS_PER_BATCH):
+            parts = (self.columns[name][start : start + LABELS_PER_BATCH] for name in names)
+            yield from zip(*(part.tolist() if isinstance(part, np.ndarray) else part.to_pylist() for part in parts))
+
+
 class StoredImages(torch.utils.data.Dataset):
     """The images of the dataset's rows; an item holds a row's images, preprocessed by a DataLoader's worker while the
     GPU encodes. `read(index, label)` gives a row's [(name, {"bytes", "path"}), …]."""
 
-    def __init__(self, args: ScriptArguments, labels: list[dict], read: Callable[[int, dict], list]):
+    def __init__(self, args: ScriptArguments, labels: Labels, read: Callable[[int, dict], list]):
         self.resolution, self.labels, self.read = args.resolution, labels, read
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -1366,10 +1436,12 @@ def model_fingerprint(model: str, file: str, revision: str | None = None) -> str
 
 def check_images(images: StoredImages, cache: LatentCache) -> None:
     """Decodes the images that will be encoded, so that a bad one is named before any model is loaded."""
-    rows = [row for shard in cache.missing() for row in cache.rows(shard)]
+    missing = cache.missing()
+    total = sum(len(cache.rows(shard)) for shard in missing)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-        problems = pool.map(images.problem, rows)
-        for problem in progress_bar(problems, desc="check images", total=len(rows), disable=len(rows) < 2000):
+        # File by file: a pool makes an object of every row that it is given.
+        problems = (problem for shard in missing for problem in pool.map(images.problem, cache.rows(shard)))
+        for problem in progress_bar(problems, desc="check images", total=total, disable=total < 2000):
             if problem or stop_signals:
                 pool.shutdown(wait=False, cancel_futures=True)
                 stop_if_asked("nothing was begun")
@@ -1408,7 +1480,7 @@ def encode_dataset(
     vae.to("cpu")
     validator = None
     if is_main:
-        prompts = args.validation_prompts or list(dict.fromkeys(label["prompt"] for label in images.labels))[:4]
+        prompts = args.validation_prompts or first_prompts(images.labels, 4)
         validator = Validator(args, prompts, vae, encode_prompts, accelerator.device)
     if args.cache_text_embeddings:
         encode_prompts = None
@@ -1419,15 +1491,26 @@ def encode_dataset(
     return validator, encode_prompts
 
 
+def first_prompts(labels: Labels, count: int) -> list[str]:
+    """The first prompts that differ."""
+    found = {}
+    for (prompt,) in labels.values("prompt"):
+        found[prompt] = None
+        if len(found) == count:
+            break
+    return list(found)
+
+
 def encode_shards(
     args: ScriptArguments, images: StoredImages, cache: LatentCache, vae, encode_prompts: "PromptEncoder", hidden: bool
 ) -> None:
     """Writes the missing cache files of this process. `hidden`: without a progress bar."""
     missing = cache.missing()
-    rows = [row for shard in missing for row in cache.rows(shard)]
-    options = {"num_workers": args.dataloader_num_workers if rows else 0, "worker_init_fn": ignore_stop_signals}
-    decoded = iter(torch.utils.data.DataLoader(images, batch_size=None, sampler=rows, **options))
-    with progress_bar(total=len(rows), desc="encode", unit=ROW, disable=hidden or not rows) as bar:
+    total, rows = sum(len(cache.rows(shard)) for shard in missing), map(cache.rows, missing)
+    options = {"num_workers": args.dataloader_num_workers if missing else 0, "worker_init_fn": ignore_stop_signals}
+    sampler = itertools.chain.from_iterable(rows)
+    decoded = iter(torch.utils.data.DataLoader(images, batch_size=None, sampler=sampler, **options))
+    with progress_bar(total=total, desc="encode", unit=ROW, disable=hidden or not missing) as bar:
         for shard in missing:
             items = []
             for _ in cache.rows(shard):
@@ -1469,7 +1552,7 @@ def needs_empty_embeds(args: ScriptArguments) -> bool:
 class CachedRows(torch.utils.data.Dataset):
     """Encoded rows with their labels, timestep and noise, indexed by the keys of `EpochSampler`."""
 
-    def __init__(self, args: ScriptArguments, cache: LatentCache, labels: list[dict], noise_scheduler):
+    def __init__(self, args: ScriptArguments, cache: LatentCache, labels: Labels, noise_scheduler):
         self.args, self.cache, self.labels, self.noise_scheduler = args, cache, labels, noise_scheduler
         self.empty_embeds = load_file(cache.files[EMPTY_PROMPT]) if needs_empty_embeds(args) else {}
         self.ref_errors: LatentCache | None = None  # of `precompute_reference`
@@ -2107,6 +2190,8 @@ def create_repo(name: str, repo_type: str, private: bool) -> str:
     cannot write to it."""
     try:
         options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
+        if repo_type == "space":
+            options["space_sdk"] = "gradio"
         repo_id = retried(HfApi().create_repo, name, **options).repo_id
         try:  # `create_repo` also succeeds for an existing repository that the token can only read
             retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
@@ -2458,7 +2543,9 @@ class OneLineParser(TrlParser):
 
 def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
-    words = sys.argv[1:] if words is None else words
+    words = list(sys.argv[1:] if words is None else words)
+    if "command" in ScriptArguments.__dataclass_fields__ and words and not words[0].startswith("-"):
+        words[0] = f"--command={words[0]}"  # of a script that does several things: `user_study.py serve`
     layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = OneLineParser(ScriptArguments, allow_abbrev=False, **layout)
     parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")

@@ -5,6 +5,11 @@ Counted, without weights and without a GPU, at full size (1024², 4 images a pro
 
     python benchmarks/train_speed.py --flops --peer path/to/train_diffusion_dpo_sdxl.py
 
+Memory, counted: the largest sum of all tensors that a training step holds at once, at each operation of the step, for
+SDXL, SD3 and SD1.5, 1, 2 and 4 prompts (or pairs) in a step, with and without gradient checkpointing, bf16 and nf4:
+
+    python benchmarks/train_speed.py --memory --json outputs/memory.json
+
 Timed, ours and the peer in turn, each started as a user starts it, with random weights: full size on a GPU, on a CPU a
 UNet of a fifth of the width with SDXL's depth and text width, at 256²:
 
@@ -33,8 +38,10 @@ import sys
 import tempfile
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
+from functools import partial
 from io import BytesIO, StringIO
 from pathlib import Path
 from unittest import mock
@@ -57,16 +64,20 @@ from accelerate import Accelerator  # noqa: E402
 from datasets import Dataset, Features, Image, List, Value  # noqa: E402
 from PIL import Image as PILImage  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 
 K = 4  # images of a prompt: two pairs of the peer's
-SCRIPTS = {"sdxl": "train_rankdpo_sdxl", "sd3": "train_rankdpo_sd3"}
+SCRIPTS = {"sdxl": "train_rankdpo_sdxl", "sd3": "train_rankdpo_sd3", "sd15": "train_dpo_qsd"}
 PLAIN_ATTENTION = F.scaled_dot_product_attention
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 HAS_WANDB = importlib.util.find_spec("wandb") is not None  # the peer imports it; an empty module is enough
 SETTINGS = ("step", "checkpointing")  # of a count: without and with gradient checkpointing
+REPEATS = (1, 2, 4, 10)  # epochs, or runs, that share what is computed once
 WARM_UP = 2  # steps that are not timed
 # scaled: a fifth of SDXL's width, with a VAE of a quarter and one layer of each text encoder, so that these have about
 # the share of a step's FLOPs that they have at full size.
@@ -102,46 +113,53 @@ def count(run: Callable, *arguments) -> float:
     return counter.get_total_flops() / 1e12
 
 
-def load_without_weights(cls, folder=None, *, pretrained_model_name_or_path=None, subfolder="", dtype=None, **_):
+def load_without_weights(
+    cls, folder=None, *, pretrained_model_name_or_path=None, subfolder="", dtype=None, device="meta", **_
+):
     """Takes the place of `from_pretrained`: the model of a configuration, on the meta device."""
     folder = Path(pretrained_model_name_or_path or folder, subfolder or "")
-    with torch.device("meta"):
+    torch.set_default_dtype(dtype or torch.float32)
+    with torch.device(device):
         if issubclass(cls, diffusers.ModelMixin):
             model = cls.from_config(cls.load_config(folder))
         else:
             model = cls(cls.config_class.from_pretrained(folder))
-    return model.to(dtype or torch.float32).eval()
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
 
 
 @contextmanager
-def without_weights() -> Iterator[None]:
+def without_weights(device: str = "meta") -> Iterator[None]:
     """In this block all models have shapes and no values."""
-    with mock.patch.object(diffusers.ModelMixin, "from_pretrained", classmethod(load_without_weights)):
-        with mock.patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(load_without_weights)):
+    load = classmethod(partial(load_without_weights, device=device))
+    with mock.patch.object(diffusers.ModelMixin, "from_pretrained", load):
+        with mock.patch.object(transformers.PreTrainedModel, "from_pretrained", load):
             yield
 
 
-def make_batch(family: str, model, resolution: int) -> dict[str, torch.Tensor]:
-    """One prompt with its images, as the trainer's loop gets it, on the meta device."""
-    config, size = model.config, resolution // 8
-    latents = torch.empty(1, K, config.in_channels, size, size, device="meta")
-    batch = {"latents": latents, "noise": latents, "phi": torch.empty(1, K, device="meta")}
-    batch["rank"] = torch.ones(1, K, dtype=torch.long, device="meta")
-    if family == "sdxl":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        batch["timesteps"] = torch.ones(1, dtype=torch.long, device="meta")
-        batch["time_ids"] = torch.empty(1, K, 6, device="meta")
-        batch["prompt_embeds"] = torch.empty(1, 77, config.cross_attention_dim, device="meta")
-        return batch | {"pooled_prompt_embeds": torch.empty(1, pooled, device="meta")}
-    clip = torch.empty(1, 77, config.pooled_projection_dim, device="meta")
-    t5 = torch.empty(1, 256, config.joint_attention_dim, device="meta")
-    batch |= {"sigmas": torch.empty(1, device="meta"), "clip_embeds": clip, "t5_embeds": t5}
-    return batch | {"pooled_prompt_embeds": torch.empty(1, config.pooled_projection_dim, device="meta")}
+def make_batch(family: str, model, resolution: int, rows: int = 1, device: str = "meta") -> dict[str, torch.Tensor]:
+    """Prompts with their images (SD1.5: pairs), as the trainer's loop gets them, without values."""
+    config, size, k = model.config, resolution // 8, 2 if family == "sd15" else K
+    with torch.device(device):
+        latents = torch.empty(rows, k, config.in_channels, size, size)
+        batch = {"latents": latents, "noise": latents, "phi": torch.empty(rows, k)}
+        batch["rank"] = torch.ones(rows, k, dtype=torch.long)
+        if family == "sd3":
+            batch |= {"sigmas": torch.empty(rows), "clip_embeds": torch.empty(rows, 77, config.pooled_projection_dim)}
+            batch["t5_embeds"] = torch.empty(rows, 256, config.joint_attention_dim)
+            return batch | {"pooled_prompt_embeds": torch.empty(rows, config.pooled_projection_dim)}
+        batch["timesteps"] = torch.ones(rows, dtype=torch.long)
+        batch["prompt_embeds"] = torch.empty(rows, 77, config.cross_attention_dim)
+        if family == "sdxl":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            batch |= {"time_ids": torch.empty(rows, k, 6), "pooled_prompt_embeds": torch.empty(rows, pooled)}
+    return batch
 
 
 def count_ours(family: str, folder: Path, rank: int, resolution: int, settings: tuple = SETTINGS) -> dict[str, float]:
-    """TFLOP an image of a training step in these settings; and of what no step can do without: `reference` (a forward
-    of the base model), `lora` (a forward and backward with the LoRA), `floor` (both)."""
+    """TFLOP an image of a training step in these settings; of what no step can do without: `reference` (a forward of
+    the base model), `lora` (a forward and backward with the LoRA), `floor` (both); of a step with `compile`, whose
+    reference computes the LoRA, too; and of the VAE, `encode`, before the training."""
     script = importlib.import_module(SCRIPTS[family])
     flags = ["--pretrained_model_name_or_path", str(folder), "--dataset_name", "none"]
     args = script.parse_arguments([*flags, "--rank", str(rank), "--resolution", str(resolution)])
@@ -160,9 +178,21 @@ def count_ours(family: str, folder: Path, rank: int, resolution: int, settings: 
     model.disable_gradient_checkpointing()
     inputs = calls[0]  # what the script gives to the model
     counted["lora"] = count(forward_and_backward, model, inputs) / K
+    counted["compile"] = counted["lora"] + count(forward, model, inputs) / K
     model.disable_adapters()
     counted["reference"] = count(forward, model, inputs) / K
+    with without_weights():
+        vae = script.load_vae(args)
+    pixels = torch.empty(1, 3, resolution, resolution, device="meta")
+    counted["encode"] = count(script.encode_images, vae, pixels, 1)
     return counted | {"floor": counted["reference"] + counted["lora"]}
+
+
+def repeated(counted: dict[str, float], n: int) -> tuple[float, float]:
+    """TFLOP per trained image, with its encoding: of one run of n epochs, whose noises all differ, so that the
+    reference computes them all; and of n runs of one epoch, which share the reference's errors (--precompute_ref)."""
+    epochs = counted["floor"] + counted["encode"] / n
+    return epochs, counted["lora"] + (counted["reference"] + counted["encode"]) / n
 
 
 def our_step(script, model, noise_scheduler, batch: dict, args) -> None:
@@ -233,7 +263,10 @@ def count_all(options, work: Path, families: tuple, settings: tuple) -> dict:
         for name, setting in {"step": "no checkpointing", "checkpointing": "checkpointing"}.items():
             if name in ours:
                 print(f"{SCRIPTS[family]}: {ours[name]:.4g} TFLOP an image (rank {options.rank}, {setting})")
-        print(f"    floor {ours['floor']:.4g}: {parts}")
+        print(f"    floor {ours['floor']:.4g}: {parts}; with --compile {ours['compile']:.4g}")
+        for n in REPEATS:
+            epochs, runs = repeated(ours, n)
+            print(f"    with the VAE: {epochs:.4g} in {n} epochs; {runs:.4g} in {n} runs with --precompute_ref")
     if options.peer:
         make_datasets(work, 2, resolution)
         ours, found["peer"], found["ratios"] = found["sdxl"], {}, {}
@@ -249,6 +282,159 @@ def count_all(options, work: Path, families: tuple, settings: tuple) -> dict:
                 found["ratios"][name] = ratio = tflop / ours["step" if name == "readme" else name]
                 setting, other = titles[name]
                 print(f"{options.peer.stem}: {tflop:.4g} TFLOP an image ({setting}); {ratio:.2f} times {other}")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sizes_only() -> Iterator[None]:
+    """In this block tensors are made and computed without values, as if on a CPU, and models have no weights."""
+    stay = mock.patch.object(torch.nn.Module, "to", lambda model, *_, **__: model)  # these tensors cannot be exchanged
+    no_value = mock.patch.object(torch.Tensor, "item", lambda tensor: 0.0)
+    with FakeTensorMode(allow_non_fake_inputs=True), without_weights("cpu"), stay, no_value:
+        yield
+
+
+class LiveTensors(TorchDispatchMode):
+    """Adds up the bytes of the tensors that exist after each operation, and keeps the largest sum. What an operation
+    takes inside and gives back is not seen."""
+
+    def __init__(self, existing: Iterator[torch.Tensor]):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+        for tensor in existing:
+            self.add(tensor)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:  # views share one
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
+
+    def remove(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.live -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returned = function(*args, **(kwargs or {}))
+        for value in tree_leaves(returned):
+            if isinstance(value, torch.Tensor):
+                self.add(value)
+        return returned
+
+
+@contextmanager
+def operations_of_a_gpu() -> Iterator[None]:
+    """In this block autocast on a CPU chooses types as it does on a GPU, where normalisations compute in float32, and
+    attention is one kernel."""
+
+    def in_float32(function: Callable) -> Callable:
+        def call(*args, **options):
+            if torch.is_autocast_enabled("cpu"):
+                args = [value.float() if torch.is_tensor(value) else value for value in args]
+                options = {name: value.float() if torch.is_tensor(value) else value for name, value in options.items()}
+            return function(*args, **options)
+
+        return call
+
+    def half_attention(query, key, value, *args, **options):
+        return flash_attention(*(tensor.to(torch.bfloat16) for tensor in (query, key, value)), *args, **options)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", half_attention):
+        with mock.patch.object(F, "layer_norm", in_float32(F.layer_norm)):
+            with mock.patch.object(F, "group_norm", in_float32(F.group_norm)):
+                yield
+
+
+def count_memory(family: str, folder: Path, rank: int, resolution: int, rows: int, checkpointing: bool) -> dict:
+    """Gigabytes of a training step in bf16, the second of two whose gradients add up.
+
+    Returns:
+        `weights` (frozen), `nf4` (the same with --base_precision nf4), `lora` (its parameters and gradients, float32),
+        `adam` and `adam_8bit` (the states of the optimizer), `activations` (all else at the peak), `peak` (with AdamW
+        and bf16 weights) and `least` (with 8-bit AdamW and nf4).
+    """
+    script = importlib.import_module(SCRIPTS[family])
+    flags = ["--pretrained_model_name_or_path", str(folder), "--dataset_name", "none", "--mixed_precision", "bf16"]
+    args = script.parse_arguments([*flags, "--rank", str(rank), "--resolution", str(resolution)])
+    args.gradient_checkpointing = checkpointing
+    script.check_model_and_defaults(args)
+    with sizes_only():
+        noise_scheduler, model = script.load_model(args)
+        place = types.SimpleNamespace(device=torch.device("cpu"))
+        script.prepare_model(args, types.SimpleNamespace(checkpoint=None, accelerator=place), model)
+        batch = make_batch(family, model, resolution, rows, "cpu")
+        existing = itertools.chain(model.parameters(), model.buffers(), batch.values())
+        with operations_of_a_gpu(), LiveTensors(existing) as tensors:
+            for _ in range(2):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss, _ = script.training_step(model, model, noise_scheduler, batch, args)
+                loss.backward()
+                del loss
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    linear = sum(layer.weight.numel() for layer in model.modules() if is_quantised(layer))
+    weights = sum(parameter.numel() for parameter in frozen) * 2
+    found = {
+        "weights": weights,
+        "nf4": weights + linear * (1 / 2 + 4 / 64 - 2),  # 4 bits, and a float32 scale for every 64 values
+        "lora": trained * (4 + 4),
+        "adam": trained * 8,
+        "adam_8bit": trained * (2 + 2 * 4 / 256),  # a float32 scale for every 256 values
+        "activations": tensors.peak - weights - trained * 8,
+    }
+    found["peak"] = found["weights"] + found["lora"] + found["adam"] + found["activations"]
+    found["least"] = found["nf4"] + found["lora"] + found["adam_8bit"] + found["activations"]
+    return {name: value / 1e9 for name, value in found.items()}
+
+
+def is_quantised(layer: torch.nn.Module) -> bool:
+    """Whether --base_precision quantises a layer: the linear ones of the frozen model."""
+    return isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad
+
+
+def count_encoding(family: str, folder: Path, resolution: int, images: int) -> float:
+    """Gigabytes of the VAE while it encodes so many images at once: SDXL's in bf16, as with the recipes'
+    --pretrained_vae_model_name_or_path, SD1.5's in float32."""
+    script = importlib.import_module(SCRIPTS[family])
+    flags = ["--pretrained_model_name_or_path", str(folder), "--dataset_name", "none", "--mixed_precision", "bf16"]
+    flags += ["--pretrained_vae_model_name_or_path", str(folder / "vae")] if family == "sdxl" else []
+    args = script.parse_arguments([*flags, "--resolution", str(resolution)])
+    with sizes_only():
+        vae = script.load_vae(args).requires_grad_(False)
+        pixels = torch.empty(images, 3, resolution, resolution, dtype=torch.uint8)
+        with mock.patch.object(F, "scaled_dot_product_attention", flash_attention):
+            with LiveTensors(itertools.chain(vae.parameters(), [pixels])) as tensors:
+                script.encode_images(vae, pixels, images)
+    return tensors.peak / 1e9
+
+
+def memory_table(options, work: Path) -> dict:
+    """Counts and prints the memory of all settings."""
+    found = {}
+    for family in SCRIPTS:
+        size = SIZES[options.size]
+        resolution = size["resolution"] // (2 if family == "sd15" else 1)
+        make_model(work / family, family, options.size, None)
+        found[family] = rows = []
+        encoding = {images: count_encoding(family, work / family, resolution, images) for images in (1, 4)}
+        vae = ", ".join(f"{gigabytes:.1f} GB with {images} at once" for images, gigabytes in encoding.items())
+        print(f"\n{SCRIPTS[family]}, {family} at {resolution}², rank {options.rank}; encoding images: {vae}")
+        print("| in a step | checkpointing | weights | nf4 | LoRA, gradients | activations | peak | 8-bit | and nf4 |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for batch, checkpointing in itertools.product(options.batches, (False, True)):
+            row = count_memory(family, work / family, options.rank, resolution, batch, checkpointing)
+            rows.append({"batch": batch, "checkpointing": checkpointing, **row, "encoding": encoding})
+            eight = row["peak"] - row["adam"] + row["adam_8bit"]
+            values = [row[name] for name in ("weights", "nf4", "lora", "activations", "peak")] + [eight, row["least"]]
+            cells = [f"{batch} x {2 if family == 'sd15' else K}", "yes" if checkpointing else "no"]
+            print(f"| {' | '.join([*cells, *(f'{value:.1f}' for value in values)])} |", flush=True)
     return found
 
 
@@ -385,7 +571,7 @@ def sweep(options, work: Path, found: dict) -> None:
     found |= {"counted": {}, "runs": []}
     counted, full, left_out = found["counted"], set(), 0
     make_datasets(work, 16, resolution)
-    for batch, family, checkpointing in itertools.product((1, 2, 4, 8), SCRIPTS, (False, True)):
+    for batch, family, checkpointing in itertools.product((1, 2, 4, 8), ("sdxl", "sd3"), (False, True)):
         if (family, checkpointing) in full:
             continue
         if time.time() > ended:
@@ -435,9 +621,9 @@ def describe(row: dict) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_model(folder: Path, family: str, size: str, dtype: torch.dtype | None) -> None:
-    """Writes a pipeline with random weights of this type; with None only its configurations, scheduler and tokenizers.
-    SD3 goes without T5: its place among the tokens is filled with zeros, at the same cost."""
+def make_pipeline(family: str, size: str, dtype: torch.dtype | None) -> diffusers.DiffusionPipeline:
+    """A pipeline with random weights of this type on the GPU, if there is one; with None without weights. SD3 goes
+    without T5: its place among the tokens is filled with zeros, at the same cost."""
     device = "cuda" if CUDA else "cpu"
     torch.manual_seed(0)
     torch.set_default_dtype(dtype or torch.float32)
@@ -446,27 +632,37 @@ def make_model(folder: Path, family: str, size: str, dtype: torch.dtype | None) 
     torch.set_default_dtype(torch.float32)
     for suffix in ("", "_2"):
         parts[f"tokenizer{suffix}"] = tokenizer = transformers.AutoTokenizer.from_pretrained(
-            ROOT / "shapes/models" / ("base" if family == "sdxl" else "sd3") / f"tokenizer{suffix}"
+            ROOT / "shapes/models" / ("sd3" if family == "sd3" else "base") / f"tokenizer{suffix}"
         )
         tokenizer.model_max_length = 77
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     if family == "sdxl":
         parts["scheduler"] = diffusers.EulerDiscreteScheduler(**schedule)
-        pipeline = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    else:
-        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-        pipeline = diffusers.StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)
+        return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    if family == "sd15":
+        parts["scheduler"] = diffusers.PNDMScheduler(**schedule, steps_offset=1)
+        parts = {name: part for name, part in parts.items() if not name.endswith("_2")}
+        absent = dict.fromkeys(("safety_checker", "feature_extractor"))
+        return diffusers.StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False)
+    parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)
+
+
+def make_model(folder: Path, family: str, size: str, dtype: torch.dtype | None) -> None:
+    """Writes a pipeline with random weights of this type; with None only its configurations, scheduler and
+    tokenizers."""
+    pipeline = make_pipeline(family, size, dtype)
     if dtype:
         pipeline.to("cpu").save_pretrained(folder)
         return
     pipeline.save_config(folder)
-    for name, part in parts.items():
+    for name, part in pipeline.components.items():
         if isinstance(part, diffusers.ModelMixin):
             part.save_config(folder / name)
         elif isinstance(part, transformers.PreTrainedModel):
             part.config.architectures = [type(part).__name__]
             part.config.save_pretrained(folder / name)
-        else:
+        elif part is not None:
             part.save_pretrained(folder / name)
 
 
@@ -492,6 +688,14 @@ def make_parts(family: str, size: dict) -> dict:
             addition_embed_type="text_time",
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=6 * 256 + widths[1],
+        )
+    elif family == "sd15":
+        channels = size["channels"]
+        parts["unet"] = diffusers.UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=(*channels, channels[-1]),
+            attention_head_dim=8,  # diffusers' name for their number
+            cross_attention_dim=widths[0],
         )
     else:
         layers, heads = size["sd3"]
@@ -573,6 +777,8 @@ def picture(rng: np.random.Generator, resolution: int) -> bytes:
 def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flops", action="store_true", help="Count, at full size; nothing is run.")
+    parser.add_argument("--memory", action="store_true", help="Count the memory of a step; nothing is run.")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4], help="Prompts or pairs in a step.")
     parser.add_argument("--sweep", action="store_true", help="Time ours alone, SDXL and SD3, at growing batches.")
     parser.add_argument("--peer", type=Path, help="diffusers' train_diffusion_dpo_sdxl.py.")
     parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
@@ -585,7 +791,7 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="Runs of each, in turn.")
     parser.add_argument("--minutes", type=float, default=6.0, help="A sweep begins no run after this time.")
     options = parser.parse_args(words)
-    options.size = options.size or ("full" if options.flops or CUDA else "scaled")
+    options.size = options.size or ("full" if options.flops or options.memory or CUDA else "scaled")
     if options.peer and not options.peer.is_file():
         parser.error(f"--peer {options.peer}: no such file")
     if options.steps < WARM_UP + 1:
@@ -627,6 +833,8 @@ def main() -> None:
             found |= count_all(options, work, ("sd3", "sdxl"), (*SETTINGS, "readme"))
             step, floor = found["sdxl"]["step"], found["sdxl"]["floor"]
             last = f"TFLOP per image: {step:.1f} (floor {floor:.1f})"
+        elif options.memory:
+            found |= memory_table(options, work)
         else:
             found |= {"precision": str(DTYPE).removeprefix("torch."), "matmul_tflops": matmul_peak(DTYPE)}
             where = found["machine"]["gpu"] or f"{found['machine']['cpu']}, {torch.get_num_threads()} threads"

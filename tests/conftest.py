@@ -263,6 +263,23 @@ def tiny_sdxl(tmp_path_factory) -> Path:
     return make_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
 
 
+def make_tiny_pickscore(folder: Path) -> Path:
+    """A CLIP model that is a checkpoint of `pickscore` and of `clipscore`."""
+    import train_generators
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    torch.manual_seed(0)
+    tokenizer = train_generators.make_tokenizer()
+    tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
 def encoded(pixels: np.ndarray) -> dict:
     buffer = BytesIO()
     PILImage.fromarray(pixels).save(buffer, "PNG")

@@ -178,17 +178,17 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             known = {"type": "user", "name": USER, "auth": {"accessToken": {"role": "write", "displayName": "t"}}}
             return self.answer(200, known) if allowed else self.answer(401, {"error": "Invalid credentials"})
-        match = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/auth-check/write", path)
+        match = re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/auth-check/write", path)
         if match:
             writable = allowed and match.group(2) not in self.hub.read_only
             return self.answer(200, {}) if writable else self.answer(403, {"error": "You have no write access."})
-        match = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/xet-write-token/main", path)
+        match = re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/xet-write-token/main", path)
         if match:
             if not allowed or match.group(2) in self.hub.read_only:
                 return self.answer(403, {"error": "You have no write access."})
             return self.answer(200, {"casUrl": f"local://{self.hub.xet}", "accessToken": "xet", "exp": 4_000_000_000})
         match = re.fullmatch(
-            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/([^/]+)(?:/(.*))?)?)?", path
+            r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/([^/]+)(?:/(.*))?)?)?", path
         )
         if match:
             return self.repo_information(*match.groups(), query)
@@ -268,7 +268,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(401, {"error": "Invalid credentials"})
         if path == "/api/repos/create":
             return self.create(json.loads(body))
-        match = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(preupload|commit)/([^/]+)", path)
+        match = re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/(preupload|commit)/([^/]+)", path)
         if match:
             kind, repo_id, what, _ = match.groups()
             repo = self.hub.repos.get((kind, repo_id))

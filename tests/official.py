@@ -27,7 +27,7 @@ import torchvision.transforms._functional_pil as torchvision_pil
 def folder_of(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None:
-        pytest.skip(f"{package} is not installed: make test installs requirements-test.txt")
+        pytest.skip(f"{package} is not installed: make test installs requirements-official.txt")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/train_speed.py: what it counts is what the steps compute, and what it times are the steps."""
+"""Benchmarks: what is counted is what is computed, and what is timed are the steps, or the drawing."""
 
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import generate_speed  # noqa: E402
 import train_speed  # noqa: E402
 
 
@@ -76,6 +78,10 @@ def test_a_step_costs_no_more_than_its_least_parts(family, tmp_path):
     train_speed.make_model(tmp_path, family, "tiny", None)
     counted = train_speed.count_ours(family, tmp_path, rank=4, resolution=64)
     assert counted["step"] == pytest.approx(counted["floor"]) == pytest.approx(counted["reference"] + counted["lora"])
+    assert counted["step"] < counted["compile"] < counted["step"] + 0.2 * counted["lora"]  # the LoRA, forward only
+    assert train_speed.repeated(counted, 1)[0] == pytest.approx(train_speed.repeated(counted, 1)[1])
+    epochs, runs = train_speed.repeated(counted, 4)
+    assert epochs - runs == pytest.approx(0.75 * counted["reference"])
     assert counted["reference"] < counted["lora"] and counted["step"] < counted["checkpointing"] < 1.5 * counted["step"]
 
 
@@ -125,3 +131,71 @@ def test_a_peer_that_is_not_there_is_one_line(capsys):
 def test_bench_gpu_skips_itself_without_a_gpu():
     done = subprocess.run(["make", "--no-print-directory", "bench-gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "bench-gpu: no CUDA device here: nothing was measured\n"
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_an_image_is_counted_as_its_forwards(family, tmp_path):
+    """With guidance, each step is two forwards of the denoiser; the rest is counted once."""
+    train_speed.make_model(tmp_path, family, "tiny", None)
+    forward = train_speed.count_ours(family, tmp_path, rank=4, resolution=64)["reference"]
+    pipeline = train_speed.make_pipeline(family, "tiny", torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    counted = {
+        steps: generate_speed.tflop_per_image(
+            pipeline, {"num_inference_steps": steps, "height": 64, "width": 64, "guidance_scale": 5.0}
+        )
+        for steps in (1, 4)
+    }
+    assert (counted[4] - counted[1]) / 6 == pytest.approx(forward, rel=0.01)
+    assert counted[1] > 2 * forward
+
+
+def test_drawing_is_timed_beside_the_bare_pipeline(tmp_path, capsys):
+    words = "--size tiny --models sdxl --steps 1 --images 3 --batch 2 --rounds 2 --json".split()
+    generate_speed.main([*words, str(tmp_path / "found.json")])
+    found, last = json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out.splitlines()[-2:]
+    assert [row["way"] for row in found["runs"]] == 2 * ["ours", "bare"]
+    seconds = np.array([row["seconds"] for row in found["runs"]]).reshape(2, 2)
+    rounds = seconds[:, 0] / seconds[:, 1] - 1
+    expected = {"all": seconds[:, 0].sum() / seconds[:, 1].sum() - 1, "min": min(rounds), "max": max(rounds)}
+    assert found["overhead"] == pytest.approx(expected)
+    assert last[0].startswith("CPU time: overhead ") and last[1].startswith(f"overhead {expected['all']:.1%} (min ")
+    assert found["difference"]["sdxl"] <= 3  # the same seeds, so the same pictures
+    assert all(row["images_per_second"] == pytest.approx(3 / row["seconds"]) for row in found["runs"])
+
+
+def test_tensors_count_once_and_as_long_as_they_live():
+    x = torch.empty(1000)
+    with train_speed.LiveTensors([x]) as tensors:
+        view = x.view(10, 100).t()
+        assert tensors.live == tensors.peak == 4000 and view.shape == (100, 10)
+        y = (x + 1) * 2  # the sum lives until the product is made
+        assert tensors.live == 8000 and tensors.peak == 12000
+        del y
+    assert tensors.live == 4000 and tensors.peak == 12000
+
+
+def test_what_autograd_saves_is_counted():
+    w = torch.empty(100, 100, requires_grad=True)
+    with train_speed.LiveTensors([w]) as tensors:
+        loss = (torch.empty(1000, 100) @ w).exp().sum()
+        # The input and the exponentials are saved; the product was there until they were made.
+        assert tensors.live == 40_000 + 400_000 * 2 + 4 and tensors.peak == 40_000 + 400_000 * 3
+        loss.backward()
+        del loss
+    assert tensors.live == 40_000 * 2  # the weight and its gradient
+
+
+def test_memory_of_a_step(tmp_path):
+    """Of the tiny UNet: the sizes of what is known, and what checkpointing and a larger batch change."""
+    train_speed.make_model(tmp_path, "sdxl", "tiny", None)
+    settings = {"one": (1, False), "two": (2, False), "checkpointing": (1, True)}
+    found = {name: train_speed.count_memory("sdxl", tmp_path, 4, 64, *setting) for name, setting in settings.items()}
+    with train_speed.without_weights():
+        unet = train_speed.diffusers.UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
+    assert found["one"]["weights"] == pytest.approx(2e-9 * sum(parameter.numel() for parameter in unet.parameters()))
+    linear = sum(layer.weight.numel() for layer in unet.modules() if isinstance(layer, torch.nn.Linear))
+    assert found["one"]["weights"] - found["one"]["nf4"] == pytest.approx((2 - 0.5625) * 1e-9 * linear)
+    assert found["one"]["adam"] == found["one"]["lora"]  # parameters and gradients, or two states, in float32
+    one, two, checkpointing = (found[name]["activations"] for name in settings)
+    assert 1.7 * one < two < 2.05 * one and checkpointing < 0.7 * one

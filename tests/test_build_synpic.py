@@ -4,22 +4,29 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import ROOT, call, check_card, make_tiny_sdxl, refused, run, torchrun
+from conftest import ROOT, call, check_card, make_tiny_pickscore, make_tiny_sdxl, refused, run, torchrun
 from datasets import Image, List, Value, load_dataset
+from diffusers import StableCascadeUNet
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
+from scipy import stats
+from torch._dynamo.utils import counters
 
 import build_synpic
 
@@ -588,3 +595,126 @@ def test_an_error_in_encoding_or_writing_beside_the_drawing_ends_the_run(prompts
         call("build_synpic", *flags(prompts, recipe, tmp_path / "out", stages="generate"))
     names = [path.name for path in sorted((tmp_path / "out" / "work" / "images" / "one").glob("*.parquet"))]
     assert "00000.parquet" in names and "00001.parquet" not in names
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_compiled_generators_draw_the_same_images(built, prompts, recipe, tmp_path, monkeypatch, capsys):
+    """But for rounding. One size of batch is compiled: the last batch of a shard, which is smaller, adds no graph."""
+    graphs, draw = [], build_synpic.Generator.draw
+
+    def counted(self, batch):
+        images = draw(self, batch)
+        graphs.append((len(batch), counters["stats"]["unique_graphs"]))
+        return images
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(build_synpic.Generator, "draw", counted)
+    more = {"stages": "generate", "generation_batch_size": 3}
+    given = flags(prompts, recipe, tmp_path / "out", **more)
+    call("build_synpic", *given, "--compile")
+    sizes, found = zip(*graphs)
+    assert sizes == 2 * (3, 1, 3, 1, 2) and found[0] > 0 and len(set(found[:5])) == len(set(found[5:])) == 1
+    said = capsys.readouterr().out
+    for name in ("one", "two"):
+        assert re.search(rf"^generator {name}: the first batch of 3 took \d+ s, with its compilation$", said, re.M)
+    for file in sorted((tmp_path / "out").rglob("work/images/*/*.parquet")):
+        table, other = (pq.read_table(path) for path in (file, built / file.relative_to(tmp_path / "out")))
+        assert table["seed"] == other["seed"]
+        for image, same in zip(table["image"].to_pylist(), other["image"].to_pylist()):
+            image, same = (np.asarray(PILImage.open(BytesIO(item))).astype(int) for item in (image, same))
+            assert np.abs(image - same).max() <= 2
+    for name in ("CXX", "CC"):
+        monkeypatch.setenv(name, "no-such-compiler")
+    message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "none"), "--compile")
+    assert message.startswith("--compile needs a C++ compiler")
+
+
+def test_a_denoiser_without_named_blocks_is_drawn_uncompiled(monkeypatch, capsys):
+    pipeline = SimpleNamespace(decoder=StableCascadeUNet.__new__(StableCascadeUNet))
+    torch.nn.Module.__init__(pipeline.decoder)
+    monkeypatch.setattr(build_synpic, "warned", set())
+    build_synpic.compile_blocks("cascade", pipeline)
+    words = "warning: generator cascade: --compile: diffusers names no blocks of StableCascadeUNet: drawn without\n"
+    assert capsys.readouterr().err == words
+
+
+def test_rewards_at_once_decode_once_and_give_the_same_bytes(built, prompts, recipe, tmp_path, monkeypatch):
+    """Two models and a function that spoils its images: the dataset of one after the other, each image decoded once for
+    both models, and again for the function. A run that lacks a file of one model scores only that."""
+    clip = make_tiny_pickscore(tmp_path / "clip")
+    (tmp_path / "mine.py").write_text(
+        "def spoiler(images, prompts):\n    for image in images:\n        image.paste('black', (0, 0, *image.size))\n"
+        "    return [len(prompt) for prompt in prompts]\n"
+    )
+    rewards = [f"pickscore={clip}", f"{tmp_path / 'mine.py'}:spoiler", f"clipscore={clip}"]
+    outputs, decode, decoded = {}, build_synpic.decode_image, []
+    monkeypatch.setattr(build_synpic, "decode_image", lambda image: decoded.append(1) or decode(image))
+    for number in (1, 2):
+        decoded.clear()
+        outputs[number] = output = tmp_path / str(number)
+        subprocess.run(["mkdir", "-p", str(output)], check=True)
+        subprocess.run(["cp", "-a", str(built / "work"), str(output / "work")], check=True)
+        given = flags(prompts, recipe, output, rewards, rewards_at_once=number, reward_batch_size=3)
+        call("build_synpic", *given)
+        assert len(decoded) == (2 if number == 2 else 3) * 20 + 2  # and two of noise to try the function
+    assert contents(outputs[1]) == contents(outputs[2]) and len(contents(outputs[1])) == 4
+
+    lost = outputs[2] / "work" / "scores" / "clipscore" / "two" / "00001.parquet"
+    before = snapshot(outputs[2])
+    lost.unlink()
+    call("build_synpic", *given)
+    assert written(before, snapshot(outputs[2])) == [str(lost.relative_to(outputs[2]))]
+
+
+def test_a_model_that_does_not_fit_beside_others_says_what_to_do(prompts, recipe, tmp_path, monkeypatch):
+    clip = make_tiny_pickscore(tmp_path / "clip")
+
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(build_synpic.CLIPScoreReward, "load", full)
+    rewards = [f"pickscore={clip}", f"clipscore={clip}"]
+    line = f"reward clipscore={clip}: the device's memory does not hold it"
+    message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "out", rewards, rewards_at_once=2))
+    assert message == f"{line}, beside 1 more: give a smaller --rewards_at_once"
+    assert refused("build_synpic", *flags(prompts, recipe, tmp_path / "out", rewards)) == line
+
+
+def test_statistics_are_those_of_scipy(tmp_path):
+    """Over two files: tau-b with ties, and a reward that orders nothing in some rows, or in all."""
+    rng, rewards = np.random.default_rng(0), ["a", "b.1", "constant"]
+    scores = rng.integers(0, 4, (3, 60, 5)).astype(np.float32)
+    scores[1, :7], scores[2] = 2.0, 1.0
+    files = []
+    for number, part in enumerate((slice(0, 25), slice(25, 60))):
+        rows = [
+            {"scores": dict(zip(rewards, scores[:, i].tolist())), "preference_probability": scores[0, i].tolist()}
+            for i in range(60)[part]
+        ]
+        files.append(tmp_path / f"{number}.parquet")
+        build_synpic.write_table(pa.Table.from_pylist(rows), files[-1], {})
+    wins, taus = build_synpic.dataset_statistics(files, rewards)
+    expected = np.nanmean([stats.kendalltau(*scores[:2, i]).statistic for i in range(60)])
+    assert taus == pytest.approx(np.array([[1, expected, 0], [expected, 1, 0], [0, 0, 1]]))
+    for reward in range(3):
+        shares = [build_synpic.preference_probability(scores[reward, i][None]) for i in range(60)]
+        assert wins[reward] == pytest.approx(np.mean(shares, axis=0))
+    assert wins[3] == pytest.approx(scores[0].mean(axis=0))
+
+
+def test_a_file_of_many_shards_needs_the_memory_of_one(tmp_path):
+    """Or of a few: what does not fill a row group waits for the next. Row groups go on across shards."""
+    held, size = [], 64 * 40_000
+
+    def tables():
+        for shard in range(24):
+            held.append(pa.total_allocated_bytes())
+            images = [os.urandom(40_000) for _ in range(64)]
+            yield pa.table({"number": range(64 * shard, 64 * shard + 64), "image": images})
+
+    build_synpic.write_tables(tables(), 64 * 24, tmp_path / "many.parquet", {"a": 1})
+    assert max(held) - held[0] < 6 * size
+    metadata = pq.read_metadata(tmp_path / "many.parquet")
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [100] * 15 + [36]
+    assert build_synpic.read_table(tmp_path / "many.parquet")["number"].to_pylist() == list(range(64 * 24))
+    assert build_synpic.is_usable(tmp_path / "many.parquet")

@@ -4,12 +4,18 @@
 import itertools
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, make_tiny_sdxl, ranked_rows, refused, run, torchrun
+from conftest import ROOT, call, make_tiny_pickscore, make_tiny_sdxl, ranked_rows, refused, run, torchrun
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
@@ -552,3 +558,52 @@ def test_out_of_memory_halves_the_batch_and_draws_the_same(tmp_path, tiny_sdxl, 
         other = tmp_path / "small" / file.relative_to(tmp_path / "out")
         image, same = (np.asarray(Image.open(path)).astype(int) for path in (file, other))
         assert np.abs(image - same).max() <= 1
+
+
+def test_killed_tasks_run_again_in_another_order_give_the_same_results(tmp_path, tiny_sdxl, lora, monkeypatch):
+    """Of two tasks at once, kill -9 ends one in drawing and one in scoring."""
+    code = "import evaluate as e; e.SCORES_PER_FILE = 3; e.run_script(e.main)"  # 12 images: four files
+    monkeypatch.setattr(evaluate, "SCORES_PER_FILE", 3)
+    flags, tasks = make_flags(tmp_path, tiny_sdxl, lora), make_flags(tmp_path, tiny_sdxl, lora, "tasks")
+    metric = (tmp_path / "metric.py").read_text()
+    metric = metric.replace("prompts):", "prompts):\n    time.sleep(float(os.environ.get('SLOW', 0)))")
+    (tmp_path / "metric.py").write_text("import os, time\n" + metric)
+    call("evaluate", *flags)
+    output, running = tmp_path / "tasks", {}
+    until = {0: output / "images" / "base" / "00000_0.png", 1: output / "scores/brightness/base.parts/00001.json"}
+    for number in until:
+        command = [sys.executable, "-c", code, *map(str, tasks), "--num_tasks", "3", "--task_index", str(number)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        running[number] = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "SLOW": "2"}, **quiet)
+    while running:
+        for number in [number for number in running if until[number].exists()]:
+            running[number].send_signal(signal.SIGKILL)
+            assert running.pop(number).wait() == -signal.SIGKILL
+        assert all(process.poll() is None for process in running.values()), "it ended before it was killed"
+        time.sleep(0.005)
+    assert not (output / "scores/brightness/mine.parts/00001.json").exists()
+    assert not (output / "images" / "mine" / "00005_1.png").exists()  # task 0's last one
+    for number in (2, 1, 0):
+        call("evaluate", *tasks, "--num_tasks", 3, "--task_index", number)
+    call("evaluate", *tasks, "--stages", "report")
+    names = ["results.json", "results.md", "grid.png", *(f"scores/brightness/{name}.json" for name in ("base", "mine"))]
+    for name in [*names, *(f"images/mine/{i:05d}_{n}.png" for i in range(6) for n in (0, 1))]:
+        assert (output / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_rewards_at_once_give_the_same_results(tmp_path, tiny_sdxl, lora, monkeypatch):
+    """Two models and a metric of a file, on the same images; each image is decoded once for both models."""
+    clip = make_tiny_pickscore(tmp_path / "clip")
+    loads, load_end = [], PngImageFile.load_end
+    for number, output in enumerate(("out", "two"), 1):
+        flags = make_flags(tmp_path, tiny_sdxl, lora, output)
+        flags += ["--metrics", f"pickscore={clip}", brightness(tmp_path), f"clipscore={clip}"]
+        call("evaluate", *flags, "--stages", "draw")
+        loads.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(PngImageFile, "load_end", lambda self: loads.append(1) or load_end(self))
+            call("evaluate", *flags, "--stages", "score", "--rewards_at_once", number, "--reward_batch_size", 5)
+        assert len(loads) == (4 - number) * 24
+        call("evaluate", *flags, "--stages", "report")
+    for name in ("results.json", "results.md", "grid.png"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

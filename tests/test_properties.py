@@ -7,6 +7,7 @@ from typing import Literal, get_args, get_origin
 
 import conftest  # noqa: F401 (sets the environment and the paths)
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -198,7 +199,7 @@ def test_cache_key_follows_what_is_cached_and_nothing_else(tiny_sdxl, ranked_dat
 
     dataset = Dataset.from_dict({"prompt": ["a"]})
     dataset._fingerprint = "fixed"
-    labels = [{"id": "a", "images": [0, 1]}]
+    labels = train_rankdpo_sdxl.Labels(id=pa.array(["a"]), images=pa.array([[0, 1]]))
     changes = {name: CACHE_CHANGES[name] for name in cached} | {name: NO_CACHE_CHANGES[name] for name in uncached}
     only_cached = key(**{name: CACHE_CHANGES[name] for name in cached})
     assert key(**changes) == only_cached

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, call, check_card, refused, run, torchrun
+from conftest import ROOT, call, check_card, make_tiny_pickscore, refused, run, torchrun
 from datasets import Dataset, Features, Image, Value, get_dataset_config_names, load_dataset
 from PIL import Image as PILImage
 
@@ -354,23 +354,6 @@ def test_real_reward_model_does_not_depend_on_processes(tmp_path):
     check_same_dataset(tmp_path)
 
 
-def make_tiny_pickscore(folder: Path) -> Path:
-    import torch
-    import train_generators
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
-
-    torch.manual_seed(0)
-    tokenizer = train_generators.make_tokenizer()
-    tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
-    text |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    vision = {**tower, "image_size": 32, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
 def peak_memory(*arguments) -> float:
     """MB at the highest, of a run in a process of its own."""
     code = (
@@ -569,3 +552,33 @@ def test_three_tasks_in_any_order_make_the_same_dataset(tmp_path, reward):
     assert sorted(scored(reward)) == sorted(alone)
     for file in ("scores/train-00000-of-00001.parquet", "statistics.json", "figures/quality.png"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+
+
+def test_a_killed_task_and_others_in_any_order_make_the_same_dataset(tmp_path, reward):
+    """Of two tasks at once, kill -9 ends one in its scoring; it is run again, before the third one."""
+    dataset = write(tmp_path / "pairs", pick_a_pic(300, seed=5), files=4)
+    given = {"include_images": "true", "top_fraction": 0.7}
+    call("score_pairs", *flags(dataset, reward, tmp_path / "a" / "out", **given))
+    alone = scored(reward)
+    Path(reward.rpartition("/")[0], "log.txt").unlink()
+    ours = flags(dataset, reward, tmp_path / "b" / "out", **given)
+    start = lambda n: command(*ours, "--num_tasks", 3, "--task_index", n)  # noqa: E731
+    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    killed = subprocess.Popen(start(1), env={**os.environ, "SLOW": "0.05"}, **quiet)
+    other = subprocess.Popen(start(2), **quiet)
+    own = range(7, 13)  # of 20 shards, 5 a file: task 1 has the middle ones
+    scores = tmp_path / "b" / "out" / "work" / "scores" / "mine"
+    files = [scores / f"{number // 5:05d}-{number % 5:05d}.parquet" for number in own]
+    while not files[1].exists():
+        assert killed.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert [killed.wait(), other.wait()] == [-signal.SIGKILL, 0] and not files[-1].exists()
+    complete = sorted(scores.glob("[0-9]*.parquet"))
+    kept = sum(pq.read_metadata(file).num_rows for file in complete)
+    Path(reward.rpartition("/")[0], "log.txt").unlink()
+    for number in (1, 0):
+        call("score_pairs", *ours, "--num_tasks", 3, "--task_index", number)
+    call("score_pairs", *ours, "--stages", "sort")
+    assert len(scored(reward)) == len(alone) - kept  # what is complete is not scored again
+    check_same_dataset(tmp_path)

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user of train_rankdpo_sdxl.py sees: the LoRA, its effect, resume, several processes, refusals."""
 
+import gc
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import call, check_card, encoded, ranked_rows, refused, run, run_until, torchrun, write_dataset
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
+from datasets import Image as DatasetsImage
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -321,6 +324,56 @@ def test_labels_by_reward_and_by_generator(ranked_dataset):
     random = labels(rank_by="random", seed=1)
     assert [r["rank"].tolist() for r in random] == [r["rank"].tolist() for r in labels(rank_by="random", seed=1)]
     assert len({tuple(r["rank"].tolist()) for r in random}) > 3
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"generators": ["g1", "g3"]}, {"loss_type": "weighted_sft", "rank_by": "first"}]
+)
+def test_keys_are_hashes_of_the_whole_text_whatever_the_batches(tmp_path, monkeypatch, options):
+    """Ids and labels are hashed in pieces; caches and runs of earlier versions keep their names."""
+    rows = ranked_rows(n=10)
+    for i, row in enumerate(rows):
+        row["prompt_id"] = f'ü"{i}'
+        row["scores"] = {"first": [float(i + j) for j in range(4)], "second": [0.0, 1.0, 2.0, 3.0]}
+    data = write_dataset(tmp_path / "data", rows)
+    args = script.ScriptArguments(dataset_name=str(data), **options)
+    dataset = script.load_ranked_dataset(args)
+    found = set()
+    for size in (3, 10, 1000):
+        monkeypatch.setattr(script, "LABELS_PER_BATCH", size)
+        labels = script.make_labels(args, dataset)
+        found.add((script.hash_of_labels(labels), script.images_key(args, dataset, labels)))
+    names = [name for name in ("phi", "rank", "weight") if name in labels[0]]
+    text = "|".join(f"{row['id']}{''.join(str(row[name].tolist()) for name in names)}" for row in labels)
+    images = [1, 3] if args.generators else [0, 1, 2, 3]
+    ids = [row["prompt_id"] for row in rows]
+    parts = [script.folder_digest(str(data)), ids, "images", "prompt", [images] * 10 if args.generators else images]
+    assert found == {(script.short_hash(text), script.short_hash(json.dumps(parts)))}
+
+
+def test_labels_keep_no_python_object_of_a_row():
+    n, k = 3000, 4
+    ranks = np.tile(np.arange(1, k + 1), (n, 1))
+    features = {"prompt_id": Value("string"), "prompt": Value("string"), "images": List(DatasetsImage())}
+    features |= {"preference_probability": List(Value("float32")), "rank": List(Value("int32"))}
+    columns = {
+        "prompt_id": [f"p{i}" for i in range(n)],
+        "prompt": [f"number {i}" for i in range(n)],
+        "images": [[{"bytes": b"", "path": None}] * k] * n,
+        "preference_probability": ((k - ranks) / (k - 1)).tolist(),
+        "rank": ranks.tolist(),
+    }
+    dataset = Dataset.from_dict(columns, features=Features(features))
+    args = script.ScriptArguments(dataset_name="x")
+    script.make_labels(args, dataset.select(range(2)))
+    gc.collect()
+    before = sys.getallocatedblocks()
+    labels = script.make_labels(args, dataset)
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 0.1 * n
+    assert labels[n - 1]["prompt"] == f"number {n - 1}" and labels[n - 1]["rank"].dtype == np.int64
+    with pytest.raises(IndexError):
+        labels[n]
 
 
 def test_yaml_settings_and_command_line_override(flags, tmp_path):

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often the 95 % intervals of user_study.py hold the truth, in simulated studies whose prompts and raters differ.
+
+    python benchmarks/interval_coverage.py
+
+The chance that a rater votes for the first model is a logistic function of a constant, an effect of the prompt and one
+of the rater. The truth is the same figure for all prompts and raters of such a world. "prompts only" resamples the
+prompts alone, for comparison.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import user_study
+
+
+# prompts, raters, mean, deviation over prompts and over raters; five votes a comparison
+WORLDS = [(100, 10, 0.4, 1.0, 0.0), (100, 10, 0.4, 1.0, 0.5), (100, 5, 0.4, 1.0, 0.5), (100, 25, 0.4, 1.0, 0.5)]
+WORLDS += [(450, 30, 0.4, 1.5, 0.3), (40, 8, 0.8, 1.0, 0.3)]
+VOTES = 5
+
+
+def draw(rng: np.random.Generator, effects: np.ndarray) -> np.ndarray:
+    return rng.random(effects.shape) < 1 / (1 + np.exp(-effects))
+
+
+def spread_votes(rng: np.random.Generator, n_prompts: int, n_raters: int) -> np.ndarray:
+    """Who votes on what, (n_prompts, n_raters): each prompt has five votes, raters about as many as each other."""
+    votes = np.zeros((n_prompts, n_raters))
+    for row in votes:
+        row[np.lexsort((rng.random(n_raters), votes.sum(axis=0)))[:VOTES]] = 1
+    return votes
+
+
+def coverage(world: tuple, studies: int, seed: int) -> list[float]:
+    """Shares of the studies whose interval holds the truth: share of votes, win rate, win rate over prompts only."""
+    n_prompts, n_raters, mean, of_prompts, of_raters = world
+    rng, held = np.random.default_rng(seed), np.zeros(3)
+    many = mean + of_prompts * rng.normal(size=(200_000, 1)) + of_raters * rng.normal(size=(200_000, VOTES))
+    many = draw(rng, many)
+    truth = (many.mean(), (2 * many.sum(axis=1) > VOTES).mean())
+    for study in range(studies):
+        votes = spread_votes(rng, n_prompts, n_raters)
+        effects = of_prompts * rng.normal(size=(n_prompts, 1)) + of_raters * rng.normal(size=n_raters)
+        first = votes * draw(rng, mean + effects)
+        decisions = 1.0 * (2 * first.sum(axis=1) > VOTES)
+        plain = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=1000) @ decisions / n_prompts
+        intervals = [user_study.bootstrap_share(first, votes, study, 1000)]
+        intervals += [user_study.bootstrap_majority(first, votes - first, votes, study, 1000)]
+        intervals += [np.percentile(plain, [2.5, 97.5])]
+        held += [low <= truth[min(n, 1)] <= high for n, (low, high) in enumerate(intervals)]
+    return (held / studies).tolist()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Coverage of the intervals of user_study.py.")
+    parser.add_argument("--studies", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print("| prompts | raters | deviation over prompts, raters | share of votes | win rate | win rate, prompts only |")
+    print("|---|---|---|---|---|---|")
+    for world in WORLDS:
+        cells = [f"{value:.3f}" for value in coverage(world, args.studies, args.seed)]
+        print(f"| {world[0]} | {world[1]} | {world[3]}, {world[4]} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

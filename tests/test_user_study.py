@@ -1,0 +1,529 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user of user_study.py gets: blinded comparisons, a log that loses nothing, figures by hand, datasets."""
+
+import json
+import os
+import random
+import re
+import threading
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import raters
+import world
+import yaml
+from conftest import call, ranked_rows, refused, run
+from datasets import load_dataset
+from PIL import Image, PngImagePlugin
+
+import user_study
+
+
+HARD = '<script>alert("1")</script> "quotes" & \'more\' \u05e9\u05dc\u05d5\u05dd'
+MODELS = ("tuned", "other", "base")
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Thousands of votes, and nobody pulls the plug here. tests/test_user_study_page.py syncs as users do."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def make_prompts(tmp_path, n: int = 12) -> Path:
+    prompts = [row["prompt"] for row in ranked_rows(n)]
+    prompts[3] = HARD
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": prompt, "style": ("photo", "anime")[i % 2]} for i, prompt in enumerate(prompts)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def make_images(tmp_path, models=MODELS, n: int = 12) -> list[str]:
+    """Pictures in the sizes, formats and with the metadata of their models; flags that name them."""
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(models):
+        (tmp_path / name).mkdir()
+        for i in range(n):
+            metadata = PngImagePlugin.PngInfo()
+            metadata.add_text("parameters", f"model: {name}")
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            picture = Image.fromarray(pixels).resize((32 + 16 * number,) * 2)
+            picture.save(tmp_path / name / f"{i}.png", pnginfo=metadata)
+    return [f"{name}={tmp_path / name}/{{index}}.png" for name in models]
+
+
+def study_flags(tmp_path, *more, models=MODELS) -> list:
+    flags = ["--study_dir", tmp_path / "study", "--prompts", make_prompts(tmp_path), "--num_prompts", 12]
+    return ["serve", *flags, "--images", *make_images(tmp_path, models), *more]
+
+
+def make_study(tmp_path, *more, models=MODELS) -> user_study.Study:
+    flags = study_flags(tmp_path, *more, models=models)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(user_study.secrets, "token_hex", lambda length: "0" * 64)  # the same orders in every run
+        user_study.make_study(user_study.parse_arguments([str(flag) for flag in flags]))
+    return user_study.Study(tmp_path / "study")
+
+
+def vote(study, rater: str, choose, limit: int = 10_000) -> int:
+    """A rater who answers `choose(line of the log, question)` until nothing is left; returns the number of answers."""
+    state, count = study.enter(rater), 0
+    while not state["finished"] and count < limit:
+        question = state["questions"][state["asked"]][0]
+        answer = choose(study.shown[rater][state["position"]], question)
+        state = study.answer(rater, state["position"], question, answer, 1.0)
+        count += 1
+    return count
+
+
+def side_of(line: dict, model: str) -> str:
+    return "left" if line["left"] == model else "right"
+
+
+def test_the_papers_samples():
+    """QSD: 25 prompts of each of four styles. RankDPO: a number of prompts. The seed decides."""
+    styles = [("photo", "anime", "paintings", "concept-art")[i % 4] for i in range(400)]
+    chosen = user_study.sample_prompts(styles, 100, 25, seed=1)
+    assert len(set(chosen)) == 100 and all(sum(styles[i] == style for i in chosen) == 25 for style in set(styles))
+    assert chosen == user_study.sample_prompts(styles, 100, 25, seed=1) == sorted(chosen)
+    assert chosen != user_study.sample_prompts(styles, 100, 25, seed=2)
+    assert len(set(user_study.sample_prompts(styles, 300, None, seed=0))) == 300
+    with pytest.raises(SystemExit, match="category 'photo' has only 100 prompts"):
+        user_study.sample_prompts(styles, 1, 101, seed=0)
+
+
+def test_every_comparison_gets_its_votes_and_sides_are_balanced(tmp_path):
+    study = make_study(tmp_path, "--questions", "overall", "--comparisons_per_rater", 18)
+    rng = random.Random(0)
+    counts = [vote(study, f"r{i}", lambda line, question: rng.choice(["left", "right"])) for i in range(12)]
+    assert counts == [18] * 10 + [0, 0]  # 12 prompts x 3 pairs of models x 5 votes
+    lines = [line for line in study.log.lines or user_study.read_log(study.log.file)[0] if "left" in line]
+    for rater in {line["rater"] for line in lines}:
+        mine = [line for line in lines if line["rater"] == rater]
+        assert len({line["item"] for line in mine}) == 18
+        for first, second in (("tuned", "other"), ("tuned", "base"), ("other", "base")):
+            sides = [line["left"] for line in mine if {line["left"], line["right"]} == {first, second}]
+            assert abs(sides.count(first) - sides.count(second)) <= 1
+    assert set(study.loads().values()) == {5}
+    orders = {tuple(line["item"] for line in lines if line["rater"] == f"r{i}") for i in range(10)}
+    assert len(orders) == 10
+
+
+def test_what_a_rater_left_open_goes_to_somebody_else_later(tmp_path, monkeypatch):
+    study = make_study(tmp_path, "--questions", "overall", "--votes_per_comparison", 1, models=("tuned", "base"))
+    study.enter("idle")
+    assert vote(study, "busy", lambda line, question: "left") == 11
+    now = user_study.time.time()
+    monkeypatch.setattr(user_study.time, "time", lambda: now + 61 * 60)
+    assert vote(study, "busy", lambda line, question: "left") == 1
+
+
+def test_a_restart_changes_nothing(tmp_path):
+    study = make_study(tmp_path, "--attention_checks", 2, "--allow_ties")
+    for i in range(4):
+        vote(study, f"r{i}", lambda line, question: "left", limit=10 + i)
+    before = [study.enter(f"r{i}") for i in range(4)]
+    study.log.close()
+    again = user_study.Study(tmp_path / "study")
+    assert [again.enter(f"r{i}") for i in range(4)] == before
+    assert before[1]["asked"] == 2 and before[0]["asked"] == 1  # within a comparison, too
+    assert again.pictures == study.pictures and again.loads() == study.loads()
+
+
+def test_back_changes_the_answer_and_a_second_click_counts_once(tmp_path):
+    study = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
+    study.enter("r")
+    state = study.answer("r", 0, "overall", "left", 1.0)
+    assert study.answer("r", 0, "overall", "left", 1.0) == state and state["position"] == 1
+    assert study.look("r", 0)["answers"] == {"overall": "left"}
+    study.answer("r", 0, "overall", "right", 1.0)
+    lines = [line for line in user_study.read_log(study.log.file)[0] if "answer" in line]
+    assert [line["answer"] for line in lines] == ["left", "right"]
+    (final,) = user_study.final_votes(user_study.read_log(study.log.file)[0])
+    assert final["answer"] == "right" and final["chosen"] == final["right"]
+
+
+@pytest.mark.parametrize("rest", [b'{"rater": "r", "item": "0-', '{"rater": "r", "item": "\u05e9'.encode()[:-1]])
+def test_a_half_written_last_line_is_dropped_and_said(tmp_path, capsys, rest):
+    study = make_study(tmp_path, models=("tuned", "base"))
+    vote(study, "r", lambda line, question: "left", limit=7)
+    study.log.close()
+    file, content = tmp_path / "study" / "votes.jsonl", (tmp_path / "study" / "votes.jsonl").read_bytes()
+    file.write_bytes(content + rest)
+    user_study.warned.clear()
+    study = user_study.Study(tmp_path / "study")
+    assert f"half-written: {len(rest)} bytes were cut off" in capsys.readouterr().err
+    assert file.read_bytes() == content and study.enter("r")["asked"] == 1
+    study.log.close()
+    file.write_bytes(content.replace(b'"item"', b'"itim"', 1))
+    with pytest.raises(SystemExit, match="line 1 is damaged"):
+        user_study.Study(tmp_path / "study")
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
+    study = make_study(tmp_path, models=("tuned", "base"))
+    study.enter("r")
+    write = user_study.os.write
+    monkeypatch.setattr(user_study.os, "write", lambda descriptor, content: write(descriptor, content[:20]))
+    with pytest.raises(OSError):
+        study.answer("r", 0, "general", "left", 1.0)
+    monkeypatch.undo()
+    assert study.answer("r", 0, "general", "right", 1.0)["answers"]["general"] == "right"
+    assert [line.get("answer") for line in user_study.read_log(study.log.file)[0]] == [None, "right"]
+
+
+def test_threads_lose_and_double_nothing(tmp_path):
+    study = make_study(tmp_path, "--votes_per_comparison", 8, models=("tuned", "base"))
+    work = [threading.Thread(target=vote, args=(study, f"r{i}", lambda *_: "left")) for i in range(8)]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    votes = user_study.final_votes(user_study.read_log(study.log.file)[0])
+    lines = [line for line in user_study.read_log(study.log.file)[0] if "answer" in line]
+    assert len(votes) == len(lines) == 8 * 12 * 3
+
+
+def test_pictures_do_not_give_the_model_away(tmp_path):
+    """The models drew in three sizes, with metadata. Raters see one size, format and length; names say nothing."""
+    study = make_study(tmp_path, "--attention_checks", 2)
+    record, folder = study.record, tmp_path / "study" / "pictures"
+    for number in range(12):
+        names = [user_study.file_name(record, (number, model)) for model in MODELS]
+        contents = [(folder / name).read_bytes() for name in names]
+        pictures = [Image.open(BytesIO(content)) for content in contents]
+        assert len({picture.size for picture in pictures}) == len({len(content) for content in contents}) == 1
+        for name, content, picture in zip(names, contents, pictures):
+            assert picture.format == "JPEG" and not picture.getexif() and re.fullmatch(r"[0-9a-f]{32}\.jpg", name)
+            assert set(picture.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+            assert not any(word in content for word in (b"tuned", b"other", b"base", b"model", b"parameters"))
+    states = []
+    for rater in ("a", "b"):
+        state = study.enter(rater)
+        while not state["finished"]:
+            states.append({**state, "answers": None})
+            state = study.answer(rater, state["position"], state["questions"][state["asked"]][0], "left", 1.0)
+    shown = [name for state in states for name in state["pictures"]]
+    assert len(set(shown)) == 2 * 2 * (36 + 2)  # no name twice, neither for a rater nor for two
+    assert not re.search(r"tuned|other|base|noise|check|item", json.dumps(states).replace(json.dumps(HARD), ""))
+
+
+def test_test_pairs(tmp_path):
+    """Noise must lose, the same picture twice is a tie; who fails is left out, and counted."""
+    study = make_study(
+        tmp_path, "--attention_checks", 4, "--allow_ties", "--questions", "overall", models=("tuned", "base")
+    )
+
+    def careful(line, question):
+        if not line["item"].startswith("check"):
+            return side_of(line, "tuned")
+        return "tie" if line["left"] == line["right"] else "right" if line["left"] == "noise" else "left"
+
+    vote(study, "careful", careful)
+    vote(study, "fast", lambda line, question: "left")
+    lines = user_study.read_log(study.log.file)[0]
+    places = [i for i, line in enumerate(study.shown["careful"]) if line["item"].startswith("check")]
+    assert len(places) == 4 and np.diff(places).min() >= 2
+    kinds = [line["left"] == line["right"] for line in study.shown["careful"] if line["item"].startswith("check")]
+    assert kinds == [False, True, False, True]
+    results = user_study.tally(study.record, lines, 0, 0)
+    assert results["raters"]["excluded"] == ["fast"] and results["raters"]["n_votes_excluded"] == 12
+    assert (
+        results["raters"]["each"].keys() == {"careful"} and results["pairs"]["tuned"]["base"]["overall"]["wins"] == 12
+    )
+    lenient = user_study.tally(study.record, lines, 4, 0)
+    assert lenient["raters"]["n_excluded"] == 0 and lenient["raters"]["each"]["fast"]["failed_checks"] >= 2
+
+
+def test_majorities_by_hand():
+    counts = np.array([[3, 2, 0], [2, 3, 0], [2, 2, 1], [2, 1, 2], [2, 2, 0], [0, 0, 5], [1, 0, 0], [3, 1, 1]])
+    assert user_study.majority(counts).tolist() == [1, 0, 0.5, 0.5, 0.5, 0.5, 1, 1]
+
+
+def test_fleiss_kappa_of_the_textbook():
+    """Fleiss' example of 14 raters, 10 subjects and 5 categories: kappa 0.210."""
+    table = [[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1], [7, 7, 0, 0, 0]]
+    table += [[3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]]
+    assert user_study.fleiss_kappa(np.array(table)) == pytest.approx(0.20993, abs=1e-5)
+    assert user_study.fleiss_kappa(np.array([[5, 0], [5, 0]])) is None  # no chance to disagree
+    assert user_study.fleiss_kappa(np.array([[2, 0], [0, 2], [1, 0]])) == 1.0  # a single vote says nothing
+
+
+def test_tally_by_hand():
+    """Three raters on four prompts: won, lost, undecided by ties, and one with two votes that split."""
+    record = {"pairs": [["a", "b"]], "questions": {"q": "?"}}
+    votes = {"0-0": "aab", "1-0": "bbb", "2-0": "abt", "3-0": "ab"}
+    lines = []
+    for item, answers in votes.items():
+        for rater, answer in enumerate(answers):
+            sides = {"left": "a", "right": "b"} if rater % 2 else {"left": "b", "right": "a"}
+            name = {"a": "left" if rater % 2 else "right", "b": "right" if rater % 2 else "left", "t": "tie"}[answer]
+            lines.append({"rater": f"r{rater}", "item": item, **sides, "time": 0})
+            lines.append({"rater": f"r{rater}", "item": item, "question": "q", "answer": name})
+    figures = user_study.tally(record, lines, 0, 0)["pairs"]["a"]["b"]["q"]
+    assert [figures[key] for key in ("wins", "losses", "undecided", "n_votes")] == [1, 1, 2, 11]
+    assert figures["win_rate"] == 0.5 and figures["win_rate_decided"] == 0.5 and figures["sign_test_p"] == 1.0
+    assert figures["vote_share"] == pytest.approx((4 + 0.5) / 11) and figures["tie_share"] == pytest.approx(1 / 11)
+    assert figures["votes_per_comparison"] == [2, 3]
+    # Agreement of pairs of votes: 1/3, 1, 0, 0. Shares of the options: 4, 6 and 1 of 11.
+    chance = (16 + 36 + 1) / 121
+    assert figures["fleiss_kappa"] == pytest.approx((1 / 3 - chance) / (1 - chance))
+    # Where the two others agree: of r0 on prompt 1, and where one other voted, on 3.
+    each = user_study.tally(record, lines, 0, 0)["raters"]["each"]
+    assert each["r2"] == {"votes": 3, "failed_checks": 0, "agreement": 0.5}
+    assert "No preference is shown" in figures["verdict"] and "Only 4 comparisons" in figures["verdict"]
+
+
+def test_intervals_cover_what_they_should():
+    """60 simulated studies, in which prompts and raters differ. The truth lies in at least nine of ten intervals; an
+    interval over prompts alone would miss it much more often: see docs/user_study.md."""
+    rng, covered, n_prompts, n_raters = np.random.default_rng(0), {"share": 0, "majority": 0}, 60, 10
+    chance = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    effects = 0.4 + rng.normal(size=(100_000, 1)) + 0.5 * rng.normal(size=(100_000, 5))
+    drawn = rng.random(effects.shape) < chance(effects)
+    truth = {"share": drawn.mean(), "majority": (drawn.sum(axis=1) > 2.5).mean()}
+    for seed in range(60):
+        prompts, raters = rng.normal(size=(n_prompts, 1)), 0.5 * rng.normal(size=n_raters)
+        votes = rng.permuted(np.tile([1.0, 0.0], (n_prompts, n_raters // 2)), axis=1)
+        first = votes * (rng.random(votes.shape) < chance(0.4 + prompts + raters))
+        found = {"share": user_study.bootstrap_share(first, votes, seed, 500)}
+        found["majority"] = user_study.bootstrap_majority(first, votes - first, votes, seed, 500)
+        for name, (low, high) in found.items():
+            covered[name] += low <= truth[name] <= high
+    assert min(covered.values()) >= 54, covered
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A study of three models with five votes on each comparison; raters prefer tuned to other to base, mostly."""
+    folder = tmp_path_factory.mktemp("finished")
+    study, rng = make_study(folder, "--questions", "overall", "appeal", "--category_column", "style"), random.Random(1)
+    order = {name: rank for rank, name in enumerate(MODELS)}
+
+    def choose(line, question):
+        better = "left" if order[line["left"]] < order[line["right"]] else "right"
+        return better if rng.random() < 0.95 else {"left": "right", "right": "left"}[better]
+
+    for i in range(5):
+        vote(study, f"r{i}", choose)
+    study.log.close()
+    return folder / "study"
+
+
+def test_simulated_raters_agree_with_the_verifier(tmp_path, monkeypatch):
+    """The shapes world: ten raters judge what they are shown by the exact verifier, and err in a fifth of the cases."""
+    rng, scenes = np.random.default_rng(0), world.sample_prompts("heldout", 120, 0)
+    for i, row in enumerate(scenes):
+        scene = world.parse_prompt(row["prompt"])
+        for name, share in (("tuned", 0.8), ("base", 0.5)):
+            drawn = scene if rng.random() < share else world.corrupt(scene, rng)
+            user_study.save_picture(Image.fromarray(world.render(drawn, rng)), tmp_path / name / f"{i}.png")
+    (tmp_path / "prompts.txt").write_text("".join(row["prompt"] + "\n" for row in scenes))
+    templates = [f"{name}={tmp_path / name}/{{index}}.png" for name in ("tuned", "base")]
+    flags = ["--study_dir", tmp_path / "study", "--prompts", tmp_path / "prompts.txt", "--num_prompts", 120]
+    flags += ["--questions", "alignment", "--allow_ties", "--comparisons_per_rater", 60, "--images", *templates]
+    monkeypatch.setattr(user_study.secrets, "token_hex", lambda length: "0" * 64)  # the same order in every run
+    user_study.make_study(user_study.parse_arguments(["serve", *map(str, flags)]))
+    study = user_study.Study(tmp_path / "study")
+
+    values = {}
+    for number, prompt in enumerate(study.record["prompts"]):
+        for name in ("tuned", "base"):
+            with Image.open(study.picture_file((number, name))) as picture:
+                (values[number, name],) = world.accuracy([picture], [prompt["prompt"]])
+    tuned, base = (np.array([values[number, name] for number in range(120)]) for name in ("tuned", "base"))
+    truth = np.where(tuned == base, 0.5, tuned > base)
+
+    def choose(line, question):
+        left, right = (values[study.prompt_of(line["item"]), line[side]] for side in ("left", "right"))
+        return raters.opinion(left, right, True, 0.2, people)
+
+    for seed in range(10):
+        people = random.Random(seed)
+        vote(study, f"r{seed}", choose)
+    figures = user_study.tally(study.record, user_study.read_log(study.log.file)[0], 0, 0)["pairs"]["tuned"]["base"]
+    figures = figures["alignment"]
+    low, high = figures["win_rate_ci95"]
+    assert figures["n_votes"] == 600 and figures["win_rate"] == pytest.approx(truth.mean(), abs=0.03)
+    assert 0.5 < low < truth.mean() < high and "People prefer tuned to base" in figures["verdict"]
+    assert figures["fleiss_kappa"] > 0.3 and figures["sign_test_p"] < 0.01
+
+
+def test_tally_writes_tables_a_chart_and_results(finished, tmp_path, capsys):
+    call("user_study", "tally", "--study_dir", finished, "--output_dir", tmp_path / "tally")
+    results = json.loads((tmp_path / "tally" / "results.json").read_text())
+    figures = results["pairs"]["tuned"]["base"]["overall"]
+    low, high = figures["win_rate_ci95"]
+    assert figures["n_comparisons"] == 12 and 0.5 < low <= figures["win_rate"] <= high <= 1
+    assert results["settings"]["questions"].keys() == {"overall", "appeal"} and "secret" not in str(results)
+    text = (tmp_path / "tally" / "results.md").read_text()
+    assert "People prefer tuned to base" in text and text in capsys.readouterr().out
+    assert Image.open(tmp_path / "tally" / "chart.png").size[0] > 500
+
+
+def test_pairs_go_through_score_pairs_into_train_dpo_qsd(finished, tmp_path, tiny_sd):
+    call("user_study", "export", "--study_dir", finished, "--output_dir", tmp_path / "pairs")
+    rows = load_dataset(str(tmp_path / "pairs"), split="train")
+    counts = user_study.count_votes(
+        [
+            v
+            for v in user_study.final_votes(user_study.read_log(finished / "votes.jsonl")[0])
+            if v["question"] == "overall"
+        ]
+    )
+    assert len(rows) == 36 and set(rows["num_votes"]) == {5} and HARD in rows["caption"]
+    for row, (_, found) in zip(rows, sorted(counts.items(), key=lambda entry: [int(n) for n in entry[0].split("-")])):
+        assert row["votes_0"] == found[row["model_0"]] and row["label_0"] == float(row["votes_0"] > 2)
+        assert row["label_0"] + row["label_1"] == 1 and row["agreement"] == pytest.approx(max(found.values()) / 5)
+        assert Image.open(BytesIO(row["jpg_0"])).size == (32, 32) and not row["jpg_0"].endswith(b"\0")
+    card = check_card_text(tmp_path / "pairs")
+    assert "better overall" in card
+    (tmp_path / "reward.py").write_text(
+        "import numpy as np\ndef bright(images, prompts):\n    return [np.asarray(i).mean() / 255 for i in images]\n"
+    )
+    flags = ["--reward", f"{tmp_path}/reward.py:bright", "--normalization", "none", "--include_images"]
+    call("score_pairs", "--dataset_name", tmp_path / "pairs", *flags, "--output_dir", tmp_path / "qsd")
+    flags = ["--pretrained_model_name_or_path", tiny_sd, "--dataset_name", tmp_path / "qsd", "--top_fraction", 1]
+    flags += "--resolution 32 --max_train_steps 1 --report_to none --validation_num_inference_steps 1".split()
+    call("train_dpo_qsd", *flags, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "lora")
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
+
+
+def check_card_text(folder: Path) -> str:
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["configs"][0]["data_files"][0]["path"] == "data/train-*.parquet"
+    return card
+
+
+def test_rankings_go_into_train_rankdpo(finished, tmp_path, tiny_sdxl):
+    flags = ["--study_dir", finished, "--export_format", "ranked", "--question", "appeal"]
+    call("user_study", "export", *flags, "--output_dir", tmp_path / "ranked")
+    rows = load_dataset(str(tmp_path / "ranked"), split="train")
+    assert len(rows) == 12 and set(rows["num_votes"]) == {15}
+    for row in rows:
+        phi = np.array(row["preference_probability"])
+        assert row["generators"] == list(MODELS) and sorted(row["rank"]) == [1, 2, 3]
+        assert phi.sum() == pytest.approx(1.5) and phi[row["rank"].index(1)] == phi.max()
+    flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", tmp_path / "ranked"]
+    flags += "--resolution 32 --max_train_steps 1 --report_to none --validation_num_inference_steps 1".split()
+    call("train_rankdpo_sdxl", *flags, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "lora")
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_images_of_evaluate(tmp_path, monkeypatch):
+    """The first image of each prompt, in the layout of evaluate.py, whose settings name the prompts."""
+    prompts = make_prompts(tmp_path)
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    for name in ("base", "tuned"):
+        folder = tmp_path / "evaluation" / "images" / name
+        for i in range(12):
+            user_study.save_picture(
+                Image.new("RGB", (32, 32), (i, 200 if name == "base" else 100, 0)), folder / f"{i:05d}_0.png"
+            )
+        user_study.write_json(folder / "settings.json", {"prompts": user_study.prompts_digest(rows)})
+    flags = [
+        "serve",
+        "--evaluation_dir",
+        tmp_path / "evaluation",
+        "--prompts",
+        prompts,
+        "--study_dir",
+        tmp_path / "study",
+    ]
+    flags += ["--category_column", "style", "--per_category", 3]
+    user_study.make_study(user_study.parse_arguments([str(flag) for flag in flags]))
+    record = user_study.read_study(tmp_path / "study")
+    assert record["pairs"] == [["tuned", "base"]] and len(record["prompts"]) == 6
+    picture = Image.open(tmp_path / "study" / "pictures" / user_study.file_name(record, (2, "tuned")))
+    red, green, _ = np.asarray(picture).mean(axis=(0, 1))
+    assert abs(red - record["prompts"][2]["index"]) < 4 and abs(green - 100) < 4
+    monkeypatch.setattr(user_study, "need_gradio", lambda: None)
+    message = refused("user_study", *flags, "--max_prompts", 5)
+    assert "holds a study made with all_prompts" in message
+    message = refused("user_study", *flags[:-6], "--study_dir", tmp_path / "new", "--max_prompts", 5)
+    assert "was drawn from other prompts" in message
+
+
+REFUSALS = {
+    "no study": (["serve", "--study_dir", "NEW"], "holds no study"),
+    "tally of nothing": (["tally", "--study_dir", "NEW"], "holds no study"),
+    "one model": (["serve", "--study_dir", "NEW", "--prompts", "PROMPTS", "--images", "ONE"], "name two or more"),
+    "baseline": (
+        ["serve", "--study_dir", "NEW", *"--prompts PROMPTS --images ONE TWO --baseline x".split()],
+        "no such mod",
+    ),
+    "template": (
+        ["serve", "--study_dir", "NEW", *"--num_prompts 2 --prompts PROMPTS --images ONE b={here}".split()],
+        "wrong template",
+    ),
+    "picture": (
+        ["serve", "--study_dir", "NEW", *"--num_prompts 2 --prompts PROMPTS --images ONE b=none{index}".split()],
+        "cannot be read",
+    ),
+    "too few": (
+        ["serve", "--study_dir", "NEW", *"--prompts PROMPTS --images ONE TWO".split(), "--num_prompts", "13"],
+        "only 12",
+    ),
+    "category": (
+        ["serve", "--study_dir", "NEW", *"--prompts PROMPTS --images ONE TWO --per_category 2".split()],
+        "needs --cat",
+    ),
+    "questions": (["serve", "--questions", "beauty"], "must be one of general, appeal"),
+    "question twice": (["serve", "--questions", "overall", "overall=x"], "named twice"),
+    "question": (["export", "--study_dir", "DONE", "--question", "general"], "asks overall, appeal"),
+    "output": (["serve", "--output_dir", "NEW"], "is for the other commands"),
+    "command": (["server"], "invalid choice: 'server'"),
+    "space": (["space", "--study_dir", "DONE"], "--hub_dataset_id is missing"),
+    "tally push": (["tally", "--study_dir", "DONE", "--push_to_hub"], "--hub_model_id is missing"),
+    "other folder": (["serve", "--study_dir", "FILES", "--prompts", "PROMPTS"], "holds other files"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, finished) -> dict:
+    folder = tmp_path_factory.mktemp("places")
+    one, two = make_images(folder, ("one", "two"))
+    (folder / "files").mkdir()
+    (folder / "files" / "thesis.tex").touch()
+    return {"PROMPTS": make_prompts(folder), "ONE": one, "TWO": two, "DONE": finished, "FILES": folder / "files"}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name, tmp_path, places, monkeypatch):
+    monkeypatch.setattr(user_study, "need_gradio", lambda: None)  # none of these comes so far
+    flags, words = REFUSALS[name]
+    message = refused("user_study", *[{**places, "NEW": tmp_path / "new"}.get(flag, flag) for flag in flags])
+    assert words in message
+
+
+def test_an_empty_log_is_refused(tmp_path):
+    make_study(tmp_path).log.close()
+    assert "no votes to count" in refused("user_study", "tally", "--study_dir", tmp_path / "study")
+    assert "no pairs to export" in refused("user_study", "export", "--study_dir", tmp_path / "study")
+
+
+def test_logs_of_two_places_are_joined():
+    a, b, c = (json.dumps({"rater": name, "item": "0-0"}).encode() + b"\n" for name in "abc")
+    assert user_study.merge_logs(b"", a + b) == user_study.merge_logs(a + b, a) == a + b
+    assert user_study.merge_logs(a + c, a + b) == a + b + c
+
+
+def test_results_and_data_on_the_hub(finished, tmp_path, server):
+    server.commit("models", "user/lora", {"README.md": b"---\nlicense: mit\n---\n\n# My LoRA\n"})
+    flags = ["tally", "--study_dir", finished, "--output_dir", tmp_path / "tally", "--push_to_hub"]
+    run("user_study.py", *flags, "--hub_model_id", "user/lora", env={**os.environ, **server.environment()})
+    files = server.files("models", "user/lora")
+    card = files["README.md"].decode()
+    assert "# My LoRA" in card and card.count("## User study") == 1 and "license: mit" in card
+    (model,) = yaml.safe_load(card.split("---\n")[1])["model-index"]
+    (result,) = model["results"]
+    assert "overall, people's win rate of tuned over base" in [metric["name"] for metric in result["metrics"]]
+    assert {"user_study/results.json", "user_study/chart.png"} <= files.keys()
+    assert not any(re.search(rb"\br[0-4]\b", files[name]) for name in ("user_study/results.json", "README.md"))
+    flags = ["export", "--study_dir", finished, "--output_dir", tmp_path / "pairs", "--push_to_hub"]
+    run("user_study.py", *flags, "--hub_dataset_id", "user/people", env={**os.environ, **server.environment()})
+    files = server.files("datasets", "user/people")
+    assert "data/train-00000-of-00001.parquet" in files and b'load_dataset("user/people"' in files["README.md"]

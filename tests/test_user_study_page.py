@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of user_study.py: in a real browser, and under eight raters while its server is killed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run
+from test_user_study import HARD, make_study, study_flags
+
+import user_study
+
+
+gradio = pytest.importorskip("gradio", reason="gradio is not installed: make test installs requirements-test.txt")
+import raters  # noqa: E402
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM_FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+CHROMIUM_FLAGS += "--disable-component-update --disable-sync"
+LEFT, TASK = '[data-answer="left"]', '[data-answer="left"]:enabled:visible'
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_server(flags: list, port: int, log: Path) -> subprocess.Popen:
+    """`serve` in a process of its own, as soon as it answers."""
+    command = [sys.executable, "user_study.py", *map(str, flags), "--port", str(port)]
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+    while "the page is at" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    return process
+
+
+def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
+    """8 raters give 200 answers each, at once. The server is killed with -9 on the way, with a half-written line."""
+    flags = study_flags(tmp_path, "--votes_per_comparison", 8, "--questions", *(f"q{i}=Which?" for i in range(17)))
+    votes, port = tmp_path / "study" / "votes.jsonl", free_port()
+    server = start_server(flags, port, tmp_path / "log")
+    people, given = (
+        [raters.Rater(f"http://127.0.0.1:{port}", f"r{i}", 0.0, 0) for i in range(8)],
+        [[] for _ in range(8)],
+    )
+
+    def work(person, answers):
+        state = person.ask("enter")
+        for _ in range(200):
+            question = state["questions"][state["asked"]][0]
+            answers.append((state["position"], question, person.rng.choice(["left", "right"])))
+            state = person.ask("answer", **dict(zip(("position", "question", "answer"), answers[-1])), seconds=1.0)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(people, given)]
+    for thread in threads:
+        thread.start()
+    while sum(map(len, given)) < 800:
+        time.sleep(0.01)
+    server.send_signal(signal.SIGKILL)
+    server.wait()
+    assert all(thread.is_alive() for thread in threads)
+    with open(votes, "ab") as file:
+        file.write(b'{"rater": "r0", "ite')
+    server = start_server(["serve", "--study_dir", tmp_path / "study"], port, tmp_path / "log2")
+    for thread in threads:
+        thread.join()
+    server.send_signal(signal.SIGINT)
+    assert server.wait(30) == 128 + signal.SIGINT and "all votes are in" in (tmp_path / "log2").read_text()
+    assert "its last line was half-written: 20 bytes were cut off" in (tmp_path / "log2").read_text()
+
+    lines, _ = user_study.read_log(votes)
+    shown = {}
+    for line in lines:
+        shown.setdefault(line["rater"], []).extend([line["item"]] if "left" in line else [])
+    logged = [(line["rater"], line["item"], line["question"], line["answer"]) for line in lines if "answer" in line]
+    told = [(f"r{i}", shown[f"r{i}"][place], *rest) for i in range(8) for place, *rest in given[i]]
+    assert len(told) == 1600 and sorted(logged) == sorted(told)
+    assert all(len(items) == len(set(items)) for items in shown.values())
+
+
+@pytest.fixture
+def browser():
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: see requirements-test.txt"
+    )
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium (.ci/run does it where it may)")
+    with playwright.sync_playwright() as driver, tempfile.TemporaryDirectory() as profile:
+        size = {"width": 1200, "height": 800}
+        context = driver.chromium.launch_persistent_context(
+            profile, executable_path=CHROMIUM, args=CHROMIUM_FLAGS.split(), viewport=size
+        )
+        context.set_default_timeout(30_000)
+        yield context
+        context.close()
+
+
+def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
+    """By keyboard and mouse, with a reload in the middle, a step back, a restart of the server, at phone width, too."""
+    flags = ["--allow_ties", "--questions", "overall", "--consent", "My own consent."]
+    study, port = make_study(tmp_path, *flags, models=("tuned", "base")), free_port()
+    page, requests, dialogs = browser.new_page(), [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    count = lambda: page.inner_text('[data-part="count"]')  # noqa: E731
+
+    def answer(act, expected: str):
+        page.wait_for_selector(TASK)
+        assert_no_model_in(page)
+        act()
+        page.wait_for_function(
+            f"document.querySelector('[data-part=\"count\"]').textContent.startsWith('{expected} of')"
+        )
+
+    with user_study.page_server(study, "127.0.0.1", port):
+        page.goto(f"http://127.0.0.1:{port}/?rater=ann")
+        page.wait_for_selector('[data-part="start"]:visible')
+        assert "My own consent." == page.inner_text('[data-part="consent"]')
+        page.click('[data-part="start"]')
+        answer(lambda: page.keyboard.press("ArrowLeft"), "2")
+        answer(lambda: page.keyboard.press("2"), "3")
+        answer(lambda: page.keyboard.press("t"), "4")
+        answer(lambda: page.click('[data-answer="right"]'), "5")
+        page.reload()
+        page.wait_for_selector(TASK)
+        assert count() == "5 of 12" and "rater=ann" in page.url
+        page.keyboard.press("Backspace")
+        page.wait_for_selector('[data-answer="right"].chosen')
+        assert count() == "4 of 12"
+        answer(lambda: page.keyboard.press("1"), "5")
+        page.click('[data-part="left"]')
+        assert page.is_visible('[data-part="zoom"]')
+        page.keyboard.press("ArrowRight")  # the other picture, and no vote
+        assert page.inner_text('[data-part="zoom"] span') == "right"
+        page.keyboard.press("Escape")
+        assert not page.is_visible('[data-part="zoom"]') and count() == "5 of 12"
+        answer(lambda: page.click(LEFT), "6")
+
+    # The server is gone: the page keeps the answer, and goes on by itself.
+    page.keyboard.press("1")
+    page.wait_for_selector('[data-part="notice"]:visible')
+    assert "No connection" in page.inner_text('[data-part="notice"]')
+    study.log.close()
+    again = user_study.Study(tmp_path / "study")
+    gradio.context.Context.id = 0  # a new process counts its components from 0
+    with user_study.page_server(again, "127.0.0.1", port):
+        page.wait_for_function("document.querySelector('[data-part=\"count\"]').textContent.startsWith('7 of')")
+        page.set_viewport_size({"width": 390, "height": 800})
+        page.wait_for_selector(TASK)
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        for name in ("left", "right", "tie"):
+            box = page.locator(f'[data-answer="{name}"]').bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["y"] + box["height"] < 800
+        for number in range(8, 13):
+            answer(lambda: page.click(LEFT), str(number))
+        page.wait_for_selector(TASK)
+        page.click(LEFT)
+        page.wait_for_selector('[data-part="end"]:visible')
+        assert "12 comparisons" in page.inner_text('[data-part="answered"]')
+
+    lines, _ = user_study.read_log(study.log.file)
+    given = [line["answer"] for line in lines if "answer" in line]
+    assert given == ["left", "right", "tie", "right", "left", *["left"] * 8]
+    assert len(user_study.final_votes(lines)) == 12 and {line["rater"] for line in lines} == {"ann"}
+    assert not dialogs and not any(re.search("tuned|base", url) for url in requests)
+
+
+def assert_no_model_in(page) -> None:
+    assert not re.search(r"tuned|\bbase\b|noise", page.inner_text("body"))
+    assert not re.search(r"tuned|noise|[\"'/]base[\"'/]", page.inner_html("#study"))
+    prompt = page.inner_text('[data-part="prompt"]')
+    if "alert" in prompt:
+        assert prompt == HARD and page.get_attribute('[data-part="prompt"]', "dir") == "auto"
+
+
+def test_answers_and_headers_of_the_server_name_no_model(tmp_path):
+    study, port = make_study(tmp_path, "--attention_checks", 1), free_port()
+    with user_study.page_server(study, "127.0.0.1", port):
+        rater = raters.Rater(f"http://127.0.0.1:{port}", "r", 0.0, 0)
+        state, sizes = rater.ask("enter"), []
+        seen = rater.fetch("config").decode() + rater.fetch("").decode()
+        assert not re.search(r"tuned|noise|" + re.escape(str(tmp_path)), seen)
+        while not state["finished"]:
+            pictures = [raters.urllib.request.urlopen(f"{rater.url}/picture/{name}") for name in state["pictures"]]
+            headers = [{name.lower(): value for name, value in picture.headers.items()} for picture in pictures]
+            assert [{**found, "date": ""} for found in headers] == [{**headers[0], "date": ""}] * 2
+            assert headers[0].keys() <= {
+                "content-length",
+                "content-type",
+                "cache-control",
+                "server",
+                "connection",
+                "date",
+            }
+            sizes.append([len(picture.read()) for picture in pictures])
+            state = rater.ask("answer", position=state["position"], question=state["questions"][state["asked"]][0],
+                              answer="left", seconds=1)  # fmt: skip
+        assert len(sizes) == 3 * 37 and all(left == right for left, right in sizes)
+        with pytest.raises(raters.urllib.error.HTTPError, match="404"):
+            raters.urllib.request.urlopen(f"{rater.url}/picture/study.json")
+        body = {"data": {"rater": "../x"}, "component_id": rater.component, "fn_name": "enter", "session_hash": "x"}
+        url, json_type = f"{rater.url}/gradio_api/component_server/", {"Content-Type": "application/json"}
+        with pytest.raises(raters.urllib.error.HTTPError, match="500"):
+            raters.urllib.request.urlopen(raters.urllib.request.Request(url, json.dumps(body).encode(), json_type))
+    assert list(study.shown) == ["r"]
+
+
+def test_the_space_serves_and_sends_its_votes(tmp_path, server):
+    """The Space's folder by itself, as the Hub starts it: the study comes from the private dataset, votes go there."""
+    make_study(tmp_path, "--questions", "overall", models=("tuned", "base")).log.close()
+    flags = ["space", "--study_dir", tmp_path / "study", "--output_dir", tmp_path / "space", "--push_to_hub"]
+    environment = {**os.environ, **server.environment()}
+    ids = ["--hub_space_id", "user/study", "--hub_dataset_id", "user/votes"]
+    run("user_study.py", *flags, *ids, env=environment)
+    files = server.files("spaces", "user/study")
+    assert {"app.py", "user_study.py", "requirements.txt", "README.md"} <= files.keys() and "study.json" not in files
+    assert sum(name.startswith("pictures/") for name in files) == 24
+    assert "gradio" in files["requirements.txt"].decode().splitlines()
+    assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["sdk"] == "gradio"
+    assert server.repos["datasets", "user/votes"].private
+    secret = json.loads(server.files("datasets", "user/votes")["study.json"])["secret"].encode()
+    assert not any(secret in content for content in files.values())
+
+    port, log = free_port(), tmp_path / "log"
+    for name, content in files.items():
+        (tmp_path / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "hf" / name).write_bytes(
+            content.replace(b"7860", str(port).encode()) if name == "app.py" else content
+        )
+    with open(log, "w") as output:
+        app = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=tmp_path / "hf", stdout=output, stderr=output, env=environment
+        )
+    while "the page is at" not in log.read_text():
+        assert app.poll() is None, log.read_text()
+        time.sleep(0.05)
+    person = raters.Rater(f"http://127.0.0.1:{port}", "ann", 0.0, 0)
+    person.judge = lambda state: "left"
+    assert person.work() == 12
+    app.send_signal(signal.SIGTERM)
+    assert app.wait(60) == 128 + signal.SIGTERM
+    lines = server.files("datasets", "user/votes")["votes.jsonl"].decode().splitlines()
+    assert len([line for line in lines if '"answer"' in line]) == 12
