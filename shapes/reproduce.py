@@ -15,6 +15,7 @@ kept in `shapes/reproduce_search.json`, from which the rows take their settings.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -55,13 +56,14 @@ FLIPS = (0, 10, 20, 30, 40)  # % of the labels
 DATA = {
     "train.jsonl": "shapes/world.py --split train --num_prompts {prompts} --output {work}/train.jsonl",
     "heldout.jsonl": "shapes/world.py --split heldout --num_prompts {heldout} --seed 1 --output {work}/heldout.jsonl",
-    # For the search: of the train split, but not in train.jsonl.
+    # For the search: of the train split, but in no training.
     "tune.jsonl": "shapes/world.py --split train --skip {prompts} --num_prompts 200 --output {work}/tune.jsonl",
     "synpic": SYNPIC + "synpic --prompts {work}/train.jsonl",
     # One generator, eight seeds.
     "seeds": SYNPIC + "seeds --prompts {work}/train.jsonl --generators shapes/generators_seeds.yaml",
     # Pairs with noisy labels. Their prompts are others.
-    "pairs.jsonl": "shapes/world.py --split train --num_prompts {pair_prompts} --seed 2 --output {work}/pairs.jsonl",
+    "pairs.jsonl": "shapes/world.py --split train --num_prompts {pair_prompts} --seed 2 --output {work}/pairs.jsonl "
+    "--exclude {work}/tune.jsonl",
     "synpic-pairs": SYNPIC + f"synpic-pairs --prompts {{work}}/pairs.jsonl --rewards {REWARDS['clean']}",
 }
 for flip in FLIPS:
@@ -88,7 +90,8 @@ for name, reward in {"same": "misjudging_preference", "others": "preference"}.it
         SCORES + f"pairs-misjudged-{{seed}} --reward shapes/world.py:{reward} --output_dir {{work}}/qsd-{name}-{{seed}}"
     )
 DATA |= {
-    "train-sd3.jsonl": "shapes/world.py --split train --num_prompts 800 --output {work}/train-sd3.jsonl",
+    "train-sd3.jsonl": "shapes/world.py --split train --num_prompts 800 --output {work}/train-sd3.jsonl "
+    "--exclude {work}/tune.jsonl",
     "synpic-sd3": "build_synpic.py --config shapes/synpic_sd3.yaml --prompts {work}/train-sd3.jsonl "
     "--output_dir {work}/synpic-sd3",
 }
@@ -186,7 +189,7 @@ for name, title in {"same": "the rater's own mistakes", "others": "other mistake
 ROWS["misjudged_random"] = Row(
     "DPO, all pairs of that rater at random", QSD + "-others-{seed}", "qsd_random", ROWS["qsd_random"].flags
 )
-for number in (2, 3, 4, 6, 8):
+for number in (2, 3, 6, 8):  # "one" has four
     ROWS[f"k{number}"] = Row(
         f"RankDPO, {number} images of one generator",
         SEEDS,
@@ -353,7 +356,14 @@ TABLES = {
     ),
     "images": Table(
         "Images for a prompt",
-        (Entry("base"), Entry("k2"), *(Entry(f"k{k}", f"k{other}") for other, k in ((2, 3), (3, 4), (4, 6), (6, 8)))),
+        (
+            Entry("base"),
+            Entry("k2"),
+            Entry("k3", "k2"),
+            Entry("one", "k3"),
+            Entry("k6", "one"),
+            Entry("k8", "k6"),
+        ),
     ),
     "rewards": Table(
         "Rewards behind the labels",
@@ -394,7 +404,11 @@ TABLES = {
 
 
 class Runner:
-    """Runs commands of the repository's scripts, each once: its record stays in `done/`, what it printed in `logs/`."""
+    """Runs commands of the repository's scripts, each once: its record stays in `done/`, what it printed in `logs/`.
+
+    A record holds the command, its seconds, date and machine, and a `key` of the command and of the records of what it
+    read. A record with another key is of other data or settings: it is not taken for this run's.
+    """
 
     def __init__(self, options: argparse.Namespace):
         self.work, self.options = options.output_dir, options
@@ -405,13 +419,19 @@ class Runner:
     def words(self, command: str, seed: int = 0) -> list[str]:
         sizes = {"prompts": self.options.prompts, "heldout": self.options.heldout}
         sizes["pair_prompts"] = self.options.pair_prompts
-        return shlex.split(command.format(work=self.work, seed=seed, **sizes))
+        return shlex.split(command.format(work=shlex.quote(str(self.work)), seed=seed, **sizes))
 
-    def run(self, name: str, words: list[str]) -> dict:
-        """Runs a command, unless it has ended well before. Returns its record: command, seconds and date."""
+    def run(self, name: str, words: list[str], inputs: list[dict], again: bool = False) -> dict:
+        """Runs a command, unless it has ended well before. Returns its record. Exits with one line if it fails, or if
+        what stands there was made of other inputs and may not be made `again`."""
         record, log = self.work / "done" / f"{name}.json", self.work / "logs" / f"{name}.log"
-        if record.exists() and (found := json.loads(record.read_text()))["command"] == shlex.join(words):
-            return found
+        key = hashlib.sha256("|".join([shlex.join(words), *(item["key"] for item in inputs)]).encode()).hexdigest()[:16]
+        if record.exists():
+            found = json.loads(record.read_text())
+            if found["key"] == key:
+                return found
+            if not again:
+                raise SystemExit(f"{record}: of another command or other data: choose another --output_dir")
         started = time.time()
         # One thread each: several run at once, and the last digits do not depend on the number of cores.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -422,80 +442,79 @@ class Runner:
         if code:
             lines = log.read_text().strip().splitlines() or ["it printed nothing"]
             raise SystemExit(f"{name}: exit code {code}: {lines[-1]}\nIts command: {shlex.join(words)}\nIts log: {log}")
-        found = {"command": shlex.join(words), "seconds": round(time.time() - started), "date": time.strftime("%F")}
+        found = {"command": shlex.join(words), "seconds": round(time.time() - started)} | machine() | {"key": key}
         write_text(record, json.dumps(found, indent=2) + "\n")
         return found
 
-    def make(self, name: str, seed: int) -> None:
-        """Makes a file or folder of DATA, after what its command reads."""
+    def make(self, name: str, seed: int) -> dict:
+        """Makes a file or folder of DATA, after what its command reads. Returns its record."""
         template = next(key for key in DATA if key.format(seed=seed) == name)
         words = self.words(DATA[template], seed)
         with self.locks[template]:
-            self.make_inputs(words, seed, but=name)
-            self.run(name, words)
+            return self.run(name, words, self.make_inputs(words, seed, but=name))
 
-    def make_inputs(self, words: list[str], seed: int, but: str | None = None) -> None:
-        """Makes whatever of DATA a command names."""
+    def make_inputs(self, words: list[str], seed: int, but: str | None = None) -> list[dict]:
+        """Makes whatever of DATA a command names. Returns the records."""
         known = {key.format(seed=seed) for key in DATA} - {but}
-        for word in words:
-            path = Path(word)
-            if path.parent == self.work and path.name in known:
-                self.make(path.name, seed)
+        paths = [path for path in map(Path, words) if path.parent == self.work and path.name in known]
+        return [self.make(path.name, seed) for path in paths]
 
     def train(self, name: str, command: str, seed: int) -> dict:
-        """A training; its LoRA is then in `runs/NAME`."""
+        """A training; its LoRA is then in `runs/NAME`. Returns its record."""
         words = self.words(command, seed)
-        self.make_inputs(words, seed)
+        inputs = self.make_inputs(words, seed)
         words += ["--seed", str(seed), "--cache_dir", str(self.work / "cache"), "--report_to", "none"]
         words += ["--output_dir", str(self.work / "runs" / name), "--resume_from_checkpoint", "latest"]
-        return self.run(name, words + shlex.split(self.options.training_flags))
+        return self.run(name, words + shlex.split(self.options.training_flags), inputs)
 
     def evaluate(
-        self, label: str, names: list[str], prompts: str, images: int, family: str = ""
+        self, label: str, trained: dict[str, dict], prompts: str, images: int, family: str = ""
     ) -> dict[str, np.ndarray]:
-        """Accuracy of these LoRAs and of the base: name → (prompts, images). Draws what is not drawn yet."""
-        self.make(prompts, 0)
+        """Accuracy of these LoRAs, name → record, and of the base: name → (prompts, images). Draws what is missing."""
+        inputs = [self.make(prompts, 0), *trained.values()]
         folder, jobs = self.work / f"evaluation{family}-{Path(prompts).stem}", self.options.jobs
         words = ["evaluate.py", "--config", f"shapes/evaluate{family}.yaml", "--prompts", str(self.work / prompts)]
         words += ["--num_images_per_prompt", str(images), "--output_dir", str(folder)]
-        words += ["--loras", *(f"{name}={self.work / 'runs' / name}" for name in names)]
+        words += ["--loras", *(f"{name}={self.work / 'runs' / name}" for name in trained)]
         if jobs > 1:
             task = [*words, "--stages", "draw", "score", "--num_tasks", str(jobs), "--task_index"]
             with ThreadPoolExecutor(jobs) as pool:
-                wait_for([pool.submit(self.run, f"{label}-{n}", [*task, str(n)]) for n in range(jobs)])
-        self.run(label, [*words, "--num_tasks", "1"])
-        files = {name: folder / "scores" / "accuracy" / f"{name}.json" for name in ("base", *names)}
+                tasks = [(f"{label}-{n}", [*task, str(n)]) for n in range(jobs)]
+                wait_for([pool.submit(self.run, *item, inputs, again=True) for item in tasks])
+        self.run(label, [*words, "--num_tasks", "1"], inputs, again=True)
+        files = {name: folder / "scores" / "accuracy" / f"{name}.json" for name in ("base", *trained)}
         return {name: np.array(json.loads(file.read_text())["scores"]) for name, file in files.items()}
 
 
 def wait_for(futures: list[Future], **bar) -> list:
-    """The results, in order; a failed one ends those that have not begun."""
-    for future in tqdm(as_completed(futures), total=len(futures), disable=not bar, **bar):
-        if future.exception():
-            for other in futures:
-                other.cancel()
+    """The results, in order. A failed one, or Ctrl-C, ends those that have not begun."""
+    try:
+        for future in tqdm(as_completed(futures), total=len(futures), disable=not bar, **bar):
             future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
     return [future.result() for future in futures]
 
 
 def reproduce(runner: Runner, rows: list[str], seeds: list[int]) -> None:
     """Trains and judges rows, seed after seed, and keeps what came out in results.json."""
     for seed in seeds:
-        names = [f"{row}@{seed}" for row in rows]
+        commands = {row: with_settings(ROWS[row]) for row in rows}
         with ThreadPoolExecutor(runner.options.jobs) as pool:
-            commands = [with_settings(ROWS[row]) for row in rows]
-            futures = [pool.submit(runner.train, *item, seed) for item in zip(names, commands)]
-            records = wait_for(futures, desc=f"train, seed {seed}", unit="run")
-        results = read_results(runner.work) | {"machine": machine(), "prompts": runner.options.heldout, "images": 4}
+            futures = [pool.submit(runner.train, f"{row}@{seed}", commands[row], seed) for row in rows]
+            records = dict(zip(rows, wait_for(futures, desc=f"train, seed {seed}", unit="run")))
+        results = read_results(runner.work) | {"prompts": runner.options.heldout, "images": 4}
         for family, base in FAMILIES.items():
-            chosen = {row: item for row, *item in zip(rows, names, records) if base_of(row) == base}
-            if chosen:
-                names = [name for name, _ in chosen.values()]
-                accuracy = runner.evaluate(f"evaluate{family}@{seed}", names, "heldout.jsonl", 4, family)
-                results["rows"][base] = {"accuracy": as_text(accuracy["base"])}
-            for row, (name, record) in chosen.items():
+            trained = {f"{row}@{seed}": record for row, record in records.items() if base_of(row) == base}
+            if not trained:
+                continue
+            accuracy = runner.evaluate(f"evaluate{family}@{seed}", trained, "heldout.jsonl", 4, family)
+            results["rows"][base] = {"accuracy": as_text(accuracy["base"])}
+            for name, record in trained.items():
                 figures = {"mean": float(accuracy[name].mean()), "accuracy": as_text(accuracy[name])}
-                results["rows"].setdefault(row, {})[str(seed)] = record | figures
+                results["rows"].setdefault(name.partition("@")[0], {})[str(seed)] = record | figures
         write_text(runner.work / "results.json", json.dumps(results, indent=1) + "\n")
 
 
@@ -511,14 +530,17 @@ def search(runner: Runner, methods: list[str]) -> None:
         for method in methods
         for n, settings in enumerate(SEARCH[method])
     }
-    names = [f"search-{method}-{n}" for method, n in runs]
     with ThreadPoolExecutor(runner.options.jobs) as pool:
-        futures = [pool.submit(runner.train, *item, SEARCH_SEED) for item in zip(names, runs.values())]
-        wait_for(futures, desc="search", unit="run")
+        futures = [
+            pool.submit(runner.train, f"search-{method}-{n}", command, SEARCH_SEED)
+            for (method, n), command in runs.items()
+        ]
+        records = dict(zip(runs, wait_for(futures, desc="search", unit="run")))
     accuracy = {}
     for family, base in FAMILIES.items():
-        if chosen := [f"search-{method}-{n}" for method, n in runs if base_of(method) == base]:
-            accuracy |= runner.evaluate(f"search{family}", chosen, "tune.jsonl", 2, family)
+        trained = {f"search-{m}-{n}": record for (m, n), record in records.items() if base_of(m) == base}
+        if trained:
+            accuracy |= runner.evaluate(f"search{family}", trained, "tune.jsonl", 2, family)
     found = json.loads(SEARCH_FILE.read_text()) if SEARCH_FILE.exists() else {}
     for method in methods:
         tried = {settings: accuracy[f"search-{method}-{n}"].mean() for n, settings in enumerate(SEARCH[method])}
@@ -570,6 +592,9 @@ def machine() -> dict:
 def bootstrap(scores: np.ndarray, resamples: int = 10_000) -> np.ndarray:
     """Means of rows over resampled seeds and resampled prompts. All rows see the same draws: differences are paired.
 
+    n resampled seeds spread by (n − 1)/n of the variance of n seeds, which is much for few: their deviations are
+    enlarged by as much. One seed says nothing about seeds: the draws are then over prompts alone.
+
     Args:
         scores: (rows, seeds, prompts).
 
@@ -577,6 +602,8 @@ def bootstrap(scores: np.ndarray, resamples: int = 10_000) -> np.ndarray:
         (resamples, rows).
     """
     rng, (rows, seeds, prompts) = np.random.default_rng(0), scores.shape
+    average = scores.mean(axis=1, keepdims=True)
+    scores = average + (scores - average) * np.sqrt(seeds / max(seeds - 1, 1))
     drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
     means = (drawn @ scores.reshape(rows * seeds, prompts).T).reshape(resamples, rows, seeds)
     return (means * rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)[:, None] / seeds).sum(axis=2)
@@ -607,10 +634,15 @@ def compare(table: Table, results: dict) -> tuple[list[dict], list[str]]:
         ]
     )
     means, draws = dict(zip(names, scores.mean(axis=(1, 2)))), dict(zip(names, bootstrap(scores).T))
-    papers = {entry.row: entry.paper for entry in table.entries}
+    papers = {entry.row: entry.paper for entry in reversed(table.entries) if entry.paper is not None}
     lines = []
     for entry in entries:
-        line = {"row": entry.row, "paper": entry.paper, "mean": means[entry.row], "ci95": interval(draws[entry.row])}
+        line = {
+            "row": entry.row,
+            "paper": papers.get(entry.row),
+            "mean": means[entry.row],
+            "ci95": interval(draws[entry.row]),
+        }
         for key, other in {"base": base_of(entry.row), "against": entry.against}.items():
             if other in means and other != entry.row:
                 difference = interval(draws[entry.row] - draws[other])
@@ -645,12 +677,13 @@ def markdown(table: Table, results: dict, lines: list[dict], seeds: list[str]) -
         if table.figure:
             cells += ["" if other["paper"] is None else f"{other['paper']:+.2f}", other["direction"]]
         differences.append(cells)
-    where, trained = results["machine"], [results["rows"][line["row"]] for line in lines if line["row"] in ROWS]
-    minutes = np.mean([row[seed]["seconds"] for row in trained for seed in seeds]) / 60
+    records = [results["rows"][line["row"]][seed] for line in lines if line["row"] in ROWS for seed in seeds]
+    places = sorted({f"{record['cpu']}, torch {record['torch']}, {record['date']}" for record in records})
+    over = f"prompts and seeds ({', '.join(seeds)})" if len(seeds) > 1 else f"prompts, of seed {seeds[0]} alone"
     note = (
-        f"Seeds {', '.join(seeds)}; {results['prompts']} held-out prompts × {results['images']} images; 95 % "
-        f"intervals over prompts and seeds. {where['cpu']}, torch {where['torch']}, {where['date']}; "
-        f"{minutes:.1f} minutes for a training on one core."
+        f"{results['prompts']} held-out prompts × {results['images']} images; 95 % intervals over {over}. "
+        f"{'; '.join(places)}; a training took {np.median([r['seconds'] for r in records]) / 60:.1f} minutes on one "
+        f"core that other work was using, too."
     )
     return "\n".join([f"### {table.title}", "", *grid(rows), "", *grid(differences), "", *textwrap.wrap(note, 120), ""])
 
@@ -710,7 +743,7 @@ def report(work: Path, folder: Path, docs: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = docs.read_text() if docs else ""
     for name, table in TABLES.items():
-        if ({entry.row for entry in table.entries} & ROWS.keys()) & results["rows"].keys():
+        if any({entry.row, entry.against} <= results["rows"].keys() for entry in table.entries):
             lines, seeds = compare(table, results)
             plot(table, lines, seeds, results, folder / f"{name}.svg")
             body = markdown(table, results, lines, seeds)
@@ -749,6 +782,10 @@ def main():
     for given, known, flag in ((rows, {*FAMILIES.values(), *ROWS}, "rows"), (options.search, SEARCH, "search")):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"--{flag} {unknown[0]}: choose from {', '.join(sorted(known))}")
+    for name in ("output_dir", "report_dir", "docs"):
+        if path := getattr(options, name):
+            setattr(options, name, Path(os.path.relpath(path, ROOT)))
+    os.chdir(ROOT)
     runner = Runner(options)
     if options.search:
         search(runner, options.search)

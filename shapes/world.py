@@ -154,14 +154,15 @@ def parse_prompt(prompt: str) -> Scene:
     raise ValueError(f"not a prompt of the shapes world: {prompt!r}")
 
 
-def sample_prompts(split: str, num_prompts: int, seed: int = 0) -> list[dict]:
-    """Distinct prompts, as evenly spread over the categories as their sizes allow.
+def sample_prompts(split: str, num_prompts: int, seed: int = 0, exclude: frozenset[str] = frozenset()) -> list[dict]:
+    """Distinct prompts, as evenly spread over the categories as their sizes allow, without those of `exclude`.
 
     Returns:
         list of {"prompt": str, "category": str}.
     """
     rng = np.random.default_rng(seed)
     pools = {category: list(rng.permutation(prompts(category, split))) for category in CATEGORIES}
+    pools = {category: [prompt for prompt in pool if prompt not in exclude] for category, pool in pools.items()}
     rows = []
     while len(rows) < num_prompts and any(pools.values()):
         for category in CATEGORIES:
@@ -447,10 +448,13 @@ def main():
     parser.add_argument("--split", choices=("train", "heldout"), required=True)
     parser.add_argument("--num_prompts", type=int, required=True)
     parser.add_argument("--skip", type=int, default=0, help="Leave out the first N.")
+    parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="Leave out the prompts of these files.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    rows = sample_prompts(args.split, args.skip + args.num_prompts, args.seed)[args.skip :]
+    lines = [line for file in args.exclude for line in file.read_text().splitlines()]
+    exclude = frozenset(json.loads(line)["prompt"] for line in lines)
+    rows = sample_prompts(args.split, args.skip + args.num_prompts, args.seed, exclude)[args.skip :]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.output.with_name(args.output.name + ".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))

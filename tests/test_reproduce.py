@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """shapes/reproduce.py: the papers' tables in miniature, through the same code as `make reproduce`."""
 
+import argparse
 import itertools
 import json
 
@@ -46,19 +47,82 @@ def test_rows_tables_and_searches_name_what_exists():
     assert shown == names
 
 
+class FakeRunner(reproduce.Runner):
+    """Runs nothing: every LoRA is right as often as its name has letters, of ten."""
+
+    def train(self, name, command, seed):
+        return {"command": command, "key": name, "seconds": 60} | reproduce.machine()
+
+    def evaluate(self, label, trained, prompts, images, family=""):
+        return {name: np.full((10, 4), np.arange(4) < len(name) % 5) * 1.0 for name in ("base", *trained)}
+
+
+def options(folder, **changed):
+    sizes = {"prompts": 6, "pair_prompts": 6, "heldout": 10, "jobs": 1, "training_flags": ""}
+    return argparse.Namespace(output_dir=folder, **(sizes | changed))
+
+
+def test_rows_of_both_architectures_and_half_a_table(tmp_path, monkeypatch, capsys):
+    rows = ["sd3_dpo", "dpo", "sd3_rankdpo", "rankdpo", "qsd", "qsd_random_100"]
+    settings = {row: {"settings": "--learning_rate 1e-4"} for row in reproduce.SEARCH}
+    (tmp_path / "search.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(reproduce, "SEARCH_FILE", tmp_path / "search.json")
+    reproduce.reproduce(FakeRunner(options(tmp_path)), rows, range(2))
+    results = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert results.keys() == {"base", "sd3_base", *rows}
+    for row in rows:
+        assert results[row]["1"]["accuracy"] == str(min(len(f"{row}@1") % 5, 4)) * 10
+    reproduce.report(tmp_path, tmp_path / "report", None)
+    printed = capsys.readouterr().out
+    assert "SD3: RankDPO, ranks by the labels − SD3: DPO" in printed and "30.14" in printed
+    assert {file.stem for file in (tmp_path / "report").glob("*.svg")} == {"objectives", "qsd", "sd3"}
+
+
+def test_a_record_of_other_data_is_not_taken(tmp_path):
+    runner = reproduce.Runner(options(tmp_path))
+    runner.make("train.jsonl", 0)
+    before = (tmp_path / "train.jsonl").read_text()
+    with pytest.raises(SystemExit, match=r"train.jsonl.json: of another command or other data"):
+        reproduce.Runner(options(tmp_path, prompts=7)).make("train.jsonl", 0)
+    assert (tmp_path / "train.jsonl").read_text() == before and len(before.splitlines()) == 6
+    words = ["-c", "pass"]
+    assert runner.run("x", words, [{"key": "a"}]) == runner.run("x", words, [{"key": "a"}])
+    with pytest.raises(SystemExit, match="other data"):
+        runner.run("x", words, [{"key": "b"}])
+    assert runner.run("x", words, [{"key": "b"}], again=True)["command"] == "-c pass"
+    with pytest.raises(SystemExit, match="exit code 3: gone"):
+        runner.run("y", ["-c", "print('gone'); raise SystemExit(3)"], [])
+
+
+def test_the_search_trains_on_no_prompt_that_it_judges_by():
+    import world
+
+    def texts(n, seed, exclude=frozenset()):
+        return {row["prompt"] for row in world.sample_prompts("train", n, seed, exclude)}
+
+    train, tune = texts(400, 0), texts(600, 0)
+    tune -= train
+    pairs = texts(1000, 2, frozenset(tune))
+    assert len(tune) == 200 and len(pairs) == 1000 and not tune & pairs and tune & texts(1000, 2)
+    templates = [reproduce.DATA[name] for name in ("pairs.jsonl", "train-sd3.jsonl")]
+    assert all("--exclude {work}/tune.jsonl" in template for template in templates)
+
+
 def test_bootstrap_resamples_seeds_and_prompts():
-    """Against the same in plain loops; a row that does not depend on the seed has no spread over seeds."""
-    rng = np.random.default_rng(1)
-    scores = rng.random((2, 3, 40))
-    scores[1] = scores[1, 0]
-    draws, expected = reproduce.bootstrap(scores, 20_000), []
-    for _ in range(20_000):
-        seeds, prompts = rng.integers(3, size=3), rng.integers(40, size=40)
-        expected.append(scores[:, seeds][:, :, prompts].mean(axis=(1, 2)))
-    for q in (2.5, 50, 97.5):
-        np.testing.assert_allclose(np.percentile(draws, q, axis=0), np.percentile(expected, q, axis=0), atol=2e-3)
-        difference = np.percentile(draws[:, 0] - draws[:, 1], q), np.percentile(np.subtract(*np.transpose(expected)), q)
-        assert difference[0] == pytest.approx(difference[1], abs=3e-3)
+    """The interval of a mean holds the truth as often as it says, where training seeds differ; and its spread over
+    prompts is that of plain loops."""
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(200):
+        scores = 0.5 + 0.05 * rng.standard_normal((1, 5, 1)) + 0.3 * rng.standard_normal((1, 1, 100))
+        low, high = np.percentile(reproduce.bootstrap(scores, 1000), [2.5, 97.5])
+        held += low <= 0.5 <= high
+    assert 0.90 <= held / 200 <= 0.98
+    scores, expected = rng.random((2, 1, 40)), []
+    for _ in range(10_000):
+        expected.append(scores[:, :, rng.integers(40, size=40)].mean(axis=(1, 2)))
+    draws = reproduce.bootstrap(scores, 10_000)
+    for values, others in ((draws, np.array(expected)), (draws @ [[1], [-1]], np.array(expected) @ [[1], [-1]])):
+        np.testing.assert_allclose(*(np.percentile(v, [2.5, 50, 97.5], axis=0) for v in (values, others)), atol=6e-3)
 
 
 @pytest.mark.parametrize(("paper", "low", "high"), itertools.product((None, -1.0, 2.0), (-0.2, 0.1), (-0.1, 0.3)))
