@@ -185,6 +185,8 @@ class ScriptArguments:
         size = "32" if self.generation_batch_size == "auto" else self.generation_batch_size
         if not re.fullmatch(r"[1-9]\d{0,8}", size):
             raise SystemExit(f"--generation_batch_size {size}: must be a whole number, at least 1, or auto")
+        if self.compile and self.generation_batch_size == "auto":  # every size on the way down would be compiled
+            raise SystemExit("--generation_batch_size auto: with --compile, give a number")
         self.generation_batch_size = int(size)
         if self.push_to_hub and not self.hub_dataset_id:
             raise SystemExit("--push_to_hub needs --hub_dataset_id user/name")
@@ -626,7 +628,12 @@ class Generator:
         if len(batch) < self.compiled_size:  # the last of a shard: compiling for its size would cost more
             with torch.compiler.set_stance("force_eager"):
                 return self.draw(batch)
-        started, images = time.time(), self.draw(batch)
+        started = time.time()
+        try:
+            images = self.draw(batch)
+        except torch.OutOfMemoryError:  # smaller batches follow: they are compiled, too
+            self.compiled_size = 0
+            raise
         if len(batch) > self.compiled_size and is_first_process():
             seconds = f"{time.time() - started:.0f} s, with its compilation"
             print(f"generator {self.entry['name']}: the first batch of {len(batch)} took {seconds}")
@@ -650,12 +657,12 @@ class Generator:
 
 def compile_blocks(name: str, pipeline: DiffusionPipeline) -> None:
     """Compiles the repeated blocks of a pipeline's denoiser, each kind once, at its first forward with a size of batch.
-    Warns where diffusers names no such blocks."""
+    Warns where there are none that diffusers names."""
     parts = [getattr(pipeline, part, None) for part in ("unet", "transformer", "prior", "decoder")]
     for model in (part for part in parts if isinstance(part, torch.nn.Module)):
         blocks = [kind for kind in model._no_split_modules or () if kind.endswith("Block")]
         model._repeated_blocks = model._repeated_blocks or blocks
-        if model._repeated_blocks:
+        if {type(module).__name__ for module in model.modules()}.intersection(model._repeated_blocks):
             model.compile_repeated_blocks(dynamic=False)
         else:
             warn(f"generator {name}: --compile: diffusers names no blocks of {type(model).__name__}: drawn without")
@@ -1294,7 +1301,7 @@ def write_tables(
     """
     with replacing(file) as temporary, open(temporary, "wb") as handle:
         left = next(tables)
-        size = row_group_size or min(max(64_000_000 * len(left) // left.nbytes, 1), 100)
+        size = row_group_size or min(max(64_000_000 * len(left) // max(left.nbytes, 1), 1), 100)
         record = {b"synpic": sealed(facts, left.schema, n_rows)}
         schema = left.schema.with_metadata({**(left.schema.metadata or {}), **record})
         options = {"write_page_index": True, "write_page_checksum": True}

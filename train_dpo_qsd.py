@@ -763,7 +763,8 @@ def make_labels(
         raise SystemExit(f"{where}: column {args.prompt_column!r} (--prompt_column) must hold text")
     # The columns are views of mapped files. What is taken of them may be larger than what a short string type can hold.
     table = pairs.select_columns(list(dict.fromkeys([args.prompt_column, *uids]))).with_format("arrow")[:]
-    table = table.cast(pa.schema([(name, pa.large_string()) for name in table.column_names])).take(pa.array(rows))
+    columns = {name: as_text(table[name], f"{where}: column {name!r}") for name in table.column_names}
+    table = pa.table(columns).take(pa.array(rows))
     empty = pc.equal(pc.utf8_trim_whitespace(table[args.prompt_column]), "").fill_null(True).to_numpy()
     if empty.any():
         row = rows[empty.argmax()]
@@ -775,6 +776,13 @@ def make_labels(
     image_rows, sides = (np.take_along_axis(place, order, axis=1) for place in places)
     ids = pa.array(rows).cast(pa.string())
     return Labels(id=ids, prompt=table[args.prompt_column], rows=image_rows, sides=sides)
+
+
+def as_text(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    try:
+        return column.cast(pa.large_string())
+    except pa.ArrowException:
+        raise SystemExit(f"{name} must hold text or whole numbers, not {column.type}") from None
 
 
 def locate_images(
@@ -796,7 +804,7 @@ def locate_images(
         if uid not in images.column_names:
             ids = stored_column(images, column).map(content_ids, batched=True, batch_size=64, desc=f"ids of {column}")
             uid = "content_id"
-        ids = ids.select_columns([uid]).with_format("arrow")[:][uid].cast(pa.large_string())
+        ids = as_text(ids.select_columns([uid]).with_format("arrow")[:][uid], f"{args.dataset_name}: column {uid!r}")
         for place, of_pairs in enumerate(wanted):
             found = pc.index_in(of_pairs, value_set=ids, skip_nulls=True).fill_null(-1).to_numpy()
             new = (rows[:, place] < 0) & (found >= 0)

@@ -831,9 +831,8 @@ def make_labels(args: ScriptArguments, dataset: Dataset) -> "Labels":
         raise SystemExit(f"{needs} the dataset's `scores` column, a struct of lists, which it does not have")
     if args.generators and "generators" not in columns:
         raise SystemExit("--generators needs the dataset's `generators` column, which it does not have")
-    table = dataset.select_columns(list(dict.fromkeys(columns))).with_format("arrow")[
-        :
-    ]  # of mapped files: not read yet
+    # The columns are views of mapped files: nothing is read yet.
+    table = dataset.select_columns(list(dict.fromkeys(columns))).with_format("arrow")[:]
     check_ids(args, table[args.prompt_id_column])
     counts, found, k = count_images(dataset, args.images_column), [], None
     kinds = {"images": np.int32, "phi": np.float32, "rank": np.int64, "weight": np.float64}
@@ -854,8 +853,11 @@ def make_labels(args: ScriptArguments, dataset: Dataset) -> "Labels":
         mean = np.mean(arrays["weight"]) or 1.0  # all weights are 0
         arrays["weight"] = (arrays["weight"] / mean).astype(np.float32)
     arrays["images"] = pa.FixedSizeListArray.from_arrays(arrays["images"].ravel(), k)
-    ids = table[args.prompt_id_column].cast(pa.large_string())
-    labels = Labels(id=ids, prompt=table[args.prompt_column], **arrays)
+    ids = table[args.prompt_id_column]
+    if not (pa.types.is_integer(ids.type) or pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
+        # Text as Python writes it, which Arrow does not: 1.0, not 1.
+        ids = pa.chunked_array([[str(prompt_id) for prompt_id in ids.to_pylist()]], pa.large_string())
+    labels = Labels(id=ids.cast(pa.large_string()), prompt=table[args.prompt_column], **arrays)
     check_order(args, labels)
     return labels
 
@@ -931,8 +933,8 @@ def joined(separator: str, texts: Iterator[str]) -> Iterator[str]:
 def hash_of_pieces(pieces: Iterator[str]) -> str:
     """`short_hash` of a text that is given in pieces."""
     digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece.encode())
+    while text := "".join(itertools.islice(pieces, LABELS_PER_BATCH)):
+        digest.update(text.encode())
     return digest.hexdigest()[:16]
 
 

@@ -1794,7 +1794,7 @@ def write_tables(
     """
     with replacing(file) as temporary, open(temporary, "wb") as handle:
         left = next(tables)
-        size = row_group_size or min(max(64_000_000 * len(left) // left.nbytes, 1), 100)
+        size = row_group_size or min(max(64_000_000 * len(left) // max(left.nbytes, 1), 1), 100)
         record = {b"synpic": sealed(facts, left.schema, n_rows)}
         schema = left.schema.with_metadata({**(left.schema.metadata or {}), **record})
         options = {"write_page_index": True, "write_page_checksum": True}

@@ -627,6 +627,10 @@ def test_compiled_generators_draw_the_same_images(built, prompts, recipe, tmp_pa
         monkeypatch.setenv(name, "no-such-compiler")
     message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "none"), "--compile")
     assert message.startswith("--compile needs a C++ compiler")
+    message = refused(
+        "build_synpic", *flags(prompts, recipe, tmp_path / "none"), "--compile", "--generation_batch_size", "auto"
+    )
+    assert message == "--generation_batch_size auto: with --compile, give a number"
 
 
 def test_a_denoiser_without_named_blocks_is_drawn_uncompiled(monkeypatch, capsys):

@@ -351,6 +351,19 @@ def test_keys_are_hashes_of_the_whole_text_whatever_the_batches(tmp_path, monkey
     assert found == {(script.short_hash(text), script.short_hash(json.dumps(parts)))}
 
 
+@pytest.mark.parametrize("kind", [int, float, bool, str])
+def test_ids_of_all_kinds_are_texts_as_python_writes_them(kind, tmp_path):
+    ids = [kind(i) for i in range(2)]
+    rows = [row | {"prompt_id": prompt_id} for row, prompt_id in zip(ranked_rows(n=2), ids)]
+    features = {"prompt_id": Value({int: "int64", float: "float64", bool: "bool", str: "string"}[kind])}
+    features |= {"prompt": Value("string"), "images": List(DatasetsImage())}
+    features |= {"preference_probability": List(Value("float32")), "rank": List(Value("int32"))}
+    columns = {name: [row[name] for row in rows] for name in features}
+    dataset = Dataset.from_dict(columns, features=Features(features))
+    labels = script.make_labels(script.ScriptArguments(dataset_name="x"), dataset)
+    assert [label["id"] for label in labels] == list(map(str, ids))
+
+
 def test_labels_keep_no_python_object_of_a_row():
     n, k = 3000, 4
     ranks = np.tile(np.arange(1, k + 1), (n, 1))
