@@ -101,18 +101,21 @@ CONSENT = (
 STUDY, VOTES, PICTURES = "study.json", "votes.jsonl", "pictures"  # what a study's folder holds
 MAKING = ("evaluation_dir", "images", "prompts", "num_prompts", "per_category", "seed", "questions", "allow_ties")
 MAKING += (
+    "category_column",
     "models",
     "baseline",
     "votes_per_comparison",
     "comparisons_per_rater",
     "attention_checks",
+    "max_failed_checks",
     "picture_size",
     "consent",
 )
 HELD_MINUTES = 60  # a comparison that was shown and not answered goes to somebody else after this time
 PUBLISH_SECONDS = 60  # between two commits of votes
 GREY = (128, 128, 128)
-FEW_PROMPTS = 25  # an interval over fewer prompts carries a warning
+FEW_PROMPTS, FEW_RATERS = 25, 5  # an interval over fewer prompts or raters carries a warning
+CHECK_SPACING = 10  # a test pair comes after so many comparisons, or sooner where a rater sees few
 DATA_FILES = ("data/train-*-of-*.parquet",)
 # Copied from build_synpic.CARD_FACTS
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
@@ -148,18 +151,23 @@ class ScriptArguments:
     num_prompts: int = flag(100, "Prompts to sample.", min=1)
     per_category: int | None = flag(None, "Prompts to sample from each category, instead of --num_prompts.", min=1)
     questions: list[str] = flag(
-        lambda: ["general", "appeal", "alignment"], f"{', '.join(QUESTIONS)}, or name=text of your own."
+        lambda: ["general", "appeal", "alignment"],
+        f"{', '.join(QUESTIONS)}, or name=text of your own; the answer must be the better picture.",
     )
     allow_ties: bool = flag(False, "Raters may answer that they see no difference.")
     votes_per_comparison: int = flag(5, "Raters who see each comparison.", min=1)
     comparisons_per_rater: int | None = flag(None, "At most so many comparisons for one rater. Default: all.", min=1)
     attention_checks: int = flag(0, "Hidden test pairs per rater: a picture and noise; with ties, also itself.", min=0)
+    max_failed_checks: int | None = flag(
+        None, "Raters who fail more test pairs are left out. Default: 0; for tally and export, the study's.", min=0
+    )
     picture_size: int = flag(1024, "Longest side of the pictures that raters see, in pixels.", min=16, max=4096)
     consent: str = flag(CONSENT, "What raters read before they begin.")
     host: str = flag("127.0.0.1", "Address to listen on. 0.0.0.0: all of this machine's.", group="Page")
     port: int = flag(7860, "Port to listen on.", min=1, max=65535)
-    max_failed_checks: int = flag(0, "Raters who fail more test pairs are left out.", min=0, group="Tally and export")
-    question: str | None = flag(None, "The question whose votes are exported. Default: the study's first.")
+    question: str | None = flag(
+        None, "The question whose votes are exported. Default: the study's first.", group="Tally and export"
+    )
     export_format: Literal["pairs", "ranked"] = flag("pairs", "pairs: Pick-a-Pic's columns. ranked: Syn-Pic's.")
     push_to_hub: bool = flag(False, "Upload: votes (serve), Space, results (tally) or dataset (export).", group="Hub")
     hub_dataset_id: str | None = flag(None, "Dataset of the votes (serve, space; private), or of the export.")
@@ -234,9 +242,11 @@ def first_goes_left(secret: str, rater: str, pair: Sequence[str], number: int) -
     return first == (number % 2 == 0)
 
 
-def check_is_due(comparisons: int, checks: int, all_comparisons: int, all_checks: int) -> bool:
-    """Whether a test pair comes next, after so many comparisons and test pairs: they are spread evenly."""
-    return checks < all_checks and comparisons >= (checks + 1) * all_comparisons // (all_checks + 1)
+def check_is_due(comparisons: int, checks: int, limit: int, all_checks: int) -> bool:
+    """Whether a test pair comes next, after so many comparisons and test pairs: they are spread evenly, and no wider
+    than CHECK_SPACING, since most raters end before the limit of what one may see."""
+    spread = min(limit, CHECK_SPACING * (all_checks + 1))
+    return checks < all_checks and comparisons >= (checks + 1) * spread // (all_checks + 1)
 
 
 def is_failed(left: str, right: str, answer: str) -> bool:
@@ -272,6 +282,13 @@ def failed_checks(votes: list[dict]) -> dict[str, int]:
         if vote["item"].startswith("check") and is_failed(vote["left"], vote["right"], vote["answer"])
     }
     return dict(Counter(rater for rater, _ in wrong))
+
+
+def kept_votes(votes: list[dict], max_failed_checks: int) -> tuple[list[dict], list[str]]:
+    """The votes on comparisons without those of excluded raters, and these raters: who failed more test pairs."""
+    excluded = sorted(rater for rater, number in failed_checks(votes).items() if number > max_failed_checks)
+    left_out = set(excluded)
+    return [v for v in votes if v["rater"] not in left_out and not v["item"].startswith("check")], excluded
 
 
 def majority(counts: np.ndarray) -> np.ndarray:
@@ -370,19 +387,24 @@ def tally(record: dict, log: Iterable[dict], max_failed_checks: int, seed: int) 
         {"raters": counts and each rater's figures, "pairs": model → other → question → figures}.
     """
     everything = final_votes(log)
-    failed = failed_checks(everything)
-    excluded = sorted(rater for rater, number in failed.items() if number > max_failed_checks)
-    votes = [vote for vote in everything if not vote["item"].startswith("check")]
-    kept = [vote for vote in votes if vote["rater"] not in excluded]
+    kept, excluded = kept_votes(everything, max_failed_checks)
+    checks = {(vote["rater"], vote["item"]) for vote in everything if vote["item"].startswith("check")}
+    failed, seen = failed_checks(everything), Counter(rater for rater, _ in checks)
+    n_votes = sum(not vote["item"].startswith("check") for vote in everything)
     agreement, counts = agreement_with_others(kept), Counter(vote["rater"] for vote in kept)
     raters = {
         "n_raters": len({vote["rater"] for vote in everything}),
         "n_excluded": len(excluded),
         "n_votes": len(kept),
-        "n_votes_excluded": len(votes) - len(kept),
+        "n_votes_excluded": n_votes - len(kept),
         "excluded": excluded,
         "each": {
-            rater: {"votes": counts[rater], "failed_checks": failed.get(rater, 0), "agreement": agreement.get(rater)}
+            rater: {
+                "votes": counts[rater],
+                "checks": seen[rater],
+                "failed_checks": failed.get(rater, 0),
+                "agreement": agreement.get(rater),
+            }
             for rater in sorted(counts)
         },
     }
@@ -412,6 +434,7 @@ def pair_figures(votes: list[dict], name: str, other: str, seed: int) -> dict:
     figures = {
         "n_comparisons": len(items),
         "n_votes": len(votes),
+        "n_raters": len(raters),
         "votes_per_comparison": [int(counts.sum(axis=1).min()), int(counts.sum(axis=1).max())],
         "wins": n_wins,
         "losses": int((decisions == 0).sum()),
@@ -433,14 +456,18 @@ def verdict(name: str, other: str, figures: dict) -> str:
     """What the interval of the win rate says, in plain words."""
     low, high = figures["win_rate_ci95"]
     shown = f"{figures['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%})"
-    few = f" Only {figures['n_comparisons']} comparisons: the interval says little."
+    few = f" Only {figures['n_comparisons']} comparisons: the interval says little." * (
+        figures["n_comparisons"] < FEW_PROMPTS
+    )
+    if figures["n_raters"] < FEW_RATERS:
+        few += f" Only {figures['n_raters']} raters: other people may judge otherwise, and the interval is too narrow."
     if low > 0.5:
         text = f"People prefer {name} to {other}: {shown}. Chance alone is an unlikely cause."
     elif high < 0.5:
         text = f"People prefer {other} to {name}: {name} wins {shown}. Chance alone is an unlikely cause."
     else:
         text = f"No preference is shown: {name} wins {shown}, which contains 50 %."
-    return text + few * (figures["n_comparisons"] < FEW_PROMPTS)
+    return text + few
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -463,6 +490,7 @@ def serve(args: ScriptArguments) -> None:
     remove_temporary_files(folder / PICTURES)
     if args.prompts or not (folder / STUDY).exists():
         make_study(args)
+    check_settings(folder, given_settings(args))
     study = Study(folder)
     with page_server(study, args.host, args.port):
         host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
@@ -485,14 +513,15 @@ def report(args: ScriptArguments) -> None:
     record = read_study(Path(args.study_dir))
     repo_id = create_repo(args.hub_model_id, "model", args.hub_private_repo) if args.push_to_hub else None
     log, _ = read_log(Path(args.study_dir, VOTES))
-    results = tally(record, log, args.max_failed_checks, args.seed)
+    most = max_failed_checks(args, record)
+    results = tally(record, log, most, args.seed)
     if not results["raters"]["n_votes"]:
         raise SystemExit(
             f"{Path(args.study_dir, VOTES)}: no votes to count: {results['raters']['n_excluded']} raters were left out"
         )
     settings = {key: record[key] for key in ("questions", "allow_ties", "votes_per_comparison", "n_checks", "seed")}
-    settings |= {"n_prompts": len(record["prompts"]), "max_failed_checks": args.max_failed_checks}
-    output_dir, table = Path(args.output_dir), markdown_report(record, results, args.max_failed_checks)
+    settings |= {"n_prompts": len(record["prompts"]), "max_failed_checks": most}
+    output_dir, table = Path(args.output_dir), markdown_report(record, results, most)
     write_text(output_dir / "results.json", json.dumps({"settings": settings, **results}, indent=2) + "\n")
     write_text(output_dir / "results.md", table)
     draw_chart(results, output_dir / "chart.png")
@@ -512,10 +541,10 @@ def export(args: ScriptArguments) -> None:
     if args.push_to_hub:
         args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
         check_dataset_repo(args.hub_dataset_id, DATA_FILES)
+    check_output_dir(output_dir, {UNFINISHED: "user_study.py", "README.md": CARD_BEGIN})
     check_card(output_dir / "README.md")
-    votes = final_votes(read_log(folder / VOTES)[0])
-    excluded = {rater for rater, number in failed_checks(votes).items() if number > args.max_failed_checks}
-    votes = [vote for vote in votes if vote["question"] == question and vote["rater"] not in excluded]
+    votes, _ = kept_votes(final_votes(read_log(folder / VOTES)[0]), max_failed_checks(args, record))
+    votes = [vote for vote in votes if vote["question"] == question]
     make = pair_rows if args.export_format == "pairs" else ranked_rows
     rows, left_out = make(record, folder, votes)
     if not rows:
@@ -530,23 +559,23 @@ def write_space(args: ScriptArguments) -> None:
     which stands in study.json, which goes into the private dataset of the votes."""
     folder, output_dir = Path(args.study_dir), Path(args.output_dir)
     record = read_study(folder)
+    check_output_dir(output_dir, {"app.py": SPACE_APP.partition(" Votes")[0]})
     if args.push_to_hub:
         args.hub_space_id = create_repo(args.hub_space_id, "space", args.hub_private_repo)
         args.hub_dataset_id = open_vote_repository(args)
     script = Path(__file__)
     header = re.search(r"^# /// script\n(.*?)^# ///$", script.read_text(), re.M | re.S)[1]
     packages = re.findall(r'"([\w-]+)"', header.partition("dependencies")[2])
+    packages = [GRADIO if name == "gradio" else name for name in packages]
     texts = {
         "app.py": SPACE_APP.format(dataset=args.hub_dataset_id),
         "requirements.txt": "\n".join([f"--extra-index-url {CPU_WHEELS}", "torch", *packages, ""]),
-        "README.md": SPACE_CARD.format(title=output_dir.resolve().name, dataset=args.hub_dataset_id),
+        "README.md": SPACE_CARD.format(dataset=args.hub_dataset_id),
         script.name: script.read_text(),
     }
     for name, text in texts.items():
         write_text(output_dir / name, text)
-    names = {file_name(record, key) for key in picture_keys(record)}
-    for old in set((output_dir / PICTURES).glob("*.jpg")) - {output_dir / PICTURES / name for name in names}:
-        old.unlink()
+    names = remove_other_pictures(record, output_dir)
     for name in sorted(names):
         write_bytes(output_dir / PICTURES / name, (folder / PICTURES / name).read_bytes())
     print(f"the Space is in {output_dir}")
@@ -582,6 +611,22 @@ def check_study_dir(folder: Path) -> None:
         raise SystemExit(f"--study_dir {folder} holds other files ({min(others)}): choose another folder")
 
 
+def check_output_dir(folder: Path, marks: dict[str, str]) -> None:
+    """Exits with one line unless the folder is empty, or the command's own.
+
+    Args:
+        marks: file → a text that it holds in such a folder; one of them is enough.
+    """
+    own = any((folder / name).is_file() and mark in (folder / name).read_text() for name, mark in marks.items())
+    if not own and not is_empty(folder):
+        raise SystemExit(f"--output_dir {folder} holds other files: choose another folder")
+
+
+def max_failed_checks(args: ScriptArguments, record: dict) -> int:
+    """What --max_failed_checks says, or what the study was made with."""
+    return record.get("max_failed_checks", 0) if args.max_failed_checks is None else args.max_failed_checks
+
+
 def read_study(folder: Path) -> dict:
     """The record of a study. Exits with one line if there is none."""
     try:
@@ -607,12 +652,7 @@ def make_study(args: ScriptArguments) -> None:
         raise SystemExit("--per_category needs --category_column, the column of the categories")
     settings = {name: getattr(args, name) for name in MAKING} | {"all_prompts": prompts_digest(rows)}
     if (folder / STUDY).exists():
-        previous = read_study(folder)["settings"]
-        for name in settings:
-            if previous.get(name) != settings[name]:
-                problem = f"{folder} holds a study made with {name} {previous.get(name)}, not {settings[name]}"
-                raise SystemExit(f"{problem}: choose another --study_dir, or leave the flags out to go on with it")
-        return
+        return check_settings(folder, settings)
     sources = find_images(args, rows, categories)
     if args.baseline and args.baseline not in sources:
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(sources)}")
@@ -635,6 +675,7 @@ def make_study(args: ScriptArguments) -> None:
         "allow_ties": args.allow_ties,
         "votes_per_comparison": args.votes_per_comparison,
         "comparisons_per_rater": args.comparisons_per_rater,
+        "max_failed_checks": args.max_failed_checks or 0,
         "seed": args.seed,
         "consent": args.consent,
         "settings": settings,
@@ -644,7 +685,23 @@ def make_study(args: ScriptArguments) -> None:
     for number, prompt in enumerate(progress_bar(record["prompts"], desc="pictures", unit="prompt")):
         stop_if_asked("the study is not made yet: the same command makes it")
         write_pictures(record, folder, number, {name: find(prompt["index"]) for name, find in sources.items()}, args)
+    remove_other_pictures(record, folder)
     write_json(folder / STUDY, record)
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Exits with one line if the study was made with other settings than these."""
+    previous = read_study(folder)["settings"]
+    for name, value in settings.items():
+        if previous.get(name) != value:
+            problem = f"{folder} holds a study made with {name} {previous.get(name)}, not {value}"
+            raise SystemExit(f"{problem}: choose another --study_dir, or leave the flags out to go on with it")
+
+
+def given_settings(args: ScriptArguments) -> dict:
+    """The settings of a study among the flags that differ from their default."""
+    defaults = ScriptArguments()
+    return {name: getattr(args, name) for name in MAKING if getattr(args, name) != getattr(defaults, name)}
 
 
 def prompts_digest(rows: list[dict]) -> str:
@@ -670,9 +727,11 @@ def find_images(args: ScriptArguments, rows: list[dict], categories: list[str]) 
             found[name] = lambda i, own=folder / name: own / f"{i:05d}_0.png"
     for item in args.images:
         name, _, template = item.partition("=")
-        if not re.fullmatch(r"[\w.@-]{1,60}", name) or not template or name in found or name in ("noise", "tie"):
+        if not re.fullmatch(r"[\w.@-]{1,60}", name) or not template or name in found:
             raise SystemExit(f"--images {item}: must be name=TEMPLATE, with a name of its own")
         found[name] = lambda i, own=template, where=f"--images {item}": template_file(where, own, i, rows, categories)
+    if taken := {"noise", "tie"} & set(found):
+        raise SystemExit(f"a model may not be called {min(taken)}: give it another name, with --images name=TEMPLATE")
     if len(found) < 2:
         raise SystemExit(f"{len(found)} models: name two or more, with --evaluation_dir or --images")
     return found
@@ -703,6 +762,15 @@ def picture_keys(record: dict) -> list[tuple[int, str]]:
 def file_name(record: dict, key: Sequence) -> str:
     """The name of a picture's file, which says nothing about its model."""
     return keyed(record["secret"], "file", *key) + ".jpg"
+
+
+def remove_other_pictures(record: dict, folder: Path) -> set[str]:
+    """Removes pictures of ours that are not of this study, as a killed run leaves them; returns the study's names."""
+    names = {file_name(record, key) for key in picture_keys(record)}
+    for file in (folder / PICTURES).glob("*.jpg"):
+        if re.fullmatch(r"[0-9a-f]{32}\.jpg", file.name) and file.name not in names:
+            file.unlink()
+    return names
 
 
 def write_pictures(record: dict, folder: Path, number: int, files: dict[str, Path], args: ScriptArguments) -> None:
@@ -944,9 +1012,11 @@ def need_gradio() -> None:
     """Exits with one line if what only `serve` needs is not installed."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        import gradio  # noqa: F401
+        import gradio
     except ImportError as error:
-        raise SystemExit(f"serve needs Gradio: pip install gradio ({one_line(error)})") from None
+        raise SystemExit(f"serve needs Gradio: pip install '{GRADIO}' ({one_line(error)})") from None
+    if tuple(map(int, gradio.__version__.split(".")[:2])) < (6, 31):
+        raise SystemExit(f"serve needs a newer Gradio than {gradio.__version__}: pip install '{GRADIO}'")
 
 
 def make_app(study: Study):
@@ -979,7 +1049,8 @@ def make_app(study: Study):
     with gr.Blocks(title="Which picture is better?", analytics_enabled=False) as blocks:
         functions = [welcome, enter, look, answer]
         gr.HTML(html_template=PAGE, css_template=STYLE, js_on_load=SCRIPT, server_functions=functions, elem_id="study")
-    return gr.mount_gradio_app(app, blocks, path="", footer_links=[], ssr_mode=False, show_error=False)
+    options = {"footer_links": [], "ssr_mode": False, "show_error": False}
+    return gr.mount_gradio_app(app, blocks, path="", max_file_size=1, **options)  # nobody uploads files here
 
 
 def rater_of(request: dict) -> str:
@@ -1392,11 +1463,10 @@ RANKED_FEATURES = Features(
 
 
 def count_votes(votes: list[dict]) -> dict[str, Counter]:
-    """Item → chosen model or "tie" → votes, without test pairs."""
+    """Item → chosen model or "tie" → votes."""
     counts = {}
     for vote in votes:
-        if not vote["item"].startswith("check"):
-            counts.setdefault(vote["item"], Counter())[vote["chosen"]] += 1
+        counts.setdefault(vote["item"], Counter())[vote["chosen"]] += 1
     return counts
 
 
@@ -1459,7 +1529,9 @@ def ranked_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dic
             for name in names
         ]
         phi = np.mean(shares, axis=1)
-        order = np.argsort(-phi, kind="stable")
+        # Equal ones in an order that favours no model; rounded, since equal shares may differ in their last bit.
+        tied = [(-round(value, 9), short_hash(f"{prompt['prompt']}|{name}")) for name, value in zip(names, phi)]
+        order = sorted(range(len(names)), key=tied.__getitem__)
         pictures = [picture_bytes(record, folder, number, name) for name in names]
         rows.append(
             {
@@ -1486,7 +1558,7 @@ def write_dataset(args: ScriptArguments, rows: list[dict], question: str, left_o
     parts = [rows[start : start + 1000] for start in range(0, len(rows), 1000)]
     files = [data_file(output_dir / "data", number, parts) for number in range(len(parts))]
     write_text(output_dir / UNFINISHED, "The dataset in this folder is not complete: see user_study.py.\n")
-    for file in set((output_dir / "data").glob("*.parquet")) - set(files):
+    for file in set((output_dir / "data").glob("train-*-of-*.parquet")) - set(files):
         file.unlink()
     for file, part in zip(files, parts):
         table = pa.Table.from_pylist([features.encode_example(row) for row in part], schema=features.arrow_schema)
@@ -1529,6 +1601,7 @@ dataset = load_dataset("{dataset}", split="train")
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+GRADIO = "gradio>=6.31,<7"
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 SPACE_APP = '''"""Serves the study. Votes and the record of the study are in the private dataset {dataset}."""
 
@@ -1544,8 +1617,10 @@ sys.argv[1:] = "serve --study_dir . --host 0.0.0.0 --port 7860 --push_to_hub --h
 user_study.run_script(user_study.main)
 '''
 SPACE_CARD = """---
-title: {title}
+title: User study
 sdk: gradio
+sdk_version: 6.31.0
+python_version: "3.11"
 app_file: app.py
 pinned: false
 ---

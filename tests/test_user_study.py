@@ -272,7 +272,7 @@ def test_tally_by_hand():
     assert figures["fleiss_kappa"] == pytest.approx((1 / 3 - chance) / (1 - chance))
     # Where the two others agree: of r0 on prompt 1, and where one other voted, on 3.
     each = user_study.tally(record, lines, 0, 0)["raters"]["each"]
-    assert each["r2"] == {"votes": 3, "failed_checks": 0, "agreement": 0.5}
+    assert each["r2"] == {"votes": 3, "checks": 0, "failed_checks": 0, "agreement": 0.5}
     assert "No preference is shown" in figures["verdict"] and "Only 4 comparisons" in figures["verdict"]
 
 
