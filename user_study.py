@@ -52,6 +52,7 @@ import secrets
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -500,11 +501,11 @@ def serve(args: ScriptArguments) -> None:
         while not stop_signals:
             time.sleep(0.2)
             if repo_id and time.monotonic() - published > PUBLISH_SECONDS:
-                publish_votes(repo_id, study.log)
+                publish_votes(repo_id, study)
                 published = time.monotonic()
-    study.log.close()
     if repo_id:
-        publish_votes(repo_id, study.log)
+        publish_votes(repo_id, study)
+    study.log.close()
     stop_if_asked(f"all votes are in {folder / VOTES}: the same command goes on")
 
 
@@ -617,7 +618,8 @@ def check_output_dir(folder: Path, marks: dict[str, str]) -> None:
     Args:
         marks: file → a text that it holds in such a folder; one of them is enough.
     """
-    own = any((folder / name).is_file() and mark in (folder / name).read_text() for name, mark in marks.items())
+    there = {name: mark for name, mark in marks.items() if (folder / name).is_file()}
+    own = any(mark.encode() in (folder / name).read_bytes() for name, mark in there.items())
     if not own and not is_empty(folder):
         raise SystemExit(f"--output_dir {folder} holds other files: choose another folder")
 
@@ -811,17 +813,20 @@ def read_picture(name: str, file: Path) -> PILImage.Image:
 def read_log(file: Path) -> tuple[list[dict], int]:
     """The whole lines of a log, and their length in bytes. A last line without its end, which a crash or a write in
     progress leaves, is not among them. Exits with one line if another line is damaged."""
-    content = file.read_bytes() if file.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    lines = []
-    for number, line in enumerate(content[:whole].splitlines(), 1):
+    content, lines = whole_lines(file), []
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             lines.append(json.loads(line))
             if not {"rater", "item"} <= lines[-1].keys():
                 raise ValueError
         except (ValueError, AttributeError):
             raise SystemExit(f"{file}: line {number} is damaged: mend or remove it") from None
-    return lines, whole
+    return lines, len(content)
+
+
+def whole_lines(file: Path) -> bytes:
+    content = file.read_bytes() if file.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
 
 
 class VoteLog:
@@ -875,7 +880,10 @@ class Study:
             for pair, models in enumerate(self.record["pairs"])
         }
         self.shown: dict[str, list[dict]] = {}  # rater → what it was shown, in order
-        self.answers: dict[tuple, str] = {}  # (rater, item, question) → the last answer
+        self.limit = min(self.record["comparisons_per_rater"] or len(self.comparisons), len(self.comparisons))
+        self.answers: dict[tuple, dict] = {}  # (rater, item, question) → the line of the last answer, and its turn
+        self.turns: Counter[str] = Counter()  # rater → answers recorded
+        self.excluded: set[str] = set()  # raters who failed too many test pairs: their votes will not count
         self.raters: dict[str, dict[str, float]] = {item: {} for item in self.comparisons}  # item → rater → when shown
         self.pictures: dict[str, Path] = {}  # name in the page → file
         self.lock = threading.Lock()
@@ -890,7 +898,11 @@ class Study:
         """Takes a line of the log into account."""
         rater, item = line["rater"], line["item"]
         if "left" not in line:
-            self.answers[rater, item, line["question"]] = line["answer"]
+            self.answers[rater, item, line["question"]] = line | {"turn": self.turns[rater]}
+            self.turns[rater] += 1
+            if item.startswith("check"):
+                failed = self.failed_checks(rater) > self.record.get("max_failed_checks", 0)
+                (self.excluded.add if failed else self.excluded.discard)(rater)
             return
         self.shown.setdefault(rater, []).append(line)
         if item in self.raters:
@@ -906,19 +918,56 @@ class Study:
         """What a rater was shown at this position."""
         return self.view(rater, max(position, 0), back=True)
 
-    def answer(self, rater: str, position: int, question: str, answer: str, seconds: float) -> dict:
-        """Records an answer, unless it is the last one given: a second click or a second try changes nothing."""
+    def join(self, lines: list[dict]) -> None:
+        """Takes in what another log of this study has more: a server that was about to end when this one began went on
+        for a moment. Of two answers to the same question the later one counts."""
+        theirs = {}
+        with self.lock:
+            for line in lines:
+                key = line["rater"], line["item"]
+                mine = next((own for own in self.shown.get(key[0], []) if own["item"] == key[1]), None)
+                if "left" in line:
+                    theirs[key] = line
+                    if mine:
+                        continue
+                elif mine is None or self.time_of(*key, line["question"]) >= line["time"]:
+                    continue
+                elif mine["left"] != theirs.get(key, mine)["left"]:  # shown there with its sides exchanged
+                    line = line | {"answer": {"left": "right", "right": "left"}.get(line["answer"], line["answer"])}
+                self.log.append(line)
+                self.take(line)
+
+    def time_of(self, rater: str, item: str, question: str) -> float:
+        return self.answers.get((rater, item, question), {"time": 0.0})["time"]
+
+    def answer(
+        self, rater: str, position: int, question: str, answer: str, seconds: float, picture: str, turn: int
+    ) -> dict:
+        """Records an answer, unless it is the last one given: a second click or a second try changes nothing.
+
+        An answer to something else than what stands at this position, or one that an earlier page gave and that comes
+        late, is not recorded either: the page then goes on where the rater is.
+
+        Args:
+            picture, turn: the left picture and the rater's number of answers, as `view` gave them to the page.
+        """
         allowed = ("left", "right", "tie") if self.record["allow_ties"] else ("left", "right")
         if question not in self.record["questions"] or answer not in allowed:
             raise ValueError(f"no such question or answer: {question}, {answer}")
         with self.lock:
             shown = self.shown.get(rater, [])
-            item = shown[position]["item"] if 0 <= position < len(shown) else None
-            if item is not None and self.answers.get((rater, item, question)) != answer:
-                line = {"rater": rater, "item": item, "question": question, "answer": answer}
+            at = shown[position] if 0 <= position < len(shown) else None
+            is_right = at is not None and picture == self.picture_name(at, "left")
+            last = self.answers.get((rater, at["item"], question), {"answer": None, "turn": -1}) if is_right else {}
+            is_new = is_right and answer != last["answer"]
+            is_late = is_new and int(turn) <= last["turn"]
+            if is_new and not is_late:
+                line = {"rater": rater, "item": at["item"], "question": question, "answer": answer}
                 line |= {"seconds": round(min(max(float(seconds), 0.0), 3600.0), 1), "time": round(time.time(), 1)}
                 self.log.append(line)
                 self.take(line)
+        if not is_right or is_late:
+            return self.enter(rater)
         asked = list(self.record["questions"]).index(question) + 1
         if asked < len(self.record["questions"]):
             return self.view(rater, position, asked, back=True)
@@ -928,16 +977,18 @@ class Study:
         """What the page shows at a position: the question number `asked` or, unless the rater went back, the first one
         without an answer. After all that was shown comes the next comparison, or the end."""
         with self.lock:
-            shown = self.shown.setdefault(rater, [])
+            shown, loads = self.shown.setdefault(rater, []), self.loads()
             if position >= len(shown) or not back and position == len(shown) - 1:
-                self.show_next(rater)
+                self.show_next(rater, loads)
                 position = len(shown) - bool(shown and not self.is_done(rater, shown[-1]["item"]))
             done = sum(self.is_done(rater, line["item"]) for line in shown)
-            state = {"position": position, "done": done, "total": self.total(rater), "finished": position >= len(shown)}
+            state = {"position": position, "done": done, "total": self.total(rater, loads)}
+            state |= {"turn": self.turns[rater], "finished": position >= len(shown)}
             if state["finished"]:
                 return state
             line, questions = shown[position], self.record["questions"]
-            answers = {name: self.answers.get((rater, line["item"], name)) for name in questions}
+            found = {name: self.answers.get((rater, line["item"], name), {}) for name in questions}
+            answers = {name: line.get("answer") for name, line in found.items()}
             if not back:
                 asked = next((n for n, answer in enumerate(answers.values()) if not answer), 0)
             prompt = self.record["prompts"][self.prompt_of(line["item"])]["prompt"]
@@ -945,22 +996,22 @@ class Study:
             state |= {"prompt": prompt, "pictures": pictures, "questions": list(questions.items()), "answers": answers}
             return state | {"asked": asked, "ties": self.record["allow_ties"]}
 
-    def show_next(self, rater: str) -> None:
+    def show_next(self, rater: str, loads: dict[str, int]) -> None:
         """Gives a rater the next test pair or comparison, unless one is not answered yet, or none is left."""
         shown, secret = self.shown[rater], self.record["secret"]
         if shown and not self.is_done(rater, shown[-1]["item"]):
             return
         checks = sum(line["item"].startswith("check") for line in shown)
-        limit = min(self.record["comparisons_per_rater"] or len(self.comparisons), len(self.comparisons))
-        if check_is_due(len(shown) - checks, checks, limit, self.record["n_checks"]):
+        mine, n_checks, item = len(shown) - checks, self.record["n_checks"], None
+        if mine < self.limit:
+            seen = {line["item"] for line in shown}
+            item = next_comparison(loads, seen, self.record["votes_per_comparison"], secret, rater)
+        # Where no comparison is left, the other test pairs come before the end.
+        if check_is_due(mine, checks, self.limit, n_checks) or item is None and mine and checks < n_checks:
             item, check = f"check{checks}", self.record["checks"][checks]
             sides = [check["model"], check["model"] if check["kind"] == "same" else "noise"]
             turned = int(keyed(secret, "side", rater, item), 16) % 2
-        elif len(shown) - checks < limit:
-            seen = {line["item"] for line in shown}
-            item = next_comparison(self.loads(), seen, self.record["votes_per_comparison"], secret, rater)
-            if item is None:
-                return
+        elif item is not None:
             sides = list(self.comparisons[item][1])
             number = sum(self.comparisons.get(line["item"], (0, ()))[1] == tuple(sides) for line in shown)
             turned = not first_goes_left(secret, rater, sides, number)
@@ -972,22 +1023,30 @@ class Study:
         self.take(line)
 
     def loads(self) -> dict[str, int]:
-        """Comparison → raters who have answered it, or were shown it and may still answer."""
+        """Comparison → raters who have answered it, or were shown it and may still answer; without excluded ones."""
         since = time.time() - 60 * HELD_MINUTES
         return {
-            item: sum(when > since or self.is_done(rater, item) for rater, when in raters.items())
+            item: sum(
+                rater not in self.excluded and (when > since or self.is_done(rater, item))
+                for rater, when in raters.items()
+            )
             for item, raters in self.raters.items()
         }
 
-    def total(self, rater: str) -> int:
+    def total(self, rater: str, loads: dict[str, int]) -> int:
         """How much there is to do for a rater, as far as can be seen now."""
         seen = {line["item"] for line in self.shown[rater]}
         mine = sum(item in self.comparisons for item in seen)
         wanted = self.record["votes_per_comparison"]
-        left = sum(load < wanted and item not in seen for item, load in self.loads().items())
-        limit = min(self.record["comparisons_per_rater"] or len(self.comparisons), len(self.comparisons))
-        checks = self.record["n_checks"] if left and mine < limit else len(seen) - mine
-        return min(mine + left, max(limit, mine)) + checks
+        left = sum(load < wanted and item not in seen for item, load in loads.items())
+        comparisons = min(mine + left, max(self.limit, mine))
+        return comparisons + self.record["n_checks"] * (comparisons > 0)
+
+    def failed_checks(self, rater: str) -> int:
+        """Test pairs with a wrong answer."""
+        keys = [(line, (rater, line["item"], q)) for line in self.shown[rater] for q in self.record["questions"]]
+        votes = [line | self.answers[key] for line, key in keys if key in self.answers]
+        return failed_checks(votes).get(rater, 0)
 
     def is_done(self, rater: str, item: str) -> bool:
         return all((rater, item, question) in self.answers for question in self.record["questions"])
@@ -996,8 +1055,8 @@ class Study:
         return self.comparisons[item][0] if item in self.comparisons else self.record["checks"][int(item[5:])]["prompt"]
 
     def picture_name(self, line: dict, side: str) -> str:
-        """The name of a picture in a rater's page: another one for every rater and comparison."""
-        return keyed(self.record["secret"], "page", line["rater"], line["item"], side)
+        """The name of a picture in a rater's page: another one for every rater, comparison and side."""
+        return keyed(self.record["secret"], "page", line["rater"], line["item"], side, line[side])
 
     def picture_file(self, key: Sequence) -> Path:
         return self.folder / PICTURES / file_name(self.record, key)
@@ -1034,7 +1093,7 @@ def make_app(study: Study):
         return study.look(rater_of(request), int(request["position"]))
 
     def answer(request: dict) -> dict:
-        given = [request[name] for name in ("question", "answer", "seconds")]
+        given = [request[name] for name in ("question", "answer", "seconds", "picture", "turn")]
         return study.answer(rater_of(request), int(request["position"]), *given)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -1151,17 +1210,21 @@ SCRIPT = r"""
 const part = name => element.querySelector(`[data-part="${name}"]`);
 const buttons = [...element.querySelectorAll("[data-answer]")];
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
-let state = null, rater = null, busy = true, loaded = 0, since = 0, zoomed = null;
+let state = null, rater = null, busy = true, loaded = 0, since = 0, drawn = 0, zoomed = null;
+const PAUSE = 300;  // ms: the second half of a double click must not answer the next question
 
 function notice(text) { part("notice").textContent = text; part("notice").hidden = !text; }
 
 // The server may be gone for a moment. To send an answer twice does no harm.
 async function ask(name, request) {
-  for (;;) {
+  for (let tries = 1; ; tries += 1) {
     let answer;
     try { answer = await server[name]({rater, ...request}); } catch (error) { console.warn(error); }
     if (answer) { notice(""); return answer; }
-    notice("No connection to the server. Your answers are safe. Trying again…");
+    const there = await fetch("picture/none").then(() => true, () => false);  // any reply: the server is there
+    const problem = there ? "The server reports an error. Please tell those who run the study."
+      : "No connection to the server.";
+    notice(`${problem} Your answers are safe. ${tries < 20 ? "Trying again…" : "Please reload the page."}`);
     await wait(1500);
   }
 }
@@ -1178,7 +1241,8 @@ function load(image, name) {
   image.src = `picture/${name}`;
 }
 
-function enable() { for (const button of buttons) button.disabled = busy || loaded < 2; }
+function isReady() { return !busy && loaded === 2 && performance.now() - drawn >= PAUSE; }
+function enable() { for (const button of buttons) button.disabled = !isReady(); }
 
 function draw(next) {
   const before = state && state.pictures ? state.pictures.join() : "";
@@ -1209,17 +1273,19 @@ function draw(next) {
     load(part("left"), state.pictures[0]);
     load(part("right"), state.pictures[1]);
   }
-  since = performance.now();
+  since = drawn = performance.now();
   enable();
+  setTimeout(enable, PAUSE + 5);
   show("task");
 }
 
 async function give(answer) {
-  if (busy || !state || state.finished || loaded < 2 || (answer === "tie" && !state.ties)) return;
+  if (!isReady() || !state || state.finished || (answer === "tie" && !state.ties)) return;
   busy = true;
   enable();
   const seconds = (performance.now() - since) / 1000;
-  draw(await ask("answer", {position: state.position, question: state.questions[state.asked][0], answer, seconds}));
+  const shown = {position: state.position, picture: state.pictures[0], turn: state.turn};
+  draw(await ask("answer", {...shown, question: state.questions[state.asked][0], answer, seconds}));
 }
 
 async function back() {
@@ -1246,7 +1312,9 @@ async function begin(id) {
   draw(await ask("enter", {}));
 }
 
-for (const button of buttons) button.addEventListener("click", () => give(button.dataset.answer));
+for (const button of buttons) {
+  button.addEventListener("click", event => { if (event.detail < 2) give(button.dataset.answer); });
+}
 for (const side of ["left", "right"]) part(side).addEventListener("click", () => zoom(side));
 part("zoom").addEventListener("click", unzoom);
 part("back").addEventListener("click", back);
@@ -1641,51 +1709,60 @@ def open_vote_repository(args: ScriptArguments) -> str:
 
 def fetch_study(repo_id: str, folder: Path) -> None:
     """Brings what the dataset of the votes has and this machine lacks: a Space forgets its files when it restarts."""
-    head = retried(HfApi().repo_info, repo_id, repo_type="dataset", timeout=HUB_TIMEOUT)
-    names = {file.rfilename for file in head.siblings}
-    there = {
-        name: Path(retried(hf_hub_download, repo_id, name, repo_type="dataset", revision=head.sha)).read_bytes()
-        for name in (STUDY, VOTES)
-        if name in names
-    }
+    there = dataset_files(repo_id, (STUDY, VOTES))
     if STUDY in there and not (folder / STUDY).exists():
         write_bytes(folder / STUDY, there[STUDY])
-    elif STUDY in there and (folder / STUDY).read_bytes() != there[STUDY]:
-        raise SystemExit(f"--hub_dataset_id {repo_id} holds another study: choose another name")
+    check_same_study(repo_id, folder, there)
     here = (folder / VOTES).read_bytes() if (folder / VOTES).exists() else b""
-    merged = merge_logs(here, there.get(VOTES, b""))
-    if merged != here:
-        write_bytes(folder / VOTES, merged)
+    if there.get(VOTES, b"").startswith(here):  # else publish_votes joins the two
+        write_bytes(folder / VOTES, there.get(VOTES, b""))
 
 
-def merge_logs(here: bytes, there: bytes) -> bytes:
-    """One log of two: of one study, on this machine and on the Hub. Mostly one begins with the other."""
-    if here.startswith(there) or there.startswith(here):
-        return max(here, there, key=len)
-    lines = there.splitlines(keepends=True)
-    known = set(lines)
-    return b"".join(lines + [line for line in here.splitlines(keepends=True) if line not in known])
+def dataset_files(repo_id: str, names: Sequence[str]) -> dict[str, bytes]:
+    """Name → content of those files that the dataset holds. Nothing stays in the cache, which would fill the disk with
+    every minute's votes."""
+    head = retried(HfApi().repo_info, repo_id, repo_type="dataset", timeout=HUB_TIMEOUT)
+    there = [name for name in names if name in {file.rfilename for file in head.siblings}]
+    with tempfile.TemporaryDirectory() as cache:
+        options = {"repo_type": "dataset", "revision": head.sha, "cache_dir": cache}
+        return {name: Path(retried(hf_hub_download, repo_id, name, **options)).read_bytes() for name in there}
 
 
-def publish_votes(repo_id: str, log: VoteLog) -> None:
-    """Sends the study and its votes in one commit, unless nothing is new. A failure is said, and the next turn tries
-    again: the votes are on the disk."""
-    content = log.content()
-    if content == log.published:
+def check_same_study(repo_id: str, folder: Path, there: dict[str, bytes]) -> None:
+    if STUDY in there and (folder / STUDY).read_bytes() != there[STUDY]:
+        raise SystemExit(f"--hub_dataset_id {repo_id} holds another study: choose another name")
+
+
+def publish_votes(repo_id: str, study: Study) -> None:
+    """Sends the study and its votes in one commit, unless nothing is new; votes that another server has sent meanwhile
+    are taken in first. A failure is said, and the next turn tries again: the votes are on the disk."""
+    log = study.log
+    if log.content() == log.published:
         return
     try:
-        files = {VOTES: content, STUDY: log.file.parent / STUDY}
-        push_to_hub(repo_id, "dataset", files, "Votes")
+        there = dataset_files(repo_id, (VOTES,)).get(VOTES, b"")
+        if there != log.published and not log.content().startswith(there):
+            study.join([json.loads(line) for line in there.splitlines()])
+        content = log.content()
+        push_to_hub(repo_id, "dataset", {VOTES: content, STUDY: log.file.parent / STUDY}, "Votes")
         log.published = content
     except Exception as error:
         warn(f"votes were not sent to {repo_id}: {one_line(error)}; they are in {log.file}")
 
 
 def publish_space(args: ScriptArguments, names: list[str]) -> None:
-    """Uploads the Space, and the record of the study into the private dataset."""
-    output_dir, study = Path(args.output_dir), Path(args.study_dir, STUDY)
+    """Uploads the Space; and the record of the study and the votes so far into the private dataset."""
+    output_dir, study = Path(args.output_dir), Path(args.study_dir)
     try:
-        push_to_hub(args.hub_dataset_id, "dataset", {STUDY: study}, "Study")
+        there = dataset_files(args.hub_dataset_id, (STUDY, VOTES))
+        check_same_study(args.hub_dataset_id, study, there)
+        here = whole_lines(study / VOTES)
+        votes = there.get(VOTES, b"")
+        records = {STUDY: study / STUDY} | ({VOTES: here} if here.startswith(votes) and here else {})
+        if not here.startswith(votes) and not votes.startswith(here):
+            problem = f"--hub_dataset_id {args.hub_dataset_id} has other votes than {study / VOTES}"
+            raise SystemExit(f"{problem}: let serve --push_to_hub join them, or choose another name")
+        push_to_hub(args.hub_dataset_id, "dataset", records, "Study")
         files = {name: output_dir / name for name in names}
         push_to_hub(args.hub_space_id, "space", files, "Study", replace=(f"{PICTURES}/*",))
     except Exception as error:

@@ -64,7 +64,7 @@ def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
         for _ in range(200):
             question = state["questions"][state["asked"]][0]
             answers.append((state["position"], question, person.rng.choice(["left", "right"])))
-            state = person.ask("answer", **dict(zip(("position", "question", "answer"), answers[-1])), seconds=1.0)
+            state = person.answer(state, answers[-1][-1])
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(people, given)]
     for thread in threads:
@@ -208,8 +208,7 @@ def test_answers_and_headers_of_the_server_name_no_model(tmp_path):
                 "date",
             }
             sizes.append([len(picture.read()) for picture in pictures])
-            state = rater.ask("answer", position=state["position"], question=state["questions"][state["asked"]][0],
-                              answer="left", seconds=1)  # fmt: skip
+            state = rater.answer(state, "left")
         assert len(sizes) == 3 * 37 and all(left == right for left, right in sizes)
         with pytest.raises(raters.urllib.error.HTTPError, match="404"):
             raters.urllib.request.urlopen(f"{rater.url}/picture/study.json")
