@@ -620,7 +620,8 @@ def check_output_dir(folder: Path, marks: dict[str, str]) -> None:
     """
     there = {name: mark for name, mark in marks.items() if (folder / name).is_file()}
     own = any(mark.encode() in (folder / name).read_bytes() for name, mark in there.items())
-    if not own and not is_empty(folder):
+    data = [file.name for file in (folder / "data").glob("*.parquet")]  # others would count as rows of the dataset
+    if not own and not is_empty(folder) or any(not re.fullmatch(r"train-\d{5}-of-\d{5}\.parquet", n) for n in data):
         raise SystemExit(f"--output_dir {folder} holds other files: choose another folder")
 
 
