@@ -1225,7 +1225,7 @@ async function ask(name, request) {
     const there = await fetch("picture/none").then(() => true, () => false);  // any reply: the server is there
     const problem = there ? "The server reports an error. Please tell those who run the study."
       : "No connection to the server.";
-    notice(`${problem} Your answers are safe. ${tries < 20 ? "Trying again…" : "Please reload the page."}`);
+    notice(`${problem} Your answers so far are safe. ${tries < 20 ? "Trying again…" : "Please reload the page."}`);
     await wait(1500);
   }
 }
@@ -1715,8 +1715,9 @@ def fetch_study(repo_id: str, folder: Path) -> None:
         write_bytes(folder / STUDY, there[STUDY])
     check_same_study(repo_id, folder, there)
     here = (folder / VOTES).read_bytes() if (folder / VOTES).exists() else b""
-    if there.get(VOTES, b"").startswith(here):  # else publish_votes joins the two
-        write_bytes(folder / VOTES, there.get(VOTES, b""))
+    votes = there.get(VOTES, b"")
+    if votes != here and votes.startswith(here):  # else publish_votes joins the two
+        write_bytes(folder / VOTES, votes)
 
 
 def dataset_files(repo_id: str, names: Sequence[str]) -> dict[str, bytes]:
