@@ -645,8 +645,14 @@ def test_an_empty_log_is_refused(tmp_path):
 
 def test_results_and_data_on_the_hub(finished, tmp_path, server):
     server.commit("models", "user/lora", {"README.md": b"---\nlicense: mit\n---\n\n# My LoRA\n"})
-    flags = ["tally", "--study_dir", finished, "--output_dir", tmp_path / "tally", "--push_to_hub"]
-    run("user_study.py", *flags, "--hub_model_id", "user/lora", env={**os.environ, **server.environment()})
+    flags = ["--study_dir", finished, "--push_to_hub", "--output_dir"]
+    commands = [
+        ["tally", *flags, tmp_path / "tally", "--hub_model_id", "user/lora"],
+        ["export", *flags, tmp_path / "pairs", "--hub_dataset_id", "user/people"],
+    ]
+    code = "import sys, user_study as u\nfor words in eval(sys.argv[1]): u.main(u.parse_arguments(words))"
+    words = repr([list(map(str, command)) for command in commands])
+    run("-c", code, words, env={**os.environ, **server.environment()})  # one process: the imports take longer
     files = server.files("models", "user/lora")
     card = files["README.md"].decode()
     assert "# My LoRA" in card and card.count("## User study") == 1 and "license: mit" in card
@@ -655,7 +661,5 @@ def test_results_and_data_on_the_hub(finished, tmp_path, server):
     assert "overall, people's win rate of tuned over base" in [metric["name"] for metric in result["metrics"]]
     assert {"user_study/results.json", "user_study/chart.png"} <= files.keys()
     assert not any(re.search(rb"\br[0-4]\b", files[name]) for name in ("user_study/results.json", "README.md"))
-    flags = ["export", "--study_dir", finished, "--output_dir", tmp_path / "pairs", "--push_to_hub"]
-    run("user_study.py", *flags, "--hub_dataset_id", "user/people", env={**os.environ, **server.environment()})
     files = server.files("datasets", "user/people")
     assert "data/train-00000-of-00001.parquet" in files and b'load_dataset("user/people"' in files["README.md"]
