@@ -1242,7 +1242,7 @@ function load(image, name) {
   image.src = `picture/${name}`;
 }
 
-function isReady() { return !busy && loaded === 2 && performance.now() - drawn >= PAUSE; }
+function isReady() { return !busy && loaded >= 2 && performance.now() - drawn >= PAUSE; }
 function enable() { for (const button of buttons) button.disabled = !isReady(); }
 
 function draw(next) {
