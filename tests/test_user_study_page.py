@@ -61,7 +61,7 @@ def wait_until(condition, seconds: float = 120) -> None:
 
 
 def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
-    """8 raters give 100 answers each, at once. The server is killed with -9 on the way, with a half-written line."""
+    """8 raters give 200 answers each, at once. The server is killed with -9 on the way, with a half-written line."""
     flags = study_flags(tmp_path, "--votes_per_comparison", 8, "--questions", *(f"q{i}=Which?" for i in range(17)))
     votes, port = tmp_path / "study" / "votes.jsonl", free_port()
     server = start_server(flags, port, tmp_path / "log")
@@ -72,7 +72,7 @@ def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
 
     def work(person, answers):
         state = person.ask("enter")
-        for _ in range(100):
+        for _ in range(200):
             question = state["questions"][state["asked"]][0]
             answers.append((state["position"], question, person.rng.choice(["left", "right"])))
             state = person.answer(state, answers[-1][-1])
@@ -80,7 +80,7 @@ def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
     threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(people, given)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: sum(map(len, given)) >= 400)
+    wait_until(lambda: sum(map(len, given)) >= 800)
     server.send_signal(signal.SIGKILL)
     server.wait()
     assert all(thread.is_alive() for thread in threads)
@@ -99,7 +99,7 @@ def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
         shown.setdefault(line["rater"], []).extend([line["item"]] if "left" in line else [])
     logged = [(line["rater"], line["item"], line["question"], line["answer"]) for line in lines if "answer" in line]
     told = [(f"r{i}", shown[f"r{i}"][place], *rest) for i in range(8) for place, *rest in given[i]]
-    assert len(told) == 800 and sorted(logged) == sorted(told)
+    assert len(told) == 1600 and sorted(logged) == sorted(told)
     assert all(len(items) == len(set(items)) for items in shown.values())
 
 
