@@ -52,6 +52,7 @@ import secrets
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -101,18 +102,21 @@ CONSENT = (
 STUDY, VOTES, PICTURES = "study.json", "votes.jsonl", "pictures"  # what a study's folder holds
 MAKING = ("evaluation_dir", "images", "prompts", "num_prompts", "per_category", "seed", "questions", "allow_ties")
 MAKING += (
+    "category_column",
     "models",
     "baseline",
     "votes_per_comparison",
     "comparisons_per_rater",
     "attention_checks",
+    "max_failed_checks",
     "picture_size",
     "consent",
 )
 HELD_MINUTES = 60  # a comparison that was shown and not answered goes to somebody else after this time
 PUBLISH_SECONDS = 60  # between two commits of votes
 GREY = (128, 128, 128)
-FEW_PROMPTS = 25  # an interval over fewer prompts carries a warning
+FEW_PROMPTS, FEW_RATERS = 25, 5  # an interval over fewer prompts or raters carries a warning
+CHECK_SPACING = 10  # a test pair comes after so many comparisons, or sooner where a rater sees few
 DATA_FILES = ("data/train-*-of-*.parquet",)
 # Copied from build_synpic.CARD_FACTS
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
@@ -148,18 +152,23 @@ class ScriptArguments:
     num_prompts: int = flag(100, "Prompts to sample.", min=1)
     per_category: int | None = flag(None, "Prompts to sample from each category, instead of --num_prompts.", min=1)
     questions: list[str] = flag(
-        lambda: ["general", "appeal", "alignment"], f"{', '.join(QUESTIONS)}, or name=text of your own."
+        lambda: ["general", "appeal", "alignment"],
+        f"{', '.join(QUESTIONS)}, or name=text of your own; the answer must be the better picture.",
     )
     allow_ties: bool = flag(False, "Raters may answer that they see no difference.")
     votes_per_comparison: int = flag(5, "Raters who see each comparison.", min=1)
     comparisons_per_rater: int | None = flag(None, "At most so many comparisons for one rater. Default: all.", min=1)
     attention_checks: int = flag(0, "Hidden test pairs per rater: a picture and noise; with ties, also itself.", min=0)
+    max_failed_checks: int | None = flag(
+        None, "Raters who fail more test pairs are left out. Default: 0; for tally and export, the study's.", min=0
+    )
     picture_size: int = flag(1024, "Longest side of the pictures that raters see, in pixels.", min=16, max=4096)
     consent: str = flag(CONSENT, "What raters read before they begin.")
     host: str = flag("127.0.0.1", "Address to listen on. 0.0.0.0: all of this machine's.", group="Page")
     port: int = flag(7860, "Port to listen on.", min=1, max=65535)
-    max_failed_checks: int = flag(0, "Raters who fail more test pairs are left out.", min=0, group="Tally and export")
-    question: str | None = flag(None, "The question whose votes are exported. Default: the study's first.")
+    question: str | None = flag(
+        None, "The question whose votes are exported. Default: the study's first.", group="Tally and export"
+    )
     export_format: Literal["pairs", "ranked"] = flag("pairs", "pairs: Pick-a-Pic's columns. ranked: Syn-Pic's.")
     push_to_hub: bool = flag(False, "Upload: votes (serve), Space, results (tally) or dataset (export).", group="Hub")
     hub_dataset_id: str | None = flag(None, "Dataset of the votes (serve, space; private), or of the export.")
@@ -234,9 +243,11 @@ def first_goes_left(secret: str, rater: str, pair: Sequence[str], number: int) -
     return first == (number % 2 == 0)
 
 
-def check_is_due(comparisons: int, checks: int, all_comparisons: int, all_checks: int) -> bool:
-    """Whether a test pair comes next, after so many comparisons and test pairs: they are spread evenly."""
-    return checks < all_checks and comparisons >= (checks + 1) * all_comparisons // (all_checks + 1)
+def check_is_due(comparisons: int, checks: int, limit: int, all_checks: int) -> bool:
+    """Whether a test pair comes next, after so many comparisons and test pairs: they are spread evenly, and no wider
+    than CHECK_SPACING, since most raters end before the limit of what one may see."""
+    spread = min(limit, CHECK_SPACING * (all_checks + 1))
+    return checks < all_checks and comparisons >= (checks + 1) * spread // (all_checks + 1)
 
 
 def is_failed(left: str, right: str, answer: str) -> bool:
@@ -272,6 +283,13 @@ def failed_checks(votes: list[dict]) -> dict[str, int]:
         if vote["item"].startswith("check") and is_failed(vote["left"], vote["right"], vote["answer"])
     }
     return dict(Counter(rater for rater, _ in wrong))
+
+
+def kept_votes(votes: list[dict], max_failed_checks: int) -> tuple[list[dict], list[str]]:
+    """The votes on comparisons without those of excluded raters, and these raters: who failed more test pairs."""
+    excluded = sorted(rater for rater, number in failed_checks(votes).items() if number > max_failed_checks)
+    left_out = set(excluded)
+    return [v for v in votes if v["rater"] not in left_out and not v["item"].startswith("check")], excluded
 
 
 def majority(counts: np.ndarray) -> np.ndarray:
@@ -370,19 +388,24 @@ def tally(record: dict, log: Iterable[dict], max_failed_checks: int, seed: int) 
         {"raters": counts and each rater's figures, "pairs": model → other → question → figures}.
     """
     everything = final_votes(log)
-    failed = failed_checks(everything)
-    excluded = sorted(rater for rater, number in failed.items() if number > max_failed_checks)
-    votes = [vote for vote in everything if not vote["item"].startswith("check")]
-    kept = [vote for vote in votes if vote["rater"] not in excluded]
+    kept, excluded = kept_votes(everything, max_failed_checks)
+    checks = {(vote["rater"], vote["item"]) for vote in everything if vote["item"].startswith("check")}
+    failed, seen = failed_checks(everything), Counter(rater for rater, _ in checks)
+    n_votes = sum(not vote["item"].startswith("check") for vote in everything)
     agreement, counts = agreement_with_others(kept), Counter(vote["rater"] for vote in kept)
     raters = {
         "n_raters": len({vote["rater"] for vote in everything}),
         "n_excluded": len(excluded),
         "n_votes": len(kept),
-        "n_votes_excluded": len(votes) - len(kept),
+        "n_votes_excluded": n_votes - len(kept),
         "excluded": excluded,
         "each": {
-            rater: {"votes": counts[rater], "failed_checks": failed.get(rater, 0), "agreement": agreement.get(rater)}
+            rater: {
+                "votes": counts[rater],
+                "checks": seen[rater],
+                "failed_checks": failed.get(rater, 0),
+                "agreement": agreement.get(rater),
+            }
             for rater in sorted(counts)
         },
     }
@@ -412,6 +435,7 @@ def pair_figures(votes: list[dict], name: str, other: str, seed: int) -> dict:
     figures = {
         "n_comparisons": len(items),
         "n_votes": len(votes),
+        "n_raters": len(raters),
         "votes_per_comparison": [int(counts.sum(axis=1).min()), int(counts.sum(axis=1).max())],
         "wins": n_wins,
         "losses": int((decisions == 0).sum()),
@@ -433,14 +457,18 @@ def verdict(name: str, other: str, figures: dict) -> str:
     """What the interval of the win rate says, in plain words."""
     low, high = figures["win_rate_ci95"]
     shown = f"{figures['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%})"
-    few = f" Only {figures['n_comparisons']} comparisons: the interval says little."
+    few = f" Only {figures['n_comparisons']} comparisons: the interval says little." * (
+        figures["n_comparisons"] < FEW_PROMPTS
+    )
+    if figures["n_raters"] < FEW_RATERS:
+        few += f" Only {figures['n_raters']} raters: other people may judge otherwise, and the interval is too narrow."
     if low > 0.5:
         text = f"People prefer {name} to {other}: {shown}. Chance alone is an unlikely cause."
     elif high < 0.5:
         text = f"People prefer {other} to {name}: {name} wins {shown}. Chance alone is an unlikely cause."
     else:
         text = f"No preference is shown: {name} wins {shown}, which contains 50 %."
-    return text + few * (figures["n_comparisons"] < FEW_PROMPTS)
+    return text + few
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -463,6 +491,7 @@ def serve(args: ScriptArguments) -> None:
     remove_temporary_files(folder / PICTURES)
     if args.prompts or not (folder / STUDY).exists():
         make_study(args)
+    check_settings(folder, given_settings(args))
     study = Study(folder)
     with page_server(study, args.host, args.port):
         host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
@@ -472,11 +501,11 @@ def serve(args: ScriptArguments) -> None:
         while not stop_signals:
             time.sleep(0.2)
             if repo_id and time.monotonic() - published > PUBLISH_SECONDS:
-                publish_votes(repo_id, study.log)
+                publish_votes(repo_id, study)
                 published = time.monotonic()
-    study.log.close()
     if repo_id:
-        publish_votes(repo_id, study.log)
+        publish_votes(repo_id, study)
+    study.log.close()
     stop_if_asked(f"all votes are in {folder / VOTES}: the same command goes on")
 
 
@@ -485,14 +514,15 @@ def report(args: ScriptArguments) -> None:
     record = read_study(Path(args.study_dir))
     repo_id = create_repo(args.hub_model_id, "model", args.hub_private_repo) if args.push_to_hub else None
     log, _ = read_log(Path(args.study_dir, VOTES))
-    results = tally(record, log, args.max_failed_checks, args.seed)
+    most = max_failed_checks(args, record)
+    results = tally(record, log, most, args.seed)
     if not results["raters"]["n_votes"]:
         raise SystemExit(
             f"{Path(args.study_dir, VOTES)}: no votes to count: {results['raters']['n_excluded']} raters were left out"
         )
     settings = {key: record[key] for key in ("questions", "allow_ties", "votes_per_comparison", "n_checks", "seed")}
-    settings |= {"n_prompts": len(record["prompts"]), "max_failed_checks": args.max_failed_checks}
-    output_dir, table = Path(args.output_dir), markdown_report(record, results, args.max_failed_checks)
+    settings |= {"n_prompts": len(record["prompts"]), "max_failed_checks": most}
+    output_dir, table = Path(args.output_dir), markdown_report(record, results, most)
     write_text(output_dir / "results.json", json.dumps({"settings": settings, **results}, indent=2) + "\n")
     write_text(output_dir / "results.md", table)
     draw_chart(results, output_dir / "chart.png")
@@ -512,10 +542,10 @@ def export(args: ScriptArguments) -> None:
     if args.push_to_hub:
         args.hub_dataset_id = create_repo(args.hub_dataset_id, "dataset", args.hub_private_repo)
         check_dataset_repo(args.hub_dataset_id, DATA_FILES)
+    check_output_dir(output_dir, {UNFINISHED: "user_study.py", "README.md": CARD_BEGIN})
     check_card(output_dir / "README.md")
-    votes = final_votes(read_log(folder / VOTES)[0])
-    excluded = {rater for rater, number in failed_checks(votes).items() if number > args.max_failed_checks}
-    votes = [vote for vote in votes if vote["question"] == question and vote["rater"] not in excluded]
+    votes, _ = kept_votes(final_votes(read_log(folder / VOTES)[0]), max_failed_checks(args, record))
+    votes = [vote for vote in votes if vote["question"] == question]
     make = pair_rows if args.export_format == "pairs" else ranked_rows
     rows, left_out = make(record, folder, votes)
     if not rows:
@@ -530,23 +560,23 @@ def write_space(args: ScriptArguments) -> None:
     which stands in study.json, which goes into the private dataset of the votes."""
     folder, output_dir = Path(args.study_dir), Path(args.output_dir)
     record = read_study(folder)
+    check_output_dir(output_dir, {"app.py": SPACE_APP.partition(" Votes")[0]})
     if args.push_to_hub:
         args.hub_space_id = create_repo(args.hub_space_id, "space", args.hub_private_repo)
         args.hub_dataset_id = open_vote_repository(args)
     script = Path(__file__)
     header = re.search(r"^# /// script\n(.*?)^# ///$", script.read_text(), re.M | re.S)[1]
     packages = re.findall(r'"([\w-]+)"', header.partition("dependencies")[2])
+    packages = [GRADIO if name == "gradio" else name for name in packages]
     texts = {
         "app.py": SPACE_APP.format(dataset=args.hub_dataset_id),
         "requirements.txt": "\n".join([f"--extra-index-url {CPU_WHEELS}", "torch", *packages, ""]),
-        "README.md": SPACE_CARD.format(title=output_dir.resolve().name, dataset=args.hub_dataset_id),
+        "README.md": SPACE_CARD.format(dataset=args.hub_dataset_id),
         script.name: script.read_text(),
     }
     for name, text in texts.items():
         write_text(output_dir / name, text)
-    names = {file_name(record, key) for key in picture_keys(record)}
-    for old in set((output_dir / PICTURES).glob("*.jpg")) - {output_dir / PICTURES / name for name in names}:
-        old.unlink()
+    names = remove_other_pictures(record, output_dir)
     for name in sorted(names):
         write_bytes(output_dir / PICTURES / name, (folder / PICTURES / name).read_bytes())
     print(f"the Space is in {output_dir}")
@@ -582,6 +612,24 @@ def check_study_dir(folder: Path) -> None:
         raise SystemExit(f"--study_dir {folder} holds other files ({min(others)}): choose another folder")
 
 
+def check_output_dir(folder: Path, marks: dict[str, str]) -> None:
+    """Exits with one line unless the folder is empty, or the command's own.
+
+    Args:
+        marks: file → a text that it holds in such a folder; one of them is enough.
+    """
+    there = {name: mark for name, mark in marks.items() if (folder / name).is_file()}
+    own = any(mark.encode() in (folder / name).read_bytes() for name, mark in there.items())
+    data = [file.name for file in (folder / "data").glob("*.parquet")]  # others would count as rows of the dataset
+    if not own and not is_empty(folder) or any(not re.fullmatch(r"train-\d{5}-of-\d{5}\.parquet", n) for n in data):
+        raise SystemExit(f"--output_dir {folder} holds other files: choose another folder")
+
+
+def max_failed_checks(args: ScriptArguments, record: dict) -> int:
+    """What --max_failed_checks says, or what the study was made with."""
+    return record.get("max_failed_checks", 0) if args.max_failed_checks is None else args.max_failed_checks
+
+
 def read_study(folder: Path) -> dict:
     """The record of a study. Exits with one line if there is none."""
     try:
@@ -607,12 +655,7 @@ def make_study(args: ScriptArguments) -> None:
         raise SystemExit("--per_category needs --category_column, the column of the categories")
     settings = {name: getattr(args, name) for name in MAKING} | {"all_prompts": prompts_digest(rows)}
     if (folder / STUDY).exists():
-        previous = read_study(folder)["settings"]
-        for name in settings:
-            if previous.get(name) != settings[name]:
-                problem = f"{folder} holds a study made with {name} {previous.get(name)}, not {settings[name]}"
-                raise SystemExit(f"{problem}: choose another --study_dir, or leave the flags out to go on with it")
-        return
+        return check_settings(folder, settings)
     sources = find_images(args, rows, categories)
     if args.baseline and args.baseline not in sources:
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(sources)}")
@@ -635,6 +678,7 @@ def make_study(args: ScriptArguments) -> None:
         "allow_ties": args.allow_ties,
         "votes_per_comparison": args.votes_per_comparison,
         "comparisons_per_rater": args.comparisons_per_rater,
+        "max_failed_checks": args.max_failed_checks or 0,
         "seed": args.seed,
         "consent": args.consent,
         "settings": settings,
@@ -644,7 +688,23 @@ def make_study(args: ScriptArguments) -> None:
     for number, prompt in enumerate(progress_bar(record["prompts"], desc="pictures", unit="prompt")):
         stop_if_asked("the study is not made yet: the same command makes it")
         write_pictures(record, folder, number, {name: find(prompt["index"]) for name, find in sources.items()}, args)
+    remove_other_pictures(record, folder)
     write_json(folder / STUDY, record)
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Exits with one line if the study was made with other settings than these."""
+    previous = read_study(folder)["settings"]
+    for name, value in settings.items():
+        if previous.get(name) != value:
+            problem = f"{folder} holds a study made with {name} {previous.get(name)}, not {value}"
+            raise SystemExit(f"{problem}: choose another --study_dir, or leave the flags out to go on with it")
+
+
+def given_settings(args: ScriptArguments) -> dict:
+    """The settings of a study among the flags that differ from their default."""
+    defaults = ScriptArguments()
+    return {name: getattr(args, name) for name in MAKING if getattr(args, name) != getattr(defaults, name)}
 
 
 def prompts_digest(rows: list[dict]) -> str:
@@ -670,9 +730,11 @@ def find_images(args: ScriptArguments, rows: list[dict], categories: list[str]) 
             found[name] = lambda i, own=folder / name: own / f"{i:05d}_0.png"
     for item in args.images:
         name, _, template = item.partition("=")
-        if not re.fullmatch(r"[\w.@-]{1,60}", name) or not template or name in found or name in ("noise", "tie"):
+        if not re.fullmatch(r"[\w.@-]{1,60}", name) or not template or name in found:
             raise SystemExit(f"--images {item}: must be name=TEMPLATE, with a name of its own")
         found[name] = lambda i, own=template, where=f"--images {item}": template_file(where, own, i, rows, categories)
+    if taken := {"noise", "tie"} & set(found):
+        raise SystemExit(f"a model may not be called {min(taken)}: give it another name, with --images name=TEMPLATE")
     if len(found) < 2:
         raise SystemExit(f"{len(found)} models: name two or more, with --evaluation_dir or --images")
     return found
@@ -703,6 +765,15 @@ def picture_keys(record: dict) -> list[tuple[int, str]]:
 def file_name(record: dict, key: Sequence) -> str:
     """The name of a picture's file, which says nothing about its model."""
     return keyed(record["secret"], "file", *key) + ".jpg"
+
+
+def remove_other_pictures(record: dict, folder: Path) -> set[str]:
+    """Removes pictures of ours that are not of this study, as a killed run leaves them; returns the study's names."""
+    names = {file_name(record, key) for key in picture_keys(record)}
+    for file in (folder / PICTURES).glob("*.jpg"):
+        if re.fullmatch(r"[0-9a-f]{32}\.jpg", file.name) and file.name not in names:
+            file.unlink()
+    return names
 
 
 def write_pictures(record: dict, folder: Path, number: int, files: dict[str, Path], args: ScriptArguments) -> None:
@@ -743,17 +814,20 @@ def read_picture(name: str, file: Path) -> PILImage.Image:
 def read_log(file: Path) -> tuple[list[dict], int]:
     """The whole lines of a log, and their length in bytes. A last line without its end, which a crash or a write in
     progress leaves, is not among them. Exits with one line if another line is damaged."""
-    content = file.read_bytes() if file.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    lines = []
-    for number, line in enumerate(content[:whole].splitlines(), 1):
+    content, lines = whole_lines(file), []
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             lines.append(json.loads(line))
             if not {"rater", "item"} <= lines[-1].keys():
                 raise ValueError
         except (ValueError, AttributeError):
             raise SystemExit(f"{file}: line {number} is damaged: mend or remove it") from None
-    return lines, whole
+    return lines, len(content)
+
+
+def whole_lines(file: Path) -> bytes:
+    content = file.read_bytes() if file.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
 
 
 class VoteLog:
@@ -807,7 +881,10 @@ class Study:
             for pair, models in enumerate(self.record["pairs"])
         }
         self.shown: dict[str, list[dict]] = {}  # rater → what it was shown, in order
-        self.answers: dict[tuple, str] = {}  # (rater, item, question) → the last answer
+        self.limit = min(self.record["comparisons_per_rater"] or len(self.comparisons), len(self.comparisons))
+        self.answers: dict[tuple, dict] = {}  # (rater, item, question) → the line of the last answer, and its turn
+        self.turns: Counter[str] = Counter()  # rater → answers recorded
+        self.excluded: set[str] = set()  # raters who failed too many test pairs: their votes will not count
         self.raters: dict[str, dict[str, float]] = {item: {} for item in self.comparisons}  # item → rater → when shown
         self.pictures: dict[str, Path] = {}  # name in the page → file
         self.lock = threading.Lock()
@@ -822,7 +899,11 @@ class Study:
         """Takes a line of the log into account."""
         rater, item = line["rater"], line["item"]
         if "left" not in line:
-            self.answers[rater, item, line["question"]] = line["answer"]
+            self.answers[rater, item, line["question"]] = line | {"turn": self.turns[rater]}
+            self.turns[rater] += 1
+            if item.startswith("check"):
+                failed = self.failed_checks(rater) > self.record.get("max_failed_checks", 0)
+                (self.excluded.add if failed else self.excluded.discard)(rater)
             return
         self.shown.setdefault(rater, []).append(line)
         if item in self.raters:
@@ -838,19 +919,56 @@ class Study:
         """What a rater was shown at this position."""
         return self.view(rater, max(position, 0), back=True)
 
-    def answer(self, rater: str, position: int, question: str, answer: str, seconds: float) -> dict:
-        """Records an answer, unless it is the last one given: a second click or a second try changes nothing."""
+    def join(self, lines: list[dict]) -> None:
+        """Takes in what another log of this study has more: a server that was about to end when this one began went on
+        for a moment. Of two answers to the same question the later one counts."""
+        theirs = {}
+        with self.lock:
+            for line in lines:
+                key = line["rater"], line["item"]
+                mine = next((own for own in self.shown.get(key[0], []) if own["item"] == key[1]), None)
+                if "left" in line:
+                    theirs[key] = line
+                    if mine:
+                        continue
+                elif mine is None or self.time_of(*key, line["question"]) >= line["time"]:
+                    continue
+                elif mine["left"] != theirs.get(key, mine)["left"]:  # shown there with its sides exchanged
+                    line = line | {"answer": {"left": "right", "right": "left"}.get(line["answer"], line["answer"])}
+                self.log.append(line)
+                self.take(line)
+
+    def time_of(self, rater: str, item: str, question: str) -> float:
+        return self.answers.get((rater, item, question), {"time": 0.0})["time"]
+
+    def answer(
+        self, rater: str, position: int, question: str, answer: str, seconds: float, picture: str, turn: int
+    ) -> dict:
+        """Records an answer, unless it is the last one given: a second click or a second try changes nothing.
+
+        An answer to something else than what stands at this position, or one that an earlier page gave and that comes
+        late, is not recorded either: the page then goes on where the rater is.
+
+        Args:
+            picture, turn: the left picture and the rater's number of answers, as `view` gave them to the page.
+        """
         allowed = ("left", "right", "tie") if self.record["allow_ties"] else ("left", "right")
         if question not in self.record["questions"] or answer not in allowed:
             raise ValueError(f"no such question or answer: {question}, {answer}")
         with self.lock:
             shown = self.shown.get(rater, [])
-            item = shown[position]["item"] if 0 <= position < len(shown) else None
-            if item is not None and self.answers.get((rater, item, question)) != answer:
-                line = {"rater": rater, "item": item, "question": question, "answer": answer}
+            at = shown[position] if 0 <= position < len(shown) else None
+            is_right = at is not None and picture == self.picture_name(at, "left")
+            last = self.answers.get((rater, at["item"], question), {"answer": None, "turn": -1}) if is_right else {}
+            is_new = is_right and answer != last["answer"]
+            is_late = is_new and int(turn) <= last["turn"]
+            if is_new and not is_late:
+                line = {"rater": rater, "item": at["item"], "question": question, "answer": answer}
                 line |= {"seconds": round(min(max(float(seconds), 0.0), 3600.0), 1), "time": round(time.time(), 1)}
                 self.log.append(line)
                 self.take(line)
+        if not is_right or is_late:
+            return self.enter(rater)
         asked = list(self.record["questions"]).index(question) + 1
         if asked < len(self.record["questions"]):
             return self.view(rater, position, asked, back=True)
@@ -860,16 +978,18 @@ class Study:
         """What the page shows at a position: the question number `asked` or, unless the rater went back, the first one
         without an answer. After all that was shown comes the next comparison, or the end."""
         with self.lock:
-            shown = self.shown.setdefault(rater, [])
+            shown, loads = self.shown.setdefault(rater, []), self.loads()
             if position >= len(shown) or not back and position == len(shown) - 1:
-                self.show_next(rater)
+                self.show_next(rater, loads)
                 position = len(shown) - bool(shown and not self.is_done(rater, shown[-1]["item"]))
             done = sum(self.is_done(rater, line["item"]) for line in shown)
-            state = {"position": position, "done": done, "total": self.total(rater), "finished": position >= len(shown)}
+            state = {"position": position, "done": done, "total": self.total(rater, loads)}
+            state |= {"turn": self.turns[rater], "finished": position >= len(shown)}
             if state["finished"]:
                 return state
             line, questions = shown[position], self.record["questions"]
-            answers = {name: self.answers.get((rater, line["item"], name)) for name in questions}
+            found = {name: self.answers.get((rater, line["item"], name), {}) for name in questions}
+            answers = {name: line.get("answer") for name, line in found.items()}
             if not back:
                 asked = next((n for n, answer in enumerate(answers.values()) if not answer), 0)
             prompt = self.record["prompts"][self.prompt_of(line["item"])]["prompt"]
@@ -877,22 +997,22 @@ class Study:
             state |= {"prompt": prompt, "pictures": pictures, "questions": list(questions.items()), "answers": answers}
             return state | {"asked": asked, "ties": self.record["allow_ties"]}
 
-    def show_next(self, rater: str) -> None:
+    def show_next(self, rater: str, loads: dict[str, int]) -> None:
         """Gives a rater the next test pair or comparison, unless one is not answered yet, or none is left."""
         shown, secret = self.shown[rater], self.record["secret"]
         if shown and not self.is_done(rater, shown[-1]["item"]):
             return
         checks = sum(line["item"].startswith("check") for line in shown)
-        limit = min(self.record["comparisons_per_rater"] or len(self.comparisons), len(self.comparisons))
-        if check_is_due(len(shown) - checks, checks, limit, self.record["n_checks"]):
+        mine, n_checks, item = len(shown) - checks, self.record["n_checks"], None
+        if mine < self.limit:
+            seen = {line["item"] for line in shown}
+            item = next_comparison(loads, seen, self.record["votes_per_comparison"], secret, rater)
+        # Where no comparison is left, the other test pairs come before the end.
+        if check_is_due(mine, checks, self.limit, n_checks) or item is None and mine and checks < n_checks:
             item, check = f"check{checks}", self.record["checks"][checks]
             sides = [check["model"], check["model"] if check["kind"] == "same" else "noise"]
             turned = int(keyed(secret, "side", rater, item), 16) % 2
-        elif len(shown) - checks < limit:
-            seen = {line["item"] for line in shown}
-            item = next_comparison(self.loads(), seen, self.record["votes_per_comparison"], secret, rater)
-            if item is None:
-                return
+        elif item is not None:
             sides = list(self.comparisons[item][1])
             number = sum(self.comparisons.get(line["item"], (0, ()))[1] == tuple(sides) for line in shown)
             turned = not first_goes_left(secret, rater, sides, number)
@@ -904,22 +1024,30 @@ class Study:
         self.take(line)
 
     def loads(self) -> dict[str, int]:
-        """Comparison → raters who have answered it, or were shown it and may still answer."""
+        """Comparison → raters who have answered it, or were shown it and may still answer; without excluded ones."""
         since = time.time() - 60 * HELD_MINUTES
         return {
-            item: sum(when > since or self.is_done(rater, item) for rater, when in raters.items())
+            item: sum(
+                rater not in self.excluded and (when > since or self.is_done(rater, item))
+                for rater, when in raters.items()
+            )
             for item, raters in self.raters.items()
         }
 
-    def total(self, rater: str) -> int:
+    def total(self, rater: str, loads: dict[str, int]) -> int:
         """How much there is to do for a rater, as far as can be seen now."""
         seen = {line["item"] for line in self.shown[rater]}
         mine = sum(item in self.comparisons for item in seen)
         wanted = self.record["votes_per_comparison"]
-        left = sum(load < wanted and item not in seen for item, load in self.loads().items())
-        limit = min(self.record["comparisons_per_rater"] or len(self.comparisons), len(self.comparisons))
-        checks = self.record["n_checks"] if left and mine < limit else len(seen) - mine
-        return min(mine + left, max(limit, mine)) + checks
+        left = sum(load < wanted and item not in seen for item, load in loads.items())
+        comparisons = min(mine + left, max(self.limit, mine))
+        return comparisons + self.record["n_checks"] * (comparisons > 0)
+
+    def failed_checks(self, rater: str) -> int:
+        """Test pairs with a wrong answer."""
+        keys = [(line, (rater, line["item"], q)) for line in self.shown[rater] for q in self.record["questions"]]
+        votes = [line | self.answers[key] for line, key in keys if key in self.answers]
+        return failed_checks(votes).get(rater, 0)
 
     def is_done(self, rater: str, item: str) -> bool:
         return all((rater, item, question) in self.answers for question in self.record["questions"])
@@ -928,8 +1056,8 @@ class Study:
         return self.comparisons[item][0] if item in self.comparisons else self.record["checks"][int(item[5:])]["prompt"]
 
     def picture_name(self, line: dict, side: str) -> str:
-        """The name of a picture in a rater's page: another one for every rater and comparison."""
-        return keyed(self.record["secret"], "page", line["rater"], line["item"], side)
+        """The name of a picture in a rater's page: another one for every rater, comparison and side."""
+        return keyed(self.record["secret"], "page", line["rater"], line["item"], side, line[side])
 
     def picture_file(self, key: Sequence) -> Path:
         return self.folder / PICTURES / file_name(self.record, key)
@@ -944,9 +1072,11 @@ def need_gradio() -> None:
     """Exits with one line if what only `serve` needs is not installed."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        import gradio  # noqa: F401
+        import gradio
     except ImportError as error:
-        raise SystemExit(f"serve needs Gradio: pip install gradio ({one_line(error)})") from None
+        raise SystemExit(f"serve needs Gradio: pip install '{GRADIO}' ({one_line(error)})") from None
+    if tuple(map(int, gradio.__version__.split(".")[:2])) < (6, 31):
+        raise SystemExit(f"serve needs a newer Gradio than {gradio.__version__}: pip install '{GRADIO}'")
 
 
 def make_app(study: Study):
@@ -964,7 +1094,7 @@ def make_app(study: Study):
         return study.look(rater_of(request), int(request["position"]))
 
     def answer(request: dict) -> dict:
-        given = [request[name] for name in ("question", "answer", "seconds")]
+        given = [request[name] for name in ("question", "answer", "seconds", "picture", "turn")]
         return study.answer(rater_of(request), int(request["position"]), *given)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -979,7 +1109,8 @@ def make_app(study: Study):
     with gr.Blocks(title="Which picture is better?", analytics_enabled=False) as blocks:
         functions = [welcome, enter, look, answer]
         gr.HTML(html_template=PAGE, css_template=STYLE, js_on_load=SCRIPT, server_functions=functions, elem_id="study")
-    return gr.mount_gradio_app(app, blocks, path="", footer_links=[], ssr_mode=False, show_error=False)
+    options = {"footer_links": [], "ssr_mode": False, "show_error": False}
+    return gr.mount_gradio_app(app, blocks, path="", max_file_size=1, **options)  # nobody uploads files here
 
 
 def rater_of(request: dict) -> str:
@@ -1080,17 +1211,21 @@ SCRIPT = r"""
 const part = name => element.querySelector(`[data-part="${name}"]`);
 const buttons = [...element.querySelectorAll("[data-answer]")];
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
-let state = null, rater = null, busy = true, loaded = 0, since = 0, zoomed = null;
+let state = null, rater = null, busy = true, loaded = 0, since = 0, drawn = 0, zoomed = null;
+const PAUSE = 300;  // ms: the second half of a double click must not answer the next question
 
 function notice(text) { part("notice").textContent = text; part("notice").hidden = !text; }
 
 // The server may be gone for a moment. To send an answer twice does no harm.
 async function ask(name, request) {
-  for (;;) {
+  for (let tries = 1; ; tries += 1) {
     let answer;
     try { answer = await server[name]({rater, ...request}); } catch (error) { console.warn(error); }
     if (answer) { notice(""); return answer; }
-    notice("No connection to the server. Your answers are safe. Trying again…");
+    const there = await fetch("picture/none").then(() => true, () => false);  // any reply: the server is there
+    const problem = there ? "The server reports an error. Please tell those who run the study."
+      : "No connection to the server.";
+    notice(`${problem} Your answers so far are safe. ${tries < 20 ? "Trying again…" : "Please reload the page."}`);
     await wait(1500);
   }
 }
@@ -1107,7 +1242,8 @@ function load(image, name) {
   image.src = `picture/${name}`;
 }
 
-function enable() { for (const button of buttons) button.disabled = busy || loaded < 2; }
+function isReady() { return !busy && loaded >= 2 && performance.now() - drawn >= PAUSE; }
+function enable() { for (const button of buttons) button.disabled = !isReady(); }
 
 function draw(next) {
   const before = state && state.pictures ? state.pictures.join() : "";
@@ -1138,17 +1274,19 @@ function draw(next) {
     load(part("left"), state.pictures[0]);
     load(part("right"), state.pictures[1]);
   }
-  since = performance.now();
+  since = drawn = performance.now();
   enable();
+  setTimeout(enable, PAUSE + 5);
   show("task");
 }
 
 async function give(answer) {
-  if (busy || !state || state.finished || loaded < 2 || (answer === "tie" && !state.ties)) return;
+  if (!isReady() || !state || state.finished || (answer === "tie" && !state.ties)) return;
   busy = true;
   enable();
   const seconds = (performance.now() - since) / 1000;
-  draw(await ask("answer", {position: state.position, question: state.questions[state.asked][0], answer, seconds}));
+  const shown = {position: state.position, picture: state.pictures[0], turn: state.turn};
+  draw(await ask("answer", {...shown, question: state.questions[state.asked][0], answer, seconds}));
 }
 
 async function back() {
@@ -1175,7 +1313,9 @@ async function begin(id) {
   draw(await ask("enter", {}));
 }
 
-for (const button of buttons) button.addEventListener("click", () => give(button.dataset.answer));
+for (const button of buttons) {
+  button.addEventListener("click", event => { if (event.detail < 2) give(button.dataset.answer); });
+}
 for (const side of ["left", "right"]) part(side).addEventListener("click", () => zoom(side));
 part("zoom").addEventListener("click", unzoom);
 part("back").addEventListener("click", back);
@@ -1392,11 +1532,10 @@ RANKED_FEATURES = Features(
 
 
 def count_votes(votes: list[dict]) -> dict[str, Counter]:
-    """Item → chosen model or "tie" → votes, without test pairs."""
+    """Item → chosen model or "tie" → votes."""
     counts = {}
     for vote in votes:
-        if not vote["item"].startswith("check"):
-            counts.setdefault(vote["item"], Counter())[vote["chosen"]] += 1
+        counts.setdefault(vote["item"], Counter())[vote["chosen"]] += 1
     return counts
 
 
@@ -1459,7 +1598,9 @@ def ranked_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dic
             for name in names
         ]
         phi = np.mean(shares, axis=1)
-        order = np.argsort(-phi, kind="stable")
+        # Equal ones in an order that favours no model; rounded, since equal shares may differ in their last bit.
+        tied = [(-round(value, 9), short_hash(f"{prompt['prompt']}|{name}")) for name, value in zip(names, phi)]
+        order = sorted(range(len(names)), key=tied.__getitem__)
         pictures = [picture_bytes(record, folder, number, name) for name in names]
         rows.append(
             {
@@ -1486,7 +1627,7 @@ def write_dataset(args: ScriptArguments, rows: list[dict], question: str, left_o
     parts = [rows[start : start + 1000] for start in range(0, len(rows), 1000)]
     files = [data_file(output_dir / "data", number, parts) for number in range(len(parts))]
     write_text(output_dir / UNFINISHED, "The dataset in this folder is not complete: see user_study.py.\n")
-    for file in set((output_dir / "data").glob("*.parquet")) - set(files):
+    for file in set((output_dir / "data").glob("train-*-of-*.parquet")) - set(files):
         file.unlink()
     for file, part in zip(files, parts):
         table = pa.Table.from_pylist([features.encode_example(row) for row in part], schema=features.arrow_schema)
@@ -1529,6 +1670,7 @@ dataset = load_dataset("{dataset}", split="train")
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+GRADIO = "gradio>=6.31,<7"
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 SPACE_APP = '''"""Serves the study. Votes and the record of the study are in the private dataset {dataset}."""
 
@@ -1544,8 +1686,10 @@ sys.argv[1:] = "serve --study_dir . --host 0.0.0.0 --port 7860 --push_to_hub --h
 user_study.run_script(user_study.main)
 '''
 SPACE_CARD = """---
-title: {title}
+title: User study
 sdk: gradio
+sdk_version: 6.31.0
+python_version: "3.11"
 app_file: app.py
 pinned: false
 ---
@@ -1566,51 +1710,61 @@ def open_vote_repository(args: ScriptArguments) -> str:
 
 def fetch_study(repo_id: str, folder: Path) -> None:
     """Brings what the dataset of the votes has and this machine lacks: a Space forgets its files when it restarts."""
-    head = retried(HfApi().repo_info, repo_id, repo_type="dataset", timeout=HUB_TIMEOUT)
-    names = {file.rfilename for file in head.siblings}
-    there = {
-        name: Path(retried(hf_hub_download, repo_id, name, repo_type="dataset", revision=head.sha)).read_bytes()
-        for name in (STUDY, VOTES)
-        if name in names
-    }
+    there = dataset_files(repo_id, (STUDY, VOTES))
     if STUDY in there and not (folder / STUDY).exists():
         write_bytes(folder / STUDY, there[STUDY])
-    elif STUDY in there and (folder / STUDY).read_bytes() != there[STUDY]:
-        raise SystemExit(f"--hub_dataset_id {repo_id} holds another study: choose another name")
+    check_same_study(repo_id, folder, there)
     here = (folder / VOTES).read_bytes() if (folder / VOTES).exists() else b""
-    merged = merge_logs(here, there.get(VOTES, b""))
-    if merged != here:
-        write_bytes(folder / VOTES, merged)
+    votes = there.get(VOTES, b"")
+    if votes != here and votes.startswith(here):  # else publish_votes joins the two
+        write_bytes(folder / VOTES, votes)
 
 
-def merge_logs(here: bytes, there: bytes) -> bytes:
-    """One log of two: of one study, on this machine and on the Hub. Mostly one begins with the other."""
-    if here.startswith(there) or there.startswith(here):
-        return max(here, there, key=len)
-    lines = there.splitlines(keepends=True)
-    known = set(lines)
-    return b"".join(lines + [line for line in here.splitlines(keepends=True) if line not in known])
+def dataset_files(repo_id: str, names: Sequence[str]) -> dict[str, bytes]:
+    """Name → content of those files that the dataset holds. Nothing stays in the cache, which would fill the disk with
+    every minute's votes."""
+    head = retried(HfApi().repo_info, repo_id, repo_type="dataset", timeout=HUB_TIMEOUT)
+    there = [name for name in names if name in {file.rfilename for file in head.siblings}]
+    with tempfile.TemporaryDirectory() as cache:
+        options = {"repo_type": "dataset", "revision": head.sha, "cache_dir": cache}
+        return {name: Path(retried(hf_hub_download, repo_id, name, **options)).read_bytes() for name in there}
 
 
-def publish_votes(repo_id: str, log: VoteLog) -> None:
-    """Sends the study and its votes in one commit, unless nothing is new. A failure is said, and the next turn tries
-    again: the votes are on the disk."""
-    content = log.content()
-    if content == log.published:
+def check_same_study(repo_id: str, folder: Path, there: dict[str, bytes]) -> None:
+    if STUDY in there and (folder / STUDY).read_bytes() != there[STUDY]:
+        raise SystemExit(f"--hub_dataset_id {repo_id} holds another study: choose another name")
+
+
+def publish_votes(repo_id: str, study: Study) -> None:
+    """Sends the study and its votes in one commit, unless nothing is new; votes that another server has sent meanwhile
+    are taken in first. A failure is said, and the next turn tries again: the votes are on the disk."""
+    log = study.log
+    if log.content() == log.published:
         return
     try:
-        files = {VOTES: content, STUDY: log.file.parent / STUDY}
-        push_to_hub(repo_id, "dataset", files, "Votes")
+        there = dataset_files(repo_id, (VOTES,)).get(VOTES, b"")
+        if there != log.published and not log.content().startswith(there):
+            study.join([json.loads(line) for line in there.splitlines()])
+        content = log.content()
+        push_to_hub(repo_id, "dataset", {VOTES: content, STUDY: log.file.parent / STUDY}, "Votes")
         log.published = content
     except Exception as error:
         warn(f"votes were not sent to {repo_id}: {one_line(error)}; they are in {log.file}")
 
 
 def publish_space(args: ScriptArguments, names: list[str]) -> None:
-    """Uploads the Space, and the record of the study into the private dataset."""
-    output_dir, study = Path(args.output_dir), Path(args.study_dir, STUDY)
+    """Uploads the Space; and the record of the study and the votes so far into the private dataset."""
+    output_dir, study = Path(args.output_dir), Path(args.study_dir)
     try:
-        push_to_hub(args.hub_dataset_id, "dataset", {STUDY: study}, "Study")
+        there = dataset_files(args.hub_dataset_id, (STUDY, VOTES))
+        check_same_study(args.hub_dataset_id, study, there)
+        here = whole_lines(study / VOTES)
+        votes = there.get(VOTES, b"")
+        records = {STUDY: study / STUDY} | ({VOTES: here} if here.startswith(votes) and here else {})
+        if not here.startswith(votes) and not votes.startswith(here):
+            problem = f"--hub_dataset_id {args.hub_dataset_id} has other votes than {study / VOTES}"
+            raise SystemExit(f"{problem}: let serve --push_to_hub join them, or choose another name")
+        push_to_hub(args.hub_dataset_id, "dataset", records, "Study")
         files = {name: output_dir / name for name in names}
         push_to_hub(args.hub_space_id, "space", files, "Study", replace=(f"{PICTURES}/*",))
     except Exception as error:

@@ -13,6 +13,7 @@ import http.client
 import json
 import random
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -45,6 +46,8 @@ class Rater:
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
                     return answer.read()
+            except urllib.error.HTTPError:  # the server is there, and takes no such request
+                raise
             except (OSError, http.client.HTTPException):  # the server is gone, and may come back
                 time.sleep(0.1)
         raise SystemExit(f"{self.url} does not answer")
@@ -63,10 +66,14 @@ class Rater:
         """Answers until nothing is left, or `limit` answers are given; returns their number."""
         state, answers = self.ask("enter"), 0
         while not state["finished"] and answers != limit:
-            answer = {"question": state["questions"][state["asked"]][0], "answer": self.judge(state), "seconds": 1.0}
-            state = self.ask("answer", position=state["position"], **answer)
+            state = self.answer(state, self.judge(state))
             answers += 1
         return answers
+
+    def answer(self, state: dict, answer: str) -> dict:
+        """Answers the question that the page shows in this state; returns what it shows then."""
+        shown = {"position": state["position"], "picture": state["pictures"][0], "turn": state["turn"]}
+        return self.ask("answer", **shown, question=state["questions"][state["asked"]][0], answer=answer, seconds=1.0)
 
 
 def main():

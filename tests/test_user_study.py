@@ -5,16 +5,19 @@ import json
 import os
 import random
 import re
+import shutil
+import sys
 import threading
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import raters
 import world
 import yaml
-from conftest import call, ranked_rows, refused, run
+from conftest import call, refused, run
 from datasets import load_dataset
 from PIL import Image, PngImagePlugin
 
@@ -32,7 +35,7 @@ def quick_disk(monkeypatch):
 
 
 def make_prompts(tmp_path, n: int = 12) -> Path:
-    prompts = [row["prompt"] for row in ranked_rows(n)]
+    prompts = [row["prompt"] for row in world.sample_prompts("heldout", n, 0)]
     prompts[3] = HARD
     file = tmp_path / "prompts.jsonl"
     rows = [{"prompt": prompt, "style": ("photo", "anime")[i % 2]} for i, prompt in enumerate(prompts)]
@@ -72,10 +75,15 @@ def vote(study, rater: str, choose, limit: int = 10_000) -> int:
     state, count = study.enter(rater), 0
     while not state["finished"] and count < limit:
         question = state["questions"][state["asked"]][0]
-        answer = choose(study.shown[rater][state["position"]], question)
-        state = study.answer(rater, state["position"], question, answer, 1.0)
+        state = reply(study, rater, state, choose(study.shown[rater][state["position"]], question))
         count += 1
     return count
+
+
+def reply(study, rater: str, state: dict, answer: str) -> dict:
+    """The answer to the question that the page shows in this state."""
+    question, picture = state["questions"][state["asked"]][0], state["pictures"][0]
+    return study.answer(rater, state["position"], question, answer, 1.0, picture, state["turn"])
 
 
 def side_of(line: dict, model: str) -> str:
@@ -134,15 +142,47 @@ def test_a_restart_changes_nothing(tmp_path):
 
 def test_back_changes_the_answer_and_a_second_click_counts_once(tmp_path):
     study = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
-    study.enter("r")
-    state = study.answer("r", 0, "overall", "left", 1.0)
-    assert study.answer("r", 0, "overall", "left", 1.0) == state and state["position"] == 1
-    assert study.look("r", 0)["answers"] == {"overall": "left"}
-    study.answer("r", 0, "overall", "right", 1.0)
+    first = study.enter("r")
+    state = reply(study, "r", first, "left")
+    assert reply(study, "r", first, "left") == state and state["position"] == 1
+    back = study.look("r", 0)
+    assert back["answers"] == {"overall": "left"}
+    reply(study, "r", back, "right")
+    reply(study, "r", first, "left")  # the network brings the first one once more, late
     lines = [line for line in user_study.read_log(study.log.file)[0] if "answer" in line]
     assert [line["answer"] for line in lines] == ["left", "right"]
     (final,) = user_study.final_votes(user_study.read_log(study.log.file)[0])
     assert final["answer"] == "right" and final["chosen"] == final["right"]
+
+
+def test_an_answer_to_another_picture_is_not_recorded(tmp_path):
+    """A server that lost a minute of its log may have something else at the page's position."""
+    study = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
+    first = study.enter("r")
+    here = reply(study, "r", first, "left")
+    assert reply(study, "r", {**here, "pictures": first["pictures"]}, "left") == here
+    assert reply(study, "r", {**here, "position": 7}, "left") == here
+    assert len(study.answers) == 1 and user_study.read_log(study.log.file)[0][-1] == study.shown["r"][1]
+
+
+def test_logs_of_two_servers_are_joined(tmp_path, monkeypatch):
+    """Where both showed a comparison, the sides are those of this log, and of two answers the later one counts."""
+    clock = iter(range(1_000_000, 2_000_000))
+    monkeypatch.setattr(user_study.time, "time", lambda: next(clock))
+    study = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
+    vote(study, "r", lambda line, question: "left", limit=3)
+    log, _ = user_study.read_log(study.log.file)
+    last = log[-3:-1] if "left" in log[-3] else log[-2:]
+    turned = {**last[0], "left": last[0]["right"], "right": last[0]["left"], "time": 3e6}
+    more = [turned, {**last[1], "answer": "left", "time": 3e6 + 1}, {**log[1], "answer": "right", "time": 1}]
+    others = [{**line, "rater": "s"} for line in log[:2]]
+    study.join(log + more + others)
+    study.join(log + more + others)
+    lines = user_study.read_log(study.log.file)[0]
+    assert lines == [*log, {**more[1], "answer": "right"}, *others]
+    votes = {(vote["rater"], vote["item"]): vote["chosen"] for vote in user_study.final_votes(lines)}
+    assert votes["r", turned["item"]] == turned["left"] and votes["r", log[1]["item"]] == log[0]["left"]
+    assert len(votes) == 4 and study.loads()[log[0]["item"]] == 2
 
 
 @pytest.mark.parametrize("rest", [b'{"rater": "r", "item": "0-', '{"rater": "r", "item": "\u05e9'.encode()[:-1]])
@@ -164,13 +204,13 @@ def test_a_half_written_last_line_is_dropped_and_said(tmp_path, capsys, rest):
 
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     study = make_study(tmp_path, models=("tuned", "base"))
-    study.enter("r")
+    state = study.enter("r")
     write = user_study.os.write
     monkeypatch.setattr(user_study.os, "write", lambda descriptor, content: write(descriptor, content[:20]))
     with pytest.raises(OSError):
-        study.answer("r", 0, "general", "left", 1.0)
+        reply(study, "r", state, "left")
     monkeypatch.undo()
-    assert study.answer("r", 0, "general", "right", 1.0)["answers"]["general"] == "right"
+    assert reply(study, "r", state, "right")["answers"]["general"] == "right"
     assert [line.get("answer") for line in user_study.read_log(study.log.file)[0]] == [None, "right"]
 
 
@@ -180,7 +220,7 @@ def test_threads_lose_and_double_nothing(tmp_path):
     for thread in work:
         thread.start()
     for thread in work:
-        thread.join()
+        thread.join(60)
     votes = user_study.final_votes(user_study.read_log(study.log.file)[0])
     lines = [line for line in user_study.read_log(study.log.file)[0] if "answer" in line]
     assert len(votes) == len(lines) == 8 * 12 * 3
@@ -204,7 +244,7 @@ def test_pictures_do_not_give_the_model_away(tmp_path):
         state = study.enter(rater)
         while not state["finished"]:
             states.append({**state, "answers": None})
-            state = study.answer(rater, state["position"], state["questions"][state["asked"]][0], "left", 1.0)
+            state = reply(study, rater, state, "left")
     shown = [name for state in states for name in state["pictures"]]
     assert len(set(shown)) == 2 * 2 * (36 + 2)  # no name twice, neither for a rater nor for two
     assert not re.search(r"tuned|other|base|noise|check|item", json.dumps(states).replace(json.dumps(HARD), ""))
@@ -235,6 +275,44 @@ def test_test_pairs(tmp_path):
     )
     lenient = user_study.tally(study.record, lines, 4, 0)
     assert lenient["raters"]["n_excluded"] == 0 and lenient["raters"]["each"]["fast"]["failed_checks"] >= 2
+
+
+def test_test_pairs_come_to_every_rater(tmp_path):
+    """Also to who ends early, and to who finds few comparisons left."""
+    assert [n for n in range(60) if user_study.check_is_due(n, 0, 450, 4)][0] == 10
+    flags = ["--attention_checks", 4, "--questions", "overall", "--votes_per_comparison", 1]
+    study = make_study(tmp_path, *flags)
+    seen = lambda rater: [line["item"].startswith("check") for line in study.shown[rater]]  # noqa: E731
+    honest = lambda line, _: side_of(line, line["right"] if line["left"] == "noise" else line["left"])  # noqa: E731
+    assert vote(study, "first", honest, limit=30) == 30 and sum(seen("first")) >= 3
+    assert study.enter("second")["total"] == len(study.comparisons) - 27 + 4 + sum(seen("first")[:30]) - 4
+    vote(study, "second", honest)
+    assert sum(seen("second")) == 4 and study.enter("third")["finished"] and not seen("third")
+    results = user_study.tally(study.record, user_study.read_log(study.log.file)[0], 0, 0)
+    assert results["raters"]["each"]["second"]["checks"] == 4
+
+
+def test_votes_of_raters_who_fail_are_asked_of_others(tmp_path):
+    flags = ["--attention_checks", 1, "--questions", "overall", "--votes_per_comparison", 1]
+    study = make_study(tmp_path, *flags, models=("tuned", "base"))
+    assert vote(study, "fast", lambda line, _: side_of(line, "noise"), limit=10) == 10
+    assert study.excluded == {"fast"} and set(study.loads().values()) == {0}
+    assert vote(study, "good", lambda line, _: side_of(line, "tuned" if "tuned" in line.values() else "base")) == 13
+    study.log.close()
+    assert user_study.Study(tmp_path / "study").excluded == {"fast"}
+    call("user_study", "tally", "--study_dir", tmp_path / "study")
+    results = json.loads((tmp_path / "study" / "tally" / "results.json").read_text())
+    assert results["settings"]["max_failed_checks"] == 0 and results["raters"]["excluded"] == ["fast"]
+
+
+def test_pictures_of_a_killed_run_are_removed(tmp_path):
+    pictures = tmp_path / "study" / "pictures"
+    pictures.mkdir(parents=True)
+    (pictures / f"{'a' * 32}.jpg").touch()
+    (pictures / "mine.jpg").touch()
+    study = make_study(tmp_path)
+    assert len(list(pictures.iterdir())) == 36 + 1 and (pictures / "mine.jpg").exists()
+    study.log.close()
 
 
 def test_majorities_by_hand():
@@ -272,8 +350,9 @@ def test_tally_by_hand():
     assert figures["fleiss_kappa"] == pytest.approx((1 / 3 - chance) / (1 - chance))
     # Where the two others agree: of r0 on prompt 1, and where one other voted, on 3.
     each = user_study.tally(record, lines, 0, 0)["raters"]["each"]
-    assert each["r2"] == {"votes": 3, "failed_checks": 0, "agreement": 0.5}
+    assert each["r2"] == {"votes": 3, "checks": 0, "failed_checks": 0, "agreement": 0.5}
     assert "No preference is shown" in figures["verdict"] and "Only 4 comparisons" in figures["verdict"]
+    assert "Only 3 raters" in figures["verdict"]
 
 
 def test_intervals_cover_what_they_should():
@@ -413,6 +492,55 @@ def test_rankings_go_into_train_rankdpo(finished, tmp_path, tiny_sdxl):
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
 
 
+def test_equal_models_are_ranked_without_favour(finished):
+    record = user_study.read_study(finished)
+    votes = [{"item": f"{number}-{pair}", "chosen": "tie"} for number in range(12) for pair in range(3)]
+    rows, _ = user_study.ranked_rows(record, finished, votes)
+    assert {row["rank"].index(1) for row in rows} == {0, 1, 2}
+
+
+def test_a_tally_of_what_the_hub_has(finished, tmp_path):
+    for name in ("study.json", "votes.jsonl"):
+        shutil.copy(finished / name, tmp_path)
+    call("user_study", "tally", "--study_dir", tmp_path)
+    assert (tmp_path / "tally" / "results.json").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "space"])
+def test_files_of_others_stay(command, finished, tmp_path):
+    flags = [command, "--study_dir", finished, "--output_dir", tmp_path / "out", "--hub_dataset_id", "user/votes"]
+    folder, name = ("data", "mine.parquet") if command == "export" else ("pictures", "mine.jpg")
+    (tmp_path / "out" / folder).mkdir(parents=True)
+    (tmp_path / "out" / "README.md").write_text("# Mine\n")
+    (tmp_path / "out" / folder / name).touch()
+    assert "holds other files: choose another folder" in refused("user_study", *flags)
+    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n" and (tmp_path / "out" / folder / name).exists()
+    shutil.rmtree(tmp_path / "out")
+    call("user_study", *flags)
+    stale = tmp_path / "out" / folder / ("train-00001-of-00002.parquet" if command == "export" else f"{'a' * 32}.jpg")
+    stale.touch()
+    call("user_study", *flags)
+    assert not stale.exists()
+    (tmp_path / "out" / folder / name).touch()
+    if command == "export":
+        assert "holds other files" in refused("user_study", *flags)
+    else:
+        call("user_study", *flags)
+    assert (tmp_path / "out" / folder / name).exists()
+
+
+@pytest.mark.parametrize(
+    "version, words", [("5.49.1", "newer Gradio than 5.49.1: pip install 'gradio>=6.31,<7'"), ("6.31.0", "")]
+)
+def test_an_old_gradio_is_refused(version, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__=version))
+    if words:
+        with pytest.raises(SystemExit, match=re.escape(words)):
+            user_study.need_gradio()
+    else:
+        user_study.need_gradio()
+
+
 def test_images_of_evaluate(tmp_path, monkeypatch):
     """The first image of each prompt, in the layout of evaluate.py, whose settings name the prompts."""
     prompts = make_prompts(tmp_path)
@@ -445,6 +573,8 @@ def test_images_of_evaluate(tmp_path, monkeypatch):
     assert "holds a study made with all_prompts" in message
     message = refused("user_study", *flags[:-6], "--study_dir", tmp_path / "new", "--max_prompts", 5)
     assert "was drawn from other prompts" in message
+    (tmp_path / "evaluation" / "images" / "base").rename(tmp_path / "evaluation" / "images" / "noise")
+    assert "may not be called noise" in refused("user_study", *flags[:-6], "--study_dir", tmp_path / "new")
 
 
 REFUSALS = {
@@ -478,6 +608,14 @@ REFUSALS = {
     "command": (["server"], "invalid choice: 'server'"),
     "space": (["space", "--study_dir", "DONE"], "--hub_dataset_id is missing"),
     "tally push": (["tally", "--study_dir", "DONE", "--push_to_hub"], "--hub_model_id is missing"),
+    "model": (
+        ["serve", "--study_dir", "NEW", *"--num_prompts 2 --prompts PROMPTS --images ONE tie=x".split()],
+        "may not be called tie",
+    ),
+    "made otherwise": (
+        ["serve", "--study_dir", "DONE", "--votes_per_comparison", "3"],
+        "made with votes_per_comparison 5, not 3",
+    ),
     "other folder": (["serve", "--study_dir", "FILES", "--prompts", "PROMPTS"], "holds other files"),
 }
 
@@ -505,16 +643,16 @@ def test_an_empty_log_is_refused(tmp_path):
     assert "no pairs to export" in refused("user_study", "export", "--study_dir", tmp_path / "study")
 
 
-def test_logs_of_two_places_are_joined():
-    a, b, c = (json.dumps({"rater": name, "item": "0-0"}).encode() + b"\n" for name in "abc")
-    assert user_study.merge_logs(b"", a + b) == user_study.merge_logs(a + b, a) == a + b
-    assert user_study.merge_logs(a + c, a + b) == a + b + c
-
-
 def test_results_and_data_on_the_hub(finished, tmp_path, server):
     server.commit("models", "user/lora", {"README.md": b"---\nlicense: mit\n---\n\n# My LoRA\n"})
-    flags = ["tally", "--study_dir", finished, "--output_dir", tmp_path / "tally", "--push_to_hub"]
-    run("user_study.py", *flags, "--hub_model_id", "user/lora", env={**os.environ, **server.environment()})
+    flags = ["--study_dir", finished, "--push_to_hub", "--output_dir"]
+    commands = [
+        ["tally", *flags, tmp_path / "tally", "--hub_model_id", "user/lora"],
+        ["export", *flags, tmp_path / "pairs", "--hub_dataset_id", "user/people"],
+    ]
+    code = "import sys, user_study as u\nfor words in eval(sys.argv[1]): u.main(u.parse_arguments(words))"
+    words = repr([list(map(str, command)) for command in commands])
+    run("-c", code, words, env={**os.environ, **server.environment()})  # one process: the imports take longer
     files = server.files("models", "user/lora")
     card = files["README.md"].decode()
     assert "# My LoRA" in card and card.count("## User study") == 1 and "license: mit" in card
@@ -523,7 +661,5 @@ def test_results_and_data_on_the_hub(finished, tmp_path, server):
     assert "overall, people's win rate of tuned over base" in [metric["name"] for metric in result["metrics"]]
     assert {"user_study/results.json", "user_study/chart.png"} <= files.keys()
     assert not any(re.search(rb"\br[0-4]\b", files[name]) for name in ("user_study/results.json", "README.md"))
-    flags = ["export", "--study_dir", finished, "--output_dir", tmp_path / "pairs", "--push_to_hub"]
-    run("user_study.py", *flags, "--hub_dataset_id", "user/people", env={**os.environ, **server.environment()})
     files = server.files("datasets", "user/people")
     assert "data/train-00000-of-00001.parquet" in files and b'load_dataset("user/people"' in files["README.md"]

@@ -12,12 +12,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, run
-from test_user_study import HARD, make_study, study_flags
+from test_user_study import HARD, make_study, study_flags, vote
 
 import user_study
 
@@ -29,7 +30,7 @@ import raters  # noqa: E402
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMIUM_FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
 CHROMIUM_FLAGS += "--disable-component-update --disable-sync"
-LEFT, TASK = '[data-answer="left"]', '[data-answer="left"]:enabled:visible'
+LEFT = '[data-answer="left"]'
 
 
 def free_port() -> int:
@@ -43,10 +44,20 @@ def start_server(flags: list, port: int, log: Path) -> subprocess.Popen:
     command = [sys.executable, "user_study.py", *map(str, flags), "--port", str(port)]
     with open(log, "w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
-    while "the page is at" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.05)
+    wait_for_page(process, log)
     return process
+
+
+def wait_for_page(process: subprocess.Popen, log: Path) -> None:
+    wait_until(lambda: process.poll() is not None or "the page is at" in log.read_text())
+    assert process.poll() is None, log.read_text()
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing came in time"
+        time.sleep(0.02)
 
 
 def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
@@ -64,13 +75,12 @@ def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
         for _ in range(200):
             question = state["questions"][state["asked"]][0]
             answers.append((state["position"], question, person.rng.choice(["left", "right"])))
-            state = person.ask("answer", **dict(zip(("position", "question", "answer"), answers[-1])), seconds=1.0)
+            state = person.answer(state, answers[-1][-1])
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(people, given)]
+    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(people, given)]
     for thread in threads:
         thread.start()
-    while sum(map(len, given)) < 800:
-        time.sleep(0.01)
+    wait_until(lambda: sum(map(len, given)) >= 800)
     server.send_signal(signal.SIGKILL)
     server.wait()
     assert all(thread.is_alive() for thread in threads)
@@ -78,7 +88,7 @@ def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
         file.write(b'{"rater": "r0", "ite')
     server = start_server(["serve", "--study_dir", tmp_path / "study"], port, tmp_path / "log2")
     for thread in threads:
-        thread.join()
+        thread.join(120)
     server.send_signal(signal.SIGINT)
     assert server.wait(30) == 128 + signal.SIGINT and "all votes are in" in (tmp_path / "log2").read_text()
     assert "its last line was half-written: 20 bytes were cut off" in (tmp_path / "log2").read_text()
@@ -110,6 +120,13 @@ def browser():
         context.close()
 
 
+def wait_for_task(page) -> None:
+    """Until the page takes an answer. It asks at every frame: a selector would be asked for every half second."""
+    page.wait_for_function(
+        "[...document.querySelectorAll('[data-answer=\"left\"]')].some(b => !b.disabled && b.offsetParent)"
+    )
+
+
 def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
     """By keyboard and mouse, with a reload in the middle, a step back, a restart of the server, at phone width, too."""
     flags = ["--allow_ties", "--questions", "overall", "--consent", "My own consent."]
@@ -120,7 +137,7 @@ def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
     count = lambda: page.inner_text('[data-part="count"]')  # noqa: E731
 
     def answer(act, expected: str):
-        page.wait_for_selector(TASK)
+        wait_for_task(page)
         assert_no_model_in(page)
         act()
         page.wait_for_function(
@@ -137,7 +154,7 @@ def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
         answer(lambda: page.keyboard.press("t"), "4")
         answer(lambda: page.click('[data-answer="right"]'), "5")
         page.reload()
-        page.wait_for_selector(TASK)
+        wait_for_task(page)
         assert count() == "5 of 12" and "rater=ann" in page.url
         page.keyboard.press("Backspace")
         page.wait_for_selector('[data-answer="right"].chosen')
@@ -150,6 +167,7 @@ def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
         page.keyboard.press("Escape")
         assert not page.is_visible('[data-part="zoom"]') and count() == "5 of 12"
         answer(lambda: page.click(LEFT), "6")
+        wait_for_task(page)
 
     # The server is gone: the page keeps the answer, and goes on by itself.
     page.keyboard.press("1")
@@ -161,14 +179,20 @@ def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
     with user_study.page_server(again, "127.0.0.1", port):
         page.wait_for_function("document.querySelector('[data-part=\"count\"]').textContent.startsWith('7 of')")
         page.set_viewport_size({"width": 390, "height": 800})
-        page.wait_for_selector(TASK)
+        wait_for_task(page)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         for name in ("left", "right", "tie"):
             box = page.locator(f'[data-answer="{name}"]').bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["y"] + box["height"] < 800
-        for number in range(8, 13):
+        page.route("**/component_server/**", lambda route: route.fulfill(status=500))
+        page.click(LEFT)
+        page.wait_for_selector('[data-part="notice"]:visible')
+        assert "The server reports an error" in page.inner_text('[data-part="notice"]')
+        page.unroute("**/component_server/**")
+        page.wait_for_function("document.querySelector('[data-part=\"count\"]').textContent.startsWith('8 of')")
+        for number in range(9, 13):
             answer(lambda: page.click(LEFT), str(number))
-        page.wait_for_selector(TASK)
+        wait_for_task(page)
         page.click(LEFT)
         page.wait_for_selector('[data-part="end"]:visible')
         assert "12 comparisons" in page.inner_text('[data-part="answered"]')
@@ -178,6 +202,34 @@ def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
     assert given == ["left", "right", "tie", "right", "left", *["left"] * 8]
     assert len(user_study.final_votes(lines)) == 12 and {line["rater"] for line in lines} == {"ann"}
     assert not dialogs and not any(re.search("tuned|base", url) for url in requests)
+
+
+def test_a_double_click_answers_one_question(browser, tmp_path):
+    study, port = make_study(tmp_path, models=("tuned", "base")), free_port()
+    page = browser.new_page()
+    question = lambda: page.inner_text('[data-part="question"]')[:6]  # noqa: E731
+    with user_study.page_server(study, "127.0.0.1", port):
+        page.goto(f"http://127.0.0.1:{port}/?rater=ann")
+        page.click('[data-part="start"]')
+        wait_for_task(page)
+        # The next question is drawn before the second half of the click comes.
+        page.evaluate("""() => new Promise(done => {
+            const button = document.querySelector('[data-answer="left"]');
+            const text = document.querySelector('[data-part="question"]');
+            new MutationObserver(() => setTimeout(() => { button.click(); done(); }, 20)).observe(
+                text, {childList: true, characterData: true, subtree: true});
+            button.click();
+        })""")
+        wait_for_task(page)
+        box = page.locator(LEFT).bounding_box()
+        page.mouse.move(box["x"] + 9, box["y"] + 9)
+        page.mouse.down(click_count=2)
+        page.mouse.up(click_count=2)
+        page.wait_for_timeout(100)
+        assert question() == "2 of 3" and [key[2] for key in study.answers] == ["general"]
+        page.click(LEFT)
+        page.wait_for_function("document.querySelector('[data-part=\"question\"]').textContent.startsWith('3 of')")
+    study.log.close()
 
 
 def assert_no_model_in(page) -> None:
@@ -208,9 +260,18 @@ def test_answers_and_headers_of_the_server_name_no_model(tmp_path):
                 "date",
             }
             sizes.append([len(picture.read()) for picture in pictures])
-            state = rater.ask("answer", position=state["position"], question=state["questions"][state["asked"]][0],
-                              answer="left", seconds=1)  # fmt: skip
+            state = rater.answer(state, "left")
         assert len(sizes) == 3 * 37 and all(left == right for left, right in sizes)
+        parts = (
+            b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + b"a" * 99 + b"\r\n--x--\r\n"
+        )
+        upload = {"Content-Type": "multipart/form-data; boundary=x"}
+        with pytest.raises(raters.urllib.error.HTTPError, match="413"):
+            raters.urllib.request.urlopen(
+                raters.urllib.request.Request(f"{rater.url}/gradio_api/upload", parts, upload)
+            )
+        with pytest.raises(raters.urllib.error.HTTPError, match="404"):
+            rater.fetch("picture/none")  # at once: the server is there
         with pytest.raises(raters.urllib.error.HTTPError, match="404"):
             raters.urllib.request.urlopen(f"{rater.url}/picture/study.json")
         body = {"data": {"rater": "../x"}, "component_id": rater.component, "fn_name": "enter", "session_hash": "x"}
@@ -222,7 +283,9 @@ def test_answers_and_headers_of_the_server_name_no_model(tmp_path):
 
 def test_the_space_serves_and_sends_its_votes(tmp_path, server):
     """The Space's folder by itself, as the Hub starts it: the study comes from the private dataset, votes go there."""
-    make_study(tmp_path, "--questions", "overall", models=("tuned", "base")).log.close()
+    study = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
+    vote(study, "early", lambda line, question: "left", limit=3)
+    study.log.close()
     flags = ["space", "--study_dir", tmp_path / "study", "--output_dir", tmp_path / "space", "--push_to_hub"]
     environment = {**os.environ, **server.environment()}
     ids = ["--hub_space_id", "user/study", "--hub_dataset_id", "user/votes"]
@@ -230,8 +293,10 @@ def test_the_space_serves_and_sends_its_votes(tmp_path, server):
     files = server.files("spaces", "user/study")
     assert {"app.py", "user_study.py", "requirements.txt", "README.md"} <= files.keys() and "study.json" not in files
     assert sum(name.startswith("pictures/") for name in files) == 24
-    assert "gradio" in files["requirements.txt"].decode().splitlines()
-    assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["sdk"] == "gradio"
+    assert "gradio>=6.31,<7" in files["requirements.txt"].decode().splitlines()
+    card = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    assert card["sdk"] == "gradio" and card["python_version"] == "3.11" and card["title"] == "User study"
+    assert card["sdk_version"] == "6.31.0"  # one that requirements.txt allows
     assert server.repos["datasets", "user/votes"].private
     secret = json.loads(server.files("datasets", "user/votes")["study.json"])["secret"].encode()
     assert not any(secret in content for content in files.values())
@@ -246,13 +311,16 @@ def test_the_space_serves_and_sends_its_votes(tmp_path, server):
         app = subprocess.Popen(
             [sys.executable, "app.py"], cwd=tmp_path / "hf", stdout=output, stderr=output, env=environment
         )
-    while "the page is at" not in log.read_text():
-        assert app.poll() is None, log.read_text()
-        time.sleep(0.05)
+    wait_for_page(app, log)
     person = raters.Rater(f"http://127.0.0.1:{port}", "ann", 0.0, 0)
     person.judge = lambda state: "left"
     assert person.work() == 12
+    # Another server, about to end when this one began, sends votes of its last minute.
+    votes = server.files("datasets", "user/votes")["votes.jsonl"]
+    bob = votes.replace(b'"early"', b'"bob"')
+    server.commit("datasets", "user/votes", {"votes.jsonl": votes + bob})
     app.send_signal(signal.SIGTERM)
     assert app.wait(60) == 128 + signal.SIGTERM
     lines = server.files("datasets", "user/votes")["votes.jsonl"].decode().splitlines()
-    assert len([line for line in lines if '"answer"' in line]) == 12
+    answers = Counter(json.loads(line)["rater"] for line in lines if '"answer"' in line)
+    assert answers == {"early": 3, "ann": 12, "bob": 3} and len(set(lines)) == len(lines)
