@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -30,7 +31,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -38,7 +38,6 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH_FILE = ROOT / "shapes" / "reproduce_search.json"
-mpl.rcParams["svg.hashsalt"] = "reproduce"  # the same figures give the same file
 FAMILIES = {"": "base", "_sd3": "sd3_base"}  # endings of the settings' files → row of the model without a LoRA
 SEARCH_SEED = 100  # no row's: other labels, noise and order than those that are reported
 
@@ -138,7 +137,10 @@ ROWS = {
     ),
     "qsd": Row("DPO, the best pairs in order", QSD + "30-{seed}", "qsd", f"--max_train_steps {STEPS}"),
     "qsd_random": Row(
-        "DPO, all pairs at random", QSD + "30-{seed}", "qsd_random", f"--order random --max_train_steps {STEPS}"
+        "DPO, all pairs at random, as many steps",
+        QSD + "30-{seed}",
+        "qsd_random",
+        f"--order random --max_train_steps {STEPS}",
     ),
     "qsd_shuffled": Row(
         "DPO, the best pairs, shuffled",
@@ -152,8 +154,15 @@ LOSSES = {"slic": ("SLiC", "--loss_type hinge", STEPS), "orpo": ("ORPO", "--loss
 for name, (title, loss, steps) in LOSSES.items():
     flags = f"{loss} --max_train_steps {steps}"
     ROWS[name] = Row(f"{title}, the best pairs in order", QSD + "30-{seed}", name, flags)
+    random = f"{flags} --order random"
     ROWS[f"{name}_random"] = Row(
-        f"{title}, all pairs at random", QSD + "30-{seed}", f"{name}_random", f"{flags} --order random"
+        f"{title}, all pairs at random, as many steps", QSD + "30-{seed}", f"{name}_random", random
+    )
+    ROWS[f"{name}_random_100"] = Row(
+        f"{title}, all pairs at random, 100 %",
+        QSD + "30-{seed}",
+        f"{name}_random",
+        f"{loss} --max_train_steps {SHARES['100']} --order random",
     )
 for name in REWARDS:
     ROWS[f"reward_{name}"] = Row(
@@ -173,9 +182,10 @@ for share, steps in SHARES.items():
         f"--order random --max_train_steps {steps}",
     )
 for rank in (4, 64):
-    for method, order in {"qsd": "the best pairs in order", "qsd_random": "all pairs at random"}.items():
-        ROWS[f"{method}_rank{rank}"] = Row(
-            f"DPO, {order}, rank {rank}", QSD + "30-{seed}", method, f"{ROWS[method].flags} --rank {rank}"
+    for name in ("qsd", "qsd_random_100"):
+        row = ROWS[name]
+        ROWS[f"{name}_rank{rank}"] = Row(
+            f"{row.title}, rank {rank}", row.command, row.method, f"{row.flags} --rank {rank}"
         )
 for flip in (0, 10, 20, 40):
     for method, order in {"qsd": "the best pairs in order", "qsd_random": "all pairs at random"}.items():
@@ -281,10 +291,14 @@ TABLES = {
         "DPO-QSD, Table 2: other losses",
         (
             Entry("base"),
-            Entry("slic_random", paper=26.71),
-            Entry("slic", "slic_random", 29.65),
-            Entry("orpo_random", paper=26.97),
-            Entry("orpo", "orpo_random", 28.25),
+            Entry("slic_random"),
+            Entry("slic_random_100", paper=26.71),
+            Entry("slic", "slic_random_100", 29.65),
+            Entry("slic", "slic_random"),
+            Entry("orpo_random"),
+            Entry("orpo_random_100", paper=26.97),
+            Entry("orpo", "orpo_random_100", 28.25),
+            Entry("orpo", "orpo_random"),
         ),
         figure="HPSv2, SD1.5",
     ),
@@ -313,12 +327,12 @@ TABLES = {
         "DPO-QSD, Table 4: LoRA ranks",
         (
             Entry("base"),
-            Entry("qsd_random_rank4", paper=26.39),
-            Entry("qsd_rank4", "qsd_random_rank4", 29.82),
-            Entry("qsd_random", paper=26.34),
-            Entry("qsd", "qsd_random", 30.14),
-            Entry("qsd_random_rank64", paper=26.65),
-            Entry("qsd_rank64", "qsd_random_rank64", 30.06),
+            Entry("qsd_random_100_rank4", paper=26.39),
+            Entry("qsd_rank4", "qsd_random_100_rank4", 29.82),
+            Entry("qsd_random_100", paper=26.34),
+            Entry("qsd", "qsd_random_100", 30.14),
+            Entry("qsd_random_100_rank64", paper=26.65),
+            Entry("qsd_rank64", "qsd_random_100_rank64", 30.06),
         ),
         figure="HPSv2, SD1.5, ranks 32, 64 and 256",
     ),
@@ -526,7 +540,7 @@ def base_of(row: str) -> str:
 def search(runner: Runner, methods: list[str]) -> None:
     """Trains every method with its settings, and keeps the best by the prompts of tune.jsonl."""
     runs = {
-        (method, n): f"{ROWS[method].command} {settings} {ROWS[method].flags}"
+        (method, n): command_of(ROWS[method], settings)
         for method in methods
         for n, settings in enumerate(SEARCH[method])
     }
@@ -541,7 +555,7 @@ def search(runner: Runner, methods: list[str]) -> None:
         trained = {f"search-{m}-{n}": record for (m, n), record in records.items() if base_of(m) == base}
         if trained:
             accuracy |= runner.evaluate(f"search{family}", trained, "tune.jsonl", 2, family)
-    found = json.loads(SEARCH_FILE.read_text()) if SEARCH_FILE.exists() else {}
+    found = read_search()
     for method in methods:
         tried = {settings: accuracy[f"search-{method}-{n}"].mean() for n, settings in enumerate(SEARCH[method])}
         best = max(tried, key=tried.get)
@@ -550,11 +564,20 @@ def search(runner: Runner, methods: list[str]) -> None:
     write_text(SEARCH_FILE, json.dumps(found, indent=2) + "\n")
 
 
+def read_search() -> dict:
+    return json.loads(SEARCH_FILE.read_text()) if SEARCH_FILE.exists() else {}
+
+
 def with_settings(row: Row) -> str:
-    found = json.loads(SEARCH_FILE.read_text()) if SEARCH_FILE.exists() else {}
+    """A row's command with the settings that the search chose; exits with one line if it has not run."""
+    found = read_search()
     if row.method not in found:
         raise SystemExit(f"{SEARCH_FILE.name} has no settings of {row.method}: run --search {row.method} first")
-    return f"{row.command} {found[row.method]['settings']} {row.flags}"
+    return command_of(row, found[row.method]["settings"])
+
+
+def command_of(row: Row, settings: str) -> str:
+    return f"{row.command} {settings} {row.flags}"
 
 
 def as_text(accuracy: np.ndarray) -> str:
@@ -575,12 +598,9 @@ def write_text(file: Path, text: str) -> None:
 
 def machine() -> dict:
     """What the figures were measured on."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    found = {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "date": time.strftime("%F")}
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    found = {"cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(), "date": time.strftime("%F")}
     return found | {name: version(name) for name in ("torch", "diffusers", "peft")}
 
 
@@ -620,8 +640,9 @@ def direction(paper: float | None, low: float, high: float) -> str:
     return "–" if paper is None else "same sign" if (paper > 0) == (low > 0) else "other sign"
 
 
-def compare(table: Table, results: dict) -> tuple[list[dict], list[str]]:
-    """The lines of a table whose rows have been run, and the seeds that they share."""
+def compare(table: Table, results: dict) -> tuple[list[dict], list[dict], list[str]]:
+    """What a table shows of the rows that have been run: the rows, each once; the differences between them; and the
+    seeds that all of them share."""
     found = results["rows"]
     entries = [entry for entry in table.entries if entry.row in found]
     names = list(dict.fromkeys(name for entry in entries for name in (base_of(entry.row), entry.row)))
@@ -635,57 +656,55 @@ def compare(table: Table, results: dict) -> tuple[list[dict], list[str]]:
     )
     means, draws = dict(zip(names, scores.mean(axis=(1, 2)))), dict(zip(names, bootstrap(scores).T))
     papers = {entry.row: entry.paper for entry in reversed(table.entries) if entry.paper is not None}
-    lines = []
+    rows, differences = [], []
+    for name in dict.fromkeys(entry.row for entry in entries):
+        row = {"row": name, "paper": papers.get(name), "mean": means[name], "ci95": interval(draws[name])}
+        if name not in bases:
+            row["base"] = difference(name, base_of(name), papers.get(name), papers, means, draws)
+        rows.append(row)
     for entry in entries:
-        line = {
-            "row": entry.row,
-            "paper": papers.get(entry.row),
-            "mean": means[entry.row],
-            "ci95": interval(draws[entry.row]),
-        }
-        for key, other in {"base": base_of(entry.row), "against": entry.against}.items():
-            if other in means and other != entry.row:
-                difference = interval(draws[entry.row] - draws[other])
-                theirs = None if None in (entry.paper, papers.get(other)) else entry.paper - papers[other]
-                line[key] = {"name": other, "mean": means[entry.row] - means[other], "ci95": difference}
-                line[key] |= {"paper": theirs, "direction": direction(theirs, *difference)}
-        lines.append(line)
-    return lines, seeds
+        if entry.against in means:
+            differences.append(difference(entry.row, entry.against, entry.paper, papers, means, draws))
+    return rows, differences, seeds
+
+
+def difference(name: str, other: str, paper: float | None, papers: dict, means: dict, draws: dict) -> dict:
+    """One row minus another; `paper`: the paper's figure of the first, if it makes this comparison."""
+    ci95 = interval(draws[name] - draws[other])
+    theirs = None if None in (paper, papers.get(other)) else paper - papers[other]
+    found = {"row": name, "other": other, "mean": means[name] - means[other], "ci95": ci95}
+    return found | {"paper": theirs, "direction": direction(theirs, *ci95)}
 
 
 def as_numbers(record: dict, images: int) -> list[float]:
     return [int(digit) / images for digit in record["accuracy"]]
 
 
-def markdown(table: Table, results: dict, lines: list[dict], seeds: list[str]) -> str:
+def markdown(table: Table, results: dict, rows: list[dict], differences: list[dict], seeds: list[str]) -> str:
     """A table, with the machine and how long its trainings took."""
     titles = dict.fromkeys(FAMILIES.values(), "the base") | {name: row.title for name, row in ROWS.items()}
-    rows, differences = [["", "accuracy", "against the base"]], [["difference", "accuracy"]]
+    lines, others = [["", "accuracy", "against the base"]], [["difference", "accuracy"]]
+    for row in rows:
+        lines.append([titles[row["row"]], "{:.3f} ({:.3f} to {:.3f})".format(row["mean"], *row["ci95"])])
+        lines[-1].append(signed(row["base"]) if "base" in row else "")
+    for item in differences:
+        others.append([f"{titles[item['row']]} − {titles[item['other']]}", signed(item)])
     if table.figure:
-        rows[0] += [f"paper: {table.figure}", "direction"]
-        differences[0] += ["paper", "direction"]
-    for line in {line["row"]: line for line in lines}.values():
-        cells = [titles[line["row"]], "{:.3f} ({:.3f} to {:.3f})".format(line["mean"], *line["ci95"])]
-        cells.append(signed(line.get("base")))
-        if table.figure:
-            figure = "" if line["paper"] is None else f"{line['paper']:.2f}"
-            cells += [figure, line.get("base", {}).get("direction", "")]
-        rows.append(cells)
-    for line in (line for line in lines if "against" in line):
-        other = line["against"]
-        cells = [f"{titles[line['row']]} − {titles[other['name']]}", signed(other)]
-        if table.figure:
-            cells += ["" if other["paper"] is None else f"{other['paper']:+.2f}", other["direction"]]
-        differences.append(cells)
-    records = [results["rows"][line["row"]][seed] for line in lines if line["row"] in ROWS for seed in seeds]
+        lines[0] += [f"paper: {table.figure}", "direction"]
+        others[0] += ["paper", "direction"]
+        for cells, row in zip(lines[1:], rows):
+            cells += ["" if row["paper"] is None else f"{row['paper']:.2f}", row.get("base", {}).get("direction", "")]
+        for cells, item in zip(others[1:], differences):
+            cells += ["" if item["paper"] is None else f"{item['paper']:+.2f}", item["direction"]]
+    records = [results["rows"][row["row"]][seed] for row in rows if row["row"] in ROWS for seed in seeds]
     places = sorted({f"{record['cpu']}, torch {record['torch']}, {record['date']}" for record in records})
     over = f"prompts and seeds ({', '.join(seeds)})" if len(seeds) > 1 else f"prompts, of seed {seeds[0]} alone"
+    minutes = np.median([record["seconds"] for record in records]) / 60
     note = (
         f"{results['prompts']} held-out prompts × {results['images']} images; 95 % intervals over {over}. "
-        f"{'; '.join(places)}; a training took {np.median([r['seconds'] for r in records]) / 60:.1f} minutes on one "
-        f"core that other work was using, too."
+        f"{'; '.join(places)}; a training took {minutes:.1f} minutes on one core."
     )
-    return "\n".join([f"### {table.title}", "", *grid(rows), "", *grid(differences), "", *textwrap.wrap(note, 120), ""])
+    return "\n".join([f"### {table.title}", "", *grid(lines), "", *grid(others), "", *textwrap.wrap(note, 120), ""])
 
 
 def grid(rows: list[list[str]]) -> list[str]:
@@ -694,41 +713,38 @@ def grid(rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in rows]
 
 
-def signed(difference: dict | None) -> str:
-    return "" if difference is None else "{:+.3f} ({:+.3f} to {:+.3f})".format(difference["mean"], *difference["ci95"])
+def signed(difference: dict) -> str:
+    return "{:+.3f} ({:+.3f} to {:+.3f})".format(difference["mean"], *difference["ci95"])
 
 
-def plot(table: Table, lines: list[dict], seeds: list[str], results: dict, file: Path) -> None:
-    """Differences to the base: their intervals, and a dot for each seed. Or curves, if the table has them."""
-    if table.curves:
-        plot_curves(table, {line["row"]: line for line in lines}, file)
-        return
-    lines = [line for line in {line["row"]: line for line in lines}.values() if "base" in line]
-    figure = Figure(figsize=(7, 0.9 + 0.32 * len(lines)), layout="constrained")
+def plot(table: Table, rows: list[dict], seeds: list[str], results: dict, file: Path) -> None:
+    """Differences to the base: their intervals, and a dot for each seed."""
+    rows = [row for row in rows if "base" in row]
+    figure = Figure(figsize=(7, 0.9 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for place, line in enumerate(reversed(lines)):
-        axes.plot(line["base"]["ci95"], [place, place], color="tab:blue", linewidth=2)
-        base = np.mean(as_numbers(results["rows"][line["base"]["name"]], results["images"]))
-        own = [results["rows"][line["row"]][seed]["mean"] - base for seed in seeds]
+    for place, row in enumerate(reversed(rows)):
+        axes.plot(row["base"]["ci95"], [place, place], color="tab:blue", linewidth=2)
+        base = np.mean(as_numbers(results["rows"][row["base"]["other"]], results["images"]))
+        own = [results["rows"][row["row"]][seed]["mean"] - base for seed in seeds]
         axes.plot(own, [place] * len(own), ".", color="tab:gray", markersize=5)
-        axes.plot(line["base"]["mean"], place, "o", color="tab:blue")
+        axes.plot(row["base"]["mean"], place, "o", color="tab:blue")
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(lines)), [ROWS[line["row"]].title for line in reversed(lines)])
+    axes.set_yticks(range(len(rows)), [ROWS[row["row"]].title for row in reversed(rows)])
     axes.set_xlabel("accuracy − the base's")
     axes.set_title(table.title, fontsize=10)
     figure.savefig(file, metadata={"Date": None})
 
 
-def plot_curves(table: Table, lines: dict[str, dict], file: Path) -> None:
+def plot_curves(table: Table, rows: list[dict], file: Path) -> None:
     """Accuracy over the share of the pairs that a training has seen, with intervals."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for label, rows in table.curves.items():
-        points = [(float(share), lines[row]) for share, row in rows.items() if row in lines]
-        shares, means = [share for share, _ in points], [line["mean"] for _, line in points]
+    axes, by_name = figure.subplots(), {row["row"]: row for row in rows}
+    for label, curve in table.curves.items():
+        points = [(float(share), by_name[name]) for share, name in curve.items() if name in by_name]
+        shares, means = [share for share, _ in points], [row["mean"] for _, row in points]
         axes.plot(shares, means, "o-", label=label)
-        axes.fill_between(shares, *zip(*(line["ci95"] for _, line in points)), alpha=0.15)
-    axes.axhline(lines["base"]["mean"], color="black", linewidth=0.8, label="base")
+        axes.fill_between(shares, *zip(*(row["ci95"] for _, row in points)), alpha=0.15)
+    axes.axhline(by_name["base"]["mean"], color="black", linewidth=0.8, label="base")
     axes.set(xscale="log", xlabel="% of the pairs", ylabel="accuracy")
     axes.set_xticks(list(map(float, SHARES)), list(SHARES), minor=False)
     axes.minorticks_off()
@@ -744,9 +760,12 @@ def report(work: Path, folder: Path, docs: Path | None) -> None:
     text = docs.read_text() if docs else ""
     for name, table in TABLES.items():
         if any({entry.row, entry.against} <= results["rows"].keys() for entry in table.entries):
-            lines, seeds = compare(table, results)
-            plot(table, lines, seeds, results, folder / f"{name}.svg")
-            body = markdown(table, results, lines, seeds)
+            rows, differences, seeds = compare(table, results)
+            if table.curves:
+                plot_curves(table, rows, folder / f"{name}.svg")
+            else:
+                plot(table, rows, seeds, results, folder / f"{name}.svg")
+            body = markdown(table, results, rows, differences, seeds)
             print(body)
             if docs:
                 picture = f"![{table.title}]({os.path.relpath(folder, docs.parent)}/{name}.svg)"

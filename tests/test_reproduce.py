@@ -75,7 +75,7 @@ def test_rows_of_both_architectures_and_half_a_table(tmp_path, monkeypatch, caps
     reproduce.report(tmp_path, tmp_path / "report", None)
     printed = capsys.readouterr().out
     assert "SD3: RankDPO, ranks by the labels − SD3: DPO" in printed and "30.14" in printed
-    assert {file.stem for file in (tmp_path / "report").glob("*.svg")} == {"objectives", "qsd", "sd3"}
+    assert {file.stem for file in (tmp_path / "report").glob("*.svg")} == {"lora", "objectives", "qsd", "sd3"}
 
 
 def test_a_record_of_other_data_is_not_taken(tmp_path):
