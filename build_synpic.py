@@ -417,8 +417,7 @@ def main(args: ScriptArguments) -> None:
     if "rank" not in args.stages and "publish" in args.stages:
         check_finished(args)
     if "generate" in args.stages:
-        if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")))):
-            raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
+        check_compiler(args)
         for entry in generators:
             check_generator(entry)
         probe_rewards(args.rewards, generators[0], prompts)
@@ -653,6 +652,13 @@ class Generator:
             return self.pipeline(prompt=prompts, generator=generators, **call).images
         except (TypeError, ValueError) as error:  # the pipeline's own check of its settings
             raise SystemExit(f"generator {self.entry['name']}: cannot draw: {one_line(error)}") from None
+
+
+# Copied from train_rankdpo_sdxl.check_compiler
+def check_compiler(args: ScriptArguments) -> None:
+    """Exits with one line if --compile is given and nothing is there that compiles."""
+    if args.compile and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which(os.environ.get("CC", "gcc"))):
+        raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
 
 
 def compile_blocks(name: str, pipeline: DiffusionPipeline) -> None:
@@ -2504,13 +2510,11 @@ def file_of(source: str, file: str, **options) -> Path:
     return Path(source, file) if os.path.isdir(source) else Path(hf_hub_download(source, file, **options))
 
 
-def create_repo(name: str, repo_type: str, private: bool) -> str:
+def create_repo(name: str, repo_type: str, private: bool, **options) -> str:
     """Creates the repository unless it exists, and returns its id with the namespace. Exits with one line if the token
-    cannot write to it."""
+    cannot write to it. `options`: more of `HfApi.create_repo`'s."""
     try:
-        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
-        if repo_type == "space":
-            options["space_sdk"] = "gradio"
+        options |= {"repo_type": repo_type, "private": private or None, "exist_ok": True}
         repo_id = retried(HfApi().create_repo, name, **options).repo_id
         try:  # `create_repo` also succeeds for an existing repository that the token can only read
             retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)

@@ -2332,13 +2332,11 @@ def file_of(source: str, file: str, **options) -> Path:
     return Path(source, file) if os.path.isdir(source) else Path(hf_hub_download(source, file, **options))
 
 
-def create_repo(name: str, repo_type: str, private: bool) -> str:
+def create_repo(name: str, repo_type: str, private: bool, **options) -> str:
     """Creates the repository unless it exists, and returns its id with the namespace. Exits with one line if the token
-    cannot write to it."""
+    cannot write to it. `options`: more of `HfApi.create_repo`'s."""
     try:
-        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
-        if repo_type == "space":
-            options["space_sdk"] = "gradio"
+        options |= {"repo_type": repo_type, "private": private or None, "exist_ok": True}
         repo_id = retried(HfApi().create_repo, name, **options).repo_id
         try:  # `create_repo` also succeeds for an existing repository that the token can only read
             retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)

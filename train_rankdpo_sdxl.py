@@ -1145,8 +1145,7 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise SystemExit(f"accelerate is set to {kind.value}: a LoRA needs no more than data parallelism")
-    if args.compile and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which(os.environ.get("CC", "gcc"))):
-        raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
+    check_compiler(args)
     check_quantization(args)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -1660,6 +1659,12 @@ def complete_batch(args: ScriptArguments, device: torch.device, encode_prompts: 
     if encode_prompts:
         batch |= encode_in_batches(encode_prompts, batch.pop("prompt"), args.weight_dtype)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def check_compiler(args: ScriptArguments) -> None:
+    """Exits with one line if --compile is given and nothing is there that compiles."""
+    if args.compile and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which(os.environ.get("CC", "gcc"))):
+        raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
 
 
 def check_quantization(args: ScriptArguments) -> None:
@@ -2187,13 +2192,11 @@ def file_of(source: str, file: str, **options) -> Path:
     return Path(source, file) if os.path.isdir(source) else Path(hf_hub_download(source, file, **options))
 
 
-def create_repo(name: str, repo_type: str, private: bool) -> str:
+def create_repo(name: str, repo_type: str, private: bool, **options) -> str:
     """Creates the repository unless it exists, and returns its id with the namespace. Exits with one line if the token
-    cannot write to it."""
+    cannot write to it. `options`: more of `HfApi.create_repo`'s."""
     try:
-        options = {"repo_type": repo_type, "private": private or None, "exist_ok": True}
-        if repo_type == "space":
-            options["space_sdk"] = "gradio"
+        options |= {"repo_type": repo_type, "private": private or None, "exist_ok": True}
         repo_id = retried(HfApi().create_repo, name, **options).repo_id
         try:  # `create_repo` also succeeds for an existing repository that the token can only read
             retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
