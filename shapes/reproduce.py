@@ -10,8 +10,9 @@ Every result stays in `results.json`, with its command. Rows of one seed share o
 
     python shapes/reproduce.py --search dpo rankdpo --output_dir outputs/reproduce
 
-chooses the settings of methods: four of each are trained, and judged on prompts that no table uses. What came out is
-kept in `shapes/reproduce_search.json`, from which the rows take their settings.
+chooses the settings of methods: six of each are trained, and judged on prompts that no table uses. What came out is
+kept in `shapes/reproduce_search.json`, from which the rows take their settings. What it holds already is not trained
+again: remove a method there to search it anew.
 """
 
 import argparse
@@ -213,12 +214,12 @@ for beta in (30, 100, 300, 1000, 3000, 10000):
 for name, row in {"random": ROWS["random"], "dpo": ROWS["dpo"], "rankdpo": ROWS["rankdpo"]}.items():
     ROWS[f"sd3_{name}"] = Row(f"SD3: {row.title}", SD3, f"sd3_{row.method}", row.flags)
 
-# Four settings of each method. A method is searched with the row of its name.
-PREFERENCE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("2e-4", "5e-4") for beta in (300, 1000)]
-DENOISING = [f"--learning_rate {lr}" for lr in ("2e-5", "5e-5", "1e-4", "2e-4")]
-PAIRWISE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("5e-4", "1e-3") for beta in (300, 1000)]
-ODDS = [f"--learning_rate {lr} --orpo_lambda {weight}" for lr in ("2e-4", "1e-3") for weight in (0.1, 1)]
-TRANSFORMER = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("5e-4", "1e-3") for beta in (100, 300)]
+# Six settings of each method. A method is searched with the row of its name.
+PREFERENCE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("2e-4", "5e-4") for beta in (100, 300, 1000)]
+DENOISING = [f"--learning_rate {lr}" for lr in ("5e-6", "1e-5", "2e-5", "5e-5", "1e-4", "2e-4")]
+PAIRWISE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("5e-4", "1e-3") for beta in (100, 300, 1000)]
+ODDS = [f"--learning_rate {lr} --orpo_lambda {weight}" for lr in ("2e-4", "5e-4", "1e-3") for weight in (0.1, 1)]
+TRANSFORMER = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("5e-4", "1e-3") for beta in (30, 100, 300)]
 SEARCH = dict.fromkeys(("sft", "weighted_sft"), DENOISING)
 SEARCH |= dict.fromkeys(("dpo", "dpo_gain", "rankdpo", "predicted", "plackett_luce"), PREFERENCE)
 SEARCH |= dict.fromkeys(("qsd", "qsd_random", "slic", "slic_random"), PAIRWISE)
@@ -538,26 +539,30 @@ def base_of(row: str) -> str:
 
 
 def search(runner: Runner, methods: list[str]) -> None:
-    """Trains every method with its settings, and keeps the best by the prompts of tune.jsonl."""
+    """Trains every method with the settings that were not tried, and keeps the best by the prompts of tune.jsonl."""
+    found = read_search()
+    figures = {method: found.get(method, {}).get("tried", {}) for method in methods}
     runs = {
-        (method, n): command_of(ROWS[method], settings)
+        f"search-{method}-{SEARCH[method].index(settings)}": (method, settings)
         for method in methods
-        for n, settings in enumerate(SEARCH[method])
+        for settings in SEARCH[method]
+        if settings not in figures[method]
     }
     with ThreadPoolExecutor(runner.options.jobs) as pool:
         futures = [
-            pool.submit(runner.train, f"search-{method}-{n}", command, SEARCH_SEED)
-            for (method, n), command in runs.items()
+            pool.submit(runner.train, name, command_of(ROWS[method], settings), SEARCH_SEED)
+            for name, (method, settings) in runs.items()
         ]
         records = dict(zip(runs, wait_for(futures, desc="search", unit="run")))
-    accuracy = {}
     for family, base in FAMILIES.items():
-        trained = {f"search-{m}-{n}": record for (m, n), record in records.items() if base_of(m) == base}
+        trained = {name: record for name, record in records.items() if base_of(runs[name][0]) == base}
         if trained:
-            accuracy |= runner.evaluate(f"search{family}", trained, "tune.jsonl", 2, family)
-    found = read_search()
+            accuracy = runner.evaluate(f"search{family}", trained, "tune.jsonl", 2, family)
+            for name in trained:
+                method, settings = runs[name]
+                figures[method][settings] = accuracy[name].mean()
     for method in methods:
-        tried = {settings: accuracy[f"search-{method}-{n}"].mean() for n, settings in enumerate(SEARCH[method])}
+        tried = {settings: figures[method][settings] for settings in SEARCH[method]}
         best = max(tried, key=tried.get)
         found[method] = {"settings": best, "tried": tried, "machine": machine()}
         print(f"{method}: {best} ({', '.join(f'{value:.3f}' for value in tried.values())})")
