@@ -47,6 +47,7 @@ SEARCH_SEED = 100  # no row's: other labels, noise and order than those that are
 # Data: folder or file → the command that makes it. {work}: the output folder; {seed}: a training's
 # ----------------------------------------------------------------------------------------------------------------------
 
+ACCURACY = "shapes/world.py:accuracy"
 REWARDS = {name: f"shapes/world.py:{name}_reward" for name in ("color", "shape", "count", "layout", "clean")}
 SYNPIC = "build_synpic.py --config shapes/synpic.yaml --output_dir {work}/"
 PAIRS = "shapes/pairs.py --synpic {work}/synpic-pairs --seed {seed} --output_dir {work}/"
@@ -246,6 +247,7 @@ class Table:
     entries: tuple[Entry, ...]
     figure: str | None = None  # what the paper's figures are
     curves: dict[str, dict[str, str]] | None = None  # for the plot: line → share of the pairs → row
+    rewards: bool = False  # whether the images are judged by the five rewards, too
 
 
 TABLES = {
@@ -390,6 +392,11 @@ TABLES = {
         ),
     ),
     "beta": Table("β", (Entry("base"), *(Entry(f"beta{beta}") for beta in (30, 100, 300, 1000, 3000, 10000)))),
+    "hacking": Table(
+        "Reward hacking: what a LoRA of one reward does to the others",
+        (Entry("base"), *(Entry(f"reward_{name}") for name in REWARDS), Entry("dpo"), Entry("rankdpo")),
+        rewards=True,
+    ),
     "data": Table(
         "Noise, and a better generator added to the data",
         (
@@ -483,22 +490,27 @@ class Runner:
         return self.run(name, words + shlex.split(self.options.training_flags), inputs)
 
     def evaluate(
-        self, label: str, trained: dict[str, dict], prompts: str, images: int, family: str = ""
-    ) -> dict[str, np.ndarray]:
-        """Accuracy of these LoRAs, name → record, and of the base: name → (prompts, images). Draws what is missing."""
+        self, label: str, trained: dict[str, dict], prompts: str, images: int, family: str = "", metrics=(ACCURACY,)
+    ) -> list[dict[str, np.ndarray]]:
+        """Judges these LoRAs, name → record, and the base: of each metric, name → (prompts, images). Draws what is
+        missing."""
         inputs = [self.make(prompts, 0), *trained.values()]
         folder, jobs = self.work / f"evaluation{family}-{Path(prompts).stem}", self.options.jobs
         words = ["evaluate.py", "--config", f"shapes/evaluate{family}.yaml", "--prompts", str(self.work / prompts)]
         words += ["--num_images_per_prompt", str(images), "--output_dir", str(folder)]
-        words += ["--loras", *(f"{name}={self.work / 'runs' / name}" for name in trained)]
+        words += ["--metrics", *metrics, "--loras", *(f"{name}={self.work / 'runs' / name}" for name in trained)]
         if jobs > 1:
             task = [*words, "--stages", "draw", "score", "--num_tasks", str(jobs), "--task_index"]
             with ThreadPoolExecutor(jobs) as pool:
                 tasks = [(f"{label}-{n}", [*task, str(n)]) for n in range(jobs)]
                 wait_for([pool.submit(self.run, *item, inputs, again=True) for item in tasks])
         self.run(label, [*words, "--num_tasks", "1"], inputs, again=True)
-        files = {name: folder / "scores" / "accuracy" / f"{name}.json" for name in ("base", *trained)}
-        return {name: np.array(json.loads(file.read_text())["scores"]) for name, file in files.items()}
+        folders = [folder / "scores" / metric.partition(":")[2] for metric in metrics]
+        names = ("base", *trained)
+        return [
+            {name: np.array(json.loads((scores / f"{name}.json").read_text())["scores"]) for name in names}
+            for scores in folders
+        ]
 
 
 def wait_for(futures: list[Future], **bar) -> list:
@@ -513,8 +525,9 @@ def wait_for(futures: list[Future], **bar) -> list:
     return [future.result() for future in futures]
 
 
-def reproduce(runner: Runner, rows: list[str], seeds: list[int]) -> None:
-    """Trains and judges rows, seed after seed, and keeps what came out in results.json."""
+def reproduce(runner: Runner, rows: list[str], seeds: list[int], rewarded: set[str] = frozenset()) -> None:
+    """Trains and judges rows, seed after seed, and keeps what came out in results.json. `rewarded`: rows whose images
+    the rewards judge, too."""
     for seed in seeds:
         commands = {row: with_settings(ROWS[row]) for row in rows}
         with ThreadPoolExecutor(runner.options.jobs) as pool:
@@ -525,11 +538,18 @@ def reproduce(runner: Runner, rows: list[str], seeds: list[int]) -> None:
             trained = {f"{row}@{seed}": record for row, record in records.items() if base_of(row) == base}
             if not trained:
                 continue
-            accuracy = runner.evaluate(f"evaluate{family}@{seed}", trained, "heldout.jsonl", 4, family)
+            [accuracy] = runner.evaluate(f"evaluate{family}@{seed}", trained, "heldout.jsonl", 4, family)
             results["rows"][base] = {"accuracy": as_text(accuracy["base"])}
             for name, record in trained.items():
                 figures = {"mean": float(accuracy[name].mean()), "accuracy": as_text(accuracy[name])}
                 results["rows"].setdefault(name.partition("@")[0], {})[str(seed)] = record | figures
+        judged = {f"{row}@{seed}": record for row, record in records.items() if row in rewarded}
+        if judged:
+            scores = runner.evaluate(f"rewards@{seed}", judged, "heldout.jsonl", 4, metrics=REWARDS.values())
+            for name in ("base", *judged):
+                figures = {reward: of[name].mean(axis=1).round(3).tolist() for reward, of in zip(REWARDS, scores)}
+                kept = results.setdefault("rewards", {}).setdefault(name.partition("@")[0], {})
+                kept |= figures if name == "base" else {str(seed): figures}
         write_text(runner.work / "results.json", json.dumps(results, indent=1) + "\n")
 
 
@@ -557,7 +577,7 @@ def search(runner: Runner, methods: list[str]) -> None:
     for family, base in FAMILIES.items():
         trained = {name: record for name, record in records.items() if base_of(runs[name][0]) == base}
         if trained:
-            accuracy = runner.evaluate(f"search{family}", trained, "tune.jsonl", 2, family)
+            [accuracy] = runner.evaluate(f"search{family}", trained, "tune.jsonl", 2, family)
             for name in trained:
                 method, settings = runs[name]
                 figures[method][settings] = accuracy[name].mean()
@@ -712,6 +732,53 @@ def markdown(table: Table, results: dict, rows: list[dict], differences: list[di
     return "\n".join([f"### {table.title}", "", *grid(lines), "", *grid(others), "", *textwrap.wrap(note, 120), ""])
 
 
+def reward_differences(table: Table, results: dict) -> tuple[dict[str, dict], list[str]]:
+    """Accuracy and rewards minus the base's: row → metric → difference, of the rows that the rewards have judged; and
+    their seeds."""
+    judged = results["rewards"]
+    names = ["base", *(entry.row for entry in table.entries if entry.row in judged.keys() - {"base"})]
+    seeds = sorted(set.intersection(*(set(judged[name]) for name in names[1:])), key=int)
+    differences = {name: {} for name in names[1:]}
+    for metric in ("accuracy", *REWARDS):
+        kept = results["rows"] if metric == "accuracy" else judged
+        records = [[kept[name] if name == "base" else kept[name][seed] for seed in seeds] for name in names]
+        scores = [
+            [as_numbers(of, results["images"]) if metric == "accuracy" else of[metric] for of in row] for row in records
+        ]
+        means, draws = np.mean(scores, axis=(1, 2)), bootstrap(np.array(scores)).T
+        for n, name in enumerate(names[1:], start=1):
+            differences[name][metric] = {"mean": means[n] - means[0], "ci95": interval(draws[n] - draws[0])}
+    return differences, seeds
+
+
+def reward_markdown(table: Table, results: dict, differences: dict, seeds: list[str]) -> str:
+    """A table of what each LoRA does to accuracy and rewards; bold: an interval that excludes 0."""
+    lines = [["against the base", "accuracy", *REWARDS]]
+    for name, of in differences.items():
+        cells = [f"{item['mean']:+.3f}" for item in of.values()]
+        clear = [item["ci95"][0] > 0 or item["ci95"][1] < 0 for item in of.values()]
+        lines.append([ROWS[name].title, *(f"**{cell}**" if c else cell for cell, c in zip(cells, clear))])
+    note = (
+        f"{results['prompts']} held-out prompts × {results['images']} images, seeds {', '.join(seeds)}. Bold: the 95 % "
+        "interval over prompts and seeds excludes 0."
+    )
+    return "\n".join([f"### {table.title}", "", *grid(lines), "", *textwrap.wrap(note, 120), ""])
+
+
+def plot_rewards(table: Table, differences: dict, file: Path) -> None:
+    """The same as colours."""
+    means = np.array([[item["mean"] for item in of.values()] for of in differences.values()])
+    figure = Figure(figsize=(7, 0.9 + 0.4 * len(means)), layout="constrained")
+    axes, largest = figure.subplots(), np.abs(means).max()
+    axes.imshow(means, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+    for place, value in np.ndenumerate(means):
+        axes.text(*place[::-1], f"{value:+.2f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(means.shape[1]), ["accuracy", *REWARDS])
+    axes.set_yticks(range(len(means)), [ROWS[name].title for name in differences])
+    axes.set_title(table.title, fontsize=10)
+    figure.savefig(file, metadata={"Date": None})
+
+
 def grid(rows: list[list[str]]) -> list[str]:
     """Lines of a Markdown table; nothing if only the heading is there."""
     rows = rows[:1] + [["---"] * len(rows[0])] + rows[1:] if len(rows) > 1 else []
@@ -764,13 +831,19 @@ def report(work: Path, folder: Path, docs: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = docs.read_text() if docs else ""
     for name, table in TABLES.items():
-        if any({entry.row, entry.against} <= results["rows"].keys() for entry in table.entries):
+        body = None
+        if table.rewards and "rewards" in results:
+            differences, seeds = reward_differences(table, results)
+            plot_rewards(table, differences, folder / f"{name}.svg")
+            body = reward_markdown(table, results, differences, seeds)
+        elif not table.rewards and any({entry.row, entry.against} <= results["rows"].keys() for entry in table.entries):
             rows, differences, seeds = compare(table, results)
             if table.curves:
                 plot_curves(table, rows, folder / f"{name}.svg")
             else:
                 plot(table, rows, seeds, results, folder / f"{name}.svg")
             body = markdown(table, results, rows, differences, seeds)
+        if body:
             print(body)
             if docs:
                 picture = f"![{table.title}]({os.path.relpath(folder, docs.parent)}/{name}.svg)"
@@ -814,7 +887,14 @@ def main():
     if options.search:
         search(runner, options.search)
     if rows := [name for name in rows if name in ROWS]:
-        reproduce(runner, rows, range(options.seeds))
+        rewarded = {
+            entry.row
+            for name in options.rows
+            if name in TABLES
+            for entry in TABLES[name].entries
+            if TABLES[name].rewards
+        }
+        reproduce(runner, rows, range(options.seeds), rewarded)
     report(options.output_dir, options.report_dir or options.output_dir / "report", options.docs)
 
 

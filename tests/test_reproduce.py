@@ -48,13 +48,19 @@ def test_rows_tables_and_searches_name_what_exists():
 
 
 class FakeRunner(reproduce.Runner):
-    """Runs nothing: every LoRA is right as often as its name has letters, of ten."""
+    """Runs nothing: the more letters the name of a LoRA has, modulo 5, the more of its four images are right. A reward
+    gives a tenth of the letters of its own name, to a LoRA alone."""
 
     def train(self, name, command, seed):
+        self.trained = [*getattr(self, "trained", ()), command]
         return {"command": command, "key": name, "seconds": 60} | reproduce.machine()
 
-    def evaluate(self, label, trained, prompts, images, family=""):
-        return {name: np.full((10, 4), np.arange(4) < len(name) % 5) * 1.0 for name in ("base", *trained)}
+    def evaluate(self, label, trained, prompts, images, family="", metrics=(reproduce.ACCURACY,)):
+        names, right = ("base", *trained), np.arange(4)
+        if metrics == (reproduce.ACCURACY,):
+            return [{name: np.full((10, 4), right < len(name) % 5) * 1.0 for name in names}]
+        letters = [len(metric.partition(":")[2].removesuffix("_reward")) / 10 for metric in metrics]
+        return [{name: np.full((10, 4), value * (name != "base")) for name in names} for value in letters]
 
 
 def options(folder, **changed):
@@ -76,6 +82,37 @@ def test_rows_of_both_architectures_and_half_a_table(tmp_path, monkeypatch, caps
     printed = capsys.readouterr().out
     assert "SD3: RankDPO, ranks by the labels − SD3: DPO" in printed and "30.14" in printed
     assert {file.stem for file in (tmp_path / "report").glob("*.svg")} == {"lora", "objectives", "qsd", "sd3"}
+
+
+def test_reward_hacking_is_told_of_the_rows_that_the_rewards_have_judged(tmp_path, capsys):
+    reproduce.reproduce(
+        FakeRunner(options(tmp_path)), ["dpo", "reward_count", "predicted"], range(2), {"dpo", "reward_count"}
+    )
+    reproduce.report(tmp_path, tmp_path / "report", None)
+    printed = capsys.readouterr().out
+    lifts = "**+0.500** | **+0.500** | **+0.500** | **+0.600** | **+0.500** |"  # colour, shape, count, layout, clean
+    assert f"| DPO | **-1.000** | {lifts}" in printed and f"| DPO, the count reward alone | +0.000 | {lifts}" in printed
+    assert "predicted ranks | **" not in printed
+    assert (tmp_path / "report" / "hacking.svg").exists()
+    # A run without the rewards keeps them.
+    reproduce.reproduce(FakeRunner(options(tmp_path)), ["dpo"], range(2))
+    reproduce.report(tmp_path, tmp_path / "report", None)
+    assert lifts in capsys.readouterr().out
+
+
+def test_the_search_trains_what_was_not_tried_and_takes_the_best_of_all(tmp_path, monkeypatch, capsys):
+    first, *others = reproduce.SEARCH["dpo"]
+    tried = {others[0]: 0.9, "--learning_rate 7": 1.0}  # the second is of another grid
+    (tmp_path / "search.json").write_text(json.dumps({"dpo": {"tried": tried}, "sft": {"settings": "--x"}}))
+    monkeypatch.setattr(reproduce, "SEARCH_FILE", tmp_path / "search.json")
+    runner = FakeRunner(options(tmp_path))
+    reproduce.search(runner, ["dpo"])
+    assert len(runner.trained) == len(others) and any(first in command for command in runner.trained)
+    assert not any(others[0] in command for command in runner.trained)
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert list(found["dpo"]["tried"]) == [first, *others] and found["sft"] == {"settings": "--x"}
+    assert found["dpo"]["settings"] == others[0]  # 0.9; the fake runner gives the others 0.5
+    assert others[0] in capsys.readouterr().out
 
 
 def test_a_record_of_other_data_is_not_taken(tmp_path):
