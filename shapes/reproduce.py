@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -40,6 +41,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH_FILE = ROOT / "shapes" / "reproduce_search.json"
 FAMILIES = {"": "base", "_sd3": "sd3_base"}  # endings of the settings' files → row of the model without a LoRA
+matplotlib.rcParams["svg.hashsalt"] = "reproduce"  # the same plot is the same file
 SEARCH_SEED = 100  # no row's: other labels, noise and order than those that are reported
 
 
@@ -118,7 +120,7 @@ SEEDS = "train_rankdpo_sdxl.py --config shapes/rankdpo.yaml --dataset_name {work
 SD3 = "train_rankdpo_sd3.py --config shapes/rankdpo_sd3.yaml --dataset_name {work}/synpic-sd3"
 QSD = "train_dpo_qsd.py --config shapes/qsd.yaml --top_fraction 1 --dataset_name {work}/qsd"
 STEPS = 40  # of 12 pairs
-# Shares of the 2,726 pairs in Figures 3 and 4, and the steps that they take.
+# Shares of the 2,723 labelled pairs in Figures 3 and 4, and the steps that they take.
 SHARES = {"1": 2, "2": 5, "5.33": 12, "10": 23, "25": 57, "50": 114, "100": 227}
 
 ROWS = {
@@ -247,10 +249,25 @@ class Table:
     entries: tuple[Entry, ...]
     figure: str | None = None  # what the paper's figures are
     curves: dict[str, dict[str, str]] | None = None  # for the plot: line → share of the pairs → row
+    plotted: bool = True
     rewards: bool = False  # whether the images are judged by the five rewards, too
 
 
 TABLES = {
+    "summary": Table(
+        "Both papers in miniature",
+        (
+            Entry("base"),
+            Entry("sft"),
+            Entry("random"),
+            Entry("dpo", "random"),
+            Entry("dpo_gain", "dpo"),
+            Entry("rankdpo", "dpo"),
+            Entry("qsd_random"),
+            Entry("qsd", "qsd_random"),
+        ),
+        plotted=False,
+    ),
     "objectives": Table(
         "RankDPO, Table 5: objectives",
         (
@@ -825,32 +842,38 @@ def plot_curves(table: Table, rows: list[dict], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def report(work: Path, folder: Path, docs: Path | None) -> None:
-    """Writes tables and plots of all that has been run; `docs`: also between the marks of a page."""
+def report(work: Path, folder: Path, pages: list[Path]) -> None:
+    """Writes tables and plots of all that has been run; `pages`: also between the marks of these pages."""
     results = read_results(work)
     folder.mkdir(parents=True, exist_ok=True)
-    text = docs.read_text() if docs else ""
+    texts = {page: page.read_text() for page in pages}
     for name, table in TABLES.items():
-        body = None
-        if table.rewards and "rewards" in results:
-            differences, seeds = reward_differences(table, results)
-            plot_rewards(table, differences, folder / f"{name}.svg")
-            body = reward_markdown(table, results, differences, seeds)
-        elif not table.rewards and any({entry.row, entry.against} <= results["rows"].keys() for entry in table.entries):
-            rows, differences, seeds = compare(table, results)
-            if table.curves:
-                plot_curves(table, rows, folder / f"{name}.svg")
-            else:
-                plot(table, rows, seeds, results, folder / f"{name}.svg")
-            body = markdown(table, results, rows, differences, seeds)
-        if body:
+        if body := show(table, results, folder / f"{name}.svg"):
             print(body)
-            if docs:
-                picture = f"![{table.title}]({os.path.relpath(folder, docs.parent)}/{name}.svg)"
-                text = between_marks(text, f"reproduce.py: {name}", f"{body}\n{picture}\n")
+            for page, text in texts.items():
+                picture = f"![{table.title}]({os.path.relpath(folder, page.parent)}/{name}.svg)\n"
+                texts[page] = between_marks(text, f"reproduce.py: {name}", body + ("\n" + picture) * table.plotted)
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    if docs:
-        write_text(docs, text)
+    for page, text in texts.items():
+        write_text(page, text)
+
+
+def show(table: Table, results: dict, file: Path) -> str | None:
+    """Plots a table into `file` and returns its Markdown, if rows of it have been run."""
+    if table.rewards:
+        if "rewards" not in results:
+            return None
+        differences, seeds = reward_differences(table, results)
+        plot_rewards(table, differences, file)
+        return reward_markdown(table, results, differences, seeds)
+    if not any({entry.row, entry.against} <= results["rows"].keys() for entry in table.entries):
+        return None
+    rows, differences, seeds = compare(table, results)
+    if table.curves:
+        plot_curves(table, rows, file)
+    elif table.plotted:
+        plot(table, rows, seeds, results, file)
+    return markdown(table, results, rows, differences, seeds)
 
 
 def between_marks(text: str, mark: str, body: str) -> str:
@@ -868,7 +891,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Runs at once, one core each.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"))
     parser.add_argument("--report_dir", type=Path, help="Folder of tables and plots. Default: report in output_dir.")
-    parser.add_argument("--docs", type=Path, help="A page whose marked parts are replaced by the tables.")
+    parser.add_argument("--docs", type=Path, nargs="*", default=[], help="Pages whose marked parts become the tables.")
     parser.add_argument("--prompts", type=int, default=400, help="Prompts of the ranked dataset.")
     parser.add_argument("--pair_prompts", type=int, default=1000, help="Prompts of the pairs.")
     parser.add_argument("--heldout", type=int, default=400, help="Held-out prompts, of 4 images each.")
@@ -879,9 +902,10 @@ def main():
     for given, known, flag in ((rows, {*FAMILIES.values(), *ROWS}, "rows"), (options.search, SEARCH, "search")):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"--{flag} {unknown[0]}: choose from {', '.join(sorted(known))}")
-    for name in ("output_dir", "report_dir", "docs"):
+    for name in ("output_dir", "report_dir"):
         if path := getattr(options, name):
             setattr(options, name, Path(os.path.relpath(path, ROOT)))
+    options.docs = [Path(os.path.relpath(page, ROOT)) for page in options.docs]
     os.chdir(ROOT)
     runner = Runner(options)
     if options.search:

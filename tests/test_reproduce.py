@@ -78,7 +78,7 @@ def test_rows_of_both_architectures_and_half_a_table(tmp_path, monkeypatch, caps
     assert results.keys() == {"base", "sd3_base", *rows}
     for row in rows:
         assert results[row]["1"]["accuracy"] == str(min(len(f"{row}@1") % 5, 4)) * 10
-    reproduce.report(tmp_path, tmp_path / "report", None)
+    reproduce.report(tmp_path, tmp_path / "report", [])
     printed = capsys.readouterr().out
     assert "SD3: RankDPO, ranks by the labels − SD3: DPO" in printed and "30.14" in printed
     assert {file.stem for file in (tmp_path / "report").glob("*.svg")} == {"lora", "objectives", "qsd", "sd3"}
@@ -88,7 +88,7 @@ def test_reward_hacking_is_told_of_the_rows_that_the_rewards_have_judged(tmp_pat
     reproduce.reproduce(
         FakeRunner(options(tmp_path)), ["dpo", "reward_count", "predicted"], range(2), {"dpo", "reward_count"}
     )
-    reproduce.report(tmp_path, tmp_path / "report", None)
+    reproduce.report(tmp_path, tmp_path / "report", [])
     printed = capsys.readouterr().out
     lifts = "**+0.500** | **+0.500** | **+0.500** | **+0.600** | **+0.500** |"  # colour, shape, count, layout, clean
     assert f"| DPO | **-1.000** | {lifts}" in printed and f"| DPO, the count reward alone | +0.000 | {lifts}" in printed
@@ -96,7 +96,7 @@ def test_reward_hacking_is_told_of_the_rows_that_the_rewards_have_judged(tmp_pat
     assert (tmp_path / "report" / "hacking.svg").exists()
     # A run without the rewards keeps them.
     reproduce.reproduce(FakeRunner(options(tmp_path)), ["dpo"], range(2))
-    reproduce.report(tmp_path, tmp_path / "report", None)
+    reproduce.report(tmp_path, tmp_path / "report", [])
     assert lifts in capsys.readouterr().out
 
 
@@ -143,6 +143,24 @@ def test_the_search_trains_on_no_prompt_that_it_judges_by():
     assert len(tune) == 200 and len(pairs) == 1000 and not tune & pairs and tune & texts(1000, 2)
     templates = [reproduce.DATA[name] for name in ("pairs.jsonl", "train-sd3.jsonl")]
     assert all("--exclude {work}/tune.jsonl" in template for template in templates)
+
+
+def test_the_pages_show_what_results_json_holds(tmp_path):
+    """README and docs/reproduction.md have the tables of docs/reproduction/results.json, and no others."""
+    kept = reproduce.ROOT / "docs" / "reproduction"
+    pages = {
+        reproduce.ROOT / "README.md": tmp_path / "README.md",
+        kept.with_suffix(".md"): tmp_path / "docs" / "page.md",
+    }
+    (tmp_path / "docs").mkdir()
+    for page, copy in pages.items():
+        copy.write_text(page.read_text())
+    reproduce.report(kept, tmp_path / "docs" / "reproduction", list(pages.values()))
+    for page, copy in pages.items():
+        assert copy.read_text() == page.read_text()
+    assert {file.name for file in (tmp_path / "docs" / "reproduction").iterdir()} == {
+        file.name for file in kept.iterdir()
+    }
 
 
 def test_bootstrap_resamples_seeds_and_prompts():
