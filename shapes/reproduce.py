@@ -122,6 +122,7 @@ QSD = "train_dpo_qsd.py --config shapes/qsd.yaml --top_fraction 1 --dataset_name
 STEPS = 40  # of 12 pairs
 # Shares of the 2,723 labelled pairs in Figures 3 and 4, and the steps that they take.
 SHARES = {"1": 2, "2": 5, "5.33": 12, "10": 23, "25": 57, "50": 114, "100": 227}
+EPOCH = SHARES["100"]
 
 ROWS = {
     "sft": Row("fine-tuning on the winners of all pairs", RANKDPO, "sft", "--loss_type sft"),
@@ -146,6 +147,12 @@ ROWS = {
         "qsd_random",
         f"--order random --max_train_steps {STEPS}",
     ),
+    "qsd_random_epoch": Row(
+        "DPO, all pairs at random, one epoch",
+        QSD + "30-{seed}",
+        "qsd_random_epoch",
+        f"--order random --max_train_steps {EPOCH}",
+    ),
     "qsd_shuffled": Row(
         "DPO, the best pairs, shuffled",
         QSD + "30-{seed}",
@@ -162,11 +169,11 @@ for name, (title, loss, steps) in LOSSES.items():
     ROWS[f"{name}_random"] = Row(
         f"{title}, all pairs at random, as many steps", QSD + "30-{seed}", f"{name}_random", random
     )
-    ROWS[f"{name}_random_100"] = Row(
-        f"{title}, all pairs at random, 100 %",
+    ROWS[f"{name}_random_epoch"] = Row(
+        f"{title}, all pairs at random, one epoch",
         QSD + "30-{seed}",
-        f"{name}_random",
-        f"{loss} --max_train_steps {SHARES['100']} --order random",
+        f"{name}_random_epoch",
+        f"{loss} --max_train_steps {EPOCH} --order random",
     )
 for name in REWARDS:
     ROWS[f"reward_{name}"] = Row(
@@ -186,7 +193,7 @@ for share, steps in SHARES.items():
         f"--order random --max_train_steps {steps}",
     )
 for rank in (4, 64):
-    for name in ("qsd", "qsd_random_100"):
+    for name in ("qsd", "qsd_random_epoch"):
         row = ROWS[name]
         ROWS[f"{name}_rank{rank}"] = Row(
             f"{row.title}, rank {rank}", row.command, row.method, f"{row.flags} --rank {rank}"
@@ -217,15 +224,17 @@ for beta in (30, 100, 300, 1000, 3000, 10000):
 for name, row in {"random": ROWS["random"], "dpo": ROWS["dpo"], "rankdpo": ROWS["rankdpo"]}.items():
     ROWS[f"sd3_{name}"] = Row(f"SD3: {row.title}", SD3, f"sd3_{row.method}", row.flags)
 
-# Six settings of each method. A method is searched with the row of its name.
+# Six settings of each method; eight of two baselines, whose best of six had the smallest β. A method is searched with the row of its name.
 PREFERENCE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("2e-4", "5e-4") for beta in (100, 300, 1000)]
 DENOISING = [f"--learning_rate {lr}" for lr in ("5e-6", "1e-5", "2e-5", "5e-5", "1e-4", "2e-4")]
 PAIRWISE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("5e-4", "1e-3") for beta in (100, 300, 1000)]
+SMALL_BETA = [f"--learning_rate {lr} --beta_dpo 30" for lr in ("5e-4", "1e-3")]
 ODDS = [f"--learning_rate {lr} --orpo_lambda {weight}" for lr in ("2e-4", "5e-4", "1e-3") for weight in (0.1, 1)]
 TRANSFORMER = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("5e-4", "1e-3") for beta in (30, 100, 300)]
 SEARCH = dict.fromkeys(("sft", "weighted_sft"), DENOISING)
 SEARCH |= dict.fromkeys(("dpo", "dpo_gain", "rankdpo", "predicted", "plackett_luce"), PREFERENCE)
-SEARCH |= dict.fromkeys(("qsd", "qsd_random", "slic", "slic_random"), PAIRWISE)
+SEARCH |= dict.fromkeys(("qsd", "slic"), PAIRWISE) | dict.fromkeys(("qsd_random", "slic_random"), PAIRWISE + SMALL_BETA)
+SEARCH |= dict.fromkeys(("qsd_random_epoch", "slic_random_epoch"), PREFERENCE) | {"orpo_random_epoch": ODDS}
 SEARCH |= dict.fromkeys(("orpo", "orpo_random"), ODDS) | dict.fromkeys(("sd3_dpo", "sd3_rankdpo"), TRANSFORMER)
 
 
@@ -301,8 +310,8 @@ TABLES = {
         (
             Entry("base"),
             Entry("qsd_random"),
-            Entry("qsd_random_100", paper=26.34),
-            Entry("qsd", "qsd_random_100", 30.14),
+            Entry("qsd_random_epoch", paper=26.34),
+            Entry("qsd", "qsd_random_epoch", 30.14),
             Entry("qsd", "qsd_random"),
         ),
         figure="HPSv2, SD1.5",
@@ -312,12 +321,12 @@ TABLES = {
         (
             Entry("base"),
             Entry("slic_random"),
-            Entry("slic_random_100", paper=26.71),
-            Entry("slic", "slic_random_100", 29.65),
+            Entry("slic_random_epoch", paper=26.71),
+            Entry("slic", "slic_random_epoch", 29.65),
             Entry("slic", "slic_random"),
             Entry("orpo_random"),
-            Entry("orpo_random_100", paper=26.97),
-            Entry("orpo", "orpo_random_100", 28.25),
+            Entry("orpo_random_epoch", paper=26.97),
+            Entry("orpo", "orpo_random_epoch", 28.25),
             Entry("orpo", "orpo_random"),
         ),
         figure="HPSv2, SD1.5",
@@ -347,12 +356,12 @@ TABLES = {
         "DPO-QSD, Table 4: LoRA ranks",
         (
             Entry("base"),
-            Entry("qsd_random_100_rank4", paper=26.39),
-            Entry("qsd_rank4", "qsd_random_100_rank4", 29.82),
-            Entry("qsd_random_100", paper=26.34),
-            Entry("qsd", "qsd_random_100", 30.14),
-            Entry("qsd_random_100_rank64", paper=26.65),
-            Entry("qsd_rank64", "qsd_random_100_rank64", 30.06),
+            Entry("qsd_random_epoch_rank4", paper=26.39),
+            Entry("qsd_rank4", "qsd_random_epoch_rank4", 29.82),
+            Entry("qsd_random_epoch", paper=26.34),
+            Entry("qsd", "qsd_random_epoch", 30.14),
+            Entry("qsd_random_epoch_rank64", paper=26.65),
+            Entry("qsd_rank64", "qsd_random_epoch_rank64", 30.06),
         ),
         figure="HPSv2, SD1.5, ranks 32, 64 and 256",
     ),

@@ -42,7 +42,9 @@ def test_rows_tables_and_searches_name_what_exists():
         for entry in table.entries:
             assert entry.row in names and (entry.against is None or entry.against in names)
     assert {row.method for row in reproduce.ROWS.values()} == set(reproduce.SEARCH) <= set(reproduce.ROWS)
-    assert len({len(settings) for settings in reproduce.SEARCH.values()}) == 1  # an equal budget
+    budgets = {method: len(settings) for method, settings in reproduce.SEARCH.items()}
+    assert set(budgets.values()) == {6, 8}  # an equal budget, but for baselines
+    assert {method for method, budget in budgets.items() if budget > 6} == {"qsd_random", "slic_random"}
     shown = {entry.row for table in reproduce.TABLES.values() for entry in table.entries}
     assert shown == names
 
@@ -69,7 +71,7 @@ def options(folder, **changed):
 
 
 def test_rows_of_both_architectures_and_half_a_table(tmp_path, monkeypatch, capsys):
-    rows = ["sd3_dpo", "dpo", "sd3_rankdpo", "rankdpo", "qsd", "qsd_random_100"]
+    rows = ["sd3_dpo", "dpo", "sd3_rankdpo", "rankdpo", "qsd", "qsd_random_epoch"]
     settings = {row: {"settings": "--learning_rate 1e-4"} for row in reproduce.SEARCH}
     (tmp_path / "search.json").write_text(json.dumps(settings))
     monkeypatch.setattr(reproduce, "SEARCH_FILE", tmp_path / "search.json")
