@@ -736,10 +736,11 @@ def as_numbers(record: dict, images: int) -> list[float]:
 def markdown(table: Table, results: dict, rows: list[dict], differences: list[dict], seeds: list[str]) -> str:
     """A table, with the machine and how long its trainings took."""
     titles = dict.fromkeys(FAMILIES.values(), "the base") | {name: row.title for name, row in ROWS.items()}
-    lines, others = [["", "accuracy", "against the base"]], [["difference", "accuracy"]]
+    lines, others = [["", "accuracy", "against the base", "training"]], [["difference", "accuracy"]]
     for row in rows:
         lines.append([titles[row["row"]], "{:.3f} ({:.3f} to {:.3f})".format(row["mean"], *row["ci95"])])
-        lines[-1].append(signed(row["base"]) if "base" in row else "")
+        times = [results["rows"][row["row"]][seed]["seconds"] for seed in seeds] if "base" in row else []
+        lines[-1] += [signed(row["base"]), f"{min(times)} s"] if times else ["", ""]
     for item in differences:
         others.append([f"{titles[item['row']]} − {titles[item['other']]}", signed(item)])
     if table.figure:
@@ -752,10 +753,9 @@ def markdown(table: Table, results: dict, rows: list[dict], differences: list[di
     records = [results["rows"][row["row"]][seed] for row in rows if row["row"] in ROWS for seed in seeds]
     places = sorted({f"{record['cpu']}, torch {record['torch']}, {record['date']}" for record in records})
     over = f"prompts and seeds ({', '.join(seeds)})" if len(seeds) > 1 else f"prompts, of seed {seeds[0]} alone"
-    minutes = np.median([record["seconds"] for record in records]) / 60
     note = (
         f"{results['prompts']} held-out prompts × {results['images']} images; 95 % intervals over {over}. "
-        f"{'; '.join(places)}; a training took {minutes:.1f} minutes on one core."
+        f"Training: the fastest seed, on one core. {'; '.join(places)}."
     )
     return "\n".join([f"### {table.title}", "", *grid(lines), "", *grid(others), "", *textwrap.wrap(note, 120), ""])
 
