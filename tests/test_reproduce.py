@@ -44,7 +44,9 @@ def test_rows_tables_and_searches_name_what_exists():
     assert {row.method for row in reproduce.ROWS.values()} == set(reproduce.SEARCH) <= set(reproduce.ROWS)
     budgets = {method: len(settings) for method, settings in reproduce.SEARCH.items()}
     assert set(budgets.values()) == {6, 8}  # an equal budget, but for baselines
-    assert {method for method, budget in budgets.items() if budget > 6} == {"qsd_random", "slic_random"}
+    assert {method for method, budget in budgets.items() if budget > 6} == {
+        f"{loss}_random{steps}" for loss in ("qsd", "slic") for steps in ("", "_epoch")
+    }
     shown = {entry.row for table in reproduce.TABLES.values() for entry in table.entries}
     assert shown == names
 
