@@ -225,8 +225,8 @@ for beta in BETAS:
 for name, row in {"random": ROWS["random"], "dpo": ROWS["dpo"], "rankdpo": ROWS["rankdpo"]}.items():
     ROWS[f"sd3_{name}"] = Row(f"SD3: {row.title}", SD3, f"sd3_{row.method}", row.flags)
 
-# Six settings of each method; eight of DPO-QSD's baselines, whose best of six was at the edge. A method is searched with
-# the row of its name.
+# Six settings of each method; eight of DPO-QSD's baselines, whose best of six was at the edge. A method is searched
+# with the row of its name.
 PREFERENCE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("2e-4", "5e-4") for beta in (100, 300, 1000)]
 DENOISING = [f"--learning_rate {lr}" for lr in ("5e-6", "1e-5", "2e-5", "5e-5", "1e-4", "2e-4")]
 PAIRWISE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("5e-4", "1e-3") for beta in (100, 300, 1000)]
