@@ -35,6 +35,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import norm, t
 from tqdm import tqdm
 
 
@@ -139,7 +140,16 @@ ROWS = {
     "one": Row("RankDPO, one generator, four seeds", SEEDS, "rankdpo", "--generators seed0 seed1 seed2 seed3"),
     "noise": Row("RankDPO, a noise for each image", RANKDPO, "rankdpo", "--noise image"),
     "without_best": Row(
-        "RankDPO without the best generator", RANKDPO, "rankdpo", "--generators base base-low-guidance early"
+        "RankDPO without the best generator",
+        RANKDPO,
+        "rankdpo",
+        "--generators base-low-guidance base-high-guidance early",
+    ),
+    "without_worst": Row(
+        "RankDPO without the worst generator",
+        RANKDPO,
+        "rankdpo",
+        "--generators base base-low-guidance base-high-guidance",
     ),
     "qsd": Row("DPO, the best pairs in order", QSD + "30-{seed}", "qsd", f"--max_train_steps {STEPS}"),
     "qsd_random": Row(
@@ -219,7 +229,8 @@ for number in (2, 3, 6, 8):  # "one" has four
         f"--generators {' '.join(f'seed{n}' for n in range(number))}",
     )
 for number in range(1, len(REWARDS)):
-    ROWS[f"rewards{number}"] = Row(f"RankDPO, {number} of the rewards", f"{RANKDPO}-{number}", "rankdpo")
+    names = ", ".join(list(REWARDS)[:number])
+    ROWS[f"rewards{number}"] = Row(f"RankDPO, labels by {names}", f"{RANKDPO}-{number}", "rankdpo")
 for beta in BETAS:
     ROWS[f"beta{beta}"] = Row(f"RankDPO, β = {beta}", RANKDPO, "rankdpo", f"--beta_dpo {beta}")
 for name, row in {"random": ROWS["random"], "dpo": ROWS["dpo"], "rankdpo": ROWS["rankdpo"]}.items():
@@ -305,7 +316,7 @@ TABLES = {
             *(Entry(f"reward_{name}", "random", 78.04 if name == "layout" else None) for name in REWARDS),
             Entry("dpo", "reward_layout", 78.84),
             Entry("dpo", "random", 78.84),
-            Entry("one", "dpo", 78.40),
+            Entry("one", paper=78.40),
             Entry("rankdpo", "one", 79.26),
         ),
         figure="DSG on DPG-Bench, SDXL",
@@ -341,9 +352,12 @@ TABLES = {
         (
             Entry("base"),
             Entry("qsd_random"),
+            Entry("qsd_random_epoch", paper=26.34),
+            Entry("qsd", "qsd_random_epoch", 30.14),
             Entry("qsd", "qsd_random"),
             *(Entry(f"qsd_{name}", "qsd_random") for name in REWARDS),
         ),
+        figure="HPSv2, SD1.5, the scorer of the main rows",
     ),
     "shares": Table(
         "DPO-QSD, Figures 3 and 4: pairs seen",
@@ -422,7 +436,10 @@ TABLES = {
             Entry("rankdpo", "rewards4"),
         ),
     ),
-    "beta": Table("β", (Entry("base"), *(Entry(f"beta{beta}", "rankdpo") for beta in BETAS), Entry("rankdpo"))),
+    "beta": Table(
+        "β; RankDPO's own is 300",
+        (Entry("base"), *(Entry(f"beta{beta}", "rankdpo") for beta in BETAS), Entry("rankdpo")),
+    ),
     "hacking": Table(
         "Reward hacking: what a LoRA of one reward does to the others",
         (Entry("base"), *(Entry(f"reward_{name}") for name in REWARDS), Entry("dpo"), Entry("rankdpo")),
@@ -435,7 +452,9 @@ TABLES = {
             Entry("rankdpo"),
             Entry("noise", "rankdpo"),
             Entry("without_best"),
+            Entry("without_worst", "without_best"),
             Entry("rankdpo", "without_best"),
+            Entry("rankdpo", "without_worst"),
         ),
     ),
     "sd3": Table(
@@ -446,7 +465,7 @@ TABLES = {
             Entry("sd3_dpo", "sd3_random"),
             Entry("sd3_rankdpo", "sd3_dpo", 86.78),
         ),
-        figure="DSG on DPG-Bench; only the last row is SD3's",
+        figure="DSG on DPG-Bench, SD3-Medium",
     ),
 }
 
@@ -459,8 +478,9 @@ TABLES = {
 class Runner:
     """Runs commands of the repository's scripts, each once: its record stays in `done/`, what it printed in `logs/`.
 
-    A record holds the command, its seconds, date and machine, and a `key` of the command and of the records of what it
-    read. A record with another key is of other data or settings: it is not taken for this run's.
+    A record holds the command, its seconds, date and machine, and a `key` of the command, the settings' files that it
+    names and the records of what it read. A record with another key is of other data or settings: it is not taken for
+    this run's. The scripts are no part of the key.
     """
 
     def __init__(self, options: argparse.Namespace):
@@ -478,13 +498,18 @@ class Runner:
         """Runs a command, unless it has ended well before. Returns its record. Exits with one line if it fails, or if
         what stands there was made of other inputs and may not be made `again`."""
         record, log = self.work / "done" / f"{name}.json", self.work / "logs" / f"{name}.log"
-        key = hashlib.sha256("|".join([shlex.join(words), *(item["key"] for item in inputs)]).encode()).hexdigest()[:16]
+        settings = [Path(word).read_text() for word in words if word.endswith(".yaml")]
+        parts = [shlex.join(words), *settings, *(item["key"] for item in inputs)]
+        key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
         if record.exists():
             found = json.loads(record.read_text())
             if found["key"] == key:
                 return found
             if not again:
-                raise SystemExit(f"{record}: of another command or other data: choose another --output_dir")
+                raise SystemExit(
+                    f"{record}: of another command, settings or data: remove it and what its command wrote, or choose "
+                    "another --output_dir"
+                )
         started = time.time()
         # One thread each: several run at once, and the last digits do not depend on the number of cores.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -564,24 +589,35 @@ def reproduce(runner: Runner, rows: list[str], seeds: list[int], rewarded: set[s
         with ThreadPoolExecutor(runner.options.jobs) as pool:
             futures = [pool.submit(runner.train, f"{row}@{seed}", commands[row], seed) for row in rows]
             records = dict(zip(rows, wait_for(futures, desc=f"train, seed {seed}", unit="run")))
-        results = read_results(runner.work) | {"prompts": runner.options.heldout, "images": 4}
+        accuracies, rewards = {}, {}
         for family, base in FAMILIES.items():
             trained = {f"{row}@{seed}": record for row, record in records.items() if base_of(row) == base}
-            if not trained:
-                continue
-            [accuracy] = runner.evaluate(f"evaluate{family}@{seed}", trained, "heldout.jsonl", 4, family)
-            results["rows"][base] = {"accuracy": as_text(accuracy["base"])}
-            for name, record in trained.items():
-                figures = {"mean": float(accuracy[name].mean()), "accuracy": as_text(accuracy[name])}
-                results["rows"].setdefault(name.partition("@")[0], {})[str(seed)] = record | figures
+            if trained:
+                [accuracies[base]] = runner.evaluate(f"evaluate{family}@{seed}", trained, "heldout.jsonl", 4, family)
         judged = {f"{row}@{seed}": record for row, record in records.items() if row in rewarded}
         if judged:
             scores = runner.evaluate(f"rewards@{seed}", judged, "heldout.jsonl", 4, metrics=REWARDS.values())
-            for name in ("base", *judged):
-                figures = {reward: of[name].mean(axis=1).round(3).tolist() for reward, of in zip(REWARDS, scores)}
-                kept = results.setdefault("rewards", {}).setdefault(name.partition("@")[0], {})
-                kept |= figures if name == "base" else {str(seed): figures}
-        write_text(runner.work / "results.json", json.dumps(results, indent=1) + "\n")
+            rewards = dict(zip(REWARDS, scores))
+        keep(runner, records, seed, accuracies, rewards)
+
+
+def keep(runner: Runner, records: dict[str, dict], seed: int, accuracies: dict[str, dict], rewards: dict) -> None:
+    """Adds rows of one seed to results.json: `accuracies` by the model's row, then `rewards` by reward; of both, name →
+    (prompts, images)."""
+    results = read_results(runner.work) | {"prompts": runner.options.heldout, "images": 4}
+    for base, accuracy in accuracies.items():
+        results["rows"][base] = {"accuracy": as_text(accuracy["base"])}
+    for row, record in records.items():
+        right = accuracies[base_of(row)][f"{row}@{seed}"]
+        figures = {"mean": float(right.mean()), "accuracy": as_text(right)}
+        results["rows"].setdefault(row, {})[str(seed)] = record | figures
+    for reward, scores in rewards.items():
+        judged = results.setdefault("rewards", {})
+        for name, values in scores.items():
+            kept = judged.setdefault(name.partition("@")[0], {})
+            kept = kept if name == "base" else kept.setdefault(str(seed), {})
+            kept[reward] = values.mean(axis=1).round(3).tolist()
+    write_text(runner.work / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def base_of(row: str) -> str:
@@ -594,7 +630,7 @@ def search(runner: Runner, methods: list[str]) -> None:
     found = read_search()
     figures = {method: found.get(method, {}).get("tried", {}) for method in methods}
     runs = {
-        f"search-{method}-{SEARCH[method].index(settings)}": (method, settings)
+        f"search-{method}-{'-'.join(settings.split()[1::2])}": (method, settings)
         for method in methods
         for settings in SEARCH[method]
         if settings not in figures[method]
@@ -668,8 +704,9 @@ def machine() -> dict:
 def bootstrap(scores: np.ndarray, resamples: int = 10_000) -> np.ndarray:
     """Means of rows over resampled seeds and resampled prompts. All rows see the same draws: differences are paired.
 
-    n resampled seeds spread by (n − 1)/n of the variance of n seeds, which is much for few: their deviations are
-    enlarged by as much. One seed says nothing about seeds: the draws are then over prompts alone.
+    Few seeds, resampled, spread too little: their variance is short by (n − 1)/n, and 2.5 % of a normal distribution is
+    not 2.5 % of Student's t with n − 1 degrees of freedom. The deviations of seeds are enlarged by both. One seed says
+    nothing about seeds: the draws are then over prompts alone.
 
     Args:
         scores: (rows, seeds, prompts).
@@ -679,7 +716,8 @@ def bootstrap(scores: np.ndarray, resamples: int = 10_000) -> np.ndarray:
     """
     rng, (rows, seeds, prompts) = np.random.default_rng(0), scores.shape
     average = scores.mean(axis=1, keepdims=True)
-    scores = average + (scores - average) * np.sqrt(seeds / max(seeds - 1, 1))
+    if seeds > 1:
+        scores = average + (scores - average) * np.sqrt(seeds / (seeds - 1)) * t.ppf(0.975, seeds - 1) / norm.ppf(0.975)
     drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
     means = (drawn @ scores.reshape(rows * seeds, prompts).T).reshape(resamples, rows, seeds)
     return (means * rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)[:, None] / seeds).sum(axis=2)
@@ -692,7 +730,7 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 def direction(paper: float | None, low: float, high: float) -> str:
     """Whether a difference goes the way that the paper's does."""
     if low <= 0 <= high:
-        return "no difference" if paper is not None else "–"
+        return "not clear" if paper is not None else "–"
     return "–" if paper is None else "same sign" if (paper > 0) == (low > 0) else "other sign"
 
 
@@ -907,7 +945,9 @@ def main():
     parser.add_argument("--report_dir", type=Path, help="Folder of tables and plots. Default: report in output_dir.")
     parser.add_argument("--docs", type=Path, nargs="*", default=[], help="Pages whose marked parts become the tables.")
     parser.add_argument("--prompts", type=int, default=400, help="Prompts of the ranked dataset.")
-    parser.add_argument("--pair_prompts", type=int, default=1000, help="Prompts of the pairs.")
+    parser.add_argument(
+        "--pair_prompts", type=int, default=1000, help="Prompts of the pairs. The shares hold for 1000."
+    )
     parser.add_argument("--heldout", type=int, default=400, help="Held-out prompts, of 4 images each.")
     parser.add_argument("--training_flags", default="", help="More flags of all trainings, in quotes.")
     options = parser.parse_args()
