@@ -10,9 +10,9 @@ Every result stays in `results.json`, with its command. Rows of one seed share o
 
     python shapes/reproduce.py --search dpo rankdpo --output_dir outputs/reproduce
 
-chooses the settings of methods: six of each are trained, and judged on prompts that no table uses. What came out is
-kept in `shapes/reproduce_search.json`, from which the rows take their settings. What it holds already is not trained
-again: remove a method there to search it anew.
+chooses the settings of methods: six of each are trained, and judged on prompts that no table uses. The best two are
+trained with two more seeds. What came out is kept in `shapes/reproduce_search.json`, from which the rows take their
+settings. What it holds already is not trained again: remove a method there to search it anew.
 """
 
 import argparse
@@ -43,7 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SEARCH_FILE = ROOT / "shapes" / "reproduce_search.json"
 FAMILIES = {"": "base", "_sd3": "sd3_base"}  # endings of the settings' files → row of the model without a LoRA
 matplotlib.rcParams["svg.hashsalt"] = "reproduce"  # the same plot is the same file
-SEARCH_SEED = 100  # no row's: other labels, noise and order than those that are reported
+SEARCH_SEEDS = (100, 101, 102)  # no row's: other labels, noise and order than those that are reported
+FINALISTS = 2  # settings of a method that are trained with all of them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -626,34 +627,47 @@ def base_of(row: str) -> str:
 
 
 def search(runner: Runner, methods: list[str]) -> None:
-    """Trains every method with the settings that were not tried, and keeps the best by the prompts of tune.jsonl."""
+    """Trains every method with all its settings and one seed, and the finalists with more seeds. Keeps the best by the
+    prompts of tune.jsonl. What was tried before is not tried again."""
     found = read_search()
-    figures = {method: found.get(method, {}).get("tried", {}) for method in methods}
-    runs = {
-        f"search-{method}-{'-'.join(settings.split()[1::2])}": (method, settings)
-        for method in methods
-        for settings in SEARCH[method]
-        if settings not in figures[method]
-    }
+    tried = {m: {s: found.get(m, {}).get("tried", {}).get(s, []) for s in SEARCH[m]} for m in methods}
+    for n, seed in enumerate(SEARCH_SEEDS):
+        runs = {
+            f"search-{method}-{'-'.join(settings.split()[1::2])}@{seed}": (method, settings)
+            for method, figures in tried.items()
+            for settings in (finalists(figures) if n else figures)
+            if len(figures[settings]) == n
+        }
+        for name, accuracy in try_settings(runner, runs, seed).items():
+            method, settings = runs[name]
+            tried[method][settings].append(accuracy)
+    for method, figures in tried.items():
+        best = max(finalists(figures), key=lambda settings: np.mean(figures[settings]))
+        found[method] = {"settings": best, "tried": figures, "machine": machine()}
+        print(f"{method}: {best}, {figures[best]}")
+    write_text(SEARCH_FILE, json.dumps(found, indent=2) + "\n")
+
+
+def finalists(figures: dict[str, list[float]]) -> list[str]:
+    """The settings that were best with the first seed."""
+    return sorted(figures, key=lambda settings: figures[settings][0], reverse=True)[:FINALISTS]
+
+
+def try_settings(runner: Runner, runs: dict[str, tuple[str, str]], seed: int) -> dict[str, float]:
+    """Trains and judges runs, name → (method, settings). Returns name → accuracy."""
     with ThreadPoolExecutor(runner.options.jobs) as pool:
         futures = [
-            pool.submit(runner.train, name, command_of(ROWS[method], settings), SEARCH_SEED)
+            pool.submit(runner.train, name, command_of(ROWS[method], settings), seed)
             for name, (method, settings) in runs.items()
         ]
-        records = dict(zip(runs, wait_for(futures, desc="search", unit="run")))
+        records = dict(zip(runs, wait_for(futures, desc=f"search, seed {seed}", unit="run")))
+    figures = {}
     for family, base in FAMILIES.items():
         trained = {name: record for name, record in records.items() if base_of(runs[name][0]) == base}
         if trained:
-            [accuracy] = runner.evaluate(f"search{family}", trained, "tune.jsonl", 2, family)
-            for name in trained:
-                method, settings = runs[name]
-                figures[method][settings] = accuracy[name].mean()
-    for method in methods:
-        tried = {settings: figures[method][settings] for settings in SEARCH[method]}
-        best = max(tried, key=tried.get)
-        found[method] = {"settings": best, "tried": tried, "machine": machine()}
-        print(f"{method}: {best} ({', '.join(f'{value:.3f}' for value in tried.values())})")
-    write_text(SEARCH_FILE, json.dumps(found, indent=2) + "\n")
+            [accuracy] = runner.evaluate(f"search{family}@{seed}", trained, "tune.jsonl", 2, family)
+            figures |= {name: float(accuracy[name].mean()) for name in trained}
+    return figures
 
 
 def read_search() -> dict:
