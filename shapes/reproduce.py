@@ -617,7 +617,7 @@ def keep(runner: Runner, records: dict[str, dict], seed: int, accuracies: dict[s
         for name, values in scores.items():
             kept = judged.setdefault(name.partition("@")[0], {})
             kept = kept if name == "base" else kept.setdefault(str(seed), {})
-            kept[reward] = values.mean(axis=1).round(3).tolist()
+            kept[reward] = " ".join(f"{value:.3f}" for value in values.mean(axis=1))  # of each prompt
     write_text(runner.work / "results.json", json.dumps(results, indent=1) + "\n")
 
 
@@ -826,7 +826,11 @@ def reward_differences(table: Table, results: dict) -> tuple[dict[str, dict], li
         kept = results["rows"] if metric == "accuracy" else judged
         records = [[kept[name] if name == "base" else kept[name][seed] for seed in seeds] for name in names]
         scores = [
-            [as_numbers(of, results["images"]) if metric == "accuracy" else of[metric] for of in row] for row in records
+            [
+                as_numbers(of, results["images"]) if metric == "accuracy" else list(map(float, of[metric].split()))
+                for of in row
+            ]
+            for row in records
         ]
         means, draws = np.mean(scores, axis=(1, 2)), bootstrap(np.array(scores)).T
         for n, name in enumerate(names[1:], start=1):

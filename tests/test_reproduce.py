@@ -171,6 +171,16 @@ def test_the_pages_show_what_results_json_holds(tmp_path):
     }
 
 
+def test_the_rows_on_the_page_have_the_settings_that_the_search_chose():
+    search = json.loads(reproduce.SEARCH_FILE.read_text())
+    for found in search.values():
+        assert found["settings"] in reproduce.finalists(found["tried"])
+    rows = json.loads((reproduce.ROOT / "docs" / "reproduction" / "results.json").read_text())["rows"]
+    for row, seeds in rows.items():
+        for record in seeds.values() if row in reproduce.ROWS else ():
+            assert f" {search[reproduce.ROWS[row].method]['settings']} " in record["command"], row
+
+
 def test_bootstrap_resamples_seeds_and_prompts():
     """The interval of a mean holds the truth as often as it says, where training seeds differ; and its spread over
     prompts is that of plain loops."""
