@@ -757,10 +757,7 @@ def compare(table: Table, results: dict) -> tuple[list[dict], list[dict], list[s
     bases = set(FAMILIES.values())
     seeds = sorted(set.intersection(*(set(found[name]) for name in names if name not in bases)), key=int)
     scores = np.array(
-        [
-            [as_numbers(found[name] if name in bases else found[name][seed], results["images"]) for seed in seeds]
-            for name in names
-        ]
+        [[as_numbers(record_of(found, name, seed), results["images"]) for seed in seeds] for name in names]
     )
     means, draws = dict(zip(names, scores.mean(axis=(1, 2)))), dict(zip(names, bootstrap(scores).T))
     papers = {entry.row: entry.paper for entry in reversed(table.entries) if entry.paper is not None}
@@ -782,6 +779,11 @@ def difference(name: str, other: str, paper: float | None, papers: dict, means: 
     theirs = None if None in (paper, papers.get(other)) else paper - papers[other]
     found = {"row": name, "other": other, "mean": means[name] - means[other], "ci95": ci95}
     return found | {"paper": theirs, "direction": direction(theirs, *ci95)}
+
+
+def record_of(found: dict, name: str, seed: str) -> dict:
+    """A row's record of one seed. The base has one for all seeds."""
+    return found[name] if name in FAMILIES.values() else found[name][seed]
 
 
 def as_numbers(record: dict, images: int) -> list[float]:
@@ -824,7 +826,7 @@ def reward_differences(table: Table, results: dict) -> tuple[dict[str, dict], li
     differences = {name: {} for name in names[1:]}
     for metric in ("accuracy", *REWARDS):
         kept = results["rows"] if metric == "accuracy" else judged
-        records = [[kept[name] if name == "base" else kept[name][seed] for seed in seeds] for name in names]
+        records = [[record_of(kept, name, seed) for seed in seeds] for name in names]
         scores = [
             [
                 as_numbers(of, results["images"]) if metric == "accuracy" else list(map(float, of[metric].split()))
@@ -969,7 +971,8 @@ def main():
     parser.add_argument("--heldout", type=int, default=400, help="Held-out prompts, of 4 images each.")
     parser.add_argument("--training_flags", default="", help="More flags of all trainings, in quotes.")
     options = parser.parse_args()
-    rows = [entry.row for name in options.rows if name in TABLES for entry in TABLES[name].entries]
+    tables = [TABLES[name] for name in options.rows if name in TABLES]
+    rows = [entry.row for table in tables for entry in table.entries]
     rows = dict.fromkeys([*(name for name in options.rows if name not in TABLES), *rows])
     for given, known, flag in ((rows, {*FAMILIES.values(), *ROWS}, "rows"), (options.search, SEARCH, "search")):
         if unknown := [name for name in given if name not in known]:
@@ -983,13 +986,7 @@ def main():
     if options.search:
         search(runner, options.search)
     if rows := [name for name in rows if name in ROWS]:
-        rewarded = {
-            entry.row
-            for name in options.rows
-            if name in TABLES
-            for entry in TABLES[name].entries
-            if TABLES[name].rewards
-        }
+        rewarded = {entry.row for table in tables if table.rewards for entry in table.entries}
         reproduce(runner, rows, range(options.seeds), rewarded)
     report(options.output_dir, options.report_dir or options.output_dir / "report", options.docs)
 
