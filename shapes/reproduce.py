@@ -29,6 +29,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -728,13 +729,20 @@ def bootstrap(scores: np.ndarray, resamples: int = 10_000) -> np.ndarray:
     Returns:
         (resamples, rows).
     """
-    rng, (rows, seeds, prompts) = np.random.default_rng(0), scores.shape
+    rows, seeds, prompts = scores.shape
     average = scores.mean(axis=1, keepdims=True)
     if seeds > 1:
         scores = average + (scores - average) * np.sqrt(seeds / (seeds - 1)) * t.ppf(0.975, seeds - 1) / norm.ppf(0.975)
-    drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
-    means = (drawn @ scores.reshape(rows * seeds, prompts).T).reshape(resamples, rows, seeds)
-    return (means * rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)[:, None] / seeds).sum(axis=2)
+    of_prompts, of_seeds = resampled(seeds, prompts, resamples)
+    means = (of_prompts @ scores.reshape(rows * seeds, prompts).T).reshape(resamples, rows, seeds)
+    return (means * of_seeds[:, None]).sum(axis=2)
+
+
+@cache
+def resampled(seeds: int, prompts: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of prompts and of seeds, (resamples, prompts) and (resamples, seeds): how often each is drawn."""
+    rng = np.random.default_rng(0)
+    return tuple(rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in (prompts, seeds))
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
@@ -748,37 +756,44 @@ def direction(paper: float | None, low: float, high: float) -> str:
     return "–" if paper is None else "same sign" if (paper > 0) == (low > 0) else "other sign"
 
 
-def compare(table: Table, results: dict) -> tuple[list[dict], list[dict], list[str]]:
-    """What a table shows of the rows that have been run: the rows, each once; the differences between them; and the
-    seeds that all of them share."""
+def compare(table: Table, results: dict) -> tuple[list[dict], list[dict]]:
+    """What a table shows of the rows that have been run: the rows, each once and over all its seeds, and the
+    differences between them, over the seeds that both have."""
     found = results["rows"]
-    entries = [entry for entry in table.entries if entry.row in found]
-    names = list(dict.fromkeys(name for entry in entries for name in (base_of(entry.row), entry.row)))
-    bases = set(FAMILIES.values())
-    seeds = sorted(set.intersection(*(set(found[name]) for name in names if name not in bases)), key=int)
-    scores = np.array(
-        [[as_numbers(record_of(found, name, seed), results["images"]) for seed in seeds] for name in names]
-    )
-    means, draws = dict(zip(names, scores.mean(axis=(1, 2)))), dict(zip(names, bootstrap(scores).T))
     papers = {entry.row: entry.paper for entry in reversed(table.entries) if entry.paper is not None}
     rows, differences = [], []
-    for name in dict.fromkeys(entry.row for entry in entries):
-        row = {"row": name, "paper": papers.get(name), "mean": means[name], "ci95": interval(draws[name])}
-        if name not in bases:
-            row["base"] = difference(name, base_of(name), papers.get(name), papers, means, draws)
+    for name in dict.fromkeys(entry.row for entry in table.entries if entry.row in found):
+        [mean], draws = resample(results, [name])
+        row = {"row": name, "paper": papers.get(name), "mean": mean, "ci95": interval(draws[:, 0])}
+        if name in ROWS:
+            row["base"] = difference(results, name, base_of(name), papers.get(name), papers)
         rows.append(row)
-    for entry in entries:
-        if entry.against in means:
-            differences.append(difference(entry.row, entry.against, entry.paper, papers, means, draws))
-    return rows, differences, seeds
+    for entry in table.entries:
+        if {entry.row, entry.against} <= found.keys() and shared_seeds(results, [entry.row, entry.against]):
+            differences.append(difference(results, entry.row, entry.against, entry.paper, papers))
+    return rows, differences
 
 
-def difference(name: str, other: str, paper: float | None, papers: dict, means: dict, draws: dict) -> dict:
+def difference(results: dict, name: str, other: str, paper: float | None, papers: dict) -> dict:
     """One row minus another; `paper`: the paper's figure of the first, if it makes this comparison."""
-    ci95 = interval(draws[name] - draws[other])
+    means, draws = resample(results, [name, other])
+    ci95 = interval(draws[:, 0] - draws[:, 1])
     theirs = None if None in (paper, papers.get(other)) else paper - papers[other]
-    found = {"row": name, "other": other, "mean": means[name] - means[other], "ci95": ci95}
-    return found | {"paper": theirs, "direction": direction(theirs, *ci95)}
+    found = {"row": name, "other": other, "mean": means[0] - means[1], "ci95": ci95, "paper": theirs}
+    return found | {"seeds": len(shared_seeds(results, [name, other])), "direction": direction(theirs, *ci95)}
+
+
+def resample(results: dict, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Means of rows over the seeds that they share, and their `bootstrap`."""
+    records = [[record_of(results["rows"], name, seed) for seed in shared_seeds(results, names)] for name in names]
+    scores = np.array([[as_numbers(record, results["images"]) for record in row] for row in records])
+    return scores.mean(axis=(1, 2)), bootstrap(scores)
+
+
+def shared_seeds(results: dict, names: list[str]) -> list[str]:
+    """The seeds that all of these rows have. The base has any."""
+    found = [results["rows"][name].keys() for name in names if name in ROWS]
+    return sorted(set.intersection(*map(set, found)), key=int) if found else ["0"]
 
 
 def record_of(found: dict, name: str, seed: str) -> dict:
@@ -790,16 +805,26 @@ def as_numbers(record: dict, images: int) -> list[float]:
     return [int(digit) / images for digit in record["accuracy"]]
 
 
-def markdown(table: Table, results: dict, rows: list[dict], differences: list[dict], seeds: list[str]) -> str:
+def markdown(table: Table, results: dict, rows: list[dict], differences: list[dict]) -> str:
     """A table, with the machine and how long its trainings took."""
     titles = dict.fromkeys(FAMILIES.values(), "the base") | {name: row.title for name, row in ROWS.items()}
-    lines, others = [["", "accuracy", "against the base", "training"]], [["difference", "accuracy"]]
+    lines = [["", "accuracy", "against the base", "seeds", "training"]]
+    others, records = [["difference", "accuracy", "seeds"]], []
     for row in rows:
         lines.append([titles[row["row"]], "{:.3f} ({:.3f} to {:.3f})".format(row["mean"], *row["ci95"])])
-        times = [results["rows"][row["row"]][seed]["seconds"] for seed in seeds] if "base" in row else []
-        lines[-1] += [signed(row["base"]), f"{min(times)} s"] if times else ["", ""]
+        if "base" not in row:
+            lines[-1] += ["", "", ""]
+            continue
+        trained = results["rows"][row["row"]].values()
+        lines[-1] += [
+            signed(row["base"]),
+            str(row["base"]["seeds"]),
+            f"{min(record['seconds'] for record in trained)} s",
+        ]
+        records += trained
     for item in differences:
-        others.append([f"{titles[item['row']]} − {titles[item['other']]}", signed(item)])
+        others.append([f"{titles[item['row']]} − {titles[item['other']]}", signed(item), str(item["seeds"])])
+    single = any(item["seeds"] == 1 for item in [*differences, *(row["base"] for row in rows if "base" in row)])
     if table.figure:
         lines[0] += [f"paper: {table.figure}", "direction"]
         others[0] += ["paper", "direction"]
@@ -807,9 +832,8 @@ def markdown(table: Table, results: dict, rows: list[dict], differences: list[di
             cells += ["" if row["paper"] is None else f"{row['paper']:.2f}", row.get("base", {}).get("direction", "")]
         for cells, item in zip(others[1:], differences):
             cells += ["" if item["paper"] is None else f"{item['paper']:+.2f}", item["direction"]]
-    records = [results["rows"][row["row"]][seed] for row in rows if row["row"] in ROWS for seed in seeds]
     places = sorted({f"{record['cpu']}, torch {record['torch']}, {record['date']}" for record in records})
-    over = f"prompts and seeds ({', '.join(seeds)})" if len(seeds) > 1 else f"prompts, of seed {seeds[0]} alone"
+    over = "prompts and seeds; of one seed, over prompts alone" if single else "prompts and seeds"
     note = (
         f"{results['prompts']} held-out prompts × {results['images']} images; 95 % intervals over {over}. "
         f"Training: the fastest seed, on one core. {'; '.join(places)}."
@@ -878,7 +902,7 @@ def signed(difference: dict) -> str:
     return "{:+.3f} ({:+.3f} to {:+.3f})".format(difference["mean"], *difference["ci95"])
 
 
-def plot(table: Table, rows: list[dict], seeds: list[str], results: dict, file: Path) -> None:
+def plot(table: Table, rows: list[dict], results: dict, file: Path) -> None:
     """Differences to the base: their intervals, and a dot for each seed."""
     rows = [row for row in rows if "base" in row]
     figure = Figure(figsize=(7, 0.9 + 0.32 * len(rows)), layout="constrained")
@@ -886,7 +910,7 @@ def plot(table: Table, rows: list[dict], seeds: list[str], results: dict, file: 
     for place, row in enumerate(reversed(rows)):
         axes.plot(row["base"]["ci95"], [place, place], color="tab:blue", linewidth=2)
         base = np.mean(as_numbers(results["rows"][row["base"]["other"]], results["images"]))
-        own = [results["rows"][row["row"]][seed]["mean"] - base for seed in seeds]
+        own = [record["mean"] - base for record in results["rows"][row["row"]].values()]
         axes.plot(own, [place] * len(own), ".", color="tab:gray", markersize=5)
         axes.plot(row["base"]["mean"], place, "o", color="tab:blue")
     axes.axvline(0, color="black", linewidth=0.8)
@@ -940,12 +964,12 @@ def show(table: Table, results: dict, file: Path) -> str | None:
         return reward_markdown(table, results, differences, seeds)
     if not any({entry.row, entry.against} <= results["rows"].keys() for entry in table.entries):
         return None
-    rows, differences, seeds = compare(table, results)
+    rows, differences = compare(table, results)
     if table.curves:
         plot_curves(table, rows, file)
     elif table.plotted:
-        plot(table, rows, seeds, results, file)
-    return markdown(table, results, rows, differences, seeds)
+        plot(table, rows, results, file)
+    return markdown(table, results, rows, differences)
 
 
 def between_marks(text: str, mark: str, body: str) -> str:

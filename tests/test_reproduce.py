@@ -67,6 +67,9 @@ class FakeRunner(reproduce.Runner):
         return [{name: np.full((10, 4), value * (name != "base")) for name in names} for value in letters]
 
 
+ROWS_AND_SEEDS = {"weighted_sft": "34", "dpo": "012", "dpo_gain": "01", "rankdpo": "05"}
+
+
 def options(folder, **changed):
     sizes = {"prompts": 6, "pair_prompts": 6, "heldout": 10, "jobs": 1, "training_flags": ""}
     return argparse.Namespace(output_dir=folder, **(sizes | changed))
@@ -86,6 +89,42 @@ def test_rows_of_both_architectures_and_half_a_table(tmp_path, monkeypatch, caps
     printed = capsys.readouterr().out
     assert "SD3: RankDPO, ranks by the labels − SD3: DPO" in printed and "30.14" in printed
     assert {file.stem for file in (tmp_path / "report").glob("*.svg")} == {"lora", "objectives", "psi", "qsd", "sd3"}
+
+
+def test_rows_have_all_their_seeds_and_differences_those_that_both_have():
+    rng = np.random.default_rng(0)
+    figures = {row: {seed: rng.integers(5, size=40) for seed in seeds} for row, seeds in ROWS_AND_SEEDS.items()}
+    of_base = rng.integers(5, size=40)
+    rows = {"base": {"accuracy": "".join(map(str, of_base))}}
+    for row, seeds in figures.items():
+        rows[row] = {
+            seed: {"seconds": 60, "accuracy": "".join(map(str, right))} | reproduce.machine()
+            for seed, right in seeds.items()
+        }
+    results = {"prompts": 40, "images": 4, "rows": rows}
+    shown, differences = reproduce.compare(reproduce.TABLES["objectives"], results)
+    means = {row: np.mean(list(seeds.values())) / 4 for row, seeds in figures.items()} | {"base": of_base.mean() / 4}
+    assert {row["row"]: row["mean"] for row in shown} == pytest.approx(means)
+    for row in shown[1:]:
+        assert row["base"]["mean"] == pytest.approx(means[row["row"]] - means["base"])
+        assert row["base"]["seeds"] == len(figures[row["row"]])
+    shared = {
+        ("dpo_gain", "dpo"): "01",
+        ("rankdpo", "dpo"): "0",
+        ("rankdpo", "dpo_gain"): "0",
+    }  # weighted_sft shares none with dpo
+    assert {(item["row"], item["other"]): item["seeds"] for item in differences} == {
+        k: len(v) for k, v in shared.items()
+    }
+    for item in differences:
+        row, other = (figures[item[key]] for key in ("row", "other"))
+        seeds = shared[item["row"], item["other"]]
+        assert item["mean"] == pytest.approx(np.mean([row[seed] - other[seed] for seed in seeds]) / 4)
+        assert item["ci95"][0] < item["mean"] < item["ci95"][1]
+    text = reproduce.markdown(reproduce.TABLES["objectives"], results, shown, differences)
+    assert "of one seed, over prompts alone" in text
+    text = reproduce.markdown(reproduce.TABLES["objectives"], results, shown[:3], differences[:1])
+    assert "of one seed" not in text and " | 3 | 60 s | " in text
 
 
 def test_reward_hacking_is_told_of_the_rows_that_the_rewards_have_judged(tmp_path, capsys):
