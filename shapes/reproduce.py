@@ -432,6 +432,7 @@ TABLES = {
             Entry("one", "k3"),
             Entry("k6", "one"),
             Entry("k8", "k6"),
+            Entry("k8", "k2"),
         ),
     ),
     "rewards": Table(
