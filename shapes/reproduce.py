@@ -775,7 +775,7 @@ def compare(table: Table, results: dict) -> tuple[list[dict], list[dict]]:
             row["base"] = difference(results, name, base_of(name), papers.get(name), papers)
         rows.append(row)
     for entry in table.entries:
-        if {entry.row, entry.against} <= found.keys() and shared_seeds(results, [entry.row, entry.against]):
+        if {entry.row, entry.against} <= found.keys() and shared_seeds(found, [entry.row, entry.against]):
             differences.append(difference(results, entry.row, entry.against, entry.paper, papers))
     return rows, differences
 
@@ -786,20 +786,22 @@ def difference(results: dict, name: str, other: str, paper: float | None, papers
     ci95 = interval(draws[:, 0] - draws[:, 1])
     theirs = None if None in (paper, papers.get(other)) else paper - papers[other]
     found = {"row": name, "other": other, "mean": means[0] - means[1], "ci95": ci95, "paper": theirs}
-    return found | {"seeds": len(shared_seeds(results, [name, other])), "direction": direction(theirs, *ci95)}
+    seeds = shared_seeds(results["rows"], [name, other])
+    return found | {"seeds": len(seeds), "direction": direction(theirs, *ci95)}
 
 
 def resample(results: dict, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Means of rows over the seeds that they share, and their `bootstrap`."""
-    records = [[record_of(results["rows"], name, seed) for seed in shared_seeds(results, names)] for name in names]
+    found = results["rows"]
+    records = [[record_of(found, name, seed) for seed in shared_seeds(found, names)] for name in names]
     scores = np.array([[as_numbers(record, results["images"]) for record in row] for row in records])
     return scores.mean(axis=(1, 2)), bootstrap(scores)
 
 
-def shared_seeds(results: dict, names: list[str]) -> list[str]:
+def shared_seeds(found: dict, names: list[str]) -> list[str]:
     """The seeds that all of these rows have. The base has any."""
-    found = [results["rows"][name].keys() for name in names if name in ROWS]
-    return sorted(set.intersection(*map(set, found)), key=int) if found else ["0"]
+    seeds = [set(found[name]) for name in names if name in ROWS]
+    return sorted(set.intersection(*seeds), key=int) if seeds else ["0"]
 
 
 def record_of(found: dict, name: str, seed: str) -> dict:
@@ -852,7 +854,7 @@ def reward_differences(table: Table, results: dict) -> tuple[dict[str, dict], li
     their seeds."""
     judged = results["rewards"]
     names = ["base", *(entry.row for entry in table.entries if entry.row in judged.keys() - {"base"})]
-    seeds = sorted(set.intersection(*(set(judged[name]) for name in names[1:])), key=int)
+    seeds = shared_seeds(judged, names)
     differences = {name: {} for name in names[1:]}
     for metric in ("accuracy", *REWARDS):
         kept = results["rows"] if metric == "accuracy" else judged
