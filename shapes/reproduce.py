@@ -806,11 +806,14 @@ def shared_seeds(found: dict, names: list[str]) -> list[str]:
 
 def record_of(found: dict, name: str, seed: str) -> dict:
     """A row's record of one seed. The base has one for all seeds."""
-    return found[name] if name in FAMILIES.values() else found[name][seed]
+    return found[name][seed] if name in ROWS else found[name]
 
 
-def as_numbers(record: dict, images: int) -> list[float]:
-    return [int(digit) / images for digit in record["accuracy"]]
+def as_numbers(record: dict, images: int, metric: str = "accuracy") -> list[float]:
+    """The accuracy, or a reward, of each prompt."""
+    if metric == "accuracy":
+        return [int(digit) / images for digit in record[metric]]
+    return list(map(float, record[metric].split()))
 
 
 def markdown(table: Table, results: dict, rows: list[dict], differences: list[dict]) -> str:
@@ -859,13 +862,7 @@ def reward_differences(table: Table, results: dict) -> tuple[dict[str, dict], li
     for metric in ("accuracy", *REWARDS):
         kept = results["rows"] if metric == "accuracy" else judged
         records = [[record_of(kept, name, seed) for seed in seeds] for name in names]
-        scores = [
-            [
-                as_numbers(of, results["images"]) if metric == "accuracy" else list(map(float, of[metric].split()))
-                for of in row
-            ]
-            for row in records
-        ]
+        scores = [[as_numbers(record, results["images"], metric) for record in row] for row in records]
         means, draws = np.mean(scores, axis=(1, 2)), bootstrap(np.array(scores)).T
         for n, name in enumerate(names[1:], start=1):
             differences[name][metric] = {"mean": means[n] - means[0], "ci95": interval(draws[n] - draws[0])}
