@@ -512,6 +512,7 @@ def serve(args: ScriptArguments) -> None:
 def report(args: ScriptArguments) -> None:
     """Writes results.json, results.md and chart.png, and puts them into the card of a LoRA."""
     record = read_study(Path(args.study_dir))
+    check_output_dir(Path(args.output_dir), {"results.json": '"votes_per_comparison"'})
     repo_id = create_repo(args.hub_model_id, "model", args.hub_private_repo) if args.push_to_hub else None
     log, _ = read_log(Path(args.study_dir, VOTES))
     most = max_failed_checks(args, record)

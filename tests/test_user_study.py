@@ -441,6 +441,15 @@ def test_tally_writes_tables_a_chart_and_results(finished, tmp_path, capsys):
     assert "People prefer tuned to base" in text and text in capsys.readouterr().out
     assert Image.open(tmp_path / "tally" / "chart.png").size[0] > 500
 
+    # Again into the same folder, but never over the results of evaluate.py.
+    (tmp_path / "tally" / "mine.txt").touch()
+    call("user_study", "tally", "--study_dir", finished, "--output_dir", tmp_path / "tally")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").write_text("{}")
+    flags = ["tally", "--study_dir", finished, "--output_dir", tmp_path / "evaluation"]
+    assert "holds other files: choose another folder" in refused("user_study", *flags)
+    assert (tmp_path / "evaluation" / "results.json").read_text() == "{}"
+
 
 def test_pairs_go_through_score_pairs_into_train_dpo_qsd(finished, tmp_path, tiny_sd):
     call("user_study", "export", "--study_dir", finished, "--output_dir", tmp_path / "pairs")
