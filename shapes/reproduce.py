@@ -10,9 +10,9 @@ Every result stays in `results.json`, with its command. Rows of one seed share o
 
     python shapes/reproduce.py --search dpo rankdpo --output_dir outputs/reproduce
 
-chooses the settings of methods: six of each are trained, and judged on prompts that no table uses. The best two are
-trained with two more seeds. What came out is kept in `shapes/reproduce_search.json`, from which the rows take their
-settings. What it holds already is not trained again: remove a method there to search it anew.
+chooses the settings of methods: six or eight of each are trained, and judged on prompts that no table uses. The best
+two are trained with two more seeds. What came out is kept in `shapes/reproduce_search.json`, from which the rows take
+their settings. What it holds already is not trained again: remove a method there to search it anew.
 """
 
 import argparse
@@ -42,10 +42,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH_FILE = ROOT / "shapes" / "reproduce_search.json"
-FAMILIES = {"": "base", "_sd3": "sd3_base"}  # endings of the settings' files → row of the model without a LoRA
+FAMILIES = {"": "base", "_sd3": "sd3_base"}  # ending of the settings' files → row of the model without a LoRA
 matplotlib.rcParams["svg.hashsalt"] = "reproduce"  # the same plot is the same file
-SEARCH_SEEDS = (100, 101, 102)  # no row's: other labels, noise and order than those that are reported
-FINALISTS = 2  # settings of a method that are trained with all of them
+SEARCH_SEEDS = (100, 101, 102)  # used by no row; they give other labels, noise and order
+FINALISTS = 2  # the settings that were best with the first seed get the other seeds too
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ SEEDS = "train_rankdpo_sdxl.py --config shapes/rankdpo.yaml --dataset_name {work
 SD3 = "train_rankdpo_sd3.py --config shapes/rankdpo_sd3.yaml --dataset_name {work}/synpic-sd3"
 QSD = "train_dpo_qsd.py --config shapes/qsd.yaml --top_fraction 1 --dataset_name {work}/qsd"
 STEPS = 40  # of 12 pairs
-# Shares of the 2,723 labelled pairs in Figures 3 and 4, and the steps that they take.
+# Shares of the 2,723 labelled pairs in Figures 3 and 4, and their steps. All have the settings that suit 40 steps.
 SHARES = {"1": 2, "2": 5, "5.33": 12, "10": 23, "25": 57, "50": 114, "100": 227}
 EPOCH = SHARES["100"]
 BETAS = (30, 100, 1000, 3000, 10000)  # the search has chosen 300
@@ -138,12 +138,12 @@ ROWS = {
     "rankdpo": Row("RankDPO, ranks by the labels", RANKDPO, "rankdpo"),
     "predicted": Row("RankDPO, predicted ranks", RANKDPO, "predicted", "--rank_source predicted"),
     "plackett_luce": Row("Plackett-Luce", RANKDPO, "plackett_luce", "--loss_type plackett_luce"),
-    # The search chose other rates for these two. With the same one?
+    # Each with the other's settings, because the search chose different rates.
     "dpo_swapped": Row("DPO, with RankDPO's settings", RANKDPO, "rankdpo", "--loss_type dpo"),
     "rankdpo_swapped": Row("RankDPO, with DPO's settings", RANKDPO, "dpo"),
     "random": Row("DPO, random labels", RANKDPO, "dpo", "--loss_type dpo --rank_by random"),
     "one": Row("RankDPO, one generator, four seeds", SEEDS, "rankdpo", "--generators seed0 seed1 seed2 seed3"),
-    "noise": Row("RankDPO, a noise for each image", RANKDPO, "rankdpo", "--noise image"),
+    "noise": Row("RankDPO, a noise for each image, as in the paper", RANKDPO, "rankdpo", "--noise image"),
     "without_best": Row(
         "RankDPO without the best generator",
         RANKDPO,
@@ -168,6 +168,16 @@ ROWS = {
         QSD + "30-{seed}",
         "qsd_random_epoch",
         f"--order random --max_train_steps {EPOCH}",
+    ),
+    # The paper's share, with settings that were searched for its steps.
+    "qsd_short": Row(
+        "DPO, the best 5.33 % of the pairs", QSD + "30-{seed}", "qsd_short", f"--max_train_steps {SHARES['5.33']}"
+    ),
+    "qsd_random_short": Row(
+        "DPO, 5.33 % of the pairs at random",
+        QSD + "30-{seed}",
+        "qsd_random_short",
+        f"--order random --max_train_steps {SHARES['5.33']}",
     ),
     "qsd_shuffled": Row(
         "DPO, the best pairs, shuffled",
@@ -209,7 +219,7 @@ for share, steps in SHARES.items():
         f"--order random --max_train_steps {steps}",
     )
 for rank in (4, 64):
-    for name in ("qsd", "qsd_5.33", "qsd_random_epoch"):
+    for name in ("qsd", "qsd_short", "qsd_random_epoch"):
         row = ROWS[name]
         ROWS[f"{name}_rank{rank}"] = Row(
             f"{row.title}, rank {rank}", row.command, row.method, f"{row.flags} --rank {rank}"
@@ -241,19 +251,21 @@ for beta in BETAS:
 for name, row in {"random": ROWS["random"], "dpo": ROWS["dpo"], "rankdpo": ROWS["rankdpo"]}.items():
     ROWS[f"sd3_{name}"] = Row(f"SD3: {row.title}", SD3, f"sd3_{row.method}", row.flags)
 
-# Six settings of each method; eight of DPO-QSD's baselines, whose best of six was at the edge. A method is searched
+# Six settings of each method; two more of DPO-QSD's baselines; eight of both methods of 12 steps. A method is searched
 # with the row of its name.
 PREFERENCE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("2e-4", "5e-4") for beta in (100, 300, 1000)]
 DENOISING = [f"--learning_rate {lr}" for lr in ("5e-6", "1e-5", "2e-5", "5e-5", "1e-4", "2e-4")]
 PAIRWISE = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("5e-4", "1e-3") for beta in (100, 300, 1000)]
 SMALL_BETA = [f"--learning_rate {lr} --beta_dpo 30" for lr in ("5e-4", "1e-3")]
 AROUND = ["--learning_rate 1e-3 --beta_dpo 100", "--learning_rate 5e-4 --beta_dpo 30"]
+FEW_STEPS = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("1e-3", "2e-3") for beta in (30, 100, 300, 1000)]
 ODDS = [f"--learning_rate {lr} --orpo_lambda {weight}" for lr in ("2e-4", "5e-4", "1e-3") for weight in (0.1, 1)]
 TRANSFORMER = [f"--learning_rate {lr} --beta_dpo {beta}" for lr in ("5e-4", "1e-3") for beta in (30, 100, 300)]
 SEARCH = dict.fromkeys(("sft", "weighted_sft"), DENOISING)
 SEARCH |= dict.fromkeys(("dpo", "dpo_gain", "rankdpo", "predicted", "plackett_luce"), PREFERENCE)
 SEARCH |= dict.fromkeys(("qsd", "slic"), PAIRWISE)
 SEARCH |= dict.fromkeys(("qsd_random", "slic_random"), [*PAIRWISE, *SMALL_BETA])
+SEARCH |= dict.fromkeys(("qsd_short", "qsd_random_short"), FEW_STEPS)
 SEARCH |= dict.fromkeys(("qsd_random_epoch", "slic_random_epoch"), [*PREFERENCE, *AROUND])
 SEARCH |= dict.fromkeys(("orpo", "orpo_random", "orpo_random_epoch"), ODDS)
 SEARCH |= dict.fromkeys(("sd3_dpo", "sd3_rankdpo"), TRANSFORMER)
@@ -293,10 +305,10 @@ TABLES = {
             Entry("dpo", "random"),
             Entry("dpo_gain", "dpo"),
             Entry("rankdpo", "dpo"),
-            Entry("qsd_random_5.33"),
+            Entry("qsd_random_short"),
             Entry("qsd_random_epoch"),
-            Entry("qsd_5.33", "qsd_random_5.33"),
-            Entry("qsd_5.33", "qsd_random_epoch"),
+            Entry("qsd_short", "qsd_random_short"),
+            Entry("qsd_short", "qsd_random_epoch"),
         ),
         plotted=False,
     ),
@@ -338,15 +350,15 @@ TABLES = {
         ),
         figure="DSG on DPG-Bench, SDXL",
     ),
-    "qsd": Table(
+    "best_pairs": Table(
         "DPO-QSD, Table 1: the best pairs against all pairs",
         (
             Entry("base"),
-            Entry("qsd_random_5.33"),
+            Entry("qsd_random_short"),
             Entry("qsd_random"),
             Entry("qsd_random_epoch", paper=26.34),
-            Entry("qsd_5.33", "qsd_random_epoch", 30.14),
-            Entry("qsd_5.33", "qsd_random_5.33"),
+            Entry("qsd_short", "qsd_random_epoch", 30.14),
+            Entry("qsd_short", "qsd_random_short"),
             Entry("qsd", "qsd_random_epoch"),
             Entry("qsd", "qsd_random"),
         ),
@@ -372,12 +384,11 @@ TABLES = {
         (
             Entry("base"),
             Entry("qsd_random"),
-            Entry("qsd_random_epoch", paper=26.34),
-            Entry("qsd", "qsd_random_epoch", 30.14),
+            Entry("qsd_random_epoch"),
+            Entry("qsd", "qsd_random_epoch"),
             Entry("qsd", "qsd_random"),
             *(Entry(f"qsd_{name}", "qsd_random") for name in REWARDS),
         ),
-        figure="HPSv2, SD1.5, the scorer of the main rows",
     ),
     "shares": Table(
         "DPO-QSD, Figures 3 and 4: pairs seen",
@@ -396,13 +407,13 @@ TABLES = {
         (
             Entry("base"),
             Entry("qsd_random_epoch_rank4", paper=26.39),
-            Entry("qsd_5.33_rank4", "qsd_random_epoch_rank4", 29.82),
+            Entry("qsd_short_rank4", "qsd_random_epoch_rank4", 29.82),
             Entry("qsd_rank4", "qsd_random_epoch_rank4"),
             Entry("qsd_random_epoch", paper=26.34),
-            Entry("qsd_5.33", "qsd_random_epoch", 30.14),
+            Entry("qsd_short", "qsd_random_epoch", 30.14),
             Entry("qsd", "qsd_random_epoch"),
             Entry("qsd_random_epoch_rank64", paper=26.65),
-            Entry("qsd_5.33_rank64", "qsd_random_epoch_rank64", 30.06),
+            Entry("qsd_short_rank64", "qsd_random_epoch_rank64", 30.06),
             Entry("qsd_rank64", "qsd_random_epoch_rank64"),
         ),
         figure="HPSv2, SD1.5, ranks 32, 64 and 256",
@@ -514,8 +525,7 @@ class Runner:
             (self.work / folder).mkdir(parents=True, exist_ok=True)
 
     def words(self, command: str, seed: int = 0) -> list[str]:
-        sizes = {"prompts": self.options.prompts, "heldout": self.options.heldout}
-        sizes["pair_prompts"] = self.options.pair_prompts
+        sizes = {name: getattr(self.options, name) for name in ("prompts", "pair_prompts", "heldout")}
         return shlex.split(command.format(work=shlex.quote(str(self.work)), seed=seed, **sizes))
 
     def run(self, name: str, words: list[str], inputs: list[dict], again: bool = False) -> dict:
@@ -608,8 +618,8 @@ def wait_for(futures: list[Future], **bar) -> list:
 def reproduce(runner: Runner, rows: list[str], seeds: list[int], rewarded: set[str] = frozenset()) -> None:
     """Trains and judges rows, seed after seed, and keeps what came out in results.json. `rewarded`: rows whose images
     the rewards judge, too."""
+    commands = {row: with_settings(ROWS[row]) for row in rows}
     for seed in seeds:
-        commands = {row: with_settings(ROWS[row]) for row in rows}
         with ThreadPoolExecutor(runner.options.jobs) as pool:
             futures = [pool.submit(runner.train, f"{row}@{seed}", commands[row], seed) for row in rows]
             records = dict(zip(rows, wait_for(futures, desc=f"train, seed {seed}", unit="run")))
@@ -806,11 +816,14 @@ def difference(results: dict, name: str, other: str, paper: float | None, papers
     return found | {"seeds": len(seeds), "direction": direction(theirs, *ci95)}
 
 
-def resample(results: dict, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Means of rows over the seeds that they share, and their `bootstrap`."""
-    found = results["rows"]
-    records = [[record_of(found, name, seed) for seed in shared_seeds(found, names)] for name in names]
-    scores = np.array([[as_numbers(record, results["images"]) for record in row] for row in records])
+def resample(
+    results: dict, names: list[str], metric: str = "accuracy", seeds: list[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of rows, of the accuracy or of a reward, and their `bootstrap`. Without `seeds`: over those they share."""
+    found = results["rows" if metric == "accuracy" else "rewards"]
+    seeds = seeds or shared_seeds(found, names)
+    records = [[record_of(found, name, seed) for seed in seeds] for name in names]
+    scores = np.array([[as_numbers(record, results["images"], metric) for record in row] for row in records])
     return scores.mean(axis=(1, 2)), bootstrap(scores)
 
 
@@ -876,12 +889,9 @@ def reward_differences(table: Table, results: dict) -> tuple[dict[str, dict], li
     seeds = shared_seeds(judged, names)
     differences = {name: {} for name in names[1:]}
     for metric in ("accuracy", *REWARDS):
-        kept = results["rows"] if metric == "accuracy" else judged
-        records = [[record_of(kept, name, seed) for seed in seeds] for name in names]
-        scores = [[as_numbers(record, results["images"], metric) for record in row] for row in records]
-        means, draws = np.mean(scores, axis=(1, 2)), bootstrap(np.array(scores)).T
+        means, draws = resample(results, names, metric, seeds)
         for n, name in enumerate(names[1:], start=1):
-            differences[name][metric] = {"mean": means[n] - means[0], "ci95": interval(draws[n] - draws[0])}
+            differences[name][metric] = {"mean": means[n] - means[0], "ci95": interval(draws[:, n] - draws[:, 0])}
     return differences, seeds
 
 
