@@ -224,6 +224,8 @@ def test_every_row_was_run_with_the_settings_that_the_search_chose():
     for row, seeds in rows.items():
         for record in seeds.values() if row in reproduce.ROWS else ():
             assert f" {search[reproduce.ROWS[row].method]['settings']} " in record["command"], row
+    assert rows.keys() == {*reproduce.ROWS, *reproduce.FAMILIES.values()} and search.keys() == reproduce.SEARCH.keys()
+    assert all(len(rows[row]) >= 3 for row in reproduce.ROWS)
 
 
 def test_bootstrap_resamples_seeds_and_prompts():
