@@ -10,7 +10,6 @@ from conftest import pair_rows, write_pairs
 from test_hub import OTHER_CARD, client, start, write_build, write_train
 
 
-# All of them for the dataset. The other uploads go through the same function: one or two are enough.
 FAULTS = ("409", "412", "429", "502", "503", "drop", "lost", "slow")
 
 
@@ -101,7 +100,7 @@ def test_dataset_upload_under_every_fault(server, tiny_sdxl, tmp_path):
     check_faults(server, run, {wanted: before}, FAULTS, wanted, tmp_path / "synpic")
     run.close()
     run = Driver(server, tmp_path / "home", "build_synpic", [*build[1:], "--stages", "rank", "publish"])
-    check_faults(server, run, {}, ("lost",), wanted, tmp_path / "synpic")
+    check_faults(server, run, {}, ("409", "lost"), wanted, tmp_path / "synpic")
     run.close()
 
 
@@ -113,18 +112,18 @@ def test_dataset_upload_by_xet_under_faults(server, tiny_sdxl, tmp_path):
     server.xet.mkdir()
     run = Driver(server, tmp_path / "home", "build_synpic", [*build[1:], "--stages", "rank", "publish"])
     wanted = ("datasets", "user/synpic")
-    check_faults(server, run, {}, ("412", "lost"), wanted, tmp_path / "synpic")
+    check_faults(server, run, {}, ("412", "503", "lost"), wanted, tmp_path / "synpic")
     run.close()
     assert not server.uploaded and not any("lfs" in path for _, path in server.log)
     for name, content in server.files(*wanted).items():
         assert content == (tmp_path / "synpic" / name).read_bytes(), name
 
 
-def test_lora_upload_under_faults(server, tiny_sdxl, ranked_dataset, tmp_path):
+def test_lora_upload_under_every_fault(server, tiny_sdxl, ranked_dataset, tmp_path):
     train = write_train(tmp_path, tiny_sdxl, ranked_dataset)
     client(server, tmp_path / "home", *train)
     run = Driver(server, tmp_path / "home", "train_rankdpo_sdxl", [*train[1:], "--resume_from_checkpoint", "latest"])
-    check_faults(server, run, {}, ("503",), ("models", "user/lora"), tmp_path / "lora")
+    check_faults(server, run, {}, ("412", "503", "lost"), ("models", "user/lora"), tmp_path / "lora")
     run.close()
 
 
@@ -134,7 +133,7 @@ def test_sorted_pairs_upload_under_faults(server, tmp_path):
     score += ["--output_dir", tmp_path / "qsd", "--push_to_hub", "--hub_dataset_id", "user/qsd"]
     client(server, tmp_path / "home", *score)
     run = Driver(server, tmp_path / "home", "score_pairs", score[1:])
-    check_faults(server, run, {}, ("drop",), ("datasets", "user/qsd"), tmp_path / "qsd")
+    check_faults(server, run, {}, ("409", "drop"), ("datasets", "user/qsd"), tmp_path / "qsd")
     run.close()
 
 
@@ -149,5 +148,5 @@ def test_results_upload_under_faults(server, tiny_sdxl, ranked_dataset, tmp_path
     evaluate += ["--push_to_hub", "--hub_model_id", "user/lora"]
     before = server.files(*wanted)
     run = Driver(server, tmp_path / "home", "evaluate", evaluate[1:])
-    check_faults(server, run, {wanted: before}, ("412",), wanted, tmp_path / "evaluation")
+    check_faults(server, run, {wanted: before}, ("412", "lost"), wanted, tmp_path / "evaluation")
     run.close()
