@@ -271,6 +271,13 @@ SEARCH |= dict.fromkeys(("orpo", "orpo_random", "orpo_random_epoch"), ODDS)
 SEARCH |= dict.fromkeys(("sd3_dpo", "sd3_rankdpo"), TRANSFORMER)
 
 
+# The plan, fixed on 2026-11-30 before any of it was run: these rows, with seeds that no search, no table and no look had
+# used before, all of them, once. Only the differences of the table "plan" carry a claim of an order, and only where the
+# 95 % interval excludes 0. All other rows have three seeds and carry no such claim.
+PLANNED_ROWS = ("dpo", "dpo_gain", "rankdpo", "qsd_short", "qsd_random_short")
+PLANNED_SEEDS = range(8, 16)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,6 +318,18 @@ TABLES = {
             Entry("qsd_short", "qsd_random_epoch"),
         ),
         plotted=False,
+    ),
+    "plan": Table(
+        "The plan: eight fresh seeds",
+        (
+            Entry("base"),
+            Entry("dpo"),
+            Entry("dpo_gain", "dpo"),
+            Entry("rankdpo", "dpo"),
+            Entry("rankdpo", "dpo_gain"),
+            Entry("qsd_random_short"),
+            Entry("qsd_short", "qsd_random_short"),
+        ),
     ),
     "objectives": Table(
         "RankDPO, Table 5: objectives",
@@ -828,9 +847,10 @@ def resample(
 
 
 def shared_seeds(found: dict, names: list[str]) -> list[str]:
-    """The seeds that all of these rows have. The base has any."""
+    """The seeds that all of these rows have: the plan's, if there are such, and no others. The base has any."""
     seeds = [set(found[name]) for name in names if name in ROWS]
-    return sorted(set.intersection(*seeds), key=int) if seeds else ["0"]
+    shared = set.intersection(*seeds) if seeds else {"0"}
+    return sorted(shared & set(map(str, PLANNED_SEEDS)) or shared, key=int)
 
 
 def record_of(found: dict, name: str, seed: str) -> dict:
@@ -1013,7 +1033,7 @@ def between_marks(text: str, mark: str, body: str) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=[], help=f"Rows, or tables: {', '.join(TABLES)}.")
-    parser.add_argument("--seeds", type=int, default=3, help="Seeds 0 to N − 1 of every row.")
+    parser.add_argument("--seeds", type=int, default=3, help="Seeds 0 to N − 1 of every row; `--rows plan` has its own.")
     parser.add_argument("--search", nargs="*", default=[], help="Choose the settings of these methods first.")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Runs at once, one core each.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"))
@@ -1042,7 +1062,7 @@ def main():
         search(runner, options.search)
     if rows := [name for name in rows if name in ROWS]:
         rewarded = {entry.row for table in tables if table.rewards for entry in table.entries}
-        reproduce(runner, rows, range(options.seeds), rewarded)
+        reproduce(runner, rows, PLANNED_SEEDS if options.rows == ["plan"] else range(options.seeds), rewarded)
     report(options.output_dir, options.report_dir or options.output_dir / "report", options.docs)
 
 
