@@ -54,7 +54,7 @@ import threading
 import time
 import traceback
 import zipfile
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -410,7 +410,7 @@ def main(args: ScriptArguments) -> None:
     generators = read_generators(args.generators)
     check_rewards(args.rewards)
     source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
-    prompts = [row["prompt"] for row in read_prompts(*source)]
+    prompts = [row["prompt"] for row in read_prompts(*source)[0]]
     settings = {"seed": args.seed, "image_format": args.image_format, "shard_size": args.shard_size}
     check_card(Path(args.output_dir, "README.md"))
     check_work(args, settings, prompts, generators)
@@ -1015,22 +1015,28 @@ def read_prompts(
     max_prompts: int | None,
     keep: tuple[str, ...] = (),
     whole_rows: bool = False,
-) -> list[dict]:
+) -> tuple[list[dict], list[dict[str, int]]]:
     """Reads prompts in order and drops duplicates. Of a dataset it reads no more than it needs.
 
     Returns:
         one dict per prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no
-        images. Exits with one line that names the row if a prompt is empty, or the column that is missing.
+        images. One dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0,
+        and for each column to `keep`, how many rows before it have the same value there. Exits with one line that names
+        the row if a prompt is empty, or the column that is missing.
     """
-    shown, prompts = public_text(source), {}
+    shown, prompts, places, counts = public_text(source), {}, {}, Counter()
     rows = prompt_rows(source, split, tuple(dict.fromkeys((column, *keep))), whole_rows)
     try:
         # Reading all of Pick-a-Pic takes minutes.
-        for number, row in enumerate(progress_bar(rows, desc="prompts", unit=" rows", delay=10), 1):
+        for index, row in enumerate(progress_bar(rows, desc="prompts", unit=" rows", delay=10)):
             prompt = row[column]
             if not isinstance(prompt, str) or not prompt.strip():
-                raise SystemExit(f"--prompts {shown}: row {number}: the prompt is empty or no text: remove the row")
+                raise SystemExit(f"--prompts {shown}: row {index + 1}: the prompt is empty or no text: remove the row")
+            values = {name: (name, str(row[name])) for name in keep}
+            place = {"index": index} | {name: counts[value] for name, value in values.items()}
+            counts.update(values.values())
             prompts.setdefault(prompt.strip(), {**row, "prompt": prompt.strip()})
+            places.setdefault(prompt.strip(), place)
             if max_prompts and len(prompts) == max_prompts:
                 break
     except Exception as error:
@@ -1039,7 +1045,9 @@ def read_prompts(
         raise SystemExit(f"--prompts {shown}: cannot be read: {public_text(one_line(error))}{names}") from None
     if not prompts:
         raise SystemExit(f"--prompts {shown}: holds no prompts")
-    return list(prompts.values())
+    if repeated := index + 1 - len(prompts):
+        warn(f"--prompts {shown}: {repeated} of {index + 1} rows repeat an earlier prompt and are left out")
+    return list(prompts.values()), list(places.values())
 
 
 def prompt_rows(source: str, split: str | None, columns: tuple[str, ...], whole_rows: bool) -> Iterator[dict]:

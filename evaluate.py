@@ -65,7 +65,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -583,7 +583,8 @@ def main(args: ScriptArguments) -> None:
     keep = (args.category_column,) if args.category_column else ()
     whole_rows = any(takes_rows(metric) for metric in args.metrics)
     whole_rows |= any("{row[" in template for template in args.images)
-    rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep, whole_rows)
+    source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
+    rows, places = read_prompts(*source, keep, whole_rows)
     with state.local_main_process_first():  # one process of a machine downloads
         prepare_metrics(args.metrics, rows, weights="score" in args.stages)
     prompts = [row["prompt"] for row in rows]
@@ -592,7 +593,7 @@ def main(args: ScriptArguments) -> None:
     if args.baseline not in (names := {**models, **training_seeds(models)}):
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(names)}")
     for name, model in models.items():
-        model["settings"] = image_settings(args, rows, categories, model)
+        model["settings"] = image_settings(args, rows, places, categories, model)
         check_settings(Path(args.output_dir, "images", name), model["settings"], f"images of {name}")
     state.wait_for_everyone()  # no process writes before all have checked
     repositories = hub_repositories(args, models) if args.push_to_hub and "report" in args.stages else {}
@@ -877,11 +878,13 @@ def fitted(args: ScriptArguments, name: str, model: dict, pipeline: DiffusionPip
         yield pipeline
 
 
-def image_settings(args: ScriptArguments, rows: list[dict], categories: list[str] | None, model: dict) -> dict:
+def image_settings(
+    args: ScriptArguments, rows: list[dict], places: list[dict], categories: list[str] | None, model: dict
+) -> dict:
     """What a model's images depend on. Exits with one line if pictures that should exist do not."""
     prompts = [row["prompt"] for row in rows]
     if model["kind"] == "images":
-        model["pictures"] = find_pictures(args, rows, categories, model["source"])
+        model["pictures"] = find_pictures(args, rows, places, categories, model["source"])
         model["missing"] = len(rows) * args.num_images_per_prompt - len(model["pictures"])
         files = [(*item, file, file.stat()) for item, (file, _) in model["pictures"].items()]
         stats = [f"{i},{n}:{file}:{stat.st_size}:{stat.st_mtime_ns}" for i, n, file, stat in files]
@@ -939,27 +942,31 @@ def run_settings(args: ScriptArguments, prompts: list[str]) -> dict:
     }
 
 
-def find_pictures(args: ScriptArguments, rows: list[dict], categories: list[str] | None, template: str) -> dict:
-    """(prompt, number) → (file, cell), where a template's pictures lie. Its fields are {index} and {number}; {image},
-    the number over all prompts; {prompt}, {row[COLUMN]}, {category}; {category_index} and {category_image}, the same in
-    the prompt's category. With `#2x2` at its end, a file is a grid of pictures, read row by row.
+def find_pictures(
+    args: ScriptArguments, rows: list[dict], places: list[dict], categories: list[str] | None, template: str
+) -> dict:
+    """(prompt, number) → (file, cell), where a template's pictures lie. Its fields are {index}, the prompt's row in the
+    source, and {number}; {image}, the number over all rows; {prompt}, {row[COLUMN]}, {category}; {category_index} and
+    {category_image}, the same among the category's rows. Rows that repeat a prompt count, but only the first has
+    pictures. With `#2x2` at its end, a file is a grid of pictures, read row by row.
 
     Returns:
         cell is (column, row, columns, rows) in a grid, else None. Exits with one line if the template is wrong, a
         picture does not open, or pictures are missing without --allow_missing: those are left out of the result.
     """
-    where, pictures, missing, seen = f"--images {template}", {}, [], {}
+    where, pictures, missing = f"--images {template}", {}, []
     names, columns, high = re.fullmatch(r"(.*?)(?:#(\d+)x(\d+))?", template, re.DOTALL).groups(default="1")
     columns, high = int(columns), int(high)
     if not columns * high:
         raise SystemExit(f"{where}: a grid has at least one column and one row")
     for i, row in enumerate(rows):
         category = categories[i] if categories else ""
-        place = {"index": i, "prompt": row["prompt"], "row": row, "category": category}
-        place["category_index"] = seen[category] = seen.get(category, -1) + 1
+        index, in_category = places[i]["index"], places[i].get(args.category_column, places[i]["index"])
+        place = {"index": index, "prompt": row["prompt"], "row": row, "category": category}
+        place["category_index"] = in_category
         for n in range(args.num_images_per_prompt):
             number, cell = divmod(n, columns * high)
-            images = [start * args.num_images_per_prompt + n for start in (i, place["category_index"])]
+            images = [start * args.num_images_per_prompt + n for start in (index, in_category)]
             try:
                 file = Path(names.format(**place, number=number, image=images[0], category_image=images[1]))
             except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -1458,22 +1465,28 @@ def read_prompts(
     max_prompts: int | None,
     keep: tuple[str, ...] = (),
     whole_rows: bool = False,
-) -> list[dict]:
+) -> tuple[list[dict], list[dict[str, int]]]:
     """Reads prompts in order and drops duplicates. Of a dataset it reads no more than it needs.
 
     Returns:
         one dict per prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no
-        images. Exits with one line that names the row if a prompt is empty, or the column that is missing.
+        images. One dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0,
+        and for each column to `keep`, how many rows before it have the same value there. Exits with one line that names
+        the row if a prompt is empty, or the column that is missing.
     """
-    shown, prompts = public_text(source), {}
+    shown, prompts, places, counts = public_text(source), {}, {}, Counter()
     rows = prompt_rows(source, split, tuple(dict.fromkeys((column, *keep))), whole_rows)
     try:
         # Reading all of Pick-a-Pic takes minutes.
-        for number, row in enumerate(progress_bar(rows, desc="prompts", unit=" rows", delay=10), 1):
+        for index, row in enumerate(progress_bar(rows, desc="prompts", unit=" rows", delay=10)):
             prompt = row[column]
             if not isinstance(prompt, str) or not prompt.strip():
-                raise SystemExit(f"--prompts {shown}: row {number}: the prompt is empty or no text: remove the row")
+                raise SystemExit(f"--prompts {shown}: row {index + 1}: the prompt is empty or no text: remove the row")
+            values = {name: (name, str(row[name])) for name in keep}
+            place = {"index": index} | {name: counts[value] for name, value in values.items()}
+            counts.update(values.values())
             prompts.setdefault(prompt.strip(), {**row, "prompt": prompt.strip()})
+            places.setdefault(prompt.strip(), place)
             if max_prompts and len(prompts) == max_prompts:
                 break
     except Exception as error:
@@ -1482,7 +1495,9 @@ def read_prompts(
         raise SystemExit(f"--prompts {shown}: cannot be read: {public_text(one_line(error))}{names}") from None
     if not prompts:
         raise SystemExit(f"--prompts {shown}: holds no prompts")
-    return list(prompts.values())
+    if repeated := index + 1 - len(prompts):
+        warn(f"--prompts {shown}: {repeated} of {index + 1} rows repeat an earlier prompt and are left out")
+    return list(prompts.values()), list(places.values())
 
 
 def prompt_rows(source: str, split: str | None, columns: tuple[str, ...], whole_rows: bool) -> Iterator[dict]:

@@ -650,14 +650,15 @@ def make_study(args: ScriptArguments) -> None:
         raise SystemExit(f"{folder} holds no study: give --prompts, and --evaluation_dir or --images")
     keep = (args.category_column,) if args.category_column else ()
     whole_rows = any("{row[" in item for item in args.images)
-    rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep, whole_rows)
+    source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
+    rows, places = read_prompts(*source, keep, whole_rows)
     categories = [str(row[args.category_column]) if keep else "" for row in rows]
     if args.per_category and not keep:
         raise SystemExit("--per_category needs --category_column, the column of the categories")
     settings = {name: getattr(args, name) for name in MAKING} | {"all_prompts": prompts_digest(rows)}
     if (folder / STUDY).exists():
         return check_settings(folder, settings)
-    sources = find_images(args, rows, categories)
+    sources = find_images(args, rows, places, categories)
     if args.baseline and args.baseline not in sources:
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(sources)}")
     chosen = sample_prompts(categories, args.num_prompts, args.per_category, args.seed)
@@ -713,7 +714,9 @@ def prompts_digest(rows: list[dict]) -> str:
     return short_hash("\n".join(row["prompt"] for row in rows))
 
 
-def find_images(args: ScriptArguments, rows: list[dict], categories: list[str]) -> dict[str, Callable[[int], Path]]:
+def find_images(
+    args: ScriptArguments, rows: list[dict], places: list[dict], categories: list[str]
+) -> dict[str, Callable[[int], Path]]:
     """Model → function from a prompt's number to the file of its picture, the first one of several. Exits with one line
     if a model is not there or its images belong to other prompts."""
     found = {}
@@ -729,11 +732,15 @@ def find_images(args: ScriptArguments, rows: list[dict], categories: list[str]) 
                 problem = f"{folder / name} was drawn from other prompts"
                 raise SystemExit(f"{problem}: give the --prompts and --max_prompts of evaluate.py")
             found[name] = lambda i, own=folder / name: own / f"{i:05d}_0.png"
+    fields = [
+        {"index": place["index"], "number": 0, "prompt": row["prompt"], "row": row, "category": category}
+        for row, place, category in zip(rows, places, categories)
+    ]
     for item in args.images:
         name, _, template = item.partition("=")
         if not re.fullmatch(r"[\w.@-]{1,60}", name) or not template or name in found:
             raise SystemExit(f"--images {item}: must be name=TEMPLATE, with a name of its own")
-        found[name] = lambda i, own=template, where=f"--images {item}": template_file(where, own, i, rows, categories)
+        found[name] = lambda i, own=template, where=f"--images {item}": template_file(where, own, fields[i])
     if taken := {"noise", "tie"} & set(found):
         raise SystemExit(f"a model may not be called {min(taken)}: give it another name, with --images name=TEMPLATE")
     if len(found) < 2:
@@ -741,20 +748,13 @@ def find_images(args: ScriptArguments, rows: list[dict], categories: list[str]) 
     return found
 
 
-def template_file(where: str, template: str, index: int, rows: list[dict], categories: list[str]) -> Path:
-    """The file of prompt `index`; the fields are evaluate.py's."""
-    place = {
-        "index": index,
-        "number": 0,
-        "prompt": rows[index]["prompt"],
-        "row": rows[index],
-        "category": categories[index],
-    }
+def template_file(where: str, template: str, fields_of: dict) -> Path:
+    """The file of a prompt's picture; the fields are evaluate.py's."""
     try:
-        return Path(template.format(**place))
+        return Path(template.format(**fields_of))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        fields_of = "{index}, {number} (0), {prompt}, {row[COLUMN]} and {category}"
-        raise SystemExit(f"{where}: wrong template: {one_line(error)}; its fields are {fields_of}") from None
+        names = "{index}, {number} (0), {prompt}, {row[COLUMN]} and {category}"
+        raise SystemExit(f"{where}: wrong template: {one_line(error)}; its fields are {names}") from None
 
 
 def picture_keys(record: dict) -> list[tuple[int, str]]:
@@ -1807,22 +1807,28 @@ def read_prompts(
     max_prompts: int | None,
     keep: tuple[str, ...] = (),
     whole_rows: bool = False,
-) -> list[dict]:
+) -> tuple[list[dict], list[dict[str, int]]]:
     """Reads prompts in order and drops duplicates. Of a dataset it reads no more than it needs.
 
     Returns:
         one dict per prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no
-        images. Exits with one line that names the row if a prompt is empty, or the column that is missing.
+        images. One dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0,
+        and for each column to `keep`, how many rows before it have the same value there. Exits with one line that names
+        the row if a prompt is empty, or the column that is missing.
     """
-    shown, prompts = public_text(source), {}
+    shown, prompts, places, counts = public_text(source), {}, {}, Counter()
     rows = prompt_rows(source, split, tuple(dict.fromkeys((column, *keep))), whole_rows)
     try:
         # Reading all of Pick-a-Pic takes minutes.
-        for number, row in enumerate(progress_bar(rows, desc="prompts", unit=" rows", delay=10), 1):
+        for index, row in enumerate(progress_bar(rows, desc="prompts", unit=" rows", delay=10)):
             prompt = row[column]
             if not isinstance(prompt, str) or not prompt.strip():
-                raise SystemExit(f"--prompts {shown}: row {number}: the prompt is empty or no text: remove the row")
+                raise SystemExit(f"--prompts {shown}: row {index + 1}: the prompt is empty or no text: remove the row")
+            values = {name: (name, str(row[name])) for name in keep}
+            place = {"index": index} | {name: counts[value] for name, value in values.items()}
+            counts.update(values.values())
             prompts.setdefault(prompt.strip(), {**row, "prompt": prompt.strip()})
+            places.setdefault(prompt.strip(), place)
             if max_prompts and len(prompts) == max_prompts:
                 break
     except Exception as error:
@@ -1831,7 +1837,9 @@ def read_prompts(
         raise SystemExit(f"--prompts {shown}: cannot be read: {public_text(one_line(error))}{names}") from None
     if not prompts:
         raise SystemExit(f"--prompts {shown}: holds no prompts")
-    return list(prompts.values())
+    if repeated := index + 1 - len(prompts):
+        warn(f"--prompts {shown}: {repeated} of {index + 1} rows repeat an earlier prompt and are left out")
+    return list(prompts.values()), list(places.values())
 
 
 def prompt_rows(source: str, split: str | None, columns: tuple[str, ...], whole_rows: bool) -> Iterator[dict]:

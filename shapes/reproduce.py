@@ -271,9 +271,9 @@ SEARCH |= dict.fromkeys(("orpo", "orpo_random", "orpo_random_epoch"), ODDS)
 SEARCH |= dict.fromkeys(("sd3_dpo", "sd3_rankdpo"), TRANSFORMER)
 
 
-# The plan, fixed on 2026-11-30 before any of it was run: these rows, with seeds that no search, no table and no look had
-# used before, all of them, once. Only the differences of the table "plan" carry a claim of an order, and only where the
-# 95 % interval excludes 0. All other rows have three seeds and carry no such claim.
+# The plan, fixed on 2026-11-30 before any of it was run: these rows, with seeds that no search, no table and no look
+# had used before, all of them, once. Only the differences of the table "plan" carry a claim of an order, and only where
+# the 95 % interval excludes 0. All other rows have three seeds and carry no such claim.
 PLANNED_ROWS = ("dpo", "dpo_gain", "rankdpo", "qsd_short", "qsd_random_short")
 PLANNED_SEEDS = range(8, 16)
 
@@ -1033,7 +1033,9 @@ def between_marks(text: str, mark: str, body: str) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=[], help=f"Rows, or tables: {', '.join(TABLES)}.")
-    parser.add_argument("--seeds", type=int, default=3, help="Seeds 0 to N − 1 of every row; `--rows plan` has its own.")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="Seeds 0 to N − 1 of every row; `--rows plan` has its own."
+    )
     parser.add_argument("--search", nargs="*", default=[], help="Choose the settings of these methods first.")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Runs at once, one core each.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"))

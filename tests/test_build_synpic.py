@@ -327,10 +327,10 @@ def test_prompts_from_every_source(tmp_path):
     (tmp_path / "folder").mkdir()
     Dataset.from_list(rows).to_parquet(str(tmp_path / "folder" / "train.parquet"))
     for name in ("p.jsonl", "p.parquet", "folder"):
-        found = build_synpic.read_prompts(str(tmp_path / name), "caption", "train", None, ("tag",))
+        found = build_synpic.read_prompts(str(tmp_path / name), "caption", "train", None, ("tag",))[0]
         assert [(row["prompt"], row["tag"]) for row in found] == [("a cat", "x"), ("a dog", "y")]
     (tmp_path / "p.txt").write_text("a cat\na cat\na dog\na bird\n")
-    assert [row["prompt"] for row in build_synpic.read_prompts(str(tmp_path / "p.txt"), "prompt", "train", 2)] == [
+    assert [row["prompt"] for row in build_synpic.read_prompts(str(tmp_path / "p.txt"), "prompt", "train", 2)[0]] == [
         "a cat",
         "a dog",
     ]

@@ -234,6 +234,37 @@ def test_any_model_against_any_other(tmp_path, tiny_sdxl, lora):
     assert json.loads((tmp_path / "two" / "results.json").read_text()) == found["base"]
 
 
+ROWS = "cat dog cat bird dog fox cat".split()  # repeats between, before and after
+KINDS = "x y x x x y y".split()  # a repeat may have another category
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{index:05d}", [0, 1, 3, 5]),
+        ("{image:05d}", [0, 1, 3, 5]),
+        ("{category}-{category_index:05d}", [0, 1, 3, 5]),
+        ("{category}-{category_image:05d}", [0, 1, 3, 5]),
+        ("{index:05d}_0", [0, 1, 3, 5]),
+    ],
+)
+def test_pictures_are_numbered_by_the_rows_of_the_source(tmp_path, template, expected, capfd):
+    """A row that repeats a prompt is left out, but the pictures were made for all rows."""
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt, "kind": kind}) + "\n" for prompt, kind in zip(ROWS, KINDS))
+    )
+    for i, kind in enumerate(KINDS):
+        image = Image.new("RGB", (8, 8), (i,) * 3)
+        for name in (f"{i:05d}", f"{i:05d}_0", f"{kind}-{KINDS[:i].count(kind):05d}"):
+            image.save(tmp_path / f"{name}.png")
+    flags = ["--prompts", tmp_path / "prompts.jsonl", "--category_column", "kind", "--baseline", "x"]
+    flags += ["--images", f"x={tmp_path}/{template}.png", "--metrics", brightness(tmp_path)]
+    call("evaluate", *flags, "--output_dir", tmp_path / "out")
+    scores = json.loads((tmp_path / "out" / "scores" / "brightness" / "x.json").read_text())["scores"]
+    assert scores == [[value] for value in expected]
+    assert "3 of 7 rows repeat an earlier prompt and are left out" in capfd.readouterr().err
+
+
 def test_pictures_alone_with_metrics_of_all_kinds(tmp_path):
     """No model is drawn or loaded. One training of several, values that occur for one model only, rows that change."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "scale": 1}) + "\n" for p in "abc"))

@@ -36,7 +36,7 @@ BAD_FILES = {
 
 
 def read(source, column="caption", split="train", max_prompts=None, keep=("tag",)) -> list[tuple]:
-    rows = build_synpic.read_prompts(str(source), column, split, max_prompts, keep)
+    rows, _ = build_synpic.read_prompts(str(source), column, split, max_prompts, keep)
     return [(row["prompt"], *(row[name] for name in keep)) for row in rows]
 
 
@@ -177,8 +177,9 @@ for name in sys.argv[2:]:
     category = PROMPT_SETS.get(name, {}).get("category_column")
     try:
         keep = (category,) if category else ()
-        rows = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep)
+        rows, places = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep)
         found[name] = [[row["prompt"], row.get(category)] for row in rows]
+        found[f"places of {name}"] = [list(place.values()) for place in places]
     except SystemExit as stopped:
         found[name] = stopped.code
 print(json.dumps(found))
@@ -206,6 +207,9 @@ def test_sets_with_a_short_name_come_from_the_hub_without_images(pairs, server, 
     assert found["pickapic-train"] == [[f"caption {i}", None] for i in range(300)]
     others = [[style, style] for style in build_synpic.HPSV2_STYLES[1:]]
     assert found["hpsv2"] == [["anime", "anime"], ["both", "anime"], *others]
+    # As the benchmark numbers its pictures, anime/00001.jpg: repeats count, over all rows and within a style.
+    assert found["places of hpsv2"] == [[0, 0], [1, 1], [2, 0], [4, 0], [6, 0]]
+    assert "--prompts hpsv2: 3 of 8 rows repeat an earlier prompt and are left out" in result.stderr
     assert found["parti"] == [['"42"', "Abstract"], ["a dog", "Animals"]]
     for name in ("pickapic", "hpsv2.1"):
         assert found[name].startswith(f"--prompts {name}: cannot be read: ")

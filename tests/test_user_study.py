@@ -102,6 +102,17 @@ def test_the_papers_samples():
         user_study.sample_prompts(styles, 1, 101, seed=0)
 
 
+def test_pictures_are_numbered_by_the_rows_of_the_source(tmp_path):
+    """As in evaluate.py: a prompt that occurs twice does not shift the pictures of those after it."""
+    templates = make_images(tmp_path, ("one", "two"))
+    (tmp_path / "repeats.txt").write_text("cat\ndog\ncat\nbird\n")
+    flags = ["serve", "--study_dir", tmp_path / "study", "--prompts", tmp_path / "repeats.txt", "--images", *templates]
+    args = user_study.parse_arguments([str(flag) for flag in flags])
+    rows, places = user_study.read_prompts(str(args.prompts), "prompt", None, None)
+    found = user_study.find_images(args, rows, places, [""] * 3)
+    assert [found["two"](i).name for i in range(3)] == ["0.png", "1.png", "3.png"]
+
+
 def test_every_comparison_gets_its_votes_and_sides_are_balanced(tmp_path):
     study = make_study(tmp_path, "--questions", "overall", "--comparisons_per_rater", 18)
     rng = random.Random(0)
