@@ -111,9 +111,10 @@ from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 
-LOSS_TYPES = ("sigmoid", "hinge", "ipo", "orpo")
+LOSS_TYPES = ("sigmoid", "hinge", "ipo", "orpo", "orpo_diff")
+WITHOUT_REFERENCE = ("orpo", "orpo_diff")
 # The objectives that an option has no meaning for.
-UNUSED_BY = dict.fromkeys(("sft_weight", "safeguard", "precompute_ref"), ("orpo",))
+UNUSED_BY = dict.fromkeys(("sft_weight", "safeguard", "precompute_ref"), WITHOUT_REFERENCE)
 PROJECT = "dpo-qsd"  # its name in the trackers
 BASE_LICENSES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {"license": "creativeml-openrail-m"},
@@ -269,7 +270,7 @@ class ScriptArguments(TrainingArguments):
     )
     loss_type: Literal[LOSS_TYPES] = flag(
         "sigmoid",
-        "sigmoid (Diffusion-DPO); hinge (SLiC-HF); ipo; orpo (Diffusion-ORPO, without a reference).",
+        "sigmoid (Diffusion-DPO); hinge (SLiC-HF); ipo; orpo, orpo_diff (two readings of ORPO, without a reference).",
         group="Objective and training",
     )
     beta_dpo: float | None = flag(
@@ -278,7 +279,7 @@ class ScriptArguments(TrainingArguments):
         "SD2.1, 5000 for SDXL.",
         above=0,
     )
-    orpo_lambda: float = flag(0.1, "Weight of orpo's log-odds term.", above=0)
+    orpo_lambda: float = flag(0.1, "Weight of the second term of orpo and orpo_diff.", above=0)
     output_dir: str = flag("outputs/dpo-qsd", "Folder for LoRA, card and checkpoints.", may_change=True)
     learning_rate: float | None = flag(
         None, "Peak learning rate. Default: 1e-4 for SD1.5 and SD2.1, 1e-5 for SDXL.", above=0
@@ -350,25 +351,29 @@ def pair_loss(
     - hinge (SLiC-HF): max(0, 1 − m);
     - ipo: (m − 1/2)². IPO's own (h − 1/(2β))², h = m/β, is this over β²: the same minimum, but gradients so small that
       AdamW's epsilon would swallow them at these β;
-    - orpo (no reference): e_w − λ·log σ(log odds(p_w) − log odds(p_l)), with p = exp(−e) and odds(p) = p/(1 − p).
+    - orpo (no reference): e_w − λ·log σ(log odds(p_w) − log odds(p_l)), with p = exp(−e) and odds(p) = p/(1 − p);
+    - orpo_diff (no reference): e_w − λ·log σ(e_l − e_w).
 
     Args:
         model_errors_w, model_errors_l: denoising errors of winner and loser under the trained model, float32 (B,).
-        ref_errors_w, ref_errors_l: under the reference model, float32 (B,); None for orpo, which has none.
+        ref_errors_w, ref_errors_l: under the reference model, float32 (B,); None for both kinds of orpo.
         beta: β; the margin is β/2 times a difference of *mean* squared errors, Diffusion-DPO's convention.
-        loss_type: sigmoid, hinge, ipo or orpo.
+        loss_type: sigmoid, hinge, ipo, orpo or orpo_diff.
         orpo_lambda: λ.
         sft_weight: how much of e_w is added to the loss (RPO's anchor).
         loser_scale: of `safeguard_scale`, (B,): scales the gradient of s_l, not its value.
 
     Returns:
         loss, float32 scalar, the mean over pairs; metrics, detached scalars: `loss`, `implicit_accuracy` (share of the
-        pairs with m > 0; m = 0 counts half), `margin` (mean m; orpo's m is the difference of the log odds) and, with a
+        pairs with m > 0; m = 0 counts half), `margin` (mean m; orpo's m is what log σ is taken of) and, with a
         reference, `chosen_error` and `rejected_error` (mean s_w and s_l).
     """
     metrics = {}
-    if loss_type == "orpo":
-        margins = log_odds(model_errors_w) - log_odds(model_errors_l)
+    if loss_type in WITHOUT_REFERENCE:
+        if loss_type == "orpo":
+            margins = log_odds(model_errors_w) - log_odds(model_errors_l)
+        else:
+            margins = model_errors_l - model_errors_w
         losses = model_errors_w - orpo_lambda * F.logsigmoid(margins)
     else:
         winner, loser = model_errors_w - ref_errors_w, model_errors_l - ref_errors_l
@@ -474,7 +479,7 @@ def training_step(
         loss, metrics of `pair_loss`.
     """
     ref_errors_w, ref_errors_l = None, None
-    if args.loss_type != "orpo":
+    if args.loss_type not in WITHOUT_REFERENCE:
         if (ref_errors := batch.get("ref_errors")) is None:
             with as_reference(reference):
                 ref_errors = predict(reference, noise_scheduler, batch, args)[0].detach()
@@ -873,9 +878,9 @@ def read_images(columns: list[tuple[str, Dataset]], index: int, label: dict) -> 
 def card_parts(args: ScriptArguments, facts: dict) -> dict:
     """What the card says of this method and model: see `write_card`."""
     learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if args.loss_type == "orpo":
+    if args.loss_type in WITHOUT_REFERENCE:
         learns = "the model learns to denoise preferred images, and the others worse than those"
-    strength = {"lambda": args.orpo_lambda} if args.loss_type == "orpo" else {"beta": args.beta_dpo}
+    strength = {"lambda": args.orpo_lambda} if args.loss_type in WITHOUT_REFERENCE else {"beta": args.beta_dpo}
     return {
         "tags": ["stable-diffusion-xl" if is_sdxl(args) else "stable-diffusion", "dpo", "dpo-qsd"],
         "datasets": [args.dataset_name, args.scores_dataset_name],

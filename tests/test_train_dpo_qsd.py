@@ -56,6 +56,8 @@ def by_hand(loss_type, mw, ml, rw, rl, beta, lam):
     if loss_type == "orpo":
         odds = [math.exp(-e) / (1 - math.exp(-e)) for e in (mw, ml)]
         return mw - lam * math.log(sigma(math.log(odds[0] / odds[1])))
+    if loss_type == "orpo_diff":
+        return mw - lam * math.log(sigma(ml - mw))
     margin = beta / 2 * ((ml - rl) - (mw - rw))
     if loss_type == "hinge":
         return max(0.0, 1 - margin)
@@ -72,10 +74,10 @@ def test_losses_equal_the_formulas(loss_type, dtype, rel):
     loss, metrics = pair_loss(*values, 30.0, loss_type, orpo_lambda=0.3)
     wanted = np.mean([by_hand(loss_type, *row, 30.0, 0.3) for row in zip(*(e.tolist() for e in values))])
     assert loss.item() == pytest.approx(wanted, rel=rel)
-    better = values[1] > values[0] if loss_type == "orpo" else values[1] - values[3] > values[0] - values[2]
+    better = values[1] > values[0] if loss_type.startswith("orpo") else values[1] - values[3] > values[0] - values[2]
     assert metrics["implicit_accuracy"].item() == pytest.approx(better.double().mean().item())
     assert metrics["loss"].item() == loss.item() and not metrics["margin"].requires_grad
-    if loss_type != "orpo":
+    if not loss_type.startswith("orpo"):
         assert metrics["chosen_error"].item() == pytest.approx((values[0] - values[2]).mean().item(), rel=rel)
         assert metrics["rejected_error"].item() == pytest.approx((values[1] - values[3]).mean().item(), rel=rel)
         anchored, _ = pair_loss(*values, 30.0, loss_type, sft_weight=2.0)
@@ -87,7 +89,7 @@ def test_gradients_lower_the_winners_error_and_raise_the_losers(loss_type):
     """Also ORPO's, whose sign is wrong in a well-known script; and against finite differences."""
     winner, loser = (torch.tensor([0.1, 0.3], dtype=torch.float64, requires_grad=True) for _ in range(2))
     ref = torch.tensor([0.1, 0.3], dtype=torch.float64)
-    reference = (None, None) if loss_type == "orpo" else (ref, ref)
+    reference = (None, None) if loss_type.startswith("orpo") else (ref, ref)
     pair_loss(winner, loser, *reference, 5.0, loss_type)[0].backward()
     assert (winner.grad > 0).all() and (loser.grad < 0).all()
     function = lambda e_w, e_l: pair_loss(e_w, e_l, *reference, 5.0, loss_type)[0]  # noqa: E731
@@ -157,6 +159,16 @@ def test_step_passes_its_options_to_the_loss(tiny_sdxl):
         for scale in (None, quarter)
     )
     assert torch.equal(weak[0], full[0]) and torch.allclose(weak[1], 0.25 * full[1])
+
+
+def test_which_term_of_orpo_dominates():
+    """By gradients with λ = 0.1 and equal errors: in `orpo` the winner's error does above 0.05 only, in `orpo_diff`
+    it always does."""
+    for loss_type, error, dominates in [("orpo", 0.1, True), ("orpo", 0.02, False), ("orpo_diff", 0.02, True)]:
+        winner = torch.tensor([error], dtype=torch.float64, requires_grad=True)
+        loss, _ = pair_loss(winner, winner.detach(), None, None, 1.0, loss_type)
+        loss.backward()
+        assert (winner.grad.item() - 1 < 1) == dominates  # the first term's gradient is 1
 
 
 def test_orpo_is_finite_for_tiny_and_large_errors():
@@ -450,6 +462,7 @@ def test_output_of_score_pairs_is_trained_on_as_it_is(tiny_sd, tmp_path):
         "--loss_type ipo --use_8bit_adam --order random",
         "--loss_type orpo --dataloader_num_workers 1 --orpo_lambda 0.5 --proportion_empty_prompts 0.5",
         "--safeguard 0.9 --sft_weight 0.1 --noise image",
+        "--loss_type orpo_diff",
     ],
 )
 def test_variants_train(flags, tmp_path, more):
