@@ -1094,7 +1094,7 @@ def preference_rank(scores: np.ndarray) -> np.ndarray:
 
 CACHE_SHARD_ROWS = 64  # dataset rows per cache file: a crash loses at most these
 CACHE_VERSION = 3
-EMPTY_PROMPT = "empty-prompt"  # the cache file of its embeddings
+EMPTY_PROMPT = "unconditional"  # the cache file of its embeddings
 FREE_OF_REFERENCE = (  # settings that the reference's errors do not depend on
     *("labels", "rank_by", "preference_column", "rank_column", "loss_type", "beta_dpo", "rank_source", "orpo_lambda"),
     *("sft_weight", "safeguard", "rank", "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps"),
@@ -1915,8 +1915,6 @@ class Validator:
         self.pipeline.set_progress_bar_config(disable=True)
         embeds = [pipeline_embeds(args, encode_prompts([prompt])) for prompt in (*prompts, "")]  # as a pipeline does
         *self.embeds, negative = [{name: tensor.cpu() for name, tensor in part.items()} for part in embeds]
-        if self.pipeline.config.get("force_zeros_for_empty_prompt"):
-            negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
         self.negative_embeds = {f"negative_{name}": tensor for name, tensor in negative.items()}
 
     @torch.no_grad()

@@ -603,6 +603,7 @@ def check_model_and_defaults(args: ScriptArguments) -> None:
         )
         raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: this script trains SDXL; {others}")
     read_vae_config(args)
+    check_prediction_type(args)
 
 
 def card_parts(args: ScriptArguments, facts: dict) -> dict:
@@ -944,6 +945,14 @@ def read_vae_config(args: ScriptArguments) -> dict:
     return config
 
 
+def check_prediction_type(args: ScriptArguments) -> None:
+    """Exits with one line unless the model predicts what the objective has a target for."""
+    found = read_config(args, "scheduler/scheduler_config.json").get("prediction_type", "epsilon")
+    if found not in ("epsilon", "v_prediction"):
+        model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+        raise SystemExit(f"{model}: it predicts {found!r}: this script trains epsilon and v_prediction")
+
+
 def micro_conditioning(args: ScriptArguments, time_ids: torch.Tensor) -> torch.Tensor:
     """SDXL's conditioning on sizes, (…, 6): [original height, width, crop top, left, target height, width]. All images
     get the resolution without a crop, as the pipeline does when it draws; or, with `--time_ids image`, their own."""
@@ -1033,6 +1042,7 @@ class PromptEncoder:
     def __init__(self, args: ScriptArguments, device: torch.device):
         model, options = args.pretrained_model_name_or_path, {"revision": args.revision}
         self.is_sdxl = is_sdxl(args)
+        self.force_zeros = read_config(args, "model_index.json").get("force_zeros_for_empty_prompt", self.is_sdxl)
         encoders = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection} if self.is_sdxl else {"": CLIPTextModel}
         self.tokenizers = [AutoTokenizer.from_pretrained(model, subfolder=f"tokenizer{s}", **options) for s in encoders]
         options.update(variant=args.variant, dtype=args.weight_dtype)
@@ -1043,7 +1053,8 @@ class PromptEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """prompts (n) → prompt_embeds (n, tokens, width) and, for SDXL, pooled_prompt_embeds (n, pooled width)."""
+        """prompts (n) → prompt_embeds (n, tokens, width) and, for SDXL, pooled_prompt_embeds (n, pooled width). An
+        empty prompt becomes what the pipeline guides away from: for SDXL zeros."""
         outputs = []
         for tokenizer, text_encoder in zip(self.tokenizers, self.text_encoders):
             length = tokenizer.model_max_length
@@ -1052,7 +1063,12 @@ class PromptEncoder:
         if not self.is_sdxl:
             return {"prompt_embeds": outputs[0].last_hidden_state}
         prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": outputs[1].text_embeds}
+        pooled_prompt_embeds = outputs[1].text_embeds
+        if self.force_zeros:
+            empty = torch.tensor([not prompt for prompt in prompts], device=prompt_embeds.device)
+            prompt_embeds = prompt_embeds.masked_fill(empty[:, None, None], 0)
+            pooled_prompt_embeds = pooled_prompt_embeds.masked_fill(empty[:, None], 0)
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
 
 def encoding_settings(args: ScriptArguments) -> list:
@@ -1097,7 +1113,7 @@ def unet_usage(args: ScriptArguments) -> dict:
 
 CACHE_SHARD_ROWS = 64  # dataset rows per cache file: a crash loses at most these
 CACHE_VERSION = 3
-EMPTY_PROMPT = "empty-prompt"  # the cache file of its embeddings
+EMPTY_PROMPT = "unconditional"  # the cache file of its embeddings
 FREE_OF_REFERENCE = (  # settings that the reference's errors do not depend on
     *("labels", "rank_by", "preference_column", "rank_column", "loss_type", "beta_dpo", "rank_source", "orpo_lambda"),
     *("sft_weight", "safeguard", "rank", "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps"),
@@ -1918,8 +1934,6 @@ class Validator:
         self.pipeline.set_progress_bar_config(disable=True)
         embeds = [pipeline_embeds(args, encode_prompts([prompt])) for prompt in (*prompts, "")]  # as a pipeline does
         *self.embeds, negative = [{name: tensor.cpu() for name, tensor in part.items()} for part in embeds]
-        if self.pipeline.config.get("force_zeros_for_empty_prompt"):
-            negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
         self.negative_embeds = {f"negative_{name}": tensor for name, tensor in negative.items()}
 
     @torch.no_grad()

@@ -91,7 +91,7 @@ from trl import TrlParser
 # The questions of the DPO-QSD paper, and RankDPO's one.
 QUESTIONS = {
     "general": "Which image do you prefer given the prompt?",
-    "appeal": "Which image is more visually appealing? Leave the prompt aside.",
+    "appeal": "Which image is more visually appealing? Leave the prompt aside.",  # the page hides it
     "alignment": "Which image better fits the text description?",
     "overall": "Which image is better overall, in how well it fits the text and in how good it looks?",
 }
@@ -996,7 +996,8 @@ class Study:
             prompt = self.record["prompts"][self.prompt_of(line["item"])]["prompt"]
             pictures = [self.picture_name(line, side) for side in ("left", "right")]
             state |= {"prompt": prompt, "pictures": pictures, "questions": list(questions.items()), "answers": answers}
-            return state | {"asked": asked, "ties": self.record["allow_ties"]}
+            hides_prompt = list(questions.values())[asked] == QUESTIONS["appeal"]
+            return state | {"asked": asked, "ties": self.record["allow_ties"], "hides_prompt": hides_prompt}
 
     def show_next(self, rater: str, loads: dict[str, int]) -> None:
         """Gives a rater the next test pair or comparison, unless one is not answered yet, or none is left."""
@@ -1259,6 +1260,7 @@ function draw(next) {
   const [name, text] = state.questions[state.asked];
   const many = state.questions.length > 1;
   part("prompt").textContent = state.prompt;
+  part("prompt").style.visibility = state.hides_prompt ? "hidden" : "visible";
   part("question").textContent = many ? `${state.asked + 1} of ${state.questions.length}: ${text}` : text;
   part("count").textContent = `${state.position + 1} of ${Math.max(state.total, state.position + 1)}`;
   part("bar").style.width = `${(100 * state.done) / Math.max(state.total, 1)}%`;

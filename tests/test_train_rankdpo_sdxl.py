@@ -271,11 +271,14 @@ def test_noise_is_a_function_of_seed_epoch_and_prompt():
     assert drawn["prompt"]["timesteps"] == drawn["image"]["timesteps"] and torch.equal(shared[0], own[0])
 
 
-def test_empty_prompts_replace_their_share_of_the_prompts(flags, tmp_path, monkeypatch):
-    """The same rows in every run, with the pipeline's embeddings of an empty prompt."""
+@pytest.mark.parametrize("zeros", [True, False])
+def test_empty_prompts_replace_their_share_of_the_prompts(flags, tmp_path, monkeypatch, zeros):
+    """The same rows in every run, with what the pipeline guides away from: SDXL's says zeros, others may not."""
     from diffusers import StableDiffusionXLPipeline
 
-    seen = []
+    seen, model = [], shutil.copytree(flags[1], tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": zeros}
+    (model / "model_index.json").write_text(json.dumps(index))
     original = script.training_step
 
     def spy(model, reference, noise_scheduler, batch, args):
@@ -285,14 +288,14 @@ def test_empty_prompts_replace_their_share_of_the_prompts(flags, tmp_path, monke
     monkeypatch.setattr(script, "training_step", spy)
     more = "--max_train_steps 6 --train_batch_size 10 --proportion_empty_prompts 0.3 --cache_text_embeddings".split()
     for cached in ("true", "false"):
-        call("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / cached, *more, cached)
-    embeds, _, pooled, _ = StableDiffusionXLPipeline.from_pretrained(flags[1]).encode_prompt(
-        "", do_classifier_free_guidance=False
-    )
+        here = [*flags, "--pretrained_model_name_or_path", model, "--output_dir", tmp_path / cached]
+        call("train_rankdpo_sdxl", *here, *more, cached)
+    _, embeds, _, pooled = StableDiffusionXLPipeline.from_pretrained(model).encode_prompt("a prompt")
     empty = [
         torch.allclose(row[0], embeds[0], atol=1e-6) and torch.allclose(row[1], pooled[0], atol=1e-6) for row in seen
     ]
     assert empty[:60] == empty[60:] and 8 <= sum(empty[:60]) <= 30
+    assert zeros == (not embeds.any() and not pooled.any())
 
 
 def test_a_scores_column_that_is_no_struct_is_left_alone(tmp_path):
@@ -577,6 +580,15 @@ def test_other_models_are_refused_with_one_line_and_an_exit_code(flags, tmp_path
     )
     assert result.returncode == 1 and "StableDiffusion3Pipeline" in result.stderr and "SDXL" in result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["train_rankdpo_sdxl", "train_dpo_qsd"])
+def test_a_model_that_predicts_something_else_is_refused(flags, tmp_path, name):
+    model = shutil.copytree(flags[1], tmp_path / "model")
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "flow_prediction"}))
+    message = refused(name, *flags, "--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "out")
+    assert "predicts 'flow_prediction'" in message and str(model) in message
 
 
 def test_output_folder_of_another_run_is_refused(flags, trained, tmp_path):

@@ -75,6 +75,7 @@ def vote(study, rater: str, choose, limit: int = 10_000) -> int:
     state, count = study.enter(rater), 0
     while not state["finished"] and count < limit:
         question = state["questions"][state["asked"]][0]
+        assert state["hides_prompt"] == (question == "appeal")
         state = reply(study, rater, state, choose(study.shown[rater][state["position"]], question))
         count += 1
     return count
