@@ -122,6 +122,12 @@ BINARY = ("binary", "large_binary")  # types of columns that hold the bytes of i
 NEW_COLUMNS = {"score_0": "float64", "score_1": "float64", "quality": "float64", "quality_rank": "int64"}
 
 
+# For --normalization softmax: what turns the scores of a model into logits. CLIP's cosines have a temperature of 0.01.
+# PickScore, MPS, ImageReward and your own functions give logits already; the others compare no two images.
+LOGIT_SCALES = dict.fromkeys(("hpsv2", "hpsv2.1", "hpsv2_antialias", "hpsv2.1_antialias", "clipscore"), 100)
+LOGIT_SCALES |= dict.fromkeys(("aesthetic", "vqascore", "vqascore_vlm"))
+
+
 # Copied from build_synpic.REWARD_MODELS
 REWARD_MODELS = {
     "hpsv2": ("xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
@@ -171,10 +177,11 @@ class ScriptArguments:
         "hpsv2", f"{', '.join(REWARD_MODELS)}; name=checkpoint; file.py:function.", may_change=True, group="Quality"
     )
     reward_batch_size: int = flag(32, "Images scored together.", min=1, may_change=True)
-    normalization: Literal["auto", "standardize", "none"] = flag(
+    normalization: Literal["auto", "standardize", "softmax", "none"] = flag(
         "auto",
         "How a reward becomes ψ in [0, 1]. auto: as in the paper, standardize for your own functions; standardize: "
-        "over the dataset, clipped at 3 deviations; none: it is a probability already.",
+        "over the dataset, clipped at 3 deviations; softmax: the model's probability that it is the better of the two; "
+        "none: it is a probability already.",
         may_change=True,
     )
     top_fraction: float = flag(1.0, "Share of the ranked pairs to keep, the best.", above=0, max=1, may_change=True)
@@ -203,6 +210,8 @@ class ScriptArguments:
             raise SystemExit("--dataset_name is missing: a Hub id, a folder or a file; or --winner_dir and --loser_dir")
         if self.push_to_hub and not self.hub_dataset_id:
             raise SystemExit("--push_to_hub needs --hub_dataset_id user/name")
+        if self.normalization == "softmax" and LOGIT_SCALES.get(self.reward.partition("=")[0], 1) is None:
+            raise SystemExit(f"--normalization softmax: {self.reward} does not compare two images: choose another")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,7 +220,7 @@ class ScriptArguments:
 
 
 def pair_quality(p_w: np.ndarray, p_l: np.ndarray) -> np.ndarray:
-    """Q = ψ(winner) · (1 − ψ(loser)) (DPO-QSD, equation 1): the probability that both are what the label says.
+    """Q = ψ(winner) · (1 − ψ(loser)) (DPO-QSD, equation 1).
 
     Args:
         p_w, p_l: float arrays (n,) in [0, 1].
@@ -226,8 +235,8 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
     """ψ in [0, 1] from raw rewards (DPO-QSD, sections 3.2 and 5.2).
 
     Args:
-        reward: its name; normalization: auto, standardize or none.
-        rewards: float array of any shape; mean, std: of the rewards of all ranked pairs.
+        reward: its name; normalization: auto, standardize, softmax or none.
+        rewards: float array (n, 2), a pair a row; mean, std: of the rewards of all ranked pairs.
 
     Returns:
         float64 array of the same shape. Exits with one line if `none` finds a reward outside [0, 1].
@@ -242,6 +251,9 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
             return (rewards.clip(-3, 3) + 3) / 6
         if kind == "aesthetic":
             return (rewards / 10).clip(0, 1)
+    if normalization == "softmax":
+        logits = LOGIT_SCALES.get(kind, 1) * (rewards - rewards[:, ::-1])
+        return 0.5 * (1 + np.tanh(logits / 2))  # the sigmoid, without overflow
     if normalization == "none":
         if rewards.size and not (rewards.min() >= 0 and rewards.max() <= 1):
             span = f"{rewards.min():.4g} to {rewards.max():.4g}"
@@ -924,7 +936,7 @@ The best pairs, winners above losers:
 
 ![The best pairs](figures/best.png)
 
-The worst pairs, where the reward model contradicts the label most:
+The worst pairs, those of the smallest Q:
 
 ![The worst pairs](figures/worst.png)
 """
@@ -940,7 +952,7 @@ The worst pairs, where the reward model contradicts the label most:
     ]
     body = f"""# {output_dir.resolve().name}
 
-Preference pairs of `{source}`, sorted by how much a reward model trusts their labels: a Quality Sorted Dataset for
+Preference pairs of `{source}`, sorted by their quality Q under a reward model: a Quality Sorted Dataset for
 DPO-QSD. Row 1 is the best pair: train in this order, without shuffling.{images}
 
 | column | type | |

@@ -89,6 +89,11 @@ for name, reward in REWARDS.items():  # Q by one reward alone
 DATA["qsd-worst-{seed}"] = (
     SCORES + "pairs30-{seed} --reward shapes/world.py:aversion --output_dir {work}/qsd-worst-{seed}"
 )
+# Q from ψ in the range of HPSv2's cosines, and from the softmax of the two cosines.
+for name, more in {"cosine": "", "logit": " --normalization softmax"}.items():
+    DATA[f"qsd-{name}-{{seed}}"] = (
+        SCORES + f"pairs30-{{seed}} --reward shapes/world.py:{name}{more} --output_dir {{work}}/qsd-{name}-{{seed}}"
+    )
 # A rater who misjudges single images: with a Q by rewards that misjudge the same ones, and by others.
 DATA["pairs-misjudged-{seed}"] = PAIRS + "pairs-misjudged-{seed} --flip 0 --misjudged"
 for name, reward in {"same": "misjudging_preference", "others": "preference"}.items():
@@ -187,7 +192,15 @@ ROWS = {
     ),
     "qsd_worst": Row("DPO, the worst pairs first", QSD + "-worst-{seed}", "qsd", f"--max_train_steps {STEPS}"),
 }
-LOSSES = {"slic": ("SLiC", "--loss_type hinge", STEPS), "orpo": ("ORPO", "--loss_type orpo", 2 * STEPS)}
+for name, title in {"cosine": "ψ in HPSv2's range", "logit": "ψ by softmax"}.items():
+    ROWS[f"qsd_short_{name}"] = Row(
+        f"{ROWS['qsd_short'].title}, {title}", QSD + f"-{name}-{{seed}}", "qsd_short", ROWS["qsd_short"].flags
+    )
+LOSSES = {
+    "slic": ("SLiC", "--loss_type hinge", STEPS),
+    "orpo": ("ORPO, p = exp(−e)", "--loss_type orpo", 2 * STEPS),
+    "orpo_diff": ("ORPO, difference of errors", "--loss_type orpo_diff", 2 * STEPS),
+}
 for name, (title, loss, steps) in LOSSES.items():
     flags = f"{loss} --max_train_steps {steps}"
     ROWS[name] = Row(f"{title}, the best pairs in order", QSD + "30-{seed}", name, flags)
@@ -267,7 +280,7 @@ SEARCH |= dict.fromkeys(("qsd", "slic"), PAIRWISE)
 SEARCH |= dict.fromkeys(("qsd_random", "slic_random"), [*PAIRWISE, *SMALL_BETA])
 SEARCH |= dict.fromkeys(("qsd_short", "qsd_random_short"), FEW_STEPS)
 SEARCH |= dict.fromkeys(("qsd_random_epoch", "slic_random_epoch"), [*PREFERENCE, *AROUND])
-SEARCH |= dict.fromkeys(("orpo", "orpo_random", "orpo_random_epoch"), ODDS)
+SEARCH |= {f"{loss}{order}": ODDS for loss in ("orpo", "orpo_diff") for order in ("", "_random", "_random_epoch")}
 SEARCH |= dict.fromkeys(("sd3_dpo", "sd3_rankdpo"), TRANSFORMER)
 
 
@@ -395,6 +408,10 @@ TABLES = {
             Entry("orpo_random_epoch", paper=26.97),
             Entry("orpo", "orpo_random_epoch", 28.25),
             Entry("orpo", "orpo_random"),
+            Entry("orpo_diff_random"),
+            Entry("orpo_diff_random_epoch", paper=26.97),
+            Entry("orpo_diff", "orpo_diff_random_epoch", 28.25),
+            Entry("orpo_diff", "orpo_diff_random"),
         ),
         figure="HPSv2, SD1.5",
     ),
@@ -407,6 +424,12 @@ TABLES = {
             Entry("qsd", "qsd_random_epoch"),
             Entry("qsd", "qsd_random"),
             *(Entry(f"qsd_{name}", "qsd_random") for name in REWARDS),
+            Entry("qsd_random_short"),
+            Entry("qsd_short", "qsd_random_short"),
+            Entry("qsd_short_cosine", "qsd_random_short"),
+            Entry("qsd_short_logit", "qsd_random_short"),
+            Entry("qsd_short_cosine", "qsd_short"),
+            Entry("qsd_short_logit", "qsd_short"),
         ),
     ),
     "shares": Table(

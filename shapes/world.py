@@ -423,6 +423,16 @@ def preference(images: list, prompts: list[str]) -> list[float]:
     return np.mean([reward(images, prompts) for reward in rewards], axis=0).tolist()
 
 
+def cosine(images: list, prompts: list[str]) -> list[float]:
+    """`preference` in the range of HPSv2's cosines."""
+    return [0.2 + 0.15 * score for score in preference(images, prompts)]
+
+
+def logit(images: list, prompts: list[str]) -> list[float]:
+    """`cosine` at CLIP's temperature of 0.01."""
+    return [100 * score for score in cosine(images, prompts)]
+
+
 MISJUDGED = 0.3  # share of the pictures that one careless rater misjudges
 
 

@@ -126,6 +126,27 @@ def test_pair_quality():
     np.testing.assert_allclose(found, [0.31 * 0.8, 1.0, 0.2 * 0.69, 0.0], rtol=1e-15)
 
 
+def test_what_quality_follows():
+    """With cosines near 0.27 it follows the winner's score; with the softmax of the two, the difference."""
+    rng = np.random.default_rng(0)
+    cosines = rng.normal(0.27, 0.02, (4000, 2)).clip(0.2, 0.35)
+    cosines[:2] = [[0.30, 0.32], [0.26, 0.23]]  # a pair whose label the reward contradicts, and one that it supports
+    by_cosine = score_pairs.preference_score("hpsv2", "auto", cosines, 0.27, 0.02)
+    quality = score_pairs.pair_quality(*by_cosine.T)
+    assert quality[0] > quality[1] and np.corrcoef(quality, cosines[:, 0])[0, 1] > 0.9
+    for name, scale in {"hpsv2": 100, "hpsv2.1=folder": 100, "pickscore": 1, "mine.py:f": 1}.items():
+        psi = score_pairs.preference_score(name, "softmax", cosines, 0.27, 0.02)
+        weights = np.exp(scale * cosines)
+        np.testing.assert_allclose(psi, weights / weights.sum(axis=1, keepdims=True), atol=1e-12)
+        quality = score_pairs.pair_quality(*psi.T)
+        assert quality[0] < quality[1]
+        assert (np.argsort(quality) == np.argsort(cosines[:, 0] - cosines[:, 1])).mean() > 0.99
+    for name in ("aesthetic", "vqascore", "vqascore_vlm=x"):
+        flags = ["--dataset_name", "x", "--normalization", "softmax", "--reward", name]
+        with pytest.raises(SystemExit, match=f"softmax: {name} does not compare two images"):
+            score_pairs.parse_arguments(flags)
+
+
 def test_preference_scores_of_the_paper():
     rewards = np.array([-5.0, -3.0, 0.0, 0.3, 3.0, 7.0])
     score = lambda name, values=rewards: score_pairs.preference_score(name, "auto", values, 1.0, 2.0)  # noqa: E731
