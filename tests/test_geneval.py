@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 sys.path[:0] = [str(ROOT / "metrics"), str(ROOT / "tests" / "golden")]
 import geneval
 import make_geneval
+from double import float64, in_float64
 
 
 ARRAYS = np.load(ROOT / "tests" / "golden" / "geneval.npz")
@@ -186,9 +187,12 @@ class OfficialTokens:
 
 @pytest.fixture(scope="module")
 def metric(checkpoints):
+    """In float64, as the golden values: the detector's thresholded masks enlarge rounding."""
     detector, clip = str(checkpoints / "mmdet" / "detector.pth"), str(checkpoints / "clip")
     metric = geneval.GenEval("cpu", 3, detector=detector, clip=clip)
     metric.tokenizer = OfficialTokens()
+    in_float64(metric.detector)
+    in_float64(in_float64(metric.clip, "get_image_features"), "get_text_features")
     return metric
 
 
@@ -222,9 +226,10 @@ def test_input_is_official(size):
 def test_detector_is_official(outputs):
     """Logits of MMDetection's module; boxes, scores and masks of its instance segmentation."""
     for number, (_, classes, masks, sizes) in enumerate(outputs):
-        np.testing.assert_allclose(classes, ARRAYS[f"class_logits{number}"], atol=1e-4)  # they reach 30
-        np.testing.assert_allclose(masks[:, ::24, ::24], ARRAYS[f"mask_logits{number}"], atol=1e-3)  # they reach 90
-        objects = geneval.find_objects(classes, masks, *sizes, 0.3, 100)
+        np.testing.assert_allclose(classes, ARRAYS[f"class_logits{number}"], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(masks[:, ::24, ::24], ARRAYS[f"mask_logits{number}"], rtol=1e-9, atol=1e-9)
+        with float64():
+            objects = geneval.find_objects(classes, masks, *sizes, 0.3, 100)
         expected = {}
         for (label, *box, score), mask in zip(ARRAYS[f"boxes{number}"].tolist(), ARRAYS[f"masks{number}"]):
             expected.setdefault(geneval.CLASSES[int(label)], []).append((score, box, mask))
@@ -232,7 +237,7 @@ def test_detector_is_official(outputs):
         for name, found in objects.items():
             by_score = sorted(expected[name], key=lambda row: -row[0])
             for detection, (score, box, mask) in zip(found, by_score, strict=True):
-                assert detection.score == pytest.approx(score, abs=1e-5)
+                assert detection.score == pytest.approx(score, abs=1e-9)
                 assert list(detection[:4]) == box
                 assert np.array_equal(np.packbits(detection.mask), mask)
 
@@ -257,7 +262,7 @@ def test_colors_are_official(metric, outputs):
                         features = metric.clip.get_image_features(pixels[None]).pooler_output
                         logits = 100 * geneval.unit(features, dim=-1) @ metric.color_classifier(name)
                         assert metric.color_of(image, name, detection) == geneval.COLORS[expected.argmax()]
-                    np.testing.assert_allclose(logits[0], expected, atol=1e-4)  # of -100 to 100
+                    np.testing.assert_allclose(logits[0], expected, rtol=1e-9, atol=1e-9)
                     seen.add(expected.argmax())
         assert next(order, None) is None
     assert len(seen) > 2
@@ -338,7 +343,9 @@ def test_threshold_of_counting(metric, outputs):
     for found, expected in zip(detected, (many, few)):
         assert found.keys() == expected.keys()
         for name in expected:  # in a batch of two, scores differ in their last digits
-            np.testing.assert_allclose([d[:5] for d in found[name]], [d[:5] for d in expected[name]], rtol=1e-5)
+            np.testing.assert_allclose([d[:5] for d in found[name]], [d[:5] for d in expected[name]], rtol=1e-9)
+    classes, masks = classes.float(), masks.float()  # the metric's own precision
+    many = geneval.find_objects(classes, masks, *sizes, 0.3, 16)
     scores = [detection.score for found in many.values() for detection in found]
     best = geneval.find_objects(classes, masks, *sizes, max(scores), 16)
     assert best == {}  # a score must be above the threshold
@@ -367,14 +374,22 @@ def test_official_summary():
 
 def test_checkpoints(checkpoints, metric, tmp_path):
     """A folder of transformers works like an MMDetection file; a checkpoint that does not fit is an error."""
-    metric.detector.save_pretrained(tmp_path / "folder")
+    detector = geneval.load_detector(str(checkpoints / "mmdet" / "detector.pth"))
+    detector.save_pretrained(tmp_path / "folder")
     saved = load_file(tmp_path / "folder" / "model.safetensors")
     tables = [key for key in saved if key.endswith(".relative_position_bias_table")]
     assert len(tables) > 4  # the checkpoint on the Hub was saved by a version that kept an index beside each
     saved |= {key.replace("bias_table", "index"): torch.zeros(49, 49, dtype=torch.long) for key in tables}
     save_file(saved, tmp_path / "folder" / "model.safetensors", metadata={"format": "pt"})
     again = geneval.load_detector(str(tmp_path / "folder")).state_dict()
-    assert all(torch.equal(value, again[key]) for key, value in metric.detector.state_dict().items())
+    assert all(torch.equal(value, again[key]) for key, value in detector.state_dict().items())
+    pixels, _ = geneval.detector_input(make_geneval.picture(96, 64), "cpu")
+    with torch.inference_mode():  # float32 against float64, before the first mask
+        features, exact = (
+            one.model.pixel_level_module(pixels[None].to(one.dtype)).decoder_last_hidden_state
+            for one in (detector, metric.detector)
+        )
+    np.testing.assert_allclose(features, exact, rtol=0, atol=1e-5 * exact.abs().max())
 
     def problem(change, **sizes) -> str:
         weights, folder = mmdet_weights(), tmp_path / "changed"

@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT / "metrics"), str(ROOT / "tests" / "golden")]
 
 import make_t2i_compbench as golden
 import t2i_compbench as bench
+from double import float64, in_float64
 
 
 VOCAB = spacy.blank("en").vocab
@@ -169,12 +170,15 @@ def test_blip_is_the_official_model(models):
     assert [[vqa.tokenize(one) for one in row] for row in golden.QUESTIONS] == BLIP["tokens"]
     sums = [bench.stretched_pixels(picture, vqa.size).double().abs().sum().item() for picture in pictures]
     assert sums == pytest.approx(BLIP["pixel_sums"], rel=1e-7)
+    single = np.array(vqa.probabilities(pictures, golden.QUESTIONS))
+    in_float64(vqa.model.double().vision_model)
+    vqa.answer = float64()(vqa.answer)
     found = np.array(vqa.probabilities(pictures, golden.QUESTIONS))
     official = np.array(BLIP["probabilities"])
-    assert np.abs(found - official).max() < 1e-5
+    assert np.abs(found - official).max() < 1e-9 and np.abs(found - single).max() < 1e-4
     assert official.std(axis=0).min() > 1e-3 and official.std(axis=1).min() > 1e-3
     again = vqa.probabilities(pictures[2:3], [golden.QUESTIONS[2][1:]])  # alone, and without the first question
-    assert again[0] == pytest.approx(found[2, 1:], abs=1e-6)
+    assert again[0] == pytest.approx(found[2, 1:], abs=1e-9)
     assert vqa.probabilities(pictures[:2], [[], []]) == [[], []]
 
 

@@ -7,8 +7,9 @@ MODELSCOPE: a checkout of github.com/modelscope/modelscope, commit 2905da1220541
 modeling_mplug.py, predictor.py, clip.py and configuration_mplug.py are imported as they are, around its packages, and
 the class MPlugPreprocessor alone is taken out of its file; `timm` is empty. ELLA: one of
 github.com/TencentQQGYLab/ELLA, commit 3c228f1dc6c4d3cad0a47493816151a419f14db3. Its script runs as it is, in one
-process, with `answer` below in place of mPLUG and a stand-in for accelerate. Made with Python 3.11, torch 2.1.2,
-torchvision 0.16.2, transformers 4.30.2, tokenizers 0.13.3, numpy 1.26.4, pandas 2.1.4, pillow 13.0.0.
+process, with `answer` below in place of mPLUG and a stand-in for accelerate. Made with Python 3.11, torch 2.14.1,
+torchvision 0.29.1, transformers 4.30.2, tokenizers 0.13.3, numpy 2.4.6, pandas 3.1.1, pillow 12.3.0. The model runs in
+float64 (see double.py), on the float32 pixels of its preprocessor.
 
 The test imports the inputs from here: sizes, weights, pictures, questions, the CSV and the answers.
 """
@@ -199,11 +200,13 @@ def build(modeling, folder: Path):
 def mplug_outputs(modeling, preprocessor_class, folder: Path) -> dict:
     """What the official model gives for two pictures and all questions."""
     import torch
+    from double import float64, in_float64
 
     model, preprocessor = build(modeling, folder), preprocessor_class(str(folder))
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     weights = {key: torch.from_numpy(random_weight(key, shape)) for key, shape in shapes.items()}
     print(model.load_state_dict(weights, strict=False))
+    in_float64(model)
     found = {"keys": json.dumps(shapes), "sequences": [], "scores": [], "texts": [], "ids": []}
     for number in range(2):
         for question in QUESTIONS:
@@ -215,11 +218,11 @@ def mplug_outputs(modeling, preprocessor_class, folder: Path) -> dict:
                 found["texts"].append(model.tokenizer.decode(sequences[0][0], skip_special_tokens=True))
             found["ids"].append(data["question"].input_ids[0].tolist())
     found["pixels"] = data["image"][0, :, ::5, ::7].numpy()
-    with torch.no_grad():  # the steps of forward, for the last picture
+    with torch.no_grad(), float64():  # the steps of forward, for the last picture
         batch = preprocessor.tokenizer(
             [q.lower() for q in QUESTIONS], padding="max_length", truncation=True, max_length=25, return_tensors="pt"
         )
-        image = model.visual_encoder.visual(data["image"], skip_last_layer=True)
+        image = model.visual_encoder.visual(data["image"].double(), skip_last_layer=True)
         image = model.visn_layer_norm(model.visn_fc(image))
         found["image"] = image[0].numpy().copy()
         image = image.repeat(len(QUESTIONS), 1, 1)

@@ -4,13 +4,15 @@
     git clone https://github.com/djghosh13/geneval && git -C geneval checkout af4902f
     python tests/golden/make_geneval.py geneval
 
-Python 3.11 with torch 2.1.2, torchvision 0.16.2, numpy 1.26.4, scipy 1.13.1, pillow 11.3.0, mmdet 2.28.2, mmcv 1.7.2
+Python 3.11 with torch 2.14.1, torchvision 0.29.1, numpy 2.4.6, scipy 1.17.1, pillow 12.3.0, mmdet 2.28.2, mmcv 1.7.2
 (without its compiled operators: deformable attention then runs in MMDetection's own PyTorch code),
 opencv-python-headless 4.10.0.84, open-clip-torch 2.20.0 and clip-benchmark 1.4.0, on a CPU.
 
 Run as they are: `inference_detector` of mmdet with the published configuration at small sizes, and the functions of
-evaluation/evaluate_images.py from `ImageCrops` to `evaluate_image`. The first half of this file needs only numpy; the
-tests import it for the same random weights, pictures and cases.
+evaluation/evaluate_images.py from `ImageCrops` to `evaluate_image`. Only, both models run in float64, also where mmdet
+and clip-benchmark ask for float32 (see double.py); their inputs are the official float32. An image goes through the
+detector once, and a DataLoader has no processes. The first half of this file needs only numpy; the tests import it for
+the same random weights, pictures and cases.
 """
 
 import argparse
@@ -21,8 +23,10 @@ import os
 import sys
 import tempfile
 import types
+from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image as PILImage
@@ -302,7 +306,8 @@ def main() -> None:
     import open_clip
     import torch
     from clip_benchmark.metrics import zeroshot_classification as zsc
-    from mmdet.apis import inference_detector
+    from double import in_float64
+    from mmdet import apis
     from PIL import ImageOps
 
     torch.set_num_threads(1)
@@ -321,7 +326,9 @@ def main() -> None:
         if not key.endswith("relative_position_index")
     }
     assert not detector.load_state_dict(weights, strict=False).unexpected_keys
+    in_float64(detector)
     clip, golden["clip"] = tiny_open_clip()
+    in_float64(in_float64(clip, "encode_image"), "encode_text")
     tokenizer = open_clip.get_tokenizer("ViT-L-14")
     golden["tokens"] = {}
 
@@ -334,11 +341,14 @@ def main() -> None:
     logits = []
 
     def recorded_classification(*arguments, **options):
-        result = run_classification(*arguments, **options)
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):  # of the logits
+            result = run_classification(*arguments, **options)
         logits.append(result[0].numpy())
         return result
 
     zsc.tqdm = lambda items, *arguments, **options: items
+    inference_detector, loader = cache(apis.inference_detector), torch.utils.data.DataLoader
+    torch.utils.data.DataLoader = lambda crops, batch_size, num_workers: loader(crops, batch_size)
     run_classification, zsc.run_classification = zsc.run_classification, recorded_classification
     names = {
         "np": np, "torch": torch, "Image": PILImage, "ImageOps": ImageOps, "json": json, "zsc": zsc, "DEVICE": "cpu",
@@ -375,7 +385,6 @@ def main() -> None:
             print(f"picture {number}: {len(arrays[f'boxes{number}'])} objects")
             golden["images"].append(evaluated(functions, file, boxes, names["classnames"]))
     arrays = {key: np.array(value) for key, value in arrays.items()}
-    arrays = {key: value.astype(np.float32) if value.dtype == np.float64 else value for key, value in arrays.items()}
     record = json.dumps(golden, separators=(",", ":")).encode()
     np.savez_compressed(here / "geneval.npz", record=np.frombuffer(record, dtype=np.uint8), **arrays)
 

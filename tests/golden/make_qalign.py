@@ -4,10 +4,11 @@
     python make_qalign.py OFFICIAL_CHECKOUT
 
 Official code: https://github.com/Q-Future/Q-Align at 14dfdffb3b970c0727d48938b8f3741a65acbd6e. Environment: Python
-3.11, torch 2.1.2, torchvision 0.16.2, transformers 4.36.1, tokenizers 0.15.0, sentencepiece 0.1.99, protobuf 4.25.9,
-numpy 1.26.4, pillow 13.0.0, icecream 2.2.0. The images go through the official `QAlignScorer` and
-`QAlignAestheticScorer`, in float32 on the CPU, with the attention of the official pins (`eager`; transformers takes
-SDPA from torch 2.1.1 on).
+3.11, torch 2.14.1, torchvision 0.29.1, transformers 4.36.1, tokenizers 0.15.0, sentencepiece 0.2.1, protobuf 7.36.2,
+numpy 2.4.6, pillow 12.3.0, icecream 2.2.0. The images go through the official `QAlignScorer` and
+`QAlignAestheticScorer` on the CPU, with the attention of the official pins (`eager`; transformers takes SDPA from
+torch 2.1.1 on). The model is in float64, also where its code asks for float16 or float32 (see double.py); pixels and
+the abstractor's positions are float32.
 """
 
 import hashlib
@@ -135,6 +136,7 @@ def main():
     processor = transformers.CLIPImageProcessor.from_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained = lambda *arguments, **options: slow
     transformers.CLIPImageProcessor.from_pretrained = lambda *arguments, **options: processor
+    from double import float64, in_float64
     from q_align.evaluate import scorer
     from q_align.model.configuration_mplug_owl2 import MPLUGOwl2Config
     from q_align.model.modeling_mplug_owl2 import MPLUGOwl2LlamaForCausalLM
@@ -146,13 +148,14 @@ def main():
     settings = {key: value for key, value in TINY.items() if key not in ("model_type", "visual_config")}
     visual = {key: dict(value) for key, value in TINY["visual_config"].items()}
     config = MPLUGOwl2Config(visual, vocab_size=len(slow), attn_implementation="eager", **settings)
-    model = MPLUGOwl2LlamaForCausalLM(config).eval()
+    with float64():
+        model = in_float64(MPLUGOwl2LlamaForCausalLM(config).eval())
     weights = {key: value for key, value in model.state_dict().items() if not key.endswith("pos_embed")}
     weights = {key: torch.from_numpy(weight(key, value.shape)) for key, value in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and all(key.endswith("pos_embed") for key in missing)
 
-    torch.Tensor.half = torch.Tensor.float  # the scorers work in float16, which a CPU's convolution lacks
+    torch.Tensor.half = torch.Tensor.double  # the scorers work in float16
     scorer.load_pretrained_model = lambda *arguments, **options: (slow, model, processor, None)
     pictures = [picture(90, 62, seed=1), picture(40, 70, seed=2)]
     golden = {"tokenizer": np.frombuffer(model_file, dtype=np.uint8)}
@@ -172,7 +175,7 @@ def main():
             golden[f"{name}_logits"] = model(official.input_ids.repeat(2, 1), images=pixels)["logits"][:, -1].numpy()
         golden["levels"] = np.array(official.preferential_ids_)
     attention = model.model.visual_abstractor.encoder.layers[1].crossattention.attention
-    golden |= {"q_pos_embed": attention.q_pos_embed.numpy(), "k_pos_embed": attention.k_pos_embed.numpy()}
+    golden |= {key: getattr(attention, key).float().numpy() for key in ("q_pos_embed", "k_pos_embed")}
     golden["keys"] = np.array(json.dumps({key: list(value.shape) for key, value in model.state_dict().items()}))
     golden["full_keys"] = np.array(json.dumps(full_keys))
     np.savez_compressed(Path(__file__).with_name("qalign.npz"), **golden)

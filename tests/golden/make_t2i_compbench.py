@@ -12,9 +12,9 @@ med.py and blip.py, its blip_vqa.py adds `vqa_prob`.
 `rules` runs the `main` of BLIP_vqa.py, 2D_spatial_eval.py, CLIP_similarity.py and 3_in_1.py. Models, the parser and the
 GPU are replaced by stand-ins. Made with Python 3.12, torch 2.15.0, spaCy 3.8.18.
 
-`blip` runs the official model, tiny, and lists the keys of the full-size one. Made with Python 3.11, torch 2.1.2,
-torchvision 0.16.2, transformers 4.30.2, tokenizers 0.13.3, timm 0.4.12, numpy 1.26.4, Pillow 13.0.0. fairscale is a
-stand-in: the model takes one function from it, for training.
+`blip` runs the official model, tiny, and lists the keys of the full-size one. Made with Python 3.11, torch 2.14.1,
+torchvision 0.29.1, transformers 4.30.2, tokenizers 0.13.3, timm 0.4.12, numpy 2.4.6, Pillow 12.3.0. The model runs in
+float64 (see double.py), on float32 pixels. fairscale is a stand-in: the model takes one function from it, for training.
 """
 
 import ast
@@ -450,6 +450,7 @@ def official_positions(official: Path) -> list[float]:
 
 def make_blip(official: Path, blip: Path) -> None:
     import torch
+    from double import in_float64
     from PIL import Image
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
@@ -509,6 +510,7 @@ def make_blip(official: Path, blip: Path) -> None:
         pixels = [transform(Image.fromarray(picture)) for picture in pictures()]
         asked = [[names["pre_question"](question) for question in row] for row in QUESTIONS]
         record["cleaned"] = asked
+        in_float64(model)
         exact, found = model.vqa_prob, []
         model.vqa_prob = lambda *arguments: found.append(exact(*arguments)) or found[-1]
         with torch.no_grad():

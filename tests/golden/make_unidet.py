@@ -5,8 +5,9 @@
 
 T2I_COMPBENCH: github.com/Karine-Huang/T2I-CompBench at 1b70949. DETECTRON2: github.com/facebookresearch/detectron2 at
 02b5c4e, its Python sources alone (the detector runs none of its compiled operators). Made with Python 3.11, torch
-2.1.2, torchvision 0.16.2, numpy 1.26.4, pillow 13.0.0, fvcore 0.1.5.post20221221, iopath 0.1.10, omegaconf 2.4.0,
-pycocotools 2.0.11, yacs 0.1.8, on the CPU.
+2.14.1, torchvision 0.29.1, numpy 2.4.6, pillow 12.3.0, fvcore 0.1.5.post20221221, iopath 0.1.10, omegaconf 2.4.0,
+pycocotools 2.0.11, yacs 0.1.8, on the CPU, in float64: boxes and deltas, too, which detectron2 turns to float32 (see
+double.py).
 
 The tiny detector is the official configuration with the depth and the widths of `TINY`; all else is as published.
 """
@@ -66,7 +67,7 @@ def tiny_image(width: int, height: int) -> Image.Image:
 
 def sample(feature: torch.Tensor) -> np.ndarray:
     """100 values of a feature map, evenly spread."""
-    values = feature.flatten().float().numpy()
+    values = feature.flatten().numpy()
     return values[np.linspace(0, len(values) - 1, 100).astype(int)]
 
 
@@ -129,12 +130,14 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
     import experts.obj_detection.unidet  # noqa: F401 (registers the modules)
+    from double import float64
 
-    model = tiny_model(arguments.official)
     golden = {"keys": np.array(full_size_keys(arguments.official))}
+    with float64():
+        model = tiny_model(arguments.official)
     for index, size in enumerate(SIZES):
         inputs = official_input(tiny_image(*size))
-        with torch.no_grad():
+        with torch.no_grad(), float64():
             images = model.preprocess_image([inputs])
             features = model.backbone(images.tensor)
             proposals, _ = model.proposal_generator(images, features, None)
