@@ -89,6 +89,7 @@ def test_rows_of_both_architectures_and_half_a_table(tmp_path, monkeypatch, caps
         "best_pairs",
         "lora",
         "objectives",
+        "plan",
         "sd3",
     }
 
@@ -128,6 +129,27 @@ def test_rows_have_all_their_seeds_and_differences_those_that_both_have():
     assert "of one seed, over prompts alone" in text
     text = reproduce.markdown(reproduce.TABLES["objectives"], results, shown[:3], differences[:1])
     assert "of one seed" not in text and " | 3 | 60 s | " in text
+
+
+def test_only_the_planned_seeds_carry_a_claim(tmp_path):
+    """A difference of planned rows is over the planned seeds alone; all others have no direction. No interval of an
+    accuracy leaves [0, 1]."""
+    accuracy = {"dpo": "00000004", "dpo_gain": "22222224", "rankdpo": "44444444", "predicted": "00000004"}
+    rows = {"base": {"accuracy": "00000000"}}
+    for row, planned in {"dpo": True, "dpo_gain": True, "rankdpo": False, "predicted": False}.items():
+        seeds = [0, 1, 2, *(reproduce.PLANNED_SEEDS if planned else [])]
+        records = {str(seed): {"seconds": 1, "accuracy": accuracy[row]} | reproduce.machine() for seed in seeds}
+        rows[row] = records | {"0": records["0"] | {"accuracy": "44444444"}}  # a look that no plan knows
+    table = reproduce.TABLES["objectives"]
+    shown, differences = reproduce.compare(table, {"prompts": 8, "images": 4, "rows": rows})
+    bases = {row["row"]: row["base"] for row in shown if "base" in row}
+    assert (bases["dpo"]["seeds"], bases["dpo"]["mean"], bases["dpo"]["direction"]) == (8, 0.125, "not clear")
+    assert (bases["dpo_gain"]["seeds"], bases["dpo_gain"]["direction"]) == (8, "same sign")
+    assert (bases["rankdpo"]["seeds"], bases["rankdpo"]["direction"]) == (3, "–")
+    found = {(item["row"], item["other"]): (item["seeds"], item["direction"]) for item in differences}
+    assert found[("dpo_gain", "dpo")] == (8, "same sign") and found[("rankdpo", "dpo")] == (3, "–")
+    for row in shown:
+        assert 0 <= row["ci95"][0] <= row["mean"] <= row["ci95"][1] <= 1
 
 
 def test_reward_hacking_is_told_of_the_rows_that_the_rewards_have_judged(tmp_path, capsys):
@@ -225,7 +247,9 @@ def test_every_row_was_run_with_the_settings_that_the_search_chose():
         for record in seeds.values() if row in reproduce.ROWS else ():
             assert f" {search[reproduce.ROWS[row].method]['settings']} " in record["command"], row
     assert rows.keys() == {*reproduce.ROWS, *reproduce.FAMILIES.values()} and search.keys() == reproduce.SEARCH.keys()
-    assert all(len(rows[row]) >= 3 for row in reproduce.ROWS)
+    for row in reproduce.ROWS:  # three seeds each, and the plan's
+        planned = map(str, reproduce.PLANNED_SEEDS) if row in reproduce.PLANNED_ROWS else ()
+        assert rows[row].keys() == {"0", "1", "2", *planned}, row
 
 
 def test_bootstrap_resamples_seeds_and_prompts():
