@@ -118,6 +118,7 @@ def test_killed_and_resumed_run_gives_the_same_bits(flags, tmp_path, noise):
 def test_two_processes_agree_with_one(flags, tmp_path):
     # The cache of the other tests is complete, but has no empty prompt yet.
     more = "--max_train_steps 5 --learning_rate 1e-3 --proportion_empty_prompts 0.3".split()
+    more += ["--adam_epsilon", 1e-4]  # else Adam makes whole steps of the rounding in gradients near 0
     call("train_rankdpo_sdxl", *flags, *more, "--train_batch_size", 4, "--output_dir", tmp_path / "one")
     more += ["--cache_dir", tmp_path / "cache"]  # two processes encode, too
     run(*torchrun(2, "train_rankdpo_sdxl.py"), *flags, *more, "--train_batch_size", 2, "--output_dir", tmp_path / "two")
