@@ -2,8 +2,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub", "numpy", "peft",
-#     "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm", "transformers", "trl",
+#     "accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub", "numpy",
+#     "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm",
+#     "transformers", "trl",
 # ]
 # ///
 """RankDPO for SDXL: a LoRA from ranked images (Karthik et al., "Scalable Ranked Preference Optimization", 2024).
@@ -22,8 +23,7 @@ Settings from a file, which the command line overrides. The same command continu
         --beta_dpo 2000 --resume_from_checkpoint latest
 
 Several GPUs: `accelerate launch --multi_gpu --num_processes 4 train_rankdpo_sdxl.py ...`. With the same global batch
-(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same prompts,
-timesteps and noise in the same optimizer step. `--push_to_hub --hub_model_id user/name` publishes LoRA, card and log.
+(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same data and noise.
 The method is in `rankdpo_loss`, `training_step` and `train`; the rest is data, model and files.
 """
 
@@ -41,9 +41,9 @@ import shutil
 import signal
 import sys
 import time
-import traceback
+from collections import namedtuple
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -52,16 +52,14 @@ from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 
 if not sys.stderr.isatty():  # in a file of output all progress bars write a line every 30 seconds, not ten a second
     os.environ |= {"TQDM_MININTERVAL": "30", "TQDM_MAXINTERVAL": "60"} | os.environ
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns at every fork of a DataLoader's workers
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -69,10 +67,10 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
-from datasets.config import HF_DATASETS_CACHE
 from diffusers import AutoencoderKL, BitsAndBytesConfig, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
+from diffusers.utils import convert_state_dict_to_kohya
 from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
 from huggingface_hub import CardData, HfApi, RepoCard, hf_hub_download
@@ -81,7 +79,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save
 from torch.nn import Module
-from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 from trl import TrlParser
@@ -89,20 +87,12 @@ from trl import TrlParser
 
 LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "plackett_luce", "sft", "weighted_sft")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-TRACKERS = ("tensorboard", "wandb", "trackio", "all", "none", "no")
+TRACKERS = ("tensorboard", "wandb", "trackio", "all", "none")
 # The objectives that an option has no meaning for.
 UNUSED_BY = dict.fromkeys(("sft_weight", "precompute_ref"), ("sft", "weighted_sft"))
 UNUSED_BY["safeguard"] = ("plackett_luce", "sft", "weighted_sft")
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
-CARD_BEGIN = "<!-- train_rankdpo_sdxl.py writes from here to its second mark; text before and after is kept. -->"
-CARD_END = "<!-- End of what train_rankdpo_sdxl.py wrote. -->"
-# A resumed run may set these differently; all others identify a run.
-MAY_CHANGE = """revision dataset_revision cache_dir cache_text_embeddings vae_batch_size dataloader_num_workers
-output_dir train_batch_size gradient_accumulation_steps max_skipped_steps compile precompute_ref
-gradient_checkpointing checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts
-validation_steps logging_dir validation_num_inference_steps validation_guidance_scale push_to_hub hub_model_id
-hub_private_repo hub_strategy report_to gpu_hourly_cost""".split()
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
 
 
@@ -139,7 +129,7 @@ class ScriptArguments:
     cache_dir: str = flag("outputs/cache", "Folder where latents and embeddings stay for later runs.")
     cache_text_embeddings: bool = flag(True, "Encode prompts once; false: at every step.")
     vae_batch_size: int = flag(4, "Images per forward pass of the VAE.", min=1)
-    dataloader_num_workers: int = flag(0, "Processes that read the data ahead; 0: a thread does.", min=0)
+    dataloader_num_workers: int = flag(0, "Threads that read and decode ahead; 0: four.", min=0)
     loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.", "Training")
     beta_dpo: float = flag(5000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
     rank_source: Literal["label", "predicted"] = flag("label", "Ranks in rankdpo's discounts; predicted: LambdaLoss.")
@@ -200,7 +190,7 @@ class ScriptArguments:
         for name, unused_by in UNUSED_BY.items():
             if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
                 raise SystemExit(f"--{name}: --loss_type {self.loss_type} does not use it: leave it out")
-        if self.report_to not in ("all", "none", "no") and not importlib.util.find_spec(self.report_to):
+        if self.report_to not in ("all", "none") and not importlib.util.find_spec(self.report_to):
             raise SystemExit(f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}")
 
     @property
@@ -209,9 +199,7 @@ class ScriptArguments:
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
 
 
-# Objective: one prompt, k images, their preference probabilities φ -------------------------------------------------------
-
-
+# Objective: one prompt, k images, their preference probabilities φ ----------------------------------------------------
 def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each image, (n, C, H, W) → float32 (n,), in float32 from the subtraction on: in half
     precision the rounding error, times beta/2 = 2500, would change every logit by 0.2 to 5."""
@@ -220,10 +208,8 @@ def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 def dcg_weights(phi: torch.Tensor, rank: torch.Tensor | None = None) -> torch.Tensor:
     """Pairwise DCG weights |2^φ_i − 2^φ_j| · |1/log2(1 + r_i) − 1/log2(1 + r_j)| (RankDPO, Algorithm 2, Eq. 6).
-
     phi: preference probabilities, float (B, k) in [0, 1]; rank: (B, k), 1 = best; default: by phi, ties by position.
-    Returns float32 (B, k, k), symmetric, zero on the diagonal and between images of equal phi.
-    """
+    Returns float32 (B, k, k), symmetric, zero on the diagonal and between images of equal phi."""
     phi = phi.float()
     if rank is None:
         rank = phi.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
@@ -318,8 +304,7 @@ def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -
     first order, in the space of predictions, a step on the pair then does not raise the winner's error. The published
     code takes one λ for a whole batch; here every pair has its own, so that it does not depend on its batch.
     prediction, target: (B, k, C, H, W); mu: μ in [0, 1], larger is safer. Returns float32 (B, k, k), winner i and loser
-    j; carries no gradient.
-    """
+    j; carries no gradient."""
     residuals = (prediction.detach().float() - target.float()).flatten(2)
     # No matrix product: autocast would compute it in half precision, where it overflows.
     products = torch.stack([(residuals * other[:, None]).sum(dim=2) for other in residuals.unbind(dim=1)], dim=2)
@@ -327,33 +312,22 @@ def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -
     return torch.where(products > 0, (1 - mu) * squares / products, 1.0).clamp(max=1.0)
 
 
-# Training: what is drawn, one forward, one step, the loop ---------------------------------------------------------------
-
-
+# Training: what is drawn, one forward, one step, the loop -------------------------------------------------------------
 def sample_noise(args: ScriptArguments, noise_scheduler: DDPMScheduler, key: tuple, shape: torch.Size) -> dict:
     """Draws one timestep for all images of a dataset row, and one noise for all of them (`--noise prompt`) or one for
-    each (`--noise image`, the paper's ε_i); the trained model and the reference share them.
-
-    They are a function of the key, (seed, epoch, id of the row), alone: the same after a resume and on any number of
-    processes. shape: of the row's latents, (k, C, h, w). Returns timesteps, int64 scalar; noise, float32 (k, C, h, w).
-    """
+    each (`--noise image`, the paper's ε_i); the trained model and the reference share them. They are a function of the
+    key, (seed, epoch, id of the row), alone: the same after a resume and on any number of processes.
+    shape: of the row's latents, (k, C, h, w). Returns timesteps, int64 scalar; noise, float32 (k, C, h, w)."""
     rng = seeded_generator(*key)
     timestep = torch.tensor(rng.integers(noise_scheduler.config.num_train_timesteps))
     noise = rng.standard_normal(shape if args.noise == "image" else shape[1:], dtype=np.float32)
     return {"timesteps": timestep, "noise": torch.from_numpy(noise).expand(shape)}
 
 
-def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
-    """The order of the dataset's rows in an epoch, int64 (length,): shuffled, a function of (seed, epoch)."""
-    return seeded_generator(args.seed, epoch, "order").permutation(length)
-
-
 def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: ScriptArguments) -> tuple:
     """One forward of all k images of a batch of prompts.
-
     batch: latents and noise (B, k, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width), pooled_prompt_embeds
-    (B, width), time_ids (B, k, 6). Returns errors, float32 (B, k); prediction and target, (B, k, C, h, w).
-    """
+    (B, width), time_ids (B, k, 6). Returns errors, float32 (B, k); prediction and target, (B, k, C, h, w)."""
     shape = batch["latents"].shape
     k = shape[1]
     latents = batch["latents"].flatten(0, 1).float()
@@ -376,11 +350,9 @@ def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: Sc
 
 def training_step(model: Module, reference: Module, noise_scheduler, batch: dict, args: ScriptArguments) -> tuple:
     """The loss of a batch of prompts: one forward, and one of the reference where the objective needs it.
-
     model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off; batch: what
     `predict` reads, phi, rank, weight of weighted_sft and ref_errors, if they were computed before, (B, k) each.
-    Returns loss and metrics of `rankdpo_loss`.
-    """
+    Returns loss and metrics of `rankdpo_loss`."""
     ref_errors = batch.get("ref_errors")
     if ref_errors is None and args.loss_type not in UNUSED_BY["precompute_ref"]:
         with as_reference(reference):
@@ -403,11 +375,14 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
-    if accelerator.scaler:
-        state["scaler"] = accelerator.scaler
+    state |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     if run.checkpoint:
-        load_state(run.checkpoint, state)
+        stored = torch.load(run.checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+        for name, part in state.items():
+            part.load_state_dict(stored[name])
     log = TrainingLog(args, run)
+    for number in (signal.SIGTERM, signal.SIGINT):  # until here a signal ends the process at once: nothing is lost
+        signal.signal(number, on_stop_signal)
 
     for step in range(run.start_step + 1, run.max_train_steps + 1):
         totals = {}
@@ -444,7 +419,7 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
             log_images(accelerator, gallery.prompts, gallery.draw(unwrapped), step)
             log.step_ended = time.time()  # drawing does not count as training
-    log.close()
+    log.bar.close()
 
 
 def main(args: ScriptArguments) -> None:
@@ -455,224 +430,143 @@ def main(args: ScriptArguments) -> None:
     table, parts = load_ranked_dataset(args)
     labels = make_labels(args, table)
     run = plan_run(args, accelerator, table, labels)
-    with begun(args, run):
-        gallery, encode_prompts = encode_dataset(args, run, parts, labels)
-        record_run(args, run, labels)
-        set_seed(args.seed)
-        noise_scheduler, model = load_model(args)
-        prepare_model(args, run, model)
-        rows = CachedRows(args, run, labels, noise_scheduler)
-        if args.precompute_ref:
-            precompute_reference(args, run, model, rows, encode_prompts)
-        batches = training_batches(args, run, rows, encode_prompts, run.start_step)
-        with stopping_between_steps():
-            train(args, run, model, noise_scheduler, batches, gallery)
-        accelerator.wait_for_everyone()
-        # The others leave: none waits in NCCL, where it would time out, while the first process draws and uploads.
-        accelerator.state.destroy_process_group()
-        if accelerator.is_main_process:
-            finish(args, run, model, gallery, parts)
+    run.lock = begin_run(args, run)
+    gallery, encode_prompts = encode_dataset(args, run, parts, labels)
+    record_run(args, run, labels)
+    set_seed(args.seed)
+    noise_scheduler, model = load_model(args)
+    prepare_model(args, run, model)
+    batches = partial(training_batches, args, run, labels, noise_scheduler, encode_prompts)
+    if args.precompute_ref:
+        precompute_reference(args, run, model, noise_scheduler, batches)
+    train(args, run, model, noise_scheduler, batches(run.start_step), gallery)
+    accelerator.wait_for_everyone()
+    # The others leave: none waits in NCCL, where it would time out, while the first process draws and uploads.
+    accelerator.state.destroy_process_group()
+    if accelerator.is_main_process:
+        finish(args, run, model, gallery, parts)
     accelerator.end_training()
+    run.lock.release()
 
 
-# Data: labels of all rows, images where they lie, one cache file a row -----------------------------------------------
-
-
-class Part(NamedTuple):
-    """Rows of the dataset that are read together: a row group of a Parquet file, or 100 rows of another format."""
-
-    source: Any  # path or URL of the Parquet file, or a `datasets.Dataset`
-    number: int  # of the row group
-    start: int  # row of the dataset at which it begins
-    rows: int
-    identity: str  # of its images: the same wherever the file lies, and whatever it is called
+# Data: labels of all rows, images where they lie, one cache file a row ------------------------------------------------
+# Rows that are read together, a row group of a Parquet file: its path or URL and its number, what identifies its images
+# wherever it lies and whatever it is called, the first row of the dataset that it holds, and how many.
+Part = namedtuple("Part", "file number identity start rows")
 
 
 def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list[Part]]:
-    """The dataset without its images: the label columns of all rows, with `image_count`, and the parts that hold the
-    images. No image is read. Ends with one line if the dataset cannot be read or lacks a column."""
-    names = [args.prompt_id_column, args.prompt_column, args.preference_column]
+    """The dataset without its images: the label columns of all rows, and the parts that hold the images. Those of files
+    on the Hub, whose addresses hold the commit, are kept in the cache."""
+    columns = [args.prompt_id_column, args.prompt_column, args.preference_column, args.rank_column]
+    columns = list(dict.fromkeys([*columns, "generators", "scores"]))
     problem = None
-    with PartialState().local_main_process_first():  # the others then find what it has read from the Hub
+    with PartialState().local_main_process_first():  # the others then find what it has written
         try:
-            source = find_data(args)
-            read = read_dataset if isinstance(source, Dataset) else read_parquet
-            table, parts = read(args, source, [*names, args.rank_column, "generators", "scores"])
+            files = find_files(args)
+            kept = Path(
+                args.cache_dir, "labels", f"{short_hash(json.dumps([files, columns, args.images_column]))}.parquet"
+            )
+            if kept.exists():
+                table = pq.read_table(kept)
+            else:
+                with ThreadPoolExecutor(8) as pool:
+                    tables = list(pool.map(partial(read_labels, args, columns), files))
+                table = pa.concat_tables(tables, promote_options="permissive")
+            if files[0].startswith("hf://") and not kept.exists():
+                pq.write_table(table, content := BytesIO())
+                write_bytes(kept, content.getvalue())
         except Exception as error:
-            problem = f"--dataset_name {args.dataset_name}: {one_line(error.__cause__ or error)}"
-    if problem:
-        raise SystemExit(problem)
-    if len(table) == 0:
-        raise SystemExit(f"--dataset_name {args.dataset_name}: split {args.dataset_split!r} has no rows")
-    table = table[: args.max_train_samples]
-    return table, [part for part in parts if part.start < len(table)]
-
-
-def find_data(args: ScriptArguments) -> list[str] | Dataset:
-    """The Parquet files of the split, which are read where they lie, locally or on the Hub. Of other formats the
-    dataset, as `datasets` loads it."""
-    name, split = args.dataset_name, args.dataset_split
-    if os.path.isfile(name) and name.endswith(".parquet"):
-        return [name]
-    if any(os.path.exists(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):  # save_to_disk
-        dataset = load_from_disk(name)
-        return dataset if isinstance(dataset, Dataset) else dataset[split]
-    with without_patterns(name) as folder:
-        options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
-        found = load_dataset_builder(folder, **options).config.data_files or {}
-        files, base = [str(file) for file in found.get(split, [])], re.split(r"[\[+]", split)[0]
-        if found and base not in found:
-            raise ValueError(f"no split {base!r}; it has {', '.join(found)}")
-        if os.path.isdir(name):
-            files = [os.path.realpath(file) for file in files]
-            check_files(name, files)
-        if files and all(file.endswith(".parquet") for file in files):
-            return files
-        if os.path.isdir(name):  # `datasets` would return the old rows of a folder that was written again
-            dates = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-            options["cache_dir"] = os.path.join(HF_DATASETS_CACHE, f"local-{short_hash(json.dumps(dates))}")
-        return load_dataset(folder, split=split, **options)
-
-
-@contextmanager
-def without_patterns(folder: str) -> Iterator[str]:
-    """`datasets` takes * ? [ in a path for a pattern, and may read another folder: it gets a tree of links instead."""
-    if not os.path.isdir(folder) or not glob.has_magic(os.path.abspath(folder)):
-        yield folder
-        return
-    with TemporaryDirectory() as links:
-        for file in Path(folder).rglob("*"):
-            if file.is_file():
-                link = Path(links, file.relative_to(folder))
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(file.resolve())
-        yield links
-
-
-def check_files(folder: str, files: list[str]) -> None:
-    """Raises ValueError if the dataset of a local folder is not whole."""
-    for place in {Path(folder), *(Path(file).parent for file in files)}:
-        if (place / "UNFINISHED").exists():
-            raise ValueError(f"{place} is unfinished: run the command that wrote it again")
-    totals = {int(match[1]) for file in files if (match := re.search(r"-of-(\d{5})\.parquet$", file))}
-    if len(totals) == 1 and len(files) < min(totals):
-        raise ValueError(f"it holds {len(files)} of {min(totals)} Parquet files: fetch the rest")
-
-
-def read_parquet(args: ScriptArguments, files: list[str], names: list[str]) -> tuple[pa.Table, list[Part]]:
-    """Reads label columns and footers. Those of files on the Hub, whose addresses hold the commit, are kept."""
-    kept = Path(args.cache_dir, "labels", f"{short_hash(json.dumps([files, names, args.images_column]))}.parquet")
-    if kept.exists():
-        table = pq.read_table(kept)
-    else:
-        with ThreadPoolExecutor(8) as pool:
-            tables = list(pool.map(partial(read_parquet_file, args, names), files))
-        groups = [group for table in tables for group in json.loads(table.schema.metadata[b"parts"])]
-        table = pa.concat_tables(
-            [table.replace_schema_metadata(None) for table in tables], promote_options="permissive"
-        )
-        table = table.replace_schema_metadata({"parts": json.dumps(groups)})
-        if files[0].startswith("hf://"):
-            pq.write_table(table, content := BytesIO())
-            write_bytes(kept, content.getvalue())
-    groups = json.loads(table.schema.metadata[b"parts"])
-    starts = np.cumsum([0, *(rows for _, _, rows, _ in groups)]).tolist()
-    return table, [Part(file, n, start, rows, key) for start, (file, n, rows, key) in zip(starts, groups)]
-
-
-def read_parquet_file(args: ScriptArguments, names: list[str], file: str) -> pa.Table:
-    """The label columns of a file; its metadata lists [file, number, rows, identity] of the row groups."""
-    system, path = url_to_fs(file)
-    with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
-        check_columns(args, parquet.schema_arrow)
-        # A list is counted by its leaf `path`, which is small.
-        leaves = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
-        leaves = [leaf for leaf in leaves if leaf.startswith(f"{args.images_column}.") and leaf.endswith(".path")]
-        table = parquet.read(columns=[*(set(names) & set(parquet.schema_arrow.names)), *leaves])
-        parquet.metadata.write_metadata_file(footer := BytesIO())
-        sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    known, images = system.info(path), args.images_column
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue()), images]
-    groups = [[file, number, rows, short_hash(json.dumps([*facts, number]))] for number, rows in enumerate(sizes)]
-    return count_images(table, images).replace_schema_metadata({"parts": json.dumps(groups)})
-
-
-def read_dataset(args: ScriptArguments, dataset: Dataset, names: list[str]) -> tuple[pa.Table, list[Part]]:
-    """The same of a loaded dataset, whose columns are views of mapped files."""
-    check_columns(args, dataset.features.arrow_schema)
-    names = [name for name in dict.fromkeys([*names, args.images_column]) if name in dataset.column_names]
-    table = count_images(dataset.select_columns(names).with_format("arrow")[:], args.images_column)
-    stored = [os.stat(file["filename"]) for file in dataset.cache_files]
-    facts = [dataset._fingerprint, *([file.st_size, file.st_mtime_ns] for file in stored), args.images_column]
-    parts = []
-    for number, start in enumerate(range(0, len(table), 100)):
-        rows = min(100, len(table) - start)
-        parts.append(Part(dataset, number, start, rows, short_hash(json.dumps([*facts, start, rows]))))
+            problem = one_line(error.__cause__ or error)
+    if problem or len(table) == 0:
+        raise SystemExit(f"--dataset_name {args.dataset_name}: {problem or 'it has no rows'}")
+    table, parts, start = table[: args.max_train_samples], [], 0
+    for part, rows in itertools.groupby(table["part"].to_pylist()):
+        parts.append(Part(*json.loads(part), start, len(list(rows))))
+        start += parts[-1].rows
     return table, parts
 
 
-def check_columns(args: ScriptArguments, schema: pa.Schema) -> None:
-    """Raises ValueError unless the dataset has the columns that are needed, and lists of images."""
-    for name in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
-        if (column := getattr(args, name)) not in schema.names:
-            raise ValueError(f"no column {column!r} (--{name}); it has {', '.join(schema.names)}")
-    # `datasets` writes list<struct<bytes, path>>; pandas and polars may also write list<binary>.
-    if not re.search(r"list.*<.*(struct<.*bytes: |binary)", str(schema.field(args.images_column).type)):
-        raise ValueError(f"column {args.images_column!r} must hold lists of images, List(Image())")
+def find_files(args: ScriptArguments) -> list[str]:
+    """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
+    knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
+    name, split, folder, found, files = args.dataset_name, args.dataset_split, args.dataset_name, {}, []
+    if name.endswith(".parquet") and os.path.isfile(name):
+        return [name]
+    options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
+    with TemporaryDirectory() as links:
+        if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
+            # `datasets` takes * ? [ in a path for a pattern, and would read another folder.
+            folder = shutil.copytree(os.path.abspath(name), f"{links}/data", copy_function=os.symlink)
+        on_disk = any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json"))
+        if not on_disk:
+            found = load_dataset_builder(folder, **options).config.data_files or {}
+            if found and re.split(r"[\[+]", split)[0] not in found:
+                raise ValueError(f"no split {split!r}; it has {', '.join(found)}")
+            files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
+        totals = {int(match[1]) for file in files if (match := re.search(r"-of-(\d{5})\.parquet$", file))}
+        if os.path.exists(f"{name}/UNFINISHED") or len(totals) == 1 and len(files) < min(totals):
+            raise ValueError("it is unfinished: run the command that wrote it again, or fetch the other files")
+        if files and all(file.endswith(".parquet") for file in files):
+            return files
+        facts = [
+            (str(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in sorted(Path(name).rglob("*"))
+        ]
+        copy = Path(args.cache_dir, "datasets", f"{short_hash(str([name, split, options, files, facts]))}.parquet")
+        if not copy.exists():
+            options |= {"split": split, "cache_dir": f"{links}/arrow"}
+            dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(f"{copy}.tmp")
+            os.replace(f"{copy}.tmp", copy)
+    return [str(copy)]
 
 
-def count_images(table: pa.Table, column: str) -> pa.Table:
-    """Replaces the images by their number in each row, `image_count`; null if they have no leaf that is small."""
-    counts = pa.nulls(len(table), pa.int64())
-    if column in table.column_names:
-        counts = pc.fill_null(pc.list_value_length(table[column]), 0)
-        table = table.drop_columns(column)
-    return table.append_column("image_count", counts)
+def read_labels(args: ScriptArguments, columns: list[str], file: str) -> pa.Table:
+    """The label columns of a Parquet file, and `part`, its row groups: file, number and identity. Reads no image."""
+    system, path = url_to_fs(file)
+    with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
+        schema = parquet.schema_arrow
+        for name in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
+            if (column := getattr(args, name)) not in schema.names:
+                raise ValueError(f"no column {column!r} (--{name}); it has {', '.join(schema.names)}")
+        # `datasets` writes list<struct<bytes, path>>; pandas and polars may also write list<binary>.
+        if not re.search(r"list.*<.*(struct<.*bytes: |binary)", str(schema.field(args.images_column).type)):
+            raise ValueError(f"column {args.images_column!r} must hold lists of images, List(Image())")
+        table = parquet.read(columns=[name for name in columns if name in schema.names])
+        parquet.metadata.write_metadata_file(footer := BytesIO())
+        sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+    known = system.info(path)
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue()), args.images_column]
+    groups = [json.dumps([file, n, short_hash(json.dumps([*facts, n]))]) for n in range(len(sizes))]
+    return table.append_column("part", pa.array(np.repeat(groups, sizes), pa.string()))
 
 
 def read_images(part: Part, column: str) -> Iterator[list[dict]]:
     """The images of a part, row by row, [{"bytes", "path"}, …]. Only a few rows are in memory at a time."""
-    if isinstance(part.source, Dataset):
-        rows = part.source.select_columns([column]).with_format("arrow")
-        batches = (rows[row : row + 1] for row in range(part.start, part.start + part.rows))
-        yield from (stored_images(batch) for batch in batches)
-        return
-    system, path = url_to_fs(part.source)
-    with (
-        system.open(path, block_size=2**25) as handle,
-        pq.ParquetFile(handle, pre_buffer=False, buffer_size=2**20) as parquet,
-    ):
-        options = {"batch_size": 4, "row_groups": [part.number], "columns": [column], "use_threads": False}
-        for batch in parquet.iter_batches(**options):
-            yield from (stored_images(batch[row : row + 1]) for row in range(len(batch)))
-
-
-def stored_images(row: pa.Table | pa.RecordBatch) -> list[dict]:
-    images = row.column(0)[0].as_py() or []
-    return [image if isinstance(image, dict) else {"bytes": image, "path": None} for image in images]
+    system, path = url_to_fs(part.file)
+    options = {"pre_buffer": False, "buffer_size": 2**20}
+    with system.open(path, block_size=2**25) as handle, pq.ParquetFile(handle, **options) as parquet:
+        for batch in parquet.iter_batches(4, [part.number], [column], use_threads=False):
+            for images in batch.column(0).to_pylist():
+                yield [image if isinstance(image, dict) else {"bytes": image, "path": None} for image in images or []]
 
 
 def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
-    """Checks every row and computes its labels.
-
-    Returns columns of length n: Arrow's `id` and `prompt`; arrays (n, k) `images`, the positions of the images used,
-    `phi` float32, `rank` int64 and, for weighted_sft, `weight` float32, of mean 1; and `image_count` (n,).
-    """
+    """Checks every row and computes its labels: Arrow's `id` and `prompt` (n,); arrays (n, k) `images`, the positions of
+    the images used, `phi` float32, `rank` int64 and, for weighted_sft, `weight` float32, of mean 1; `count` (n,)."""
     seen, found = {}, []
-    rows = (row for batch in table.to_batches(max_chunksize=1000) for row in batch.to_pylist())
-    for index, row in enumerate(rows):
+    for index, row in enumerate(row for batch in table.to_batches(1000) for row in batch.to_pylist()):
         prompt_id = row[args.prompt_id_column]
         try:
             if prompt_id is None or prompt_id in seen:
-                same = "missing" if prompt_id is None else f"the same as in row {seen[prompt_id]}"
-                raise ValueError(f"`{args.prompt_id_column}` is {same}")
+                raise ValueError(f"its id is missing, or the same as in row {seen.get(prompt_id)}")
             found.append(row_labels(args, row))
             if (k := len(found[-1]["images"])) != (first := len(found[0]["images"])):
                 raise ValueError(f"{k} images, but row 0 has {first}: all rows need the same number")
-        except KeyError as error:
-            raise SystemExit(f"--dataset_name {args.dataset_name}: these flags need its column {error}") from None
         except (ValueError, TypeError, LookupError) as error:
-            raise SystemExit(f"row {index} (prompt_id {prompt_id!r}): {one_line(error)}") from None
+            problem = f"the dataset has no column {error}" if isinstance(error, KeyError) else one_line(error)
+            raise SystemExit(f"row {index} (prompt_id {prompt_id!r}): {problem}") from None
         seen[prompt_id] = index
     labels = {name: np.array([row[name] for row in found]) for name in found[0]}
     labels |= {
@@ -682,8 +576,7 @@ def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
     if "weight" in labels:
         labels["weight"] = np.float32(labels["weight"] / (labels["weight"].mean() or 1.0))
     phi = labels["phi"]
-    pairs = list(itertools.combinations(range(phi.shape[1]), 2))
-    ordered = np.mean([phi[:, i] != phi[:, j] for i, j in pairs])
+    ordered = np.mean([phi[:, i] != phi[:, j] for i, j in itertools.combinations(range(phi.shape[1]), 2)])
     without = np.count_nonzero(np.ptp(phi, axis=1) == 0)
     if ordered == 0 and args.loss_type in ("rankdpo", "dpo_gain", "dpo"):
         raise SystemExit(f"{args.dataset_name}: the images of all {without} prompts are equally preferred")
@@ -694,41 +587,31 @@ def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
 def row_labels(args: ScriptArguments, row: dict) -> dict:
     """A row's `images`, `phi`, `rank` and, for weighted_sft, `weight`. A ValueError says what is wrong with the row."""
     prompt, stored, rank = row[args.prompt_column], row[args.preference_column], row.get(args.rank_column)
-    n_images = len(stored or []) if row["image_count"] is None else row["image_count"]
     phi = np.array(stored or [], dtype=np.float32)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError("the prompt is empty: remove the row")
-    if phi.shape != (n_images,) or not np.isfinite(phi).all():
-        raise ValueError(f"`{args.preference_column}` must give one number for each of the {n_images} images")
-    if n_images < 2:
-        raise ValueError(f"it has {n_images} image: a preference needs at least 2 images per prompt")
-    if phi.min() < 0 or phi.max() > 1:
-        raise ValueError(f"`{args.preference_column}` {stored} is outside [0, 1]")
+    if len(phi) < 2 or not ((phi >= 0) & (phi <= 1)).all():
+        raise ValueError(f"`{args.preference_column}` {stored}: it takes at least 2 images, and none is outside [0, 1]")
     if rank is None:
         rank = np.argsort(np.argsort(-phi, kind="stable"), kind="stable") + 1
-    if sorted(rank) != list(range(1, n_images + 1)):
-        raise ValueError(f"`{args.rank_column}` {rank} is no permutation of 1…{n_images}")
-    if (np.diff(phi[np.argsort(rank)]) > 0).any():
-        raise ValueError(f"`{args.rank_column}` {rank} contradicts `{args.preference_column}` {stored}")
-
-    images = list(range(n_images))
+    if sorted(rank) != list(range(1, len(phi) + 1)) or (np.diff(phi[np.argsort(rank)]) > 0).any():
+        raise ValueError(f"`{args.rank_column}` {rank} is no permutation, or contradicts the preferences {stored}")
+    images = list(range(len(phi)))
     if args.generators:
-        if len(row["generators"]) != n_images:
-            raise ValueError(f"`generators` must name one for each of the {n_images} images")
-        images = [i for i, name in enumerate(row["generators"]) if name in args.generators]
+        images = [i for i in images if row["generators"][i] in args.generators]
         if len(images) < 2:
-            wanted = " ".join(args.generators)
-            raise ValueError(f"it has {len(images)} images of --generators {wanted}; at least 2 are needed")
+            raise ValueError(f"{len(images)} images of --generators {' '.join(args.generators)}: it takes at least 2")
+    labels = {"count": len(phi), "images": images}
     if args.rank_by == "random":
         rank = seeded_generator(args.seed, "random labels", row[args.prompt_id_column]).permutation(len(images)) + 1
         phi = (len(images) - rank) / (len(images) - 1)
     elif args.generators or args.rank_by != "all":
-        scores = reward_scores(row, n_images, args.rank_by)[:, images]
+        scores = reward_scores(row, labels["count"], args.rank_by)[:, images]
         phi, rank = preference_probability(scores), preference_rank(scores)
-    labels = {"images": images, "phi": np.float32(phi), "rank": np.int64(rank), "image_count": n_images}
+    labels |= {"phi": np.float32(phi), "rank": np.int64(rank)}
     if args.loss_type == "weighted_sft":
         reward = "hpsv2.1" if args.rank_by == "all" else args.rank_by
-        labels["weight"] = reward_scores(row, n_images, reward)[0, images]
+        labels["weight"] = reward_scores(row, labels["count"], reward)[0, images]
         if labels["weight"].min() < 0:
             raise ValueError(f"weighted_sft: its weights, `{reward}`, go below 0: name another reward with --rank_by")
     return labels
@@ -748,13 +631,7 @@ def reward_scores(row: dict, n_images: int, reward: str) -> np.ndarray:
 # Copied from build_synpic.preference_probability
 def preference_probability(scores: np.ndarray) -> np.ndarray:
     """Share of the comparisons that an image wins (Algorithm 1): over all rewards, against its prompt's other images.
-
-    Args:
-        scores: float array (n_rewards, k), higher is better. An equal score counts for neither image.
-
-    Returns:
-        float64 array (k,) in [0, 1].
-    """
+    scores: float (n_rewards, k), higher is better; equal scores count for neither. Returns float64 (k,) in [0, 1]."""
     scores = np.asarray(scores, dtype=np.float64)
     n_rewards, k = scores.shape
     wins = (scores[:, :, None] > scores[:, None, :]).sum(axis=(0, 2))
@@ -764,13 +641,7 @@ def preference_probability(scores: np.ndarray) -> np.ndarray:
 # Copied from build_synpic.preference_rank
 def preference_rank(scores: np.ndarray) -> np.ndarray:
     """Ranks by preference probability. The mean standardised reward breaks ties, then the position.
-
-    Args:
-        scores: float array (n_rewards, k), higher is better.
-
-    Returns:
-        int64 array (k,), a permutation of 1…k; 1 is the best.
-    """
+    scores: float (n_rewards, k), higher is better. Returns int64 (k,), a permutation of 1…k; 1 is the best."""
     scores = np.asarray(scores, dtype=np.float64)
     deviation = scores.std(axis=1, keepdims=True)
     standardised = (scores - scores.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1.0)
@@ -780,94 +651,69 @@ def preference_rank(scores: np.ndarray) -> np.ndarray:
     return np.argsort(order) + 1
 
 
-# The cache knows rows by their content, whatever dataset, order, seed or labels they come with. A file that exists is
-# whole. The index of a part says which images its rows have: then the part need not be read again.
+# The cache knows a row by its content, whatever dataset, order, seed or labels it comes with; a file that exists is done.
+# The index of a part holds its images' hashes, or the paths of those that lie in files: it need not be read again.
 def cache_file(cache: Path, key: str) -> Path:
-    """In 256 folders: one with 100,000 files is slow to list on many file systems."""
-    return cache / key[:2] / f"{key}.safetensors"
+    return cache / key[:2] / f"{key}.safetensors"  # in 256 folders: one with 100,000 files is slow to list
 
 
 def index_file(args: ScriptArguments, part: Part) -> Path:
     return Path(args.cache_dir, "index", part.identity[:2], f"{part.identity}.json")
 
 
-def image_digest(image: dict) -> str:
-    """What an index holds of an image: a hash of its bytes, or the path of a file that may be drawn anew."""
-    return f"file:{image['path']}" if image["bytes"] is None else short_hash(image["bytes"])
-
-
-def row_key(labels: dict, row: int, digests: list[str]) -> str:
-    """The name of a row in the cache: a hash of its prompt and of the images that are used."""
-    facts = [labels["prompt"][row].as_py()]
-    for position in labels["images"][row]:
-        digest = digests[position]
-        path = digest.removeprefix("file:")
-        if path != digest and os.path.exists(path):
-            digest += f":{os.stat(path).st_size}:{os.stat(path).st_mtime_ns}"
-        facts.append(digest)
-    return short_hash(json.dumps(facts))
+def row_key(labels: dict, row: int, images: list[str]) -> str:
+    """The name of a row in the cache: a hash of its prompt and its images. A file is known by its size and date."""
+    facts = [images[position] for position in labels["images"][row]]
+    files = [os.stat(image) if "/" in image and os.path.exists(image) else None for image in facts]
+    facts += [(file.st_size, file.st_mtime_ns) for file in files if file]
+    return short_hash(json.dumps([labels["prompt"][row].as_py(), *facts]))
 
 
 def row_keys(args: ScriptArguments, part: Part, labels: dict) -> list[str] | None:
     """The keys of a part's rows; None if it has no index yet."""
     file = index_file(args, part)
-    if not file.exists():
-        return None
-    digests = json.loads(file.read_text())[: len(labels["id"]) - part.start]
-    return [row_key(labels, row, images) for row, images in enumerate(digests, part.start)]
+    images = json.loads(file.read_text()) if file.exists() else None
+    return images and [row_key(labels, part.start + i, images[i]) for i in range(part.rows)]
 
 
-class RowsToEncode(torch.utils.data.IterableDataset):
-    """Streams parts, and gives the rows that have no cache file: (row, key, pixels and time_ids, or what is wrong).
-    Writes the index of each part that it has read to its end."""
+def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
+    """Reads parts, and gives the rows without a cache file: (row, key, pixels and time_ids). Writes each part's index.
 
-    def __init__(self, args: ScriptArguments, cache: Path, parts: list, labels: dict, process: int, processes: int):
-        self.args, self.cache, self.labels = args, cache, labels
-        self.process, self.processes = process, processes
-        # Its own share first. Then it helps with what is left, in an order of its own: none waits for a slow or lost
-        # process at a barrier, where it would time out, and machines with caches of their own fill theirs.
-        mine = [(part, True) for i, part in enumerate(parts) if i % processes == process or part.rows > 1000]
-        others = sorted(parts, key=lambda part: short_hash(f"{process} {part.identity}"))
-        self.parts = [*mine, *((part, False) for part in others if processes > 1)]
-
-    def __iter__(self) -> Iterator[tuple[int, str, dict | str]]:
-        worker = torch.utils.data.get_worker_info()
-        with ThreadPoolExecutor(4) as pool:  # decoding and resizing release the interpreter's lock
-            for part, mine in self.parts[worker.id :: worker.num_workers] if worker else self.parts:
-                keys = row_keys(self.args, part, self.labels)
-                if keys is None or not all(cache_file(self.cache, key).exists() for key in keys):
-                    yield from self.read(part, mine, pool)
-
-    def read(self, part: Part, mine: bool, pool: ThreadPoolExecutor) -> Iterator[tuple[int, str, dict | str]]:
-        digests = []
-        for row, images in enumerate(read_images(part, self.args.images_column), part.start):
-            digests.append([image_digest(image) for image in images])
-            if row >= len(self.labels["id"]):
+    A process begins with its own share and then helps with what is left, in an order of its own: so none waits for a
+    slow or lost one at a barrier, where it would time out, and machines with caches of their own each fill theirs. Rows
+    that two of them encode do no harm: a file appears whole, under a name that only its content can have.
+    """
+    process, processes = run.accelerator.process_index, run.accelerator.num_processes
+    order = parts[process::processes]
+    order += sorted({*parts} - {*order}, key=lambda part: short_hash(f"{process} {part.identity}"))
+    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
+        for part in order:
+            keys = row_keys(args, part, labels)
+            if keys and all(cache_file(run.cache, key).exists() for key in keys):
                 continue
-            if len(images) != (wanted := self.labels["image_count"][row]):
-                yield row, "", f"{len(images)} images, but {wanted} numbers in `{self.args.preference_column}`"
-            key = row_key(self.labels, row, digests[-1])
-            # A large row group is every process's: each takes some of its rows.
-            other = mine and part.rows > 1000 and row // 16 % self.processes != self.process
-            if not other and not cache_file(self.cache, key).exists():
-                used = [(position, images[position]) for position in self.labels["images"][row]]
-                try:
-                    items = list(pool.map(partial(preprocess_image, resolution=self.args.resolution), used))
-                    yield row, key, {name: torch.stack([item[name] for item in items]) for name in items[0]}
-                except ValueError as error:
-                    yield row, key, str(error)
-        if not index_file(self.args, part).exists():
-            write_bytes(index_file(self.args, part), json.dumps(digests).encode())
+            index = []
+            for row, images in enumerate(read_images(part, args.images_column), part.start):
+                names = [os.path.abspath(i["path"]) if i["bytes"] is None else short_hash(i["bytes"]) for i in images]
+                index.append(names)
+                if row >= part.start + part.rows:  # beyond --max_train_samples
+                    continue
+                where = f"row {row} (prompt_id {labels['id'][row].as_py()!r})"
+                if len(images) != labels["count"][row]:
+                    raise SystemExit(f"{where}: {len(images)} images, but {labels['count'][row]} preferences")
+                if cache_file(run.cache, key := row_key(labels, row, names)).exists():
+                    continue
+                decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in labels["images"][row]}
+                if bad := [i for i, image in decoding.items() if image.exception()]:
+                    problem = one_line(decoding[bad[0]].exception())
+                    raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
+                yield row, key, default_collate([image.result() for image in decoding.values()])
+            write_bytes(index_file(args, part), json.dumps(index).encode())
 
 
-def preprocess_image(image: tuple[int, dict], resolution: int) -> dict[str, torch.Tensor]:
-    """(position, {"bytes", "path"}) → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre
-    cropped; and time_ids, float32 (6,): SDXL's [original height, width, crop top, left, target height, width]."""
-    position, stored = image
-    try:
-        picture = to_rgb(Image().decode_example(stored))  # turned as its EXIF data say
-    except Exception as error:
-        raise ValueError(f"image {position} does not decode: {one_line(error)}") from None
+def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
+    """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped; and
+    time_ids, float32 (6,): SDXL's [original height, width, crop top, left, target height, width]."""
+    picture = to_rgb(Image().decode_example(stored))  # turned as its EXIF data say
     original = [picture.height, picture.width]
     picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
     top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
@@ -890,31 +736,24 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     """Writes what is missing of the cache, and gives the labels the `key` of each row. Returns the gallery, in the main
     process, and what encodes prompts, if that is done at every step. A process loads only the models that it needs."""
     accelerator, done = run.accelerator, {file.stem for file in run.cache.glob("*/*.safetensors")}
-    known = [row_keys(args, part, labels) for part in parts]
-    missing = [part for part, keys in zip(parts, known) if keys is None or not done.issuperset(keys)]
-    texts = {}  # name in the cache → prompt, of what is encoded besides the rows
-    if args.proportion_empty_prompts and args.cache_text_embeddings:
-        texts["empty"] = ""
+    missing = [part for part in parts if not (keys := row_keys(args, part, labels)) or not done.issuperset(keys)]
     prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
-    names = [f"gallery-{short_hash(prompt)}" for prompt in prompts]
-    if accelerator.is_main_process:
-        texts |= dict(zip(names, prompts))
-
+    texts = {short_hash(prompt): prompt for prompt in ["", *(prompts if accelerator.is_main_process else [])]}
+    needs_text = bool(missing) or not done.issuperset(texts) or not args.cache_text_embeddings
     gallery = encode_prompts = None
-    with_text = bool(missing) or not args.cache_text_embeddings or not done.issuperset(texts)
-    if with_text or accelerator.is_main_process:
-        pipeline = load_pipeline(args, with_text).to(accelerator.device)
-        if with_text:
-            encode_prompts = partial(encode_prompt, args, pipeline)
-            encode_rows(args, run, pipeline, missing, labels)
-        for name in texts.keys() - done:
-            encode = partial(encode_for_pipeline, pipeline) if name in names else encode_prompts
-            write_tensors(cache_file(run.cache, name), {n: part[0] for n, part in encode([texts[name]]).items()})
+    if needs_text or accelerator.is_main_process:
+        pipeline = load_pipeline(args, accelerator.device, needs_text)
+        encode_rows(args, run, pipeline, missing, labels)
+        for key in texts.keys() - done:
+            embeds = encode_prompt(args, pipeline, [texts[key]])
+            write_tensors(cache_file(run.cache, key), {name: part[0] for name, part in embeds.items()})
+        if accelerator.is_main_process:
+            gallery = Gallery(args, run, prompts, pipeline)
         pipeline.vae.to("cpu")
         if args.cache_text_embeddings:
-            pipeline.text_encoder = pipeline.text_encoder_2 = encode_prompts = None
-        if accelerator.is_main_process:
-            gallery = Gallery(args, prompts, [load_file(cache_file(run.cache, name)) for name in names], pipeline)
+            pipeline.text_encoder = pipeline.text_encoder_2 = None
+        else:
+            encode_prompts = partial(encode_prompt, args, pipeline)
     accelerator.wait_for_everyone()
     labels["key"] = np.array([key for part in parts for key in row_keys(args, part, labels)])
     free_memory()
@@ -924,19 +763,10 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
 
 
 def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
-    """Writes the latents and the prompt embeddings of the rows of these parts, each row into a file of its own.
-
-    There is no lock. A file appears whole, under a name that only its content can have, so it does no harm if another
-    run or process encodes the same row.
-    """
-    process, processes = run.accelerator.process_index, run.accelerator.num_processes
-    rows = RowsToEncode(args, run.cache, parts, labels, process, processes)
-    loader = DataLoader(rows, batch_size=None, num_workers=args.dataloader_num_workers, worker_init_fn=ignore_signals)
-    share = -(-sum(part.rows for part in parts) // processes)
-    hidden = not (parts and run.accelerator.is_local_main_process)
-    for row, key, item in tqdm(read_ahead(iter(loader)), desc="encode", total=share, unit="row", disable=hidden):
-        if isinstance(item, str):
-            raise SystemExit(f"row {row} (prompt_id {labels['id'][row].as_py()!r}): {item}")
+    """Writes the latents and the prompt embeddings of the rows of these parts, each row into a file of its own."""
+    share = -(-sum(part.rows for part in parts) // run.accelerator.num_processes)
+    rows, hidden = read_ahead(rows_to_encode(args, run, parts, labels)), not run.accelerator.is_local_main_process
+    for row, key, item in tqdm(rows, desc="encode", total=share, unit="row", disable=hidden or not parts):
         item["latents"] = encode_images(pipeline.vae, item.pop("pixels"), args.vae_batch_size).to(args.weight_dtype)
         if args.cache_text_embeddings:
             embeds = encode_prompt(args, pipeline, [labels["prompt"][row].as_py()])
@@ -953,32 +783,28 @@ def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> 
     return means * vae.config.scaling_factor
 
 
-class CachedRows(torch.utils.data.Dataset):
-    """Encoded rows with their labels, timestep and noise, indexed by the keys of `micro_batches`."""
+def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, key: tuple[int, int, int]) -> dict:
+    """An encoded row with its labels, timestep and noise. `key`: of `micro_batches`."""
+    epoch, row, place = key
+    item = load_file(cache_file(run.cache, labels["key"][row]))
+    noise_key = (args.seed, epoch, labels["id"][row].as_py())
+    item |= sample_noise(args, noise_scheduler, noise_key, item["latents"].shape)
+    item |= {name: torch.from_numpy(labels[name][row]) for name in ("phi", "rank", "weight") if name in labels}
+    if run.reference:
+        step, place = divmod(place, run.rows_per_step)
+        item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
+    share = args.proportion_empty_prompts
+    empty = share > 0 and seeded_generator(*noise_key, "empty prompt").random() < share
+    if not args.cache_text_embeddings:
+        item["prompt"] = "" if empty else labels["prompt"][row].as_py()
+    elif empty:
+        item |= load_file(cache_file(run.cache, short_hash("")))
+    return item
 
-    def __init__(self, args: ScriptArguments, run: "Run", labels: dict, noise_scheduler):
-        self.args, self.cache, self.labels, self.noise_scheduler = args, run.cache, labels, noise_scheduler
-        self.ref_errors = None  # of `precompute_reference`
 
-    def __len__(self) -> int:
-        return len(self.labels["key"])
-
-    def __getitem__(self, key: tuple[int, int, int]) -> dict[str, torch.Tensor]:
-        epoch, row, place = key
-        args, labels = self.args, self.labels
-        item = load_file(cache_file(self.cache, labels["key"][row]))
-        noise_key = (args.seed, epoch, labels["id"][row].as_py())
-        item |= sample_noise(args, self.noise_scheduler, noise_key, item["latents"].shape)
-        item |= {name: torch.from_numpy(labels[name][row]) for name in ("phi", "rank", "weight") if name in labels}
-        if self.ref_errors is not None:
-            item["ref_errors"] = torch.from_numpy(self.ref_errors[place].copy())
-        share = args.proportion_empty_prompts
-        empty = share > 0 and seeded_generator(*noise_key, "empty prompt").random() < share
-        if not args.cache_text_embeddings:
-            item["prompt"] = "" if empty else labels["prompt"][row].as_py()
-        elif empty:
-            item |= load_file(cache_file(self.cache, "empty"))
-        return item
+def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
+    """The order of the dataset's rows in an epoch, int64 (length,): shuffled, a function of (seed, epoch)."""
+    return seeded_generator(args.seed, epoch, "order").permutation(length)
 
 
 def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
@@ -992,15 +818,17 @@ def micro_batches(args: ScriptArguments, length: int, process: int, processes: i
         yield [(place // length, int(order(place // length)[place % length]), place) for place in places]
 
 
-def training_batches(args: ScriptArguments, run: "Run", rows: CachedRows, encode_prompts, start_step: int) -> Iterator:
+def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
     """This process's micro-batches on its device, from a step on, without end."""
-    accelerator, workers = run.accelerator, args.dataloader_num_workers
-    keys = micro_batches(args, len(rows), accelerator.process_index, accelerator.num_processes, start_step)
-    options = {"num_workers": workers, "worker_init_fn": ignore_signals, "pin_memory": torch.cuda.is_available()}
-    for batch in read_ahead(iter(DataLoader(rows, batch_sampler=keys, **options))):
-        if encode_prompts:
-            batch |= encode_prompts(batch.pop("prompt"))
-        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+    accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
+    place = (accelerator.process_index, accelerator.num_processes, start_step)
+    keys, read = micro_batches(args, len(labels["key"]), *place), partial(read_row, args, run, labels, noise_scheduler)
+    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
+        for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
+            if encode_prompts:
+                batch |= encode_prompts(batch.pop("prompt"))
+            pinned = {n: part.pin_memory() if on_gpu and not part.is_cuda else part for n, part in batch.items()}
+            yield {name: part.to(accelerator.device, non_blocking=True) for name, part in pinned.items()}
 
 
 def read_ahead(items: Iterator) -> Iterator:
@@ -1012,111 +840,76 @@ def read_ahead(items: Iterator) -> Iterator:
             yield item
 
 
-def ignore_signals(worker: int) -> None:
-    """In a DataLoader's worker: a signal may reach it, too, but the main process still needs it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def precompute_reference(args: ScriptArguments, run: "Run", model: Module, rows: CachedRows, encode_prompts) -> None:
-    """Gives the rows the reference's errors of all places of the run: an array on disk, which later runs find if they
-    differ in nothing but the objective and the optimizer. What is not computed yet is NaN in it."""
-    accelerator, is_main = run.accelerator, run.accelerator.is_main_process
+def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches) -> None:
+    """Computes the reference's errors of all places of the run, a file for each step. Later runs find them if they
+    differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
+    accelerator = run.accelerator
     used = "seed noise proportion_empty_prompts time_ids base_precision allow_tf32 compile train_batch_size".split()
-    shape = (run.max_train_steps * run.rows_per_step, run.images_per_row)
-    key = [run.cache.name, run.settings["images"], shape, *(getattr(args, name) for name in used)]
-    file = run.cache.parent / f"reference-{short_hash(json.dumps(key))}.npy"
-    if is_main:
-        with FileLock(f"{file}.lock"):  # of two runs that begin at once, one makes the file
-            if not file.exists():
-                np.save(content := BytesIO(), np.full(shape, np.nan, dtype=np.float32))
-                write_bytes(file, content.getvalue())
-    accelerator.wait_for_everyone()
-    errors = np.lib.format.open_memmap(file, "r+" if is_main else "r")
-    known = int(np.append(np.isnan(errors).any(axis=1), True).argmax())  # places, in order
-    start = broadcast_object_list([known // run.rows_per_step])[0]
-    batches = training_batches(args, run, rows, encode_prompts, start)
-    hidden = not accelerator.is_local_main_process or start == run.max_train_steps
+    key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, name) for name in used)]
+    folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
+    start = run.start_step
+    while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
+        start += 1
+    start = broadcast_object_list([start])[0]  # another run may be writing: the first process decides
+    batches, hidden = batches(start), not accelerator.is_local_main_process
     for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step", disable=hidden):
-        for micro_step in range(args.gradient_accumulation_steps):
+        found = []
+        for _ in range(args.gradient_accumulation_steps):
             with accelerator.autocast(), as_reference(model):
-                found = accelerator.gather(predict(model, rows.noise_scheduler, next(batches), args)[0].detach())
-            place = (step * args.gradient_accumulation_steps + micro_step) * len(found)
-            if is_main:
-                errors[place : place + len(found)] = found.cpu()
-    errors.flush()  # processes on other machines read the file, too
+                errors = predict(model, noise_scheduler, next(batches), args)[0].detach()
+            found.append(accelerator.gather(errors))
+        if accelerator.is_local_main_process:
+            write_tensors(folder / f"{step}.safetensors", {"errors": torch.cat(found)})
     accelerator.wait_for_everyone()
-    rows.ref_errors = np.lib.format.open_memmap(file, "r")
+    run.reference = folder
 
 
-# Model: what is refused, the pipeline without its UNet, the UNet with its LoRA -----------------------------------------
+# Model: what is refused, the pipeline without its UNet, the UNet with its LoRA ---------------------------------------
+# What the objective takes for granted in the configurations of SDXL's base model; an absent value is the first one. Other
+# values are the refiner's, of flow matching, EDM, inpainting, distillation or adapters, and of Playground's VAE.
+PLAIN = {
+    "model_index.json": {"requires_aesthetics_score": (False, None)},
+    "scheduler/scheduler_config.json": {
+        "beta_schedule": ("none", "scaled_linear", "linear", "squaredcos_cap_v2", "sigmoid"),
+        **{"prediction_type": ("epsilon", "v_prediction"), "use_flow_sigmas": (False, None)},
+    },
+    "unet/config.json": {
+        **{
+            "in_channels": (4,),
+            "out_channels": (4,),
+            "addition_embed_type": ("text_time",),
+            "class_embed_type": (None,),
+        },
+        **{"num_class_embeds": (None,), "time_cond_proj_dim": (None,), "encoder_hid_dim_type": (None,)},
+    },
+    "vae/config.json": {"latents_mean": (None,), "shift_factor": (None,), "latent_channels": (4,)},
+}
 
 
 def check_model(args: ScriptArguments) -> None:
     """Exits with one line unless the model is an SDXL pipeline that the objective fits. Reads configurations only."""
     model, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    where = f"--pretrained_model_name_or_path {model}"
-    for flag, source in ((where, model), (f"--pretrained_vae_model_name_or_path {other}", other)):
-        if source and os.path.isfile(source):
-            convert = 'StableDiffusionXLPipeline.from_single_file("FILE").save_pretrained("FOLDER")'
-            raise SystemExit(f"{flag} is a single file; this takes a diffusers folder. Convert it: {convert}")
-    index = read_config(args, where, "model_index.json")
-    name = index.get("_class_name", "no pipeline")
-    if name not in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"):
-        raise SystemExit(f"{where} is a {name}, not SDXL: train_rankdpo_sd3.py or train_dpo_qsd.py may train it")
-    if index.get("requires_aesthetics_score") or None in index.get("text_encoder", []):
-        raise SystemExit(f"{where} is SDXL's refiner, which trains and draws in another way: take the base model")
-
-    config = read_config(args, where, "scheduler/scheduler_config.json")
-    kind, target = config.get("_class_name"), config.get("prediction_type", "epsilon")
-    if "beta_schedule" not in config or config.get("use_flow_sigmas") or target not in ("epsilon", "v_prediction"):
-        schedule = f"{target}{' with flow sigmas' if config.get('use_flow_sigmas') else ''}"
-        raise SystemExit(f"{where}: its scheduler, {kind} ({schedule}), is none of epsilon or v-prediction with betas")
-    try:
-        DDPMScheduler.from_config(config)
-    except Exception as error:
-        raise SystemExit(f"{where}: its noise schedule is none that can be trained: {one_line(error)}") from None
-
-    config = read_config(args, where, "unet/config.json")
-    plain = {"in_channels": 4, "out_channels": 4, "addition_embed_type": "text_time"}
-    plain |= dict.fromkeys(("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"))
-    for name, value in plain.items():
-        if (found := config.get(name, value)) != value:
-            raise SystemExit(f"{where}: its UNet has {name} {found}, not {value}: an inpainting or distilled model, or")
-    if not args.variant and (variant := only_variant(args)):
-        raise SystemExit(f"{where} has files of the variant {variant} only: add --variant {variant}")
-
-    config = (
-        read_config(args, where, "vae/config.json") if not other else read_config(args, other, "config.json", other)
-    )
-    for name, value in {"latents_mean": None, "shift_factor": None, "latent_channels": 4}.items():
-        if (found := config.get(name, value)) != value:  # Playground v2.5 standardises by `latents_mean`
-            raise SystemExit(f"{other or model}: its VAE has {name} {found}, which SDXL's does not")
-
-
-def read_config(args: ScriptArguments, where: str, file: str, model: str | None = None) -> dict:
-    """A configuration of the model, or of another one; exits with one line if it cannot be read."""
-    revision = None if model else args.revision
-    try:
-        return json.loads(file_of(model or args.pretrained_model_name_or_path, file, revision).read_text())
-    except Exception as error:
-        raise SystemExit(f"{where}: not a diffusers model that can be read: {one_line(error)}") from None
-
-
-def only_variant(args: ScriptArguments) -> str | None:
-    """The variant of the UNet's weights, if there are none without one."""
-    model = args.pretrained_model_name_or_path
-    if os.path.isdir(model):
-        names = os.listdir(Path(model, "unet"))
-    else:
+    for file, rules in PLAIN.items():
+        where, source, revision = f"--pretrained_model_name_or_path {model}", model, args.revision
+        if other and file == "vae/config.json":
+            where, source, revision = f"--pretrained_vae_model_name_or_path {other}", other, None
+            file = "config.json"
+        if os.path.isfile(source):
+            convert = f'StableDiffusionXLPipeline.from_single_file("{source}").save_pretrained("FOLDER")'
+            raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
         try:
-            files = HfApi().model_info(model, revision=args.revision).siblings
-            names = [file.rfilename.removeprefix("unet/") for file in files if file.rfilename.startswith("unet/")]
-        except Exception:  # without a network: what is in the cache decides
-            return None
-    weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
-    variants = [match and match[1] for match in (re.search(r"\.([a-z]\w*?)(-\d+-of-\d+)?\.\w+$", n) for n in weights)]
-    return variants[0] if variants and None not in variants else None
+            config = json.loads(file_of(source, file, revision).read_text())
+        except Exception as error:
+            raise SystemExit(f"{where}: not a diffusers model that can be read: {one_line(error)}") from None
+        name = config.get("_class_name", file)
+        if file == "model_index.json" and name not in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"):
+            raise SystemExit(f"{where} is a {name}, not SDXL: train_rankdpo_sd3.py or train_dpo_qsd.py may train it")
+        for key, values in rules.items():
+            if (found := config.get(key, values[0])) == "none" or found not in values:
+                raise SystemExit(f"{where}: its {name} has {key} {found}, not {values[-1]}: the objective does not fit")
+    weights = [file.name for file in Path(model, "unet").glob("*.safetensors")]  # none of a model on the Hub
+    if not args.variant and weights and all(".fp16" in name for name in weights):
+        raise SystemExit(f"--pretrained_model_name_or_path {model} holds fp16 files only: add --variant fp16")
 
 
 def file_of(model: str, file: str, revision: str | None = None) -> Path:
@@ -1134,37 +927,32 @@ def model_key(model: str, file: str, revision: str | None = None) -> str:
         name = path.relative_to(model).as_posix()
         # Cards and pictures do not count, nor do hidden files, which are other programs'.
         if path.is_file() and not re.search(r"(^|/)\.|\.(md|png)$", name):
-            size = path.stat().st_size
-            digest.update(f"{name}:{size}".encode())
-            with open(path, "rb") as handle:
-                for start in np.linspace(0, max(0, size - 2**16), 32).astype(int):
-                    handle.seek(start)
-                    digest.update(handle.read(2**16))
+            content = np.memmap(path, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+            digest.update(f"{name}:{len(content)}".encode())
+            for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
+                digest.update(content[start : start + 2**16])
     return digest.hexdigest()[:16]
 
 
-def load_vae(args: ScriptArguments) -> AutoencoderKL:
-    """The model's own VAE runs in float32, because it overflows in fp16."""
-    if args.pretrained_vae_model_name_or_path:
-        return AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=args.weight_dtype)
-    options = {"revision": args.revision, "variant": args.variant, "dtype": torch.float32}
-    return AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **options)
-
-
-def load_pipeline(args: ScriptArguments, with_text: bool = True) -> StableDiffusionXLPipeline:
-    """The pipeline without its UNet: VAE, text encoders unless all prompts are encoded, and what draws the gallery."""
+def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool = True) -> StableDiffusionXLPipeline:
+    """The pipeline without its UNet, and without text encoders if nothing is left for them to encode."""
+    model, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    options = {"revision": args.revision, "variant": args.variant}
+    if other:
+        vae = AutoencoderKL.from_pretrained(other, dtype=args.weight_dtype)
+    else:  # the model's own VAE runs in float32: it overflows in fp16
+        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **options)
     absent = ["unet"] if with_text else ["unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
-    options = {"revision": args.revision, "variant": args.variant, "dtype": args.weight_dtype, "add_watermarker": False}
-    options |= {"vae": load_vae(args).requires_grad_(False), **dict.fromkeys(absent)}
-    pipeline = StableDiffusionXLPipeline.from_pretrained(args.pretrained_model_name_or_path, **options)
+    options |= {"vae": vae.requires_grad_(False), **dict.fromkeys(absent), "add_watermarker": False}
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(device)
 
 
 @torch.no_grad()
 def encode_prompt(args: ScriptArguments, pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> dict:
-    """prompts (n) → prompt_embeds (n, tokens, width) and pooled_prompt_embeds (n, pooled width). An empty prompt is what
-    the pipeline takes for no prompt: zeros, if its configuration says so."""
+    """prompts (n) → prompt_embeds (n, tokens, width) and pooled_prompt_embeds (n, pooled width): zeros for an empty one,
+    where the pipeline takes zeros for no prompt."""
     # The pipeline's own device would be the VAE's, which may have left the GPU.
     options = {"device": pipeline.text_encoder.device, "do_classifier_free_guidance": False}
     embeds, _, pooled, _ = pipeline.encode_prompt(prompts, **options)
@@ -1172,13 +960,6 @@ def encode_prompt(args: ScriptArguments, pipeline: StableDiffusionXLPipeline, pr
         empty = [i for i, prompt in enumerate(prompts) if not prompt]
         embeds[empty], pooled[empty] = 0.0, 0.0
     return {"prompt_embeds": embeds.to(args.weight_dtype), "pooled_prompt_embeds": pooled.to(args.weight_dtype)}
-
-
-@torch.no_grad()
-def encode_for_pipeline(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> dict:
-    """What the pipeline draws with: the embeddings of a prompt and of none."""
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, pipeline.encode_prompt(prompts, device=pipeline.text_encoder.device)))
 
 
 def micro_conditioning(args: ScriptArguments, time_ids: torch.Tensor) -> torch.Tensor:
@@ -1194,10 +975,9 @@ def load_model(args: ScriptArguments) -> tuple[DDPMScheduler, UNet2DConditionMod
     """Scheduler and UNet, without LoRA. `--base_precision` quantises the linear layers."""
     model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
     options = {"variant": args.variant, "dtype": args.weight_dtype}
-    if args.base_precision == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    elif args.base_precision == "nf4":
-        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.weight_dtype}
+    if args.base_precision:
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.weight_dtype}
+        bits = {"load_in_8bit": True} if args.base_precision == "int8" else four
         options["quantization_config"] = BitsAndBytesConfig(**bits)
     noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
     return noise_scheduler, UNet2DConditionModel.from_pretrained(**model, subfolder="unet", **options)
@@ -1234,20 +1014,13 @@ def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
 def as_reference(model: Module) -> Iterator[None]:
     """In this block a forward is the reference's: the same module and kernels without the LoRA, so scores begin at 0.
     A compiled model keeps track of gradients as in training, so that the same graphs run: detach what it returns."""
-    scale = getattr(model, "lora_scale", None)
-    if scale is not None:
-        scale.zero_()
+    scale = getattr(model, "lora_scale", None)  # of a compiled model
+    with torch.no_grad() if scale is None else nullcontext():
+        model.disable_adapters() if scale is None else scale.zero_()
         try:
             yield
         finally:
-            scale.fill_(1.0)
-        return
-    model.disable_adapters()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.enable_adapters()
+            model.enable_adapters() if scale is None else scale.fill_(1.0)
 
 
 def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
@@ -1271,24 +1044,12 @@ def save_comfyui_lora(model: UNet2DConditionModel, file: Path) -> None:
 
 
 def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames LoRA tensors to the keys that ComfyUI, kohya's network loader and A1111 know.
-
-    `[unet.]<module>.lora_A.weight` (rank, in) and `….lora_B.weight` (out, rank), trained with alpha = rank, become
-    `lora_unet_<module with _>.lora_down.weight`, `.lora_up.weight` and `.alpha` (a float32 scalar, the rank).
-    """
-    renamed = {}
-    for key, tensor in lora_state_dict.items():
-        module, matrix = key.removeprefix("unet.").removesuffix(".weight").rsplit(".", 1)
-        name = "lora_unet_" + module.replace(".", "_")
-        renamed[f"{name}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = tensor
-        if matrix == "lora_A":
-            renamed[f"{name}.alpha"] = torch.tensor(float(tensor.shape[0]))
-    return renamed
+    """LoRA tensors with peft's keys, `[unet.]<module>.lora_A.weight`, under those that ComfyUI, kohya's network loader
+    and A1111 know: `lora_unet_<module with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`, the rank."""
+    return convert_state_dict_to_kohya({f"unet.{key.removeprefix('unet.')}": t for key, t in lora_state_dict.items()})
 
 
-# The run: what it is, its folder, checkpoints, signals, log -------------------------------------------------------------
-
-
+# The run: what it is, its folder, checkpoints, signals, log -----------------------------------------------------------
 # A resumed run may set these differently; all others identify a run.
 MAY_CHANGE = """revision dataset_revision cache_dir cache_text_embeddings vae_batch_size dataloader_num_workers
 output_dir train_batch_size gradient_accumulation_steps max_skipped_steps compile precompute_ref
@@ -1303,27 +1064,34 @@ class Run:
 
     accelerator: Accelerator
     settings: dict  # all that changes the result: two runs with the same settings are the same run
-    earlier: dict  # of a run whose results are in the output folder
+    earlier: dict  # settings of the run whose results are in the output folder
     cache: Path  # of latents and embeddings
     checkpoint: Path | None
     start_step: int
     max_train_steps: int
     rows_per_step: int  # of all processes and accumulated forwards
     images_per_row: int
-    upload: Future | None = None  # of a checkpoint
+    reference: Path | None = None  # of `precompute_reference`
+    upload: object = None  # the Future of a checkpoint
+    lock: object = None  # of the output folder
 
 
 def make_accelerator(args: ScriptArguments) -> Accelerator:
-    """Exits with one line if this machine, or accelerate's settings, do not fit the flags."""
-    check_machine(args)
+    """Exits with one line if this machine, or what accelerate is set to, does not fit the flags."""
+    output_dir, on_gpu = Path(args.output_dir), torch.cuda.is_available()
+    if (args.base_precision or args.mixed_precision == "fp16") and not on_gpu:
+        raise SystemExit("--base_precision and --mixed_precision fp16 need a GPU: there is none")
+    if args.base_precision and args.compile:
+        raise SystemExit("--base_precision and --compile were never tried together: leave out one of them")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")))):
+        raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    output_dir = Path(args.output_dir)
     accelerator = Accelerator(
-        cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available(),  # several processes without a GPU: gloo
-        # As a plugin: the plain number would be overridden by ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+        cpu="LOCAL_RANK" in os.environ and not on_gpu,  # several processes without a GPU: gloo
+        # As a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override a number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to in ("none", "no") else args.report_to,
+        log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
         # The first process may draw, or write to a slow disk, for longer than NCCL's ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
@@ -1331,97 +1099,61 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
     if (kind := accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise SystemExit(f"accelerate is set to {kind}: a LoRA needs no more than data parallelism")
     if (backend := accelerator.state.dynamo_plugin.backend.value) != "NO":
-        raise SystemExit(f"accelerate is set to compile with {backend}: unset it, and use --compile")
+        raise SystemExit(f"accelerate is set to compile with {backend}: switch it off, and use --compile")
     return accelerator
-
-
-def check_machine(args: ScriptArguments) -> None:
-    compilers = (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc"))
-    if args.compile and not any(map(shutil.which, compilers)):
-        raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
-    if args.base_precision and args.compile:
-        raise SystemExit(f"--base_precision {args.base_precision}: leave out --compile, with which it was never tried")
-    if (args.base_precision or args.mixed_precision == "fp16") and not torch.cuda.is_available():
-        flag = f"--base_precision {args.base_precision}" if args.base_precision else "--mixed_precision fp16"
-        raise SystemExit(f"{flag} needs a GPU: there is none")
 
 
 def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, labels: dict) -> Run:
     """Counts the steps, finds the checkpoint to continue from, and refuses a folder that holds another run."""
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    encoding = encoding_key(args)
+    # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
+    other = args.pretrained_vae_model_name_or_path
+    model = model_key(args.pretrained_model_name_or_path, "model_index.json", args.revision)
+    encoding = [VERSION, model, other and model_key(other, "config.json"), args.variant, args.resolution]
+    encoding = short_hash(json.dumps([*encoding, args.mixed_precision, args.cache_text_embeddings]))
     settings = {"version": VERSION}
     settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if spec.name not in MAY_CHANGE}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
-    numbers = [labels[name].tobytes() for name in ("images", "phi", "rank", "weight") if name in labels]
-    settings["labels"] = short_hash(b"".join([*numbers, json.dumps(labels["id"].to_pylist()).encode()]))
-    settings |= {"model_files": encoding, "global_batch_size": rows_per_step, "rewards": label_rewards(args, table)}
-
-    earlier, checkpoints = earlier_run(args, settings)
-    checkpoint = checkpoints[-1] if checkpoints else None
-    start_step = step_of(checkpoint) if checkpoint else 0
-    max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * len(table) / rows_per_step))
-    if start_step > max_train_steps:
-        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
-    size = (start_step, max_train_steps, rows_per_step, labels["phi"].shape[1])
-    return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoint, *size)
-
-
-def encoding_key(args: ScriptArguments) -> str:
-    """What latents and embeddings depend on besides the row: the content of the model, not its place, and the
-    preprocessing."""
-    other = args.pretrained_vae_model_name_or_path
-    model = model_key(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    facts = [VERSION, model, other and model_key(other, "config.json"), args.variant, args.resolution]
-    return short_hash(json.dumps([*facts, args.mixed_precision, args.cache_text_embeddings]))
-
-
-def label_rewards(args: ScriptArguments, table: pa.Table) -> list[str]:
-    """The rewards that the labels come from: evaluate.py marks their figures."""
-    if args.rank_by == "all" and args.loss_type == "weighted_sft":
-        return ["hpsv2.1"]
     scores = table.schema.field("scores").type if "scores" in table.column_names else None
     known = [scores.field(i).name for i in range(scores.num_fields)] if pa.types.is_struct(scores) else []
-    return {"all": known, "random": []}.get(args.rank_by, [args.rank_by])
+    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else known
+    settings["rewards"] = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])  # evaluate.py marks them
+    numbers = [labels[name].tobytes() for name in ("images", "phi", "rank", "weight") if name in labels]
+    settings["labels"] = short_hash(b"".join([*numbers, str(labels["id"].to_pylist()).encode()]))
+    settings |= {"model_files": encoding, "global_batch_size": rows_per_step}
 
-
-def earlier_run(args: ScriptArguments, settings: dict) -> tuple[dict, list[Path]]:
-    """Settings of the run whose results are in the output folder, and the checkpoints that this run may continue."""
-    output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint
-    record, here, checkpoints = (
-        output_dir / "run.json",
-        f"--output_dir {output_dir} holds",
-        list_checkpoints(output_dir),
-    )
+    output_dir, resume, checkpoints = Path(args.output_dir), args.resume_from_checkpoint, list_checkpoints(args)
+    record, here = output_dir / "run.json", f"--output_dir {output_dir} holds"
     earlier = json.loads(record.read_text()) if record.exists() else {}
     if not earlier and output_dir.exists() and any(path.name[0] != "." for path in output_dir.iterdir()):
         raise SystemExit(f"{here} other files: choose another folder")
     if not checkpoints and not (output_dir / LORA_FILE).exists():
-        earlier = {}  # of a run that left nothing
-    if earlier:
-        check_same_run(args, settings, earlier)
-        if not resume:
-            raise SystemExit(f"{here} this run: add --resume_from_checkpoint latest, or choose another folder")
-    if resume not in (None, "latest"):
-        wanted = [Path(resume).resolve(), (output_dir / resume).resolve()]  # a path, or a name in the output folder
-        checkpoints = [path for path in checkpoints if path.resolve() in wanted]
+        earlier = {}  # it left nothing
+    check_same_run(args, settings, earlier)
+    if earlier and not resume:
+        raise SystemExit(f"{here} this run: add --resume_from_checkpoint latest, or choose another folder")
+    if resume not in (None, "latest"):  # a path, or a name in the folder
+        wanted = {Path(resume).resolve(), (output_dir / resume).resolve()}
+        checkpoints = {step: path for step, path in checkpoints.items() if path.resolve() in wanted}
         if not checkpoints:
             raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
-    return earlier, checkpoints
+    start_step = max(checkpoints, default=0)
+    max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * len(table) / rows_per_step))
+    if start_step > max_train_steps:
+        raise SystemExit(f"{here} checkpoint-{start_step}, beyond the {max_train_steps} steps: raise --max_train_steps")
+    size = (start_step, max_train_steps, rows_per_step, labels["phi"].shape[1])
+    return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoints.get(start_step), *size)
 
 
 def check_same_run(args: ScriptArguments, settings: dict, earlier: dict) -> None:
-    here = f"--output_dir {args.output_dir} holds a run"
-    if earlier.get("version") != VERSION:
-        raise SystemExit(f"{here} of another version of this script: choose another folder")
-    for name in settings:
-        if (was := earlier.get(name)) != settings[name]:
-            raise SystemExit(f"{here} with {name} {was}, not {settings[name]}: choose another folder")
+    for name, value in settings.items() if earlier else ():
+        if (was := earlier.get(name)) != value:
+            where = f"--output_dir {args.output_dir} holds a run with {name} {was}, not {value}"
+            raise SystemExit(f"{where}: choose another folder")
 
 
-@contextmanager
-def begun(args: ScriptArguments, run: Run) -> Iterator[None]:
+def begin_run(args: ScriptArguments, run: Run) -> FileLock:
     """Keeps other runs out of the output folder, and prepares it and the repository. The main process does it, and all
     end with its line if it fails: none waits for it in a collective."""
     output_dir, problem, lock = Path(args.output_dir), None, FileLock(Path(args.output_dir, ".lock"))
@@ -1429,47 +1161,42 @@ def begun(args: ScriptArguments, run: Run) -> Iterator[None]:
     if run.accelerator.is_main_process:
         try:
             earlier_card(args)
-            if args.push_to_hub:
-                create_repository(args)
+            if args.push_to_hub:  # a wrong token, name or card fails now, not after the training
+                name = args.hub_model_id or output_dir.resolve().name
+                args.hub_model_id = (
+                    HfApi().create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+                )
+                HfApi().auth_check(args.hub_model_id, write=True)
+                earlier_card(args, on_hub=True)
             output_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             problem = f"--output_dir {output_dir} is in use by another run: wait for its end, or choose another folder"
-        except (Exception, SystemExit) as error:
-            problem = one_line(error)
-    problem, args.hub_model_id = broadcast_object_list([problem, args.hub_model_id])
-    if problem:
+        except Exception as error:
+            problem = f"{'--push_to_hub or ' * args.push_to_hub}--output_dir {output_dir}: {one_line(error)}"
+    if problem := broadcast_object_list([problem])[0]:
         raise SystemExit(problem)
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock
 
 
 def record_run(args: ScriptArguments, run: Run, labels: dict) -> None:
-    """Adds the images, which are known once all are encoded, to the settings, and writes them."""
-    run.settings["images"] = short_hash(json.dumps([labels["id"].to_pylist(), labels["key"].tolist()], default=str))
-    if run.earlier:
-        check_same_run(args, run.settings, run.earlier)
+    """Writes what identifies the run. The images do, too: they are known once all are encoded."""
+    run.settings["images"] = short_hash(str([*zip(labels["id"].to_pylist(), labels["key"].tolist())]))
+    check_same_run(args, run.settings, run.earlier)
     if run.accelerator.is_main_process:
         write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
 
 
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
-    return sorted(folders, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+def list_checkpoints(args: ScriptArguments) -> dict[int, Path]:
+    """Folders by step, oldest first."""
+    folders = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return dict(sorted((int(path.name[11:]), path) for path in folders))
 
 
 def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, state: dict) -> None:
     """Writes `checkpoint-<step>` under another name and renames it: a killed run leaves no half checkpoint. It needs no
     random state: timesteps, noise and order of the data are functions of seed and step."""
-    output_dir = Path(args.output_dir)
-    folder, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    folder, temporary = Path(args.output_dir, f"checkpoint-{step}"), Path(args.output_dir, f".checkpoint-{step}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_lora(model, temporary)
@@ -1477,33 +1204,21 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     if args.checkpoints_total_limit:
-        for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
+        for old in list(list_checkpoints(args).values())[: -args.checkpoints_total_limit]:
             shutil.rmtree(old)
     if args.push_to_hub and args.hub_strategy == "checkpoint" and step < run.max_train_steps:
-        upload_checkpoint(args, run, folder)
-
-
-def load_state(checkpoint: Path, state: dict) -> None:
-    stored = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
-    for name, part in state.items():
-        part.load_state_dict(stored[name])
+        if run.upload is None or run.upload.done():  # else a later one, or the final LoRA, replaces it
+            if run.upload and (error := run.upload.exception()):
+                tqdm.write(f"a checkpoint's upload failed: {one_line(error)}; the training goes on", file=sys.stderr)
+            lora = {"path_or_fileobj": (folder / LORA_FILE).read_bytes(), "path_in_repo": LORA_FILE}
+            run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
 
 
 stop_signals: list[tuple[int, float]] = []  # that this process has received while it trained, and when
 
 
-@contextmanager
-def stopping_between_steps() -> Iterator[None]:
-    """In this block a signal ends the run between two steps. Elsewhere it ends the process at once: nothing is lost."""
-    handlers = {number: signal.signal(number, on_stop_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def on_stop_signal(number: int, frame) -> None:
+    """After the first SIGTERM or Ctrl-C all processes leave between two steps; a second one ends this one now."""
     # A launcher passes a signal on that the whole group has received already: this is not a second one.
     if stop_signals and time.monotonic() - stop_signals[0][1] > 2:
         os._exit(128 + number)
@@ -1511,15 +1226,15 @@ def on_stop_signal(number: int, frame) -> None:
 
 
 def save_before_stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict) -> None:
-    """After a signal, before the next forward: the checkpoint of the last whole step. A launcher kills all processes 30
-    seconds after its signal, perhaps before this step ends. One process leaves now; several leave together, after it."""
+    """After a signal, before the next forward: the checkpoint of the last whole step. Launchers kill all processes 30
+    seconds after their signal, perhaps before the step ends. One process leaves now; several leave together after it."""
     if run.accelerator.is_main_process and step and not Path(args.output_dir, f"checkpoint-{step}").exists():
         save_checkpoint(args, run, step, model, state)
     if run.accelerator.num_processes == 1:
-        end_stopped_run(args, run, step)
+        end_stopped_run(run, step)
 
 
-def end_stopped_run(args: ScriptArguments, run: Run, step: int) -> None:
+def end_stopped_run(run: Run, step: int) -> None:
     """Ends all processes after a signal. The checkpoint of the step is written."""
     if run.upload:
         run.upload.exception()  # waits
@@ -1537,9 +1252,9 @@ class TrainingLog:
 
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        if total <= args.lr_warmup_steps:
-            self.accelerator.print(f"warning: all {total} steps are warm-up: add prompts, or raise --max_train_steps")
         self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
+        if total <= args.lr_warmup_steps:
+            self.accelerator.print("warning: all steps are warm-up: add prompts, or raise --max_train_steps")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers("rankdpo-sdxl", config=config)
@@ -1550,9 +1265,7 @@ class TrainingLog:
             self.file = open(file, "a", buffering=1)
         hidden = not self.accelerator.is_local_main_process
         self.bar = tqdm(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
-        self.step_ended = time.time()
-        self.data_time = 0.0  # of this step
-        self.skipped = 0  # steps in a row
+        self.step_ended, self.data_time, self.skipped = time.time(), 0.0, 0  # steps in a row
 
     def next_batch(self, batches: Iterator) -> dict[str, torch.Tensor]:
         """The next batch. Counts the seconds that the step waits for it."""
@@ -1580,35 +1293,28 @@ class TrainingLog:
             self.file.write(json.dumps({"step": step, **known, **({} if finite else {"skipped": True})}) + "\n")
         # With fp16 the first gradients overflow, while the loss scaler looks for its scale.
         if self.skipped > self.args.max_skipped_steps + 20 * (self.args.mixed_precision == "fp16"):
-            kept = "checkpoints stay: lower --learning_rate, in another --output_dir"
-            raise SystemExit(f"step {step}: {self.skipped} steps in a row without a finite loss and gradient; {kept}")
+            raise SystemExit(f"step {step}: {self.skipped} steps in a row were not finite: lower --learning_rate")
         return finite
 
-    def close(self) -> None:
-        self.bar.close()
-        if self.accelerator.is_main_process:
-            self.file.close()
 
-
-# Gallery, card, Hub -------------------------------------------------------------------------------------------------------
-
-
+# Gallery, card, Hub ---------------------------------------------------------------------------------------------------
 class Gallery:
     """Draws the validation prompts with the current LoRA, or without it."""
 
-    def __init__(self, args: ScriptArguments, prompts: list[str], embeds: list[dict], pipeline):
-        self.args, self.prompts, self.embeds, self.pipeline = args, prompts, embeds, pipeline
+    def __init__(self, args: ScriptArguments, run: Run, prompts: list[str], pipeline: StableDiffusionXLPipeline):
+        self.args, self.prompts, self.pipeline = args, prompts, pipeline
+        *self.embeds, empty = [load_file(cache_file(run.cache, short_hash(prompt))) for prompt in [*prompts, ""]]
+        self.negative = {f"negative_{name}": tensor for name, tensor in empty.items()}
 
     @torch.no_grad()
     def draw(self, model: UNet2DConditionModel, lora: bool = True) -> list[PILImage.Image]:
         args, device, vae, dtype = self.args, model.device, self.pipeline.vae.to(model.device), self.args.weight_dtype
-        self.pipeline.unet = model.eval()
+        self.pipeline.unet, images = model.eval(), []
         options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
         options["num_inference_steps"] = args.validation_num_inference_steps
         options["guidance_scale"] = args.validation_guidance_scale
-        images = []
         for i, embeds in enumerate(self.embeds):
-            options |= {name: tensor[None].to(device) for name, tensor in embeds.items()}
+            options |= {name: tensor[None].to(device) for name, tensor in (embeds | self.negative).items()}
             with (
                 torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
                 nullcontext() if lora else as_reference(model),
@@ -1636,34 +1342,43 @@ def log_images(accelerator: Accelerator, prompts: list[str], images: list[PILIma
 
 def finish(args: ScriptArguments, run: Run, model: Module, gallery: Gallery, parts: list[Part]) -> None:
     """Writes the LoRA files, the gallery and, last of all, the card; then uploads them."""
-    output_dir = Path(args.output_dir)
-    facts = run_facts(args, run, parts)
+    output_dir, facts = Path(args.output_dir), run_facts(args, run, parts)
     if facts["skipped steps"] == run.max_train_steps:
         raise SystemExit("no step had a finite loss and gradient: nothing was learned")
     write_bytes(output_dir / LORA_FILE, (output_dir / f"checkpoint-{run.max_train_steps}" / LORA_FILE).read_bytes())
     save_comfyui_lora(model, output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors")
     before, after = gallery.draw(model, lora=False), gallery.draw(model)
     log_images(run.accelerator, gallery.prompts, after, run.max_train_steps)
-    write_card(args, output_dir, gallery.prompts, before, after, facts)
+    write_card(args, gallery.prompts, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
     if args.push_to_hub:
-        upload(args, run)
+        if run.upload:
+            run.upload.exception()  # waits; what follows replaces it, failed or not
+        patterns, card = (
+            [LORA_FILE, "comfyui/*", "images/*", "README.md", "run.json", LOG_FILE],
+            output_dir / "README.md",
+        )
+        try:
+            if theirs := earlier_card(args, on_hub=True):
+                write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
+            HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=output_dir, allow_patterns=patterns)
+        except Exception as error:
+            raise SystemExit(f"upload failed: {one_line(error)}: --resume_from_checkpoint latest repeats it") from None
+        print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
 
 
 def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
-    """What the card states of the run. Times are sums over the steps, so of all parts of an interrupted run."""
+    """What the card states of the run. Times are sums over the steps: of all parts of an interrupted run."""
     device, processes = run.accelerator.device, run.accelerator.num_processes
     on_gpu = device.type == "cuda"
     log = [json.loads(line) for line in Path(args.output_dir, LOG_FILE).read_text().splitlines()]
     hours = sum(line["step_time"] for line in log) / 3600
-    commits = sorted(
-        {f"commit {commit}, " for part in parts for commit in re.findall(r"@([0-9a-f]{40})/", str(part[0]))}
-    )
-    images = len(log) * run.rows_per_step * run.images_per_row
-    facts = {
+    cost = args.gpu_hourly_cost or 0
+    commit = re.search(r"@([0-9a-f]{40})/", parts[0].file)  # of a dataset of the Hub
+    return {
         "base": args.pretrained_model_name_or_path,
-        "data": f"{args.dataset_name}, {''.join(commits)}hash of images {run.settings['images']}, "
-        f"of labels {run.settings['labels']}",
+        "data": f"{args.dataset_name}, {f'commit {commit[1]}, ' if commit else ''}{len(parts)} row groups, "
+        f"hash of images {run.settings['images']}, of labels {run.settings['labels']}",
         "objective": f"{args.loss_type}, beta {args.beta_dpo:g}",
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, warm-up {args.lr_warmup_steps} steps",
         "LoRA rank": args.rank,
@@ -1672,23 +1387,25 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
         "skipped steps": sum("skipped" in line for line in log),
         "seed": args.seed,
         "time": f"{hours:.3g} h of training",
-        "GPU hours": f"{processes * hours:.3g}" if on_gpu else f"0 ({processes * hours:.3g} h of CPU processes)",
-        "speed": f"{images / (3600 * hours):.3g} images/s" if hours else "not measured",
+        "GPU hours": f"{processes * hours:.3g}" if on_gpu else f"0, and {processes * hours:.3g} of CPU processes",
+        **({"price": f"{processes * hours * cost:.2f}, at {cost:g} an hour of each process"} if cost else {}),
+        "speed": f"{len(log) * run.rows_per_step * run.images_per_row / (3600 * hours or 1):.3g} images/s",
         "peak memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if on_gpu else "not measured",
         "hardware": f"{processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")),
     }
-    if args.gpu_hourly_cost is not None:
-        price = processes * hours * args.gpu_hourly_cost
-        facts["price"] = f"{price:.2f} at {args.gpu_hourly_cost:g} for each hour of a {'GPU' if on_gpu else 'process'}"
-    return facts
 
 
-def write_card(args: ScriptArguments, output_dir: Path, prompts: list, before: list, after: list, facts: dict) -> None:
+CARD_BEGIN = "<!-- train_rankdpo_sdxl.py writes from here to its second mark; text before and after is kept. -->"
+CARD_END = "<!-- End of what train_rankdpo_sdxl.py wrote. -->"
+
+
+def write_card(args: ScriptArguments, prompts: list[str], before: list, after: list, facts: dict) -> None:
     """Writes the before/after gallery and the model card."""
+    output_dir, widgets = Path(args.output_dir), []
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
     (output_dir / "images").mkdir()
-    widgets, gallery = [], ["| prompt | base | with this LoRA |", "|---|---|---|"]
+    gallery = ["| prompt | base | with this LoRA |", "|---|---|---|"]
     for i, (prompt, base, tuned) in enumerate(zip(prompts, before, after)):
         base.save(output_dir / "images" / f"{i}_base.png")
         tuned.save(output_dir / "images" / f"{i}.png")
@@ -1707,7 +1424,7 @@ def write_card(args: ScriptArguments, output_dir: Path, prompts: list, before: l
     local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
     settings = {n: v for n, v in asdict(args).items() if n not in local and v != getattr(ScriptArguments, n)}
     learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if args.loss_type in ("sft", "weighted_sft"):
+    if "sft" in args.loss_type:
         learns = "one of its baselines: the model learns to denoise images, the better ones more"
     body = f"""# {name}
 
@@ -1759,27 +1476,23 @@ from the script's defaults, as a file for `--config`:
 
 def base_license(args: ScriptArguments) -> dict:
     """The licence of the base model, which its LoRA inherits."""
-    model = args.pretrained_model_name_or_path
     try:
-        card = RepoCard(file_of(model, "README.md", args.revision).read_text())
+        card = RepoCard(file_of(args.pretrained_model_name_or_path, "README.md", args.revision).read_text())
     except Exception:  # no card, no network, a card with broken front matter: the user names the licence
         return {}
     found = {name: card.data[name] for name in ("license", "license_name", "license_link") if name in card.data}
-    if "://" not in (file := found.get("license_link", "://")) and not os.path.isdir(model):
-        found["license_link"] = f"https://huggingface.co/{model}/blob/main/{file}"
+    if "://" not in (file := found.get("license_link", "://")):  # of the base model's repository
+        found["license_link"] = f"https://huggingface.co/{args.pretrained_model_name_or_path}/blob/main/{file}"
     return found
 
 
 def earlier_card(args: ScriptArguments, on_hub: bool = False) -> RepoCard | None:
-    """The card as people may have edited it, in the folder or on the Hub. Exits with one line if it cannot be kept."""
+    """The card as people may have edited it, in the folder or on the Hub."""
     file = Path(args.output_dir, "README.md")
     if on_hub:
         there = HfApi().file_exists(args.hub_model_id, file.name)
         file = Path(hf_hub_download(args.hub_model_id, file.name)) if there else Path()
-    try:
-        return RepoCard(file.read_text(), ignore_metadata_errors=False) if file.is_file() else None
-    except (ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise SystemExit(f"{file} is no card that can be kept: {one_line(error)}: mend or remove it") from None
+    return RepoCard(file.read_text(), ignore_metadata_errors=False) if file.is_file() else None
 
 
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
@@ -1796,48 +1509,7 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     return theirs
 
 
-def create_repository(args: ScriptArguments) -> None:
-    """A wrong token, name or card on the Hub fails now, not after the training."""
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    try:
-        repo = HfApi().create_repo(name, private=args.hub_private_repo or None, exist_ok=True)
-        HfApi().auth_check(repo.repo_id, write=True)  # `create_repo` is content with a repository that can only be read
-        args.hub_model_id = repo.repo_id
-        earlier_card(args, on_hub=True)
-    except Exception as error:
-        needs = "it takes a token with write access (hf auth login, or HF_TOKEN)"
-        raise SystemExit(f"--push_to_hub: {name} cannot be written to: {one_line(error)}; {needs}") from None
-
-
-def upload_checkpoint(args: ScriptArguments, run: Run, folder: Path) -> None:
-    """Sends a checkpoint's LoRA in the background, unless an earlier one is being sent: a later one replaces it."""
-    if run.upload and not run.upload.done():
-        return
-    if run.upload and (error := run.upload.exception()):
-        tqdm.write(f"a checkpoint's upload failed: {one_line(error)}; the training goes on", file=sys.stderr)
-    content = (folder / LORA_FILE).read_bytes()  # --checkpoints_total_limit may remove the file
-    lora = {"path_or_fileobj": content, "path_in_repo": LORA_FILE, "run_as_future": True}
-    run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora)
-
-
-def upload(args: ScriptArguments, run: Run) -> None:
-    """Sends LoRA, card, gallery and log. What people wrote on the card there stays."""
-    card = Path(args.output_dir, "README.md")
-    if run.upload:
-        run.upload.exception()  # waits; what follows replaces it, failed or not
-    try:
-        if theirs := earlier_card(args, on_hub=True):
-            write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
-        patterns = [LORA_FILE, "comfyui/*", "images/*", "README.md", "run.json", LOG_FILE]
-        HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, allow_patterns=patterns)
-    except Exception as error:
-        raise SystemExit(f"upload failed: {one_line(error)}: --resume_from_checkpoint latest repeats it") from None
-    print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
-
-
-# Arguments and files ------------------------------------------------------------------------------------------------------
-
-
+# Arguments and files --------------------------------------------------------------------------------------------------
 class ArgumentParser(TrlParser):
     """TrlParser that ends every usage error in one line and knows the metadata of `flag`. Its own reading of --config
     takes YAML's types (`no` becomes False) and checks no choices: see `config_words`."""
@@ -1855,31 +1527,28 @@ class ArgumentParser(TrlParser):
 
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
-    words = sys.argv[1:] if words is None else words
-    layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = ArgumentParser(ScriptArguments, allow_abbrev=False, **layout)
+    words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
     arguments = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
-    del arguments["config"]
-    return ScriptArguments(**arguments)
+    return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
 
 
 def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
+    given, rule = [], "must hold lines of `flag: value` or `flag: [value, value]`, and no `config`"
     try:
         # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`.
         settings = yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}
-        lists = [(name, value if isinstance(value, list) else [value]) for name, value in dict(settings).items()]
-        if "config" in settings or not all(isinstance(word, str) for _, words in lists for word in words):
-            raise ValueError("it must hold lines of `flag: value` or `flag: [value, value]`, and no `config`")
+        for name, value in dict(settings).items():
+            words = value if isinstance(value, list) else [value]
+            if name == "config" or not all(isinstance(word, str) for word in words):
+                raise ValueError(f"{name} {value}")
+            if words and value not in ("", "~", "null", "Null", "NULL"):
+                # A single value stands behind "=": it may begin with "-".
+                given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        rule = "it must hold lines of `flag: value` or `flag: [value, value]`, and no `config`"
         raise argparse.ArgumentTypeError(f"{file} cannot be read, or {rule}: {one_line(error)}") from None
-    given = []
-    for name, words in lists:
-        if words and settings[name] not in ("", "~", "null", "Null", "NULL"):
-            # A single value stands behind "=": it may begin with "-".
-            given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return given
 
 
@@ -1910,20 +1579,6 @@ def write_bytes(file: Path, content: bytes) -> None:
     os.replace(temporary, file)
 
 
-def run_script() -> None:
-    """Runs `main` with the flags of the command line. After an error it ends the process itself: the usual end would
-    wait for ever for workers that ignore signals, or for processes in a collective."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # before the training there is nothing to save: the cache is whole
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
-    try:
-        main(parse_arguments())
-    except SystemExit as end:
-        print(end.code or "", file=sys.stderr, flush=True)
-        os._exit(1 if end.code else 0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
 if __name__ == "__main__":
-    run_script()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the training there is nothing to save
+    main(parse_arguments())
