@@ -87,7 +87,6 @@ from trl import TrlParser
 
 LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "plackett_luce", "sft", "weighted_sft")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-TRACKERS = ("tensorboard", "wandb", "trackio", "all", "none")
 # The objectives that an option has no meaning for.
 UNUSED_BY = dict.fromkeys(("sft_weight", "precompute_ref"), ("sft", "weighted_sft"))
 UNUSED_BY["safeguard"] = ("plackett_luce", "sft", "weighted_sft")
@@ -96,10 +95,13 @@ LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
 
 
-def flag(default, help: str, group: str | None = None, min=None, above=None, max=None, below=None):
+def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, free=False):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
     limits = dict(zip(COMPARE, (min, above, max, below)))
-    return field(default=default, metadata={"help": help, "group": group, "limits": limits})
+    return field(default=default, metadata={"help": help, "group": group, "limits": limits, "free": free})
+
+
+free = partial(flag, free=True)  # one that a resumed run may set differently; all others identify a run
 
 
 @dataclass
@@ -108,12 +110,12 @@ class ScriptArguments:
 
     pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "Hub id or folder.", "Model")
     pretrained_vae_model_name_or_path: str | None = flag(None, "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
-    revision: str | None = flag(None, "Revision of the model on the Hub.")
+    revision: str | None = free(None, "Revision of the model on the Hub.")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
     rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
     dataset_name: str | None = flag(None, "Dataset: Hub id, folder or .parquet file. Required.", "Data")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
-    dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.")
+    dataset_revision: str | None = free(None, "Revision of the dataset on the Hub.")
     dataset_split: str = flag("train", "Split of the dataset.")
     prompt_column: str = flag("prompt", "Column of the prompts.")
     images_column: str = flag("images", "Column of the lists of k images.")
@@ -126,20 +128,20 @@ class ScriptArguments:
     resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=8, max=8192)
     time_ids: Literal["resolution", "image"] = flag("resolution", "Sizes that SDXL is told: see micro_conditioning.")
     proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
-    cache_dir: str = flag("outputs/cache", "Folder where latents and embeddings stay for later runs.")
-    cache_text_embeddings: bool = flag(True, "Encode prompts once; false: at every step.")
-    vae_batch_size: int = flag(4, "Images per forward pass of the VAE.", min=1)
-    dataloader_num_workers: int = flag(0, "Threads that read and decode ahead; 0: four.", min=0)
+    cache_dir: str = free("outputs/cache", "Folder where latents and embeddings stay for later runs.")
+    cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
+    vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
+    dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
     loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.", "Training")
     beta_dpo: float = flag(5000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
     rank_source: Literal["label", "predicted"] = flag("label", "Ranks in rankdpo's discounts; predicted: LambdaLoss.")
     noise: Literal["prompt", "image"] = flag("prompt", "One noise for all images of a row, or one for each image.")
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
     safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
-    output_dir: str = flag("outputs/rankdpo-sdxl", "Folder for LoRA, card and checkpoints.")
+    output_dir: str = free("outputs/rankdpo-sdxl", "Folder for LoRA, card and checkpoints.")
     seed: int = flag(0, "Seeds LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1)
-    train_batch_size: int = flag(1, "Prompts per process and forward pass.", min=1)
-    gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.", min=1)
+    train_batch_size: int = free(1, "Prompts per process and forward pass.", min=1)
+    gradient_accumulation_steps: int = free(1, "Forward passes per optimizer step.", min=1)
     num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.", min=1)
     learning_rate: float = flag(1e-5, "Peak learning rate.", above=0)
@@ -151,27 +153,27 @@ class ScriptArguments:
     adam_weight_decay: float = flag(1e-2, "AdamW's weight decay.", min=0)
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", min=0)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", above=0)
-    max_skipped_steps: int = flag(10, "Steps in a row without a finite loss to skip.", min=0)
+    max_skipped_steps: int = free(10, "Steps in a row without a finite loss to skip.", min=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward pass.")
     base_precision: Literal["nf4", "int8"] | None = flag(None, "Quantise the frozen weights with bitsandbytes.")
     allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 products and convolutions.")
-    compile: bool = flag(False, "Compile the transformer blocks: faster steps after a slow first one.")
-    precompute_ref: bool = flag(False, "Compute the reference's errors first, and keep them.")
-    gradient_checkpointing: bool = flag(False, "Less memory, about a quarter more computation.")
-    checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints.", min=1)
-    checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", min=1)
-    resume_from_checkpoint: str | None = flag(None, "A checkpoint of output_dir, e.g. checkpoint-500, or latest.")
-    validation_prompts: list[str] | None = flag(None, "Default: the first four prompts.", "Gallery, trackers, Hub")
-    validation_steps: int | None = flag(None, "Also draw the gallery every N optimizer steps.", min=1)
-    validation_num_inference_steps: int = flag(30, "Denoising steps of the gallery.", min=1)
-    validation_guidance_scale: float = flag(5.0, "Guidance scale of the gallery.")
-    report_to: Literal[TRACKERS] = flag("tensorboard", "Tracker.")
-    logging_dir: str = flag("logs", "Folder of the trackers inside output_dir.")
-    gpu_hourly_cost: float | None = flag(None, "Price of a GPU hour; the card then states the run's.", min=0)
-    push_to_hub: bool = flag(False, "Upload LoRA, card, gallery and log to the Hub.")
-    hub_model_id: str | None = flag(None, "Repository. Default: the name of output_dir.")
-    hub_private_repo: bool = flag(False, "Make a new repository private.")
-    hub_strategy: Literal["end", "checkpoint"] = flag("end", "checkpoint: also upload every checkpoint's LoRA.")
+    compile: bool = free(False, "Compile the transformer blocks: faster steps after a slow first one.")
+    precompute_ref: bool = free(False, "Compute the reference's errors first, and keep them.")
+    gradient_checkpointing: bool = free(False, "Less memory, about a quarter more computation.")
+    checkpointing_steps: int = free(500, "Optimizer steps between two checkpoints.", min=1)
+    checkpoints_total_limit: int | None = free(None, "Keep the newest N checkpoints.", min=1)
+    resume_from_checkpoint: str | None = free(None, "A checkpoint of output_dir, e.g. checkpoint-500, or latest.")
+    validation_prompts: list[str] | None = free(None, "Default: the first four prompts.", "Gallery, trackers, Hub")
+    validation_steps: int | None = free(None, "Also draw the gallery every N optimizer steps.", min=1)
+    validation_num_inference_steps: int = free(30, "Denoising steps of the gallery.", min=1)
+    validation_guidance_scale: float = free(5.0, "Guidance scale of the gallery.")
+    report_to: Literal["tensorboard", "wandb", "trackio", "all", "none"] = free("tensorboard", "Tracker.")
+    logging_dir: str = free("logs", "Folder of the trackers inside output_dir.")
+    gpu_hourly_cost: float | None = free(None, "Price of a GPU hour; the card then states the run's.", min=0)
+    push_to_hub: bool = free(False, "Upload LoRA, card, gallery and log to the Hub.")
+    hub_model_id: str | None = free(None, "Repository. Default: the name of output_dir.")
+    hub_private_repo: bool = free(False, "Make a new repository private.")
+    hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
     def __post_init__(self):
         for spec in fields(self):
@@ -195,11 +197,11 @@ class ScriptArguments:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Type of the frozen weights, and of the cached latents and embeddings."""
+        """Of the frozen weights, and of the cached latents and embeddings."""
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
 
 
-# Objective: one prompt, k images, their preference probabilities φ ----------------------------------------------------
+# Objective: one prompt, k images, their preference probabilities φ --------------------------------------------------
 def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each image, (n, C, H, W) → float32 (n,), in float32 from the subtraction on: in half
     precision the rounding error, times beta/2 = 2500, would change every logit by 0.2 to 5."""
@@ -312,12 +314,11 @@ def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -
     return torch.where(products > 0, (1 - mu) * squares / products, 1.0).clamp(max=1.0)
 
 
-# Training: what is drawn, one forward, one step, the loop -------------------------------------------------------------
+# Training: what is drawn, one forward, one step, the loop -----------------------------------------------------------
 def sample_noise(args: ScriptArguments, noise_scheduler: DDPMScheduler, key: tuple, shape: torch.Size) -> dict:
-    """Draws one timestep for all images of a dataset row, and one noise for all of them (`--noise prompt`) or one for
-    each (`--noise image`, the paper's ε_i); the trained model and the reference share them. They are a function of the
-    key, (seed, epoch, id of the row), alone: the same after a resume and on any number of processes.
-    shape: of the row's latents, (k, C, h, w). Returns timesteps, int64 scalar; noise, float32 (k, C, h, w)."""
+    """Draws one timestep for all images of a row, and one noise for all (`--noise prompt`) or each (`--noise image`, the
+    paper's ε_i): a function of (seed, epoch, id of the row) alone, so the same after a resume and on any number of
+    processes. shape: of the row's latents, (k, C, h, w). Returns timesteps, int64; noise, float32 (k, C, h, w)."""
     rng = seeded_generator(*key)
     timestep = torch.tensor(rng.integers(noise_scheduler.config.num_train_timesteps))
     noise = rng.standard_normal(shape if args.noise == "image" else shape[1:], dtype=np.float32)
@@ -349,10 +350,9 @@ def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: Sc
 
 
 def training_step(model: Module, reference: Module, noise_scheduler, batch: dict, args: ScriptArguments) -> tuple:
-    """The loss of a batch of prompts: one forward, and one of the reference where the objective needs it.
+    """Loss and metrics of a batch of prompts: one forward, and one of the reference where the objective needs it.
     model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off; batch: what
-    `predict` reads, phi, rank, weight of weighted_sft and ref_errors, if they were computed before, (B, k) each.
-    Returns loss and metrics of `rankdpo_loss`."""
+    `predict` reads, phi, rank, weight of weighted_sft and ref_errors, if they were computed before, (B, k) each."""
     ref_errors = batch.get("ref_errors")
     if ref_errors is None and args.loss_type not in UNUSED_BY["precompute_ref"]:
         with as_reference(reference):
@@ -365,9 +365,9 @@ def training_step(model: Module, reference: Module, noise_scheduler, batch: dict
     return rankdpo_loss(model_errors, ref_errors, beta=args.beta_dpo, **options)
 
 
-def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches: Iterator, gallery) -> None:
+def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches: Iterator, pipeline) -> None:
     """Trains the LoRA of `model` up to `run.max_train_steps`, with checkpoints and logs. `batches`: of
-    `training_batches`; `gallery`: draws the validation prompts, in the main process only."""
+    `training_batches`; `pipeline`: draws the validation prompts, in the main process only."""
     accelerator, unwrapped = run.accelerator, model  # with its adapter off it is the reference
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(args, parameters)
@@ -388,8 +388,10 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
         totals = {}
         for _ in range(args.gradient_accumulation_steps):
             if stop_signals:
-                save_before_stop(args, run, step - 1, unwrapped, state)
-            batch = log.next_batch(batches)
+                stop(args, run, step - 1, unwrapped, state, leave=accelerator.num_processes == 1)
+            asked = time.time()
+            batch = next(batches)
+            log.data_time += time.time() - asked
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     loss, metrics = training_step(model, unwrapped, noise_scheduler, batch, args)
@@ -411,27 +413,26 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
             lr_scheduler.step()
         optimizer.zero_grad()
 
-        due = step % args.checkpointing_steps == 0 or step == run.max_train_steps or stopping
-        if accelerator.is_main_process and due:
+        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
             save_checkpoint(args, run, step, unwrapped, state)
         if stopping and step < run.max_train_steps:
-            end_stopped_run(args, run, step)
+            stop(args, run, step, unwrapped, state, leave=True)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
-            log_images(accelerator, gallery.prompts, gallery.draw(unwrapped), step)
+            log_images(args, accelerator, draw_gallery(args, run, pipeline, unwrapped), step)
             log.step_ended = time.time()  # drawing does not count as training
     log.bar.close()
 
 
 def main(args: ScriptArguments) -> None:
-    # What can be wrong with flags, folders and labels is found before a model is loaded. Of the paper's 58,000 prompts
-    # a start reads labels and an index, and lists the cache. Only `encode_dataset` reads images, each of them once.
+    # What can be wrong with flags, folders and labels is found before a model is loaded. A start reads labels and an
+    # index, and lists the cache. Only `encode_dataset` reads images, each of them once.
     accelerator = make_accelerator(args)
     check_model(args)
     table, parts = load_ranked_dataset(args)
     labels = make_labels(args, table)
     run = plan_run(args, accelerator, table, labels)
-    run.lock = begin_run(args, run)
-    gallery, encode_prompts = encode_dataset(args, run, parts, labels)
+    lock = begin_run(args, run)
+    pipeline, encode_prompts = encode_dataset(args, run, parts, labels)
     record_run(args, run, labels)
     set_seed(args.seed)
     noise_scheduler, model = load_model(args)
@@ -439,48 +440,38 @@ def main(args: ScriptArguments) -> None:
     batches = partial(training_batches, args, run, labels, noise_scheduler, encode_prompts)
     if args.precompute_ref:
         precompute_reference(args, run, model, noise_scheduler, batches)
-    train(args, run, model, noise_scheduler, batches(run.start_step), gallery)
+    train(args, run, model, noise_scheduler, batches(run.start_step), pipeline)
     accelerator.wait_for_everyone()
     # The others leave: none waits in NCCL, where it would time out, while the first process draws and uploads.
     accelerator.state.destroy_process_group()
     if accelerator.is_main_process:
-        finish(args, run, model, gallery, parts)
+        finish(args, run, model, pipeline, parts)
     accelerator.end_training()
-    run.lock.release()
+    lock.release()
 
 
-# Data: labels of all rows, images where they lie, one cache file a row ------------------------------------------------
+# Data: labels of all rows, images where they lie, one cache file a row ----------------------------------------------
 # Rows that are read together, a row group of a Parquet file: its path or URL and its number, what identifies its images
 # wherever it lies and whatever it is called, the first row of the dataset that it holds, and how many.
 Part = namedtuple("Part", "file number identity start rows")
 
 
 def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list[Part]]:
-    """The dataset without its images: the label columns of all rows, and the parts that hold the images. Those of files
-    on the Hub, whose addresses hold the commit, are kept in the cache."""
-    columns = [args.prompt_id_column, args.prompt_column, args.preference_column, args.rank_column]
-    columns = list(dict.fromkeys([*columns, "generators", "scores"]))
-    problem = None
-    with PartialState().local_main_process_first():  # the others then find what it has written
+    """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
+    columns = {args.prompt_id_column, args.prompt_column, args.preference_column, args.rank_column}
+    columns |= {"generators", "scores"}
+    table = problem = None
+    if PartialState().is_main_process:  # for all: the Hub limits requests
         try:
-            files = find_files(args)
-            kept = Path(
-                args.cache_dir, "labels", f"{short_hash(json.dumps([files, columns, args.images_column]))}.parquet"
-            )
-            if kept.exists():
-                table = pq.read_table(kept)
-            else:
-                with ThreadPoolExecutor(8) as pool:
-                    tables = list(pool.map(partial(read_labels, args, columns), files))
-                table = pa.concat_tables(tables, promote_options="permissive")
-            if files[0].startswith("hf://") and not kept.exists():
-                pq.write_table(table, content := BytesIO())
-                write_bytes(kept, content.getvalue())
+            with ThreadPoolExecutor(8) as pool:
+                tables = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+            table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
         except Exception as error:
-            problem = one_line(error.__cause__ or error)
-    if problem or len(table) == 0:
-        raise SystemExit(f"--dataset_name {args.dataset_name}: {problem or 'it has no rows'}")
-    table, parts, start = table[: args.max_train_samples], [], 0
+            problem = f"--dataset_name {args.dataset_name}: {one_line(error.__cause__ or error)}"
+    table, problem = broadcast_object_list([table, problem])
+    if problem:
+        raise SystemExit(problem)
+    parts, start = [], 0
     for part, rows in itertools.groupby(table["part"].to_pylist()):
         parts.append(Part(*json.loads(part), start, len(list(rows))))
         start += parts[-1].rows
@@ -504,15 +495,13 @@ def find_files(args: ScriptArguments) -> list[str]:
             if found and re.split(r"[\[+]", split)[0] not in found:
                 raise ValueError(f"no split {split!r}; it has {', '.join(found)}")
             files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
-        totals = {int(match[1]) for file in files if (match := re.search(r"-of-(\d{5})\.parquet$", file))}
-        if os.path.exists(f"{name}/UNFINISHED") or len(totals) == 1 and len(files) < min(totals):
-            raise ValueError("it is unfinished: run the command that wrote it again, or fetch the other files")
+        if os.path.exists(f"{name}/UNFINISHED"):
+            raise ValueError("it is unfinished: run the command that wrote it again")
         if files and all(file.endswith(".parquet") for file in files):
             return files
-        facts = [
-            (str(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in sorted(Path(name).rglob("*"))
-        ]
-        copy = Path(args.cache_dir, "datasets", f"{short_hash(str([name, split, options, files, facts]))}.parquet")
+        stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
+        facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
+        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
         if not copy.exists():
             options |= {"split": split, "cache_dir": f"{links}/arrow"}
             dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
@@ -522,7 +511,7 @@ def find_files(args: ScriptArguments) -> list[str]:
     return [str(copy)]
 
 
-def read_labels(args: ScriptArguments, columns: list[str], file: str) -> pa.Table:
+def read_labels(args: ScriptArguments, columns: set[str], file: str) -> pa.Table:
     """The label columns of a Parquet file, and `part`, its row groups: file, number and identity. Reads no image."""
     system, path = url_to_fs(file)
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
@@ -533,7 +522,7 @@ def read_labels(args: ScriptArguments, columns: list[str], file: str) -> pa.Tabl
         # `datasets` writes list<struct<bytes, path>>; pandas and polars may also write list<binary>.
         if not re.search(r"list.*<.*(struct<.*bytes: |binary)", str(schema.field(args.images_column).type)):
             raise ValueError(f"column {args.images_column!r} must hold lists of images, List(Image())")
-        table = parquet.read(columns=[name for name in columns if name in schema.names])
+        table = parquet.read(columns=[name for name in schema.names if name in columns])
         parquet.metadata.write_metadata_file(footer := BytesIO())
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
     known = system.info(path)
@@ -553,7 +542,7 @@ def read_images(part: Part, column: str) -> Iterator[list[dict]]:
 
 
 def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
-    """Checks every row and computes its labels: Arrow's `id` and `prompt` (n,); arrays (n, k) `images`, the positions of
+    """Checks all rows and computes their labels: Arrow's `id` and `prompt` (n,); arrays (n, k) `images`, positions of
     the images used, `phi` float32, `rank` int64 and, for weighted_sft, `weight` float32, of mean 1; `count` (n,)."""
     seen, found = {}, []
     for index, row in enumerate(row for batch in table.to_batches(1000) for row in batch.to_pylist()):
@@ -568,11 +557,11 @@ def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
             problem = f"the dataset has no column {error}" if isinstance(error, KeyError) else one_line(error)
             raise SystemExit(f"row {index} (prompt_id {prompt_id!r}): {problem}") from None
         seen[prompt_id] = index
+    if not found:
+        raise SystemExit(f"--dataset_name {args.dataset_name}: split {args.dataset_split!r} has no rows")
     labels = {name: np.array([row[name] for row in found]) for name in found[0]}
-    labels |= {
-        "id": table[args.prompt_id_column].combine_chunks(),
-        "prompt": table[args.prompt_column].combine_chunks(),
-    }
+    for name, column in (("id", args.prompt_id_column), ("prompt", args.prompt_column)):
+        labels[name] = table[column].combine_chunks()
     if "weight" in labels:
         labels["weight"] = np.float32(labels["weight"] / (labels["weight"].mean() or 1.0))
     phi = labels["phi"]
@@ -596,22 +585,21 @@ def row_labels(args: ScriptArguments, row: dict) -> dict:
         rank = np.argsort(np.argsort(-phi, kind="stable"), kind="stable") + 1
     if sorted(rank) != list(range(1, len(phi) + 1)) or (np.diff(phi[np.argsort(rank)]) > 0).any():
         raise ValueError(f"`{args.rank_column}` {rank} is no permutation, or contradicts the preferences {stored}")
-    images = list(range(len(phi)))
+    count, images = len(phi), list(range(len(phi)))
     if args.generators:
         images = [i for i in images if row["generators"][i] in args.generators]
         if len(images) < 2:
             raise ValueError(f"{len(images)} images of --generators {' '.join(args.generators)}: it takes at least 2")
-    labels = {"count": len(phi), "images": images}
     if args.rank_by == "random":
         rank = seeded_generator(args.seed, "random labels", row[args.prompt_id_column]).permutation(len(images)) + 1
         phi = (len(images) - rank) / (len(images) - 1)
     elif args.generators or args.rank_by != "all":
-        scores = reward_scores(row, labels["count"], args.rank_by)[:, images]
+        scores = reward_scores(row, count, args.rank_by)[:, images]
         phi, rank = preference_probability(scores), preference_rank(scores)
-    labels |= {"phi": np.float32(phi), "rank": np.int64(rank)}
+    labels = {"count": count, "images": images, "phi": np.float32(phi), "rank": np.int64(rank)}
     if args.loss_type == "weighted_sft":
         reward = "hpsv2.1" if args.rank_by == "all" else args.rank_by
-        labels["weight"] = reward_scores(row, labels["count"], reward)[0, images]
+        labels["weight"] = reward_scores(row, count, reward)[0, images]
         if labels["weight"].min() < 0:
             raise ValueError(f"weighted_sft: its weights, `{reward}`, go below 0: name another reward with --rank_by")
     return labels
@@ -651,14 +639,10 @@ def preference_rank(scores: np.ndarray) -> np.ndarray:
     return np.argsort(order) + 1
 
 
-# The cache knows a row by its content, whatever dataset, order, seed or labels it comes with; a file that exists is done.
+# The cache knows a row by its content, whatever dataset, order, seed or labels it comes with. A file there is whole.
 # The index of a part holds its images' hashes, or the paths of those that lie in files: it need not be read again.
-def cache_file(cache: Path, key: str) -> Path:
-    return cache / key[:2] / f"{key}.safetensors"  # in 256 folders: one with 100,000 files is slow to list
-
-
-def index_file(args: ScriptArguments, part: Part) -> Path:
-    return Path(args.cache_dir, "index", part.identity[:2], f"{part.identity}.json")
+def cache_file(folder: Path, key: str, suffix: str = ".safetensors") -> Path:
+    return folder / key[:2] / f"{key}{suffix}"  # in 256 folders: one with 100,000 files is slow to list
 
 
 def row_key(labels: dict, row: int, images: list[str]) -> str:
@@ -671,19 +655,16 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
 
 def row_keys(args: ScriptArguments, part: Part, labels: dict) -> list[str] | None:
     """The keys of a part's rows; None if it has no index yet."""
-    file = index_file(args, part)
+    file = cache_file(Path(args.cache_dir, "index"), part.identity, ".json")
     images = json.loads(file.read_text()) if file.exists() else None
     return images and [row_key(labels, part.start + i, images[i]) for i in range(part.rows)]
 
 
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
-    """Reads parts, and gives the rows without a cache file: (row, key, pixels and time_ids). Writes each part's index.
-
-    A process begins with its own share and then helps with what is left, in an order of its own: so none waits for a
-    slow or lost one at a barrier, where it would time out, and machines with caches of their own each fill theirs. Rows
-    that two of them encode do no harm: a file appears whole, under a name that only its content can have.
-    """
+    """Reads parts and writes their indices; gives the rows without a cache file: (row, key, pixels and time_ids)."""
     process, processes = run.accelerator.process_index, run.accelerator.num_processes
+    # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
+    # would time out, and machines with caches of their own each fill theirs.
     order = parts[process::processes]
     order += sorted({*parts} - {*order}, key=lambda part: short_hash(f"{process} {part.identity}"))
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
@@ -707,7 +688,7 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                     problem = one_line(decoding[bad[0]].exception())
                     raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
                 yield row, key, default_collate([image.result() for image in decoding.values()])
-            write_bytes(index_file(args, part), json.dumps(index).encode())
+            write_bytes(cache_file(Path(args.cache_dir, "index"), part.identity, ".json"), json.dumps(index).encode())
 
 
 def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
@@ -733,22 +714,20 @@ def to_rgb(picture: PILImage.Image) -> PILImage.Image:
 
 
 def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
-    """Writes what is missing of the cache, and gives the labels the `key` of each row. Returns the gallery, in the main
-    process, and what encodes prompts, if that is done at every step. A process loads only the models that it needs."""
+    """Writes what is missing of the cache, and gives the labels the `key` of each row. Returns the pipeline that draws
+    and what encodes prompts, if that is done at every step. A process loads only what it needs."""
     accelerator, done = run.accelerator, {file.stem for file in run.cache.glob("*/*.safetensors")}
     missing = [part for part in parts if not (keys := row_keys(args, part, labels)) or not done.issuperset(keys)]
-    prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
-    texts = {short_hash(prompt): prompt for prompt in ["", *(prompts if accelerator.is_main_process else [])]}
+    args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
+    texts = {short_hash(text): text for text in ["", *(args.validation_prompts if accelerator.is_main_process else [])]}
     needs_text = bool(missing) or not done.issuperset(texts) or not args.cache_text_embeddings
-    gallery = encode_prompts = None
+    pipeline = encode_prompts = None
     if needs_text or accelerator.is_main_process:
         pipeline = load_pipeline(args, accelerator.device, needs_text)
         encode_rows(args, run, pipeline, missing, labels)
         for key in texts.keys() - done:
             embeds = encode_prompt(args, pipeline, [texts[key]])
             write_tensors(cache_file(run.cache, key), {name: part[0] for name, part in embeds.items()})
-        if accelerator.is_main_process:
-            gallery = Gallery(args, run, prompts, pipeline)
         pipeline.vae.to("cpu")
         if args.cache_text_embeddings:
             pipeline.text_encoder = pipeline.text_encoder_2 = None
@@ -759,7 +738,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    return gallery, encode_prompts
+    return pipeline, encode_prompts
 
 
 def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
@@ -793,8 +772,7 @@ def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, k
     if run.reference:
         step, place = divmod(place, run.rows_per_step)
         item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
-    share = args.proportion_empty_prompts
-    empty = share > 0 and seeded_generator(*noise_key, "empty prompt").random() < share
+    empty = seeded_generator(*noise_key, "empty prompt").random() < args.proportion_empty_prompts
     if not args.cache_text_embeddings:
         item["prompt"] = "" if empty else labels["prompt"][row].as_py()
     elif empty:
@@ -864,24 +842,16 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     run.reference = folder
 
 
-# Model: what is refused, the pipeline without its UNet, the UNet with its LoRA ---------------------------------------
-# What the objective takes for granted in the configurations of SDXL's base model; an absent value is the first one. Other
-# values are the refiner's, of flow matching, EDM, inpainting, distillation or adapters, and of Playground's VAE.
+# Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
+# What SDXL's base model has; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
 PLAIN = {
     "model_index.json": {"requires_aesthetics_score": (False, None)},
     "scheduler/scheduler_config.json": {
-        "beta_schedule": ("none", "scaled_linear", "linear", "squaredcos_cap_v2", "sigmoid"),
+        "beta_schedule": ("absent", "scaled_linear", "linear", "squaredcos_cap_v2", "sigmoid"),
         **{"prediction_type": ("epsilon", "v_prediction"), "use_flow_sigmas": (False, None)},
     },
-    "unet/config.json": {
-        **{
-            "in_channels": (4,),
-            "out_channels": (4,),
-            "addition_embed_type": ("text_time",),
-            "class_embed_type": (None,),
-        },
-        **{"num_class_embeds": (None,), "time_cond_proj_dim": (None,), "encoder_hid_dim_type": (None,)},
-    },
+    "unet/config.json": {"in_channels": (4,), "out_channels": (4,), "addition_embed_type": ("text_time",)}
+    | dict.fromkeys(("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"), (None,)),
     "vae/config.json": {"latents_mean": (None,), "shift_factor": (None,), "latent_channels": (4,)},
 }
 
@@ -890,30 +860,29 @@ def check_model(args: ScriptArguments) -> None:
     """Exits with one line unless the model is an SDXL pipeline that the objective fits. Reads configurations only."""
     model, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     for file, rules in PLAIN.items():
-        where, source, revision = f"--pretrained_model_name_or_path {model}", model, args.revision
+        where, source = (f"--pretrained_model_name_or_path {model}", (model, file, args.revision))
         if other and file == "vae/config.json":
-            where, source, revision = f"--pretrained_vae_model_name_or_path {other}", other, None
-            file = "config.json"
-        if os.path.isfile(source):
-            convert = f'StableDiffusionXLPipeline.from_single_file("{source}").save_pretrained("FOLDER")'
+            where, source = (f"--pretrained_vae_model_name_or_path {other}", (other, "config.json"))
+        if os.path.isfile(source[0]):
+            convert = f'StableDiffusionXLPipeline.from_single_file("{source[0]}").save_pretrained("FOLDER")'
             raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
         try:
-            config = json.loads(file_of(source, file, revision).read_text())
+            config = json.loads(file_of(*source).read_text())
         except Exception as error:
             raise SystemExit(f"{where}: not a diffusers model that can be read: {one_line(error)}") from None
         name = config.get("_class_name", file)
         if file == "model_index.json" and name not in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"):
             raise SystemExit(f"{where} is a {name}, not SDXL: train_rankdpo_sd3.py or train_dpo_qsd.py may train it")
         for key, values in rules.items():
-            if (found := config.get(key, values[0])) == "none" or found not in values:
-                raise SystemExit(f"{where}: its {name} has {key} {found}, not {values[-1]}: the objective does not fit")
+            if (found := config.get(key, values[0])) == "absent" or found not in values:
+                fit = " or ".join(str(value) for value in values if value != "absent")
+                raise SystemExit(f"{where}: its {name} has {key} {found}; the objective takes {fit}")
     weights = [file.name for file in Path(model, "unet").glob("*.safetensors")]  # none of a model on the Hub
     if not args.variant and weights and all(".fp16" in name for name in weights):
         raise SystemExit(f"--pretrained_model_name_or_path {model} holds fp16 files only: add --variant fp16")
 
 
 def file_of(model: str, file: str, revision: str | None = None) -> Path:
-    """A file of a local folder, or of a repository on the Hub."""
     return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
 
 
@@ -925,8 +894,7 @@ def model_key(model: str, file: str, revision: str | None = None) -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(model).rglob("*")):
         name = path.relative_to(model).as_posix()
-        # Cards and pictures do not count, nor do hidden files, which are other programs'.
-        if path.is_file() and not re.search(r"(^|/)\.|\.(md|png)$", name):
+        if path.is_file() and not re.search(r"(^|/)\.|\.(md|png)$", name):  # not cards, pictures, hidden files
             content = np.memmap(path, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
             digest.update(f"{name}:{len(content)}".encode())
             for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
@@ -951,8 +919,8 @@ def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool =
 
 @torch.no_grad()
 def encode_prompt(args: ScriptArguments, pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> dict:
-    """prompts (n) → prompt_embeds (n, tokens, width) and pooled_prompt_embeds (n, pooled width): zeros for an empty one,
-    where the pipeline takes zeros for no prompt."""
+    """prompts (n) → prompt_embeds (n, tokens, width) and pooled_prompt_embeds (n, pooled width). Those of an empty
+    prompt are zeros where the pipeline has them so."""
     # The pipeline's own device would be the VAE's, which may have left the GPU.
     options = {"device": pipeline.text_encoder.device, "do_classifier_free_guidance": False}
     embeds, _, pooled, _ = pipeline.encode_prompt(prompts, **options)
@@ -965,10 +933,8 @@ def encode_prompt(args: ScriptArguments, pipeline: StableDiffusionXLPipeline, pr
 def micro_conditioning(args: ScriptArguments, time_ids: torch.Tensor) -> torch.Tensor:
     """SDXL's conditioning on sizes, (…, 6): [original height, width, crop top, left, target height, width]. All images
     get the resolution without a crop, as the pipeline does when it draws; or, with `--time_ids image`, their own."""
-    if args.time_ids == "image":
-        return time_ids
     target = time_ids[..., 4:]
-    return torch.cat([target, torch.zeros_like(target), target], dim=-1)
+    return time_ids if args.time_ids == "image" else torch.cat([target, torch.zeros_like(target), target], dim=-1)
 
 
 def load_model(args: ScriptArguments) -> tuple[DDPMScheduler, UNet2DConditionModel]:
@@ -1039,29 +1005,15 @@ def save_lora(model: UNet2DConditionModel, folder: Path) -> None:
     (folder / LORA_FILE).chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
 
 
-def save_comfyui_lora(model: UNet2DConditionModel, file: Path) -> None:
-    write_tensors(file, comfyui_state_dict(get_peft_model_state_dict(model)))
-
-
 def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """LoRA tensors with peft's keys, `[unet.]<module>.lora_A.weight`, under those that ComfyUI, kohya's network loader
     and A1111 know: `lora_unet_<module with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`, the rank."""
     return convert_state_dict_to_kohya({f"unet.{key.removeprefix('unet.')}": t for key, t in lora_state_dict.items()})
 
 
-# The run: what it is, its folder, checkpoints, signals, log -----------------------------------------------------------
-# A resumed run may set these differently; all others identify a run.
-MAY_CHANGE = """revision dataset_revision cache_dir cache_text_embeddings vae_batch_size dataloader_num_workers
-output_dir train_batch_size gradient_accumulation_steps max_skipped_steps compile precompute_ref
-gradient_checkpointing checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts
-validation_steps logging_dir validation_num_inference_steps validation_guidance_scale push_to_hub hub_model_id
-hub_private_repo hub_strategy report_to gpu_hourly_cost""".split()
-
-
+# The run: what it is, its folder, checkpoints, signals, log ---------------------------------------------------------
 @dataclass
-class Run:
-    """One training run: its size, its cache, and the step it continues from."""
-
+class Run:  # one training run: its size, its cache, and the step it continues from
     accelerator: Accelerator
     settings: dict  # all that changes the result: two runs with the same settings are the same run
     earlier: dict  # settings of the run whose results are in the output folder
@@ -1073,7 +1025,6 @@ class Run:
     images_per_row: int
     reference: Path | None = None  # of `precompute_reference`
     upload: object = None  # the Future of a checkpoint
-    lock: object = None  # of the output folder
 
 
 def make_accelerator(args: ScriptArguments) -> Accelerator:
@@ -1088,7 +1039,7 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     accelerator = Accelerator(
         cpu="LOCAL_RANK" in os.environ and not on_gpu,  # several processes without a GPU: gloo
-        # As a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override a number.
+        # A plain number would be overridden by ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -1112,24 +1063,22 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, l
     encoding = [VERSION, model, other and model_key(other, "config.json"), args.variant, args.resolution]
     encoding = short_hash(json.dumps([*encoding, args.mixed_precision, args.cache_text_embeddings]))
     settings = {"version": VERSION}
-    settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if spec.name not in MAY_CHANGE}
+    settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
-    scores = table.schema.field("scores").type if "scores" in table.column_names else None
-    known = [scores.field(i).name for i in range(scores.num_fields)] if pa.types.is_struct(scores) else []
-    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else known
+    scores = table[:1].to_pylist()[0].get("scores")
+    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
     settings["rewards"] = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])  # evaluate.py marks them
-    numbers = [labels[name].tobytes() for name in ("images", "phi", "rank", "weight") if name in labels]
-    settings["labels"] = short_hash(b"".join([*numbers, str(labels["id"].to_pylist()).encode()]))
+    numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
+    settings["labels"] = short_hash(str([*numbers, labels["id"].to_pylist()]))
     settings |= {"model_files": encoding, "global_batch_size": rows_per_step}
 
     output_dir, resume, checkpoints = Path(args.output_dir), args.resume_from_checkpoint, list_checkpoints(args)
-    record, here = output_dir / "run.json", f"--output_dir {output_dir} holds"
+    here, record = f"--output_dir {output_dir} holds", output_dir / "run.json"
     earlier = json.loads(record.read_text()) if record.exists() else {}
     if not earlier and output_dir.exists() and any(path.name[0] != "." for path in output_dir.iterdir()):
         raise SystemExit(f"{here} other files: choose another folder")
-    if not checkpoints and not (output_dir / LORA_FILE).exists():
-        earlier = {}  # it left nothing
+    earlier = earlier if checkpoints or (output_dir / LORA_FILE).exists() else {}  # {}: it left nothing
     check_same_run(args, settings, earlier)
     if earlier and not resume:
         raise SystemExit(f"{here} this run: add --resume_from_checkpoint latest, or choose another folder")
@@ -1147,10 +1096,10 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, l
 
 
 def check_same_run(args: ScriptArguments, settings: dict, earlier: dict) -> None:
-    for name, value in settings.items() if earlier else ():
-        if (was := earlier.get(name)) != value:
-            where = f"--output_dir {args.output_dir} holds a run with {name} {was}, not {value}"
-            raise SystemExit(f"{where}: choose another folder")
+    other = [name for name in settings if earlier and earlier.get(name) != settings[name]]
+    if other:
+        was = f"{other[0]} {earlier.get(other[0])}, not {settings[other[0]]}"
+        raise SystemExit(f"--output_dir {args.output_dir} holds a run with {was}: choose another folder")
 
 
 def begin_run(args: ScriptArguments, run: Run) -> FileLock:
@@ -1163,9 +1112,8 @@ def begin_run(args: ScriptArguments, run: Run) -> FileLock:
             earlier_card(args)
             if args.push_to_hub:  # a wrong token, name or card fails now, not after the training
                 name = args.hub_model_id or output_dir.resolve().name
-                args.hub_model_id = (
-                    HfApi().create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
-                )
+                private = args.hub_private_repo or None
+                args.hub_model_id = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
                 HfApi().auth_check(args.hub_model_id, write=True)
                 earlier_card(args, on_hub=True)
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -1188,9 +1136,8 @@ def record_run(args: ScriptArguments, run: Run, labels: dict) -> None:
 
 
 def list_checkpoints(args: ScriptArguments) -> dict[int, Path]:
-    """Folders by step, oldest first."""
     folders = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return dict(sorted((int(path.name[11:]), path) for path in folders))
+    return dict(sorted((int(path.name[11:]), path) for path in folders))  # oldest first
 
 
 def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, state: dict) -> None:
@@ -1225,19 +1172,13 @@ def on_stop_signal(number: int, frame) -> None:
     stop_signals.append((number, time.monotonic()))
 
 
-def save_before_stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict) -> None:
-    """After a signal, before the next forward: the checkpoint of the last whole step. Launchers kill all processes 30
-    seconds after their signal, perhaps before the step ends. One process leaves now; several leave together after it."""
+def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict, leave: bool) -> None:
+    """After a signal, a checkpoint of the last whole step, before the next forward: launchers kill all processes 30
+    seconds after their signal. One process leaves at once; several leave together, after the step in hand."""
     if run.accelerator.is_main_process and step and not Path(args.output_dir, f"checkpoint-{step}").exists():
         save_checkpoint(args, run, step, model, state)
-    if run.accelerator.num_processes == 1:
-        end_stopped_run(run, step)
-
-
-def end_stopped_run(run: Run, step: int) -> None:
-    """Ends all processes after a signal. The checkpoint of the step is written."""
-    if run.upload:
-        run.upload.exception()  # waits
+    if not leave:
+        return
     run.accelerator.wait_for_everyone()  # a launcher ends all processes soon after the first
     run.accelerator.end_training()
     if run.accelerator.is_main_process:
@@ -1247,32 +1188,22 @@ def end_stopped_run(run: Run, step: int) -> None:
     os._exit(128 + (stop_signals[0][0] if stop_signals else signal.SIGTERM))
 
 
-class TrainingLog:
-    """Progress bar, trackers, `training_log.jsonl`, and the clock."""
-
+class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
-        if total <= args.lr_warmup_steps:
-            self.accelerator.print("warning: all steps are warm-up: add prompts, or raise --max_train_steps")
+        warning = "; warning: all of them are warm-up" if total <= args.lr_warmup_steps else ""
+        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images{warning}")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers("rankdpo-sdxl", config=config)
             file = Path(args.output_dir, LOG_FILE)
             lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.start_step]
+            whole = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= run.start_step]
             write_bytes(file, "".join(whole).encode())
             self.file = open(file, "a", buffering=1)
         hidden = not self.accelerator.is_local_main_process
         self.bar = tqdm(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
         self.step_ended, self.data_time, self.skipped = time.time(), 0.0, 0  # steps in a row
-
-    def next_batch(self, batches: Iterator) -> dict[str, torch.Tensor]:
-        """The next batch. Counts the seconds that the step waits for it."""
-        asked = time.time()
-        batch = next(batches)
-        self.data_time += time.time() - asked
-        return batch
 
     def write(self, step: int, logs: dict[str, float]) -> bool:
         """Logs one optimizer step. Returns whether its loss and gradient are finite, so that it counts."""
@@ -1297,67 +1228,60 @@ class TrainingLog:
         return finite
 
 
-# Gallery, card, Hub ---------------------------------------------------------------------------------------------------
-class Gallery:
-    """Draws the validation prompts with the current LoRA, or without it."""
-
-    def __init__(self, args: ScriptArguments, run: Run, prompts: list[str], pipeline: StableDiffusionXLPipeline):
-        self.args, self.prompts, self.pipeline = args, prompts, pipeline
-        *self.embeds, empty = [load_file(cache_file(run.cache, short_hash(prompt))) for prompt in [*prompts, ""]]
-        self.negative = {f"negative_{name}": tensor for name, tensor in empty.items()}
-
-    @torch.no_grad()
-    def draw(self, model: UNet2DConditionModel, lora: bool = True) -> list[PILImage.Image]:
-        args, device, vae, dtype = self.args, model.device, self.pipeline.vae.to(model.device), self.args.weight_dtype
-        self.pipeline.unet, images = model.eval(), []
-        options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
-        options["num_inference_steps"] = args.validation_num_inference_steps
-        options["guidance_scale"] = args.validation_guidance_scale
-        for i, embeds in enumerate(self.embeds):
-            options |= {name: tensor[None].to(device) for name, tensor in (embeds | self.negative).items()}
-            with (
-                torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-                nullcontext() if lora else as_reference(model),
-                # Other shapes than in training: they would be compiled anew.
-                torch.compiler.set_stance("force_eager") if args.compile else nullcontext(),
-            ):
-                latents = self.pipeline(**options, generator=torch.Generator("cpu").manual_seed(args.seed + i)).images
-            # Outside of autocast, in the VAE's own type: SDXL's overflows in fp16.
-            decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-            images += self.pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
-        model.train()
-        vae.to("cpu")
-        return images
+# Gallery, card, Hub -------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: UNet2DConditionModel, lora: bool = True) -> list:
+    """The validation prompts, drawn with the current LoRA or without it: PIL images."""
+    device, vae, dtype = model.device, pipeline.vae.to(model.device), args.weight_dtype
+    *prompts, empty = [load_file(cache_file(run.cache, short_hash(text))) for text in [*args.validation_prompts, ""]]
+    options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
+    options |= {name: getattr(args, f"validation_{name}") for name in ("num_inference_steps", "guidance_scale")}
+    options |= {f"negative_{name}": part[None].to(device) for name, part in empty.items()}
+    pipeline.unet, images = model.eval(), []
+    for i, embeds in enumerate(prompts):
+        options |= {name: part[None].to(device) for name, part in embeds.items()}
+        with (
+            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+            nullcontext() if lora else as_reference(model),
+            # Other shapes than in training: they would be compiled anew.
+            torch.compiler.set_stance("force_eager") if args.compile else nullcontext(),
+        ):
+            latents = pipeline(**options, generator=torch.Generator("cpu").manual_seed(args.seed + i)).images
+        # Outside of autocast, in the VAE's own type: SDXL's overflows in fp16.
+        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        images += pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
+    model.train()
+    vae.to("cpu")
+    return images
 
 
-def log_images(accelerator: Accelerator, prompts: list[str], images: list[PILImage.Image], step: int) -> None:
+def log_images(args: ScriptArguments, accelerator: Accelerator, images: list[PILImage.Image], step: int) -> None:
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": np.stack(images)}, step, dataformats="NHWC")
         elif tracker.name in ("wandb", "trackio"):
-            picture = importlib.import_module(tracker.name).Image
-            pictures = {f"validation/{i}": picture(image, caption=prompts[i]) for i, image in enumerate(images)}
+            picture, texts = importlib.import_module(tracker.name).Image, args.validation_prompts
+            pictures = {f"validation/{i}": picture(image, caption=texts[i]) for i, image in enumerate(images)}
             tracker.log(pictures, step=step)
 
 
-def finish(args: ScriptArguments, run: Run, model: Module, gallery: Gallery, parts: list[Part]) -> None:
+def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list[Part]) -> None:
     """Writes the LoRA files, the gallery and, last of all, the card; then uploads them."""
     output_dir, facts = Path(args.output_dir), run_facts(args, run, parts)
     if facts["skipped steps"] == run.max_train_steps:
         raise SystemExit("no step had a finite loss and gradient: nothing was learned")
     write_bytes(output_dir / LORA_FILE, (output_dir / f"checkpoint-{run.max_train_steps}" / LORA_FILE).read_bytes())
-    save_comfyui_lora(model, output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors")
-    before, after = gallery.draw(model, lora=False), gallery.draw(model)
-    log_images(run.accelerator, gallery.prompts, after, run.max_train_steps)
-    write_card(args, gallery.prompts, before, after, facts)
+    comfyui = output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors"
+    write_tensors(comfyui, comfyui_state_dict(get_peft_model_state_dict(model)))
+    before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
+    log_images(args, run.accelerator, after, run.max_train_steps)
+    write_card(args, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
     if args.push_to_hub:
         if run.upload:
             run.upload.exception()  # waits; what follows replaces it, failed or not
-        patterns, card = (
-            [LORA_FILE, "comfyui/*", "images/*", "README.md", "run.json", LOG_FILE],
-            output_dir / "README.md",
-        )
+        patterns = [LORA_FILE, "comfyui/*", "images/*", "README.md", "run.json", LOG_FILE]
+        card = output_dir / "README.md"
         try:
             if theirs := earlier_card(args, on_hub=True):
                 write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
@@ -1373,12 +1297,10 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     on_gpu = device.type == "cuda"
     log = [json.loads(line) for line in Path(args.output_dir, LOG_FILE).read_text().splitlines()]
     hours = sum(line["step_time"] for line in log) / 3600
-    cost = args.gpu_hourly_cost or 0
-    commit = re.search(r"@([0-9a-f]{40})/", parts[0].file)  # of a dataset of the Hub
+    commit = re.search(r"@([0-9a-f]{40})/|$", parts[0].file)[1]  # of a dataset of the Hub
     return {
         "base": args.pretrained_model_name_or_path,
-        "data": f"{args.dataset_name}, {f'commit {commit[1]}, ' if commit else ''}{len(parts)} row groups, "
-        f"hash of images {run.settings['images']}, of labels {run.settings['labels']}",
+        "data": f"{args.dataset_name}, commit {commit or 'unknown'}, {run.settings['images']} {run.settings['labels']}",
         "objective": f"{args.loss_type}, beta {args.beta_dpo:g}",
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, warm-up {args.lr_warmup_steps} steps",
         "LoRA rank": args.rank,
@@ -1388,7 +1310,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
         "seed": args.seed,
         "time": f"{hours:.3g} h of training",
         "GPU hours": f"{processes * hours:.3g}" if on_gpu else f"0, and {processes * hours:.3g} of CPU processes",
-        **({"price": f"{processes * hours * cost:.2f}, at {cost:g} an hour of each process"} if cost else {}),
+        **({"price": f"{processes * hours * args.gpu_hourly_cost:.2f}"} if args.gpu_hourly_cost else {}),
         "speed": f"{len(log) * run.rows_per_step * run.images_per_row / (3600 * hours or 1):.3g} images/s",
         "peak memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if on_gpu else "not measured",
         "hardware": f"{processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
@@ -1400,27 +1322,22 @@ CARD_BEGIN = "<!-- train_rankdpo_sdxl.py writes from here to its second mark; te
 CARD_END = "<!-- End of what train_rankdpo_sdxl.py wrote. -->"
 
 
-def write_card(args: ScriptArguments, prompts: list[str], before: list, after: list, facts: dict) -> None:
-    """Writes the before/after gallery and the model card."""
+def write_card(args: ScriptArguments, before: list, after: list, facts: dict) -> None:
     output_dir, widgets = Path(args.output_dir), []
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
     (output_dir / "images").mkdir()
     gallery = ["| prompt | base | with this LoRA |", "|---|---|---|"]
-    for i, (prompt, base, tuned) in enumerate(zip(prompts, before, after)):
+    for i, (prompt, base, tuned) in enumerate(zip(args.validation_prompts, before, after)):
         base.save(output_dir / "images" / f"{i}_base.png")
         tuned.save(output_dir / "images" / f"{i}.png")
         widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
     model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
-    front = {  # the Hub cannot link to a folder of this machine
-        **({} if os.path.isdir(model) else {"base_model": model}),
-        "library_name": "diffusers",
-        **base_license(args),
-        **({} if os.path.exists(args.dataset_name) else {"datasets": [args.dataset_name]}),
-        "tags": ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", "rankdpo"],
-        "widget": widgets,
-    }
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", "rankdpo"]
+    front = {"library_name": "diffusers", **base_license(args), "tags": tags, "widget": widgets}
+    front |= {} if os.path.isdir(model) else {"base_model": model}  # the Hub cannot link to a folder of this machine
+    front |= {} if os.path.exists(args.dataset_name) else {"datasets": [args.dataset_name]}
     local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
     settings = {n: v for n, v in asdict(args).items() if n not in local and v != getattr(ScriptArguments, n)}
     learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
@@ -1439,15 +1356,13 @@ Same prompts, same seeds:
 
 ## Use it
 
-With diffusers:
-
 ```python
 import torch
 from diffusers import StableDiffusionXLPipeline
 
 pipeline = StableDiffusionXLPipeline.from_pretrained("{model}", dtype=torch.float16).to("cuda")
 pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="{LORA_FILE}")
-image = pipeline({json.dumps(prompts[0])}).images[0]
+image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
 ```
 
 With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it with the "Load LoRA" node at strength 1.
@@ -1509,14 +1424,13 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     return theirs
 
 
-# Arguments and files --------------------------------------------------------------------------------------------------
+# Arguments and files ------------------------------------------------------------------------------------------------
 class ArgumentParser(TrlParser):
-    """TrlParser that ends every usage error in one line and knows the metadata of `flag`. Its own reading of --config
-    takes YAML's types (`no` becomes False) and checks no choices: see `config_words`."""
+    """Ends every usage error in one line, and knows the metadata of `flag`. For --config see `config_words`."""
 
     group = None
 
-    def add_argument(self, *names, limits=None, group=None, **options):
+    def add_argument(self, *names, limits=None, group=None, free=False, **options):
         self.group = self.add_argument_group(group) if group else self.group
         return (self.group.add_argument if self.group else super().add_argument)(*names, **options)
 
@@ -1538,14 +1452,14 @@ def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
     given, rule = [], "must hold lines of `flag: value` or `flag: [value, value]`, and no `config`"
     try:
-        # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`.
+        # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
+        # stands behind "=": it may begin with "-".
         settings = yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}
         for name, value in dict(settings).items():
             words = value if isinstance(value, list) else [value]
             if name == "config" or not all(isinstance(word, str) for word in words):
                 raise ValueError(f"{name} {value}")
             if words and value not in ("", "~", "null", "Null", "NULL"):
-                # A single value stands behind "=": it may begin with "-".
                 given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise argparse.ArgumentTypeError(f"{file} cannot be read, or {rule}: {one_line(error)}") from None
@@ -1553,7 +1467,6 @@ def config_words(file: str) -> list[str]:
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error's message on one line, whatever its class and length."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
