@@ -316,8 +316,8 @@ def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -
 
 # Training: what is drawn, one forward, one step, the loop -----------------------------------------------------------
 def sample_noise(args: ScriptArguments, noise_scheduler: DDPMScheduler, key: tuple, shape: torch.Size) -> dict:
-    """Draws one timestep for all images of a row, and one noise for all (`--noise prompt`) or each (`--noise image`, the
-    paper's ε_i): a function of (seed, epoch, id of the row) alone, so the same after a resume and on any number of
+    """Draws one timestep for all images of a row, and one noise for all (`--noise prompt`) or each (`--noise image`:
+    the paper's ε_i): a function of (seed, epoch, id of the row) alone, so the same after a resume and on any number of
     processes. shape: of the row's latents, (k, C, h, w). Returns timesteps, int64; noise, float32 (k, C, h, w)."""
     rng = seeded_generator(*key)
     timestep = torch.tensor(rng.integers(noise_scheduler.config.num_train_timesteps))
