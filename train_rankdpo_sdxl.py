@@ -674,7 +674,7 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                 continue
             index = []
             for row, images in enumerate(read_images(part, args.images_column), part.start):
-                names = [os.path.abspath(i["path"]) if i["bytes"] is None else short_hash(i["bytes"]) for i in images]
+                names = [short_hash(i["bytes"]) if i["bytes"] else os.path.abspath(i["path"] or "") for i in images]
                 index.append(names)
                 if row >= part.start + part.rows:  # beyond --max_train_samples
                     continue
@@ -717,7 +717,8 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     """Writes what is missing of the cache, and gives the labels the `key` of each row. Returns the pipeline that draws
     and what encodes prompts, if that is done at every step. A process loads only what it needs."""
     accelerator, done = run.accelerator, {file.stem for file in run.cache.glob("*/*.safetensors")}
-    missing = [part for part in parts if not (keys := row_keys(args, part, labels)) or not done.issuperset(keys)]
+    known = {part: row_keys(args, part, labels) for part in parts}
+    missing = [part for part, keys in known.items() if not keys or not done.issuperset(keys)]
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     texts = {short_hash(text): text for text in ["", *(args.validation_prompts if accelerator.is_main_process else [])]}
     needs_text = bool(missing) or not done.issuperset(texts) or not args.cache_text_embeddings
@@ -734,7 +735,8 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
         else:
             encode_prompts = partial(encode_prompt, args, pipeline)
     accelerator.wait_for_everyone()
-    labels["key"] = np.array([key for part in parts for key in row_keys(args, part, labels)])
+    known |= {part: row_keys(args, part, labels) for part in missing}
+    labels["key"] = np.array([key for keys in known.values() for key in keys])
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -1008,7 +1010,8 @@ def save_lora(model: UNet2DConditionModel, folder: Path) -> None:
 def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """LoRA tensors with peft's keys, `[unet.]<module>.lora_A.weight`, under those that ComfyUI, kohya's network loader
     and A1111 know: `lora_unet_<module with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`, the rank."""
-    return convert_state_dict_to_kohya({f"unet.{key.removeprefix('unet.')}": t for key, t in lora_state_dict.items()})
+    renamed = {f"unet.{key.removeprefix('unet.')}": tensor for key, tensor in lora_state_dict.items()}
+    return {key: tensor.float() for key, tensor in convert_state_dict_to_kohya(renamed).items()}
 
 
 # The run: what it is, its folder, checkpoints, signals, log ---------------------------------------------------------
