@@ -962,8 +962,8 @@ def find_pictures(
     for i, row in enumerate(rows):
         category = categories[i] if categories else ""
         index, in_category = places[i]["index"], places[i].get(args.category_column, places[i]["index"])
-        place = {"index": index, "prompt": row["prompt"], "row": row, "category": category}
-        place["category_index"] = in_category
+        place = {"index": index, "prompt": row["prompt"], "row": row}
+        place |= {"category": category, "category_index": in_category}
         for n in range(args.num_images_per_prompt):
             number, cell = divmod(n, columns * high)
             images = [start * args.num_images_per_prompt + n for start in (index, in_category)]
