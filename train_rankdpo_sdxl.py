@@ -426,6 +426,8 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
             log_images(args, accelerator, draw_gallery(args, run, pipeline, unwrapped), step)
             log.step_ended = time.time()  # drawing does not count as training
+    for number in (signal.SIGTERM, signal.SIGINT):  # from here on a signal ends the process at once, again
+        signal.signal(number, signal.SIG_DFL)
     log.bar.close()
 
 
@@ -470,24 +472,24 @@ Part = namedtuple("Part", "file number identity start rows")
 def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list[Part]]:
     """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
     columns = {args.prompt_id_column, args.prompt_column, args.preference_column, args.rank_column}
-    columns |= {"generators", "scores"}
-    table = groups = problem = None
-    if PartialState().is_main_process:  # for all: the Hub limits requests
-        try:
-            with ThreadPoolExecutor(8) as pool:
-                tables, groups = zip(*pool.map(partial(read_labels, args, columns), find_files(args)))
-            table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
-        except Exception as error:
-            problem = f"--dataset_name {args.dataset_name}: {one_line(error.__cause__ or error)}"
-    table, groups, problem = broadcast_object_list([table, groups, problem])
-    if problem:
-        raise SystemExit(problem)
+    tables, groups = read_columns(args, columns | {"generators", "scores"})
+    table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
     parts, start = [], 0
-    for *place, rows in itertools.chain(*groups):
+    for *place, rows in groups:
         if start < len(table):
             parts.append(Part(*place, start, min(rows, len(table) - start)))
             start += rows
     return table, parts
+
+
+def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Table], list[tuple]]:
+    """These columns of each Parquet file, and the row groups of all: (file, number, identity, rows)."""
+    found = None
+    if PartialState().is_main_process:  # for all processes: the Hub limits requests
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+    tables, groups = zip(*broadcast_object_list([found])[0])
+    return tables, [*itertools.chain(*groups)]
 
 
 def find_files(args: ScriptArguments) -> list[str]:
@@ -899,10 +901,7 @@ def check_model(args: ScriptArguments) -> None:
         if os.path.isfile(source[0]):
             convert = f'StableDiffusionXLPipeline.from_single_file("{source[0]}").save_pretrained("FOLDER")'
             raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
-        try:
-            config = json.loads(file_of(*source).read_text())
-        except Exception as error:
-            raise SystemExit(f"{where}: not a diffusers model that can be read: {one_line(error)}") from None
+        config = json.loads(file_of(*source).read_text())
         name = config.get("_class_name", file)
         if file == "model_index.json" and name not in PIPELINES:
             raise SystemExit(f"{where} is a {name}: {OTHERS}")
@@ -1145,27 +1144,22 @@ def check_same_run(args: ScriptArguments, settings: dict, earlier: dict) -> None
 
 
 def begin_run(args: ScriptArguments, run: Run) -> FileLock:
-    """Keeps other runs out of the output folder, and prepares it and the repository. The main process does it, and all
-    end with its line if it fails: none waits for it in a collective."""
-    output_dir, problem, lock = Path(args.output_dir), None, FileLock(Path(args.output_dir, ".lock"))
+    """Keeps other runs out of the output folder, and prepares it and the repository."""
+    output_dir, lock = Path(args.output_dir), FileLock(Path(args.output_dir, ".lock"))
     run.accelerator.wait_for_everyone()  # all have looked at the folder
     if run.accelerator.is_main_process:
+        earlier_card(args)
+        if args.push_to_hub:  # a wrong token, name or card fails now, not after the training
+            name, private = args.hub_model_id or output_dir.resolve().name, args.hub_private_repo or None
+            args.hub_model_id = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
+            HfApi().auth_check(args.hub_model_id, write=True)
+            earlier_card(args, on_hub=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
         try:
-            earlier_card(args)
-            if args.push_to_hub:  # a wrong token, name or card fails now, not after the training
-                name = args.hub_model_id or output_dir.resolve().name
-                private = args.hub_private_repo or None
-                args.hub_model_id = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
-                HfApi().auth_check(args.hub_model_id, write=True)
-                earlier_card(args, on_hub=True)
-            output_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            problem = f"--output_dir {output_dir} is in use by another run: wait for its end, or choose another folder"
-        except Exception as error:
-            problem = f"{'--push_to_hub or ' * args.push_to_hub}--output_dir {output_dir}: {one_line(error)}"
-    if problem := broadcast_object_list([problem])[0]:
-        raise SystemExit(problem)
+            raise SystemExit(f"--output_dir {output_dir} is in use by another run: choose another folder") from None
+    run.accelerator.wait_for_everyone()
     return lock
 
 
@@ -1233,8 +1227,7 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        warning = "; warning: all of them are warm-up" if total <= args.lr_warmup_steps else ""
-        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images{warning}")
+        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers("rankdpo-sdxl", config=config)
@@ -1256,8 +1249,6 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
         with suppress(BrokenPipeError):  # the reader of `2>&1 | tee log` ends at Ctrl-C, too
             self.bar.update()
-        if self.args.compile and step == self.run.start_step + 1:
-            self.accelerator.print(f"step {step} took {logs['step_time']:.0f} s, with its compilation")
         self.accelerator.log(logs, step=step)
         finite = bool(np.isfinite([logs["loss"], logs["grad_norm"]]).all())
         self.skipped = 0 if finite else self.skipped + 1
@@ -1324,12 +1315,9 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
             run.upload.exception()  # waits; what follows replaces it, failed or not
         patterns = [LORA_FILE, "comfyui/*", "images/*", "README.md", "run.json", LOG_FILE]
         card = output_dir / "README.md"
-        try:
-            if theirs := earlier_card(args, on_hub=True):
-                write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
-            HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=output_dir, allow_patterns=patterns)
-        except Exception as error:
-            raise SystemExit(f"upload failed: {one_line(error)}: --resume_from_checkpoint latest repeats it") from None
+        if theirs := earlier_card(args, on_hub=True):
+            write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
+        HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=output_dir, allow_patterns=patterns)
         print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
 
 
@@ -1510,19 +1498,16 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
 
 def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
-    given, rule = [], "must hold lines of `flag: value` or `flag: [value, value]`, and no `config`"
-    try:
-        # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
-        # stands behind "=": it may begin with "-".
-        settings = yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}
-        for name, value in dict(settings).items():
-            words = value if isinstance(value, list) else [value]
-            if name == "config" or not all(isinstance(word, str) for word in words):
-                raise ValueError(f"{name} {value}")
-            if words and value not in ("", "~", "null", "Null", "NULL"):
-                given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise argparse.ArgumentTypeError(f"{file} cannot be read, or {rule}: {one_line(error)}") from None
+    given = []
+    # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
+    # stands behind "=": it may begin with "-".
+    for name, value in dict(yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}).items():
+        words = value if isinstance(value, list) else [value]
+        if name == "config" or not all(isinstance(word, str) for word in words):
+            rule = "must hold lines of `flag: value` or `flag: [value, value]`, and no `config`"
+            raise argparse.ArgumentTypeError(f"{file}: {name} {value}: it {rule}")
+        if words and value not in ("", "~", "null", "Null", "NULL"):
+            given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return given
 
 
