@@ -90,11 +90,8 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # The objectives that an option has no meaning for.
 UNUSED_BY = dict.fromkeys(("sft_weight", "precompute_ref"), ("sft", "weighted_sft"))
 UNUSED_BY["safeguard"] = ("plackett_luce", "sft", "weighted_sft")
-PIPELINE, DENOISER = StableDiffusionXLPipeline, "unet"
-ENCODING_FLAGS = ("variant", "resolution", "mixed_precision", "cache_text_embeddings")  # that the cache depends on
-REFERENCE_FLAGS = ("seed", "noise", "proportion_empty_prompts", "base_precision", "allow_tf32", "compile")
-REFERENCE_FLAGS += ("train_batch_size", "time_ids")  # that the reference's errors depend on, too
 RESOLUTION_MULTIPLE = 8
+IMAGE_COLUMNS = ("images_column",)
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
@@ -208,10 +205,6 @@ class ScriptArguments(TrainingArguments):  # and those of this one
     loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.")
     beta_dpo: float = flag(5000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
     rank_source: Literal["label", "predicted"] = flag("label", "Ranks in rankdpo's discounts; predicted: LambdaLoss.")
-
-    @property
-    def image_columns(self) -> list[str]:
-        return [self.images_column]
 
 
 # Objective: one prompt, k images, their preference probabilities φ --------------------------------------------------
@@ -351,9 +344,8 @@ def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: Sc
     epsilon = noise_scheduler.config.prediction_type == "epsilon"
     target = noise if epsilon else noise_scheduler.get_velocity(latents, noise, timesteps)
     time_ids = batch["time_ids"]
-    if args.time_ids == "resolution":  # all images have the resolution, without a crop: so the pipeline draws, too
-        target_size = time_ids[..., 4:]
-        time_ids = torch.cat([target_size, torch.zeros_like(target_size), target_size], dim=-1)
+    if args.time_ids == "resolution":  # as the pipeline draws: the resolution, without a crop
+        time_ids = torch.cat([time_ids[..., 4:], torch.zeros_like(time_ids[..., 4:]), time_ids[..., 4:]], dim=-1)
     prediction = model(
         sample=noisy_latents,
         timestep=timesteps,
@@ -614,12 +606,16 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
 
 
 # Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
+PIPELINE, DENOISER = StableDiffusionXLPipeline, "unet"
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 
 
 OTHERS = "this trains SDXL; train_rankdpo_sd3.py and train_dpo_qsd.py train other models"
 
 
+ENCODING_FLAGS = ("variant", "resolution", "mixed_precision", "cache_text_embeddings")  # that the cache depends on
+REFERENCE_FLAGS = ("seed", "noise", "proportion_empty_prompts", "base_precision", "allow_tf32", "compile")
+REFERENCE_FLAGS += ("train_batch_size", "time_ids")  # that the reference's errors depend on, too
 # What SDXL's base model has; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
 PLAIN = {
     "model_index.json": {"requires_aesthetics_score": (False, None)},
@@ -775,13 +771,14 @@ def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa
         table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
         parquet.metadata.write_metadata_file(footer)
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue()), args.image_columns]
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue())]
+    facts += [getattr(args, name) for name in IMAGE_COLUMNS]
     return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
 
 
-def read_images(part: Part, columns: list[str]) -> Iterator[list[dict]]:
+def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
     """The images of a part, row by row, [{"bytes", "path"}, …]. Only a few rows are in memory at a time."""
-    system, path = url_to_fs(part.file)
+    columns, (system, path) = [getattr(args, name) for name in IMAGE_COLUMNS], url_to_fs(part.file)
     options = {"pre_buffer": False, "buffer_size": 2**20}
     with system.open(path, block_size=2**25) as handle, pq.ParquetFile(handle, **options) as parquet:
         for batch in parquet.iter_batches(4, [part.number], columns, use_threads=False):
@@ -831,7 +828,7 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
             if keys is not None and all(run.cache_file(key).exists() for key in keys.values()):
                 continue
             index = []
-            for place, images in enumerate(read_images(part, args.image_columns), part.start):
+            for place, images in enumerate(read_images(args, part), part.start):
                 index.append([image_name(image) for image in images])
                 for _, row in label_rows(labels, place, place + 1):
                     where = f"row {place} (id {labels['id'][row].as_py()!r})"
