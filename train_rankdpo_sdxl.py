@@ -335,8 +335,7 @@ def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: Sc
     """One forward of all k images of a batch of prompts.
     batch: latents and noise (B, k, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width), pooled_prompt_embeds
     (B, width), time_ids (B, k, 6). Returns errors, float32 (B, k); prediction and target, (B, k, C, h, w)."""
-    shape = batch["latents"].shape
-    k = shape[1]
+    shape, k = batch["latents"].shape, batch["latents"].shape[1]
     latents = batch["latents"].flatten(0, 1).float()
     noise = batch["noise"].flatten(0, 1)
     timesteps = batch["timesteps"].repeat_interleave(k)
@@ -613,7 +612,7 @@ PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 OTHERS = "this trains SDXL; train_rankdpo_sd3.py and train_dpo_qsd.py train other models"
 
 
-ENCODING_FLAGS = ("variant", "resolution", "mixed_precision", "cache_text_embeddings")  # that the cache depends on
+ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")  # that the cache depends on
 REFERENCE_FLAGS = ("seed", "noise", "proportion_empty_prompts", "base_precision", "allow_tf32", "compile")
 REFERENCE_FLAGS += ("train_batch_size", "time_ids")  # that the reference's errors depend on, too
 # What SDXL's base model has; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
@@ -787,8 +786,8 @@ def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
                 yield [image if isinstance(image, dict) else {"bytes": image, "path": None} for image in images]
 
 
-# The cache knows a row by its content, whatever dataset, order, seed or labels it comes with. A file there is whole.
-# The index of a part holds its images' hashes, or the paths of those that lie in files: it need not be read again.
+# The cache knows rows by their images and prompts by their text, whatever dataset, order, seed or labels they are of.
+# A file there is whole. The index of a part holds the names of its images: it need not be read again.
 def image_name(stored: dict) -> str:
     """The hash that score_pairs.py makes of an image; of one that lies in a file, its path."""
     content = stored["bytes"]
@@ -796,27 +795,27 @@ def image_name(stored: dict) -> str:
 
 
 def row_key(labels: dict, row: int, images: list[str]) -> str:
-    """The name of a row in the cache: a hash of its prompt and its images. A file is known by its size and date."""
+    """The name of a row in the cache: a hash of the images used. A file is known by its size and date, too."""
     facts = [images[position] for position in labels["images"][row]]
-    files = [os.stat(image) if "/" in image and os.path.exists(image) else None for image in facts]
-    facts += [(file.st_size, file.st_mtime_ns) for file in files if file]
-    return short_hash(json.dumps([labels["prompt"][row].as_py(), *facts]))
+    files = [os.stat(image) for image in facts if "/" in image and os.path.exists(image)]
+    return short_hash(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
 
 
 def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
     """The key of each row of the labels whose images a part holds; None if it has no index yet."""
-    rows, file = (
-        label_rows(labels, part.start, part.start + part.rows),
-        Path(args.cache_dir, "index", f"{part.identity}.json"),
-    )
-    if rows and not file.exists():
+    rows = label_rows(labels, part.start, part.start + part.rows)
+    if rows and not index_file(args, part).exists():
         return None
-    images = json.loads(file.read_text()) if rows else []
+    images = json.loads(index_file(args, part).read_text()) if rows else []
     return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
 
 
+def index_file(args: ScriptArguments, part: Part) -> Path:
+    return Path(args.cache_dir, "index", f"{part.identity}.json")
+
+
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
-    """Reads parts and writes their indices; gives the rows without a cache file: (row, key, pixels and time_ids)."""
+    """Reads parts and writes their indices; gives the rows without a cache file: (key, pixels and time_ids)."""
     process, processes = run.accelerator.process_index, run.accelerator.num_processes
     # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
     # would time out, and machines with caches of their own each fill theirs.
@@ -841,8 +840,8 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                     if bad := [i for i, image in decoding.items() if image.exception()]:
                         problem = one_line(decoding[bad[0]].exception())
                         raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
-                    yield row, key, default_collate([image.result() for image in decoding.values()])
-            write_bytes(Path(args.cache_dir, "index", f"{part.identity}.json"), json.dumps(index).encode())
+                    yield key, default_collate([image.result() for image in decoding.values()])
+            write_bytes(index_file(args, part), json.dumps(index).encode())
 
 
 def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
@@ -866,26 +865,28 @@ def to_rgb(picture: PILImage.Image) -> PILImage.Image:
 
 
 def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
-    """Writes what is missing of the cache, and gives the labels the `key` of each row. Returns the pipeline that draws
-    and what encodes prompts, if that is done at every step. A process loads only what it needs."""
-    accelerator, done = run.accelerator, {file.stem for file in run.cache.glob("*.safetensors")}
+    """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
+    Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
+    accelerator, cached = run.accelerator, {file.stem for file in run.cache.glob("*.safetensors")}
     known = {part: row_keys(args, part, labels) for part in parts}
-    missing = [part for part, keys in known.items() if keys is None or not done.issuperset(keys.values())]
+    missing = [part for part, keys in known.items() if keys is None or not cached.issuperset(keys.values())]
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
-    texts = {short_hash(text): text for text in ["", *(args.validation_prompts if accelerator.is_main_process else [])]}
-    needs_text = bool(missing) or not done.issuperset(texts) or not args.cache_text_embeddings
-    pipeline = encode_prompts = None
-    if needs_text or accelerator.is_main_process:
-        pipeline = load_pipeline(args, accelerator.device, needs_text)
+    prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
+    texts = {short_hash(text): text for text in ["", *args.validation_prompts, *prompts]}
+    texts = [(key, text) for key, text in texts.items() if key not in cached]
+    with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
+    if missing or with_text or accelerator.is_main_process:
+        pipeline = load_pipeline(args, accelerator.device, with_text)
+        hidden = not accelerator.is_local_main_process
         encode_rows(args, run, pipeline, missing, labels)
-        for key in texts.keys() - done:
-            embeds = encode_prompt(args, pipeline, [texts[key]])
-            write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
+        own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
+        for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=hidden or not texts):
+            if not run.cache_file(key).exists():
+                embeds = encode_prompt(args, pipeline, [text])
+                write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
         pipeline.vae.to("cpu")
         if args.cache_text_embeddings:
             pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
-        else:
-            encode_prompts = partial(encode_prompt, args, pipeline)
     accelerator.wait_for_everyone()
     known |= {part: row_keys(args, part, labels) for part in missing}
     keys = {row: key for part in known.values() for row, key in part.items()}
@@ -893,34 +894,27 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    return pipeline, encode_prompts
-
-
-def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
-    """Writes the latents and the prompt embeddings of the rows of these parts, each row into a file of its own."""
-    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
-    share = -(-count // run.accelerator.num_processes)
-    rows, hidden = read_ahead(rows_to_encode(args, run, parts, labels)), not run.accelerator.is_local_main_process
-    at_once = max(1, args.vae_batch_size // run.images_per_row)
-    with tqdm(desc="encode", total=share, unit="row", disable=hidden or not parts) as bar:
-        while group := list(itertools.islice(rows, at_once)):
-            pixels = torch.cat([item.pop("pixels") for _, _, item in group])
-            latents = encode_images(pipeline.vae, pixels, args.vae_batch_size).to(args.weight_dtype)
-            for (row, key, item), item["latents"] in zip(group, latents.split(run.images_per_row)):
-                if args.cache_text_embeddings:
-                    embeds = encode_prompt(args, pipeline, [labels["prompt"][row].as_py()])
-                    item |= {name: part[0] for name, part in embeds.items()}
-                write_tensors(run.cache_file(key), item)
-            bar.update(len(group))
+    return pipeline, None if args.cache_text_embeddings else partial(encode_prompt, args, pipeline)
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """pixels, uint8 (n, 3, H, W) → latents (n, C, H/f, W/f): the posterior's mean, scaled."""
-    # Scaled in float32: bf16 would round by up to half a step of a pixel.
-    batches = [batch.to(vae.device).float() / 127.5 - 1.0 for batch in pixels.split(batch_size)]
-    means = torch.cat([vae.encode(batch.to(vae.dtype)).latent_dist.mean for batch in batches])
-    return (means - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
+    """Writes latents, (k, C, h, w), the posterior's mean, scaled, of the rows of these parts: a file for each row."""
+    vae, hidden = pipeline.vae, not run.accelerator.is_local_main_process
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
+    total, at_once = -(-count // run.accelerator.num_processes), max(1, args.vae_batch_size // run.images_per_row)
+    rows = read_ahead(rows_to_encode(args, run, parts, labels))
+    with tqdm(desc="encode images", total=total, unit="row", disable=hidden or not parts) as bar:
+        while group := list(itertools.islice(rows, at_once)):
+            batches = torch.cat([item.pop("pixels") for _, item in group]).split(args.vae_batch_size)
+            # Scaled in float32: bf16 would round by up to half a step of a pixel.
+            batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
+            means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
+            latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
+            for (key, item), images in zip(group, latents.split(run.images_per_row)):
+                write_tensors(run.cache_file(key), {"latents": images, **item})
+            bar.update(len(group))
 
 
 def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, key: tuple[int, int, int]) -> dict:
@@ -934,11 +928,8 @@ def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, k
         step, place = divmod(place, run.rows_per_step)
         item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
     empty = seeded_generator(*noise_key, "empty prompt").random() < args.proportion_empty_prompts
-    if not args.cache_text_embeddings:
-        item["prompt"] = "" if empty else labels["prompt"][row].as_py()
-    elif empty:
-        item |= load_file(run.cache_file(short_hash("")))
-    return item
+    prompt = "" if empty else labels["prompt"][row].as_py()
+    return item | (load_file(run.cache_file(short_hash(prompt))) if args.cache_text_embeddings else {"prompt": prompt})
 
 
 def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
@@ -1201,7 +1192,8 @@ def begin_run(args: ScriptArguments, run: Run) -> FileLock:
 
 def record_run(args: ScriptArguments, run: Run, labels: dict) -> None:
     """Writes what identifies the run. The images do, too: they are known once all are encoded."""
-    run.settings["images"] = short_hash(str([*zip(labels["id"].to_pylist(), labels["key"].tolist())]))
+    rows = zip(labels["id"].to_pylist(), labels["prompt"].to_pylist(), labels["key"].tolist())
+    run.settings["images"] = short_hash(str([*rows]))
     check_same_run(args, run.settings, run.earlier)
     if run.accelerator.is_main_process:
         write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
