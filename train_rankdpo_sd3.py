@@ -66,15 +66,10 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
-from diffusers import (
-    AutoencoderKL,
-    BitsAndBytesConfig,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    training_utils,
-)
+from diffusers import BitsAndBytesConfig, StableDiffusion3Pipeline, training_utils
+from diffusers.models import AutoencoderKL, SD3Transformer2DModel
 from diffusers.optimization import get_scheduler
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import cast_training_params, free_memory
 from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
@@ -803,7 +798,7 @@ def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> 
     # Scaled in float32: bf16 would round by up to half a step of a pixel.
     batches = [batch.to(vae.device).float() / 127.5 - 1.0 for batch in pixels.split(batch_size)]
     means = torch.cat([vae.encode(batch.to(vae.dtype)).latent_dist.mean for batch in batches])
-    return (means - vae.config.shift_factor) * vae.config.scaling_factor
+    return (means - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 # Copied from train_rankdpo_sdxl.read_row
@@ -1324,7 +1319,7 @@ def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: SD3Transforme
         ):
             latents = pipeline(**options, **embeds, generator=torch.Generator("cpu").manual_seed(args.seed + i)).images
         # Outside of autocast, in the VAE's own type.
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         images += pipeline.image_processor.postprocess(vae.decode(latents).sample.float(), output_type="pil")
     model.train()
     vae.to("cpu")
