@@ -129,7 +129,7 @@ class TrainingArguments:
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
     safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
     seed: int = flag(0, "Seeds LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1)
-    train_batch_size: int = free(1, "Prompts per process and forward pass.", min=1)
+    train_batch_size: int = free(1, "Rows per process and forward pass.", min=1)
     gradient_accumulation_steps: int = free(1, "Forward passes per optimizer step.", min=1)
     num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.", min=1)
@@ -176,7 +176,7 @@ class TrainingArguments:
                 setattr(self, spec.name, os.path.expanduser(value))
         if not self.dataset_name:
             raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
-        if self.resolution % RESOLUTION_MULTIPLE:
+        if (self.resolution or 0) % RESOLUTION_MULTIPLE:
             raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
         for name, unused_by in UNUSED_BY.items():
             if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
@@ -445,6 +445,8 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
             log_images(args, accelerator, draw_gallery(args, run, pipeline, unwrapped), step)
             log.step_ended = time.time()  # drawing does not count as training
+    for number in (signal.SIGTERM, signal.SIGINT):  # from here on a signal ends the process at once, again
+        signal.signal(number, signal.SIG_DFL)
     log.bar.close()
 
 
@@ -457,7 +459,13 @@ def main(args: ScriptArguments) -> None:
     table, parts = load_ranked_dataset(args)
     labels = make_labels(args, table)
     run = plan_run(args, accelerator, table, labels)
-    lock = begin_run(args, run)
+    fit(args, run, parts, labels)
+
+
+# Copied from train_rankdpo_sdxl.fit
+def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
+    """Encodes what is not in the cache, trains, and writes the results."""
+    lock, accelerator = begin_run(args, run), run.accelerator
     pipeline, encode_prompts = encode_dataset(args, run, parts, labels)
     record_run(args, run, labels)
     set_seed(args.seed)
@@ -486,23 +494,25 @@ Part = namedtuple("Part", "file number identity start rows")
 def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list[Part]]:
     """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
     columns = {args.prompt_id_column, args.prompt_column, args.preference_column, args.rank_column}
-    columns |= {"generators", "scores"}
-    table = problem = None
-    if PartialState().is_main_process:  # for all: the Hub limits requests
-        try:
-            with ThreadPoolExecutor(8) as pool:
-                tables = list(pool.map(partial(read_labels, args, columns), find_files(args)))
-            table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
-        except Exception as error:
-            problem = f"--dataset_name {args.dataset_name}: {one_line(error.__cause__ or error)}"
-    table, problem = broadcast_object_list([table, problem])
-    if problem:
-        raise SystemExit(problem)
+    tables, groups = read_columns(args, columns | {"generators", "scores"})
+    table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
     parts, start = [], 0
-    for part, rows in itertools.groupby(table["part"].to_pylist()):
-        parts.append(Part(*json.loads(part), start, len(list(rows))))
-        start += parts[-1].rows
+    for *place, rows in groups:
+        if start < len(table):
+            parts.append(Part(*place, start, min(rows, len(table) - start)))
+            start += rows
     return table, parts
+
+
+# Copied from train_rankdpo_sdxl.read_columns
+def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Table], list[tuple]]:
+    """These columns of each Parquet file, and the row groups of all: (file, number, identity, rows)."""
+    found = None
+    if PartialState().is_main_process:  # for all processes: the Hub limits requests
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+    tables, groups = zip(*broadcast_object_list([found])[0])
+    return tables, [*itertools.chain(*groups)]
 
 
 # Copied from train_rankdpo_sdxl.find_files
@@ -539,25 +549,28 @@ def find_files(args: ScriptArguments) -> list[str]:
     return [str(copy)]
 
 
+# Copied from train_rankdpo_sdxl.check_columns
+def check_columns(args: ScriptArguments, schema: pa.Schema) -> None:
+    for name in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
+        if (column := getattr(args, name)) not in schema.names:
+            raise ValueError(f"no column {column!r} (--{name}); it has {', '.join(schema.names)}")
+    # `datasets` writes list<struct<bytes, path>>; pandas and polars may also write list<binary>.
+    if not re.search(r"list.*<.*(struct<.*bytes: |binary)", str(schema.field(args.images_column).type)):
+        raise ValueError(f"column {args.images_column!r} must hold lists of images, List(Image())")
+
+
 # Copied from train_rankdpo_sdxl.read_labels
-def read_labels(args: ScriptArguments, columns: set[str], file: str) -> pa.Table:
-    """The label columns of a Parquet file, and `part`, its row groups: file, number and identity. Reads no image."""
+def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
+    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
     system, path = url_to_fs(file)
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
-        schema = parquet.schema_arrow
-        for name in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
-            if (column := getattr(args, name)) not in schema.names:
-                raise ValueError(f"no column {column!r} (--{name}); it has {', '.join(schema.names)}")
-        # `datasets` writes list<struct<bytes, path>>; pandas and polars may also write list<binary>.
-        if not re.search(r"list.*<.*(struct<.*bytes: |binary)", str(schema.field(args.images_column).type)):
-            raise ValueError(f"column {args.images_column!r} must hold lists of images, List(Image())")
-        table = parquet.read(columns=[name for name in schema.names if name in columns])
+        check_columns(args, parquet.schema_arrow)
+        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
         parquet.metadata.write_metadata_file(footer := BytesIO())
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
     known = system.info(path)
     facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue()), args.images_column]
-    groups = [json.dumps([file, n, short_hash(json.dumps([*facts, n]))]) for n in range(len(sizes))]
-    return table.append_column("part", pa.array(np.repeat(groups, sizes), pa.string()))
+    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
 
 
 # Copied from train_rankdpo_sdxl.read_images
@@ -679,6 +692,11 @@ def cache_file(folder: Path, key: str, suffix: str = ".safetensors") -> Path:
     return folder / key[:2] / f"{key}{suffix}"  # in 256 folders: one with 100,000 files is slow to list
 
 
+# Copied from train_rankdpo_sdxl.image_name
+def image_name(stored: dict) -> str:
+    return short_hash(stored["bytes"]) if stored["bytes"] else os.path.abspath(stored["path"] or "")
+
+
 # Copied from train_rankdpo_sdxl.row_key
 def row_key(labels: dict, row: int, images: list[str]) -> str:
     """The name of a row in the cache: a hash of its prompt and its images. A file is known by its size and date."""
@@ -688,12 +706,21 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
     return short_hash(json.dumps([labels["prompt"][row].as_py(), *facts]))
 
 
+# Copied from train_rankdpo_sdxl.label_rows
+def label_rows(labels: dict, start: int, end: int) -> list[tuple[int, int]]:
+    """Which labels belong to the dataset's rows from `start` to `end`: (row of the dataset, row of the labels)."""
+    return [(row, row) for row in range(start, min(end, len(labels["id"])))]
+
+
 # Copied from train_rankdpo_sdxl.row_keys
-def row_keys(args: ScriptArguments, part: Part, labels: dict) -> list[str] | None:
-    """The keys of a part's rows; None if it has no index yet."""
+def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
+    """The key of each row of the labels whose images a part holds; None if it has no index yet."""
+    rows = label_rows(labels, part.start, part.start + part.rows)
     file = cache_file(Path(args.cache_dir, "index"), part.identity, ".json")
-    images = json.loads(file.read_text()) if file.exists() else None
-    return images and [row_key(labels, part.start + i, images[i]) for i in range(part.rows)]
+    if rows and not file.exists():
+        return None
+    images = json.loads(file.read_text()) if rows else []
+    return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
 
 
 # Copied from train_rankdpo_sdxl.rows_to_encode
@@ -707,24 +734,23 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
         for part in order:
             keys = row_keys(args, part, labels)
-            if keys and all(cache_file(run.cache, key).exists() for key in keys):
+            if keys is not None and all(cache_file(run.cache, key).exists() for key in keys.values()):
                 continue
             index = []
-            for row, images in enumerate(read_images(part, args.images_column), part.start):
-                names = [short_hash(i["bytes"]) if i["bytes"] else os.path.abspath(i["path"] or "") for i in images]
-                index.append(names)
-                if row >= part.start + part.rows:  # beyond --max_train_samples
-                    continue
-                where = f"row {row} (prompt_id {labels['id'][row].as_py()!r})"
-                if len(images) != labels["count"][row]:
-                    raise SystemExit(f"{where}: {len(images)} images, but {labels['count'][row]} preferences")
-                if cache_file(run.cache, key := row_key(labels, row, names)).exists():
-                    continue
-                decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in labels["images"][row]}
-                if bad := [i for i, image in decoding.items() if image.exception()]:
-                    problem = one_line(decoding[bad[0]].exception())
-                    raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
-                yield row, key, default_collate([image.result() for image in decoding.values()])
+            for place, images in enumerate(read_images(part, args.images_column), part.start):
+                index.append([image_name(image) for image in images])
+                for _, row in label_rows(labels, place, place + 1):
+                    where = f"row {place} (id {labels['id'][row].as_py()!r})"
+                    if len(images) != labels["count"][row]:
+                        raise SystemExit(f"{where}: {len(images)} images, but {labels['count'][row]} preferences")
+                    if cache_file(run.cache, key := row_key(labels, row, index[-1])).exists():
+                        continue
+                    used = labels["images"][row]
+                    decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
+                    if bad := [i for i, image in decoding.items() if image.exception()]:
+                        problem = one_line(decoding[bad[0]].exception())
+                        raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
+                    yield row, key, default_collate([image.result() for image in decoding.values()])
             write_bytes(cache_file(Path(args.cache_dir, "index"), part.identity, ".json"), json.dumps(index).encode())
 
 
@@ -754,7 +780,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     and what encodes prompts, if that is done at every step. A process loads only what it needs."""
     accelerator, done = run.accelerator, {file.stem for file in run.cache.glob("*/*.safetensors")}
     known = {part: row_keys(args, part, labels) for part in parts}
-    missing = [part for part, keys in known.items() if not keys or not done.issuperset(keys)]
+    missing = [part for part, keys in known.items() if keys is None or not done.issuperset(keys.values())]
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     texts = {short_hash(text): text for text in ["", *(args.validation_prompts if accelerator.is_main_process else [])]}
     needs_text = bool(missing) or not done.issuperset(texts) or not args.cache_text_embeddings
@@ -772,7 +798,8 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
             encode_prompts = partial(encode_prompt, args, pipeline)
     accelerator.wait_for_everyone()
     known |= {part: row_keys(args, part, labels) for part in missing}
-    labels["key"] = np.array([key for keys in known.values() for key in keys])
+    keys = {row: key for part in known.values() for row, key in part.items()}
+    labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -782,7 +809,8 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
 # Copied from train_rankdpo_sdxl.encode_rows
 def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
     """Writes the latents and the prompt embeddings of the rows of these parts, each row into a file of its own."""
-    share = -(-sum(part.rows for part in parts) // run.accelerator.num_processes)
+    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
+    share = -(-count // run.accelerator.num_processes)
     rows, hidden = read_ahead(rows_to_encode(args, run, parts, labels)), not run.accelerator.is_local_main_process
     for row, key, item in tqdm(rows, desc="encode", total=share, unit="row", disable=hidden or not parts):
         item["latents"] = encode_images(pipeline.vae, item.pop("pixels"), args.vae_batch_size).to(args.weight_dtype)
@@ -890,6 +918,8 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
 
 
 # Model: what is refused, the pipeline without its transformer, the transformer with its LoRA ------------------------
+PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+OTHERS = "this trains SD3; train_rankdpo_sdxl.py and train_dpo_qsd.py train other models"
 # What SD3 and SD3.5 have; absent: the first. Else: other schedules, inpainting, another architecture or VAE.
 PLAIN = {
     "model_index.json": {},
@@ -917,8 +947,8 @@ def check_model(args: ScriptArguments) -> None:
             raise SystemExit(f"{where}: not a diffusers model that can be read: {one_line(error)}") from None
         name = config.get("_class_name", file)
         if file == "model_index.json":
-            if name not in ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"):
-                raise SystemExit(f"{where} is a {name}, not SD3: use train_rankdpo_sdxl.py or train_dpo_qsd.py")
+            if name not in PIPELINES:
+                raise SystemExit(f"{where} is a {name}: {OTHERS}")
             args.use_text_encoder_3 &= config.get("text_encoder_3", [None])[0] is not None
         for key, values in rules.items():
             if (found := config.get(key, values[0])) not in values:
@@ -1128,11 +1158,7 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, l
     settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
-    scores = table[:1].to_pylist()[0].get("scores")
-    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
-    settings["rewards"] = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])  # evaluate.py marks them
-    numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
-    settings["labels"] = short_hash(str([*numbers, labels["id"].to_pylist()]))
+    settings |= label_settings(args, table, labels)
     settings |= {"model_files": encoding, "global_batch_size": rows_per_step}
 
     output_dir, resume, checkpoints = Path(args.output_dir), args.resume_from_checkpoint, list_checkpoints(args)
@@ -1150,11 +1176,21 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, l
         if not checkpoints:
             raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
     start_step = max(checkpoints, default=0)
-    max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * len(table) / rows_per_step))
+    max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * len(labels["id"]) / rows_per_step))
     if start_step > max_train_steps:
         raise SystemExit(f"{here} checkpoint-{start_step}, beyond the {max_train_steps} steps: raise --max_train_steps")
-    size = (start_step, max_train_steps, rows_per_step, labels["phi"].shape[1])
+    size = (start_step, max_train_steps, rows_per_step, labels["images"].shape[1])
     return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoints.get(start_step), *size)
+
+
+# Copied from train_rankdpo_sdxl.label_settings
+def label_settings(args: ScriptArguments, table: pa.Table, labels: dict) -> dict:
+    """What identifies the labels: the rewards that made them, which evaluate.py marks, and a hash."""
+    scores = table[:1].to_pylist()[0].get("scores")
+    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
+    rewards = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])
+    numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
+    return {"rewards": rewards, "labels": short_hash(str([*numbers, labels["id"].to_pylist()]))}
 
 
 # Copied from train_rankdpo_sdxl.check_same_run
@@ -1167,27 +1203,22 @@ def check_same_run(args: ScriptArguments, settings: dict, earlier: dict) -> None
 
 # Copied from train_rankdpo_sdxl.begin_run
 def begin_run(args: ScriptArguments, run: Run) -> FileLock:
-    """Keeps other runs out of the output folder, and prepares it and the repository. The main process does it, and all
-    end with its line if it fails: none waits for it in a collective."""
-    output_dir, problem, lock = Path(args.output_dir), None, FileLock(Path(args.output_dir, ".lock"))
+    """Keeps other runs out of the output folder, and prepares it and the repository."""
+    output_dir, lock = Path(args.output_dir), FileLock(Path(args.output_dir, ".lock"))
     run.accelerator.wait_for_everyone()  # all have looked at the folder
     if run.accelerator.is_main_process:
+        earlier_card(args)
+        if args.push_to_hub:  # a wrong token, name or card fails now, not after the training
+            name, private = args.hub_model_id or output_dir.resolve().name, args.hub_private_repo or None
+            args.hub_model_id = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
+            HfApi().auth_check(args.hub_model_id, write=True)
+            earlier_card(args, on_hub=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
         try:
-            earlier_card(args)
-            if args.push_to_hub:  # a wrong token, name or card fails now, not after the training
-                name = args.hub_model_id or output_dir.resolve().name
-                private = args.hub_private_repo or None
-                args.hub_model_id = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
-                HfApi().auth_check(args.hub_model_id, write=True)
-                earlier_card(args, on_hub=True)
-            output_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            problem = f"--output_dir {output_dir} is in use by another run: wait for its end, or choose another folder"
-        except Exception as error:
-            problem = f"{'--push_to_hub or ' * args.push_to_hub}--output_dir {output_dir}: {one_line(error)}"
-    if problem := broadcast_object_list([problem])[0]:
-        raise SystemExit(problem)
+            raise SystemExit(f"--output_dir {output_dir} is in use by another run: choose another folder") from None
+    run.accelerator.wait_for_everyone()
     return lock
 
 
@@ -1261,8 +1292,7 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        warning = "; warning: all of them are warm-up" if total <= args.lr_warmup_steps else ""
-        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images{warning}")
+        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers("rankdpo-sd3", config=config)
@@ -1284,8 +1314,6 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
         with suppress(BrokenPipeError):  # the reader of `2>&1 | tee log` ends at Ctrl-C, too
             self.bar.update()
-        if self.args.compile and step == self.run.start_step + 1:
-            self.accelerator.print(f"step {step} took {logs['step_time']:.0f} s, with its compilation")
         self.accelerator.log(logs, step=step)
         finite = bool(np.isfinite([logs["loss"], logs["grad_norm"]]).all())
         self.skipped = 0 if finite else self.skipped + 1
@@ -1355,13 +1383,15 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
             run.upload.exception()  # waits; what follows replaces it, failed or not
         patterns = [LORA_FILE, "comfyui/*", "images/*", "README.md", "run.json", LOG_FILE]
         card = output_dir / "README.md"
-        try:
-            if theirs := earlier_card(args, on_hub=True):
-                write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
-            HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=output_dir, allow_patterns=patterns)
-        except Exception as error:
-            raise SystemExit(f"upload failed: {one_line(error)}: --resume_from_checkpoint latest repeats it") from None
+        if theirs := earlier_card(args, on_hub=True):
+            write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
+        HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=output_dir, allow_patterns=patterns)
         print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
+
+
+def method_facts(args: ScriptArguments, run: Run) -> dict:
+    t5 = f"{args.max_sequence_length} tokens" if args.use_text_encoder_3 else "without"
+    return {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}", "T5": t5}
 
 
 # Copied from train_rankdpo_sdxl.run_facts
@@ -1375,7 +1405,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     return {
         "base": args.pretrained_model_name_or_path,
         "data": f"{args.dataset_name}, commit {commit or 'unknown'}, {run.settings['images']} {run.settings['labels']}",
-        "objective": f"{args.loss_type}, beta {args.beta_dpo:g}",
+        **method_facts(args, run),
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, warm-up {args.lr_warmup_steps} steps",
         "LoRA rank": args.rank,
         "batch": f"{run.rows_per_step} prompts x {run.images_per_row} images",
@@ -1394,6 +1424,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
 
 CARD_BEGIN = "<!-- train_rankdpo_sd3.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what train_rankdpo_sd3.py wrote. -->"
+DATASETS = ("dataset_name",)
 TAGS = ("sd3", "rankdpo")
 
 
@@ -1413,16 +1444,13 @@ def write_card(args: ScriptArguments, before: list, after: list, facts: dict) ->
     tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *TAGS]
     front = {"library_name": "diffusers", **base_license(args), "tags": tags, "widget": widgets}
     front |= {} if os.path.isdir(model) else {"base_model": model}  # the Hub cannot link to a folder of this machine
-    front |= {} if os.path.exists(args.dataset_name) else {"datasets": [args.dataset_name]}
+    datasets = [name for flag in DATASETS if (name := getattr(args, flag)) and not os.path.exists(name)]
+    front |= {"datasets": datasets} if datasets else {}
     local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
     settings = {n: v for n, v in asdict(args).items() if n not in local and v != getattr(ScriptArguments, n)}
-    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if "sft" in args.loss_type:
-        learns = "one of its baselines: the model learns to denoise images, the better ones more"
     body = f"""# {name}
 
-A LoRA for `{model}`, trained with `{args.loss_type}` on ranked images (`{args.dataset_name}`), after
-[RankDPO](https://arxiv.org/abs/2410.18013): {learns}.
+A LoRA for `{model}`, trained with `{args.loss_type}` on {introduction(args, facts)}
 
 <Gallery />
 
@@ -1454,6 +1482,15 @@ from the script's defaults, as a file for `--config`:
     block = f"{CARD_BEGIN}\n{body.strip().replace('<!--', '<! --')}\n{CARD_END}\n"  # a prompt may hold a mark
     card, theirs = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{block}"), earlier_card(args)
     write_bytes(output_dir / "README.md", str(merge_cards(card, theirs) if theirs else card).encode())
+
+
+# Copied from train_rankdpo_sdxl.introduction
+def introduction(args: ScriptArguments, facts: dict) -> str:
+    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
+    if "sft" in args.loss_type:
+        learns = "one of its baselines: the model learns to denoise images, the better ones more"
+    method = "[RankDPO](https://arxiv.org/abs/2410.18013)"
+    return f"ranked images (`{args.dataset_name}`), after\n{method}: {learns}."
 
 
 def usage(args: ScriptArguments, name: str) -> str:
@@ -1543,19 +1580,16 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
 # Copied from train_rankdpo_sdxl.config_words
 def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
-    given, rule = [], "must hold lines of `flag: value` or `flag: [value, value]`, and no `config`"
-    try:
-        # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
-        # stands behind "=": it may begin with "-".
-        settings = yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}
-        for name, value in dict(settings).items():
-            words = value if isinstance(value, list) else [value]
-            if name == "config" or not all(isinstance(word, str) for word in words):
-                raise ValueError(f"{name} {value}")
-            if words and value not in ("", "~", "null", "Null", "NULL"):
-                given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise argparse.ArgumentTypeError(f"{file} cannot be read, or {rule}: {one_line(error)}") from None
+    given = []
+    # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
+    # stands behind "=": it may begin with "-".
+    for name, value in dict(yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}).items():
+        words = value if isinstance(value, list) else [value]
+        if name == "config" or not all(isinstance(word, str) for word in words):
+            rule = "must hold lines of `flag: value` or `flag: [value, value]`, and no `config`"
+            raise argparse.ArgumentTypeError(f"{file}: {name} {value}: it {rule}")
+        if words and value not in ("", "~", "null", "Null", "NULL"):
+            given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return given
 
 
