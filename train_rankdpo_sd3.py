@@ -359,8 +359,7 @@ def predict(model: Module, noise_scheduler, batch: dict, args: ScriptArguments) 
     sigmas = batch["sigmas"].repeat_interleave(k)
     noisy_latents = (1.0 - sigmas).view(-1, 1, 1, 1) * latents + sigmas.view(-1, 1, 1, 1) * noise
     target = noise - latents
-    config = getattr(model, "module", model).config  # several processes: the model is wrapped
-    embeds = pipeline_embeds(args, config.joint_attention_dim, batch)
+    embeds = pipeline_embeds(args, batch)
     prediction = model(
         hidden_states=noisy_latents.to(args.weight_dtype),
         timestep=sigmas * noise_scheduler.config.num_train_timesteps,
@@ -997,31 +996,34 @@ def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool =
     options |= {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in without}
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
     pipeline.set_progress_bar_config(disable=True)
+    config = json.loads(file_of(model, "transformer/config.json", args.revision).read_text())
+    pipeline.prompt_width = config.get("joint_attention_dim", 4096)
     return pipeline.to(device)
 
 
 @torch.no_grad()
 def encode_prompt(args: ScriptArguments, pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> dict:
-    """prompts (n) → clip_embeds (n, tokens, width of both), pooled_prompt_embeds (n, pooled width of both), with T5
-    t5_embeds (n, max_sequence_length, width): the parts that the pipeline's own encode_prompt joins, without its zeros.
-    Padding counts: the transformer has no mask and attends to it."""
+    """prompts (n) → clip_embeds (n, tokens, width of both), pooled_prompt_embeds (n, pooled width of both), t5_embeds
+    (n, max_sequence_length, width), without T5 (n, 0, width): the parts that the pipeline's own encode_prompt joins,
+    without its zeros. Padding counts: the transformer has no mask and attends to it."""
     # The pipeline's own device would be the VAE's, which may have left the GPU.
-    device, tokens = pipeline.text_encoder.device, args.max_sequence_length
-    clips = [pipeline._get_clip_prompt_embeds(prompts, device=device, clip_model_index=i) for i in (0, 1)]
-    embeds = dict(zip(("clip_embeds", "pooled_prompt_embeds"), (torch.cat(parts, dim=-1) for parts in zip(*clips))))
+    options = {"prompt": prompts, "device": pipeline.text_encoder.device}
+    clips = [pipeline._get_clip_prompt_embeds(**options, clip_model_index=i) for i in (0, 1)]
+    clip, pooled = (torch.cat(parts, dim=-1) for parts in zip(*clips))
+    t5 = clip.new_zeros(len(prompts), 0, pipeline.prompt_width)
     if args.use_text_encoder_3:
-        embeds["t5_embeds"] = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=tokens, device=device)
+        t5 = pipeline._get_t5_prompt_embeds(**options, max_sequence_length=args.max_sequence_length)
+    embeds = {"clip_embeds": clip, "pooled_prompt_embeds": pooled, "t5_embeds": t5}
     return {name: part.to(args.weight_dtype) for name, part in embeds.items()}
 
 
-def pipeline_embeds(args: ScriptArguments, width: int, parts: dict) -> dict[str, torch.Tensor]:
+def pipeline_embeds(args: ScriptArguments, parts: dict) -> dict[str, torch.Tensor]:
     """What the pipeline makes of the parts that `encode_prompt` returns and the cache keeps. prompt_embeds, (n, CLIP's
     tokens + max_sequence_length, width): CLIP's, filled up with zeros, then T5's, or zeros without it."""
-    clip, t5 = parts["clip_embeds"], parts.get("t5_embeds")
-    if t5 is None:
-        t5 = clip.new_zeros(len(clip), args.max_sequence_length, width)
-    joint = torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], dim=1)
-    return {"prompt_embeds": joint, "pooled_prompt_embeds": parts["pooled_prompt_embeds"]}
+    clip, t5 = parts["clip_embeds"], parts["t5_embeds"]
+    clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+    t5 = F.pad(t5, (0, 0, 0, args.max_sequence_length - t5.shape[1]))
+    return {"prompt_embeds": torch.cat([clip, t5], dim=1), "pooled_prompt_embeds": parts["pooled_prompt_embeds"]}
 
 
 def load_model(args: ScriptArguments) -> tuple[FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel]:
@@ -1333,7 +1335,7 @@ def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: SD3Transforme
     device, vae, dtype = model.device, pipeline.vae.to(model.device), args.weight_dtype
     parts = [load_file(cache_file(run.cache, short_hash(text))) for text in [*args.validation_prompts, ""]]
     parts = [{name: part[None].to(device) for name, part in embeds.items()} for embeds in parts]
-    *prompts, empty = [pipeline_embeds(args, model.config.joint_attention_dim, embeds) for embeds in parts]
+    *prompts, empty = [pipeline_embeds(args, embeds) for embeds in parts]
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options |= {name: getattr(args, f"validation_{name}") for name in ("num_inference_steps", "guidance_scale")}
     options |= {f"negative_{name}": part for name, part in empty.items()}

@@ -162,14 +162,13 @@ def test_cached_rows_hold_what_the_pipeline_would_compute(tmp_path, ranked_datas
         *("--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out"),
     )
     items = cached_rows(tmp_path / "cache")
-    names = {"latents", "clip_embeds", "pooled_prompt_embeds", *(["t5_embeds"] if t5 else [])}
+    names = {"latents", "clip_embeds", "pooled_prompt_embeds", "t5_embeds"}
     assert len(items) == 10 and all(item.keys() == names for item in items)
-    assert items[0]["clip_embeds"].shape == (16, 24)
+    assert items[0]["clip_embeds"].shape == (16, 24) and items[0]["t5_embeds"].shape == (20 if t5 else 0, 32)
     absent = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, dtype=torch.float32, **absent)
     found = [
-        script.pipeline_embeds(arguments(), 32, {name: item[name][None] for name in names - {"latents"}})
-        for item in items
+        script.pipeline_embeds(arguments(), {name: item[name][None] for name in names - {"latents"}}) for item in items
     ]
     assert found[0]["prompt_embeds"].shape == (1, 16 + 20, 32)
     for row in ranked_rows(n=10):
@@ -197,7 +196,7 @@ def test_empty_prompts_are_embedded_as_the_pipeline_does(flags, tiny_sd3, tmp_pa
     seen, original = [], script.training_step
 
     def spy(model, reference, noise_scheduler, batch, args):
-        found = script.pipeline_embeds(args, 32, batch)
+        found = script.pipeline_embeds(args, batch)
         for embeds, own_pooled in zip(found["prompt_embeds"], found["pooled_prompt_embeds"]):
             same = torch.allclose(embeds, wanted[0], atol=1e-6)
             assert same == torch.allclose(own_pooled, pooled[0], atol=1e-6)
@@ -280,8 +279,6 @@ def make_batch(seed=0):
 
 class Recorder:
     """Stands for the transformer: keeps what it is given, answers with zeros."""
-
-    config = type("Config", (), {"joint_attention_dim": 32})
 
     def __call__(self, **inputs):
         self.inputs = inputs
