@@ -162,22 +162,7 @@ class TrainingArguments:
     hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
     def __post_init__(self):
-        for spec in fields(self):
-            value = getattr(self, spec.name)
-            for words, limit in spec.metadata["limits"].items():
-                if None not in (value, limit) and not COMPARE[words](value, limit):
-                    raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
-            if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
-                setattr(self, spec.name, os.path.expanduser(value))
-        if not self.dataset_name:
-            raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
-        if (self.resolution or 0) % RESOLUTION_MULTIPLE:
-            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
-        for name, unused_by in UNUSED_BY.items():
-            if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
-                raise SystemExit(f"--{name}: --loss_type {self.loss_type} does not use it: leave it out")
-        if self.report_to not in ("all", "none") and not importlib.util.find_spec(self.report_to):
-            raise SystemExit(f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}")
+        check_flags(self)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -1497,6 +1482,26 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
     arguments = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
     return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
+
+
+def check_flags(args: TrainingArguments) -> None:
+    """Exits with one line if a flag is out of its range, or does not fit the others."""
+    for spec in fields(args):
+        value = getattr(args, spec.name)
+        for words, limit in spec.metadata["limits"].items():
+            if None not in (value, limit) and not COMPARE[words](value, limit):
+                raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
+        if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
+            setattr(args, spec.name, os.path.expanduser(value))
+    if not args.dataset_name:
+        raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
+    if (args.resolution or 0) % RESOLUTION_MULTIPLE:
+        raise SystemExit(f"--resolution {args.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
+    for name, unused_by in UNUSED_BY.items():
+        if getattr(args, name) != getattr(type(args), name) and args.loss_type in unused_by:
+            raise SystemExit(f"--{name}: --loss_type {args.loss_type} does not use it: leave it out")
+    if args.report_to not in ("all", "none") and not importlib.util.find_spec(args.report_to):
+        raise SystemExit(f"--report_to {args.report_to}: it is not installed: pip install {args.report_to}")
 
 
 def config_words(file: str) -> list[str]:
