@@ -91,8 +91,8 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # The objectives that an option has no meaning for.
 UNUSED_BY = dict.fromkeys(("sft_weight", "precompute_ref"), ("sft", "weighted_sft"))
 UNUSED_BY["safeguard"] = ("plackett_luce", "sft", "weighted_sft")
-REFERENCE_FLAGS = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")  # that the reference's errors depend on
 RESOLUTION_MULTIPLE = 16
+IMAGE_COLUMNS = ("images_column",)
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
@@ -165,24 +165,7 @@ class TrainingArguments:
     hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
     def __post_init__(self):
-        for spec in fields(self):
-            value = getattr(self, spec.name)
-            if isinstance(value, float) and not np.isfinite(value):
-                raise SystemExit(f"--{spec.name} {value}: must be a finite number")
-            for words, limit in spec.metadata["limits"].items():
-                if None not in (value, limit) and not COMPARE[words](value, limit):
-                    raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
-            if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
-                setattr(self, spec.name, os.path.expanduser(value))
-        if not self.dataset_name:
-            raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
-        if (self.resolution or 0) % RESOLUTION_MULTIPLE:
-            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
-        for name, unused_by in UNUSED_BY.items():
-            if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
-                raise SystemExit(f"--{name}: --loss_type {self.loss_type} does not use it: leave it out")
-        if self.report_to not in ("all", "none") and not importlib.util.find_spec(self.report_to):
-            raise SystemExit(f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}")
+        check_flags(self)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -352,8 +335,7 @@ def predict(model: Module, noise_scheduler, batch: dict, args: ScriptArguments) 
     """One forward of all k images of a batch of prompts.
     batch: latents and noise (B, k, C, h, w), sigmas (B,), and the embeddings that `encode_prompt` returns, (B, …).
     Returns errors, float32 (B, k), weighted by the sigma under cosmap; prediction and target, (B, k, C, h, w)."""
-    shape = batch["latents"].shape
-    k = shape[1]
+    shape, k = batch["latents"].shape, batch["latents"].shape[1]
     latents = batch["latents"].flatten(0, 1).float()
     noise = batch["noise"].flatten(0, 1)
     sigmas = batch["sigmas"].repeat_interleave(k)
@@ -457,7 +439,7 @@ def main(args: ScriptArguments) -> None:
     check_model(args)
     table, parts = load_ranked_dataset(args)
     labels = make_labels(args, table)
-    run = plan_run(args, accelerator, table, labels)
+    run = plan_run(args, accelerator, labels)
     fit(args, run, parts, labels)
 
 
@@ -483,14 +465,9 @@ def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
     lock.release()
 
 
-# Data: labels of all rows, images where they lie, one cache file a row ----------------------------------------------
-# Rows that are read together, a row group of a Parquet file: its path or URL and its number, what identifies its images
-# wherever it lies and whatever it is called, the first row of the dataset that it holds, and how many.
-Part = namedtuple("Part", "file number identity start rows")
-
-
+# Data: labels of all rows -------------------------------------------------------------------------------------------
 # Copied from train_rankdpo_sdxl.load_ranked_dataset
-def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list[Part]]:
+def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
     columns = {args.prompt_id_column, args.prompt_column, args.preference_column, args.rank_column}
     tables, groups = read_columns(args, columns | {"generators", "scores"})
@@ -503,84 +480,16 @@ def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list[Part]]:
     return table, parts
 
 
-# Copied from train_rankdpo_sdxl.read_columns
-def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Table], list[tuple]]:
-    """These columns of each Parquet file, and the row groups of all: (file, number, identity, rows)."""
-    found = None
-    if PartialState().is_main_process:  # for all processes: the Hub limits requests
-        with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(partial(read_labels, args, columns), find_files(args)))
-    tables, groups = zip(*broadcast_object_list([found])[0])
-    return tables, [*itertools.chain(*groups)]
-
-
-# Copied from train_rankdpo_sdxl.find_files
-def find_files(args: ScriptArguments) -> list[str]:
-    """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
-    knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
-    name, split, folder, found, files = args.dataset_name, args.dataset_split, args.dataset_name, {}, []
-    if name.endswith(".parquet") and os.path.isfile(name):
-        return [name]
-    options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
-    with TemporaryDirectory() as links:
-        if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
-            # `datasets` takes * ? [ in a path for a pattern, and would read another folder.
-            folder = shutil.copytree(os.path.abspath(name), f"{links}/data", copy_function=os.symlink)
-        on_disk = any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json"))
-        if not on_disk:
-            found = load_dataset_builder(folder, **options).config.data_files or {}
-            if found and re.split(r"[\[+]", split)[0] not in found:
-                raise ValueError(f"no split {split!r}; it has {', '.join(found)}")
-            files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
-        if os.path.exists(f"{name}/UNFINISHED"):
-            raise ValueError("it is unfinished: run the command that wrote it again")
-        if files and all(file.endswith(".parquet") for file in files):
-            return files
-        stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
-        facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
-        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
-        if not copy.exists():
-            options |= {"split": split, "cache_dir": f"{links}/arrow"}
-            dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(f"{copy}.tmp")
-            os.replace(f"{copy}.tmp", copy)
-    return [str(copy)]
-
-
 # Copied from train_rankdpo_sdxl.check_columns
 def check_columns(args: ScriptArguments, schema: pa.Schema) -> None:
     for name in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
         if (column := getattr(args, name)) not in schema.names:
-            raise ValueError(f"no column {column!r} (--{name}); it has {', '.join(schema.names)}")
+            has = f"it has {', '.join(schema.names)}"
+            raise SystemExit(f"--dataset_name {args.dataset_name}: no column {column!r} (--{name}); {has}")
     # `datasets` writes list<struct<bytes, path>>; pandas and polars may also write list<binary>.
     if not re.search(r"list.*<.*(struct<.*bytes: |binary)", str(schema.field(args.images_column).type)):
-        raise ValueError(f"column {args.images_column!r} must hold lists of images, List(Image())")
-
-
-# Copied from train_rankdpo_sdxl.read_labels
-def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
-    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
-    system, path = url_to_fs(file)
-    with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
-        check_columns(args, parquet.schema_arrow)
-        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
-        parquet.metadata.write_metadata_file(footer := BytesIO())
-        sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    known = system.info(path)
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue()), args.images_column]
-    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
-
-
-# Copied from train_rankdpo_sdxl.read_images
-def read_images(part: Part, column: str) -> Iterator[list[dict]]:
-    """The images of a part, row by row, [{"bytes", "path"}, …]. Only a few rows are in memory at a time."""
-    system, path = url_to_fs(part.file)
-    options = {"pre_buffer": False, "buffer_size": 2**20}
-    with system.open(path, block_size=2**25) as handle, pq.ParquetFile(handle, **options) as parquet:
-        for batch in parquet.iter_batches(4, [part.number], [column], use_threads=False):
-            for images in batch.column(0).to_pylist():
-                yield [image if isinstance(image, dict) else {"bytes": image, "path": None} for image in images or []]
+        problem = f"column {args.images_column!r} must hold lists of images, List(Image())"
+        raise SystemExit(f"--dataset_name {args.dataset_name}: {problem}")
 
 
 # Copied from train_rankdpo_sdxl.make_labels
@@ -613,6 +522,12 @@ def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
     if ordered == 0 and args.loss_type in ("rankdpo", "dpo_gain", "dpo"):
         raise SystemExit(f"{args.dataset_name}: the images of all {without} prompts are equally preferred")
     PartialState().print(f"{ordered:.1%} of the pairs of images have an order; {without} prompts have none")
+    # What identifies them: the rewards that made them, which evaluate.py marks, and a hash.
+    scores = table[:1].to_pylist()[0].get("scores")
+    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
+    rewards = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])
+    numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
+    labels["settings"] = {"rewards": rewards, "labels": short_hash(str([*numbers, labels["id"].to_pylist()]))}
     return labels
 
 
@@ -684,167 +599,10 @@ def preference_rank(scores: np.ndarray) -> np.ndarray:
     return np.argsort(order) + 1
 
 
-# The cache knows a row by its content, whatever dataset, order, seed or labels it comes with. A file there is whole.
-# The index of a part holds its images' hashes, or the paths of those that lie in files: it need not be read again.
-# Copied from train_rankdpo_sdxl.cache_file
-def cache_file(folder: Path, key: str, suffix: str = ".safetensors") -> Path:
-    return folder / key[:2] / f"{key}{suffix}"  # in 256 folders: one with 100,000 files is slow to list
-
-
-# Copied from train_rankdpo_sdxl.image_name
-def image_name(stored: dict) -> str:
-    return short_hash(stored["bytes"]) if stored["bytes"] else os.path.abspath(stored["path"] or "")
-
-
-# Copied from train_rankdpo_sdxl.row_key
-def row_key(labels: dict, row: int, images: list[str]) -> str:
-    """The name of a row in the cache: a hash of its prompt and its images. A file is known by its size and date."""
-    facts = [images[position] for position in labels["images"][row]]
-    files = [os.stat(image) if "/" in image and os.path.exists(image) else None for image in facts]
-    facts += [(file.st_size, file.st_mtime_ns) for file in files if file]
-    return short_hash(json.dumps([labels["prompt"][row].as_py(), *facts]))
-
-
 # Copied from train_rankdpo_sdxl.label_rows
 def label_rows(labels: dict, start: int, end: int) -> list[tuple[int, int]]:
     """Which labels belong to the dataset's rows from `start` to `end`: (row of the dataset, row of the labels)."""
     return [(row, row) for row in range(start, min(end, len(labels["id"])))]
-
-
-# Copied from train_rankdpo_sdxl.row_keys
-def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
-    """The key of each row of the labels whose images a part holds; None if it has no index yet."""
-    rows = label_rows(labels, part.start, part.start + part.rows)
-    file = cache_file(Path(args.cache_dir, "index"), part.identity, ".json")
-    if rows and not file.exists():
-        return None
-    images = json.loads(file.read_text()) if rows else []
-    return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
-
-
-# Copied from train_rankdpo_sdxl.rows_to_encode
-def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
-    """Reads parts and writes their indices; gives the rows without a cache file: (row, key, pixels and time_ids)."""
-    process, processes = run.accelerator.process_index, run.accelerator.num_processes
-    # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
-    # would time out, and machines with caches of their own each fill theirs.
-    order = parts[process::processes]
-    order += sorted({*parts} - {*order}, key=lambda part: short_hash(f"{process} {part.identity}"))
-    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
-        for part in order:
-            keys = row_keys(args, part, labels)
-            if keys is not None and all(cache_file(run.cache, key).exists() for key in keys.values()):
-                continue
-            index = []
-            for place, images in enumerate(read_images(part, args.images_column), part.start):
-                index.append([image_name(image) for image in images])
-                for _, row in label_rows(labels, place, place + 1):
-                    where = f"row {place} (id {labels['id'][row].as_py()!r})"
-                    if len(images) != labels["count"][row]:
-                        raise SystemExit(f"{where}: {len(images)} images, but {labels['count'][row]} preferences")
-                    if cache_file(run.cache, key := row_key(labels, row, index[-1])).exists():
-                        continue
-                    used = labels["images"][row]
-                    decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
-                    if bad := [i for i, image in decoding.items() if image.exception()]:
-                        problem = one_line(decoding[bad[0]].exception())
-                        raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
-                    yield row, key, default_collate([image.result() for image in decoding.values()])
-            write_bytes(cache_file(Path(args.cache_dir, "index"), part.identity, ".json"), json.dumps(index).encode())
-
-
-def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
-    """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped."""
-    picture = to_rgb(Image().decode_example(stored))  # turned as its EXIF data say
-    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
-    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
-    return {"pixels": TF.pil_to_tensor(TF.crop(picture, top, left, resolution, resolution))}
-
-
-# Copied from train_rankdpo_sdxl.to_rgb
-def to_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """A picture of any kind as 8-bit RGB; what is transparent becomes white."""
-    if picture.mode == "F" or picture.mode.startswith("I") and max(picture.getextrema()) > 65535:
-        raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
-    if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
-        picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-    return picture.convert("RGB")
-
-
-# Copied from train_rankdpo_sdxl.encode_dataset
-def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
-    """Writes what is missing of the cache, and gives the labels the `key` of each row. Returns the pipeline that draws
-    and what encodes prompts, if that is done at every step. A process loads only what it needs."""
-    accelerator, done = run.accelerator, {file.stem for file in run.cache.glob("*/*.safetensors")}
-    known = {part: row_keys(args, part, labels) for part in parts}
-    missing = [part for part, keys in known.items() if keys is None or not done.issuperset(keys.values())]
-    args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
-    texts = {short_hash(text): text for text in ["", *(args.validation_prompts if accelerator.is_main_process else [])]}
-    needs_text = bool(missing) or not done.issuperset(texts) or not args.cache_text_embeddings
-    pipeline = encode_prompts = None
-    if needs_text or accelerator.is_main_process:
-        pipeline = load_pipeline(args, accelerator.device, needs_text)
-        encode_rows(args, run, pipeline, missing, labels)
-        for key in texts.keys() - done:
-            embeds = encode_prompt(args, pipeline, [texts[key]])
-            write_tensors(cache_file(run.cache, key), {name: part[0] for name, part in embeds.items()})
-        pipeline.vae.to("cpu")
-        if args.cache_text_embeddings:
-            pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
-        else:
-            encode_prompts = partial(encode_prompt, args, pipeline)
-    accelerator.wait_for_everyone()
-    known |= {part: row_keys(args, part, labels) for part in missing}
-    keys = {row: key for part in known.values() for row, key in part.items()}
-    labels["key"] = np.array([keys[row] for row in range(len(keys))])
-    free_memory()
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    return pipeline, encode_prompts
-
-
-# Copied from train_rankdpo_sdxl.encode_rows
-def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
-    """Writes the latents and the prompt embeddings of the rows of these parts, each row into a file of its own."""
-    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
-    share = -(-count // run.accelerator.num_processes)
-    rows, hidden = read_ahead(rows_to_encode(args, run, parts, labels)), not run.accelerator.is_local_main_process
-    for row, key, item in tqdm(rows, desc="encode", total=share, unit="row", disable=hidden or not parts):
-        item["latents"] = encode_images(pipeline.vae, item.pop("pixels"), args.vae_batch_size).to(args.weight_dtype)
-        if args.cache_text_embeddings:
-            embeds = encode_prompt(args, pipeline, [labels["prompt"][row].as_py()])
-            item |= {name: part[0] for name, part in embeds.items()}
-        write_tensors(cache_file(run.cache, key), item)
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """pixels, uint8 (n, 3, H, W) → latents (n, C, H/f, W/f): the posterior's mean, shifted and scaled."""
-    # Scaled in float32: bf16 would round by up to half a step of a pixel.
-    batches = [batch.to(vae.device).float() / 127.5 - 1.0 for batch in pixels.split(batch_size)]
-    means = torch.cat([vae.encode(batch.to(vae.dtype)).latent_dist.mean for batch in batches])
-    return (means - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
-# Copied from train_rankdpo_sdxl.read_row
-def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, key: tuple[int, int, int]) -> dict:
-    """An encoded row with its labels, timestep and noise. `key`: of `micro_batches`."""
-    epoch, row, place = key
-    item = load_file(cache_file(run.cache, labels["key"][row]))
-    noise_key = (args.seed, epoch, labels["id"][row].as_py())
-    item |= sample_noise(args, noise_scheduler, noise_key, item["latents"].shape)
-    item |= {name: torch.from_numpy(labels[name][row]) for name in ("phi", "rank", "weight") if name in labels}
-    if run.reference:
-        step, place = divmod(place, run.rows_per_step)
-        item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
-    empty = seeded_generator(*noise_key, "empty prompt").random() < args.proportion_empty_prompts
-    if not args.cache_text_embeddings:
-        item["prompt"] = "" if empty else labels["prompt"][row].as_py()
-    elif empty:
-        item |= load_file(cache_file(run.cache, short_hash("")))
-    return item
 
 
 # Copied from train_rankdpo_sdxl.epoch_order
@@ -853,72 +611,18 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
     return seeded_generator(args.seed, epoch, "order").permutation(length)
 
 
-# Copied from train_rankdpo_sdxl.micro_batches
-def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
-    """The keys of one process's micro-batches, without end: (epoch, row, place), where the place counts from the start
-    of the run. In step s, counted from 0, all processes together take the places s·G … (s+1)·G − 1 of the epochs'
-    orders laid end to end; G is the global batch."""
-    order = lru_cache(maxsize=2)(partial(epoch_order, args, length=length))
-    for micro_step in itertools.count(start_step * args.gradient_accumulation_steps):
-        start = (micro_step * processes + process) * args.train_batch_size
-        places = range(start, start + args.train_batch_size)
-        yield [(place // length, int(order(place // length)[place % length]), place) for place in places]
-
-
-# Copied from train_rankdpo_sdxl.training_batches
-def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
-    """This process's micro-batches on its device, from a step on, without end."""
-    accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
-    place = (accelerator.process_index, accelerator.num_processes, start_step)
-    keys, read = micro_batches(args, len(labels["key"]), *place), partial(read_row, args, run, labels, noise_scheduler)
-    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
-        for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
-            if encode_prompts:
-                batch |= encode_prompts(batch.pop("prompt"))
-            pinned = {n: part.pin_memory() if on_gpu and not part.is_cuda else part for n, part in batch.items()}
-            yield {name: part.to(accelerator.device, non_blocking=True) for name, part in pinned.items()}
-
-
-# Copied from train_rankdpo_sdxl.read_ahead
-def read_ahead(items: Iterator) -> Iterator:
-    """The same items. A thread reads the next one while the caller works with this one."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(next, items, None)
-        while (item := ahead.result()) is not None:
-            ahead = thread.submit(next, items, None)
-            yield item
-
-
-# Copied from train_rankdpo_sdxl.precompute_reference
-def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches) -> None:
-    """Computes the reference's errors of all places of the run, a file for each step. Later runs find them if they
-    differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
-    accelerator = run.accelerator
-    used = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
-    key = [run.cache.name, run.settings["images"], run.rows_per_step]
-    key += [getattr(args, name) for name in (*used, *REFERENCE_FLAGS)]
-    folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
-    start = run.start_step
-    while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
-        start += 1
-    start = broadcast_object_list([start])[0]  # another run may be writing: the first process decides
-    batches, hidden = batches(start), not accelerator.is_local_main_process
-    for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step", disable=hidden):
-        found = []
-        for _ in range(args.gradient_accumulation_steps):
-            batch = next(batches)  # outside of autocast, as in training
-            with accelerator.autocast(), as_reference(model):
-                errors = predict(model, noise_scheduler, batch, args)[0].detach()
-            found.append(accelerator.gather(errors))
-        if accelerator.is_local_main_process:
-            write_tensors(folder / f"{step}.safetensors", {"errors": torch.cat(found)})
-    accelerator.wait_for_everyone()
-    run.reference = folder
-
-
 # Model: what is refused, the pipeline without its transformer, the transformer with its LoRA ------------------------
+PIPELINE, DENOISER = StableDiffusion3Pipeline, "transformer"
 PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+
+
 OTHERS = "this trains SD3; train_rankdpo_sdxl.py and train_dpo_qsd.py train other models"
+
+
+# That the cache depends on; and that the reference's errors depend on, too.
+ENCODING_FLAGS = ("variant", "resolution", "mixed_precision", "use_text_encoder_3", "max_sequence_length")
+REFERENCE_FLAGS = ("seed", "noise", "proportion_empty_prompts", "base_precision", "allow_tf32", "compile")
+REFERENCE_FLAGS += ("train_batch_size", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 # What SD3 and SD3.5 have; absent: the first. Else: other schedules, inpainting, another architecture or VAE.
 PLAIN = {
     "model_index.json": {},
@@ -931,68 +635,12 @@ PLAIN = {
 }
 
 
-def check_model(args: ScriptArguments) -> None:
-    """Exits with one line unless the model is an SD3 pipeline that the objective fits. Reads configurations only. One
-    without T5 is trained without it."""
-    model = args.pretrained_model_name_or_path
-    where = f"--pretrained_model_name_or_path {model}"
-    if os.path.isfile(model):
-        convert = f'StableDiffusion3Pipeline.from_single_file("{model}").save_pretrained("FOLDER")'
-        raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
-    for file, rules in PLAIN.items():
-        try:
-            config = json.loads(file_of(model, file, args.revision).read_text())
-        except Exception as error:
-            raise SystemExit(f"{where}: not a diffusers model that can be read: {one_line(error)}") from None
-        name = config.get("_class_name", file)
-        if file == "model_index.json":
-            if name not in PIPELINES:
-                raise SystemExit(f"{where} is a {name}: {OTHERS}")
-            args.use_text_encoder_3 &= config.get("text_encoder_3", [None])[0] is not None
-        for key, values in rules.items():
-            if (found := config.get(key, values[0])) not in values:
-                fit = " or ".join(map(str, values))
-                raise SystemExit(f"{where}: its {name} has {key} {found}; the objective takes {fit}")
-    weights = [file.name for file in Path(model, "transformer").glob("*.safetensors")]  # none of a model on the Hub
-    if not args.variant and weights and all(".fp16" in name for name in weights):
-        raise SystemExit(f"{where} holds fp16 files only: add --variant fp16")
-
-
-# Copied from train_rankdpo_sdxl.file_of
-def file_of(model: str, file: str, revision: str | None = None) -> Path:
-    return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
-
-
-# Copied from train_rankdpo_sdxl.model_key
-def model_key(model: str, file: str, revision: str | None = None) -> str:
-    """Identifies a model's weights: a folder, wherever it lies, by names and sizes of its files and blocks of each; a
-    model of the Hub by the commit of one of its files."""
-    if not os.path.isdir(model):
-        return f"{model}@{file_of(model, file, revision).parent.name}"
-    digest = hashlib.sha256()
-    for path in sorted(Path(model).rglob("*")):
-        name = path.relative_to(model).as_posix()
-        if path.is_file() and not re.search(r"(^|/)\.|\.(md|png)$", name):  # not cards, pictures, hidden files
-            content = np.memmap(path, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
-            digest.update(f"{name}:{len(content)}".encode())
-            for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
-                digest.update(content[start : start + 2**16])
-    return digest.hexdigest()[:16]
-
-
-def encoding_settings(args: ScriptArguments) -> list:
-    """What latents and embeddings depend on besides the row: the model's content, not its place, and preprocessing."""
-    model = model_key(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    text = args.use_text_encoder_3 and args.max_sequence_length
-    return [model, args.variant, args.resolution, args.mixed_precision, args.cache_text_embeddings, text]
-
-
 def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool = True) -> StableDiffusion3Pipeline:
     """The pipeline without its transformer, and without text encoders if nothing is left for them to encode."""
     model, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **options)
     options |= {"vae": vae.requires_grad_(False), "transformer": None}
-    without = ["_3"] if with_text and not args.use_text_encoder_3 else [] if with_text else ["", "_2", "_3"]
+    without = ["", "_2", "_3"] if not with_text else [] if args.use_text_encoder_3 else ["_3"]
     options |= {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in without}
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
     pipeline.set_progress_bar_config(disable=True)
@@ -1011,7 +659,7 @@ def encode_prompt(args: ScriptArguments, pipeline: StableDiffusion3Pipeline, pro
     clips = [pipeline._get_clip_prompt_embeds(**options, clip_model_index=i) for i in (0, 1)]
     clip, pooled = (torch.cat(parts, dim=-1) for parts in zip(*clips))
     t5 = clip.new_zeros(len(prompts), 0, pipeline.prompt_width)
-    if args.use_text_encoder_3:
+    if pipeline.text_encoder_3 is not None:
         t5 = pipeline._get_t5_prompt_embeds(**options, max_sequence_length=args.max_sequence_length)
     embeds = {"clip_embeds": clip, "pooled_prompt_embeds": pooled, "t5_embeds": t5}
     return {name: part.to(args.weight_dtype) for name, part in embeds.items()}
@@ -1048,7 +696,364 @@ def add_lora(model: SD3Transformer2DModel, rank: int) -> None:
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules))
 
 
-# Copied from train_rankdpo_sdxl.prepare_model with unet->transformer
+def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """No file of its own: ComfyUI reads diffusers'."""
+    return {}
+
+
+def describe(args: ScriptArguments, run: "Run") -> dict:
+    """What the card says of method, data and model. The LoRA is to be used with the T5 tokens of its training."""
+    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
+    if "sft" in args.loss_type:
+        learns = "one of its baselines: the model learns to denoise images, the better ones more"
+    data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
+    model, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
+    index = json.loads(file_of(model, "model_index.json", args.revision).read_text())
+    has_t5 = args.use_text_encoder_3 and index.get("text_encoder_3", [None])[0] is not None
+    without = "" if has_t5 else ", text_encoder_3=None, tokenizer_3=None"
+    tokens = "" if args.max_sequence_length == 256 else f", max_sequence_length={args.max_sequence_length}"
+    usage = f"""```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = StableDiffusion3Pipeline.from_pretrained("{model}", dtype=torch.bfloat16{without})
+pipeline.to("cuda").load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
+image = pipeline({json.dumps(args.validation_prompts[0])}{tokens}).images[0]
+```
+
+With ComfyUI: put `{LORA_FILE}` into `models/loras` as `{name}.safetensors` and load it with
+the "Load LoRA" node at strength 1."""
+    about = {"tags": ["sd3", "rankdpo"], "datasets": [args.dataset_name], "usage": usage}
+    t5 = f"{args.max_sequence_length} tokens" if has_t5 else "without"
+    about["facts"] = {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}", "T5": t5}
+    return about | {"method": f"{data}, after\n{paper}: {learns}."}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: data, run, card, files (train_rankdpo_sdxl.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Data: images where they lie, one cache file a row, batches, the reference's errors ---------------------------------
+# A row group of a Parquet file: path or URL, number, what identifies its images wherever it lies, first row, rows.
+Part = namedtuple("Part", "file number identity start rows")
+
+
+def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Table], list[tuple]]:
+    """These columns of each Parquet file, and the row groups of all: (file, number, identity, rows)."""
+    found = None
+    if PartialState().is_main_process:  # for all processes: the Hub limits requests
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+    tables, groups = zip(*broadcast_object_list([found])[0])
+    return tables, [*itertools.chain(*groups)]
+
+
+def find_files(args: ScriptArguments) -> list[str]:
+    """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
+    knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
+    name, split, folder, found, files = args.dataset_name, args.dataset_split, args.dataset_name, {}, []
+    if name.endswith(".parquet") and os.path.isfile(name):
+        return [name]
+    options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
+    with TemporaryDirectory() as links:
+        if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
+            # `datasets` takes * ? [ in a path for a pattern, and would read another folder.
+            folder = shutil.copytree(os.path.abspath(name), f"{links}/data", copy_function=os.symlink)
+        on_disk = any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json"))
+        if not on_disk:
+            found = load_dataset_builder(folder, **options).config.data_files or {}
+            if found and re.split(r"[\[+]", split)[0] not in found:
+                raise SystemExit(f"--dataset_name {name}: no split {split!r}; it has {', '.join(found)}")
+            files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
+        if os.path.exists(f"{name}/UNFINISHED"):
+            raise SystemExit(f"--dataset_name {name} is unfinished: run the command that wrote it again")
+        if files and all(file.endswith(".parquet") for file in files):
+            return files
+        stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
+        facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
+        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
+        if not copy.exists():
+            options |= {"split": split, "cache_dir": f"{links}/arrow"}
+            dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(f"{copy}.tmp")
+            os.replace(f"{copy}.tmp", copy)
+    return [str(copy)]
+
+
+def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
+    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
+    system, path = url_to_fs(file)
+    known, footer = system.info(path), BytesIO()
+    with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
+        check_columns(args, parquet.schema_arrow)
+        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
+        parquet.metadata.write_metadata_file(footer)
+        sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue())]
+    facts += [getattr(args, name) for name in IMAGE_COLUMNS]
+    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
+
+
+def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
+    """The images of a part, row by row, [{"bytes", "path"}, …]. Only a few rows are in memory at a time."""
+    columns, (system, path) = [getattr(args, name) for name in IMAGE_COLUMNS], url_to_fs(part.file)
+    options = {"pre_buffer": False, "buffer_size": 2**20}
+    with system.open(path, block_size=2**25) as handle, pq.ParquetFile(handle, **options) as parquet:
+        for batch in parquet.iter_batches(4, [part.number], columns, use_threads=False):
+            for cells in zip(*(batch.column(name).to_pylist() for name in columns)):  # of images, or of lists of them
+                images = itertools.chain(*(cell if isinstance(cell, list) else [cell] for cell in cells))
+                yield [image if isinstance(image, dict) else {"bytes": image, "path": None} for image in images]
+
+
+# The cache knows rows by their images and prompts by their text, whatever dataset, order, seed or labels they are of.
+# A file there is whole. The index of a part holds the names of its images: it need not be read again.
+def image_name(stored: dict) -> str:
+    """The hash that score_pairs.py makes of an image; of one that lies in a file, its path."""
+    content = stored["bytes"]
+    return hashlib.blake2b(content, digest_size=16).hexdigest() if content else os.path.abspath(stored["path"] or "")
+
+
+def row_key(labels: dict, row: int, images: list[str]) -> str:
+    """The name of a row in the cache: a hash of the images used. A file is known by its size and date, too."""
+    facts = [images[position] for position in labels["images"][row]]
+    files = [os.stat(image) for image in facts if "/" in image and os.path.exists(image)]
+    return short_hash(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
+
+
+def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
+    """The key of each row of the labels whose images a part holds; None if it has no index yet."""
+    rows = label_rows(labels, part.start, part.start + part.rows)
+    if rows and not index_file(args, part).exists():
+        return None
+    images = json.loads(index_file(args, part).read_text()) if rows else []
+    return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
+
+
+def index_file(args: ScriptArguments, part: Part) -> Path:
+    return Path(args.cache_dir, "index", f"{part.identity}.json")
+
+
+def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
+    """Reads parts and writes their indices; gives the rows without a cache file: (key, pixels and time_ids)."""
+    process, processes = run.accelerator.process_index, run.accelerator.num_processes
+    # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
+    # would time out, and machines with caches of their own each fill theirs.
+    order = parts[process::processes]
+    order += sorted({*parts} - {*order}, key=lambda part: short_hash(f"{process} {part.identity}"))
+    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
+        for part in order:
+            keys = row_keys(args, part, labels)
+            if keys is not None and all(run.cache_file(key).exists() for key in keys.values()):
+                continue
+            index = []
+            for place, images in enumerate(read_images(args, part), part.start):
+                index.append([image_name(image) for image in images])
+                for _, row in label_rows(labels, place, place + 1):
+                    where = f"row {place} (id {labels['id'][row].as_py()!r})"
+                    if len(images) != labels["count"][row]:
+                        raise SystemExit(f"{where}: {len(images)} images, but {labels['count'][row]} preferences")
+                    if run.cache_file(key := row_key(labels, row, index[-1])).exists():
+                        continue
+                    used = labels["images"][row]
+                    decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
+                    if bad := [i for i, image in decoding.items() if image.exception()]:
+                        problem = one_line(decoding[bad[0]].exception())
+                        raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
+                    yield key, default_collate([image.result() for image in decoding.values()])
+            write_bytes(index_file(args, part), json.dumps(index).encode())
+
+
+def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
+    """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped; and
+    time_ids, float32 (6,), which SDXL reads: [original height, width, crop top, left, target height, width]."""
+    picture = to_rgb(Image().decode_example(stored))  # turned as its EXIF data say
+    original = [picture.height, picture.width]
+    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
+    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
+    pixels = TF.pil_to_tensor(TF.crop(picture, top, left, resolution, resolution))
+    return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
+
+
+def to_rgb(picture: PILImage.Image) -> PILImage.Image:
+    """A picture of any kind as 8-bit RGB; what is transparent becomes white."""
+    if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
+        picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
+    """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
+    Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
+    accelerator, cached = run.accelerator, {file.stem for file in run.cache.glob("*.safetensors")}
+    known = {part: row_keys(args, part, labels) for part in parts}
+    missing = [part for part, keys in known.items() if keys is None or not cached.issuperset(keys.values())]
+    args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
+    prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
+    texts = {short_hash(text): text for text in ["", *args.validation_prompts, *prompts]}
+    texts = [(key, text) for key, text in texts.items() if key not in cached]
+    with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
+    if missing or with_text or accelerator.is_main_process:
+        pipeline = load_pipeline(args, accelerator.device, with_text)
+        hidden = not accelerator.is_local_main_process
+        encode_rows(args, run, pipeline, missing, labels)
+        own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
+        for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=hidden or not texts):
+            if not run.cache_file(key).exists():
+                embeds = encode_prompt(args, pipeline, [text])
+                write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
+        pipeline.vae.to("cpu")
+        if args.cache_text_embeddings:
+            pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
+    accelerator.wait_for_everyone()
+    known |= {part: row_keys(args, part, labels) for part in missing}
+    keys = {row: key for part in known.values() for row, key in part.items()}
+    labels["key"] = np.array([keys[row] for row in range(len(keys))])
+    free_memory()
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return pipeline, None if args.cache_text_embeddings else partial(encode_prompt, args, pipeline)
+
+
+@torch.no_grad()
+def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
+    """Writes latents, (k, C, h, w), the posterior's mean, scaled, of the rows of these parts: a file for each row."""
+    vae, hidden = pipeline.vae, not run.accelerator.is_local_main_process
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
+    total, at_once = -(-count // run.accelerator.num_processes), max(1, args.vae_batch_size // run.images_per_row)
+    rows = read_ahead(rows_to_encode(args, run, parts, labels))
+    with tqdm(desc="encode images", total=total, unit="row", disable=hidden or not parts) as bar:
+        while group := list(itertools.islice(rows, at_once)):
+            batches = torch.cat([item.pop("pixels") for _, item in group]).split(args.vae_batch_size)
+            # Scaled in float32: bf16 would round by up to half a step of a pixel.
+            batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
+            means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
+            latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
+            for (key, item), images in zip(group, latents.split(run.images_per_row)):
+                write_tensors(run.cache_file(key), {"latents": images, **item})
+            bar.update(len(group))
+
+
+def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, key: tuple[int, int, int]) -> dict:
+    """An encoded row with its labels, timestep and noise. `key`: of `micro_batches`."""
+    epoch, row, place = key
+    item = load_file(run.cache_file(labels["key"][row]))
+    noise_key = (args.seed, epoch, labels["id"][row].as_py())
+    item |= sample_noise(args, noise_scheduler, noise_key, item["latents"].shape)
+    item |= {name: torch.from_numpy(labels[name][row]) for name in ("phi", "rank", "weight") if name in labels}
+    if run.reference:
+        step, place = divmod(place, run.rows_per_step)
+        item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
+    empty = seeded_generator(*noise_key, "empty prompt").random() < args.proportion_empty_prompts
+    prompt = "" if empty else labels["prompt"][row].as_py()
+    return item | (load_file(run.cache_file(short_hash(prompt))) if args.cache_text_embeddings else {"prompt": prompt})
+
+
+def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
+    """The keys of one process's micro-batches, without end: (epoch, row, place), where the place counts from the start
+    of the run. In step s, counted from 0, all processes together take the places s·G … (s+1)·G − 1 of the epochs'
+    orders laid end to end; G is the global batch."""
+    order = lru_cache(maxsize=2)(partial(epoch_order, args, length=length))
+    for micro_step in itertools.count(start_step * args.gradient_accumulation_steps):
+        start = (micro_step * processes + process) * args.train_batch_size
+        places = range(start, start + args.train_batch_size)
+        yield [(place // length, int(order(place // length)[place % length]), place) for place in places]
+
+
+def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
+    """This process's micro-batches on its device, from a step on, without end."""
+    accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
+    place = (accelerator.process_index, accelerator.num_processes, start_step)
+    keys, read = micro_batches(args, len(labels["key"]), *place), partial(read_row, args, run, labels, noise_scheduler)
+    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
+        for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
+            if encode_prompts:
+                batch |= encode_prompts(batch.pop("prompt"))
+            pinned = {n: part.pin_memory() if on_gpu and not part.is_cuda else part for n, part in batch.items()}
+            yield {name: part.to(accelerator.device, non_blocking=True) for name, part in pinned.items()}
+
+
+def read_ahead(items: Iterator) -> Iterator:
+    """The same items. A thread reads the next one while the caller works with this one."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = thread.submit(next, items, None)
+            yield item
+
+
+def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches) -> None:
+    """Computes the reference's errors of all places of the run, a file for each step. Later runs find them if they
+    differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
+    accelerator = run.accelerator
+    key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
+    folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
+    start = run.start_step
+    while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
+        start += 1
+    start = broadcast_object_list([start])[0]  # another run may be writing: the first process decides
+    batches, hidden = batches(start), not accelerator.is_local_main_process
+    for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step", disable=hidden):
+        found = []
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)  # outside of autocast, as in training
+            with accelerator.autocast(), as_reference(model):
+                errors = predict(model, noise_scheduler, batch, args)[0].detach()
+            found.append(accelerator.gather(errors))
+        if accelerator.is_local_main_process:
+            write_tensors(folder / f"{step}.safetensors", {"errors": torch.cat(found)})
+    accelerator.wait_for_everyone()
+    run.reference = folder
+
+
+# Model: checks, LoRA, reference, optimizer --------------------------------------------------------------------------
+def check_model(args: ScriptArguments) -> None:
+    """Exits with one line unless the model is one that the objective fits. Reads configurations only."""
+    model, other = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    for file, rules in PLAIN.items():
+        where, source = f"--pretrained_model_name_or_path {model}", (model, file, args.revision)
+        if other and file == "vae/config.json":
+            where, source = f"--pretrained_vae_model_name_or_path {other}", (other, "config.json")
+        if os.path.isfile(source[0]):
+            convert = f'{PIPELINE.__name__}.from_single_file("{source[0]}").save_pretrained("FOLDER")'
+            raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
+        config = json.loads(file_of(*source).read_text())
+        name = config.get("_class_name", file)
+        if file == "model_index.json" and name not in PIPELINES:
+            raise SystemExit(f"{where} is a {name}: {OTHERS}")
+        for key, values in rules.items():
+            if (found := config.get(key, values[0])) == "absent" or found not in values:
+                fit = " or ".join(str(value) for value in values if value != "absent")
+                raise SystemExit(f"{where}: its {name} has {key} {found}; the objective takes {fit}")
+    weights = [file.name for file in Path(model, DENOISER).glob("*.safetensors")]  # none of a model on the Hub
+    if not args.variant and weights and all(".fp16" in name for name in weights):
+        raise SystemExit(f"--pretrained_model_name_or_path {model} holds fp16 files only: add --variant fp16")
+
+
+def file_of(model: str, file: str, revision: str | None = None) -> Path:
+    return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
+
+
+def model_key(model: str, file: str, revision: str | None = None) -> str:
+    """Identifies a model's weights: a folder, wherever it lies, by names and sizes of its files and blocks of each; a
+    model of the Hub by the commit of one of its files."""
+    if not os.path.isdir(model):
+        return f"{model}@{file_of(model, file, revision).parent.name}"
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).rglob("*")):
+        name = path.relative_to(model).as_posix()
+        if path.is_file() and not re.search(r"(^|/)\.|\.(md|png)$", name):  # not cards, pictures, hidden files
+            content = np.memmap(path, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+            digest.update(f"{name}:{len(content)}".encode())
+            for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
+                digest.update(content[start : start + 2**16])
+    return digest.hexdigest()[:16]
+
+
 def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
     """Freezes the model, adds the LoRA in float32, and restores the LoRA of the checkpoint."""
     model.requires_grad_(False)
@@ -1056,7 +1061,7 @@ def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
     cast_training_params(model, dtype=torch.float32)
     if run.checkpoint:
         lora = load_file(run.checkpoint / LORA_FILE)
-        set_peft_model_state_dict(model, {key.removeprefix("transformer."): value for key, value in lora.items()})
+        set_peft_model_state_dict(model, {key.removeprefix(f"{DENOISER}."): value for key, value in lora.items()})
     model.to(run.accelerator.device).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -1070,7 +1075,6 @@ def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
-# Copied from train_rankdpo_sdxl.as_reference
 @contextmanager
 def as_reference(model: Module) -> Iterator[None]:
     """In this block a forward is the reference's: the same module and kernels without the LoRA, so scores begin at 0.
@@ -1084,7 +1088,6 @@ def as_reference(model: Module) -> Iterator[None]:
             model.enable_adapters() if scale is None else scale.fill_(1.0)
 
 
-# Copied from train_rankdpo_sdxl.make_optimizer
 def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
     optimizer_class, betas = partial(torch.optim.AdamW, fused=True), (args.adam_beta1, args.adam_beta2)
     if args.use_8bit_adam:
@@ -1092,22 +1095,16 @@ def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optim
     return optimizer_class(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
 
 
-def save_lora(model: SD3Transformer2DModel, folder: Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors`: peft keys and metadata, exact in diffusers and ComfyUI."""
+def save_lora(model: Module, folder: Path) -> None:
+    """Writes `pytorch_lora_weights.safetensors`: peft keys and the adapter's metadata, exact in diffusers."""
     metadata = model.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order differs from run to run
-    layers = {"transformer_lora_layers": get_peft_model_state_dict(model)}
-    StableDiffusion3Pipeline.save_lora_weights(folder, **layers, transformer_lora_adapter_metadata=metadata)
+    layers = {f"{DENOISER}_lora_layers": get_peft_model_state_dict(model)}
+    PIPELINE.save_lora_weights(folder, **layers, **{f"{DENOISER}_lora_adapter_metadata": metadata})
     (folder / LORA_FILE).chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
 
 
-def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """No file of its own: ComfyUI reads diffusers'."""
-    return {}
-
-
-# The run: what it is, its folder, checkpoints, signals, log ---------------------------------------------------------
-# Copied from train_rankdpo_sdxl.Run
+# Run: what it is, its folder, checkpoints, signals, log -------------------------------------------------------------
 @dataclass
 class Run:  # one training run: its size, its cache, and the step it continues from
     accelerator: Accelerator
@@ -1122,15 +1119,15 @@ class Run:  # one training run: its size, its cache, and the step it continues f
     reference: Path | None = None  # of `precompute_reference`
     upload: object = None  # the Future of a checkpoint
 
+    def cache_file(self, key: str) -> Path:
+        return self.cache / f"{key}.safetensors"
 
-# Copied from train_rankdpo_sdxl.make_accelerator
+
 def make_accelerator(args: ScriptArguments) -> Accelerator:
     """Exits with one line if this machine, or what accelerate is set to, does not fit the flags."""
     output_dir, on_gpu = Path(args.output_dir), torch.cuda.is_available()
     if (args.base_precision or args.mixed_precision == "fp16") and not on_gpu:
         raise SystemExit("--base_precision and --mixed_precision fp16 need a GPU: there is none")
-    if args.base_precision and args.compile:
-        raise SystemExit("--base_precision and --compile were never tried together: leave out one of them")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")))):
         raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
@@ -1151,16 +1148,18 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
     return accelerator
 
 
-# Copied from train_rankdpo_sdxl.plan_run
-def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, labels: dict) -> Run:
+def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> Run:
     """Counts the steps, finds the checkpoint to continue from, and refuses a folder that holds another run."""
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    encoding = short_hash(json.dumps([VERSION, *encoding_settings(args)]))
+    # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
+    model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
+    encoding = short_hash(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
     settings = {"version": VERSION}
     settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
-    settings |= label_settings(args, table, labels)
+    settings |= labels["settings"]
     settings |= {"model_files": encoding, "global_batch_size": rows_per_step}
 
     output_dir, resume, checkpoints = Path(args.output_dir), args.resume_from_checkpoint, list_checkpoints(args)
@@ -1185,17 +1184,6 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, l
     return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoints.get(start_step), *size)
 
 
-# Copied from train_rankdpo_sdxl.label_settings
-def label_settings(args: ScriptArguments, table: pa.Table, labels: dict) -> dict:
-    """What identifies the labels: the rewards that made them, which evaluate.py marks, and a hash."""
-    scores = table[:1].to_pylist()[0].get("scores")
-    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
-    rewards = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])
-    numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
-    return {"rewards": rewards, "labels": short_hash(str([*numbers, labels["id"].to_pylist()]))}
-
-
-# Copied from train_rankdpo_sdxl.check_same_run
 def check_same_run(args: ScriptArguments, settings: dict, earlier: dict) -> None:
     other = [name for name in settings if earlier and earlier.get(name) != settings[name]]
     if other:
@@ -1203,7 +1191,6 @@ def check_same_run(args: ScriptArguments, settings: dict, earlier: dict) -> None
         raise SystemExit(f"--output_dir {args.output_dir} holds a run with {was}: choose another folder")
 
 
-# Copied from train_rankdpo_sdxl.begin_run
 def begin_run(args: ScriptArguments, run: Run) -> FileLock:
     """Keeps other runs out of the output folder, and prepares it and the repository."""
     output_dir, lock = Path(args.output_dir), FileLock(Path(args.output_dir, ".lock"))
@@ -1224,22 +1211,20 @@ def begin_run(args: ScriptArguments, run: Run) -> FileLock:
     return lock
 
 
-# Copied from train_rankdpo_sdxl.record_run
 def record_run(args: ScriptArguments, run: Run, labels: dict) -> None:
     """Writes what identifies the run. The images do, too: they are known once all are encoded."""
-    run.settings["images"] = short_hash(str([*zip(labels["id"].to_pylist(), labels["key"].tolist())]))
+    rows = zip(labels["id"].to_pylist(), labels["prompt"].to_pylist(), labels["key"].tolist())
+    run.settings["images"] = short_hash(str([*rows]))
     check_same_run(args, run.settings, run.earlier)
     if run.accelerator.is_main_process:
         write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
 
 
-# Copied from train_rankdpo_sdxl.list_checkpoints
 def list_checkpoints(args: ScriptArguments) -> dict[int, Path]:
     folders = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
     return dict(sorted((int(path.name[11:]), path) for path in folders))  # oldest first
 
 
-# Copied from train_rankdpo_sdxl.save_checkpoint
 def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, state: dict) -> None:
     """Writes `checkpoint-<step>` under another name and renames it: a killed run leaves no half checkpoint. It needs no
     random state: timesteps, noise and order of the data are functions of seed and step."""
@@ -1264,7 +1249,6 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
 stop_signals: list[tuple[int, float]] = []  # that this process has received while it trained, and when
 
 
-# Copied from train_rankdpo_sdxl.on_stop_signal
 def on_stop_signal(number: int, frame) -> None:
     """After the first SIGTERM or Ctrl-C all processes leave between two steps; a second one ends this one now."""
     # A launcher passes a signal on that the whole group has received already: this is not a second one.
@@ -1273,7 +1257,6 @@ def on_stop_signal(number: int, frame) -> None:
     stop_signals.append((number, time.monotonic()))
 
 
-# Copied from train_rankdpo_sdxl.stop
 def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict, leave: bool) -> None:
     """After a signal, a checkpoint of the last whole step, before the next forward: launchers kill all processes 30
     seconds after their signal. One process leaves at once; several leave together, after the step in hand."""
@@ -1290,14 +1273,13 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
     os._exit(128 + (stop_signals[0][0] if stop_signals else signal.SIGTERM))
 
 
-# Copied from train_rankdpo_sdxl.TrainingLog with sdxl->sd3
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
         self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
-            self.accelerator.init_trackers("rankdpo-sd3", config=config)
+            self.accelerator.init_trackers(Path(__file__).stem, config=config)
             file = Path(args.output_dir, LOG_FILE)
             lines = file.read_text().splitlines(keepends=True) if file.exists() else []
             whole = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= run.start_step]
@@ -1330,33 +1312,34 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
 
 # Gallery, card, Hub -------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: SD3Transformer2DModel, lora: bool = True) -> list:
+def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: Module, lora: bool = True) -> list:
     """The validation prompts, drawn with the current LoRA or without it: PIL images."""
     device, vae, dtype = model.device, pipeline.vae.to(model.device), args.weight_dtype
-    parts = [load_file(cache_file(run.cache, short_hash(text))) for text in [*args.validation_prompts, ""]]
-    parts = [{name: part[None].to(device) for name, part in embeds.items()} for embeds in parts]
-    *prompts, empty = [pipeline_embeds(args, embeds) for embeds in parts]
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options |= {name: getattr(args, f"validation_{name}") for name in ("num_inference_steps", "guidance_scale")}
-    options |= {f"negative_{name}": part for name, part in empty.items()}
-    pipeline.transformer, images = model.eval(), []
-    for i, embeds in enumerate(prompts):
+    setattr(pipeline, DENOISER, model.eval())
+    images, embeds = [], []
+    for text in ["", *args.validation_prompts]:
+        parts = load_file(run.cache_file(short_hash(text)), device=str(device))
+        embeds.append(pipeline_embeds(args, {name: part[None] for name, part in parts.items()}))
+    options |= {f"negative_{name}": part for name, part in embeds[0].items()}
+    for i, prompt_embeds in enumerate(embeds[1:]):
         with (
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
             nullcontext() if lora else as_reference(model),
             # Other shapes than in training: they would be compiled anew.
             torch.compiler.set_stance("force_eager") if args.compile else nullcontext(),
         ):
-            latents = pipeline(**options, **embeds, generator=torch.Generator("cpu").manual_seed(args.seed + i)).images
-        # Outside of autocast, in the VAE's own type.
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+            generator = torch.Generator("cpu").manual_seed(args.seed + i)
+            latents = pipeline(**options, **prompt_embeds, generator=generator).images
+        # Outside of autocast, in the VAE's own type: SDXL's overflows in fp16.
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         images += pipeline.image_processor.postprocess(vae.decode(latents).sample.float(), output_type="pil")
     model.train()
     vae.to("cpu")
     return images
 
 
-# Copied from train_rankdpo_sdxl.log_images
 def log_images(args: ScriptArguments, accelerator: Accelerator, images: list[PILImage.Image], step: int) -> None:
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -1367,7 +1350,6 @@ def log_images(args: ScriptArguments, accelerator: Accelerator, images: list[PIL
             tracker.log(pictures, step=step)
 
 
-# Copied from train_rankdpo_sdxl.finish
 def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list[Part]) -> None:
     """Writes the LoRA files, the gallery and, last of all, the card; then uploads them."""
     output_dir, facts = Path(args.output_dir), run_facts(args, run, parts)
@@ -1378,7 +1360,7 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
         write_tensors(output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors", comfyui)
     before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
     log_images(args, run.accelerator, after, run.max_train_steps)
-    write_card(args, before, after, facts)
+    write_card(args, run, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
     if args.push_to_hub:
         if run.upload:
@@ -1391,12 +1373,6 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
         print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
 
 
-def method_facts(args: ScriptArguments, run: Run) -> dict:
-    t5 = f"{args.max_sequence_length} tokens" if args.use_text_encoder_3 else "without"
-    return {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}", "T5": t5}
-
-
-# Copied from train_rankdpo_sdxl.run_facts
 def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     """What the card states of the run. Times are sums over the steps: of all parts of an interrupted run."""
     device, processes = run.accelerator.device, run.accelerator.num_processes
@@ -1407,7 +1383,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     return {
         "base": args.pretrained_model_name_or_path,
         "data": f"{args.dataset_name}, commit {commit or 'unknown'}, {run.settings['images']} {run.settings['labels']}",
-        **method_facts(args, run),
+        **describe(args, run)["facts"],
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, warm-up {args.lr_warmup_steps} steps",
         "LoRA rank": args.rank,
         "batch": f"{run.rows_per_step} prompts x {run.images_per_row} images",
@@ -1424,15 +1400,14 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     }
 
 
-CARD_BEGIN = "<!-- train_rankdpo_sd3.py writes from here to its second mark; text before and after is kept. -->"
-CARD_END = "<!-- End of what train_rankdpo_sd3.py wrote. -->"
-DATASETS = ("dataset_name",)
-TAGS = ("sd3", "rankdpo")
+CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
 
 
-# Copied from train_rankdpo_sdxl.write_card
-def write_card(args: ScriptArguments, before: list, after: list, facts: dict) -> None:
-    output_dir, widgets = Path(args.output_dir), []
+CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
+
+
+def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
+    output_dir, widgets, about = Path(args.output_dir), [], describe(args, run)
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
     (output_dir / "images").mkdir()
     gallery = ["| prompt | base | with this LoRA |", "|---|---|---|"]
@@ -1443,16 +1418,16 @@ def write_card(args: ScriptArguments, before: list, after: list, facts: dict) ->
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
     model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *TAGS]
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
     front = {"library_name": "diffusers", **base_license(args), "tags": tags, "widget": widgets}
     front |= {} if os.path.isdir(model) else {"base_model": model}  # the Hub cannot link to a folder of this machine
-    datasets = [name for flag in DATASETS if (name := getattr(args, flag)) and not os.path.exists(name)]
+    datasets = [name for name in about["datasets"] if not os.path.exists(name)]
     front |= {"datasets": datasets} if datasets else {}
     local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
     settings = {n: v for n, v in asdict(args).items() if n not in local and v != getattr(ScriptArguments, n)}
     body = f"""# {name}
 
-A LoRA for `{model}`, trained with `{args.loss_type}` on {introduction(args, facts)}
+A LoRA for `{model}`, trained with `{args.loss_type}` on {about["method"]}
 
 <Gallery />
 
@@ -1462,7 +1437,7 @@ Same prompts, same seeds:
 
 ## Use it
 
-{usage(args, name)}
+{about["usage"]}
 
 ## How it was made
 
@@ -1486,36 +1461,6 @@ from the script's defaults, as a file for `--config`:
     write_bytes(output_dir / "README.md", str(merge_cards(card, theirs) if theirs else card).encode())
 
 
-# Copied from train_rankdpo_sdxl.introduction
-def introduction(args: ScriptArguments, facts: dict) -> str:
-    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if "sft" in args.loss_type:
-        learns = "one of its baselines: the model learns to denoise images, the better ones more"
-    method = "[RankDPO](https://arxiv.org/abs/2410.18013)"
-    return f"ranked images (`{args.dataset_name}`), after\n{method}: {learns}."
-
-
-def usage(args: ScriptArguments, name: str) -> str:
-    """For the card. The LoRA is to be used with the T5 tokens of its training; the pipeline's default is 256."""
-    without_t5 = "" if args.use_text_encoder_3 else ", text_encoder_3=None, tokenizer_3=None"
-    tokens = "" if args.max_sequence_length == 256 else f", max_sequence_length={args.max_sequence_length}"
-    return f"""```python
-import torch
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained(
-    "{args.pretrained_model_name_or_path}", dtype=torch.bfloat16{without_t5}
-)
-pipeline.to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
-image = pipeline({json.dumps(args.validation_prompts[0])}{tokens}).images[0]
-```
-
-With ComfyUI: put `{LORA_FILE}` into `models/loras` as `{name}.safetensors` and load it with
-the "Load LoRA" node at strength 1."""
-
-
-# Copied from train_rankdpo_sdxl.base_license
 def base_license(args: ScriptArguments) -> dict:
     """The licence of the base model, which its LoRA inherits."""
     try:
@@ -1528,7 +1473,6 @@ def base_license(args: ScriptArguments) -> dict:
     return found
 
 
-# Copied from train_rankdpo_sdxl.earlier_card
 def earlier_card(args: ScriptArguments, on_hub: bool = False) -> RepoCard | None:
     """The card as people may have edited it, in the folder or on the Hub."""
     file = Path(args.output_dir, "README.md")
@@ -1538,7 +1482,6 @@ def earlier_card(args: ScriptArguments, on_hub: bool = False) -> RepoCard | None
     return RepoCard(file.read_text(), ignore_metadata_errors=False) if file.is_file() else None
 
 
-# Copied from train_rankdpo_sdxl.merge_cards
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     """The card of this run with what people wrote into an earlier one. The text between the marks, base model, datasets
     and widget are this run's; of its other metadata only what the earlier card lacks is added."""
@@ -1554,7 +1497,6 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
 
 
 # Arguments and files ------------------------------------------------------------------------------------------------
-# Copied from train_rankdpo_sdxl.ArgumentParser
 class ArgumentParser(TrlParser):
     """Ends every usage error in one line, and knows the metadata of `flag`. For --config see `config_words`."""
 
@@ -1569,7 +1511,6 @@ class ArgumentParser(TrlParser):
         raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
 
 
-# Copied from train_rankdpo_sdxl.parse_arguments
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
@@ -1579,7 +1520,26 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
 
 
-# Copied from train_rankdpo_sdxl.config_words
+def check_flags(args: TrainingArguments) -> None:
+    """Exits with one line if a flag is out of its range, or does not fit the others."""
+    for spec in fields(args):
+        value = getattr(args, spec.name)
+        for words, limit in spec.metadata["limits"].items():
+            if None not in (value, limit) and not COMPARE[words](value, limit):
+                raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
+        if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
+            setattr(args, spec.name, os.path.expanduser(value))
+    if not args.dataset_name:
+        raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
+    if (args.resolution or 0) % RESOLUTION_MULTIPLE:
+        raise SystemExit(f"--resolution {args.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
+    for name, unused_by in UNUSED_BY.items():
+        if getattr(args, name) != getattr(type(args), name) and args.loss_type in unused_by:
+            raise SystemExit(f"--{name}: --loss_type {args.loss_type} does not use it: leave it out")
+    if args.report_to not in ("all", "none") and not importlib.util.find_spec(args.report_to):
+        raise SystemExit(f"--report_to {args.report_to}: it is not installed: pip install {args.report_to}")
+
+
 def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
     given = []
@@ -1587,37 +1547,29 @@ def config_words(file: str) -> list[str]:
     # stands behind "=": it may begin with "-".
     for name, value in dict(yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}).items():
         words = value if isinstance(value, list) else [value]
-        if name == "config" or not all(isinstance(word, str) for word in words):
-            rule = "must hold lines of `flag: value` or `flag: [value, value]`, and no `config`"
-            raise argparse.ArgumentTypeError(f"{file}: {name} {value}: it {rule}")
         if words and value not in ("", "~", "null", "Null", "NULL"):
             given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return given
 
 
-# Copied from train_rankdpo_sdxl.one_line
 def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# Copied from train_rankdpo_sdxl.seeded_generator
 def seeded_generator(*key) -> np.random.Generator:
     """A NumPy generator that is a function of the key alone, on every machine and in every process."""
     digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
-# Copied from train_rankdpo_sdxl.short_hash
 def short_hash(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
-# Copied from train_rankdpo_sdxl.write_tensors
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     write_bytes(file, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
 
 
-# Copied from train_rankdpo_sdxl.write_bytes
 def write_bytes(file: Path, content: bytes) -> None:
     """Writes a whole file, or nothing: a killed run leaves no half file under this name."""
     file.parent.mkdir(parents=True, exist_ok=True)
