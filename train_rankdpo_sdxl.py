@@ -45,7 +45,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -110,10 +110,7 @@ free = partial(flag, free=True)  # one that a resumed run may set differently; a
 class TrainingArguments:
     """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
 
-    revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
-    variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
-    rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
-    dataset_name: str | None = flag(None, "Dataset: Hub id, folder or .parquet file. Required.", "Data")
+    dataset_name: str = flag(MISSING, "Dataset: Hub id, folder or .parquet file.", "Data")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = free(None, "Revision of the dataset on the Hub.")
     dataset_split: str = flag("train", "Split of the dataset.")
@@ -122,6 +119,9 @@ class TrainingArguments:
     cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
     vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
     dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
+    revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
+    variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
+    rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
     noise: Literal["prompt", "image"] = flag("prompt", "One for all images of a row, or one for each.", "Training")
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
     safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
@@ -363,7 +363,11 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
     `training_batches`; `pipeline`: draws the validation prompts, in the main process only."""
     accelerator, unwrapped = run.accelerator, model  # with its adapter off it is the reference
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, parameters)
+    adam = partial(torch.optim.AdamW, fused=True)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as adam
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = adam(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
     schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": run.max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -453,26 +457,19 @@ def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
 # Data: labels of all rows -------------------------------------------------------------------------------------------
 def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
-    columns = {args.prompt_id_column, args.prompt_column, args.preference_column, args.rank_column}
-    tables, groups = read_columns(args, columns | {"generators", "scores"})
+    columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
+    tables, groups = read_columns(args, {*columns, args.rank_column, "generators", "scores"})
     table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
+    if absent := [name for name in columns if name not in table.column_names]:
+        raise SystemExit(
+            f"--dataset_name {args.dataset_name}: no column {absent[0]!r}: see the flags that end in _column"
+        )
     parts, start = [], 0
     for *place, rows in groups:
         if start < len(table):
             parts.append(Part(*place, start, min(rows, len(table) - start)))
             start += rows
     return table, parts
-
-
-def check_columns(args: ScriptArguments, schema: pa.Schema) -> None:
-    for name in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
-        if (column := getattr(args, name)) not in schema.names:
-            has = f"it has {', '.join(schema.names)}"
-            raise SystemExit(f"--dataset_name {args.dataset_name}: no column {column!r} (--{name}); {has}")
-    # `datasets` writes list<struct<bytes, path>>; pandas and polars may also write list<binary>.
-    if not re.search(r"list.*<.*(struct<.*bytes: |binary)", str(schema.field(args.images_column).type)):
-        problem = f"column {args.images_column!r} must hold lists of images, List(Image())"
-        raise SystemExit(f"--dataset_name {args.dataset_name}: {problem}")
 
 
 def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
@@ -597,9 +594,11 @@ PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 OTHERS = "this trains SDXL; train_rankdpo_sd3.py and train_dpo_qsd.py train other models"
 
 
-ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")  # that the cache depends on
-REFERENCE_FLAGS = ("seed", "noise", "proportion_empty_prompts", "base_precision", "allow_tf32", "compile")
-REFERENCE_FLAGS += ("train_batch_size", "time_ids")  # that the reference's errors depend on, too
+# What cache and reference depend on.
+ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")
+REFERENCE_FLAGS = (
+    "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size time_ids".split()
+)
 # What SDXL's base model has; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
 PLAIN = {
     "model_index.json": {"requires_aesthetics_score": (False, None)},
@@ -716,9 +715,11 @@ def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Tabl
 def find_files(args: ScriptArguments) -> list[str]:
     """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
     knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
-    name, split, folder, found, files = args.dataset_name, args.dataset_split, args.dataset_name, {}, []
-    if name.endswith(".parquet") and os.path.isfile(name):
+    name, split, folder, files = args.dataset_name, args.dataset_split, args.dataset_name, []
+    if os.path.isfile(name):  # one .parquet file
         return [name]
+    if os.path.exists(f"{name}/UNFINISHED"):
+        raise SystemExit(f"--dataset_name {name} is unfinished: run the command that wrote it again")
     options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
     with TemporaryDirectory() as links:
         if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
@@ -730,8 +731,6 @@ def find_files(args: ScriptArguments) -> list[str]:
             if found and re.split(r"[\[+]", split)[0] not in found:
                 raise SystemExit(f"--dataset_name {name}: no split {split!r}; it has {', '.join(found)}")
             files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
-        if os.path.exists(f"{name}/UNFINISHED"):
-            raise SystemExit(f"--dataset_name {name} is unfinished: run the command that wrote it again")
         if files and all(file.endswith(".parquet") for file in files):
             return files
         stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
@@ -751,7 +750,6 @@ def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa
     system, path = url_to_fs(file)
     known, footer = system.info(path), BytesIO()
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
-        check_columns(args, parquet.schema_arrow)
         table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
         parquet.metadata.write_metadata_file(footer)
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
@@ -832,21 +830,16 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
 def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped; and
     time_ids, float32 (6,), which SDXL reads: [original height, width, crop top, left, target height, width]."""
-    picture = to_rgb(Image().decode_example(stored))  # turned as its EXIF data say
-    original = [picture.height, picture.width]
-    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
-    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
-    pixels = TF.pil_to_tensor(TF.crop(picture, top, left, resolution, resolution))
-    return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
-
-
-def to_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """A picture of any kind as 8-bit RGB; what is transparent becomes white."""
+    picture = Image().decode_example(stored)  # turned as its EXIF data say
     if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
         picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-    return picture.convert("RGB")
+    original, picture = [picture.height, picture.width], picture.convert("RGB")
+    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
+    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
+    pixels = TF.pil_to_tensor(TF.crop(picture, top, left, resolution, resolution))
+    return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
 
 
 def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
@@ -1008,10 +1001,11 @@ def model_key(model: str, file: str, revision: str | None = None) -> str:
     if not os.path.isdir(model):
         return f"{model}@{file_of(model, file, revision).parent.name}"
     digest = hashlib.sha256()
-    for path in sorted(Path(model).rglob("*")):
-        name = path.relative_to(model).as_posix()
-        if path.is_file() and not re.search(r"(^|/)\.|\.(md|png)$", name):  # not cards, pictures, hidden files
-            content = np.memmap(path, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    for path in sorted(path for path in Path(model).rglob("*.*") if path.is_file() and path.stat().st_size):
+        if not re.search(
+            r"/\.|\.(md|png)$", name := f"/{path.relative_to(model)}"
+        ):  # not cards, pictures, hidden files
+            content = np.memmap(path, mode="r")
             digest.update(f"{name}:{len(content)}".encode())
             for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
                 digest.update(content[start : start + 2**16])
@@ -1050,13 +1044,6 @@ def as_reference(model: Module) -> Iterator[None]:
             yield
         finally:
             model.enable_adapters() if scale is None else scale.fill_(1.0)
-
-
-def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
-    optimizer_class, betas = partial(torch.optim.AdamW, fused=True), (args.adam_beta1, args.adam_beta2)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    return optimizer_class(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
 
 
 def save_lora(model: Module, folder: Path) -> None:
@@ -1149,8 +1136,7 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
 
 
 def check_same_run(args: ScriptArguments, settings: dict, earlier: dict) -> None:
-    other = [name for name in settings if earlier and earlier.get(name) != settings[name]]
-    if other:
+    if other := [name for name in settings if earlier and earlier.get(name) != settings[name]]:
         was = f"{other[0]} {earlier.get(other[0])}, not {settings[other[0]]}"
         raise SystemExit(f"--output_dir {args.output_dir} holds a run with {was}: choose another folder")
 
@@ -1388,7 +1374,8 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
     datasets = [name for name in about["datasets"] if not os.path.exists(name)]
     front |= {"datasets": datasets} if datasets else {}
     local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
-    settings = {n: v for n, v in asdict(args).items() if n not in local and v != getattr(ScriptArguments, n)}
+    given = {spec.name: getattr(args, spec.name) for spec in fields(args) if getattr(args, spec.name) != spec.default}
+    settings = {name: value for name, value in given.items() if name not in local}
     body = f"""# {name}
 
 A LoRA for `{model}`, trained with `{args.loss_type}` on {about["method"]}
@@ -1493,13 +1480,10 @@ def check_flags(args: TrainingArguments) -> None:
                 raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
         if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
             setattr(args, spec.name, os.path.expanduser(value))
-    if not args.dataset_name:
-        raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
+        if spec.name in UNUSED_BY and value != spec.default and args.loss_type in UNUSED_BY[spec.name]:
+            raise SystemExit(f"--{spec.name}: --loss_type {args.loss_type} does not use it: leave it out")
     if (args.resolution or 0) % RESOLUTION_MULTIPLE:
         raise SystemExit(f"--resolution {args.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
-    for name, unused_by in UNUSED_BY.items():
-        if getattr(args, name) != getattr(type(args), name) and args.loss_type in unused_by:
-            raise SystemExit(f"--{name}: --loss_type {args.loss_type} does not use it: leave it out")
     if args.report_to not in ("all", "none") and not importlib.util.find_spec(args.report_to):
         raise SystemExit(f"--report_to {args.report_to}: it is not installed: pip install {args.report_to}")
 
