@@ -573,7 +573,13 @@ def reward_scores(row: dict, n_images: int, reward: str) -> np.ndarray:
 # Copied from build_synpic.preference_probability
 def preference_probability(scores: np.ndarray) -> np.ndarray:
     """Share of the comparisons that an image wins (Algorithm 1): over all rewards, against its prompt's other images.
-    scores: float (n_rewards, k), higher is better; equal scores count for neither. Returns float64 (k,) in [0, 1]."""
+
+    Args:
+        scores: float array (n_rewards, k), higher is better. An equal score counts for neither image.
+
+    Returns:
+        float64 array (k,) in [0, 1].
+    """
     scores = np.asarray(scores, dtype=np.float64)
     n_rewards, k = scores.shape
     wins = (scores[:, :, None] > scores[:, None, :]).sum(axis=(0, 2))
@@ -583,7 +589,13 @@ def preference_probability(scores: np.ndarray) -> np.ndarray:
 # Copied from build_synpic.preference_rank
 def preference_rank(scores: np.ndarray) -> np.ndarray:
     """Ranks by preference probability. The mean standardised reward breaks ties, then the position.
-    scores: float (n_rewards, k), higher is better. Returns int64 (k,), a permutation of 1…k; 1 is the best."""
+
+    Args:
+        scores: float array (n_rewards, k), higher is better.
+
+    Returns:
+        int64 array (k,), a permutation of 1…k; 1 is the best.
+    """
     scores = np.asarray(scores, dtype=np.float64)
     deviation = scores.std(axis=1, keepdims=True)
     standardised = (scores - scores.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1.0)
@@ -1382,8 +1394,6 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
 
 
 CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
-
-
 CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
 
 

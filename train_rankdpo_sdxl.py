@@ -1351,8 +1351,6 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
 
 
 CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
-
-
 CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
 
 
