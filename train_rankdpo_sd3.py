@@ -573,13 +573,7 @@ def reward_scores(row: dict, n_images: int, reward: str) -> np.ndarray:
 # Copied from build_synpic.preference_probability
 def preference_probability(scores: np.ndarray) -> np.ndarray:
     """Share of the comparisons that an image wins (Algorithm 1): over all rewards, against its prompt's other images.
-
-    Args:
-        scores: float array (n_rewards, k), higher is better. An equal score counts for neither image.
-
-    Returns:
-        float64 array (k,) in [0, 1].
-    """
+    scores: float (n_rewards, k), higher is better; equal scores count for neither. Returns float64 (k,) in [0, 1]."""
     scores = np.asarray(scores, dtype=np.float64)
     n_rewards, k = scores.shape
     wins = (scores[:, :, None] > scores[:, None, :]).sum(axis=(0, 2))
@@ -589,13 +583,7 @@ def preference_probability(scores: np.ndarray) -> np.ndarray:
 # Copied from build_synpic.preference_rank
 def preference_rank(scores: np.ndarray) -> np.ndarray:
     """Ranks by preference probability. The mean standardised reward breaks ties, then the position.
-
-    Args:
-        scores: float array (n_rewards, k), higher is better.
-
-    Returns:
-        int64 array (k,), a permutation of 1…k; 1 is the best.
-    """
+    scores: float (n_rewards, k), higher is better. Returns int64 (k,), a permutation of 1…k; 1 is the best."""
     scores = np.asarray(scores, dtype=np.float64)
     deviation = scores.std(axis=1, keepdims=True)
     standardised = (scores - scores.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1.0)
@@ -646,13 +634,19 @@ def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool =
     model, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **options)
     options |= {"vae": vae.requires_grad_(False), "transformer": None}
-    without = ["", "_2", "_3"] if not with_text else [] if args.use_text_encoder_3 else ["_3"]
+    without = ["", "_2", "_3"] if not with_text else [] if has_t5(args) else ["_3"]
     options |= {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in without}
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
     pipeline.set_progress_bar_config(disable=True)
     config = json.loads(file_of(model, "transformer/config.json", args.revision).read_text())
     pipeline.prompt_width = config.get("joint_attention_dim", 4096)
     return pipeline.to(device)
+
+
+def has_t5(args: ScriptArguments) -> bool:
+    """False if the flag switches T5 off, or the model comes without it."""
+    index = json.loads(file_of(args.pretrained_model_name_or_path, "model_index.json", args.revision).read_text())
+    return args.use_text_encoder_3 and index.get("text_encoder_3", [None])[0] is not None
 
 
 @torch.no_grad()
@@ -714,9 +708,7 @@ def describe(args: ScriptArguments, run: "Run") -> dict:
         learns = "one of its baselines: the model learns to denoise images, the better ones more"
     data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
     model, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
-    index = json.loads(file_of(model, "model_index.json", args.revision).read_text())
-    has_t5 = args.use_text_encoder_3 and index.get("text_encoder_3", [None])[0] is not None
-    without = "" if has_t5 else ", text_encoder_3=None, tokenizer_3=None"
+    without = "" if has_t5(args) else ", text_encoder_3=None, tokenizer_3=None"
     tokens = "" if args.max_sequence_length == 256 else f", max_sequence_length={args.max_sequence_length}"
     usage = f"""```python
 import torch
@@ -730,7 +722,7 @@ image = pipeline({json.dumps(args.validation_prompts[0])}{tokens}).images[0]
 With ComfyUI: put `{LORA_FILE}` into `models/loras` as `{name}.safetensors` and load it with
 the "Load LoRA" node at strength 1."""
     about = {"tags": ["sd3", "rankdpo"], "datasets": [args.dataset_name], "usage": usage}
-    t5 = f"{args.max_sequence_length} tokens" if has_t5 else "without"
+    t5 = f"{args.max_sequence_length} tokens" if has_t5(args) else "without"
     about["facts"] = {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}", "T5": t5}
     return about | {"method": f"{data}, after\n{paper}: {learns}."}
 
