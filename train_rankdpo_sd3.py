@@ -66,8 +66,7 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
-from diffusers import BitsAndBytesConfig, StableDiffusion3Pipeline, training_utils
-from diffusers.models import AutoencoderKL, SD3Transformer2DModel
+from diffusers import AutoencoderKL, BitsAndBytesConfig, SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
 from diffusers.optimization import get_scheduler
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -349,8 +348,7 @@ def predict(model: Module, noise_scheduler, batch: dict, args: ScriptArguments) 
         pooled_projections=embeds["pooled_prompt_embeds"].repeat_interleave(k, dim=0),
     ).sample
     weighting = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, batch["sigmas"])[:, None]
-    errors = weighting * denoising_error(prediction, target).view(shape[:2])
-    return errors, prediction.view(shape), target.view(shape)
+    return weighting * denoising_error(prediction, target).view(shape[:2]), prediction.view(shape), target.view(shape)
 
 
 # Copied from train_rankdpo_sdxl.training_step
@@ -616,10 +614,10 @@ PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
 OTHERS = "this trains SD3; train_rankdpo_sdxl.py and train_dpo_qsd.py train other models"
 
 
-# That the cache depends on; and that the reference's errors depend on, too.
+# What cache and reference depend on.
 ENCODING_FLAGS = ("variant", "resolution", "mixed_precision", "use_text_encoder_3", "max_sequence_length")
-REFERENCE_FLAGS = ("seed", "noise", "proportion_empty_prompts", "base_precision", "allow_tf32", "compile")
-REFERENCE_FLAGS += ("train_batch_size", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+REFERENCE_FLAGS = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
+REFERENCE_FLAGS += ["weighting_scheme", "logit_mean", "logit_std", "mode_scale"]
 # What SD3 and SD3.5 have; absent: the first. Else: other schedules, inpainting, another architecture or VAE.
 PLAIN = {
     "model_index.json": {},
@@ -637,13 +635,19 @@ def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool =
     model, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **options)
     options |= {"vae": vae.requires_grad_(False), "transformer": None}
-    without = ["", "_2", "_3"] if not with_text else [] if args.use_text_encoder_3 else ["_3"]
+    without = ["", "_2", "_3"] if not with_text else [] if has_t5(args) else ["_3"]
     options |= {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in without}
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
     pipeline.set_progress_bar_config(disable=True)
     config = json.loads(file_of(model, "transformer/config.json", args.revision).read_text())
     pipeline.prompt_width = config.get("joint_attention_dim", 4096)
     return pipeline.to(device)
+
+
+def has_t5(args: ScriptArguments) -> bool:
+    """False if the flag switches T5 off, or the model comes without it."""
+    index = json.loads(file_of(args.pretrained_model_name_or_path, "model_index.json", args.revision).read_text())
+    return args.use_text_encoder_3 and index.get("text_encoder_3", [None])[0] is not None
 
 
 @torch.no_grad()
@@ -705,9 +709,7 @@ def describe(args: ScriptArguments, run: "Run") -> dict:
         learns = "one of its baselines: the model learns to denoise images, the better ones more"
     data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
     model, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
-    index = json.loads(file_of(model, "model_index.json", args.revision).read_text())
-    has_t5 = args.use_text_encoder_3 and index.get("text_encoder_3", [None])[0] is not None
-    without = "" if has_t5 else ", text_encoder_3=None, tokenizer_3=None"
+    without = "" if has_t5(args) else ", text_encoder_3=None, tokenizer_3=None"
     tokens = "" if args.max_sequence_length == 256 else f", max_sequence_length={args.max_sequence_length}"
     usage = f"""```python
 import torch
@@ -721,7 +723,7 @@ image = pipeline({json.dumps(args.validation_prompts[0])}{tokens}).images[0]
 With ComfyUI: put `{LORA_FILE}` into `models/loras` as `{name}.safetensors` and load it with
 the "Load LoRA" node at strength 1."""
     about = {"tags": ["sd3", "rankdpo"], "datasets": [args.dataset_name], "usage": usage}
-    t5 = f"{args.max_sequence_length} tokens" if has_t5 else "without"
+    t5 = f"{args.max_sequence_length} tokens" if has_t5(args) else "without"
     about["facts"] = {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}", "T5": t5}
     return about | {"method": f"{data}, after\n{paper}: {learns}."}
 
