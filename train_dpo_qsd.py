@@ -127,10 +127,11 @@ CARD_END = "<!-- End of what train_dpo_qsd.py wrote. -->"
 
 
 # Copied from train_rankdpo_sdxl.flag
-def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, free=False):
-    """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    limits = dict(zip(COMPARE, (min, above, max, below)))
-    return field(default=default, metadata={"help": help, "group": group, "limits": limits, "free": free})
+def flag(default, help: str, **metadata):
+    """A field with its help, its range (see RANGES), `may_change`: whether a resumed run may set it differently, and
+    `group`: the title of the flags from here on in --help."""
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, **metadata})
 
 
 # Copied from train_rankdpo_sdxl.TrainingArguments
@@ -138,28 +139,37 @@ def flag(default, help: str, group: str | None = None, *, min=None, above=None, 
 class TrainingArguments:
     """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
 
-    dataset_name: str = flag(MISSING, "Dataset: Hub id, folder or .parquet file.", "Data")
-    dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
-    dataset_revision: str | None = free(None, "Revision of the dataset on the Hub.")
-    dataset_split: str = flag("train", "Split of the dataset.")
-    proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
-    cache_dir: str = free("outputs/cache", "Folder where latents and embeddings stay for later runs.")
-    cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
-    vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
-    dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
-    revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
+    revision: str | None = flag(None, "Revision of the model on the Hub.", may_change=True, group="Model")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
     rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
-    noise: Literal["prompt", "image"] = flag("prompt", "One for all images of a row, or one for each.", "Training")
+    dataset_name: str | None = flag(None, "Dataset with the images: Hub id or folder. Required.", group="Data")
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
+    dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.", may_change=True)
+    dataset_split: str = flag("train", "Split of the dataset.")
+    cache_dir: str = flag("outputs/cache", "Folder where latents and embeddings stay for later runs.", may_change=True)
+    cache_text_embeddings: bool = flag(True, "Encode prompts once; false: at every step.", may_change=True)
+    vae_batch_size: int = flag(4, "Images per forward pass of the VAE.", min=1, may_change=True)
+    dataloader_num_workers: int = flag(0, "Processes that read the data ahead.", min=0, may_change=True)
+    proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
+    noise: Literal["prompt", "image"] = flag(
+        "prompt", "One noise for all images of a row, or one for each image.", group="Training"
+    )
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
-    safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
-    seed: int = flag(0, "Seeds LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1)
-    train_batch_size: int = free(1, "Rows per process and forward pass.", min=1)
-    gradient_accumulation_steps: int = free(1, "Forward passes per optimizer step.", min=1)
+    safeguard: float | None = flag(
+        None, "Diffusion-SDPO's mu, e.g. 0.6: weakens the losers' gradients that would harm the winner.", min=0, max=1
+    )
+    output_dir: str = flag("outputs/lora", "Folder for LoRA, card and checkpoints.", may_change=True)
+    seed: int = flag(
+        0, "Seeds the initial LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1
+    )
+    train_batch_size: int = flag(1, "Prompts or pairs per process and forward pass.", min=1, may_change=True)
+    gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.", min=1, may_change=True)
     num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.", min=1)
-    learning_rate: float = flag(1e-5, "Peak learning rate.", above=0)
-    lr_scheduler: Literal[LR_SCHEDULERS] = flag("constant_with_warmup", "Schedule of the learning rate.")
+    learning_rate: float | None = flag(1e-5, "Peak learning rate.", above=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = flag(
+        "constant_with_warmup", "Schedule of the learning rate."
+    )
     lr_warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.", min=0)
     use_8bit_adam: bool = flag(False, "Use AdamW of bitsandbytes with 8-bit states.")
     adam_beta1: float = flag(0.9, "AdamW's beta1.", min=0, below=1)
@@ -167,34 +177,51 @@ class TrainingArguments:
     adam_weight_decay: float = flag(1e-2, "AdamW's weight decay.", min=0)
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", min=0)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", above=0)
-    max_skipped_steps: int = free(10, "Steps in a row without a finite loss to skip.", min=0)
+    max_skipped_steps: int = flag(10, "Steps in a row without a finite loss to skip.", min=0, may_change=True)
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward pass.")
     base_precision: Literal["nf4", "int8"] | None = flag(None, "Quantise the frozen weights with bitsandbytes.")
-    allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 products and convolutions.")
-    compile: bool = free(False, "Compile the transformer blocks: faster steps after a slow first one.")
-    precompute_ref: bool = free(False, "Compute the reference's errors first, and keep them.")
-    gradient_checkpointing: bool = free(False, "Less memory, about a quarter more computation.")
-    checkpointing_steps: int = free(500, "Optimizer steps between two checkpoints.", min=1)
-    checkpoints_total_limit: int | None = free(None, "Keep the newest N checkpoints.", min=1)
-    resume_from_checkpoint: str | None = free(None, "A checkpoint of output_dir, e.g. checkpoint-500, or latest.")
-    validation_prompts: list[str] | None = free(None, "Default: the first four prompts.", "Gallery, trackers, Hub")
-    validation_steps: int | None = free(None, "Also draw the gallery every N optimizer steps.", min=1)
-    validation_num_inference_steps: int = free(30, "Denoising steps of the gallery.", min=1)
-    validation_guidance_scale: float = free(5.0, "Guidance scale of the gallery.")
-    report_to: Literal["tensorboard", "wandb", "trackio", "all", "none"] = free("tensorboard", "Tracker.")
-    logging_dir: str = free("logs", "Folder of the trackers inside output_dir.")
-    gpu_hourly_cost: float | None = free(None, "Price of a GPU hour; the card then states the run's.", min=0)
-    push_to_hub: bool = free(False, "Upload LoRA, card, gallery and log to the Hub.")
-    hub_model_id: str | None = free(None, "Repository. Default: the name of output_dir.")
-    hub_private_repo: bool = free(False, "Make a new repository private.")
-    hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
+    allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 matrix products.")
+    compile: bool = flag(False, "Compile the transformer blocks: faster steps after a slow first one.", may_change=True)
+    precompute_ref: bool = flag(False, "Compute the reference's errors first, and keep them.", may_change=True)
+    gradient_checkpointing: bool = flag(False, "Less memory, about a quarter more computation.", may_change=True)
+    checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints.", min=1, may_change=True)
+    checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", min=1, may_change=True)
+    resume_from_checkpoint: str | None = flag(None, "A checkpoint's folder, or latest (if any).", may_change=True)
+    validation_prompts: list[str] | None = flag(
+        None, "Gallery; default: the first four prompts.", may_change=True, group="Validation, trackers, Hub"
+    )
+    validation_steps: int | None = flag(None, "Also draw the gallery every N optimizer steps.", min=1, may_change=True)
+    validation_num_inference_steps: int = flag(30, "Denoising steps of the gallery.", min=1, may_change=True)
+    validation_guidance_scale: float = flag(5.0, "Guidance scale of the gallery.", may_change=True)
+    report_to: str = flag("tensorboard", "tensorboard, wandb, trackio, all or none.", may_change=True)
+    logging_dir: str = flag("logs", "Folder of the trackers inside output_dir.", may_change=True)
+    push_to_hub: bool = flag(False, "Upload LoRA, card, gallery and log to the Hub.", may_change=True)
+    hub_model_id: str | None = flag(None, "Repository. Default: the name of output_dir.", may_change=True)
+    hub_private_repo: bool = flag(False, "Make a new repository private.", may_change=True)
+    hub_strategy: Literal["end", "checkpoint"] = flag(
+        "end", "checkpoint: also upload the LoRA of every checkpoint, in the background.", may_change=True
+    )
 
     def __post_init__(self):
-        check_flags(self)
+        check_ranges(self)
+        if not self.dataset_name:
+            raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
+        if self.resolution and self.resolution % RESOLUTION_MULTIPLE:
+            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
+        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise SystemExit("--mixed_precision fp16 needs a GPU: use bf16 or no")
+        if self.report_to not in ("all", "none", "no"):
+            if self.report_to not in ("tensorboard", "wandb", "trackio"):
+                raise SystemExit(f"--report_to {self.report_to}: choose tensorboard, wandb, trackio, all or none")
+            if not importlib.util.find_spec(self.report_to):
+                raise SystemExit(f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}")
+        for name, unused_by in UNUSED_BY.items():
+            if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
+                raise SystemExit(f"--{name}: --loss_type {self.loss_type} does not use it: leave it out")
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of the frozen weights, and of the cached latents and embeddings."""
+        """Type of the frozen weights, and of the cached latents and embeddings."""
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
 
 
@@ -270,8 +297,16 @@ class ScriptArguments(TrainingArguments):
 
 # Copied from train_rankdpo_sdxl.denoising_error
 def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each image, (n, C, H, W) → float32 (n,), in float32 from the subtraction on: in half
-    precision the rounding error, times beta/2 = 2500, would change every logit by 0.2 to 5."""
+    """Mean squared error of each image, in float32 from the subtraction on.
+
+    In half precision the rounding error, times beta/2 = 2500, would change every logit by 0.2 to 5.
+
+    Args:
+        prediction, target: (n, C, H, W).
+
+    Returns:
+        float32 (n,).
+    """
     return (target.float() - prediction.float()).square().mean(dim=(1, 2, 3))
 
 
@@ -282,8 +317,13 @@ def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -
     With residuals ρ = prediction − target, λ_ij = (1 − μ)·‖ρ_i‖² / ⟨ρ_i, ρ_j⟩ in [0, 1], and 1 where ⟨ρ_i, ρ_j⟩ ≤ 0. To
     first order, in the space of predictions, a step on the pair then does not raise the winner's error. The published
     code takes one λ for a whole batch; here every pair has its own, so that it does not depend on its batch.
-    prediction, target: (B, k, C, H, W); mu: μ in [0, 1], larger is safer. Returns float32 (B, k, k), winner i and loser
-    j; carries no gradient."""
+
+    Args:
+        prediction, target: (B, k, C, H, W); mu: μ in [0, 1], larger is safer.
+
+    Returns:
+        float32 (B, k, k), winner i and loser j; carries no gradient.
+    """
     residuals = (prediction.detach().float() - target.float()).flatten(2)
     # No matrix product: autocast would compute it in half precision, where it overflows.
     products = torch.stack([(residuals * other[:, None]).sum(dim=2) for other in residuals.unbind(dim=1)], dim=2)
@@ -366,14 +406,23 @@ def log_odds(errors: torch.Tensor) -> torch.Tensor:
 
 
 # Copied from train_rankdpo_sdxl.sample_noise
-def sample_noise(args: ScriptArguments, noise_scheduler: DDPMScheduler, key: tuple, shape: torch.Size) -> dict:
-    """Draws one timestep for all images of a row, and one noise for all (`--noise prompt`) or each (`--noise image`:
-    the paper's ε_i): a function of (seed, epoch, id of the row) alone, so the same after a resume and on any number of
-    processes. shape: of the row's latents, (k, C, h, w). Returns timesteps, int64; noise, float32 (k, C, h, w)."""
+def sample_noise(args: ScriptArguments, noise_scheduler: SchedulerMixin, key: tuple, shape: torch.Size) -> dict:
+    """Draws one timestep for all images of a dataset row, and one noise for all of them (`--noise prompt`) or one for
+    each (`--noise image`, the paper's ε_i); the trained model and the reference share them.
+
+    They are a function of the key alone: the same after a resume and on any number of processes.
+
+    Args:
+        key: (seed, epoch, id of the row); shape: of the row's latents, (k, C, h, w).
+
+    Returns:
+        timesteps, int64 scalar; noise, float32 (k, C, h, w).
+    """
     rng = seeded_generator(*key)
     timestep = torch.tensor(rng.integers(noise_scheduler.config.num_train_timesteps))
-    noise = rng.standard_normal(shape if args.noise == "image" else shape[1:], dtype=np.float32)
-    return {"timesteps": timestep, "noise": torch.from_numpy(noise).expand(shape)}
+    drawn = shape if args.noise == "image" else shape[1:]
+    noise = torch.from_numpy(rng.standard_normal(drawn, dtype=np.float32))
+    return {"timesteps": timestep, "noise": noise.expand(shape)}
 
 
 def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
@@ -443,37 +492,35 @@ def training_step(
 
 
 # Copied from train_rankdpo_sdxl.train
-def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches: Iterator, pipeline) -> None:
-    """Trains the LoRA of `model` up to `run.max_train_steps`, with checkpoints and logs. `batches`: of
-    `training_batches`; `pipeline`: draws the validation prompts, in the main process only."""
+def train(
+    args: ScriptArguments, run: "Run", model: Module, noise_scheduler: SchedulerMixin, batches: Iterator, validator
+) -> float:
+    """Trains the LoRA of `model` up to `run.max_train_steps`, with checkpoints and logs.
+
+    Args:
+        batches: of `training_batches`; validator: draws the gallery, in the main process only.
+
+    Returns:
+        images per second, checkpoints and validation included.
+    """
     accelerator, unwrapped = run.accelerator, model  # with its adapter off it is the reference
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adam = partial(torch.optim.AdamW, fused=True)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as adam
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = adam(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
-    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": run.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
+    optimizer = make_optimizer(args, parameters)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=run.max_train_steps,
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
-    state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
-    state |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     if run.checkpoint:
-        stored = torch.load(run.checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
-        for name, part in state.items():
-            part.load_state_dict(stored[name])
-    log = TrainingLog(args, run)
-    for number in (signal.SIGTERM, signal.SIGINT):  # until here a signal ends the process at once: nothing is lost
-        signal.signal(number, on_stop_signal)
+        load_training_state(run.checkpoint, optimizer, lr_scheduler, accelerator.scaler)
+    log = TrainingLog(args, run, parameters)
 
     for step in range(run.start_step + 1, run.max_train_steps + 1):
         totals = {}
         for _ in range(args.gradient_accumulation_steps):
-            if stop_signals:
-                stop(args, run, step - 1, unwrapped, state, leave=accelerator.num_processes == 1)
-            asked = time.time()
-            batch = next(batches)
-            log.data_time += time.time() - asked
+            batch = log.next_batch(batches)
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     loss, metrics = training_step(model, unwrapped, noise_scheduler, batch, args)
@@ -487,7 +534,7 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
         # the update, so that a step without a finite loss and gradient can be skipped: by all processes alike.
         values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
         logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
-        stopping = logs.pop("stop") > 0  # a process has received a signal: all of them leave after this step
+        stopping = logs.pop("stop") > 0
         finite = log.write(step, logs)
         if finite or accelerator.scaler:  # with fp16 the scaler itself skips a step, and lowers the loss scale
             optimizer.step()
@@ -495,38 +542,35 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
             lr_scheduler.step()
         optimizer.zero_grad()
 
-        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
-            save_checkpoint(args, run, step, unwrapped, state)
+        due = step % args.checkpointing_steps == 0 or step == run.max_train_steps or stopping
+        if accelerator.is_main_process and due:
+            save_checkpoint(args, run, step, unwrapped, optimizer, lr_scheduler)
+            if args.push_to_hub:
+                upload_checkpoint(args, run, step, wait=stopping)
         if stopping and step < run.max_train_steps:
-            stop(args, run, step, unwrapped, state, leave=True)
+            end_stopped_run(args, run, step)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
-            log_images(args, accelerator, draw_gallery(args, run, pipeline, unwrapped), step)
+            log_images(accelerator, validator.prompts, validator(unwrapped), step)
             log.step_ended = time.time()  # drawing does not count as training
-    for number in (signal.SIGTERM, signal.SIGINT):  # from here on a signal ends the process at once, again
-        signal.signal(number, signal.SIG_DFL)
-    log.bar.close()
+    return log.close()
 
 
 # Copied from train_rankdpo_sdxl.fit
-def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
-    """Encodes what is not in the cache, trains, and writes the results."""
-    lock, accelerator = begin_run(args, run), run.accelerator
-    pipeline, encode_prompts = encode_dataset(args, run, parts, labels)
-    record_run(args, run, labels)
+def fit(args: ScriptArguments, run: "Run", images: "StoredImages", cache: "LatentCache", facts: dict) -> None:
+    """Encodes the data, trains, and writes the LoRA with its card. `facts`: of the data, for the card."""
+    validator, encode_prompts = encode_dataset(args, images, cache, run.accelerator)
     set_seed(args.seed)
-    noise_scheduler, model = load_model(args)
+    with loading(args.pretrained_model_name_or_path):
+        noise_scheduler, model = load_model(args)
     prepare_model(args, run, model)
-    batches = partial(training_batches, args, run, labels, noise_scheduler, encode_prompts)
+    rows = CachedRows(args, cache, images.labels, noise_scheduler)
     if args.precompute_ref:
-        precompute_reference(args, run, model, noise_scheduler, batches)
-    train(args, run, model, noise_scheduler, batches(run.start_step), pipeline)
-    accelerator.wait_for_everyone()
-    # The others leave: none waits in NCCL, where it would time out, while the first process draws and uploads.
-    accelerator.state.destroy_process_group()
-    if accelerator.is_main_process:
-        finish(args, run, model, pipeline, parts)
-    accelerator.end_training()
-    lock.release()
+        precompute_reference(args, run, model, rows, encode_prompts)
+    speed = train(args, run, model, noise_scheduler, training_batches(args, run, rows, encode_prompts), validator)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        finish(args, run, model, validator, facts, speed)
+    run.accelerator.end_training()
 
 
 def main(args: ScriptArguments) -> None:
