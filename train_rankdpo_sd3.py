@@ -1111,15 +1111,11 @@ class Run:  # one training run: its size, its cache, and the step it continues f
 
 
 def make_accelerator(args: ScriptArguments) -> Accelerator:
-    """Exits with one line if this machine, or what accelerate is set to, does not fit the flags."""
-    output_dir, on_gpu = Path(args.output_dir), torch.cuda.is_available()
-    if (args.base_precision or args.mixed_precision == "fp16") and not on_gpu:
-        raise SystemExit("--base_precision and --mixed_precision fp16 need a GPU: there is none")
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")))):
-        raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
+    """Exits with one line if what accelerate is set to does not fit the flags."""
+    output_dir = Path(args.output_dir)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     accelerator = Accelerator(
-        cpu="LOCAL_RANK" in os.environ and not on_gpu,  # several processes without a GPU: gloo
+        cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available(),  # several processes without a GPU: gloo
         # A plain number would be overridden by ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=args.mixed_precision,
@@ -1163,10 +1159,8 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
         checkpoints = {step: path for step, path in checkpoints.items() if path.resolve() in wanted}
         if not checkpoints:
             raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
-    start_step = max(checkpoints, default=0)
     max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * len(labels["id"]) / rows_per_step))
-    if start_step > max_train_steps:
-        raise SystemExit(f"{here} checkpoint-{start_step}, beyond the {max_train_steps} steps: raise --max_train_steps")
+    start_step = max((step for step in checkpoints if step <= max_train_steps), default=0)
     size = (start_step, max_train_steps, rows_per_step, labels["images"].shape[1])
     return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoints.get(start_step), *size)
 
@@ -1225,11 +1219,8 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
         for old in list(list_checkpoints(args).values())[: -args.checkpoints_total_limit]:
             shutil.rmtree(old)
     if args.push_to_hub and args.hub_strategy == "checkpoint" and step < run.max_train_steps:
-        if run.upload is None or run.upload.done():  # else a later one, or the final LoRA, replaces it
-            if run.upload and (error := run.upload.exception()):
-                tqdm.write(f"a checkpoint's upload failed: {one_line(error)}; the training goes on", file=sys.stderr)
-            lora = {"path_or_fileobj": (folder / LORA_FILE).read_bytes(), "path_in_repo": LORA_FILE}
-            run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
+        lora = {"path_or_fileobj": (folder / LORA_FILE).read_bytes(), "path_in_repo": LORA_FILE}
+        run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
 
 
 stop_signals: list[tuple[int, float]] = []  # that this process has received while it trained, and when
@@ -1402,14 +1393,16 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
     model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
-    front = {"library_name": "diffusers", **base_license(args), "tags": tags, "widget": widgets}
-    front |= {} if os.path.isdir(model) else {"base_model": model}  # the Hub cannot link to a folder of this machine
-    datasets = [name for name in about["datasets"] if not os.path.exists(name)]
-    front |= {"datasets": datasets} if datasets else {}
-    local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
-    given = {spec.name: getattr(args, spec.name) for spec in fields(args) if getattr(args, spec.name) != spec.default}
-    settings = {name: value for name, value in given.items() if name not in local}
+    front = {"library_name": "diffusers", **base_license(args), "widget": widgets}
+    front["tags"] = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
+    front["base_model"] = None if os.path.isdir(model) else model  # the Hub cannot link to a folder of this machine
+    front["datasets"] = [name for name in about["datasets"] if not os.path.exists(name)] or None
+    local = "output_dir cache_dir resume_from_checkpoint push_to_hub hub_model_id validation_prompts".split()
+    command = ["accelerate", "launch", Path(__file__).name]
+    for spec in fields(args):
+        value = getattr(args, spec.name)
+        if value != spec.default and spec.name not in local:
+            command += [f"--{spec.name}", *map(str, value if isinstance(value, list) else [value])]
     body = f"""# {name}
 
 A LoRA for `{model}`, trained with `{args.loss_type}` on {about["method"]}
@@ -1427,19 +1420,14 @@ Same prompts, same seeds:
 ## How it was made
 
 ```bash
-accelerate launch {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}
+{shlex.join(command)}
 ```
 
 | | |
 |---|---|
 {chr(10).join(f"| {key} | {value} |" for key, value in facts.items())}
 
-Loss, margins, learning rate and speed of every step are in [{LOG_FILE}]({LOG_FILE}). The settings that differ
-from the script's defaults, as a file for `--config`:
-
-```yaml
-{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()}
-```
+Loss, margins, learning rate and speed of every step are in [{LOG_FILE}]({LOG_FILE}).
 """
     block = f"{CARD_BEGIN}\n{body.strip().replace('<!--', '<! --')}\n{CARD_END}\n"  # a prompt may hold a mark
     card, theirs = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{block}"), earlier_card(args)
@@ -1461,10 +1449,8 @@ def base_license(args: ScriptArguments) -> dict:
 def earlier_card(args: ScriptArguments, on_hub: bool = False) -> RepoCard | None:
     """The card as people may have edited it, in the folder or on the Hub."""
     file = Path(args.output_dir, "README.md")
-    if on_hub:
-        there = HfApi().file_exists(args.hub_model_id, file.name)
-        file = Path(hf_hub_download(args.hub_model_id, file.name)) if there else Path()
-    return RepoCard(file.read_text(), ignore_metadata_errors=False) if file.is_file() else None
+    exists = HfApi().file_exists(args.hub_model_id, file.name) if on_hub else file.exists()
+    return RepoCard.load(args.hub_model_id if on_hub else file, ignore_metadata_errors=False) if exists else None
 
 
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
