@@ -105,14 +105,19 @@ free = partial(flag, free=True)  # one that a resumed run may set differently; a
 
 
 @dataclass
-class ScriptArguments:
-    """The flags. They carry diffusers' names wherever diffusers has one."""
+class MethodArguments:
+    """The flags of this method and model. They carry diffusers' names wherever diffusers has one."""
 
     pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "Hub id or folder.", "Model")
     pretrained_vae_model_name_or_path: str | None = flag(None, "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
     revision: str | None = free(None, "Revision of the model on the Hub.")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
     rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
+    loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.", "Objective")
+    beta_dpo: float = flag(5000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
+    rank_source: Literal["label", "predicted"] = flag("label", "Ranks in rankdpo's discounts; predicted: LambdaLoss.")
+    learning_rate: float = flag(1e-5, "Peak learning rate.", above=0)
+    lr_scheduler: Literal[LR_SCHEDULERS] = flag("constant_with_warmup", "Schedule of the learning rate.")
     dataset_name: str | None = flag(None, "Dataset: Hub id, folder or .parquet file. Required.", "Data")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = free(None, "Revision of the dataset on the Hub.")
@@ -127,25 +132,26 @@ class ScriptArguments:
     max_train_samples: int | None = flag(None, "Use the first N prompts only.", min=1)
     resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=8, max=8192)
     time_ids: Literal["resolution", "image"] = flag("resolution", "Sizes that SDXL is told: see micro_conditioning.")
+
+
+@dataclass
+class ScriptArguments(MethodArguments):
+    """With those of all trainers."""
+
     proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
     cache_dir: str = free("outputs/cache", "Folder where latents and embeddings stay for later runs.")
     cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
     vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
     dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
-    loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.", "Training")
-    beta_dpo: float = flag(5000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
-    rank_source: Literal["label", "predicted"] = flag("label", "Ranks in rankdpo's discounts; predicted: LambdaLoss.")
-    noise: Literal["prompt", "image"] = flag("prompt", "One noise for all images of a row, or one for each image.")
+    noise: Literal["prompt", "image"] = flag("prompt", "One noise for all images of a row, or for each.", "Training")
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
     safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
     output_dir: str = free("outputs/rankdpo-sdxl", "Folder for LoRA, card and checkpoints.")
     seed: int = flag(0, "Seeds LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1)
-    train_batch_size: int = free(1, "Prompts per process and forward pass.", min=1)
+    train_batch_size: int = free(1, "Rows per process and forward pass.", min=1)
     gradient_accumulation_steps: int = free(1, "Forward passes per optimizer step.", min=1)
     num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.", min=1)
-    learning_rate: float = flag(1e-5, "Peak learning rate.", above=0)
-    lr_scheduler: Literal[LR_SCHEDULERS] = flag("constant_with_warmup", "Schedule of the learning rate.")
     lr_warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.", min=0)
     use_8bit_adam: bool = flag(False, "Use AdamW of bitsandbytes with 8-bit states.")
     adam_beta1: float = flag(0.9, "AdamW's beta1.", min=0, below=1)
@@ -187,7 +193,7 @@ class ScriptArguments:
                 setattr(self, spec.name, os.path.expanduser(value))
         if not self.dataset_name:
             raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
-        if self.resolution % 8:
+        if (self.resolution or 0) % 8:
             raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 8")
         for name, unused_by in UNUSED_BY.items():
             if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
@@ -431,7 +437,12 @@ def main(args: ScriptArguments) -> None:
     table, parts = load_ranked_dataset(args)
     labels = make_labels(args, table)
     run = plan_run(args, accelerator, table, labels)
-    lock = begin_run(args, run)
+    fit(args, run, parts, labels)
+
+
+def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
+    """Encodes what is not in the cache, trains, and writes the results."""
+    lock, accelerator = begin_run(args, run), run.accelerator
     pipeline, encode_prompts = encode_dataset(args, run, parts, labels)
     record_run(args, run, labels)
     set_seed(args.seed)
@@ -460,21 +471,22 @@ def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list[Part]]:
     """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
     columns = {args.prompt_id_column, args.prompt_column, args.preference_column, args.rank_column}
     columns |= {"generators", "scores"}
-    table = problem = None
+    table = groups = problem = None
     if PartialState().is_main_process:  # for all: the Hub limits requests
         try:
             with ThreadPoolExecutor(8) as pool:
-                tables = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+                tables, groups = zip(*pool.map(partial(read_labels, args, columns), find_files(args)))
             table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
         except Exception as error:
             problem = f"--dataset_name {args.dataset_name}: {one_line(error.__cause__ or error)}"
-    table, problem = broadcast_object_list([table, problem])
+    table, groups, problem = broadcast_object_list([table, groups, problem])
     if problem:
         raise SystemExit(problem)
     parts, start = [], 0
-    for part, rows in itertools.groupby(table["part"].to_pylist()):
-        parts.append(Part(*json.loads(part), start, len(list(rows))))
-        start += parts[-1].rows
+    for *place, rows in itertools.chain(*groups):
+        if start < len(table):
+            parts.append(Part(*place, start, min(rows, len(table) - start)))
+            start += rows
     return table, parts
 
 
@@ -511,24 +523,26 @@ def find_files(args: ScriptArguments) -> list[str]:
     return [str(copy)]
 
 
-def read_labels(args: ScriptArguments, columns: set[str], file: str) -> pa.Table:
-    """The label columns of a Parquet file, and `part`, its row groups: file, number and identity. Reads no image."""
+def check_columns(args: ScriptArguments, schema: pa.Schema) -> None:
+    for name in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
+        if (column := getattr(args, name)) not in schema.names:
+            raise ValueError(f"no column {column!r} (--{name}); it has {', '.join(schema.names)}")
+    # `datasets` writes list<struct<bytes, path>>; pandas and polars may also write list<binary>.
+    if not re.search(r"list.*<.*(struct<.*bytes: |binary)", str(schema.field(args.images_column).type)):
+        raise ValueError(f"column {args.images_column!r} must hold lists of images, List(Image())")
+
+
+def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
+    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
     system, path = url_to_fs(file)
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
-        schema = parquet.schema_arrow
-        for name in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
-            if (column := getattr(args, name)) not in schema.names:
-                raise ValueError(f"no column {column!r} (--{name}); it has {', '.join(schema.names)}")
-        # `datasets` writes list<struct<bytes, path>>; pandas and polars may also write list<binary>.
-        if not re.search(r"list.*<.*(struct<.*bytes: |binary)", str(schema.field(args.images_column).type)):
-            raise ValueError(f"column {args.images_column!r} must hold lists of images, List(Image())")
-        table = parquet.read(columns=[name for name in schema.names if name in columns])
+        check_columns(args, parquet.schema_arrow)
+        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
         parquet.metadata.write_metadata_file(footer := BytesIO())
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
     known = system.info(path)
     facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue()), args.images_column]
-    groups = [json.dumps([file, n, short_hash(json.dumps([*facts, n]))]) for n in range(len(sizes))]
-    return table.append_column("part", pa.array(np.repeat(groups, sizes), pa.string()))
+    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
 
 
 def read_images(part: Part, column: str) -> Iterator[list[dict]]:
@@ -645,6 +659,10 @@ def cache_file(folder: Path, key: str, suffix: str = ".safetensors") -> Path:
     return folder / key[:2] / f"{key}{suffix}"  # in 256 folders: one with 100,000 files is slow to list
 
 
+def image_name(stored: dict) -> str:
+    return short_hash(stored["bytes"]) if stored["bytes"] else os.path.abspath(stored["path"] or "")
+
+
 def row_key(labels: dict, row: int, images: list[str]) -> str:
     """The name of a row in the cache: a hash of its prompt and its images. A file is known by its size and date."""
     facts = [images[position] for position in labels["images"][row]]
@@ -653,11 +671,19 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
     return short_hash(json.dumps([labels["prompt"][row].as_py(), *facts]))
 
 
-def row_keys(args: ScriptArguments, part: Part, labels: dict) -> list[str] | None:
-    """The keys of a part's rows; None if it has no index yet."""
+def label_rows(labels: dict, start: int, end: int) -> list[tuple[int, int]]:
+    """Which labels belong to the dataset's rows from `start` to `end`: (row of the dataset, row of the labels)."""
+    return [(row, row) for row in range(start, min(end, len(labels["id"])))]
+
+
+def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
+    """The key of each row of the labels whose images a part holds; None if it has no index yet."""
+    rows = label_rows(labels, part.start, part.start + part.rows)
     file = cache_file(Path(args.cache_dir, "index"), part.identity, ".json")
-    images = json.loads(file.read_text()) if file.exists() else None
-    return images and [row_key(labels, part.start + i, images[i]) for i in range(part.rows)]
+    if rows and not file.exists():
+        return None
+    images = json.loads(file.read_text()) if rows else []
+    return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
 
 
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
@@ -670,24 +696,23 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
         for part in order:
             keys = row_keys(args, part, labels)
-            if keys and all(cache_file(run.cache, key).exists() for key in keys):
+            if keys is not None and all(cache_file(run.cache, key).exists() for key in keys.values()):
                 continue
             index = []
-            for row, images in enumerate(read_images(part, args.images_column), part.start):
-                names = [short_hash(i["bytes"]) if i["bytes"] else os.path.abspath(i["path"] or "") for i in images]
-                index.append(names)
-                if row >= part.start + part.rows:  # beyond --max_train_samples
-                    continue
-                where = f"row {row} (prompt_id {labels['id'][row].as_py()!r})"
-                if len(images) != labels["count"][row]:
-                    raise SystemExit(f"{where}: {len(images)} images, but {labels['count'][row]} preferences")
-                if cache_file(run.cache, key := row_key(labels, row, names)).exists():
-                    continue
-                decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in labels["images"][row]}
-                if bad := [i for i, image in decoding.items() if image.exception()]:
-                    problem = one_line(decoding[bad[0]].exception())
-                    raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
-                yield row, key, default_collate([image.result() for image in decoding.values()])
+            for place, images in enumerate(read_images(part, args.images_column), part.start):
+                index.append([image_name(image) for image in images])
+                for _, row in label_rows(labels, place, place + 1):
+                    where = f"row {place} (id {labels['id'][row].as_py()!r})"
+                    if len(images) != labels["count"][row]:
+                        raise SystemExit(f"{where}: {len(images)} images, but {labels['count'][row]} preferences")
+                    if cache_file(run.cache, key := row_key(labels, row, index[-1])).exists():
+                        continue
+                    used = labels["images"][row]
+                    decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
+                    if bad := [i for i, image in decoding.items() if image.exception()]:
+                        problem = one_line(decoding[bad[0]].exception())
+                        raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
+                    yield row, key, default_collate([image.result() for image in decoding.values()])
             write_bytes(cache_file(Path(args.cache_dir, "index"), part.identity, ".json"), json.dumps(index).encode())
 
 
@@ -718,7 +743,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     and what encodes prompts, if that is done at every step. A process loads only what it needs."""
     accelerator, done = run.accelerator, {file.stem for file in run.cache.glob("*/*.safetensors")}
     known = {part: row_keys(args, part, labels) for part in parts}
-    missing = [part for part, keys in known.items() if not keys or not done.issuperset(keys)]
+    missing = [part for part, keys in known.items() if keys is None or not done.issuperset(keys.values())]
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     texts = {short_hash(text): text for text in ["", *(args.validation_prompts if accelerator.is_main_process else [])]}
     needs_text = bool(missing) or not done.issuperset(texts) or not args.cache_text_embeddings
@@ -736,7 +761,8 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
             encode_prompts = partial(encode_prompt, args, pipeline)
     accelerator.wait_for_everyone()
     known |= {part: row_keys(args, part, labels) for part in missing}
-    labels["key"] = np.array([key for keys in known.values() for key in keys])
+    keys = {row: key for part in known.values() for row, key in part.items()}
+    labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -745,7 +771,8 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
 
 def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
     """Writes the latents and the prompt embeddings of the rows of these parts, each row into a file of its own."""
-    share = -(-sum(part.rows for part in parts) // run.accelerator.num_processes)
+    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
+    share = -(-count // run.accelerator.num_processes)
     rows, hidden = read_ahead(rows_to_encode(args, run, parts, labels)), not run.accelerator.is_local_main_process
     for row, key, item in tqdm(rows, desc="encode", total=share, unit="row", disable=hidden or not parts):
         item["latents"] = encode_images(pipeline.vae, item.pop("pixels"), args.vae_batch_size).to(args.weight_dtype)
@@ -845,6 +872,8 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
 
 
 # Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
+PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+OTHERS = "this trains SDXL; train_rankdpo_sd3.py and train_dpo_qsd.py train other models"
 # What SDXL's base model has; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
 PLAIN = {
     "model_index.json": {"requires_aesthetics_score": (False, None)},
@@ -859,7 +888,7 @@ PLAIN = {
 
 
 def check_model(args: ScriptArguments) -> None:
-    """Exits with one line unless the model is an SDXL pipeline that the objective fits. Reads configurations only."""
+    """Exits with one line unless the model is one that the objective fits. Reads configurations only."""
     model, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     for file, rules in PLAIN.items():
         where, source = (f"--pretrained_model_name_or_path {model}", (model, file, args.revision))
@@ -873,8 +902,8 @@ def check_model(args: ScriptArguments) -> None:
         except Exception as error:
             raise SystemExit(f"{where}: not a diffusers model that can be read: {one_line(error)}") from None
         name = config.get("_class_name", file)
-        if file == "model_index.json" and name not in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"):
-            raise SystemExit(f"{where} is a {name}, not SDXL: train_rankdpo_sd3.py or train_dpo_qsd.py may train it")
+        if file == "model_index.json" and name not in PIPELINES:
+            raise SystemExit(f"{where} is a {name}: {OTHERS}")
         for key, values in rules.items():
             if (found := config.get(key, values[0])) == "absent" or found not in values:
                 fit = " or ".join(str(value) for value in values if value != "absent")
@@ -1069,11 +1098,7 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, l
     settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
-    scores = table[:1].to_pylist()[0].get("scores")
-    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
-    settings["rewards"] = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])  # evaluate.py marks them
-    numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
-    settings["labels"] = short_hash(str([*numbers, labels["id"].to_pylist()]))
+    settings |= label_settings(args, table, labels)
     settings |= {"model_files": encoding, "global_batch_size": rows_per_step}
 
     output_dir, resume, checkpoints = Path(args.output_dir), args.resume_from_checkpoint, list_checkpoints(args)
@@ -1091,11 +1116,20 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, l
         if not checkpoints:
             raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
     start_step = max(checkpoints, default=0)
-    max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * len(table) / rows_per_step))
+    max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * len(labels["id"]) / rows_per_step))
     if start_step > max_train_steps:
         raise SystemExit(f"{here} checkpoint-{start_step}, beyond the {max_train_steps} steps: raise --max_train_steps")
-    size = (start_step, max_train_steps, rows_per_step, labels["phi"].shape[1])
+    size = (start_step, max_train_steps, rows_per_step, labels["images"].shape[1])
     return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoints.get(start_step), *size)
+
+
+def label_settings(args: ScriptArguments, table: pa.Table, labels: dict) -> dict:
+    """What identifies the labels: the rewards that made them, which evaluate.py marks, and a hash."""
+    scores = table[:1].to_pylist()[0].get("scores")
+    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
+    rewards = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])
+    numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
+    return {"rewards": rewards, "labels": short_hash(str([*numbers, labels["id"].to_pylist()]))}
 
 
 def check_same_run(args: ScriptArguments, settings: dict, earlier: dict) -> None:
@@ -1278,7 +1312,7 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
     write_tensors(comfyui, comfyui_state_dict(get_peft_model_state_dict(model)))
     before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
     log_images(args, run.accelerator, after, run.max_train_steps)
-    write_card(args, before, after, facts)
+    write_card(args, run, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
     if args.push_to_hub:
         if run.upload:
@@ -1294,6 +1328,21 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
         print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
 
 
+def describe(args: ScriptArguments, run: Run) -> dict:
+    """What the card says of method, data and model."""
+    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
+    if "sft" in args.loss_type:
+        learns = "one of its baselines: the model learns to denoise images, the better ones more"
+    return {
+        "tags": ["rankdpo"],
+        "datasets": [args.dataset_name],
+        "introduction": f"""trained with `{args.loss_type}` on ranked images (`{args.dataset_name}`), after
+[RankDPO](https://arxiv.org/abs/2410.18013): {learns}.""",
+        "pipeline": "StableDiffusionXLPipeline",
+        "facts": {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}"},
+    }
+
+
 def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     """What the card states of the run. Times are sums over the steps: of all parts of an interrupted run."""
     device, processes = run.accelerator.device, run.accelerator.num_processes
@@ -1304,7 +1353,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     return {
         "base": args.pretrained_model_name_or_path,
         "data": f"{args.dataset_name}, commit {commit or 'unknown'}, {run.settings['images']} {run.settings['labels']}",
-        "objective": f"{args.loss_type}, beta {args.beta_dpo:g}",
+        **describe(args, run)["facts"],
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, warm-up {args.lr_warmup_steps} steps",
         "LoRA rank": args.rank,
         "batch": f"{run.rows_per_step} prompts x {run.images_per_row} images",
@@ -1325,7 +1374,7 @@ CARD_BEGIN = "<!-- train_rankdpo_sdxl.py writes from here to its second mark; te
 CARD_END = "<!-- End of what train_rankdpo_sdxl.py wrote. -->"
 
 
-def write_card(args: ScriptArguments, before: list, after: list, facts: dict) -> None:
+def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
     output_dir, widgets = Path(args.output_dir), []
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
     (output_dir / "images").mkdir()
@@ -1337,19 +1386,16 @@ def write_card(args: ScriptArguments, before: list, after: list, facts: dict) ->
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
     model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", "rankdpo"]
+    about = describe(args, run)
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
     front = {"library_name": "diffusers", **base_license(args), "tags": tags, "widget": widgets}
     front |= {} if os.path.isdir(model) else {"base_model": model}  # the Hub cannot link to a folder of this machine
-    front |= {} if os.path.exists(args.dataset_name) else {"datasets": [args.dataset_name]}
+    front |= {"datasets": found} if (found := [d for d in about["datasets"] if not os.path.exists(d)]) else {}
     local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
     settings = {n: v for n, v in asdict(args).items() if n not in local and v != getattr(ScriptArguments, n)}
-    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if "sft" in args.loss_type:
-        learns = "one of its baselines: the model learns to denoise images, the better ones more"
     body = f"""# {name}
 
-A LoRA for `{model}`, trained with `{args.loss_type}` on ranked images (`{args.dataset_name}`), after
-[RankDPO](https://arxiv.org/abs/2410.18013): {learns}.
+A LoRA for `{model}`, {about["introduction"]}
 
 <Gallery />
 
@@ -1361,9 +1407,9 @@ Same prompts, same seeds:
 
 ```python
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import {about["pipeline"]}
 
-pipeline = StableDiffusionXLPipeline.from_pretrained("{model}", dtype=torch.float16).to("cuda")
+pipeline = {about["pipeline"]}.from_pretrained("{model}", dtype=torch.float16).to("cuda")
 pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="{LORA_FILE}")
 image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
 ```
