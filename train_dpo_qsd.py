@@ -103,6 +103,8 @@ UNUSED_BY = dict.fromkeys(("sft_weight", "safeguard", "precompute_ref"), WITHOUT
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # The paper's beta and learning rate for each family.
 DEFAULTS = {"sd": {"beta_dpo": 2000.0, "learning_rate": 1e-4}, "sdxl": {"beta_dpo": 5000.0, "learning_rate": 1e-5}}
+REFERENCE_FLAGS = ("time_ids",)  # that the reference's errors depend on
+RESOLUTION_MULTIPLE = 8
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
@@ -118,61 +120,33 @@ def flag(default, help: str, group: str | None = None, *, min=None, above=None, 
 free = partial(flag, free=True)  # one that a resumed run may set differently; all others identify a run
 
 
+# Copied from train_rankdpo_sdxl.TrainingArguments
 @dataclass
-class MethodArguments:
-    """The flags of this method and its models. They carry diffusers' names wherever diffusers has one."""
+class TrainingArguments:
+    """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
 
-    pretrained_model_name_or_path: str = flag(SD15, "SD1.5, SD2.1 or SDXL pipeline: Hub id or folder.", "Model")
-    pretrained_vae_model_name_or_path: str | None = flag(None, "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
-    revision: str | None = free(None, "Revision of the model on the Hub.")
+    revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
     rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
-    loss_type: Literal[LOSS_TYPES] = flag("sigmoid", "See pair_loss.", "Objective")
-    beta_dpo: float | None = flag(None, "Strength of the tie to the base. Default: 2000; for SDXL 5000.", above=0)
-    orpo_lambda: float = flag(0.1, "Weight of the second term of orpo and orpo_diff.", above=0)
-    learning_rate: float | None = flag(None, "Peak learning rate. Default: 1e-4; for SDXL 1e-5.", above=0)
-    lr_scheduler: Literal[LR_SCHEDULERS] = flag("constant", "Schedule of the learning rate.")
-    dataset_name: str | None = flag(None, "Dataset with the images: Hub id, folder or .parquet file. Required.", "Data")
+    dataset_name: str | None = flag(None, "Dataset: Hub id, folder or .parquet file. Required.", "Data")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = free(None, "Revision of the dataset on the Hub.")
-    dataset_split: str = flag("train", "Split of the dataset, and of the scores.")
-    scores_dataset_name: str | None = flag(None, "Pairs and qualities without images, joined by the images' ids.")
-    scores_dataset_config_name: str | None = flag(None, "Configuration of the scores.")
-    scores_dataset_revision: str | None = free(None, "Revision of the scores on the Hub.")
-    prompt_column: str = flag("caption", "Column of the prompts.")
-    image_0_column: str = flag("jpg_0", "Column of the first images: bytes or Image.")
-    image_1_column: str = flag("jpg_1", "Column of the second images.")
-    label_0_column: str = flag("label_0", "1: the first image is preferred, 0: the second, 0.5: tie. none: all 1.")
-    has_label_column: str = flag("has_label", "Where this column exists and is false, a pair is unlabelled.")
-    image_0_uid_column: str = flag("image_0_uid", "Column of the first images' ids, to join by.")
-    image_1_uid_column: str = flag("image_1_uid", "Column of the second images' ids.")
-    quality_column: str = flag("quality", "Column of the pairs' quality.")
-    order: Literal["sorted", "random"] = flag("sorted", "sorted: best pairs first, never shuffled; random.")
-    top_fraction: float = flag(0.0533, "Train on this share of the labelled pairs, the best.", above=0, max=1)
-    min_quality: float | None = flag(None, "Leave out pairs of lower quality.")
-    resolution: int | None = flag(None, "Pixels; images are cropped to it. Default: the model's.", min=8, max=8192)
-    time_ids: Literal["resolution", "image"] = flag("resolution", "Sizes that SDXL is told: see micro_conditioning.")
-
-
-# Copied from train_rankdpo_sdxl.ScriptArguments with rankdpo-sdxl->dpo-qsd, free(5.0->free(7.5
-@dataclass
-class ScriptArguments(MethodArguments):
-    """With those of all trainers."""
-
+    dataset_split: str = flag("train", "Split of the dataset.")
     proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
     cache_dir: str = free("outputs/cache", "Folder where latents and embeddings stay for later runs.")
     cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
     vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
     dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
-    noise: Literal["prompt", "image"] = flag("prompt", "One noise for all images of a row, or for each.", "Training")
+    noise: Literal["prompt", "image"] = flag("prompt", "One for all images of a row, or one for each.", "Training")
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
     safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
-    output_dir: str = free("outputs/dpo-qsd", "Folder for LoRA, card and checkpoints.")
     seed: int = flag(0, "Seeds LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1)
     train_batch_size: int = free(1, "Rows per process and forward pass.", min=1)
     gradient_accumulation_steps: int = free(1, "Forward passes per optimizer step.", min=1)
     num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.", min=1)
+    learning_rate: float = flag(1e-5, "Peak learning rate.", above=0)
+    lr_scheduler: Literal[LR_SCHEDULERS] = flag("constant_with_warmup", "Schedule of the learning rate.")
     lr_warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.", min=0)
     use_8bit_adam: bool = flag(False, "Use AdamW of bitsandbytes with 8-bit states.")
     adam_beta1: float = flag(0.9, "AdamW's beta1.", min=0, below=1)
@@ -193,7 +167,7 @@ class ScriptArguments(MethodArguments):
     validation_prompts: list[str] | None = free(None, "Default: the first four prompts.", "Gallery, trackers, Hub")
     validation_steps: int | None = free(None, "Also draw the gallery every N optimizer steps.", min=1)
     validation_num_inference_steps: int = free(30, "Denoising steps of the gallery.", min=1)
-    validation_guidance_scale: float = free(7.5, "Guidance scale of the gallery.")
+    validation_guidance_scale: float = free(5.0, "Guidance scale of the gallery.")
     report_to: Literal["tensorboard", "wandb", "trackio", "all", "none"] = free("tensorboard", "Tracker.")
     logging_dir: str = free("logs", "Folder of the trackers inside output_dir.")
     gpu_hourly_cost: float | None = free(None, "Price of a GPU hour; the card then states the run's.", min=0)
@@ -214,8 +188,8 @@ class ScriptArguments(MethodArguments):
                 setattr(self, spec.name, os.path.expanduser(value))
         if not self.dataset_name:
             raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
-        if (self.resolution or 0) % 8:
-            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 8")
+        if (self.resolution or 0) % RESOLUTION_MULTIPLE:
+            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
         for name, unused_by in UNUSED_BY.items():
             if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
                 raise SystemExit(f"--{name}: --loss_type {self.loss_type} does not use it: leave it out")
@@ -226,6 +200,35 @@ class ScriptArguments(MethodArguments):
     def weight_dtype(self) -> torch.dtype:
         """Of the frozen weights, and of the cached latents and embeddings."""
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
+
+
+@dataclass
+class ScriptArguments(TrainingArguments):  # and those of this one
+    pretrained_model_name_or_path: str = flag(SD15, "SD1.5, SD2.1 or SDXL pipeline: Hub id or folder.", "Pairs")
+    pretrained_vae_model_name_or_path: str | None = flag(None, "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    scores_dataset_name: str | None = flag(None, "Pairs and qualities without images, joined by the images' ids.")
+    scores_dataset_config_name: str | None = flag(None, "Configuration of the scores.")
+    scores_dataset_revision: str | None = free(None, "Revision of the scores on the Hub.")
+    prompt_column: str = flag("caption", "Column of the prompts.")
+    image_0_column: str = flag("jpg_0", "Column of the first images: bytes or Image.")
+    image_1_column: str = flag("jpg_1", "Column of the second images.")
+    label_0_column: str = flag("label_0", "1: the first image is preferred, 0: the second, 0.5: tie. none: all 1.")
+    has_label_column: str = flag("has_label", "Where this column exists and is false, a pair is unlabelled.")
+    image_0_uid_column: str = flag("image_0_uid", "Column of the first images' ids, to join by.")
+    image_1_uid_column: str = flag("image_1_uid", "Column of the second images' ids.")
+    quality_column: str = flag("quality", "Column of the pairs' quality.")
+    order: Literal["sorted", "random"] = flag("sorted", "sorted: best pairs first, never shuffled; random.")
+    top_fraction: float = flag(0.0533, "Train on this share of the labelled pairs, the best.", above=0, max=1)
+    min_quality: float | None = flag(None, "Leave out pairs of lower quality.")
+    resolution: int | None = flag(None, "Pixels; images are cropped to it. Default: the model's.", min=8, max=8192)
+    time_ids: Literal["resolution", "image"] = flag("resolution", "Sizes that SDXL is told: see micro_conditioning.")
+    output_dir: str = free("outputs/dpo-qsd", "Folder for LoRA, card and checkpoints.")
+    loss_type: Literal[LOSS_TYPES] = flag("sigmoid", "See pair_loss.")
+    beta_dpo: float | None = flag(None, "Strength of the tie to the base. Default: 2000; for SDXL 5000.", above=0)
+    orpo_lambda: float = flag(0.1, "Weight of the second term of orpo and orpo_diff.", above=0)
+    learning_rate: float | None = flag(None, "Peak learning rate. Default: 1e-4; for SDXL 1e-5.", above=0)
+    lr_scheduler: Literal[LR_SCHEDULERS] = flag("constant", "Schedule of the learning rate.")
+    validation_guidance_scale: float = free(7.5, "Guidance scale of the gallery.")
 
 
 # Objective: pairs, a winner and a loser each -------------------------------------------------------------------------
@@ -818,7 +821,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
             write_tensors(cache_file(run.cache, key), {name: part[0] for name, part in embeds.items()})
         pipeline.vae.to("cpu")
         if args.cache_text_embeddings:
-            pipeline.text_encoder = pipeline.text_encoder_2 = None
+            pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
         else:
             encode_prompts = partial(encode_prompt, args, pipeline)
     accelerator.wait_for_everyone()
@@ -923,8 +926,9 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     """Computes the reference's errors of all places of the run, a file for each step. Later runs find them if they
     differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
     accelerator = run.accelerator
-    used = "seed noise proportion_empty_prompts time_ids base_precision allow_tf32 compile train_batch_size".split()
-    key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, name) for name in used)]
+    used = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
+    key = [run.cache.name, run.settings["images"], run.rows_per_step]
+    key += [getattr(args, name) for name in (*used, *REFERENCE_FLAGS)]
     folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
     start = run.start_step
     while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
@@ -934,8 +938,9 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step", disable=hidden):
         found = []
         for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)  # outside of autocast, as in training
             with accelerator.autocast(), as_reference(model):
-                errors = predict(model, noise_scheduler, next(batches), args)[0].detach()
+                errors = predict(model, noise_scheduler, batch, args)[0].detach()
             found.append(accelerator.gather(errors))
         if accelerator.is_local_main_process:
             write_tensors(folder / f"{step}.safetensors", {"errors": torch.cat(found)})
@@ -1024,6 +1029,14 @@ def model_key(model: str, file: str, revision: str | None = None) -> str:
             for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
                 digest.update(content[start : start + 2**16])
     return digest.hexdigest()[:16]
+
+
+# Copied from train_rankdpo_sdxl.encoding_settings
+def encoding_settings(args: ScriptArguments) -> list:
+    """What latents and embeddings depend on besides the row: the model's content, not its place, and preprocessing."""
+    model, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
+    return [*models, args.variant, args.resolution, args.mixed_precision, args.cache_text_embeddings]
 
 
 def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool = True):
@@ -1200,11 +1213,7 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
 def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, labels: dict) -> Run:
     """Counts the steps, finds the checkpoint to continue from, and refuses a folder that holds another run."""
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
-    other = args.pretrained_vae_model_name_or_path
-    model = model_key(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    encoding = [VERSION, model, other and model_key(other, "config.json"), args.variant, args.resolution]
-    encoding = short_hash(json.dumps([*encoding, args.mixed_precision, args.cache_text_embeddings]))
+    encoding = short_hash(json.dumps([VERSION, *encoding_settings(args)]))
     settings = {"version": VERSION}
     settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
@@ -1433,11 +1442,11 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
     if facts["skipped steps"] == run.max_train_steps:
         raise SystemExit("no step had a finite loss and gradient: nothing was learned")
     write_bytes(output_dir / LORA_FILE, (output_dir / f"checkpoint-{run.max_train_steps}" / LORA_FILE).read_bytes())
-    comfyui = output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors"
-    write_tensors(comfyui, comfyui_state_dict(get_peft_model_state_dict(model)))
+    if comfyui := comfyui_state_dict(get_peft_model_state_dict(model)):
+        write_tensors(output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors", comfyui)
     before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
     log_images(args, run.accelerator, after, run.max_train_steps)
-    write_card(args, run, before, after, facts)
+    write_card(args, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
     if args.push_to_hub:
         if run.upload:
@@ -1453,23 +1462,12 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
         print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
 
 
-def describe(args: ScriptArguments, run: Run) -> dict:
-    """What the card says of method, data and model."""
-    strength, learns = f"beta {args.beta_dpo:g}", "better than the base model does, and the others worse"
-    if args.loss_type in WITHOUT_REFERENCE:
-        strength, learns = f"lambda {args.orpo_lambda:g}", "and the others worse than those"
-    pairs = f"{run.settings['rows']} of {run.settings['labelled']} labelled pairs"
-    pairs += ", the best first" if args.order == "sorted" else ", in random order"
-    datasets = [name for name in (args.scores_dataset_name, args.dataset_name) if name]
-    return {
-        "tags": ["stable-diffusion-xl" if is_sdxl(args) else "stable-diffusion", "dpo", "dpo-qsd"],
-        "datasets": datasets[::-1],
-        "introduction": f"""trained with `{args.loss_type}` on {pairs}, of `{datasets[0]}`, after *Effective
-Text-to-Image Alignment with Quality Aware Pair Ranking* (DPO-QSD): the model learns to denoise preferred images
-{learns}.""",
-        "pipeline": "StableDiffusionXLPipeline" if is_sdxl(args) else "StableDiffusionPipeline",
-        "facts": {"pairs": f"{pairs}, of {datasets[0]}", "objective": f"{args.loss_type}, {strength}"},
-    }
+def method_facts(args: ScriptArguments, run: Run) -> dict:
+    name = args.scores_dataset_name or args.dataset_name
+    order = "the best first" if args.order == "sorted" else "in random order"
+    pairs = f"{run.settings['rows']} of {run.settings['labelled']} labelled pairs of `{name}`, {order}"
+    strength = f"lambda {args.orpo_lambda:g}" if args.loss_type in WITHOUT_REFERENCE else f"beta {args.beta_dpo:g}"
+    return {"pairs": pairs, "objective": f"{args.loss_type}, {strength}"}
 
 
 # Copied from train_rankdpo_sdxl.run_facts
@@ -1483,7 +1481,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     return {
         "base": args.pretrained_model_name_or_path,
         "data": f"{args.dataset_name}, commit {commit or 'unknown'}, {run.settings['images']} {run.settings['labels']}",
-        **describe(args, run)["facts"],
+        **method_facts(args, run),
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, warm-up {args.lr_warmup_steps} steps",
         "LoRA rank": args.rank,
         "batch": f"{run.rows_per_step} prompts x {run.images_per_row} images",
@@ -1502,10 +1500,12 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
 
 CARD_BEGIN = "<!-- train_dpo_qsd.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what train_dpo_qsd.py wrote. -->"
+DATASETS = ("dataset_name", "scores_dataset_name")
+TAGS = ("stable-diffusion", "dpo", "dpo-qsd"), ("stable-diffusion-xl", "dpo", "dpo-qsd")
 
 
-# Copied from train_rankdpo_sdxl.write_card
-def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
+# Copied from train_rankdpo_sdxl.write_card with *TAGS]->*TAGS[is_sdxl(args)]]
+def write_card(args: ScriptArguments, before: list, after: list, facts: dict) -> None:
     output_dir, widgets = Path(args.output_dir), []
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
     (output_dir / "images").mkdir()
@@ -1517,16 +1517,16 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
     model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
-    about = describe(args, run)
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *TAGS[is_sdxl(args)]]
     front = {"library_name": "diffusers", **base_license(args), "tags": tags, "widget": widgets}
     front |= {} if os.path.isdir(model) else {"base_model": model}  # the Hub cannot link to a folder of this machine
-    front |= {"datasets": found} if (found := [d for d in about["datasets"] if not os.path.exists(d)]) else {}
+    datasets = [name for flag in DATASETS if (name := getattr(args, flag)) and not os.path.exists(name)]
+    front |= {"datasets": datasets} if datasets else {}
     local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
     settings = {n: v for n, v in asdict(args).items() if n not in local and v != getattr(ScriptArguments, n)}
     body = f"""# {name}
 
-A LoRA for `{model}`, {about["introduction"]}
+A LoRA for `{model}`, trained with `{args.loss_type}` on {introduction(args, facts)}
 
 <Gallery />
 
@@ -1536,16 +1536,7 @@ Same prompts, same seeds:
 
 ## Use it
 
-```python
-import torch
-from diffusers import {about["pipeline"]}
-
-pipeline = {about["pipeline"]}.from_pretrained("{model}", dtype=torch.float16).to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="{LORA_FILE}")
-image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
-```
-
-With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it with the "Load LoRA" node at strength 1.
+{usage(args, name)}
 
 ## How it was made
 
@@ -1567,6 +1558,31 @@ from the script's defaults, as a file for `--config`:
     block = f"{CARD_BEGIN}\n{body.strip().replace('<!--', '<! --')}\n{CARD_END}\n"  # a prompt may hold a mark
     card, theirs = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{block}"), earlier_card(args)
     write_bytes(output_dir / "README.md", str(merge_cards(card, theirs) if theirs else card).encode())
+
+
+def introduction(args: ScriptArguments, facts: dict) -> str:
+    learns = "better than the base model does, and the others worse"
+    if args.loss_type in WITHOUT_REFERENCE:
+        learns = "and the others worse than those"
+    method = "*Effective Text-to-Image Alignment with Quality Aware Pair Ranking* (DPO-QSD)"
+    return f"{facts['pairs']}, after\n{method}:\nthe model learns to denoise preferred images {learns}."
+
+
+# Copied from train_rankdpo_sdxl.usage with StableDiffusionXLPipeline->DiffusionPipeline
+def usage(args: ScriptArguments, name: str) -> str:
+    """For the card."""
+    return f"""```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.float16)
+pipeline.to("cuda")
+pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
+image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
+```
+
+With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it with the "Load LoRA"
+node at strength 1."""
 
 
 # Copied from train_rankdpo_sdxl.base_license

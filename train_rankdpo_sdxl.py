@@ -90,6 +90,8 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # The objectives that an option has no meaning for.
 UNUSED_BY = dict.fromkeys(("sft_weight", "precompute_ref"), ("sft", "weighted_sft"))
 UNUSED_BY["safeguard"] = ("plackett_luce", "sft", "weighted_sft")
+REFERENCE_FLAGS = ("time_ids",)  # that the reference's errors depend on
+RESOLUTION_MULTIPLE = 8
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
@@ -105,53 +107,31 @@ free = partial(flag, free=True)  # one that a resumed run may set differently; a
 
 
 @dataclass
-class MethodArguments:
-    """The flags of this method and model. They carry diffusers' names wherever diffusers has one."""
+class TrainingArguments:
+    """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
 
-    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "Hub id or folder.", "Model")
-    pretrained_vae_model_name_or_path: str | None = flag(None, "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
-    revision: str | None = free(None, "Revision of the model on the Hub.")
+    revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
     rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
-    loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.", "Objective")
-    beta_dpo: float = flag(5000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
-    rank_source: Literal["label", "predicted"] = flag("label", "Ranks in rankdpo's discounts; predicted: LambdaLoss.")
-    learning_rate: float = flag(1e-5, "Peak learning rate.", above=0)
-    lr_scheduler: Literal[LR_SCHEDULERS] = flag("constant_with_warmup", "Schedule of the learning rate.")
     dataset_name: str | None = flag(None, "Dataset: Hub id, folder or .parquet file. Required.", "Data")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = free(None, "Revision of the dataset on the Hub.")
     dataset_split: str = flag("train", "Split of the dataset.")
-    prompt_column: str = flag("prompt", "Column of the prompts.")
-    images_column: str = flag("images", "Column of the lists of k images.")
-    prompt_id_column: str = flag("prompt_id", "Column of the unique ids that seed each prompt's timestep and noise.")
-    preference_column: str = flag("preference_probability", "Column of the preference probabilities, in [0, 1].")
-    rank_column: str = flag("rank", "Column of the ranks, 1 = best. Without it, rows are ranked by preference.")
-    rank_by: str = flag("all", "Labels: all (the columns, or all rewards), one reward's name, or random.")
-    generators: list[str] | None = flag(None, "Only these generators' images; their preferences are recomputed.")
-    max_train_samples: int | None = flag(None, "Use the first N prompts only.", min=1)
-    resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=8, max=8192)
-    time_ids: Literal["resolution", "image"] = flag("resolution", "Sizes that SDXL is told: see micro_conditioning.")
-
-
-@dataclass
-class ScriptArguments(MethodArguments):
-    """With those of all trainers."""
-
     proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
     cache_dir: str = free("outputs/cache", "Folder where latents and embeddings stay for later runs.")
     cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
     vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
     dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
-    noise: Literal["prompt", "image"] = flag("prompt", "One noise for all images of a row, or for each.", "Training")
+    noise: Literal["prompt", "image"] = flag("prompt", "One for all images of a row, or one for each.", "Training")
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
     safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
-    output_dir: str = free("outputs/rankdpo-sdxl", "Folder for LoRA, card and checkpoints.")
     seed: int = flag(0, "Seeds LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1)
     train_batch_size: int = free(1, "Rows per process and forward pass.", min=1)
     gradient_accumulation_steps: int = free(1, "Forward passes per optimizer step.", min=1)
     num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.", min=1)
+    learning_rate: float = flag(1e-5, "Peak learning rate.", above=0)
+    lr_scheduler: Literal[LR_SCHEDULERS] = flag("constant_with_warmup", "Schedule of the learning rate.")
     lr_warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.", min=0)
     use_8bit_adam: bool = flag(False, "Use AdamW of bitsandbytes with 8-bit states.")
     adam_beta1: float = flag(0.9, "AdamW's beta1.", min=0, below=1)
@@ -193,8 +173,8 @@ class ScriptArguments(MethodArguments):
                 setattr(self, spec.name, os.path.expanduser(value))
         if not self.dataset_name:
             raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
-        if (self.resolution or 0) % 8:
-            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 8")
+        if (self.resolution or 0) % RESOLUTION_MULTIPLE:
+            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
         for name, unused_by in UNUSED_BY.items():
             if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
                 raise SystemExit(f"--{name}: --loss_type {self.loss_type} does not use it: leave it out")
@@ -205,6 +185,26 @@ class ScriptArguments(MethodArguments):
     def weight_dtype(self) -> torch.dtype:
         """Of the frozen weights, and of the cached latents and embeddings."""
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
+
+
+@dataclass
+class ScriptArguments(TrainingArguments):  # and those of this one
+    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "Hub id or folder.", "SDXL")
+    pretrained_vae_model_name_or_path: str | None = flag(None, "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    prompt_column: str = flag("prompt", "Column of the prompts.")
+    images_column: str = flag("images", "Column of the lists of k images.")
+    prompt_id_column: str = flag("prompt_id", "Column of the unique ids that seed each prompt's timestep and noise.")
+    preference_column: str = flag("preference_probability", "Column of the preference probabilities, in [0, 1].")
+    rank_column: str = flag("rank", "Column of the ranks, 1 = best. Without it, rows are ranked by preference.")
+    rank_by: str = flag("all", "Labels: all (the columns, or all rewards), one reward's name, or random.")
+    generators: list[str] | None = flag(None, "Only these generators' images; their preferences are recomputed.")
+    resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=8, max=8192)
+    max_train_samples: int | None = flag(None, "Use the first N prompts only.", min=1)
+    time_ids: Literal["resolution", "image"] = flag("resolution", "Sizes that SDXL is told: see micro_conditioning.")
+    output_dir: str = free("outputs/rankdpo-sdxl", "Folder for LoRA, card and checkpoints.")
+    loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.")
+    beta_dpo: float = flag(5000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
+    rank_source: Literal["label", "predicted"] = flag("label", "Ranks in rankdpo's discounts; predicted: LambdaLoss.")
 
 
 # Objective: one prompt, k images, their preference probabilities φ --------------------------------------------------
@@ -756,7 +756,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
             write_tensors(cache_file(run.cache, key), {name: part[0] for name, part in embeds.items()})
         pipeline.vae.to("cpu")
         if args.cache_text_embeddings:
-            pipeline.text_encoder = pipeline.text_encoder_2 = None
+            pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
         else:
             encode_prompts = partial(encode_prompt, args, pipeline)
     accelerator.wait_for_everyone()
@@ -851,8 +851,9 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     """Computes the reference's errors of all places of the run, a file for each step. Later runs find them if they
     differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
     accelerator = run.accelerator
-    used = "seed noise proportion_empty_prompts time_ids base_precision allow_tf32 compile train_batch_size".split()
-    key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, name) for name in used)]
+    used = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
+    key = [run.cache.name, run.settings["images"], run.rows_per_step]
+    key += [getattr(args, name) for name in (*used, *REFERENCE_FLAGS)]
     folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
     start = run.start_step
     while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
@@ -862,8 +863,9 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step", disable=hidden):
         found = []
         for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)  # outside of autocast, as in training
             with accelerator.autocast(), as_reference(model):
-                errors = predict(model, noise_scheduler, next(batches), args)[0].detach()
+                errors = predict(model, noise_scheduler, batch, args)[0].detach()
             found.append(accelerator.gather(errors))
         if accelerator.is_local_main_process:
             write_tensors(folder / f"{step}.safetensors", {"errors": torch.cat(found)})
@@ -931,6 +933,13 @@ def model_key(model: str, file: str, revision: str | None = None) -> str:
             for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
                 digest.update(content[start : start + 2**16])
     return digest.hexdigest()[:16]
+
+
+def encoding_settings(args: ScriptArguments) -> list:
+    """What latents and embeddings depend on besides the row: the model's content, not its place, and preprocessing."""
+    model, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
+    return [*models, args.variant, args.resolution, args.mixed_precision, args.cache_text_embeddings]
 
 
 def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool = True) -> StableDiffusionXLPipeline:
@@ -1089,11 +1098,7 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
 def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, labels: dict) -> Run:
     """Counts the steps, finds the checkpoint to continue from, and refuses a folder that holds another run."""
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
-    other = args.pretrained_vae_model_name_or_path
-    model = model_key(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    encoding = [VERSION, model, other and model_key(other, "config.json"), args.variant, args.resolution]
-    encoding = short_hash(json.dumps([*encoding, args.mixed_precision, args.cache_text_embeddings]))
+    encoding = short_hash(json.dumps([VERSION, *encoding_settings(args)]))
     settings = {"version": VERSION}
     settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
@@ -1308,11 +1313,11 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
     if facts["skipped steps"] == run.max_train_steps:
         raise SystemExit("no step had a finite loss and gradient: nothing was learned")
     write_bytes(output_dir / LORA_FILE, (output_dir / f"checkpoint-{run.max_train_steps}" / LORA_FILE).read_bytes())
-    comfyui = output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors"
-    write_tensors(comfyui, comfyui_state_dict(get_peft_model_state_dict(model)))
+    if comfyui := comfyui_state_dict(get_peft_model_state_dict(model)):
+        write_tensors(output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors", comfyui)
     before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
     log_images(args, run.accelerator, after, run.max_train_steps)
-    write_card(args, run, before, after, facts)
+    write_card(args, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
     if args.push_to_hub:
         if run.upload:
@@ -1328,19 +1333,8 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
         print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
 
 
-def describe(args: ScriptArguments, run: Run) -> dict:
-    """What the card says of method, data and model."""
-    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if "sft" in args.loss_type:
-        learns = "one of its baselines: the model learns to denoise images, the better ones more"
-    return {
-        "tags": ["rankdpo"],
-        "datasets": [args.dataset_name],
-        "introduction": f"""trained with `{args.loss_type}` on ranked images (`{args.dataset_name}`), after
-[RankDPO](https://arxiv.org/abs/2410.18013): {learns}.""",
-        "pipeline": "StableDiffusionXLPipeline",
-        "facts": {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}"},
-    }
+def method_facts(args: ScriptArguments, run: Run) -> dict:
+    return {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}"}
 
 
 def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
@@ -1353,7 +1347,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     return {
         "base": args.pretrained_model_name_or_path,
         "data": f"{args.dataset_name}, commit {commit or 'unknown'}, {run.settings['images']} {run.settings['labels']}",
-        **describe(args, run)["facts"],
+        **method_facts(args, run),
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, warm-up {args.lr_warmup_steps} steps",
         "LoRA rank": args.rank,
         "batch": f"{run.rows_per_step} prompts x {run.images_per_row} images",
@@ -1372,9 +1366,11 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
 
 CARD_BEGIN = "<!-- train_rankdpo_sdxl.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what train_rankdpo_sdxl.py wrote. -->"
+DATASETS = ("dataset_name",)
+TAGS = ("stable-diffusion-xl", "rankdpo")
 
 
-def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
+def write_card(args: ScriptArguments, before: list, after: list, facts: dict) -> None:
     output_dir, widgets = Path(args.output_dir), []
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
     (output_dir / "images").mkdir()
@@ -1386,16 +1382,16 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
     model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
-    about = describe(args, run)
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *TAGS]
     front = {"library_name": "diffusers", **base_license(args), "tags": tags, "widget": widgets}
     front |= {} if os.path.isdir(model) else {"base_model": model}  # the Hub cannot link to a folder of this machine
-    front |= {"datasets": found} if (found := [d for d in about["datasets"] if not os.path.exists(d)]) else {}
+    datasets = [name for flag in DATASETS if (name := getattr(args, flag)) and not os.path.exists(name)]
+    front |= {"datasets": datasets} if datasets else {}
     local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
     settings = {n: v for n, v in asdict(args).items() if n not in local and v != getattr(ScriptArguments, n)}
     body = f"""# {name}
 
-A LoRA for `{model}`, {about["introduction"]}
+A LoRA for `{model}`, trained with `{args.loss_type}` on {introduction(args, facts)}
 
 <Gallery />
 
@@ -1405,16 +1401,7 @@ Same prompts, same seeds:
 
 ## Use it
 
-```python
-import torch
-from diffusers import {about["pipeline"]}
-
-pipeline = {about["pipeline"]}.from_pretrained("{model}", dtype=torch.float16).to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="{LORA_FILE}")
-image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
-```
-
-With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it with the "Load LoRA" node at strength 1.
+{usage(args, name)}
 
 ## How it was made
 
@@ -1436,6 +1423,30 @@ from the script's defaults, as a file for `--config`:
     block = f"{CARD_BEGIN}\n{body.strip().replace('<!--', '<! --')}\n{CARD_END}\n"  # a prompt may hold a mark
     card, theirs = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{block}"), earlier_card(args)
     write_bytes(output_dir / "README.md", str(merge_cards(card, theirs) if theirs else card).encode())
+
+
+def introduction(args: ScriptArguments, facts: dict) -> str:
+    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
+    if "sft" in args.loss_type:
+        learns = "one of its baselines: the model learns to denoise images, the better ones more"
+    method = "[RankDPO](https://arxiv.org/abs/2410.18013)"
+    return f"ranked images (`{args.dataset_name}`), after\n{method}: {learns}."
+
+
+def usage(args: ScriptArguments, name: str) -> str:
+    """For the card."""
+    return f"""```python
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.float16)
+pipeline.to("cuda")
+pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
+image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
+```
+
+With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it with the "Load LoRA"
+node at strength 1."""
 
 
 def base_license(args: ScriptArguments) -> dict:

@@ -268,8 +268,8 @@ def test_lora_changes_the_images_exactly_as_the_trained_model_does(family, tiny_
         assert not all(np.array_equal(tuned[i], Image.open(folder / "images" / f"{i}_base.png")) for i in range(4))
         pipeline.unload_lora_weights()
     card = check_card(folder)
-    assert pipeline_class.__name__ in card and "dpo-qsd" in card
-    assert "on 12 of 22 labelled pairs, the best first" in card
+    assert "dpo-qsd" in card and "the best first" in card
+    assert "on 12 of 22 labelled pairs of" in card
 
 
 SPY = """
