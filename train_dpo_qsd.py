@@ -840,12 +840,18 @@ def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], 
     count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
     share = -(-count // run.accelerator.num_processes)
     rows, hidden = read_ahead(rows_to_encode(args, run, parts, labels)), not run.accelerator.is_local_main_process
-    for row, key, item in tqdm(rows, desc="encode", total=share, unit="row", disable=hidden or not parts):
-        item["latents"] = encode_images(pipeline.vae, item.pop("pixels"), args.vae_batch_size).to(args.weight_dtype)
-        if args.cache_text_embeddings:
-            embeds = encode_prompt(args, pipeline, [labels["prompt"][row].as_py()])
-            item |= {name: part[0] for name, part in embeds.items()}
-        write_tensors(cache_file(run.cache, key), item)
+    at_once = max(1, args.vae_batch_size // run.images_per_row)
+    with tqdm(desc="encode", total=share, unit="row", disable=hidden or not parts) as bar:
+        while group := list(itertools.islice(rows, at_once)):
+            pixels = torch.cat([item.pop("pixels") for _, _, item in group])
+            latents = encode_images(pipeline.vae, pixels, args.vae_batch_size).to(args.weight_dtype)
+            for (row, key, item), item_latents in zip(group, latents.split(run.images_per_row)):
+                item["latents"] = item_latents
+                if args.cache_text_embeddings:
+                    embeds = encode_prompt(args, pipeline, [labels["prompt"][row].as_py()])
+                    item |= {name: part[0] for name, part in embeds.items()}
+                write_tensors(cache_file(run.cache, key), item)
+            bar.update(len(group))
 
 
 # Copied from train_rankdpo_sdxl.encode_images
