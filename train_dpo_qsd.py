@@ -70,14 +70,8 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
-from diffusers import (
-    AutoencoderKL,
-    BitsAndBytesConfig,
-    DDPMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import BitsAndBytesConfig, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
 from diffusers.utils import convert_state_dict_to_kohya
