@@ -1391,7 +1391,8 @@ def write_card(args: ScriptArguments, before: list, after: list, facts: dict) ->
     tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *TAGS]
     front = {"library_name": "diffusers", **base_license(args), "tags": tags, "widget": widgets}
     front |= {} if os.path.isdir(model) else {"base_model": model}  # the Hub cannot link to a folder of this machine
-    datasets = [name for flag in DATASETS if (name := getattr(args, flag)) and not os.path.exists(name)]
+    datasets = [getattr(args, flag_name) for flag_name in DATASETS]
+    datasets = [dataset for dataset in datasets if dataset and not os.path.exists(dataset)]
     front |= {"datasets": datasets} if datasets else {}
     local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
     settings = {n: v for n, v in asdict(args).items() if n not in local and v != getattr(ScriptArguments, n)}
