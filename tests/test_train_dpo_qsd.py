@@ -441,14 +441,14 @@ def test_a_run_is_made_longer_but_not_with_other_images(flags, tmp_path):
     assert "a run with images" in refused("train_dpo_qsd", *longer, 8)
 
 
-@pytest.mark.parametrize("ids", ["columns", "content"])
+@pytest.mark.parametrize("ids", ["columns", "content", "content of files"])
 def test_scores_without_images_are_joined_by_the_images_ids(flags, pair_dataset, tmp_path, ids):
     """Images in another dataset, in another order, some of them on the other side: the same LoRA."""
     from hashlib import blake2b
 
     rows = pair_rows()
     scores = [dict(row) for row in rows]
-    if ids == "content":
+    if ids != "columns":
         for row in scores:
             row.update({f"image_{i}_uid": blake2b(row[f"jpg_{i}"], digest_size=16).hexdigest() for i in (0, 1)})
     images = [dict(row) for row in rows[::-1]]
@@ -456,10 +456,18 @@ def test_scores_without_images_are_joined_by_the_images_ids(flags, pair_dataset,
         for name in ("jpg_{}", "image_{}_uid"):
             row[name.format(0)], row[name.format(1)] = row[name.format(1)], row[name.format(0)]
     images.insert(0, {**pair_rows(seed=1)[0], "image_0_uid": "x", "image_1_uid": "y"})
-    absent = ("image_0_uid", "image_1_uid") if ids == "content" else ()
-    kinds = {"jpg_0": ImageFeature()} if ids == "columns" else {}
-    if kinds:
+    absent = () if ids == "columns" else ("image_0_uid", "image_1_uid")
+    kinds = {}
+    if ids == "columns":
+        kinds = {"jpg_0": ImageFeature()}
         images = [{**row, "jpg_0": {"bytes": row["jpg_0"], "path": None}} for row in images]
+    if ids == "content of files":
+        kinds = {"jpg_0": ImageFeature(), "jpg_1": ImageFeature()}
+        for i, row in enumerate(images):
+            for name in kinds:
+                file = tmp_path / f"{i}_{name}.png"
+                file.write_bytes(row[name])
+                row[name] = {"bytes": None, "path": str(file)}
     holder = write_pairs(tmp_path / "images", images, drop=("quality", "label_0", "caption", *absent), **kinds)
     table = write_pairs(tmp_path / "scores", scores, drop=("jpg_0", "jpg_1"))
 
@@ -654,6 +662,27 @@ def test_sd3_and_other_runs_are_refused(flags, tmp_path):
     call("train_dpo_qsd", *flags, "--output_dir", tmp_path / "run", "--max_train_steps", 1)
     message = refused("train_dpo_qsd", *flags, "--output_dir", tmp_path / "run", "--top_fraction", 0.5)
     assert "top_fraction 1.0, not 0.5" in message
+
+
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("unet/config", {"in_channels": 9}),
+        ("scheduler/scheduler_config", {"prediction_type": "sample"}),
+        ("vae/config", {"latents_mean": [0.0] * 4}),
+    ],
+)
+def test_models_that_the_objective_does_not_fit_are_refused(flags, tiny_sd, tmp_path, file, values):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd, model)
+    path = model / f"{file}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    more = ["--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "out"]
+    message = refused("train_dpo_qsd", *flags, *more)
+    assert message.startswith(f"--pretrained_model_name_or_path {model}") and list(values)[0] in message
+    (tmp_path / "model.safetensors").touch()
+    more[1] = tmp_path / "model.safetensors"
+    assert "from_single_file" in refused("train_dpo_qsd", *flags, *more) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu
