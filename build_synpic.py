@@ -134,7 +134,6 @@ REWARD_MODELS = {
 }
 
 
-# Copied from train_rankdpo_sdxl.flag
 def flag(default, help: str, **metadata):
     """A field with its help, its range (see RANGES), `may_change`: whether a resumed run may set it differently, and
     `group`: the title of the flags from here on in --help."""
@@ -654,7 +653,6 @@ class Generator:
             raise SystemExit(f"generator {self.entry['name']}: cannot draw: {one_line(error)}") from None
 
 
-# Copied from train_rankdpo_sdxl.check_compiler
 def check_compiler(args: ScriptArguments) -> None:
     """Exits with one line if --compile is given and nothing is there that compiles."""
     if args.compile and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which(os.environ.get("CC", "gcc"))):

@@ -147,7 +147,7 @@ REWARD_MODELS = {
 }
 
 
-# Copied from train_rankdpo_sdxl.flag
+# Copied from build_synpic.flag
 def flag(default, help: str, **metadata):
     """A field with its help, its range (see RANGES), `may_change`: whether a resumed run may set it differently, and
     `group`: the title of the flags from here on in --help."""

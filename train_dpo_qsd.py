@@ -47,7 +47,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -97,8 +97,8 @@ UNUSED_BY = dict.fromkeys(("sft_weight", "safeguard", "precompute_ref"), WITHOUT
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # The paper's beta and learning rate for each family.
 DEFAULTS = {"sd": {"beta_dpo": 2000.0, "learning_rate": 1e-4}, "sdxl": {"beta_dpo": 5000.0, "learning_rate": 1e-5}}
-REFERENCE_FLAGS = ("time_ids",)  # that the reference's errors depend on
 RESOLUTION_MULTIPLE = 8
+IMAGE_COLUMNS = ("image_0_column", "image_1_column")
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
@@ -119,10 +119,7 @@ free = partial(flag, free=True)  # one that a resumed run may set differently; a
 class TrainingArguments:
     """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
 
-    revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
-    variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
-    rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
-    dataset_name: str | None = flag(None, "Dataset: Hub id, folder or .parquet file. Required.", "Data")
+    dataset_name: str = flag(MISSING, "Dataset: Hub id, folder or .parquet file.", "Data")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = free(None, "Revision of the dataset on the Hub.")
     dataset_split: str = flag("train", "Split of the dataset.")
@@ -131,6 +128,9 @@ class TrainingArguments:
     cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
     vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
     dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
+    revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
+    variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
+    rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
     noise: Literal["prompt", "image"] = flag("prompt", "One for all images of a row, or one for each.", "Training")
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
     safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
@@ -171,24 +171,7 @@ class TrainingArguments:
     hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
     def __post_init__(self):
-        for spec in fields(self):
-            value = getattr(self, spec.name)
-            if isinstance(value, float) and not np.isfinite(value):
-                raise SystemExit(f"--{spec.name} {value}: must be a finite number")
-            for words, limit in spec.metadata["limits"].items():
-                if None not in (value, limit) and not COMPARE[words](value, limit):
-                    raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
-            if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
-                setattr(self, spec.name, os.path.expanduser(value))
-        if not self.dataset_name:
-            raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
-        if (self.resolution or 0) % RESOLUTION_MULTIPLE:
-            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
-        for name, unused_by in UNUSED_BY.items():
-            if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
-                raise SystemExit(f"--{name}: --loss_type {self.loss_type} does not use it: leave it out")
-        if self.report_to not in ("all", "none") and not importlib.util.find_spec(self.report_to):
-            raise SystemExit(f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}")
+        check_flags(self)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -215,7 +198,9 @@ class ScriptArguments(TrainingArguments):  # and those of this one
     top_fraction: float = flag(0.0533, "Train on this share of the labelled pairs, the best.", above=0, max=1)
     min_quality: float | None = flag(None, "Leave out pairs of lower quality.")
     resolution: int | None = flag(None, "Pixels; images are cropped to it. Default: the model's.", min=8, max=8192)
-    time_ids: Literal["resolution", "image"] = flag("resolution", "Sizes that SDXL is told: see micro_conditioning.")
+    time_ids: Literal["resolution", "image"] = flag(
+        "resolution", "Sizes that SDXL is told: the resolution, or each image's own and its crop."
+    )
     output_dir: str = free("outputs/dpo-qsd", "Folder for LoRA, card and checkpoints.")
     loss_type: Literal[LOSS_TYPES] = flag("sigmoid", "See pair_loss.")
     beta_dpo: float | None = flag(None, "Strength of the tie to the base. Default: 2000; for SDXL 5000.", above=0)
@@ -328,10 +313,11 @@ def sample_noise(args: ScriptArguments, noise_scheduler: DDPMScheduler, key: tup
 
 def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: ScriptArguments) -> tuple:
     """One forward of both images of a batch of pairs.
-    batch: latents, winner first, and noise (B, 2, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width), time_ids
-    (B, 2, 6) and, for SDXL, pooled_prompt_embeds (B, width). Returns errors, float32 (B, 2); prediction and target,
-    (B, 2, C, h, w)."""
-    latents, shape = batch["latents"].flatten(0, 1).float(), batch["latents"].shape
+    batch: latents and noise (B, 2, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width), time_ids (B, 2, 6) and,
+    for SDXL, pooled_prompt_embeds (B, width); rank (B, 2): 1 is the winner. Latents and time_ids are in the dataset's
+    order. Returns errors, float32 (B, 2), prediction and target, (B, 2, C, h, w), of winners and losers."""
+    order, shape = batch["rank"].argsort(dim=1), batch["latents"].shape
+    latents = batch["latents"].take_along_dim(order[:, :, None, None, None], dim=1).flatten(0, 1).float()
     noise = batch["noise"].flatten(0, 1)
     timesteps = batch["timesteps"].repeat_interleave(2)
     epsilon = noise_scheduler.config.prediction_type == "epsilon"
@@ -342,9 +328,13 @@ def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: Sc
         "encoder_hidden_states": batch["prompt_embeds"].repeat_interleave(2, dim=0),
     }
     if "pooled_prompt_embeds" in batch:
+        time_ids = batch["time_ids"].take_along_dim(order[:, :, None], dim=1)
+        target_size = time_ids[..., 4:]
+        if args.time_ids == "resolution":  # as the pipeline draws: the resolution, without a crop
+            time_ids = torch.cat([target_size, torch.zeros_like(target_size), target_size], dim=-1)
         inputs["added_cond_kwargs"] = {
             "text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(2, dim=0),
-            "time_ids": micro_conditioning(args, batch["time_ids"]).flatten(0, 1).to(args.weight_dtype),
+            "time_ids": time_ids.flatten(0, 1).to(args.weight_dtype),
         }
     prediction = model(**inputs).sample
     return denoising_error(prediction, target).view(shape[:2]), prediction.view(shape), target.view(shape)
@@ -373,7 +363,11 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
     `training_batches`; `pipeline`: draws the validation prompts, in the main process only."""
     accelerator, unwrapped = run.accelerator, model  # with its adapter off it is the reference
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, parameters)
+    adam = partial(torch.optim.AdamW, fused=True)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as adam
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = adam(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
     schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": run.max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -423,6 +417,8 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
             log_images(args, accelerator, draw_gallery(args, run, pipeline, unwrapped), step)
             log.step_ended = time.time()  # drawing does not count as training
+    for number in (signal.SIGTERM, signal.SIGINT):  # from here on a signal ends the process at once, again
+        signal.signal(number, signal.SIG_DFL)
     log.bar.close()
 
 
@@ -434,7 +430,7 @@ def main(args: ScriptArguments) -> None:
     set_defaults(args)
     table, parts = load_pairs(args)
     labels = select_pairs(args, table)
-    run = plan_run(args, accelerator, table, labels)
+    run = plan_run(args, accelerator, labels)
     fit(args, run, parts, make_labels(args, run, table, labels))
 
 
@@ -460,133 +456,45 @@ def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
     lock.release()
 
 
-# Data: the pairs, which of them, in which order; images where they lie, one cache file a pair ------------------------
-# Rows that are read together, a row group of a Parquet file: its path or URL and its number, what identifies its images
-# wherever it lies and whatever it is called, the first row of the dataset that it holds, and how many.
-Part = namedtuple("Part", "file number identity start rows")
-
-
-def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list[Part]]:
+# Data: the pairs, which of them, and in which order -----------------------------------------------------------------
+def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     """The pairs without their images, and the parts that hold the images. With `--scores_dataset_name` the columns
     `row` and `swapped` say where the images are: see `find_images`."""
-    columns = {args.prompt_column, args.label_0_column, args.has_label_column, args.quality_column}
-    uids = {args.image_0_uid_column, args.image_1_uid_column}
-    table = images = groups = problem = None
-    if PartialState().is_main_process:  # for all: the Hub limits requests
-        try:
-            if args.scores_dataset_name:
-                names = ("dataset_name", "dataset_config_name", "dataset_revision")
-                scores = {name: getattr(args, f"scores_{name}") for name in names}
-                scores = replace(args, **scores, image_0_column=None, image_1_column=None)
-                table, _ = read_dataset(scores, "--scores_dataset_name", columns | uids)
-            images, groups = read_dataset(args, "--dataset_name", uids if args.scores_dataset_name else columns)
-        except ValueError as error:
-            problem = str(error)
-    table, images, groups, problem = broadcast_object_list([table, images, groups, problem])
-    if problem:
-        raise SystemExit(problem)
+    uids, where = [args.image_0_uid_column, args.image_1_uid_column], f"--dataset_name {args.dataset_name}"
+    wanted = [args.label_0_column, args.has_label_column] + [args.quality_column] * needs_quality(args)
+    needed = {args.prompt_column, *wanted} - {args.has_label_column, "none"}
+    tables, groups = read_columns(args, {args.prompt_column, *wanted, *uids})
     starts = itertools.accumulate((rows for *_, rows in groups), initial=0)
     parts = [Part(*place, start, rows) for (*place, rows), start in zip(groups, starts)]
-    return (images if table is None else find_images(args, table, images, parts)), parts
+    schema = schema_of(parts[0])
+    for column in (getattr(args, name) for name in IMAGE_COLUMNS):
+        if column not in schema.names or not re.search("binary|struct<.*bytes: ", str(schema.field(column).type)):
+            raise SystemExit(f"{where}: column {column!r} must hold bytes or Image; it has {', '.join(schema.names)}")
+    table = images = pa.concat_tables(tables, promote_options="permissive")
+    if args.scores_dataset_name:
+        names = ("dataset_name", "dataset_config_name", "dataset_revision")
+        scores = replace(args, **{name: getattr(args, f"scores_{name}") for name in names})
+        table = pa.concat_tables(read_columns(scores, {args.prompt_column, *wanted, *uids})[0])
+        where, needed = f"--scores_dataset_name {args.scores_dataset_name}", needed | {*uids}
+    for column in sorted(needed - {*table.column_names}):
+        hint = ": score the pairs with score_pairs.py, or --order random --top_fraction 1 takes all without scores"
+        hint = hint if column == args.quality_column else ": see the flags that end in _column"
+        raise SystemExit(f"{where}: no column {column!r}{hint}")
+    for column in {*wanted} & {*table.column_names}:
+        if not re.match("u?int|float|halffloat|double|bool|null", kind := str(table[column].type)):
+            raise SystemExit(f"{where}: column {column!r} holds {kind}: it must hold numbers")
+    if not len(table):
+        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
+    return (find_images(args, table, images, parts) if args.scores_dataset_name else table), parts
 
 
-def read_dataset(args: ScriptArguments, flag: str, columns: set[str]) -> tuple[pa.Table, list[tuple]]:
-    """These columns of all rows, and the row groups. A ValueError says in one line what is wrong."""
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            tables, groups = zip(*pool.map(partial(read_labels, args, columns), find_files(args)))
-        if not (groups := [*itertools.chain(*groups)]):
-            raise ValueError(f"split {args.dataset_split!r} has no rows")
-        return pa.concat_tables(tables, promote_options="permissive"), groups
-    except Exception as error:
-        raise ValueError(f"{flag} {args.dataset_name}: {one_line(error.__cause__ or error)}") from None
-
-
-# Copied from train_rankdpo_sdxl.find_files
-def find_files(args: ScriptArguments) -> list[str]:
-    """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
-    knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
-    name, split, folder, found, files = args.dataset_name, args.dataset_split, args.dataset_name, {}, []
-    if name.endswith(".parquet") and os.path.isfile(name):
-        return [name]
-    options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
-    with TemporaryDirectory() as links:
-        if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
-            # `datasets` takes * ? [ in a path for a pattern, and would read another folder.
-            folder = shutil.copytree(os.path.abspath(name), f"{links}/data", copy_function=os.symlink)
-        on_disk = any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json"))
-        if not on_disk:
-            found = load_dataset_builder(folder, **options).config.data_files or {}
-            if found and re.split(r"[\[+]", split)[0] not in found:
-                raise ValueError(f"no split {split!r}; it has {', '.join(found)}")
-            files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
-        if os.path.exists(f"{name}/UNFINISHED"):
-            raise ValueError("it is unfinished: run the command that wrote it again")
-        if files and all(file.endswith(".parquet") for file in files):
-            return files
-        stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
-        facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
-        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
-        if not copy.exists():
-            options |= {"split": split, "cache_dir": f"{links}/arrow"}
-            dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(f"{copy}.tmp")
-            os.replace(f"{copy}.tmp", copy)
-    return [str(copy)]
-
-
-def check_columns(args: ScriptArguments, schema: pa.Schema) -> None:
-    """Checks a dataset of pairs, or of images alone, or of scores alone, for which no columns of images are set."""
-    kinds, hints, only_scores = {}, {}, not args.image_0_column
-    if only_scores or not args.scores_dataset_name:
-        numbers = ["label_0_column", "has_label_column"] + ["quality_column"] * needs_quality(args)
-        kinds |= dict.fromkeys(numbers, ("u?int|float|halffloat|double|bool|null", "numbers"))
-        kinds["prompt_column"] = ("(large_)?string|null", "text")
-    if only_scores:
-        kinds |= dict.fromkeys(("image_0_uid_column", "image_1_uid_column"), ("(large_)?string|u?int", "ids"))
-    else:
-        image = ("(large_)?binary|struct<.*bytes: ", "bytes or Image")
-        kinds |= dict.fromkeys(("image_0_column", "image_1_column"), image)
-        hints["image_0_column"] = "; if it holds scores without images, give it as --scores_dataset_name"
-    hints["quality_column"] = "; score the pairs with score_pairs.py, or take --order random --top_fraction 1"
-    for name, (pattern, words) in kinds.items():
-        if (column := getattr(args, name)) in schema.names:
-            if not re.match(pattern, kind := str(schema.field(column).type)):
-                raise ValueError(f"column {column!r} holds {kind}: it must hold {words}")
-        elif name != "has_label_column" and column != "none":
-            raise ValueError(f"no column {column!r} (--{name}); it has {', '.join(schema.names)}{hints.get(name, '')}")
-
-
-def pair_columns(args: ScriptArguments) -> list[str]:
-    return [args.image_0_column, args.image_1_column]
-
-
-# Copied from train_rankdpo_sdxl.read_labels with args.images_column->pair_columns(args)
-def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
-    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
-    system, path = url_to_fs(file)
-    with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
-        check_columns(args, parquet.schema_arrow)
-        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
-        parquet.metadata.write_metadata_file(footer := BytesIO())
-        sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    known = system.info(path)
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue()), pair_columns(args)]
-    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
-
-
-def read_images(part: Part, columns: list[str]) -> Iterator[list[dict]]:
-    """The two images of each row of a part, {"bytes", "path"}. Only a few rows are in memory at a time."""
+def schema_of(part: "Part") -> pa.Schema:
     system, path = url_to_fs(part.file)
-    options = {"pre_buffer": False, "buffer_size": 2**20}
-    with system.open(path, block_size=2**25) as handle, pq.ParquetFile(handle, **options) as parquet:
-        for batch in parquet.iter_batches(4, [part.number], columns, use_threads=False):
-            for images in zip(*(batch.column(name).to_pylist() for name in columns)):
-                yield [image if isinstance(image, dict) else {"bytes": image, "path": None} for image in images]
+    with system.open(path) as handle:
+        return pq.read_schema(handle)
 
 
-def find_images(args: ScriptArguments, table: pa.Table, images: pa.Table, parts: list[Part]) -> pa.Table:
+def find_images(args: ScriptArguments, table: pa.Table, images: pa.Table, parts: list["Part"]) -> pa.Table:
     """The pairs with `row`, the dataset's first row that holds both of their images, or null, and `swapped`: the first
     image of the pair is the second one there."""
     uids = [args.image_0_uid_column, args.image_1_uid_column]
@@ -602,7 +510,7 @@ def find_images(args: ScriptArguments, table: pa.Table, images: pa.Table, parts:
     return table.append_column("row", pc.coalesce(row, other)).append_column("swapped", pc.is_null(row))
 
 
-def content_ids(args: ScriptArguments, parts: list[Part]) -> list[pa.ChunkedArray]:
+def content_ids(args: ScriptArguments, parts: list["Part"]) -> list[pa.ChunkedArray]:
     """Ids of the first and of the second images, made of their content as score_pairs.py makes them. All images are
     read for it, once: the processes write the parts' indices."""
     state, ids = PartialState(), ([], [])
@@ -618,11 +526,10 @@ def content_ids(args: ScriptArguments, parts: list[Part]) -> list[pa.ChunkedArra
     return [pa.chunked_array(side) for side in ids]
 
 
-def read_index(args: ScriptArguments, part: Part) -> list[list[str]]:
+def read_index(args: ScriptArguments, part: "Part") -> list[list[str]]:
     """The names of a part's images, row by row."""
-    file = cache_file(Path(args.cache_dir, "index"), part.identity, ".json")
-    if not file.exists():
-        index = [[image_name(image) for image in images] for images in read_images(part, pair_columns(args))]
+    if not (file := index_file(args, part)).exists():
+        index = [[image_name(image) for image in images] for images in read_images(args, part)]
         write_bytes(file, json.dumps(index).encode())
     return json.loads(file.read_text())
 
@@ -635,7 +542,7 @@ def needs_quality(args: ScriptArguments) -> bool:
 def select_pairs(args: ScriptArguments, table: pa.Table) -> dict:
     """The pairs to train on, in the order of the first epoch. Ties (0.5) and pairs without a label are left out; of the
     others the best `--top_fraction` is kept. Returns the labels `id`, Arrow's row of the table, `winner`, 0 or 1,
-    `images`, both, and the number of `labelled` pairs."""
+    `images`, both, and `settings`, what identifies the selection."""
     where, names = args.scores_dataset_name or args.dataset_name, [args.label_0_column, args.has_label_column]
     names += [args.quality_column] * needs_quality(args)
     columns = {name: table[name].cast(pa.float64()).to_numpy() for name in names if name in table.column_names}
@@ -661,14 +568,15 @@ def select_pairs(args: ScriptArguments, table: pa.Table) -> dict:
     PartialState().print(f"{found}; {len(rows)} are selected")
     if args.order == "random":
         rows = rows[seeded_generator(args.seed, 0, "order").permutation(len(rows))]
-    labels = {"id": pa.array(rows), "winner": np.where(label[rows] == 1, 0, 1), "labelled": len(labelled)}
-    return labels | {"images": np.broadcast_to([0, 1], (len(rows), 2))}
+    labels = {"id": pa.array(rows), "winner": np.where(label[rows] == 1, 0, 1)}
+    settings = {"labelled": len(labelled), "labels": short_hash(rows.tobytes() + labels["winner"].tobytes())}
+    return labels | {"images": np.broadcast_to([0, 1], (len(rows), 2)), "settings": settings}
 
 
 def make_labels(args: ScriptArguments, run: "Run", table: pa.Table, selected: dict) -> dict:
     """What the run knows of the pairs that it will come to; only those are checked and encoded. Besides `id`, which
     seeds timestep and noise: Arrow's `prompt`; arrays `row`, where the images are in the dataset, `by_row`, the labels'
-    numbers in that order, `winner` by the dataset's columns, `images` (n, 2) and `count`: both of two are used."""
+    numbers in that order, `rank` (n, 2) by the dataset's columns, `images` (n, 2) and `count`: both of two are used."""
     used = min(len(selected["id"]), run.max_train_steps * run.rows_per_step)
     rows, winner, row = selected["id"][:used], selected["winner"][:used], selected["id"][:used].to_numpy()
     prompt = table[args.prompt_column].cast(pa.large_string()).take(rows)
@@ -684,8 +592,9 @@ def make_labels(args: ScriptArguments, run: "Run", table: pa.Table, selected: di
             lacks = f"lacks images of {len(absent)} of the {used} pairs to train on, e.g. {names}"
             mend = "use the dataset that was scored, or other --image_0_uid_column and --image_1_uid_column"
             raise SystemExit(f"--dataset_name {args.dataset_name} {lacks}: {mend}")
-    labels = {"id": rows, "prompt": prompt, "row": row, "by_row": np.argsort(row, kind="stable"), "winner": winner}
-    return labels | {"images": selected["images"][:used], "count": np.broadcast_to(2, used)}
+    labels = {"id": rows, "prompt": prompt, "row": row, "by_row": np.argsort(row, kind="stable")}
+    rank = np.stack([1 + winner, 2 - winner], axis=1)
+    return labels | {"rank": rank, "images": selected["images"][:used], "count": np.broadcast_to(2, used)}
 
 
 def quality_rewards(args: ScriptArguments) -> list[str]:
@@ -701,180 +610,11 @@ def quality_rewards(args: ScriptArguments) -> list[str]:
     return []
 
 
-# The cache knows a pair by its content, whatever dataset, order, seed or labels it comes with. A file there is whole.
-# The index of a part holds its images' hashes, or the paths of those that lie in files: it need not be read again.
-# Copied from train_rankdpo_sdxl.cache_file
-def cache_file(folder: Path, key: str, suffix: str = ".safetensors") -> Path:
-    return folder / key[:2] / f"{key}{suffix}"  # in 256 folders: one with 100,000 files is slow to list
-
-
-def image_name(stored: dict) -> str:
-    """The id that score_pairs.py makes of an image; of one in a file, its path."""
-    content = stored["bytes"]
-    return hashlib.blake2b(content, digest_size=16).hexdigest() if content else os.path.abspath(stored["path"] or "")
-
-
-# Copied from train_rankdpo_sdxl.row_key
-def row_key(labels: dict, row: int, images: list[str]) -> str:
-    """The name of a row in the cache: a hash of its prompt and its images. A file is known by its size and date."""
-    facts = [images[position] for position in labels["images"][row]]
-    files = [os.stat(image) if "/" in image and os.path.exists(image) else None for image in facts]
-    facts += [(file.st_size, file.st_mtime_ns) for file in files if file]
-    return short_hash(json.dumps([labels["prompt"][row].as_py(), *facts]))
-
-
 def label_rows(labels: dict, start: int, end: int) -> list[tuple[int, int]]:
     """Which labels belong to the dataset's rows from `start` to `end`: (row of the dataset, row of the labels)."""
     first, last = np.searchsorted(labels["row"], [start, end], sorter=labels["by_row"])
     rows = labels["by_row"][first:last]
     return list(zip(labels["row"][rows].tolist(), rows.tolist()))
-
-
-# Copied from train_rankdpo_sdxl.row_keys
-def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
-    """The key of each row of the labels whose images a part holds; None if it has no index yet."""
-    rows = label_rows(labels, part.start, part.start + part.rows)
-    file = cache_file(Path(args.cache_dir, "index"), part.identity, ".json")
-    if rows and not file.exists():
-        return None
-    images = json.loads(file.read_text()) if rows else []
-    return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
-
-
-# Copied from train_rankdpo_sdxl.rows_to_encode with args.images_column->pair_columns(args)
-def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
-    """Reads parts and writes their indices; gives the rows without a cache file: (row, key, pixels and time_ids)."""
-    process, processes = run.accelerator.process_index, run.accelerator.num_processes
-    # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
-    # would time out, and machines with caches of their own each fill theirs.
-    order = parts[process::processes]
-    order += sorted({*parts} - {*order}, key=lambda part: short_hash(f"{process} {part.identity}"))
-    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
-        for part in order:
-            keys = row_keys(args, part, labels)
-            if keys is not None and all(cache_file(run.cache, key).exists() for key in keys.values()):
-                continue
-            index = []
-            for place, images in enumerate(read_images(part, pair_columns(args)), part.start):
-                index.append([image_name(image) for image in images])
-                for _, row in label_rows(labels, place, place + 1):
-                    where = f"row {place} (id {labels['id'][row].as_py()!r})"
-                    if len(images) != labels["count"][row]:
-                        raise SystemExit(f"{where}: {len(images)} images, but {labels['count'][row]} preferences")
-                    if cache_file(run.cache, key := row_key(labels, row, index[-1])).exists():
-                        continue
-                    used = labels["images"][row]
-                    decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
-                    if bad := [i for i, image in decoding.items() if image.exception()]:
-                        problem = one_line(decoding[bad[0]].exception())
-                        raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
-                    yield row, key, default_collate([image.result() for image in decoding.values()])
-            write_bytes(cache_file(Path(args.cache_dir, "index"), part.identity, ".json"), json.dumps(index).encode())
-
-
-# Copied from train_rankdpo_sdxl.preprocess_image
-def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
-    """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped; and
-    time_ids, float32 (6,): SDXL's [original height, width, crop top, left, target height, width]."""
-    picture = to_rgb(Image().decode_example(stored))  # turned as its EXIF data say
-    original = [picture.height, picture.width]
-    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
-    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
-    pixels = TF.pil_to_tensor(TF.crop(picture, top, left, resolution, resolution))
-    return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
-
-
-# Copied from train_rankdpo_sdxl.to_rgb
-def to_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """A picture of any kind as 8-bit RGB; what is transparent becomes white."""
-    if picture.mode == "F" or picture.mode.startswith("I") and max(picture.getextrema()) > 65535:
-        raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
-    if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
-        picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-    return picture.convert("RGB")
-
-
-# Copied from train_rankdpo_sdxl.encode_dataset
-def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
-    """Writes what is missing of the cache, and gives the labels the `key` of each row. Returns the pipeline that draws
-    and what encodes prompts, if that is done at every step. A process loads only what it needs."""
-    accelerator, done = run.accelerator, {file.stem for file in run.cache.glob("*/*.safetensors")}
-    known = {part: row_keys(args, part, labels) for part in parts}
-    missing = [part for part, keys in known.items() if keys is None or not done.issuperset(keys.values())]
-    args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
-    texts = {short_hash(text): text for text in ["", *(args.validation_prompts if accelerator.is_main_process else [])]}
-    needs_text = bool(missing) or not done.issuperset(texts) or not args.cache_text_embeddings
-    pipeline = encode_prompts = None
-    if needs_text or accelerator.is_main_process:
-        pipeline = load_pipeline(args, accelerator.device, needs_text)
-        encode_rows(args, run, pipeline, missing, labels)
-        for key in texts.keys() - done:
-            embeds = encode_prompt(args, pipeline, [texts[key]])
-            write_tensors(cache_file(run.cache, key), {name: part[0] for name, part in embeds.items()})
-        pipeline.vae.to("cpu")
-        if args.cache_text_embeddings:
-            pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
-        else:
-            encode_prompts = partial(encode_prompt, args, pipeline)
-    accelerator.wait_for_everyone()
-    known |= {part: row_keys(args, part, labels) for part in missing}
-    keys = {row: key for part in known.values() for row, key in part.items()}
-    labels["key"] = np.array([keys[row] for row in range(len(keys))])
-    free_memory()
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    return pipeline, encode_prompts
-
-
-# Copied from train_rankdpo_sdxl.encode_rows
-def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
-    """Writes the latents and the prompt embeddings of the rows of these parts, each row into a file of its own."""
-    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
-    share = -(-count // run.accelerator.num_processes)
-    rows, hidden = read_ahead(rows_to_encode(args, run, parts, labels)), not run.accelerator.is_local_main_process
-    at_once = max(1, args.vae_batch_size // run.images_per_row)
-    with tqdm(desc="encode", total=share, unit="row", disable=hidden or not parts) as bar:
-        while group := list(itertools.islice(rows, at_once)):
-            pixels = torch.cat([item.pop("pixels") for _, _, item in group])
-            latents = encode_images(pipeline.vae, pixels, args.vae_batch_size).to(args.weight_dtype)
-            for (row, key, item), item_latents in zip(group, latents.split(run.images_per_row)):
-                item["latents"] = item_latents
-                if args.cache_text_embeddings:
-                    embeds = encode_prompt(args, pipeline, [labels["prompt"][row].as_py()])
-                    item |= {name: part[0] for name, part in embeds.items()}
-                write_tensors(cache_file(run.cache, key), item)
-            bar.update(len(group))
-
-
-# Copied from train_rankdpo_sdxl.encode_images
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """pixels, uint8 (n, 3, H, W) → latents (n, C, H/f, W/f): the posterior's mean, scaled."""
-    # Scaled in float32: bf16 would round by up to half a step of a pixel.
-    batches = [batch.to(vae.device).float() / 127.5 - 1.0 for batch in pixels.split(batch_size)]
-    means = torch.cat([vae.encode(batch.to(vae.dtype)).latent_dist.mean for batch in batches])
-    return means * vae.config.scaling_factor
-
-
-def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, key: tuple[int, int, int]) -> dict:
-    """An encoded pair, the winner first, with its timestep and noise. `key`: of `micro_batches`."""
-    epoch, row, place = key
-    item, winner = load_file(cache_file(run.cache, labels["key"][row])), int(labels["winner"][row])
-    noise_key = (args.seed, epoch, labels["id"][row].as_py())
-    item |= sample_noise(args, noise_scheduler, noise_key, item["latents"].shape)
-    if run.reference:
-        step, place = divmod(place, run.rows_per_step)
-        item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
-    # The cache has the images in the dataset's order, whatever the labels are.
-    item |= {name: item[name][[winner, 1 - winner]] for name in ("latents", "time_ids")}
-    empty = seeded_generator(*noise_key, "empty prompt").random() < args.proportion_empty_prompts
-    if not args.cache_text_embeddings:
-        item["prompt"] = "" if empty else labels["prompt"][row].as_py()
-    elif empty:
-        item |= load_file(cache_file(run.cache, short_hash("")))
-    return item
 
 
 def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
@@ -885,70 +625,8 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
     return seeded_generator(args.seed, epoch, "order").permutation(length)
 
 
-# Copied from train_rankdpo_sdxl.micro_batches
-def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
-    """The keys of one process's micro-batches, without end: (epoch, row, place), where the place counts from the start
-    of the run. In step s, counted from 0, all processes together take the places s·G … (s+1)·G − 1 of the epochs'
-    orders laid end to end; G is the global batch."""
-    order = lru_cache(maxsize=2)(partial(epoch_order, args, length=length))
-    for micro_step in itertools.count(start_step * args.gradient_accumulation_steps):
-        start = (micro_step * processes + process) * args.train_batch_size
-        places = range(start, start + args.train_batch_size)
-        yield [(place // length, int(order(place // length)[place % length]), place) for place in places]
-
-
-# Copied from train_rankdpo_sdxl.training_batches
-def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
-    """This process's micro-batches on its device, from a step on, without end."""
-    accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
-    place = (accelerator.process_index, accelerator.num_processes, start_step)
-    keys, read = micro_batches(args, len(labels["key"]), *place), partial(read_row, args, run, labels, noise_scheduler)
-    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
-        for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
-            if encode_prompts:
-                batch |= encode_prompts(batch.pop("prompt"))
-            pinned = {n: part.pin_memory() if on_gpu and not part.is_cuda else part for n, part in batch.items()}
-            yield {name: part.to(accelerator.device, non_blocking=True) for name, part in pinned.items()}
-
-
-# Copied from train_rankdpo_sdxl.read_ahead
-def read_ahead(items: Iterator) -> Iterator:
-    """The same items. A thread reads the next one while the caller works with this one."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(next, items, None)
-        while (item := ahead.result()) is not None:
-            ahead = thread.submit(next, items, None)
-            yield item
-
-
-# Copied from train_rankdpo_sdxl.precompute_reference
-def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches) -> None:
-    """Computes the reference's errors of all places of the run, a file for each step. Later runs find them if they
-    differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
-    accelerator = run.accelerator
-    used = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
-    key = [run.cache.name, run.settings["images"], run.rows_per_step]
-    key += [getattr(args, name) for name in (*used, *REFERENCE_FLAGS)]
-    folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
-    start = run.start_step
-    while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
-        start += 1
-    start = broadcast_object_list([start])[0]  # another run may be writing: the first process decides
-    batches, hidden = batches(start), not accelerator.is_local_main_process
-    for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step", disable=hidden):
-        found = []
-        for _ in range(args.gradient_accumulation_steps):
-            batch = next(batches)  # outside of autocast, as in training
-            with accelerator.autocast(), as_reference(model):
-                errors = predict(model, noise_scheduler, batch, args)[0].detach()
-            found.append(accelerator.gather(errors))
-        if accelerator.is_local_main_process:
-            write_tensors(folder / f"{step}.safetensors", {"errors": torch.cat(found)})
-    accelerator.wait_for_everyone()
-    run.reference = folder
-
-
 # Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
+PIPELINE, DENOISER = StableDiffusionPipeline, "unet"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 OTHERS = "this trains SD1.5, SD2.1 and SDXL; train_rankdpo_sd3.py trains SD3"
 # What these base models have; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
@@ -962,33 +640,11 @@ PLAIN = {
     | dict.fromkeys(("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"), (None,)),
     "vae/config.json": {"latents_mean": (None,), "shift_factor": (None,), "latent_channels": (4,)},
 }
-
-
-# Copied from train_rankdpo_sdxl.check_model with StableDiffusionXLPipeline.from_->StableDiffusionPipeline.from_
-def check_model(args: ScriptArguments) -> None:
-    """Exits with one line unless the model is one that the objective fits. Reads configurations only."""
-    model, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    for file, rules in PLAIN.items():
-        where, source = (f"--pretrained_model_name_or_path {model}", (model, file, args.revision))
-        if other and file == "vae/config.json":
-            where, source = (f"--pretrained_vae_model_name_or_path {other}", (other, "config.json"))
-        if os.path.isfile(source[0]):
-            convert = f'StableDiffusionPipeline.from_single_file("{source[0]}").save_pretrained("FOLDER")'
-            raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
-        try:
-            config = json.loads(file_of(*source).read_text())
-        except Exception as error:
-            raise SystemExit(f"{where}: not a diffusers model that can be read: {one_line(error)}") from None
-        name = config.get("_class_name", file)
-        if file == "model_index.json" and name not in PIPELINES:
-            raise SystemExit(f"{where} is a {name}: {OTHERS}")
-        for key, values in rules.items():
-            if (found := config.get(key, values[0])) == "absent" or found not in values:
-                fit = " or ".join(str(value) for value in values if value != "absent")
-                raise SystemExit(f"{where}: its {name} has {key} {found}; the objective takes {fit}")
-    weights = [file.name for file in Path(model, "unet").glob("*.safetensors")]  # none of a model on the Hub
-    if not args.variant and weights and all(".fp16" in name for name in weights):
-        raise SystemExit(f"--pretrained_model_name_or_path {model} holds fp16 files only: add --variant fp16")
+# What cache and reference depend on.
+ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")
+REFERENCE_FLAGS = (
+    "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size time_ids".split()
+)
 
 
 def is_sdxl(args: ScriptArguments) -> bool:
@@ -1007,36 +663,6 @@ def set_defaults(args: ScriptArguments) -> None:
     for name, value in DEFAULTS["sdxl" if sdxl else "sd"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-
-
-# Copied from train_rankdpo_sdxl.file_of
-def file_of(model: str, file: str, revision: str | None = None) -> Path:
-    return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
-
-
-# Copied from train_rankdpo_sdxl.model_key
-def model_key(model: str, file: str, revision: str | None = None) -> str:
-    """Identifies a model's weights: a folder, wherever it lies, by names and sizes of its files and blocks of each; a
-    model of the Hub by the commit of one of its files."""
-    if not os.path.isdir(model):
-        return f"{model}@{file_of(model, file, revision).parent.name}"
-    digest = hashlib.sha256()
-    for path in sorted(Path(model).rglob("*")):
-        name = path.relative_to(model).as_posix()
-        if path.is_file() and not re.search(r"(^|/)\.|\.(md|png)$", name):  # not cards, pictures, hidden files
-            content = np.memmap(path, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
-            digest.update(f"{name}:{len(content)}".encode())
-            for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
-                digest.update(content[start : start + 2**16])
-    return digest.hexdigest()[:16]
-
-
-# Copied from train_rankdpo_sdxl.encoding_settings
-def encoding_settings(args: ScriptArguments) -> list:
-    """What latents and embeddings depend on besides the row: the model's content, not its place, and preprocessing."""
-    model, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
-    return [*models, args.variant, args.resolution, args.mixed_precision, args.cache_text_embeddings]
 
 
 def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool = True):
@@ -1074,12 +700,10 @@ def encode_prompt(args: ScriptArguments, pipeline, prompts: list[str]) -> dict:
     return {name: part.to(args.weight_dtype) for name, part in found.items()}
 
 
-# Copied from train_rankdpo_sdxl.micro_conditioning
-def micro_conditioning(args: ScriptArguments, time_ids: torch.Tensor) -> torch.Tensor:
-    """SDXL's conditioning on sizes, (…, 6): [original height, width, crop top, left, target height, width]. All images
-    get the resolution without a crop, as the pipeline does when it draws; or, with `--time_ids image`, their own."""
-    target = time_ids[..., 4:]
-    return time_ids if args.time_ids == "image" else torch.cat([target, torch.zeros_like(target), target], dim=-1)
+# Copied from train_rankdpo_sdxl.pipeline_embeds
+def pipeline_embeds(args: ScriptArguments, parts: dict) -> dict[str, torch.Tensor]:
+    """What the pipeline takes, of what `encode_prompt` returns."""
+    return parts
 
 
 # Copied from train_rankdpo_sdxl.load_model
@@ -1102,7 +726,376 @@ def add_lora(model: UNet2DConditionModel, rank: int) -> None:
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules))
 
 
-# Copied from train_rankdpo_sdxl.prepare_model
+# Copied from train_rankdpo_sdxl.comfyui_state_dict
+def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LoRA tensors with peft's keys, `[unet.]<module>.lora_A.weight`, under those that ComfyUI, kohya's network loader
+    and A1111 know: `lora_unet_<module with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`, the rank."""
+    renamed = {f"unet.{key.removeprefix('unet.')}": tensor for key, tensor in lora_state_dict.items()}
+    return {key: tensor.float() for key, tensor in convert_state_dict_to_kohya(renamed).items()}
+
+
+def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
+    """Writes what identifies the run. The images do, too: they are known once all are encoded. A run that was made
+    longer has more of them: the earlier ones must be the same."""
+
+    def images(count: int) -> str:
+        numbers = b"".join(labels[name][:count].tobytes() for name in ("row", "rank", "key"))
+        return short_hash(numbers + "\n".join(labels["prompt"][:count].to_pylist()).encode())
+
+    rows = len(labels["key"])
+    if (before := run.earlier.get("rows", rows)) <= rows:
+        check_same_run(args, {"images": images(before)}, run.earlier)
+    run.settings |= {"rows": rows, "images": images(rows), "rewards": quality_rewards(args)}
+    if run.accelerator.is_main_process:
+        write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
+
+
+def describe(args: ScriptArguments, run: "Run") -> dict:
+    """What the card says of method, data and model."""
+    model, sdxl, datasets = args.pretrained_model_name_or_path, is_sdxl(args), [args.dataset_name]
+    datasets += [args.scores_dataset_name] if args.scores_dataset_name else []
+    order = "the best first" if args.order == "sorted" else "in random order"
+    pairs = f"{run.settings['rows']} of {run.settings['labelled']} labelled pairs of `{datasets[-1]}`, {order}"
+    strength, learns = f"beta {args.beta_dpo:g}", "better than the base model does, and the others worse"
+    if args.loss_type in WITHOUT_REFERENCE:
+        strength, learns = f"lambda {args.orpo_lambda:g}", "and the others worse than those"
+    paper = "*Effective Text-to-Image Alignment with Quality Aware Pair Ranking* (DPO-QSD)"
+    usage = f"""```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{model}", dtype=torch.float16).to("cuda")
+pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
+image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
+```
+
+With ComfyUI: put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` into `models/loras` and load it with the
+"Load LoRA" node at strength 1."""
+    about = {"tags": ["stable-diffusion-xl" if sdxl else "stable-diffusion", "dpo", "dpo-qsd"], "datasets": datasets}
+    about |= {"usage": usage, "facts": {"pairs": pairs, "objective": f"{args.loss_type}, {strength}"}}
+    return about | {"method": f"{pairs}, after\n{paper}:\nthe model learns to denoise preferred images {learns}."}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: data, run, card, files (train_rankdpo_sdxl.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Data: images where they lie, one cache file a row, batches, the reference's errors ---------------------------------
+# A row group of a Parquet file: path or URL, number, what identifies its images wherever it lies, first row, rows.
+Part = namedtuple("Part", "file number identity start rows")
+
+
+def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Table], list[tuple]]:
+    """These columns of each Parquet file, and the row groups of all: (file, number, identity, rows)."""
+    found = None
+    if PartialState().is_main_process:  # for all processes: the Hub limits requests
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+    tables, groups = zip(*broadcast_object_list([found])[0])
+    return tables, [*itertools.chain(*groups)]
+
+
+def find_files(args: ScriptArguments) -> list[str]:
+    """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
+    knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
+    name, split, folder, files = args.dataset_name, args.dataset_split, args.dataset_name, []
+    if os.path.isfile(name):  # one .parquet file
+        return [name]
+    if os.path.exists(f"{name}/UNFINISHED"):
+        raise SystemExit(f"--dataset_name {name} is unfinished: run the command that wrote it again")
+    options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
+    with TemporaryDirectory() as links:
+        if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
+            # `datasets` takes * ? [ in a path for a pattern, and would read another folder.
+            folder = shutil.copytree(os.path.abspath(name), f"{links}/data", copy_function=os.symlink)
+        on_disk = any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json"))
+        if not on_disk:
+            found = load_dataset_builder(folder, **options).config.data_files or {}
+            if found and re.split(r"[\[+]", split)[0] not in found:
+                raise SystemExit(f"--dataset_name {name}: no split {split!r}; it has {', '.join(found)}")
+            files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
+        if files and all(file.endswith(".parquet") for file in files):
+            return files
+        stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
+        facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
+        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
+        if not copy.exists():
+            options |= {"split": split, "cache_dir": f"{links}/arrow"}
+            dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(f"{copy}.tmp")
+            os.replace(f"{copy}.tmp", copy)
+    return [str(copy)]
+
+
+def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
+    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
+    system, path = url_to_fs(file)
+    known, footer = system.info(path), BytesIO()
+    with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
+        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
+        parquet.metadata.write_metadata_file(footer)
+        sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue())]
+    facts += [getattr(args, name) for name in IMAGE_COLUMNS]
+    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
+
+
+def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
+    """The images of a part, row by row, [{"bytes", "path"}, …]. Only a few rows are in memory at a time."""
+    columns, (system, path) = [getattr(args, name) for name in IMAGE_COLUMNS], url_to_fs(part.file)
+    options = {"pre_buffer": False, "buffer_size": 2**20}
+    with system.open(path, block_size=2**25) as handle, pq.ParquetFile(handle, **options) as parquet:
+        for batch in parquet.iter_batches(4, [part.number], columns, use_threads=False):
+            for cells in zip(*(batch.column(name).to_pylist() for name in columns)):  # of images, or of lists of them
+                images = itertools.chain(*(cell if isinstance(cell, list) else [cell] for cell in cells))
+                yield [image if isinstance(image, dict) else {"bytes": image, "path": None} for image in images]
+
+
+# The cache knows rows by their images and prompts by their text, whatever dataset, order, seed or labels they are of.
+# A file there is whole. The index of a part holds the names of its images: it need not be read again.
+def image_name(stored: dict) -> str:
+    """The hash that score_pairs.py makes of an image; of one that lies in a file, its path."""
+    content = stored["bytes"]
+    return hashlib.blake2b(content, digest_size=16).hexdigest() if content else os.path.abspath(stored["path"] or "")
+
+
+def row_key(labels: dict, row: int, images: list[str]) -> str:
+    """The name of a row in the cache: a hash of the images used. A file is known by its size and date, too."""
+    facts = [images[position] for position in labels["images"][row]]
+    files = [os.stat(image) for image in facts if "/" in image and os.path.exists(image)]
+    return short_hash(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
+
+
+def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
+    """The key of each row of the labels whose images a part holds; None if it has no index yet."""
+    rows = label_rows(labels, part.start, part.start + part.rows)
+    if rows and not index_file(args, part).exists():
+        return None
+    images = json.loads(index_file(args, part).read_text()) if rows else []
+    return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
+
+
+def index_file(args: ScriptArguments, part: Part) -> Path:
+    return Path(args.cache_dir, "index", f"{part.identity}.json")
+
+
+def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
+    """Reads parts and writes their indices; gives the rows without a cache file: (key, pixels and time_ids)."""
+    process, processes = run.accelerator.process_index, run.accelerator.num_processes
+    # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
+    # would time out, and machines with caches of their own each fill theirs.
+    order = parts[process::processes]
+    order += sorted({*parts} - {*order}, key=lambda part: short_hash(f"{process} {part.identity}"))
+    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
+        for part in order:
+            keys = row_keys(args, part, labels)
+            if keys is not None and all(run.cache_file(key).exists() for key in keys.values()):
+                continue
+            index = []
+            for place, images in enumerate(read_images(args, part), part.start):
+                index.append([image_name(image) for image in images])
+                for _, row in label_rows(labels, place, place + 1):
+                    where = f"row {place} (id {labels['id'][row].as_py()!r})"
+                    if len(images) != labels["count"][row]:
+                        raise SystemExit(f"{where}: {len(images)} images, but {labels['count'][row]} preferences")
+                    if run.cache_file(key := row_key(labels, row, index[-1])).exists():
+                        continue
+                    used = labels["images"][row]
+                    decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
+                    if bad := [i for i, image in decoding.items() if image.exception()]:
+                        problem = one_line(decoding[bad[0]].exception())
+                        raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
+                    yield key, default_collate([image.result() for image in decoding.values()])
+            write_bytes(index_file(args, part), json.dumps(index).encode())
+
+
+def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
+    """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped; and
+    time_ids, float32 (6,), which SDXL reads: [original height, width, crop top, left, target height, width]."""
+    picture = Image().decode_example(stored)  # turned as its EXIF data say
+    if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
+        picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    original, picture = [picture.height, picture.width], picture.convert("RGB")
+    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
+    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
+    pixels = TF.pil_to_tensor(TF.crop(picture, top, left, resolution, resolution))
+    return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
+
+
+def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
+    """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
+    Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
+    accelerator, cached = run.accelerator, {file.stem for file in run.cache.glob("*.safetensors")}
+    known = {part: row_keys(args, part, labels) for part in parts}
+    missing = [part for part, keys in known.items() if keys is None or not cached.issuperset(keys.values())]
+    args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
+    prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
+    texts = {short_hash(text): text for text in ["", *args.validation_prompts, *prompts]}
+    texts = [(key, text) for key, text in texts.items() if key not in cached]
+    with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
+    if missing or with_text or accelerator.is_main_process:
+        pipeline = load_pipeline(args, accelerator.device, with_text)
+        hidden = not accelerator.is_local_main_process
+        encode_rows(args, run, pipeline, missing, labels)
+        own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
+        for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=hidden or not texts):
+            if not run.cache_file(key).exists():
+                embeds = encode_prompt(args, pipeline, [text])
+                write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
+        pipeline.vae.to("cpu")
+        if args.cache_text_embeddings:
+            pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
+    accelerator.wait_for_everyone()
+    known |= {part: row_keys(args, part, labels) for part in missing}
+    keys = {row: key for part in known.values() for row, key in part.items()}
+    labels["key"] = np.array([keys[row] for row in range(len(keys))])
+    free_memory()
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return pipeline, None if args.cache_text_embeddings else partial(encode_prompt, args, pipeline)
+
+
+@torch.no_grad()
+def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
+    """Writes latents, (k, C, h, w), the posterior's mean, scaled, of the rows of these parts: a file for each row."""
+    vae, hidden = pipeline.vae, not run.accelerator.is_local_main_process
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
+    total, at_once = -(-count // run.accelerator.num_processes), max(1, args.vae_batch_size // run.images_per_row)
+    rows = read_ahead(rows_to_encode(args, run, parts, labels))
+    with tqdm(desc="encode images", total=total, unit="row", disable=hidden or not parts) as bar:
+        while group := list(itertools.islice(rows, at_once)):
+            batches = torch.cat([item.pop("pixels") for _, item in group]).split(args.vae_batch_size)
+            # Scaled in float32: bf16 would round by up to half a step of a pixel.
+            batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
+            means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
+            latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
+            for (key, item), images in zip(group, latents.split(run.images_per_row)):
+                write_tensors(run.cache_file(key), {"latents": images, **item})
+            bar.update(len(group))
+
+
+def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, key: tuple[int, int, int]) -> dict:
+    """An encoded row with its labels, timestep and noise. `key`: of `micro_batches`."""
+    epoch, row, place = key
+    item = load_file(run.cache_file(labels["key"][row]))
+    noise_key = (args.seed, epoch, labels["id"][row].as_py())
+    item |= sample_noise(args, noise_scheduler, noise_key, item["latents"].shape)
+    item |= {name: torch.from_numpy(labels[name][row]) for name in ("phi", "rank", "weight") if name in labels}
+    if run.reference:
+        step, place = divmod(place, run.rows_per_step)
+        item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
+    empty = seeded_generator(*noise_key, "empty prompt").random() < args.proportion_empty_prompts
+    prompt = "" if empty else labels["prompt"][row].as_py()
+    return item | (load_file(run.cache_file(short_hash(prompt))) if args.cache_text_embeddings else {"prompt": prompt})
+
+
+def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
+    """The keys of one process's micro-batches, without end: (epoch, row, place), where the place counts from the start
+    of the run. In step s, counted from 0, all processes together take the places s·G … (s+1)·G − 1 of the epochs'
+    orders laid end to end; G is the global batch."""
+    order = lru_cache(maxsize=2)(partial(epoch_order, args, length=length))
+    for micro_step in itertools.count(start_step * args.gradient_accumulation_steps):
+        start = (micro_step * processes + process) * args.train_batch_size
+        places = range(start, start + args.train_batch_size)
+        yield [(place // length, int(order(place // length)[place % length]), place) for place in places]
+
+
+def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
+    """This process's micro-batches on its device, from a step on, without end."""
+    accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
+    place = (accelerator.process_index, accelerator.num_processes, start_step)
+    keys, read = micro_batches(args, len(labels["key"]), *place), partial(read_row, args, run, labels, noise_scheduler)
+    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
+        for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
+            if encode_prompts:
+                batch |= encode_prompts(batch.pop("prompt"))
+            pinned = {n: part.pin_memory() if on_gpu and not part.is_cuda else part for n, part in batch.items()}
+            yield {name: part.to(accelerator.device, non_blocking=True) for name, part in pinned.items()}
+
+
+def read_ahead(items: Iterator) -> Iterator:
+    """The same items. A thread reads the next one while the caller works with this one."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = thread.submit(next, items, None)
+            yield item
+
+
+def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches) -> None:
+    """Computes the reference's errors of all places of the run, a file for each step. Later runs find them if they
+    differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
+    accelerator = run.accelerator
+    key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
+    folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
+    start = run.start_step
+    while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
+        start += 1
+    start = broadcast_object_list([start])[0]  # another run may be writing: the first process decides
+    batches, hidden = batches(start), not accelerator.is_local_main_process
+    for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step", disable=hidden):
+        found = []
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)  # outside of autocast, as in training
+            with accelerator.autocast(), as_reference(model):
+                errors = predict(model, noise_scheduler, batch, args)[0].detach()
+            found.append(accelerator.gather(errors))
+        if accelerator.is_local_main_process:
+            write_tensors(folder / f"{step}.safetensors", {"errors": torch.cat(found)})
+    accelerator.wait_for_everyone()
+    run.reference = folder
+
+
+# Model: checks, LoRA, reference, optimizer --------------------------------------------------------------------------
+def check_model(args: ScriptArguments) -> None:
+    """Exits with one line unless the model is one that the objective fits. Reads configurations only."""
+    model, other = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    for file, rules in PLAIN.items():
+        where, source = f"--pretrained_model_name_or_path {model}", (model, file, args.revision)
+        if other and file == "vae/config.json":
+            where, source = f"--pretrained_vae_model_name_or_path {other}", (other, "config.json")
+        if os.path.isfile(source[0]):
+            convert = f'{PIPELINE.__name__}.from_single_file("{source[0]}").save_pretrained("FOLDER")'
+            raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
+        config = json.loads(file_of(*source).read_text())
+        name = config.get("_class_name", file)
+        if file == "model_index.json" and name not in PIPELINES:
+            raise SystemExit(f"{where} is a {name}: {OTHERS}")
+        for key, values in rules.items():
+            if (found := config.get(key, values[0])) == "absent" or found not in values:
+                fit = " or ".join(str(value) for value in values if value != "absent")
+                raise SystemExit(f"{where}: its {name} has {key} {found}; the objective takes {fit}")
+    weights = [file.name for file in Path(model, DENOISER).glob("*.safetensors")]  # none of a model on the Hub
+    if not args.variant and weights and all(".fp16" in name for name in weights):
+        raise SystemExit(f"--pretrained_model_name_or_path {model} holds fp16 files only: add --variant fp16")
+
+
+def file_of(model: str, file: str, revision: str | None = None) -> Path:
+    return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
+
+
+def model_key(model: str, file: str, revision: str | None = None) -> str:
+    """Identifies a model's weights: a folder, wherever it lies, by names and sizes of its files and blocks of each; a
+    model of the Hub by the commit of one of its files."""
+    if not os.path.isdir(model):
+        return f"{model}@{file_of(model, file, revision).parent.name}"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(model).rglob("*.*") if path.is_file() and path.stat().st_size):
+        if not re.search(
+            r"/\.|\.(md|png)$", name := f"/{path.relative_to(model)}"
+        ):  # not cards, pictures, hidden files
+            content = np.memmap(path, mode="r")
+            digest.update(f"{name}:{len(content)}".encode())
+            for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
+                digest.update(content[start : start + 2**16])
+    return digest.hexdigest()[:16]
+
+
 def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
     """Freezes the model, adds the LoRA in float32, and restores the LoRA of the checkpoint."""
     model.requires_grad_(False)
@@ -1110,7 +1103,7 @@ def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
     cast_training_params(model, dtype=torch.float32)
     if run.checkpoint:
         lora = load_file(run.checkpoint / LORA_FILE)
-        set_peft_model_state_dict(model, {key.removeprefix("unet."): value for key, value in lora.items()})
+        set_peft_model_state_dict(model, {key.removeprefix(f"{DENOISER}."): value for key, value in lora.items()})
     model.to(run.accelerator.device).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -1124,7 +1117,6 @@ def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
-# Copied from train_rankdpo_sdxl.as_reference
 @contextmanager
 def as_reference(model: Module) -> Iterator[None]:
     """In this block a forward is the reference's: the same module and kernels without the LoRA, so scores begin at 0.
@@ -1138,34 +1130,16 @@ def as_reference(model: Module) -> Iterator[None]:
             model.enable_adapters() if scale is None else scale.fill_(1.0)
 
 
-# Copied from train_rankdpo_sdxl.make_optimizer
-def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
-    optimizer_class, betas = partial(torch.optim.AdamW, fused=True), (args.adam_beta1, args.adam_beta2)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    return optimizer_class(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
-
-
-# Copied from train_rankdpo_sdxl.save_lora
-def save_lora(model: UNet2DConditionModel, folder: Path) -> None:
+def save_lora(model: Module, folder: Path) -> None:
     """Writes `pytorch_lora_weights.safetensors`: peft keys and the adapter's metadata, exact in diffusers."""
     metadata = model.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order differs from run to run
-    layers = {"unet_lora_layers": get_peft_model_state_dict(model), "unet_lora_adapter_metadata": metadata}
-    StableDiffusionXLPipeline.save_lora_weights(folder, **layers)
+    layers = {f"{DENOISER}_lora_layers": get_peft_model_state_dict(model)}
+    PIPELINE.save_lora_weights(folder, **layers, **{f"{DENOISER}_lora_adapter_metadata": metadata})
     (folder / LORA_FILE).chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
 
 
-# Copied from train_rankdpo_sdxl.comfyui_state_dict
-def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """LoRA tensors with peft's keys, `[unet.]<module>.lora_A.weight`, under those that ComfyUI, kohya's network loader
-    and A1111 know: `lora_unet_<module with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`, the rank."""
-    renamed = {f"unet.{key.removeprefix('unet.')}": tensor for key, tensor in lora_state_dict.items()}
-    return {key: tensor.float() for key, tensor in convert_state_dict_to_kohya(renamed).items()}
-
-
-# The run: what it is, its folder, checkpoints, signals, log ---------------------------------------------------------
-# Copied from train_rankdpo_sdxl.Run
+# Run: what it is, its folder, checkpoints, signals, log -------------------------------------------------------------
 @dataclass
 class Run:  # one training run: its size, its cache, and the step it continues from
     accelerator: Accelerator
@@ -1180,15 +1154,15 @@ class Run:  # one training run: its size, its cache, and the step it continues f
     reference: Path | None = None  # of `precompute_reference`
     upload: object = None  # the Future of a checkpoint
 
+    def cache_file(self, key: str) -> Path:
+        return self.cache / f"{key}.safetensors"
 
-# Copied from train_rankdpo_sdxl.make_accelerator
+
 def make_accelerator(args: ScriptArguments) -> Accelerator:
     """Exits with one line if this machine, or what accelerate is set to, does not fit the flags."""
     output_dir, on_gpu = Path(args.output_dir), torch.cuda.is_available()
     if (args.base_precision or args.mixed_precision == "fp16") and not on_gpu:
         raise SystemExit("--base_precision and --mixed_precision fp16 need a GPU: there is none")
-    if args.base_precision and args.compile:
-        raise SystemExit("--base_precision and --compile were never tried together: leave out one of them")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")))):
         raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
@@ -1209,16 +1183,18 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
     return accelerator
 
 
-# Copied from train_rankdpo_sdxl.plan_run
-def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, labels: dict) -> Run:
+def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> Run:
     """Counts the steps, finds the checkpoint to continue from, and refuses a folder that holds another run."""
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    encoding = short_hash(json.dumps([VERSION, *encoding_settings(args)]))
+    # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
+    model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
+    encoding = short_hash(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
     settings = {"version": VERSION}
     settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
-    settings |= label_settings(args, table, labels)
+    settings |= labels["settings"]
     settings |= {"model_files": encoding, "global_batch_size": rows_per_step}
 
     output_dir, resume, checkpoints = Path(args.output_dir), args.resume_from_checkpoint, list_checkpoints(args)
@@ -1243,68 +1219,37 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, l
     return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoints.get(start_step), *size)
 
 
-def label_settings(args: ScriptArguments, table: pa.Table, labels: dict) -> dict:
-    """What identifies the labels: which pairs are selected, in which order, and their winners."""
-    content = labels["id"].to_numpy().tobytes() + labels["winner"].tobytes()
-    return {"labelled": labels["labelled"], "labels": short_hash(content)}
-
-
-# Copied from train_rankdpo_sdxl.check_same_run
 def check_same_run(args: ScriptArguments, settings: dict, earlier: dict) -> None:
-    other = [name for name in settings if earlier and earlier.get(name) != settings[name]]
-    if other:
+    if other := [name for name in settings if earlier and earlier.get(name) != settings[name]]:
         was = f"{other[0]} {earlier.get(other[0])}, not {settings[other[0]]}"
         raise SystemExit(f"--output_dir {args.output_dir} holds a run with {was}: choose another folder")
 
 
-# Copied from train_rankdpo_sdxl.begin_run
 def begin_run(args: ScriptArguments, run: Run) -> FileLock:
-    """Keeps other runs out of the output folder, and prepares it and the repository. The main process does it, and all
-    end with its line if it fails: none waits for it in a collective."""
-    output_dir, problem, lock = Path(args.output_dir), None, FileLock(Path(args.output_dir, ".lock"))
+    """Keeps other runs out of the output folder, and prepares it and the repository."""
+    output_dir, lock = Path(args.output_dir), FileLock(Path(args.output_dir, ".lock"))
     run.accelerator.wait_for_everyone()  # all have looked at the folder
     if run.accelerator.is_main_process:
+        earlier_card(args)
+        if args.push_to_hub:  # a wrong token, name or card fails now, not after the training
+            name, private = args.hub_model_id or output_dir.resolve().name, args.hub_private_repo or None
+            args.hub_model_id = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
+            HfApi().auth_check(args.hub_model_id, write=True)
+            earlier_card(args, on_hub=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
         try:
-            earlier_card(args)
-            if args.push_to_hub:  # a wrong token, name or card fails now, not after the training
-                name = args.hub_model_id or output_dir.resolve().name
-                private = args.hub_private_repo or None
-                args.hub_model_id = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
-                HfApi().auth_check(args.hub_model_id, write=True)
-                earlier_card(args, on_hub=True)
-            output_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            problem = f"--output_dir {output_dir} is in use by another run: wait for its end, or choose another folder"
-        except Exception as error:
-            problem = f"{'--push_to_hub or ' * args.push_to_hub}--output_dir {output_dir}: {one_line(error)}"
-    if problem := broadcast_object_list([problem])[0]:
-        raise SystemExit(problem)
+            raise SystemExit(f"--output_dir {output_dir} is in use by another run: choose another folder") from None
+    run.accelerator.wait_for_everyone()
     return lock
 
 
-def record_run(args: ScriptArguments, run: Run, labels: dict) -> None:
-    """Writes what identifies the run. The images do, too: they are known once all are encoded. A run that was made
-    longer has more of them: the earlier ones must be the same."""
-
-    def images(count: int) -> str:
-        return short_hash(b"".join(labels[name][:count].tobytes() for name in ("row", "winner", "key")))
-
-    rows = len(labels["key"])
-    if (before := run.earlier.get("rows", rows)) <= rows:
-        check_same_run(args, {"images": images(before)}, run.earlier)
-    run.settings |= {"rows": rows, "images": images(rows), "rewards": quality_rewards(args)}
-    if run.accelerator.is_main_process:
-        write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
-
-
-# Copied from train_rankdpo_sdxl.list_checkpoints
 def list_checkpoints(args: ScriptArguments) -> dict[int, Path]:
     folders = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
     return dict(sorted((int(path.name[11:]), path) for path in folders))  # oldest first
 
 
-# Copied from train_rankdpo_sdxl.save_checkpoint
 def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, state: dict) -> None:
     """Writes `checkpoint-<step>` under another name and renames it: a killed run leaves no half checkpoint. It needs no
     random state: timesteps, noise and order of the data are functions of seed and step."""
@@ -1329,7 +1274,6 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
 stop_signals: list[tuple[int, float]] = []  # that this process has received while it trained, and when
 
 
-# Copied from train_rankdpo_sdxl.on_stop_signal
 def on_stop_signal(number: int, frame) -> None:
     """After the first SIGTERM or Ctrl-C all processes leave between two steps; a second one ends this one now."""
     # A launcher passes a signal on that the whole group has received already: this is not a second one.
@@ -1338,7 +1282,6 @@ def on_stop_signal(number: int, frame) -> None:
     stop_signals.append((number, time.monotonic()))
 
 
-# Copied from train_rankdpo_sdxl.stop
 def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict, leave: bool) -> None:
     """After a signal, a checkpoint of the last whole step, before the next forward: launchers kill all processes 30
     seconds after their signal. One process leaves at once; several leave together, after the step in hand."""
@@ -1355,15 +1298,13 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
     os._exit(128 + (stop_signals[0][0] if stop_signals else signal.SIGTERM))
 
 
-# Copied from train_rankdpo_sdxl.TrainingLog with rankdpo-sdxl->dpo-qsd
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        warning = "; warning: all of them are warm-up" if total <= args.lr_warmup_steps else ""
-        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images{warning}")
+        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
-            self.accelerator.init_trackers("dpo-qsd", config=config)
+            self.accelerator.init_trackers(Path(__file__).stem, config=config)
             file = Path(args.output_dir, LOG_FILE)
             lines = file.read_text().splitlines(keepends=True) if file.exists() else []
             whole = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= run.start_step]
@@ -1382,8 +1323,6 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
         with suppress(BrokenPipeError):  # the reader of `2>&1 | tee log` ends at Ctrl-C, too
             self.bar.update()
-        if self.args.compile and step == self.run.start_step + 1:
-            self.accelerator.print(f"step {step} took {logs['step_time']:.0f} s, with its compilation")
         self.accelerator.log(logs, step=step)
         finite = bool(np.isfinite([logs["loss"], logs["grad_norm"]]).all())
         self.skipped = 0 if finite else self.skipped + 1
@@ -1397,34 +1336,35 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
 
 
 # Gallery, card, Hub -------------------------------------------------------------------------------------------------
-# Copied from train_rankdpo_sdxl.draw_gallery
 @torch.no_grad()
-def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: UNet2DConditionModel, lora: bool = True) -> list:
+def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: Module, lora: bool = True) -> list:
     """The validation prompts, drawn with the current LoRA or without it: PIL images."""
     device, vae, dtype = model.device, pipeline.vae.to(model.device), args.weight_dtype
-    *prompts, empty = [load_file(cache_file(run.cache, short_hash(text))) for text in [*args.validation_prompts, ""]]
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options |= {name: getattr(args, f"validation_{name}") for name in ("num_inference_steps", "guidance_scale")}
-    options |= {f"negative_{name}": part[None].to(device) for name, part in empty.items()}
-    pipeline.unet, images = model.eval(), []
-    for i, embeds in enumerate(prompts):
-        options |= {name: part[None].to(device) for name, part in embeds.items()}
+    setattr(pipeline, DENOISER, model.eval())
+    images, embeds = [], []
+    for text in ["", *args.validation_prompts]:
+        parts = load_file(run.cache_file(short_hash(text)), device=str(device))
+        embeds.append(pipeline_embeds(args, {name: part[None] for name, part in parts.items()}))
+    options |= {f"negative_{name}": part for name, part in embeds[0].items()}
+    for i, prompt_embeds in enumerate(embeds[1:]):
         with (
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
             nullcontext() if lora else as_reference(model),
             # Other shapes than in training: they would be compiled anew.
             torch.compiler.set_stance("force_eager") if args.compile else nullcontext(),
         ):
-            latents = pipeline(**options, generator=torch.Generator("cpu").manual_seed(args.seed + i)).images
+            generator = torch.Generator("cpu").manual_seed(args.seed + i)
+            latents = pipeline(**options, **prompt_embeds, generator=generator).images
         # Outside of autocast, in the VAE's own type: SDXL's overflows in fp16.
-        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-        images += pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        images += pipeline.image_processor.postprocess(vae.decode(latents).sample.float(), output_type="pil")
     model.train()
     vae.to("cpu")
     return images
 
 
-# Copied from train_rankdpo_sdxl.log_images
 def log_images(args: ScriptArguments, accelerator: Accelerator, images: list[PILImage.Image], step: int) -> None:
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -1435,7 +1375,6 @@ def log_images(args: ScriptArguments, accelerator: Accelerator, images: list[PIL
             tracker.log(pictures, step=step)
 
 
-# Copied from train_rankdpo_sdxl.finish
 def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list[Part]) -> None:
     """Writes the LoRA files, the gallery and, last of all, the card; then uploads them."""
     output_dir, facts = Path(args.output_dir), run_facts(args, run, parts)
@@ -1446,31 +1385,19 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
         write_tensors(output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors", comfyui)
     before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
     log_images(args, run.accelerator, after, run.max_train_steps)
-    write_card(args, before, after, facts)
+    write_card(args, run, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
     if args.push_to_hub:
         if run.upload:
             run.upload.exception()  # waits; what follows replaces it, failed or not
         patterns = [LORA_FILE, "comfyui/*", "images/*", "README.md", "run.json", LOG_FILE]
         card = output_dir / "README.md"
-        try:
-            if theirs := earlier_card(args, on_hub=True):
-                write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
-            HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=output_dir, allow_patterns=patterns)
-        except Exception as error:
-            raise SystemExit(f"upload failed: {one_line(error)}: --resume_from_checkpoint latest repeats it") from None
+        if theirs := earlier_card(args, on_hub=True):
+            write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
+        HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=output_dir, allow_patterns=patterns)
         print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
 
 
-def method_facts(args: ScriptArguments, run: Run) -> dict:
-    name = args.scores_dataset_name or args.dataset_name
-    order = "the best first" if args.order == "sorted" else "in random order"
-    pairs = f"{run.settings['rows']} of {run.settings['labelled']} labelled pairs of `{name}`, {order}"
-    strength = f"lambda {args.orpo_lambda:g}" if args.loss_type in WITHOUT_REFERENCE else f"beta {args.beta_dpo:g}"
-    return {"pairs": pairs, "objective": f"{args.loss_type}, {strength}"}
-
-
-# Copied from train_rankdpo_sdxl.run_facts
 def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     """What the card states of the run. Times are sums over the steps: of all parts of an interrupted run."""
     device, processes = run.accelerator.device, run.accelerator.num_processes
@@ -1481,7 +1408,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     return {
         "base": args.pretrained_model_name_or_path,
         "data": f"{args.dataset_name}, commit {commit or 'unknown'}, {run.settings['images']} {run.settings['labels']}",
-        **method_facts(args, run),
+        **describe(args, run)["facts"],
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, warm-up {args.lr_warmup_steps} steps",
         "LoRA rank": args.rank,
         "batch": f"{run.rows_per_step} prompts x {run.images_per_row} images",
@@ -1498,15 +1425,12 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     }
 
 
-CARD_BEGIN = "<!-- train_dpo_qsd.py writes from here to its second mark; text before and after is kept. -->"
-CARD_END = "<!-- End of what train_dpo_qsd.py wrote. -->"
-DATASETS = ("dataset_name", "scores_dataset_name")
-TAGS = ("stable-diffusion", "dpo", "dpo-qsd"), ("stable-diffusion-xl", "dpo", "dpo-qsd")
+CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
+CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
 
 
-# Copied from train_rankdpo_sdxl.write_card with *TAGS]->*TAGS[is_sdxl(args)]]
-def write_card(args: ScriptArguments, before: list, after: list, facts: dict) -> None:
-    output_dir, widgets = Path(args.output_dir), []
+def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
+    output_dir, widgets, about = Path(args.output_dir), [], describe(args, run)
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
     (output_dir / "images").mkdir()
     gallery = ["| prompt | base | with this LoRA |", "|---|---|---|"]
@@ -1517,17 +1441,17 @@ def write_card(args: ScriptArguments, before: list, after: list, facts: dict) ->
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
     model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *TAGS[is_sdxl(args)]]
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
     front = {"library_name": "diffusers", **base_license(args), "tags": tags, "widget": widgets}
     front |= {} if os.path.isdir(model) else {"base_model": model}  # the Hub cannot link to a folder of this machine
-    datasets = [getattr(args, flag_name) for flag_name in DATASETS]
-    datasets = [dataset for dataset in datasets if dataset and not os.path.exists(dataset)]
+    datasets = [name for name in about["datasets"] if not os.path.exists(name)]
     front |= {"datasets": datasets} if datasets else {}
     local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
-    settings = {n: v for n, v in asdict(args).items() if n not in local and v != getattr(ScriptArguments, n)}
+    given = {spec.name: getattr(args, spec.name) for spec in fields(args) if getattr(args, spec.name) != spec.default}
+    settings = {name: value for name, value in given.items() if name not in local}
     body = f"""# {name}
 
-A LoRA for `{model}`, trained with `{args.loss_type}` on {introduction(args, facts)}
+A LoRA for `{model}`, trained with `{args.loss_type}` on {about["method"]}
 
 <Gallery />
 
@@ -1537,7 +1461,7 @@ Same prompts, same seeds:
 
 ## Use it
 
-{usage(args, name)}
+{about["usage"]}
 
 ## How it was made
 
@@ -1561,32 +1485,6 @@ from the script's defaults, as a file for `--config`:
     write_bytes(output_dir / "README.md", str(merge_cards(card, theirs) if theirs else card).encode())
 
 
-def introduction(args: ScriptArguments, facts: dict) -> str:
-    learns = "better than the base model does, and the others worse"
-    if args.loss_type in WITHOUT_REFERENCE:
-        learns = "and the others worse than those"
-    method = "*Effective Text-to-Image Alignment with Quality Aware Pair Ranking* (DPO-QSD)"
-    return f"{facts['pairs']}, after\n{method}:\nthe model learns to denoise preferred images {learns}."
-
-
-# Copied from train_rankdpo_sdxl.usage with StableDiffusionXLPipeline->DiffusionPipeline
-def usage(args: ScriptArguments, name: str) -> str:
-    """For the card."""
-    return f"""```python
-import torch
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.float16)
-pipeline.to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
-image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
-```
-
-With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it with the "Load LoRA"
-node at strength 1."""
-
-
-# Copied from train_rankdpo_sdxl.base_license
 def base_license(args: ScriptArguments) -> dict:
     """The licence of the base model, which its LoRA inherits."""
     try:
@@ -1599,7 +1497,6 @@ def base_license(args: ScriptArguments) -> dict:
     return found
 
 
-# Copied from train_rankdpo_sdxl.earlier_card
 def earlier_card(args: ScriptArguments, on_hub: bool = False) -> RepoCard | None:
     """The card as people may have edited it, in the folder or on the Hub."""
     file = Path(args.output_dir, "README.md")
@@ -1609,7 +1506,6 @@ def earlier_card(args: ScriptArguments, on_hub: bool = False) -> RepoCard | None
     return RepoCard(file.read_text(), ignore_metadata_errors=False) if file.is_file() else None
 
 
-# Copied from train_rankdpo_sdxl.merge_cards
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     """The card of this run with what people wrote into an earlier one. The text between the marks, base model, datasets
     and widget are this run's; of its other metadata only what the earlier card lacks is added."""
@@ -1625,7 +1521,6 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
 
 
 # Arguments and files ------------------------------------------------------------------------------------------------
-# Copied from train_rankdpo_sdxl.ArgumentParser
 class ArgumentParser(TrlParser):
     """Ends every usage error in one line, and knows the metadata of `flag`. For --config see `config_words`."""
 
@@ -1640,7 +1535,6 @@ class ArgumentParser(TrlParser):
         raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
 
 
-# Copied from train_rankdpo_sdxl.parse_arguments
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
@@ -1650,48 +1544,53 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
 
 
-# Copied from train_rankdpo_sdxl.config_words
+def check_flags(args: TrainingArguments) -> None:
+    """Exits with one line if a flag is out of its range, or does not fit the others."""
+    for spec in fields(args):
+        value = getattr(args, spec.name)
+        for words, limit in spec.metadata["limits"].items():
+            if None not in (value, limit) and not COMPARE[words](value, limit):
+                raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
+        if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
+            setattr(args, spec.name, os.path.expanduser(value))
+        if spec.name in UNUSED_BY and value != spec.default and args.loss_type in UNUSED_BY[spec.name]:
+            raise SystemExit(f"--{spec.name}: --loss_type {args.loss_type} does not use it: leave it out")
+    if (args.resolution or 0) % RESOLUTION_MULTIPLE:
+        raise SystemExit(f"--resolution {args.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
+    if args.report_to not in ("all", "none") and not importlib.util.find_spec(args.report_to):
+        raise SystemExit(f"--report_to {args.report_to}: it is not installed: pip install {args.report_to}")
+
+
 def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
-    given, rule = [], "must hold lines of `flag: value` or `flag: [value, value]`, and no `config`"
-    try:
-        # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
-        # stands behind "=": it may begin with "-".
-        settings = yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}
-        for name, value in dict(settings).items():
-            words = value if isinstance(value, list) else [value]
-            if name == "config" or not all(isinstance(word, str) for word in words):
-                raise ValueError(f"{name} {value}")
-            if words and value not in ("", "~", "null", "Null", "NULL"):
-                given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise argparse.ArgumentTypeError(f"{file} cannot be read, or {rule}: {one_line(error)}") from None
+    given = []
+    # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
+    # stands behind "=": it may begin with "-".
+    for name, value in dict(yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}).items():
+        words = value if isinstance(value, list) else [value]
+        if words and value not in ("", "~", "null", "Null", "NULL"):
+            given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return given
 
 
-# Copied from train_rankdpo_sdxl.one_line
 def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# Copied from train_rankdpo_sdxl.seeded_generator
 def seeded_generator(*key) -> np.random.Generator:
     """A NumPy generator that is a function of the key alone, on every machine and in every process."""
     digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
-# Copied from train_rankdpo_sdxl.short_hash
 def short_hash(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
-# Copied from train_rankdpo_sdxl.write_tensors
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     write_bytes(file, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
 
 
-# Copied from train_rankdpo_sdxl.write_bytes
 def write_bytes(file: Path, content: bytes) -> None:
     """Writes a whole file, or nothing: a killed run leaves no half file under this name."""
     file.parent.mkdir(parents=True, exist_ok=True)

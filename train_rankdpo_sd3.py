@@ -2,12 +2,12 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate", "bitsandbytes", "datasets", "diffusers", "huggingface_hub", "numpy", "peft", "pillow", "pyarrow",
-#     "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm", "transformers", "trl",
+#     "accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub", "numpy",
+#     "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm",
+#     "transformers", "trl",
 # ]
 # ///
-"""RankDPO for SD3-Medium and SD3.5 by flow matching: a LoRA from ranked images (Karthik et al., "Scalable Ranked
-Preference Optimization", 2024).
+"""RankDPO for SD3 and SD3.5: a LoRA from ranked images (Karthik et al., "Scalable Ranked Preference Optimization").
 
 One GPU, with a dataset as `build_synpic.py` writes it: one row per prompt, k images and their preference probabilities.
 
@@ -22,112 +22,90 @@ Settings from a file, which the command line overrides. The same command continu
         --beta_dpo 1000 --resume_from_checkpoint latest
 
 Several GPUs: `accelerate launch --multi_gpu --num_processes 4 train_rankdpo_sd3.py ...`. With the same global batch
-(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same prompts,
-timesteps and noise in the same optimizer step. `--push_to_hub --hub_model_id user/name` publishes LoRA, card and log.
-Read `rankdpo_loss`, `training_step` and `train` for the method. Sections named Shared are the same in other scripts.
+(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same data and noise.
+The method is in `rankdpo_loss`, `training_step` and `train`; the rest is data, model and files.
 """
 
 import argparse
-import errno
-import fcntl
-import gc
+import glob
 import hashlib
 import importlib.util
 import itertools
 import json
-import logging
 import operator
 import os
-import platform
 import re
-import resource
 import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import namedtuple
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
-from fnmatch import fnmatch
 from functools import lru_cache, partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Literal
+from typing import Literal
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load ends without a traceback
-# bitsandbytes warns at every start that an optional kernel is missing, which nothing here uses.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+if not sys.stderr.isatty():  # in a file of output all progress bars write a line every 30 seconds, not ten a second
+    os.environ |= {"TQDM_MININTERVAL": "30", "TQDM_MAXINTERVAL": "60"} | os.environ
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
-from datasets import Dataset, Image, load_dataset
-from datasets import config as datasets_config
-from diffusers import (
-    AutoencoderKL,
-    BitsAndBytesConfig,
-    FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
+from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
+from diffusers import BitsAndBytesConfig, StableDiffusion3Pipeline, training_utils
+from diffusers.models import AutoencoderKL, SD3Transformer2DModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import (
-    cast_training_params,
-    compute_density_for_timestep_sampling,
-    compute_loss_weighting_for_sd3,
-)
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, hf_hub_download
-from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session, parse_ratelimit_headers
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import cast_training_params, free_memory
+from filelock import FileLock, Timeout
+from fsspec.core import url_to_fs
+from huggingface_hub import CardData, HfApi, RepoCard, hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from PIL import Image as PILImage
-from PIL import ImageOps
-from safetensors import safe_open
 from safetensors.torch import load_file, save
-from torch.amp import GradScaler
 from torch.nn import Module
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import default_collate
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
-from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 
 LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "plackett_luce", "sft", "weighted_sft")
+WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap")
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # The objectives that an option has no meaning for.
 UNUSED_BY = dict.fromkeys(("sft_weight", "precompute_ref"), ("sft", "weighted_sft"))
 UNUSED_BY["safeguard"] = ("plackett_luce", "sft", "weighted_sft")
-WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap")
-PROJECT = "rankdpo-sd3"  # its name in the trackers
-CARD_BEGIN = "<!-- train_rankdpo_sd3.py writes from here to its second mark; text before and after is kept. -->"
-CARD_END = "<!-- End of what train_rankdpo_sd3.py wrote. -->"
+RESOLUTION_MULTIPLE = 16
+IMAGE_COLUMNS = ("images_column",)
+VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
+LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
+COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
 
 
 # Copied from train_rankdpo_sdxl.flag
-def flag(default, help: str, **metadata):
-    """A field with its help, its range (see RANGES), `may_change`: whether a resumed run may set it differently, and
-    `group`: the title of the flags from here on in --help."""
-    kind = "default_factory" if callable(default) else "default"
-    return field(**{kind: default}, metadata={"help": help, **metadata})
+def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, free=False):
+    """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
+    limits = dict(zip(COMPARE, (min, above, max, below)))
+    return field(default=default, metadata={"help": help, "group": group, "limits": limits, "free": free})
+
+
+free = partial(flag, free=True)  # one that a resumed run may set differently; all others identify a run
 
 
 # Copied from train_rankdpo_sdxl.TrainingArguments
@@ -135,37 +113,28 @@ def flag(default, help: str, **metadata):
 class TrainingArguments:
     """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
 
-    revision: str | None = flag(None, "Revision of the model on the Hub.", may_change=True, group="Model")
+    dataset_name: str = flag(MISSING, "Dataset: Hub id, folder or .parquet file.", "Data")
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
+    dataset_revision: str | None = free(None, "Revision of the dataset on the Hub.")
+    dataset_split: str = flag("train", "Split of the dataset.")
+    proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
+    cache_dir: str = free("outputs/cache", "Folder where latents and embeddings stay for later runs.")
+    cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
+    vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
+    dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
+    revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
     rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
-    dataset_name: str | None = flag(None, "Dataset with the images: Hub id or folder. Required.", group="Data")
-    dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
-    dataset_revision: str | None = flag(None, "Revision of the dataset on the Hub.", may_change=True)
-    dataset_split: str = flag("train", "Split of the dataset.")
-    cache_dir: str = flag("outputs/cache", "Folder where latents and embeddings stay for later runs.", may_change=True)
-    cache_text_embeddings: bool = flag(True, "Encode prompts once; false: at every step.", may_change=True)
-    vae_batch_size: int = flag(4, "Images per forward pass of the VAE.", min=1, may_change=True)
-    dataloader_num_workers: int = flag(0, "Processes that read the data ahead.", min=0, may_change=True)
-    proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
-    noise: Literal["prompt", "image"] = flag(
-        "prompt", "One noise for all images of a row, or one for each image.", group="Training"
-    )
+    noise: Literal["prompt", "image"] = flag("prompt", "One for all images of a row, or one for each.", "Training")
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
-    safeguard: float | None = flag(
-        None, "Diffusion-SDPO's mu, e.g. 0.6: weakens the losers' gradients that would harm the winner.", min=0, max=1
-    )
-    output_dir: str = flag("outputs/lora", "Folder for LoRA, card and checkpoints.", may_change=True)
-    seed: int = flag(
-        0, "Seeds the initial LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1
-    )
-    train_batch_size: int = flag(1, "Prompts or pairs per process and forward pass.", min=1, may_change=True)
-    gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.", min=1, may_change=True)
+    safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
+    seed: int = flag(0, "Seeds LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1)
+    train_batch_size: int = free(1, "Rows per process and forward pass.", min=1)
+    gradient_accumulation_steps: int = free(1, "Forward passes per optimizer step.", min=1)
     num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.", min=1)
-    learning_rate: float | None = flag(1e-5, "Peak learning rate.", above=0)
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = flag(
-        "constant_with_warmup", "Schedule of the learning rate."
-    )
+    learning_rate: float = flag(1e-5, "Peak learning rate.", above=0)
+    lr_scheduler: Literal[LR_SCHEDULERS] = flag("constant_with_warmup", "Schedule of the learning rate.")
     lr_warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.", min=0)
     use_8bit_adam: bool = flag(False, "Use AdamW of bitsandbytes with 8-bit states.")
     adam_beta1: float = flag(0.9, "AdamW's beta1.", min=0, below=1)
@@ -173,169 +142,82 @@ class TrainingArguments:
     adam_weight_decay: float = flag(1e-2, "AdamW's weight decay.", min=0)
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", min=0)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", above=0)
-    max_skipped_steps: int = flag(10, "Steps in a row without a finite loss to skip.", min=0, may_change=True)
+    max_skipped_steps: int = free(10, "Steps in a row without a finite loss to skip.", min=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Type of the frozen weights and of the forward pass.")
     base_precision: Literal["nf4", "int8"] | None = flag(None, "Quantise the frozen weights with bitsandbytes.")
-    allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 matrix products.")
-    compile: bool = flag(False, "Compile the transformer blocks: faster steps after a slow first one.", may_change=True)
-    precompute_ref: bool = flag(False, "Compute the reference's errors first, and keep them.", may_change=True)
-    gradient_checkpointing: bool = flag(False, "Less memory, about a quarter more computation.", may_change=True)
-    checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints.", min=1, may_change=True)
-    checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", min=1, may_change=True)
-    resume_from_checkpoint: str | None = flag(None, "A checkpoint's folder, or latest (if any).", may_change=True)
-    validation_prompts: list[str] | None = flag(
-        None, "Gallery; default: the first four prompts.", may_change=True, group="Validation, trackers, Hub"
-    )
-    validation_steps: int | None = flag(None, "Also draw the gallery every N optimizer steps.", min=1, may_change=True)
-    validation_num_inference_steps: int = flag(30, "Denoising steps of the gallery.", min=1, may_change=True)
-    validation_guidance_scale: float = flag(5.0, "Guidance scale of the gallery.", may_change=True)
-    report_to: str = flag("tensorboard", "tensorboard, wandb, trackio, all or none.", may_change=True)
-    logging_dir: str = flag("logs", "Folder of the trackers inside output_dir.", may_change=True)
-    push_to_hub: bool = flag(False, "Upload LoRA, card, gallery and log to the Hub.", may_change=True)
-    hub_model_id: str | None = flag(None, "Repository. Default: the name of output_dir.", may_change=True)
-    hub_private_repo: bool = flag(False, "Make a new repository private.", may_change=True)
-    hub_strategy: Literal["end", "checkpoint"] = flag(
-        "end", "checkpoint: also upload the LoRA of every checkpoint, in the background.", may_change=True
-    )
+    allow_tf32: bool = flag(False, "Allow TF32 in the remaining float32 products and convolutions.")
+    compile: bool = free(False, "Compile the transformer blocks: faster steps after a slow first one.")
+    precompute_ref: bool = free(False, "Compute the reference's errors first, and keep them.")
+    gradient_checkpointing: bool = free(False, "Less memory, about a quarter more computation.")
+    checkpointing_steps: int = free(500, "Optimizer steps between two checkpoints.", min=1)
+    checkpoints_total_limit: int | None = free(None, "Keep the newest N checkpoints.", min=1)
+    resume_from_checkpoint: str | None = free(None, "A checkpoint of output_dir, e.g. checkpoint-500, or latest.")
+    validation_prompts: list[str] | None = free(None, "Default: the first four prompts.", "Gallery, trackers, Hub")
+    validation_steps: int | None = free(None, "Also draw the gallery every N optimizer steps.", min=1)
+    validation_num_inference_steps: int = free(30, "Denoising steps of the gallery.", min=1)
+    validation_guidance_scale: float = free(5.0, "Guidance scale of the gallery.")
+    report_to: Literal["tensorboard", "wandb", "trackio", "all", "none"] = free("tensorboard", "Tracker.")
+    logging_dir: str = free("logs", "Folder of the trackers inside output_dir.")
+    gpu_hourly_cost: float | None = free(None, "Price of a GPU hour; the card then states the run's.", min=0)
+    push_to_hub: bool = free(False, "Upload LoRA, card, gallery and log to the Hub.")
+    hub_model_id: str | None = free(None, "Repository. Default: the name of output_dir.")
+    hub_private_repo: bool = free(False, "Make a new repository private.")
+    hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
     def __post_init__(self):
-        check_ranges(self)
-        if not self.dataset_name:
-            raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
-        if self.resolution and self.resolution % RESOLUTION_MULTIPLE:
-            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
-        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
-            raise SystemExit("--mixed_precision fp16 needs a GPU: use bf16 or no")
-        if self.report_to not in ("all", "none", "no"):
-            if self.report_to not in ("tensorboard", "wandb", "trackio"):
-                raise SystemExit(f"--report_to {self.report_to}: choose tensorboard, wandb, trackio, all or none")
-            if not importlib.util.find_spec(self.report_to):
-                raise SystemExit(f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}")
-        for name, unused_by in UNUSED_BY.items():
-            if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
-                raise SystemExit(f"--{name}: --loss_type {self.loss_type} does not use it: leave it out")
+        check_flags(self)
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Type of the frozen weights, and of the cached latents and embeddings."""
+        """Of the frozen weights, and of the cached latents and embeddings."""
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
 
 
-# Copied from train_rankdpo_sdxl.RankDPOArguments
 @dataclass
-class RankDPOArguments(TrainingArguments):
-    """The flags of the RankDPO trainers: the ranked dataset and the objective."""
-
+class ScriptArguments(TrainingArguments):  # and those of this one
+    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-3-medium-diffusers", "Id or folder.", "SD3")
+    use_text_encoder_3: bool = flag(True, "T5. Without it zeros replace its embeddings, as in a pipeline without T5.")
+    max_sequence_length: int = flag(256, "T5 tokens of a prompt; the pipeline's default is 256.", min=1, max=512)
     prompt_column: str = flag("prompt", "Column of the prompts.")
     images_column: str = flag("images", "Column of the lists of k images.")
     prompt_id_column: str = flag("prompt_id", "Column of the unique ids that seed each prompt's timestep and noise.")
     preference_column: str = flag("preference_probability", "Column of the preference probabilities, in [0, 1].")
     rank_column: str = flag("rank", "Column of the ranks, 1 = best. Without it, rows are ranked by preference.")
-    rank_by: str = flag(
-        "all",
-        "Labels: all (the columns, or all rewards), one reward's name, or random. For weighted_sft, all is hpsv2.1.",
-    )
-    generators: list[str] | None = flag(None, "Use only these generators' images; their preferences are recomputed.")
-    max_train_samples: int | None = flag(None, "Use the first N prompts only.", min=1)
-    loss_type: Literal[LOSS_TYPES] = flag(
-        "rankdpo",
-        "rankdpo; dpo_gain (gain weights only); dpo (all pairs alike); plackett_luce (the ranking: Diffusion-LPO); "
-        "sft (denoise the winner of every pair); weighted_sft (denoise all images, weighted by a reward).",
-    )
-    beta_dpo: float = flag(
-        5000.0, "Strength of the tie to the base model. The margin is beta/2 times mean errors.", above=0
-    )
-    rank_source: Literal["label", "predicted"] = flag(
-        "label", "Ranks in rankdpo's discounts: label (Algorithm 2) or predicted by the model's scores (LambdaLoss)."
-    )
-
-
-@dataclass
-class ScriptArguments(RankDPOArguments):
-    pretrained_model_name_or_path: str = flag(
-        "stabilityai/stable-diffusion-3-medium-diffusers", "SD3 or SD3.5 pipeline: Hub id or folder."
-    )
-    use_text_encoder_3: bool = flag(True, "T5. Without it zeros replace its embeddings, as in a pipeline without T5.")
-    max_sequence_length: int = flag(
-        256, "T5 tokens of a prompt, up to 512; the pipeline's default is 256.", min=1, max=512
-    )
+    rank_by: str = flag("all", "Labels: all (the columns, or all rewards), one reward's name, or random.")
+    generators: list[str] | None = flag(None, "Only these generators' images; their preferences are recomputed.")
     resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=16, max=8192)
-    output_dir: str = flag("outputs/rankdpo-sd3", "Folder for LoRA, card and checkpoints.", may_change=True)
-    beta_dpo: float = flag(
-        2000.0,
-        "Strength of the tie to the base model. The margin is beta/2 times mean errors. Our choice.",
-        above=0,
-    )
-    weighting_scheme: Literal[WEIGHTING_SCHEMES] = flag(
-        "none",
-        "As in diffusers: density of the timesteps none (uniform), logit_normal or mode; cosmap draws them uniformly "
-        "and weights the errors.",
-    )
+    max_train_samples: int | None = flag(None, "Use the first N prompts only.", min=1)
+    weighting_scheme: Literal[WEIGHTING_SCHEMES] = flag("none", "Density of timesteps; cosmap weights errors.")
     logit_mean: float = flag(0.0, "Mean of logit_normal.")
     logit_std: float = flag(1.0, "Standard deviation of logit_normal.", above=0)
     mode_scale: float = flag(1.29, "Scale of mode.")
-    validation_num_inference_steps: int = flag(28, "Denoising steps of the gallery.", min=1, may_change=True)
-    validation_guidance_scale: float = flag(7.0, "Guidance scale of the gallery.", may_change=True)
+    output_dir: str = free("outputs/rankdpo-sd3", "Folder for LoRA, card and checkpoints.")
+    loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.")
+    beta_dpo: float = flag(2000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
+    rank_source: Literal["label", "predicted"] = flag("label", "Ranks in rankdpo's discounts; predicted: LambdaLoss.")
+    validation_num_inference_steps: int = free(28, "Denoising steps of the gallery.", min=1)
+    validation_guidance_scale: float = free(7.0, "Guidance scale of the gallery.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Objective
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# Objective: one prompt, k images, their preference probabilities φ --------------------------------------------------
 # Copied from train_rankdpo_sdxl.denoising_error
 def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each image, in float32 from the subtraction on.
-
-    In half precision the rounding error, times beta/2 = 2500, would change every logit by 0.2 to 5.
-
-    Args:
-        prediction, target: (n, C, H, W).
-
-    Returns:
-        float32 (n,).
-    """
+    """Mean squared error of each image, (n, C, H, W) → float32 (n,), in float32 from the subtraction on: in half
+    precision the rounding error, times beta/2 = 2500, would change every logit by 0.2 to 5."""
     return (target.float() - prediction.float()).square().mean(dim=(1, 2, 3))
 
 
 # Copied from train_rankdpo_sdxl.dcg_weights
 def dcg_weights(phi: torch.Tensor, rank: torch.Tensor | None = None) -> torch.Tensor:
     """Pairwise DCG weights |2^φ_i − 2^φ_j| · |1/log2(1 + r_i) − 1/log2(1 + r_j)| (RankDPO, Algorithm 2, Eq. 6).
-
-    Args:
-        phi: preference probabilities, float (B, k) in [0, 1].
-        rank: ranks (B, k), 1 = best; default: by phi, ties by position.
-
-    Returns:
-        float32 (B, k, k), symmetric, zero on the diagonal and between images of equal phi.
-    """
+    phi: preference probabilities, float (B, k) in [0, 1]; rank: (B, k), 1 = best; default: by phi, ties by position.
+    Returns float32 (B, k, k), symmetric, zero on the diagonal and between images of equal phi."""
     phi = phi.float()
     if rank is None:
         rank = phi.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
     gain = torch.exp2(phi)
     discount = 1.0 / torch.log2(1.0 + rank.float())
     return (gain[:, :, None] - gain[:, None, :]).abs() * (discount[:, :, None] - discount[:, None, :]).abs()
-
-
-# Copied from train_rankdpo_sdxl.safeguard_scale
-def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -> torch.Tensor:
-    """Diffusion-SDPO's λ of each pair (arXiv 2511.03317): the share of the loser's gradient that keeps the winner safe.
-
-    With residuals ρ = prediction − target, λ_ij = (1 − μ)·‖ρ_i‖² / ⟨ρ_i, ρ_j⟩ in [0, 1], and 1 where ⟨ρ_i, ρ_j⟩ ≤ 0. To
-    first order, in the space of predictions, a step on the pair then does not raise the winner's error. The published
-    code takes one λ for a whole batch; here every pair has its own, so that it does not depend on its batch.
-
-    Args:
-        prediction, target: (B, k, C, H, W); mu: μ in [0, 1], larger is safer.
-
-    Returns:
-        float32 (B, k, k), winner i and loser j; carries no gradient.
-    """
-    residuals = (prediction.detach().float() - target.float()).flatten(2)
-    # No matrix product: autocast would compute it in half precision, where it overflows.
-    products = torch.stack([(residuals * other[:, None]).sum(dim=2) for other in residuals.unbind(dim=1)], dim=2)
-    squares = products.diagonal(dim1=1, dim2=2)[:, :, None]
-    return torch.where(products > 0, (1 - mu) * squares / products, 1.0).clamp(max=1.0)
 
 
 # Copied from train_rankdpo_sdxl.rankdpo_loss
@@ -357,17 +239,14 @@ def rankdpo_loss(
     With s = model error − reference error (lower is better) and m_ij = −(β/2)(s_i − s_j), a prompt's loss is
     −Σ_{i preferred over j} Δ_ij · log σ(m_ij); the batch's is the mean over prompts.
 
-    Args:
-        model_errors: denoising errors under the trained model, float32 (B, k).
-        ref_errors: under the reference model, float32 (B, k); None for sft and weighted_sft, which need none.
-        phi: preference probabilities, float (B, k).
+    Args (float, (B, k), where nothing else is said):
+        model_errors, ref_errors: denoising errors under the trained model and the reference (sft objectives: None).
+        phi: preference probabilities; rank: 1 = best; default: by phi, ties by position.
         beta: β; the margin is β/2 times a difference of *mean* squared errors, Diffusion-DPO's convention.
-        rank: ranks (B, k), 1 = best; default: by phi, ties by position.
         loss_type: rankdpo (Δ = DCG weight), dpo_gain (Δ = |G|), dpo (Δ = 1, ties left out), plackett_luce (minus the
             log probability of the ranking, arXiv 2510.01540: each image against all that are less preferred; ties do
             not compete), sft (errors of the winners of all pairs), weighted_sft (all errors times `weight`).
         rank_source: label, or predicted: the discounts' ranks come from the model's own scores (LambdaLoss).
-        weight: weights of weighted_sft, float32 (B, k).
         sft_weight: how much of the loss of sft is added to a preference loss.
         loser_scale: of `safeguard_scale`, (B, k, k): scales the gradient of s_j in m_ij, not its value.
 
@@ -399,6 +278,7 @@ def rankdpo_loss(
     else:
         weights = torch.ones_like(margins)
     weights = weights * preferred
+
     if loss_type == "plackett_luce":
         competes = preferred | torch.eye(phi.shape[1], dtype=torch.bool, device=phi.device)
         loss = (-margins).masked_fill(~competes, -torch.inf).logsumexp(dim=2).sum(dim=1).mean()
@@ -420,91 +300,64 @@ def rankdpo_loss(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+# Copied from train_rankdpo_sdxl.safeguard_scale
+def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -> torch.Tensor:
+    """Diffusion-SDPO's λ of each pair (arXiv 2511.03317): the share of the loser's gradient that keeps the winner safe.
+
+    With residuals ρ = prediction − target, λ_ij = (1 − μ)·‖ρ_i‖² / ⟨ρ_i, ρ_j⟩ in [0, 1], and 1 where ⟨ρ_i, ρ_j⟩ ≤ 0. To
+    first order, in the space of predictions, a step on the pair then does not raise the winner's error. The published
+    code takes one λ for a whole batch; here every pair has its own, so that it does not depend on its batch.
+    prediction, target: (B, k, C, H, W); mu: μ in [0, 1], larger is safer. Returns float32 (B, k, k), winner i and loser
+    j; carries no gradient."""
+    residuals = (prediction.detach().float() - target.float()).flatten(2)
+    # No matrix product: autocast would compute it in half precision, where it overflows.
+    products = torch.stack([(residuals * other[:, None]).sum(dim=2) for other in residuals.unbind(dim=1)], dim=2)
+    squares = products.diagonal(dim1=1, dim2=2)[:, :, None]
+    return torch.where(products > 0, (1 - mu) * squares / products, 1.0).clamp(max=1.0)
 
 
-def sample_noise(args: ScriptArguments, noise_scheduler: SchedulerMixin, key: tuple, shape: torch.Size) -> dict:
-    """Draws one timestep for all images of a prompt, and one noise for all of them (`--noise prompt`) or one for each
-    (`--noise image`, the paper's ε_i); the trained model and the reference share them.
-
-    They are a function of the key alone: the same after a resume and on any number of processes.
-
-    Args:
-        key: (seed, epoch, id of the row); shape: of the row's latents, (k, C, h, w).
-
-    Returns:
-        sigmas, float32 scalar in [0, 1]; noise, float32 (k, C, h, w).
-    """
-    rng = seeded_generator(*key)
-    sigma = draw_sigma(args, noise_scheduler, int(rng.integers(2**63)))
-    drawn = shape if args.noise == "image" else shape[1:]
-    return {"sigmas": sigma, "noise": torch.from_numpy(rng.standard_normal(drawn, dtype=np.float32)).expand(shape)}
+# Training: what is drawn, one forward, one step, the loop -----------------------------------------------------------
+def sample_noise(args: ScriptArguments, noise_scheduler, key: tuple, shape: torch.Size) -> dict:
+    """Draws one timestep for all images of a row, and one noise for all (`--noise prompt`) or each (`--noise image`:
+    the paper's ε_i): a function of (seed, epoch, id of the row) alone, so the same after a resume and on any number of
+    processes. shape: of the row's latents, (k, C, h, w). Returns sigmas, float32 scalar, that of a timestep of the
+    schedule, which the model's shift has moved, of the density `--weighting_scheme`; noise, float32 (k, C, h, w)."""
+    rng, steps = seeded_generator(*key), noise_scheduler.config.num_train_timesteps
+    options = {"generator": torch.Generator().manual_seed(int(rng.integers(2**63))), "mode_scale": args.mode_scale}
+    density = training_utils.compute_density_for_timestep_sampling
+    u = density(args.weighting_scheme, 1, args.logit_mean, args.logit_std, **options)
+    sigma = noise_scheduler.sigmas[(u * steps).long().clamp(0, steps - 1).item()]  # the mode density reaches 1
+    noise = rng.standard_normal(shape if args.noise == "image" else shape[1:], dtype=np.float32)
+    return {"sigmas": sigma, "noise": torch.from_numpy(noise).expand(shape)}
 
 
-def draw_sigma(args: ScriptArguments, noise_scheduler: SchedulerMixin, seed: int) -> torch.Tensor:
-    """The sigma, float32 scalar, of one timestep of the training schedule, drawn with the density that
-    `--weighting_scheme` names. The model's shift has moved the schedule's sigmas."""
-    generator = torch.Generator().manual_seed(seed)
-    u = compute_density_for_timestep_sampling(
-        args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
-    )
-    steps = noise_scheduler.config.num_train_timesteps
-    return noise_scheduler.sigmas[(u * steps).long().clamp(0, steps - 1).item()]  # the mode density reaches 1
-
-
-# Copied from train_rankdpo_sdxl.epoch_order
-def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
-    """The order of the dataset's rows in an epoch, int64 (length,): shuffled, a function of (seed, epoch)."""
-    return seeded_generator(args.seed, epoch, "order").permutation(length)
-
-
-def predict(
-    model: Module, noise_scheduler: SchedulerMixin, batch: dict, args: ScriptArguments
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def predict(model: Module, noise_scheduler, batch: dict, args: ScriptArguments) -> tuple:
     """One forward of all k images of a batch of prompts.
-
-    Args:
-        batch: latents and noise (B, k, C, h, w), sigmas (B,), clip_embeds (B, tokens, width), pooled_prompt_embeds
-            (B, width) and, where T5 is used, t5_embeds (B, tokens, width).
-
-    Returns:
-        errors, float32 (B, k), weighted by the sigma under cosmap; prediction and target, (B, k, C, h, w).
-    """
-    shape = batch["latents"].shape
+    batch: latents and noise (B, k, C, h, w), sigmas (B,), and the embeddings that `encode_prompt` returns, (B, …).
+    Returns errors, float32 (B, k), weighted by the sigma under cosmap; prediction and target, (B, k, C, h, w)."""
+    shape, k = batch["latents"].shape, batch["latents"].shape[1]
     latents = batch["latents"].flatten(0, 1).float()
     noise = batch["noise"].flatten(0, 1)
-    sigmas = batch["sigmas"].repeat_interleave(shape[1])
+    sigmas = batch["sigmas"].repeat_interleave(k)
     noisy_latents = (1.0 - sigmas).view(-1, 1, 1, 1) * latents + sigmas.view(-1, 1, 1, 1) * noise
     target = noise - latents
-    width, dtype = getattr(model, "module", model).config.joint_attention_dim, args.weight_dtype  # DDP has a module
-    prompt_embeds = joint_prompt_embeds(batch, width, args.max_sequence_length)
+    embeds = pipeline_embeds(args, batch)
     prediction = model(
-        hidden_states=noisy_latents.to(dtype),
+        hidden_states=noisy_latents.to(args.weight_dtype),
         timestep=sigmas * noise_scheduler.config.num_train_timesteps,
-        encoder_hidden_states=prompt_embeds.to(dtype).repeat_interleave(shape[1], dim=0),
-        pooled_projections=batch["pooled_prompt_embeds"].to(dtype).repeat_interleave(shape[1], dim=0),
+        encoder_hidden_states=embeds["prompt_embeds"].repeat_interleave(k, dim=0),
+        pooled_projections=embeds["pooled_prompt_embeds"].repeat_interleave(k, dim=0),
     ).sample
-    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, batch["sigmas"])[:, None]
+    weighting = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, batch["sigmas"])[:, None]
     errors = weighting * denoising_error(prediction, target).view(shape[:2])
     return errors, prediction.view(shape), target.view(shape)
 
 
 # Copied from train_rankdpo_sdxl.training_step
-def training_step(
-    model: Module, reference: Module, noise_scheduler: SchedulerMixin, batch: dict, args: ScriptArguments
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a batch of prompts: one forward, and one of the reference where the objective needs it.
-
-    Args:
-        model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off.
-        batch: what `predict` reads, phi (B, k), rank (B, k), weight (B, k) of weighted_sft, and ref_errors (B, k) where
-            they were computed before.
-
-    Returns:
-        loss, metrics of `rankdpo_loss`.
-    """
+def training_step(model: Module, reference: Module, noise_scheduler, batch: dict, args: ScriptArguments) -> tuple:
+    """Loss and metrics of a batch of prompts: one forward, and one of the reference where the objective needs it.
+    model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off; batch: what
+    `predict` reads, phi, rank, weight of weighted_sft and ref_errors, if they were computed before, (B, k) each."""
     ref_errors = batch.get("ref_errors")
     if ref_errors is None and args.loss_type not in UNUSED_BY["precompute_ref"]:
         with as_reference(reference):
@@ -518,35 +371,37 @@ def training_step(
 
 
 # Copied from train_rankdpo_sdxl.train
-def train(
-    args: ScriptArguments, run: "Run", model: Module, noise_scheduler: SchedulerMixin, batches: Iterator, validator
-) -> float:
-    """Trains the LoRA of `model` up to `run.max_train_steps`, with checkpoints and logs.
-
-    Args:
-        batches: of `training_batches`; validator: draws the gallery, in the main process only.
-
-    Returns:
-        images per second, checkpoints and validation included.
-    """
+def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches: Iterator, pipeline) -> None:
+    """Trains the LoRA of `model` up to `run.max_train_steps`, with checkpoints and logs. `batches`: of
+    `training_batches`; `pipeline`: draws the validation prompts, in the main process only."""
     accelerator, unwrapped = run.accelerator, model  # with its adapter off it is the reference
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, parameters)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=run.max_train_steps,
-    )
+    adam = partial(torch.optim.AdamW, fused=True)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as adam
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = adam(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
+    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": run.max_train_steps}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
+    state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
+    state |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     if run.checkpoint:
-        load_training_state(run.checkpoint, optimizer, lr_scheduler, accelerator.scaler)
-    log = TrainingLog(args, run, parameters)
+        stored = torch.load(run.checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+        for name, part in state.items():
+            part.load_state_dict(stored[name])
+    log = TrainingLog(args, run)
+    for number in (signal.SIGTERM, signal.SIGINT):  # until here a signal ends the process at once: nothing is lost
+        signal.signal(number, on_stop_signal)
 
     for step in range(run.start_step + 1, run.max_train_steps + 1):
         totals = {}
         for _ in range(args.gradient_accumulation_steps):
-            batch = log.next_batch(batches)
+            if stop_signals:
+                stop(args, run, step - 1, unwrapped, state, leave=accelerator.num_processes == 1)
+            asked = time.time()
+            batch = next(batches)
+            log.data_time += time.time() - asked
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     loss, metrics = training_step(model, unwrapped, noise_scheduler, batch, args)
@@ -560,7 +415,7 @@ def train(
         # the update, so that a step without a finite loss and gradient can be skipped: by all processes alike.
         values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
         logs = dict(zip(totals, values), lr=lr_scheduler.get_last_lr()[0])
-        stopping = logs.pop("stop") > 0
+        stopping = logs.pop("stop") > 0  # a process has received a signal: all of them leave after this step
         finite = log.write(step, logs)
         if finite or accelerator.scaler:  # with fp16 the scaler itself skips a step, and lowers the loss scale
             optimizer.step()
@@ -568,488 +423,153 @@ def train(
             lr_scheduler.step()
         optimizer.zero_grad()
 
-        due = step % args.checkpointing_steps == 0 or step == run.max_train_steps or stopping
-        if accelerator.is_main_process and due:
-            save_checkpoint(args, run, step, unwrapped, optimizer, lr_scheduler)
-            if args.push_to_hub:
-                upload_checkpoint(args, run, step, wait=stopping)
+        if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
+            save_checkpoint(args, run, step, unwrapped, state)
         if stopping and step < run.max_train_steps:
-            end_stopped_run(args, run, step)
+            stop(args, run, step, unwrapped, state, leave=True)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
-            log_images(accelerator, validator.prompts, validator(unwrapped), step)
+            log_images(args, accelerator, draw_gallery(args, run, pipeline, unwrapped), step)
             log.step_ended = time.time()  # drawing does not count as training
-    return log.close()
-
-
-# Copied from train_rankdpo_sdxl.fit
-def fit(args: ScriptArguments, run: "Run", images: "StoredImages", cache: "LatentCache", facts: dict) -> None:
-    """Encodes the data, trains, and writes the LoRA with its card. `facts`: of the data, for the card."""
-    validator, encode_prompts = encode_dataset(args, images, cache, run.accelerator)
-    set_seed(args.seed)
-    with loading(args.pretrained_model_name_or_path):
-        noise_scheduler, model = load_model(args)
-    prepare_model(args, run, model)
-    rows = CachedRows(args, cache, images.labels, noise_scheduler)
-    if args.precompute_ref:
-        precompute_reference(args, run, model, rows, encode_prompts)
-    speed = train(args, run, model, noise_scheduler, training_batches(args, run, rows, encode_prompts), validator)
-    run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        finish(args, run, model, validator, facts, speed)
-    run.accelerator.end_training()
+    for number in (signal.SIGTERM, signal.SIGINT):  # from here on a signal ends the process at once, again
+        signal.signal(number, signal.SIG_DFL)
+    log.bar.close()
 
 
 # Copied from train_rankdpo_sdxl.main
 def main(args: ScriptArguments) -> None:
+    # What can be wrong with flags, folders and labels is found before a model is loaded. A start reads labels and an
+    # index, and lists the cache. Only `encode_dataset` reads images, each of them once.
     accelerator = make_accelerator(args)
-
-    # Everything that can be wrong with flags, folders and data is found here, before a model is loaded.
-    check_model_and_defaults(args)
-    dataset = load_ranked_dataset(args)
-    labels = make_labels(args, dataset)
-    k = len(labels[0]["images"])
-    identity = {"labels": hash_of_labels(labels), "images": images_key(args, dataset, labels)}
-    run = plan_run(args, accelerator, len(labels), k, identity)
-    run.rewards = label_rewards(args, dataset)
-    run.description = f"{len(labels)} prompts x {k} images"
-    images = stored_images(args, dataset, labels)
-    cache = LatentCache(args, cache_key(args, identity["images"]), len(labels), accelerator)
-    check_images(images, cache)
-    facts = {"prompts": f"{len(labels)} x {k} images", "data": data_identity(dataset, run.settings["labels"])}
-    if begin_run(args, run):  # False: the run is finished already
-        fit(args, run, images, cache, facts)
+    check_model(args)
+    table, parts = load_ranked_dataset(args)
+    labels = make_labels(args, table)
+    run = plan_run(args, accelerator, labels)
+    fit(args, run, parts, labels)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# SD3
-# ----------------------------------------------------------------------------------------------------------------------
+# Copied from train_rankdpo_sdxl.fit
+def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
+    """Encodes what is not in the cache, trains, and writes the results."""
+    lock, accelerator = begin_run(args, run), run.accelerator
+    pipeline, encode_prompts = encode_dataset(args, run, parts, labels)
+    record_run(args, run, labels)
+    set_seed(args.seed)
+    noise_scheduler, model = load_model(args)
+    prepare_model(args, run, model)
+    batches = partial(training_batches, args, run, labels, noise_scheduler, encode_prompts)
+    if args.precompute_ref:
+        precompute_reference(args, run, model, noise_scheduler, batches)
+    train(args, run, model, noise_scheduler, batches(run.start_step), pipeline)
+    accelerator.wait_for_everyone()
+    # The others leave: none waits in NCCL, where it would time out, while the first process draws and uploads.
+    accelerator.state.destroy_process_group()
+    if accelerator.is_main_process:
+        finish(args, run, model, pipeline, parts)
+    accelerator.end_training()
+    lock.release()
 
 
-DENOISER = "transformer"  # the component of the pipeline that is trained
-RESOLUTION_MULTIPLE = 16
-PROMPTS_PER_FORWARD = 8  # T5 of more prompts takes gigabytes
-BASE_LICENSES = {
-    f"stabilityai/{name}": {
-        "license": "other",
-        "license_name": "stabilityai-ai-community",
-        "license_link": f"https://huggingface.co/stabilityai/{home}/blob/main/LICENSE.md",
-    }
-    for name, home in {
-        "stable-diffusion-3-medium-diffusers": "stable-diffusion-3-medium",
-        "stable-diffusion-3.5-medium": "stable-diffusion-3.5-medium",
-        "stable-diffusion-3.5-large": "stable-diffusion-3.5-large",
-    }.items()
-}
-
-
-def check_model_and_defaults(args: ScriptArguments) -> None:
-    """Exits with one line unless the model is an SD3 pipeline; one without T5 is trained without it. Reads
-    configurations only."""
-    model, pipeline = args.pretrained_model_name_or_path, read_config(args, "model_index.json")
-    name = pipeline["_class_name"]
-    if name not in ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"):
-        others = "use train_rankdpo_sdxl.py for SDXL, train_dpo_qsd.py for SD1.5"
-        raise SystemExit(f"--pretrained_model_name_or_path {model} is a {name}: this script trains SD3; {others}")
-    if read_config(args, "scheduler/scheduler_config.json").get("use_dynamic_shifting"):
-        raise SystemExit(f"{model}: its scheduler shifts by resolution (`use_dynamic_shifting`), which SD3's does not")
-    if pipeline.get("text_encoder_3", [None])[0] is None:
-        args.use_text_encoder_3 = False
-
-
-def load_vae(args: ScriptArguments) -> AutoencoderKL:
-    options = {"revision": args.revision, "variant": args.variant, "dtype": torch.float32}
-    return AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **options)
-
-
-def load_model(args: ScriptArguments) -> tuple[FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel]:
-    """Scheduler and transformer, without LoRA."""
-    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**model, subfolder="scheduler")
-    weights = {"subfolder": "transformer", "variant": args.variant, "dtype": args.weight_dtype}
-    transformer = SD3Transformer2DModel.from_pretrained(**model, **weights, **quantization(args))
-    transformer._repeated_blocks = ["JointTransformerBlock"]  # for --compile; diffusers names them for other models
-    return noise_scheduler, transformer
-
-
-def load_pipeline(args: ScriptArguments, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """The pipeline that draws the gallery, without the components that are given to it later or not needed."""
-    absent = ["transformer", *(f"{part}{s}" for part in ("text_encoder", "tokenizer") for s in ("", "_2", "_3"))]
-    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    return StableDiffusion3Pipeline.from_pretrained(**model, vae=vae, **dict.fromkeys(absent))
-
-
-def add_lora(model: SD3Transformer2DModel, rank: int) -> None:
-    """LoRA on the attention projections of image and text: 191 modules of SD3-Medium, 243 of SD3.5-Medium, whose first
-    blocks attend twice, 303 of SD3.5-Large. One of them, the last block's `add_q_proj`, gets no gradient: the model
-    discards what its text queries give. alpha = rank: ComfyUI and diffusers agree."""
-    target_modules = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules))
-
-
-def save_lora(model: SD3Transformer2DModel, folder: Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors` (peft keys and adapter metadata): exact in diffusers and in ComfyUI."""
-    write_lora(StableDiffusion3Pipeline, model, folder)
-
-
-export_lora = save_lora  # ComfyUI reads the same file
-
-
-class PromptEncoder:
-    """SD3's tokenizers and text encoders: two CLIPs and, where it is used, T5."""
-
-    def __init__(self, args: ScriptArguments, device: torch.device):
-        model, options = args.pretrained_model_name_or_path, {"revision": args.revision}
-        encoders = {"": CLIPTextModelWithProjection, "_2": CLIPTextModelWithProjection}
-        if args.use_text_encoder_3:
-            encoders["_3"] = T5EncoderModel
-        self.tokenizers = [AutoTokenizer.from_pretrained(model, subfolder=f"tokenizer{s}", **options) for s in encoders]
-        options.update(variant=args.variant, dtype=args.weight_dtype)
-        self.text_encoders = [
-            encoder.from_pretrained(model, subfolder=f"text_encoder{s}", **options).to(device).eval()
-            for s, encoder in encoders.items()
-        ]
-        # Both CLIPs' tokens stand side by side, so the first tokenizer's length counts.
-        self.lengths = [self.tokenizers[0].model_max_length] * 2 + [args.max_sequence_length]
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """prompts (n) → clip_embeds (n, tokens, width of both), pooled_prompt_embeds (n, pooled width of both) and,
-        where T5 is used, t5_embeds (n, max_sequence_length, width), padding tokens included: the transformer has no
-        mask and attends to them. Zeros are not kept; `joint_prompt_embeds` adds them."""
-        outputs = []
-        for tokenizer, text_encoder, length in zip(self.tokenizers, self.text_encoders, self.lengths):
-            tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            is_clip = len(outputs) < 2  # all 25 hidden states of T5 would be gigabytes
-            outputs.append(text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=is_clip))
-        embeds = {
-            "clip_embeds": torch.cat([output.hidden_states[-2] for output in outputs[:2]], dim=-1),
-            "pooled_prompt_embeds": torch.cat([output.text_embeds for output in outputs[:2]], dim=-1),
-        }
-        if len(outputs) == 3:
-            embeds["t5_embeds"] = outputs[2].last_hidden_state
-        return embeds
-
-
-def joint_prompt_embeds(embeds: dict[str, torch.Tensor], width: int, t5_tokens: int) -> torch.Tensor:
-    """What SD3's transformer attends to, as StableDiffusion3Pipeline.encode_prompt makes it.
-
-    Args:
-        embeds: of `PromptEncoder`; width: of the transformer's prompt embeddings; t5_tokens: `max_sequence_length`.
-
-    Returns:
-        (n, CLIP tokens + t5_tokens, width): CLIP's embeddings filled up with zeros, then T5's, zeros without it.
-    """
-    clip_embeds = embeds["clip_embeds"]
-    t5_embeds = embeds.get("t5_embeds")
-    if t5_embeds is None:
-        t5_embeds = clip_embeds.new_zeros(len(clip_embeds), t5_tokens, width)
-    return torch.cat([F.pad(clip_embeds, (0, width - clip_embeds.shape[-1])), t5_embeds], dim=1)
-
-
-def pipeline_embeds(args: ScriptArguments, embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Embeddings of `PromptEncoder` as the pipeline takes them."""
-    width = read_config(args, "transformer/config.json").get("joint_attention_dim", 4096)
-    prompt_embeds = joint_prompt_embeds(embeds, width, args.max_sequence_length)
-    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": embeds["pooled_prompt_embeds"]}
-
-
-def preprocess_image(image: dict, resolution: int) -> dict[str, torch.Tensor]:
-    """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped."""
-    return {"pixels": resize_and_crop(image, resolution)[0]}
-
-
-def encoding_settings(args: ScriptArguments) -> list:
-    """Everything of the model that latents and embeddings depend on."""
-    text = args.use_text_encoder_3 and args.max_sequence_length
-    fingerprint = model_fingerprint(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    return [fingerprint, args.variant, text, args.resolution, str(args.weight_dtype)]
-
-
-def card_parts(args: ScriptArguments, facts: dict) -> dict:
-    """What the card says of this method and model: see `write_card`."""
-    # The pipeline's default is 256 tokens; the LoRA is to be used with as many as it was trained with.
-    tokens = "" if args.max_sequence_length == 256 else f", max_sequence_length={args.max_sequence_length}"
-    without_t5 = "" if args.use_text_encoder_3 else ", text_encoder_3=None, tokenizer_3=None"
-    return {
-        "tags": ["sd3", "rankdpo"],
-        "datasets": [args.dataset_name],
-        "introduction": rankdpo_introduction(args),
-        "facts": {"T5": f"{args.max_sequence_length} tokens" if args.use_text_encoder_3 else "without"},
-        "load": "from diffusers import StableDiffusion3Pipeline\n\n"
-        "pipeline = StableDiffusion3Pipeline.from_pretrained(\n"
-        f'    "{args.pretrained_model_name_or_path}", dtype=torch.bfloat16{without_t5}\n)',
-        "call": tokens,
-        "comfyui": "put `pytorch_lora_weights.safetensors` into `models/loras` as "
-        f"`{Path(args.output_dir).resolve().name}.safetensors`",
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Shared: ranked dataset (train_rankdpo_sdxl.py; `make fix-copies` writes it into the other scripts)
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-ROW = "prompt"  # what messages call a row of the dataset
-
-
-def load_ranked_dataset(args: ScriptArguments) -> Dataset:
-    """Loads and checks the dataset's table; no image is decoded yet. Exits with one line that names what is wrong."""
-    where, options = f"--dataset_name {args.dataset_name}", {"split": args.dataset_split}
-    options |= {"revision": args.dataset_revision, "cache_dir": local_cache(args.dataset_name)}
-    fresh = options["cache_dir"] and not os.path.isdir(options["cache_dir"])
-    check_dataset_folder("--dataset_name", args.dataset_name, columns=fresh)
-    try:
-        dataset = load_dataset(args.dataset_name, args.dataset_config_name, **options)
-    except Exception as error:
-        written = options["cache_dir"] or str(datasets_config.HF_DATASETS_CACHE)
-        raise load_problem(where, error.__cause__ or error, written) from None
-    have = ", ".join(dataset.column_names) or "none"
-    for name in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
-        if (column := getattr(args, name)) not in dataset.column_names:
-            raise SystemExit(f"{where}: no column {column!r} (--{name}); it has {have}")
-    if not isinstance(getattr(dataset.features[args.images_column], "feature", None), Image):
-        raise SystemExit(f"{where}: column {args.images_column!r} must hold lists of images, List(Image())")
-    if args.max_train_samples:
-        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
-    if len(dataset) == 0:
-        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
-    return dataset
-
-
-def make_labels(args: ScriptArguments, dataset: Dataset) -> "Labels":
-    """Checks every row and computes its labels.
-
-    Returns:
-        of each row `id` str, `prompt` str, `images` (positions of the images used, k of them), `phi` float32 (k,),
-        `rank` int64 (k,) and, for weighted_sft, `weight` float32 (k,), of mean 1 over the dataset.
-    """
+# Data: labels of all rows -------------------------------------------------------------------------------------------
+# Copied from train_rankdpo_sdxl.load_ranked_dataset
+def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
+    """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
     columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
-    columns += [name for name in (args.rank_column, "generators", "scores") if name in dataset.column_names]
-    weighted = args.loss_type == "weighted_sft"
-    if (from_scores(args) or weighted) and not isinstance(dataset.features.get("scores"), dict):
-        needs = "--loss_type weighted_sft needs" if weighted else "--rank_by / --generators need"
-        raise SystemExit(f"{needs} the dataset's `scores` column, a struct of lists, which it does not have")
-    if args.generators and "generators" not in columns:
-        raise SystemExit("--generators needs the dataset's `generators` column, which it does not have")
-    # The columns are views of mapped files: nothing is read yet.
-    table = dataset.select_columns(list(dict.fromkeys(columns))).with_format("arrow")[:]
-    check_ids(args, table[args.prompt_id_column])
-    counts, found, k = count_images(dataset, args.images_column), [], None
-    kinds = {"images": np.int32, "phi": np.float32, "rank": np.int64, "weight": np.float64}
-    for start in range(0, len(table), LABELS_PER_BATCH):
-        batch = []
-        for index, row in enumerate(table.slice(start, LABELS_PER_BATCH).to_pylist(), start):
-            try:
-                label = row_labels(args, row, int(counts[index]))
-                k = k or len(label["images"])
-                if len(label["images"]) != k:
-                    raise ValueError(f"{len(label['images'])} images, but row 0 has {k}: all rows need the same number")
-            except ValueError as error:
-                raise SystemExit(f"row {index} (prompt_id {row[args.prompt_id_column]!r}): {error}") from None
-            batch.append(label)
-        found.append({name: np.array([label[name] for label in batch], dtype=kinds[name]) for name in batch[0]})
-    arrays = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
-    if weighted:
-        mean = np.mean(arrays["weight"]) or 1.0  # all weights are 0
-        arrays["weight"] = (arrays["weight"] / mean).astype(np.float32)
-    arrays["images"] = pa.FixedSizeListArray.from_arrays(arrays["images"].ravel(), k)
-    ids = table[args.prompt_id_column]
-    if not (pa.types.is_integer(ids.type) or pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
-        # Text as Python writes it, which Arrow does not: 1.0, not 1.
-        ids = pa.chunked_array([[str(prompt_id) for prompt_id in ids.to_pylist()]], pa.large_string())
-    labels = Labels(id=ids.cast(pa.large_string()), prompt=table[args.prompt_column], **arrays)
-    check_order(args, labels)
+    tables, groups = read_columns(args, {*columns, args.rank_column, "generators", "scores"})
+    table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
+    if absent := [name for name in columns if name not in table.column_names]:
+        raise SystemExit(
+            f"--dataset_name {args.dataset_name}: no column {absent[0]!r}: see the flags that end in _column"
+        )
+    parts, start = [], 0
+    for *place, rows in groups:
+        if start < len(table):
+            parts.append(Part(*place, start, min(rows, len(table) - start)))
+            start += rows
+    return table, parts
+
+
+# Copied from train_rankdpo_sdxl.make_labels
+def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
+    """Checks all rows and computes their labels: Arrow's `id` and `prompt` (n,); arrays (n, k) `images`, positions of
+    the images used, `phi` float32, `rank` int64 and, for weighted_sft, `weight` float32, of mean 1; `count` (n,)."""
+    seen, found = {}, []
+    for index, row in enumerate(row for batch in table.to_batches(1000) for row in batch.to_pylist()):
+        prompt_id = row[args.prompt_id_column]
+        try:
+            if prompt_id is None or prompt_id in seen:
+                raise ValueError(f"its id is missing, or the same as in row {seen.get(prompt_id)}")
+            found.append(row_labels(args, row))
+            if (k := len(found[-1]["images"])) != (first := len(found[0]["images"])):
+                raise ValueError(f"{k} images, but row 0 has {first}: all rows need the same number")
+        except (ValueError, TypeError, LookupError) as error:
+            problem = f"the dataset has no column {error}" if isinstance(error, KeyError) else one_line(error)
+            raise SystemExit(f"row {index} (prompt_id {prompt_id!r}): {problem}") from None
+        seen[prompt_id] = index
+    if not found:
+        raise SystemExit(f"--dataset_name {args.dataset_name}: split {args.dataset_split!r} has no rows")
+    labels = {name: np.array([row[name] for row in found]) for name in found[0]}
+    for name, column in (("id", args.prompt_id_column), ("prompt", args.prompt_column)):
+        labels[name] = table[column].combine_chunks()
+    if "weight" in labels:
+        labels["weight"] = np.float32(labels["weight"] / (labels["weight"].mean() or 1.0))
+    phi = labels["phi"]
+    ordered = np.mean([phi[:, i] != phi[:, j] for i, j in itertools.combinations(range(phi.shape[1]), 2)])
+    without = np.count_nonzero(np.ptp(phi, axis=1) == 0)
+    if ordered == 0 and args.loss_type in ("rankdpo", "dpo_gain", "dpo"):
+        raise SystemExit(f"{args.dataset_name}: the images of all {without} prompts are equally preferred")
+    PartialState().print(f"{ordered:.1%} of the pairs of images have an order; {without} prompts have none")
+    # What identifies them: the rewards that made them, which evaluate.py marks, and a hash.
+    scores = table[:1].to_pylist()[0].get("scores")
+    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
+    rewards = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])
+    numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
+    labels["settings"] = {"rewards": rewards, "labels": short_hash(str([*numbers, labels["id"].to_pylist()]))}
     return labels
 
 
-def check_ids(args: ScriptArguments, ids: pa.ChunkedArray) -> None:
-    """Exits with one line unless every row has an id of its own."""
-    if not ids.null_count and pc.count_distinct(ids).as_py() == len(ids):
-        return
-    first_row_of = {}
-    for row, prompt_id in enumerate(ids.to_pylist()):
-        if prompt_id is None or prompt_id in first_row_of:
-            same = "missing" if prompt_id is None else f"the same as in row {first_row_of[prompt_id]}"
-            raise SystemExit(f"row {row} (prompt_id {prompt_id!r}): `{args.prompt_id_column}` is {same}")
-        first_row_of[prompt_id] = row
-
-
-def from_scores(args: ScriptArguments) -> bool:
-    """Whether the labels are computed from the scores, not read."""
-    return args.rank_by != "random" and bool(args.generators or args.rank_by != "all")
-
-
-def row_labels(args: ScriptArguments, row: dict, n_images: int) -> dict:
-    """A row's `images`, `phi`, `rank` and, for weighted_sft, `weight`, not yet over the mean: k of each. A ValueError
-    says what is wrong with the row."""
-    phi, rank = stored_labels(args, row, n_images)
-    images = chosen_images(args, row, n_images)
-    if args.rank_by == "random":
-        rng = seeded_generator(args.seed, "random labels", row[args.prompt_id_column])
-        rank = rng.permutation(len(images)) + 1
-        phi = (len(images) - rank) / (len(images) - 1)
-    elif from_scores(args):
-        scores = reward_scores(args, row, n_images, args.rank_by)[:, images]
-        phi, rank = preference_probability(scores), preference_rank(scores)
-    if args.loss_type != "weighted_sft":
-        return {"images": images, "phi": phi, "rank": rank}
-    reward = label_source(args)
-    weight = reward_scores(args, row, n_images, reward)[0, images]
-    if weight.min() < 0:
-        other = "name another reward with --rank_by"
-        raise ValueError(f"weighted_sft takes `{reward}` as weights; {weight.min():.4g} is below 0: {other}")
-    return {"images": images, "phi": phi, "rank": rank, "weight": weight}
-
-
-def check_order(args: ScriptArguments, labels: "Labels") -> None:
-    """Says how much of the dataset teaches anything; exits with one line if nothing does."""
-    if args.loss_type in ("sft", "weighted_sft", "plackett_luce"):
-        return
-    phi = labels.columns["phi"]
-    ordered = sum(np.count_nonzero(other[:, None] != phi) for other in phi.T)
-    without = np.count_nonzero((phi == phi[:, :1]).all(axis=1))
-    if ordered == 0:
-        problem = f"--dataset_name {args.dataset_name}: the images of all {without} prompts are equally preferred"
-        raise SystemExit(f"{problem}: there is no order to learn")
-    if is_first_process():
-        share = ordered / (phi.size * (phi.shape[1] - 1))
-        print(f"{share:.1%} of the pairs of images have an order; {without} prompts have none")
-
-
-def hash_of_labels(labels: "Labels") -> str:
-    """Identifies the labels: the ids, and everything that the objective reads."""
-    names = [name for name in ("phi", "rank", "weight") if name in labels.columns]
-    rows = (f"{prompt_id}{''.join(map(str, values))}" for prompt_id, *values in labels.values("id", *names))
-    return hash_of_pieces(joined("|", rows))
-
-
-def joined(separator: str, texts: Iterator[str]) -> Iterator[str]:
-    """The pieces of `separator.join(texts)`, for texts that are too many for one string."""
-    yield next(texts)
-    for text in texts:
-        yield separator + text
-
-
-def hash_of_pieces(pieces: Iterator[str]) -> str:
-    """`short_hash` of a text that is given in pieces."""
-    digest = hashlib.sha256()
-    while text := "".join(itertools.islice(pieces, LABELS_PER_BATCH)):
-        digest.update(text.encode())
-    return digest.hexdigest()[:16]
-
-
-def label_rewards(args: ScriptArguments, dataset: Dataset) -> list[str]:
-    """The rewards that the run learns from: evaluate.py marks their figures."""
-    scores = dataset.features.get("scores")
-    known = list(scores) if isinstance(scores, dict) else []
-    return {"all": known, "random": []}.get(label_source(args), [label_source(args)])
-
-
-def label_source(args: ScriptArguments) -> str:
-    """all, random, or the name of one reward."""
-    return "hpsv2.1" if args.loss_type == "weighted_sft" and args.rank_by == "all" else args.rank_by
-
-
-def stored_labels(args: ScriptArguments, row: dict, n_images: int) -> tuple[list[float], list[int]]:
-    """The row's own preferences and ranks; a ValueError says what is wrong with them, or with the prompt."""
-    prompt, phi, rank = row[args.prompt_column], row[args.preference_column], row.get(args.rank_column)
+# Copied from train_rankdpo_sdxl.row_labels
+def row_labels(args: ScriptArguments, row: dict) -> dict:
+    """A row's `images`, `phi`, `rank` and, for weighted_sft, `weight`. A ValueError says what is wrong with the row."""
+    prompt, stored, rank = row[args.prompt_column], row[args.preference_column], row.get(args.rank_column)
+    phi = np.array(stored or [], dtype=np.float32)
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("the prompt is empty or no text: remove the row")
-    if n_images < 2:
-        raise ValueError(f"it has {n_images} image: a preference needs at least 2 images per prompt")
-    if not isinstance(rank, (list, type(None))):
-        raise ValueError(f"`{args.rank_column}` is {rank!r}: it must be a list, one rank for each image")
-    numbers = isinstance(phi, list) and all(isinstance(value, (int, float)) and value == value for value in phi)
-    if not numbers or len(phi) != n_images:
-        raise ValueError(f"`{args.preference_column}` must give one number for each of the {n_images} images")
-    if min(phi) < 0 or max(phi) > 1:
-        raise ValueError(f"`{args.preference_column}` {phi} is outside [0, 1]")
+        raise ValueError("the prompt is empty: remove the row")
+    if len(phi) < 2 or not ((phi >= 0) & (phi <= 1)).all():
+        raise ValueError(f"`{args.preference_column}` {stored}: it takes at least 2 images, and none is outside [0, 1]")
     if rank is None:
-        return phi, np.argsort(np.argsort(-np.array(phi), kind="stable"), kind="stable") + 1
-    is_permutation = all(isinstance(r, int) for r in rank) and sorted(rank) == list(range(1, n_images + 1))
-    if not is_permutation or any(a < b for (_, a), (_, b) in itertools.pairwise(sorted(zip(rank, phi)))):
-        rule = "it must be a permutation of 1…k that never puts a less preferred image first"
-        raise ValueError(f"`{args.rank_column}` {list(rank)} contradicts `{args.preference_column}` {phi}: {rule}")
-    return phi, rank
+        rank = np.argsort(np.argsort(-phi, kind="stable"), kind="stable") + 1
+    if sorted(rank) != list(range(1, len(phi) + 1)) or (np.diff(phi[np.argsort(rank)]) > 0).any():
+        raise ValueError(f"`{args.rank_column}` {rank} is no permutation, or contradicts the preferences {stored}")
+    count, images = len(phi), list(range(len(phi)))
+    if args.generators:
+        images = [i for i in images if row["generators"][i] in args.generators]
+        if len(images) < 2:
+            raise ValueError(f"{len(images)} images of --generators {' '.join(args.generators)}: it takes at least 2")
+    if args.rank_by == "random":
+        rank = seeded_generator(args.seed, "random labels", row[args.prompt_id_column]).permutation(len(images)) + 1
+        phi = (len(images) - rank) / (len(images) - 1)
+    elif args.generators or args.rank_by != "all":
+        scores = reward_scores(row, count, args.rank_by)[:, images]
+        phi, rank = preference_probability(scores), preference_rank(scores)
+    labels = {"count": count, "images": images, "phi": np.float32(phi), "rank": np.int64(rank)}
+    if args.loss_type == "weighted_sft":
+        reward = "hpsv2.1" if args.rank_by == "all" else args.rank_by
+        labels["weight"] = reward_scores(row, count, reward)[0, images]
+        if labels["weight"].min() < 0:
+            raise ValueError(f"weighted_sft: its weights, `{reward}`, go below 0: name another reward with --rank_by")
+    return labels
 
 
-def chosen_images(args: ScriptArguments, row: dict, n_images: int) -> list[int]:
-    """Positions of the images to train on: all, or those of --generators."""
-    if not args.generators:
-        return list(range(n_images))
-    if len(row["generators"]) != n_images:
-        raise ValueError(f"`generators` must name one for each of the {n_images} images")
-    images = [i for i, name in enumerate(row["generators"]) if name in args.generators]
-    if len(images) < 2:
-        wanted, present = " ".join(args.generators), ", ".join(sorted(set(row["generators"])))
-        found = f"{len(images)} of its images are from --generators {wanted}"
-        raise ValueError(f"{found}; the row has {present}; at least 2 are needed")
-    return images
-
-
-def reward_scores(args: ScriptArguments, row: dict, n_images: int, reward: str) -> np.ndarray:
+# Copied from train_rankdpo_sdxl.reward_scores
+def reward_scores(row: dict, n_images: int, reward: str) -> np.ndarray:
     """A row's scores under a reward, or under all of them, float64 (n_rewards, n_images)."""
+    if reward not in ("all", *row["scores"]):
+        raise ValueError(f"--rank_by {reward}: the dataset has scores of {', '.join(row['scores'])}: name one of them")
     names = sorted(row["scores"]) if reward == "all" else [reward]
-    if not set(names) <= set(row["scores"]):
-        asked = f"--rank_by {reward}" if reward == args.rank_by else f"--loss_type weighted_sft takes {reward}"
-        raise SystemExit(
-            f"{asked}: no such reward; the dataset has {', '.join(row['scores'])}: name one with --rank_by"
-        )
-    if any(len(row["scores"][name] or []) != n_images for name in names):
-        raise ValueError("`scores` must give one number per image and reward")
     scores = np.array([row["scores"][name] for name in names], dtype=np.float64)
-    if not np.isfinite(scores).all():
-        raise ValueError("`scores` holds a number that is not finite")
+    if scores.shape[1:] != (n_images,) or not np.isfinite(scores).all():
+        raise ValueError("`scores` must give one finite number per image and reward")
     return scores
-
-
-def count_images(dataset: Dataset, column: str) -> np.ndarray:
-    """Images per row, (rows,), counted in Arrow: no image is read into Python."""
-    images = dataset.select_columns([column]).with_format("arrow")[:][column]
-    return pc.list_value_length(images).fill_null(0).to_numpy()
-
-
-def images_key(args: ScriptArguments, dataset: Dataset, labels: "Labels") -> str:
-    """Hash of what identifies the images and prompts: their content, wherever the dataset lies."""
-    local = os.path.isdir(args.dataset_name)
-    source = folder_digest(args.dataset_name) if local else hub_commits(dataset) or dataset._fingerprint
-    images = json_list(labels, "images") if args.generators else [json.dumps(labels[0]["images"])]
-    columns = json.dumps([args.images_column, args.prompt_column])[1:-1]
-    # In pieces, what json.dumps of one list would write.
-    beginning, middle = ["[", json.dumps(source), ", "], [", ", columns, ", "]
-    return hash_of_pieces(itertools.chain(beginning, json_list(labels, "id"), middle, images, ["]"]))
-
-
-def json_list(labels: "Labels", name: str) -> Iterator[str]:
-    """The pieces of json.dumps of a column."""
-    yield "["
-    yield from joined(", ", (json.dumps(value) for (value,) in labels.values(name)))
-    yield "]"
-
-
-def cache_key(args: ScriptArguments, images: str) -> str:
-    """Hash of everything that latents and embeddings depend on, so not of labels and hyperparameters. `images`: of
-    `images_key`."""
-    return short_hash(json.dumps([CACHE_VERSION, images, args.cache_text_embeddings, *encoding_settings(args)]))
-
-
-def stored_images(args: ScriptArguments, dataset: Dataset, labels: "Labels") -> "StoredImages":
-    return StoredImages(args, labels, partial(read_images, stored_column(dataset, args.images_column)))
-
-
-def read_images(column: Dataset, index: int, label: dict) -> list[tuple[str, dict]]:
-    """The k images of a prompt, undecoded, with the names that error messages use."""
-    images, where = column[index].column(0)[0].as_py(), f"row {index} (prompt_id {label['id']!r})"
-    return [(f"{where}: image {position}", images[position]) for position in label["images"]]
-
-
-def rankdpo_introduction(args: ScriptArguments) -> str:
-    """The first sentence of the card."""
-    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if args.loss_type in ("sft", "weighted_sft"):
-        learns = "one of its baselines: the model learns to denoise images, the better ones more"
-    return f"""A LoRA for `{args.pretrained_model_name_or_path}`, trained with `{args.loss_type}` on ranked images
-(`{args.dataset_name}`), after [RankDPO](https://arxiv.org/abs/2410.18013): {learns}."""
 
 
 # Copied from build_synpic.preference_probability
@@ -1087,934 +607,822 @@ def preference_rank(scores: np.ndarray) -> np.ndarray:
     return np.argsort(order) + 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shared: trainer (train_rankdpo_sdxl.py; `make fix-copies` writes it into the other scripts)
-# ----------------------------------------------------------------------------------------------------------------------
+# Copied from train_rankdpo_sdxl.label_rows
+def label_rows(labels: dict, start: int, end: int) -> list[tuple[int, int]]:
+    """Which labels belong to the dataset's rows from `start` to `end`: (row of the dataset, row of the labels)."""
+    return [(row, row) for row in range(start, min(end, len(labels["id"])))]
 
 
-CACHE_SHARD_ROWS = 64  # dataset rows per cache file: a crash loses at most these
-CACHE_VERSION = 3
-EMPTY_PROMPT = "unconditional"  # the cache file of its embeddings
-FREE_OF_REFERENCE = (  # settings that the reference's errors do not depend on
-    *("labels", "rank_by", "preference_column", "rank_column", "loss_type", "beta_dpo", "rank_source", "orpo_lambda"),
-    *("sft_weight", "safeguard", "rank", "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps"),
-    *("num_train_epochs", "max_grad_norm", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay"),
-    *("adam_epsilon", "global_batch_size"),
-)
-LABELS_PER_BATCH = 10_000  # rows that are Python objects at a time
-LORA_FILE = "pytorch_lora_weights.safetensors"
-STATE_FILE = "training_state.pt"
-LOG_FILE = "training_log.jsonl"
-HINTS = {  # if they differ from those of an earlier run
-    "images": "the dataset has changed; --dataset_revision takes an earlier commit of the Hub",
-    "model_files": "the model has changed; --revision takes an earlier commit of the Hub",
+# Copied from train_rankdpo_sdxl.epoch_order
+def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
+    """The order of the dataset's rows in an epoch, int64 (length,): shuffled, a function of (seed, epoch)."""
+    return seeded_generator(args.seed, epoch, "order").permutation(length)
+
+
+# Model: what is refused, the pipeline without its transformer, the transformer with its LoRA ------------------------
+PIPELINE, DENOISER = StableDiffusion3Pipeline, "transformer"
+PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+
+
+OTHERS = "this trains SD3; train_rankdpo_sdxl.py and train_dpo_qsd.py train other models"
+
+
+# That the cache depends on; and that the reference's errors depend on, too.
+ENCODING_FLAGS = ("variant", "resolution", "mixed_precision", "use_text_encoder_3", "max_sequence_length")
+REFERENCE_FLAGS = ("seed", "noise", "proportion_empty_prompts", "base_precision", "allow_tf32", "compile")
+REFERENCE_FLAGS += ("train_batch_size", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+# What SD3 and SD3.5 have; absent: the first. Else: other schedules, inpainting, another architecture or VAE.
+PLAIN = {
+    "model_index.json": {},
+    "scheduler/scheduler_config.json": {
+        "_class_name": ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+        "use_dynamic_shifting": (False, None),  # sigmas that depend on the resolution
+    },
+    "transformer/config.json": {"_class_name": ("SD3Transformer2DModel",), "in_channels": (16,), "out_channels": (16,)},
+    "vae/config.json": {"_class_name": ("AutoencoderKL",), "latents_mean": (None,), "latent_channels": (16,)},
 }
-CARD_FACTS = ("base_model", "datasets", "widget")  # the keys of the card's front matter that a run writes again
 
 
-@dataclass
-class Run:
-    """One training run: its size, what identifies it, and the step it continues from."""
-
-    accelerator: Accelerator
-    settings: dict  # all that changes the result: two runs with the same settings are the same run
-    checkpoint: Path | None
-    start_step: int
-    max_train_steps: int
-    rows_per_step: int  # of all processes and accumulated forwards
-    images_per_row: int
-    description: str = ""  # of the data, for the console
-    rewards: list[str] = field(default_factory=list)  # that made the labels; kept in run.json
-    pending_upload: Future | None = None  # of a checkpoint
-
-
-def make_accelerator(args: ScriptArguments) -> Accelerator:
-    diffusers_logging.disable_progress_bar()  # of loading weights
-    launched, output_dir = "LOCAL_RANK" in os.environ, Path(args.output_dir)
-    accelerator = Accelerator(
-        cpu=launched and not torch.cuda.is_available(),  # several processes without a GPU: gloo
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to in ("none", "no") else args.report_to,
-        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
-    kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise SystemExit(f"accelerate is set to {kind.value}: a LoRA needs no more than data parallelism")
-    check_compiler(args)
-    check_quantization(args)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return accelerator
-
-
-def plan_run(args: ScriptArguments, accelerator: Accelerator, length: int, images_per_row: int, identity: dict) -> Run:
-    """Counts the steps and finds the checkpoint to continue from. Refuses a folder that holds another run. `length`:
-    rows of the dataset; `identity`: what identifies the data, a part of the settings."""
-    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata.get("may_change")}
-    if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
-        del settings["max_train_steps"], settings["num_train_epochs"]
-    if args.base_precision is None:  # a run of a version without this flag goes on
-        del settings["base_precision"]
-    settings |= {**identity, "model_files": short_hash(json.dumps(encoding_settings(args)))}
-    settings |= {"global_batch_size": rows_per_step}
-    checkpoint = check_output_dir(args, settings)
-    start_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * length / rows_per_step))
-    if start_step > max_train_steps:
-        raise SystemExit(f"{checkpoint} is beyond the {max_train_steps} steps asked for: raise --max_train_steps")
-    return Run(accelerator, settings, checkpoint, start_step, max_train_steps, rows_per_step, images_per_row)
-
-
-def check_output_dir(args: ScriptArguments, settings: dict) -> Path | None:
-    """Refuses a folder that holds another run; returns the checkpoint to resume from, if any."""
-    output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint
-    here, checkpoints = f"--output_dir {output_dir} holds", list_checkpoints(output_dir)
-    has_lora = (output_dir / LORA_FILE).exists()
-    check_card(output_dir / "README.md")
-    try:
-        previous = read_json(output_dir / "run.json")
-    except Damaged as error:  # the checkpoints, too, know which run they are of
-        if not any(map(checkpoint_record, checkpoints)):
-            raise SystemExit(f"{error}, and no checkpoint of it can be used: choose another folder") from None
-        warn(f"{error}: it is written again")
-        previous = settings
-    changed = [name for name, value in settings.items() if previous.get(name) != value]
-    if previous and changed and (checkpoints or has_lora):
-        name = min(changed, key=lambda name: name not in previous)
-        other = f"of another version of this script, which had no {name}"
-        if name in previous:
-            other = f"with {name} {previous[name]}, not {settings[name]}"
-        if name in HINTS and name in previous:
-            other += f" ({HINTS[name]})"
-        raise SystemExit(f"{here} a run {other}: choose another folder")
-    if not previous and not is_empty(output_dir) and not any(map(checkpoint_record, checkpoints)):
-        raise SystemExit(f"{here} other files: choose another folder")
-    if resume is None:
-        if checkpoints or has_lora:
-            hint = "add --resume_from_checkpoint latest to continue it, or choose another folder"
-            raise SystemExit(f"{here} this run's results already: {hint}")
-        return None
-    if resume == "latest":
-        if has_lora and not checkpoints:
-            raise SystemExit(f"{here} a LoRA but no checkpoint to continue from")
-    elif Path(resume).resolve() not in [path.resolve() for path in checkpoints]:
-        raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
-    else:
-        checkpoints = [Path(resume)]
-    for checkpoint in reversed(checkpoints):
-        record = checkpoint_record(checkpoint)
-        if record.get("run", run_id(settings)) != run_id(settings):
-            raise SystemExit(f"{checkpoint} is of another run: remove it, or choose another folder")
-        if record:
-            return checkpoint
-        problem = f"{checkpoint} is damaged"
-        if resume != "latest":
-            raise SystemExit(f"{problem}: --resume_from_checkpoint latest takes the newest whole one")
-        warn(f"{problem}: the one before it is taken, if there is one")
-    return None
-
-
-def run_id(settings: dict) -> str:
-    return short_hash(json.dumps(settings, sort_keys=True))
-
-
-def checkpoint_record(folder: Path) -> dict:
-    """What a checkpoint says of itself, if all of its files are as they were written; else {}."""
-    try:
-        record = read_json(folder / "checkpoint.json")
-        return record if all(file_digest(folder / name) == digest for name, digest in record["files"].items()) else {}
-    except (Damaged, LookupError, FileNotFoundError):
-        return {}
-
-
-def begin_run(args: ScriptArguments, run: Run) -> bool:
-    """Creates the repository and the output folder; False if the run is finished already."""
-    accelerator, output_dir = run.accelerator, Path(args.output_dir)
-    accelerator.wait_for_everyone()  # no process writes before all have checked
-    if args.push_to_hub and accelerator.is_main_process:  # a wrong token or name fails now, not after the training
-        args.hub_model_id = create_repo(args.hub_model_id or output_dir.resolve().name, "model", args.hub_private_repo)
-    finished = run.start_step == run.max_train_steps and is_finished(run, output_dir)
-    accelerator.wait_for_everyone()
-    if finished:
-        accelerator.print(f"{output_dir} is trained already: {run.max_train_steps} steps")
-        if args.push_to_hub and accelerator.is_main_process:
-            upload(args, output_dir)
-        return False
-    if accelerator.is_main_process:
-        remove_temporary_files(output_dir)
-        write_run_record(run, output_dir)
-    return True
-
-
-def write_run_record(run: Run, output_dir: Path, finished: dict | None = None) -> None:
-    """Writes run.json: the settings, the rewards that made the labels, and, once the LoRA is written, `finished`."""
-    record = {**run.settings, "rewards": run.rewards, **({"finished": finished} if finished else {})}
-    write_json(output_dir / "run.json", record)
-
-
-def result_files(output_dir: Path) -> dict[str, str]:
-    """The files of a finished run, by name: their digests. Not the card, which people edit."""
-    files = [output_dir / LORA_FILE, *output_dir.glob("comfyui/*.safetensors"), *output_dir.glob("images/*.png")]
-    files.append(output_dir / LOG_FILE)
-    return {file.relative_to(output_dir).as_posix(): file_digest(file) for file in sorted(files) if file.exists()}
-
-
-def is_finished(run: Run, output_dir: Path) -> bool:
-    """Whether LoRA, gallery, log and card of the run's last step are in place, as they were written."""
-    try:
-        finished = read_json(output_dir / "run.json").get("finished", {})
-    except Damaged:
-        return False
-    if finished.get("step") != run.max_train_steps:
-        return False
-    files, card = result_files(output_dir), output_dir / "README.md"
-    wrong = [name for name, digest in finished["files"].items() if files.get(name) != digest]
-    if not card.exists() or CARD_END not in card.read_text():
-        wrong.append(card.name)
-    if wrong:
-        warn(f"{output_dir / wrong[0]} is damaged or missing: the run is finished again")
-    return not wrong
-
-
-def read_config(args: ScriptArguments, file: str, flag: str = "pretrained_model_name_or_path") -> dict:
-    """A configuration file of the model that a flag names; exits with one line if it cannot be read."""
-    model = getattr(args, flag)
-    revision = args.revision if flag == "pretrained_model_name_or_path" else None
-    try:
-        config = json.loads(file_of(model, file, revision=revision).read_text())
-        if file == "model_index.json" and "_class_name" not in config:
-            raise ValueError("its model_index.json names no pipeline class")
-        return config
-    except Exception as error:
-        raise SystemExit(f"--{flag} {model}: not a diffusers model that can be read: {one_line(error)}") from None
-
-
-def seeded_generator(*key) -> np.random.Generator:
-    """A NumPy generator that is a function of the key alone, on every machine and in every process."""
-    digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
-    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
-
-
-class Labels:
-    """What a run knows of each row of the dataset, in NumPy and Arrow columns of equal length: as Python objects it
-    would take about a kilobyte a row. `labels[row]` is a dict of the row's values."""
-
-    def __init__(self, **columns: np.ndarray | pa.Array | pa.ChunkedArray):
-        self.columns = columns
-
-    def __len__(self) -> int:
-        return len(self.columns["id"])
-
-    def __getitem__(self, row: int) -> dict:
-        values = {name: column[row] for name, column in self.columns.items()}
-        return {name: value.as_py() if isinstance(value, pa.Scalar) else value for name, value in values.items()}
-
-    def values(self, *names: str) -> Iterator[tuple]:
-        """The values of these columns as Python objects, row by row."""
-        for start in range(0, len(self), LABELS_PER_BATCH):
-            parts = (self.columns[name][start : start + LABELS_PER_BATCH] for name in names)
-            yield from zip(*(part.tolist() if isinstance(part, np.ndarray) else part.to_pylist() for part in parts))
-
-
-class StoredImages(torch.utils.data.Dataset):
-    """The images of the dataset's rows; an item holds a row's images, preprocessed by a DataLoader's worker while the
-    GPU encodes. `read(index, label)` gives a row's [(name, {"bytes", "path"}), …]."""
-
-    def __init__(self, args: ScriptArguments, labels: Labels, read: Callable[[int, dict], list]):
-        self.resolution, self.labels, self.read = args.resolution, labels, read
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        images = [preprocess_image(image, self.resolution) for _, image in self.read(index, self.labels[index])]
-        return {name: torch.stack([image[name] for image in images]) for name in images[0]}
-
-    def problem(self, index: int) -> str | None:
-        """What is wrong with an image of a row. JPEGs are decoded at an eighth of their size."""
-        for name, stored in self.read(index, self.labels[index]):
-            try:
-                with open_image(stored) as image:
-                    image.draft("RGB", (64, 64))
-                    to_rgb(image)
-                    image.load()
-            except Exception as error:
-                return f"{name} does not decode: {one_line(error)}"
-        return None
-
-
-def stored_column(dataset: Dataset, column: str) -> Dataset:
-    """A column of images, undecoded, in Arrow's format: casting the column would write the whole dataset again. Make
-    it once: every such view copies the dataset's list of files."""
-    return dataset.select_columns([column]).with_format("arrow")
-
-
-def open_image(stored: dict) -> PILImage.Image:
-    return PILImage.open(BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
-
-
-def resize_and_crop(stored: dict, resolution: int) -> tuple[torch.Tensor, list[int]]:
-    """Resizes the shorter side of an image, {"bytes", "path"}, to `resolution` and crops the centre. Returns uint8
-    pixels (3, resolution, resolution) and [original height, original width, crop top, crop left]."""
-    with open_image(stored) as opened:
-        picture = to_rgb(ImageOps.exif_transpose(opened))
-    original = [picture.height, picture.width]
-    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
-    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
-    return TF.pil_to_tensor(TF.crop(picture, top, left, resolution, resolution)), [*original, top, left]
-
-
-class LatentCache:
-    """Latents and prompt embeddings on disk, CACHE_SHARD_ROWS rows a file, whatever the number of processes. The name
-    of a file ends with a hash of its content."""
-
-    def __init__(self, args: ScriptArguments, key: str, length: int, accelerator: Accelerator):
-        self.folder, self.length, self.verified = Path(args.cache_dir) / key, length, set()
-        # Files belong to processes by number, not by what is missing: processes check at different times.
-        self.owned = range(accelerator.process_index, -(-length // CACHE_SHARD_ROWS), accelerator.num_processes)
-        self.find()
-
-    def find(self) -> None:
-        """Lists the files, by their names without the hash."""
-        open_cache_file.cache_clear()  # a file may have been made again
-        self.files = {file.stem.rpartition("-")[0]: file for file in sorted(self.folder.glob("*.safetensors"))}
-
-    def rows(self, shard: int) -> range:
-        return range(shard * CACHE_SHARD_ROWS, min((shard + 1) * CACHE_SHARD_ROWS, self.length))
-
-    def name(self, shard: int) -> str:
-        """Number and rows: with more data, the last file is another one."""
-        return f"shard-{shard:06d}-{len(self.rows(shard))}"
-
-    def missing(self) -> list[int]:
-        """The files of this process that do not exist yet. A damaged one is removed, to be made again."""
-        hidden = not is_first_process()
-        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter's lock
-            whole = pool.map(self.has, map(self.name, self.owned))
-            whole = progress_bar(whole, desc="check cache", total=len(self.owned), unit="file", delay=5, disable=hidden)
-            return [shard for shard, known in zip(self.owned, whole) if not known]
-
-    def is_complete(self, *others: str) -> bool:
-        """Whether all files of all processes, and `others`, exist; says nothing of their content."""
-        shards = range(-(-self.length // CACHE_SHARD_ROWS))
-        return self.files.keys() >= {*others, *map(self.name, shards)}
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a file, and it holds what was written into it."""
-        file = self.files.get(name)
-        if file is None or file in self.verified:
-            return file is not None
-        if file_digest(file) == file.stem.rpartition("-")[2]:
-            self.verified.add(file)
-            return True
-        print(f"warning: {file} is damaged: it is made again", file=sys.stderr)
-        file.unlink(missing_ok=True)
-        del self.files[name]
-        return False
-
-    def write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        content = save(tensors)
-        write_bytes(self.folder / f"{name}-{short_hash(content)}.safetensors", content)
-
-    def read(self, row: int) -> dict[str, torch.Tensor]:
-        shard, offset = divmod(row, CACHE_SHARD_ROWS)
-        file = open_cache_file(self.files[self.name(shard)])
-        return {name: file.get_slice(name)[offset] for name in file.keys()}
-
-
-open_cache_file = lru_cache(maxsize=64)(partial(safe_open, framework="pt"))  # memory-mapped: only slices are read
-
-
-def model_fingerprint(model: str, file: str, revision: str | None = None) -> str:
-    """Identifies a model's weights: a folder by its files, a model of the Hub by the commit of one of its files."""
-    if os.path.isdir(model):
-        return folder_digest(model)
-    return f"{model}@{Path(hf_hub_download(model, file, revision=revision)).parent.name}"
-
-
-def check_images(images: StoredImages, cache: LatentCache) -> None:
-    """Decodes the images that will be encoded, so that a bad one is named before any model is loaded."""
-    missing = cache.missing()
-    total = sum(len(cache.rows(shard)) for shard in missing)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-        # File by file: a pool makes an object of every row that it is given.
-        problems = (problem for shard in missing for problem in pool.map(images.problem, cache.rows(shard)))
-        for problem in progress_bar(problems, desc="check images", total=total, disable=total < 2000):
-            if problem or stop_signals:
-                pool.shutdown(wait=False, cancel_futures=True)
-                stop_if_asked("nothing was begun")
-                raise SystemExit(problem)
-
-
-def encode_dataset(
-    args: ScriptArguments, images: StoredImages, cache: LatentCache, accelerator: Accelerator
-) -> tuple["Validator | None", "PromptEncoder | None"]:
-    """Writes what is missing of the cache, then frees the VAE and the text encoders. Returns a validator, in the main
-    process, and the prompt encoder, if prompts are encoded at every step."""
-    with loading(f"the VAE of {args.pretrained_model_name_or_path}"):
-        vae = load_vae(args).requires_grad_(False).eval().to(accelerator.device)
-    encode_prompts, is_main = None, accelerator.is_main_process
-    others = [EMPTY_PROMPT] if needs_empty_embeds(args) else []
-    cache.missing()  # removes damaged files
-    if is_main and others:
-        cache.has(EMPTY_PROMPT)
-    accelerator.wait_for_everyone()
-    cache.find()
-    writes = not cache.is_complete(*others)
-    if writes or is_main or not args.cache_text_embeddings:
-        with loading(args.pretrained_model_name_or_path):
-            encode_prompts = PromptEncoder(args, accelerator.device)
-    with locked(cache.folder, "--cache_dir", wait=True) if writes else nullcontext():
-        accelerator.wait_for_everyone()  # the first process has the lock
-        cache.find()  # a run that wrote here meanwhile may have made it all
-        encode_shards(args, images, cache, vae, encode_prompts, hidden=not accelerator.is_local_main_process)
-        if is_main and others and not cache.has(EMPTY_PROMPT):
-            embeds = encode_in_batches(encode_prompts, [""], args.weight_dtype)
-            cache.write(EMPTY_PROMPT, {name: tensor[0].cpu() for name, tensor in embeds.items()})
-        accelerator.wait_for_everyone()
-        if writes and is_main:  # no process of this run or of another one is writing here
-            remove_temporary_files(cache.folder)
-    cache.find()  # with the files of the other processes
-    vae.to("cpu")
-    validator = None
-    if is_main:
-        prompts = args.validation_prompts or first_prompts(images.labels, 4)
-        validator = Validator(args, prompts, vae, encode_prompts, accelerator.device)
-    if args.cache_text_embeddings:
-        encode_prompts = None
-    gc.collect()
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
-    return validator, encode_prompts
-
-
-def first_prompts(labels: Labels, count: int) -> list[str]:
-    """The first prompts that differ."""
-    found = {}
-    for (prompt,) in labels.values("prompt"):
-        found[prompt] = None
-        if len(found) == count:
-            break
-    return list(found)
-
-
-def encode_shards(
-    args: ScriptArguments, images: StoredImages, cache: LatentCache, vae, encode_prompts: "PromptEncoder", hidden: bool
-) -> None:
-    """Writes the missing cache files of this process. `hidden`: without a progress bar."""
-    missing = cache.missing()
-    total, rows = sum(len(cache.rows(shard)) for shard in missing), map(cache.rows, missing)
-    options = {"num_workers": args.dataloader_num_workers if missing else 0, "worker_init_fn": ignore_stop_signals}
-    sampler = itertools.chain.from_iterable(rows)
-    decoded = iter(torch.utils.data.DataLoader(images, batch_size=None, sampler=sampler, **options))
-    with progress_bar(total=total, desc="encode", unit=ROW, disable=hidden or not missing) as bar:
-        for shard in missing:
-            items = []
-            for _ in cache.rows(shard):
-                item = next(decoded)
-                latents = encode_images(vae, item.pop("pixels"), args.vae_batch_size)
-                items.append({**item, "latents": latents.to("cpu", args.weight_dtype)})
-                bar.update()
-            tensors = {name: torch.stack([item[name] for item in items]).contiguous() for name in items[0]}
-            if args.cache_text_embeddings:
-                prompts = [images.labels[row]["prompt"] for row in cache.rows(shard)]
-                embeds = encode_in_batches(encode_prompts, prompts, args.weight_dtype)
-                tensors |= {name: tensor.to("cpu").contiguous() for name, tensor in embeds.items()}
-            cache.write(cache.name(shard), tensors)
-            stop_if_asked(f"what is encoded is in {cache.folder}: the same command goes on")
+def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool = True) -> StableDiffusion3Pipeline:
+    """The pipeline without its transformer, and without text encoders if nothing is left for them to encode."""
+    model, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **options)
+    options |= {"vae": vae.requires_grad_(False), "transformer": None}
+    without = ["", "_2", "_3"] if not with_text else [] if args.use_text_encoder_3 else ["_3"]
+    options |= {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in without}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    config = json.loads(file_of(model, "transformer/config.json", args.revision).read_text())
+    pipeline.prompt_width = config.get("joint_attention_dim", 4096)
+    return pipeline.to(device)
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """pixels, uint8 (n, 3, H, W) → latents (n, C, H/f, W/f): the posterior's mean, shifted where the VAE has a shift,
-    and scaled."""
-    means = [
-        vae.encode((batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype)).latent_dist.mean
-        for batch in pixels.split(batch_size)
-    ]
-    return (torch.cat(means) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+def encode_prompt(args: ScriptArguments, pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> dict:
+    """prompts (n) → clip_embeds (n, tokens, width of both), pooled_prompt_embeds (n, pooled width of both), t5_embeds
+    (n, max_sequence_length, width), without T5 (n, 0, width): the parts that the pipeline's own encode_prompt joins,
+    without its zeros. Padding counts: the transformer has no mask and attends to it."""
+    # The pipeline's own device would be the VAE's, which may have left the GPU.
+    options = {"prompt": prompts, "device": pipeline.text_encoder.device}
+    clips = [pipeline._get_clip_prompt_embeds(**options, clip_model_index=i) for i in (0, 1)]
+    clip, pooled = (torch.cat(parts, dim=-1) for parts in zip(*clips))
+    t5 = clip.new_zeros(len(prompts), 0, pipeline.prompt_width)
+    if pipeline.text_encoder_3 is not None:
+        t5 = pipeline._get_t5_prompt_embeds(**options, max_sequence_length=args.max_sequence_length)
+    embeds = {"clip_embeds": clip, "pooled_prompt_embeds": pooled, "t5_embeds": t5}
+    return {name: part.to(args.weight_dtype) for name, part in embeds.items()}
 
 
-def encode_in_batches(encode_prompts: "PromptEncoder", prompts: list[str], dtype: torch.dtype) -> dict:
-    """Embeddings of all prompts, in this type."""
-    starts = range(0, len(prompts), PROMPTS_PER_FORWARD)
-    batches = [encode_prompts(prompts[start : start + PROMPTS_PER_FORWARD]) for start in starts]
-    return {name: torch.cat([batch[name] for batch in batches]).to(dtype) for name in batches[0]}
+def pipeline_embeds(args: ScriptArguments, parts: dict) -> dict[str, torch.Tensor]:
+    """What the pipeline makes of the parts that `encode_prompt` returns and the cache keeps. prompt_embeds, (n, CLIP's
+    tokens + max_sequence_length, width): CLIP's, filled up with zeros, then T5's, or zeros without it."""
+    clip, t5 = parts["clip_embeds"], parts["t5_embeds"]
+    clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+    t5 = F.pad(t5, (0, 0, 0, args.max_sequence_length - t5.shape[1]))
+    return {"prompt_embeds": torch.cat([clip, t5], dim=1), "pooled_prompt_embeds": parts["pooled_prompt_embeds"]}
 
 
-def needs_empty_embeds(args: ScriptArguments) -> bool:
-    return args.proportion_empty_prompts > 0 and args.cache_text_embeddings
+def load_model(args: ScriptArguments) -> tuple[FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel]:
+    """Scheduler and transformer, without LoRA. `--base_precision` quantises the linear layers."""
+    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    options = {"variant": args.variant, "dtype": args.weight_dtype}
+    if args.base_precision:
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.weight_dtype}
+        bits = {"load_in_8bit": True} if args.base_precision == "int8" else four
+        options["quantization_config"] = BitsAndBytesConfig(**bits)
+    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**model, subfolder="scheduler")
+    transformer = SD3Transformer2DModel.from_pretrained(**model, subfolder="transformer", **options)
+    transformer._repeated_blocks = ["JointTransformerBlock"]  # for --compile; diffusers names them for other models
+    return noise_scheduler, transformer
 
 
-class CachedRows(torch.utils.data.Dataset):
-    """Encoded rows with their labels, timestep and noise, indexed by the keys of `EpochSampler`."""
-
-    def __init__(self, args: ScriptArguments, cache: LatentCache, labels: Labels, noise_scheduler):
-        self.args, self.cache, self.labels, self.noise_scheduler = args, cache, labels, noise_scheduler
-        self.empty_embeds = load_file(cache.files[EMPTY_PROMPT]) if needs_empty_embeds(args) else {}
-        self.ref_errors: LatentCache | None = None  # of `precompute_reference`
-
-    def __getitem__(self, key: tuple[int, int, int]) -> dict[str, torch.Tensor]:
-        epoch, row, place = key
-        label, item = self.labels[row], self.cache.read(row)
-        noise_key = (self.args.seed, epoch, label["id"])
-        item |= sample_noise(self.args, self.noise_scheduler, noise_key, item["latents"].shape)
-        item |= {name: torch.from_numpy(label[name]) for name in ("phi", "rank", "weight") if name in label}
-        item |= self.ref_errors.read(place) if self.ref_errors else {}
-        share = self.args.proportion_empty_prompts
-        empty = share > 0 and seeded_generator(*noise_key, "empty prompt").random() < share
-        if self.args.cache_text_embeddings:
-            return item | self.empty_embeds if empty else item
-        return {**item, "prompt": "" if empty else label["prompt"]}
+def add_lora(model: SD3Transformer2DModel, rank: int) -> None:
+    """LoRA on the attention projections of image and text: 191 modules of SD3-Medium, 243 of SD3.5-Medium, whose first
+    blocks attend twice, 303 of SD3.5-Large. One of them, the last block's `add_q_proj`, gets no gradient: the model
+    discards what its text queries give. alpha = rank: ComfyUI and diffusers agree."""
+    target_modules = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules))
 
 
-class EpochSampler:
-    """Yields the keys of one process's micro-batches, without end: (epoch, row, place), where the place counts from the
-    start of the run. In step s, counted from 0, all processes together take the places s·G … (s+1)·G − 1 of the epochs'
-    orders laid end to end; G is the global batch."""
-
-    def __init__(self, args: ScriptArguments, length: int, process_index: int, num_processes: int, start_step: int):
-        self.args, self.length, self.start_step = args, length, start_step
-        self.process_index, self.num_processes = process_index, num_processes
-        self.order = lru_cache(maxsize=2)(partial(epoch_order, args, length=length))
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        batch_size = self.args.train_batch_size
-        for micro_step in itertools.count(self.start_step * self.args.gradient_accumulation_steps):
-            start = (micro_step * self.num_processes + self.process_index) * batch_size
-            yield [self.key(place) for place in range(start, start + batch_size)]
-
-    def key(self, place: int) -> tuple[int, int, int]:
-        epoch, offset = divmod(place, self.length)
-        return epoch, int(self.order(epoch)[offset]), place
+def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """No file of its own: ComfyUI reads diffusers'."""
+    return {}
 
 
-def training_batches(
-    args: ScriptArguments, run: Run, rows: CachedRows, encode_prompts: "PromptEncoder | None"
-) -> Iterator[dict[str, torch.Tensor]]:
-    """This process's micro-batches on its device, from the run's first step on, without end."""
-    accelerator, device = run.accelerator, run.accelerator.device
-    place = (accelerator.process_index, accelerator.num_processes, run.start_step)
-    sampler, workers = EpochSampler(args, len(rows.labels), *place), args.dataloader_num_workers
-    on_gpu = device.type == "cuda"
-    options = {"num_workers": workers, "pin_memory": on_gpu, "worker_init_fn": ignore_stop_signals}
-    loader = iter(torch.utils.data.DataLoader(rows, batch_sampler=sampler, **options))  # starts the workers at once
-    return map(partial(complete_batch, args, device, encode_prompts), read_ahead(loader))
+# Copied from train_rankdpo_sdxl.record_run
+def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
+    """Writes what identifies the run. The images do, too: they are known once all are encoded."""
+    rows = zip(labels["id"].to_pylist(), labels["prompt"].to_pylist(), labels["key"].tolist())
+    run.settings["images"] = short_hash(str([*rows]))
+    check_same_run(args, run.settings, run.earlier)
+    if run.accelerator.is_main_process:
+        write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
 
 
-def read_ahead(batches: Iterator) -> Iterator:
-    """The same batches. A thread reads the next one while the caller works with this one."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        ahead = thread.submit(next, batches)
-        while True:
-            batch, ahead = ahead.result(), thread.submit(next, batches)
-            yield batch
+def describe(args: ScriptArguments, run: "Run") -> dict:
+    """What the card says of method, data and model. The LoRA is to be used with the T5 tokens of its training."""
+    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
+    if "sft" in args.loss_type:
+        learns = "one of its baselines: the model learns to denoise images, the better ones more"
+    data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
+    model, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
+    index = json.loads(file_of(model, "model_index.json", args.revision).read_text())
+    has_t5 = args.use_text_encoder_3 and index.get("text_encoder_3", [None])[0] is not None
+    without = "" if has_t5 else ", text_encoder_3=None, tokenizer_3=None"
+    tokens = "" if args.max_sequence_length == 256 else f", max_sequence_length={args.max_sequence_length}"
+    usage = f"""```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = StableDiffusion3Pipeline.from_pretrained("{model}", dtype=torch.bfloat16{without})
+pipeline.to("cuda").load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
+image = pipeline({json.dumps(args.validation_prompts[0])}{tokens}).images[0]
+```
+
+With ComfyUI: put `{LORA_FILE}` into `models/loras` as `{name}.safetensors` and load it with
+the "Load LoRA" node at strength 1."""
+    about = {"tags": ["sd3", "rankdpo"], "datasets": [args.dataset_name], "usage": usage}
+    t5 = f"{args.max_sequence_length} tokens" if has_t5 else "without"
+    about["facts"] = {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}", "T5": t5}
+    return about | {"method": f"{data}, after\n{paper}: {learns}."}
 
 
-def precompute_reference(
-    args: ScriptArguments, run: Run, model: Module, rows: CachedRows, encode_prompts: "PromptEncoder | None"
-) -> None:
-    """Gives the rows the reference's errors of all places of the run. They are kept beside the latents, in files like
-    theirs, for later runs that differ in nothing but FREE_OF_REFERENCE."""
-    accelerator = run.accelerator
-    settings = {name: value for name, value in run.settings.items() if name not in FREE_OF_REFERENCE}
-    key = short_hash(json.dumps([rows.cache.folder.name, args.train_batch_size, args.compile, settings]))
-    cache = LatentCache(args, f"reference-{key}", run.max_train_steps * run.rows_per_step, accelerator)
-    sampler = EpochSampler(args, len(rows.labels), 0, 1, 0)
-    cache.missing()  # removes damaged files
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: data, run, card, files (train_rankdpo_sdxl.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Data: images where they lie, one cache file a row, batches, the reference's errors ---------------------------------
+# A row group of a Parquet file: path or URL, number, what identifies its images wherever it lies, first row, rows.
+Part = namedtuple("Part", "file number identity start rows")
+
+
+def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Table], list[tuple]]:
+    """These columns of each Parquet file, and the row groups of all: (file, number, identity, rows)."""
+    found = None
+    if PartialState().is_main_process:  # for all processes: the Hub limits requests
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+    tables, groups = zip(*broadcast_object_list([found])[0])
+    return tables, [*itertools.chain(*groups)]
+
+
+def find_files(args: ScriptArguments) -> list[str]:
+    """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
+    knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
+    name, split, folder, files = args.dataset_name, args.dataset_split, args.dataset_name, []
+    if os.path.isfile(name):  # one .parquet file
+        return [name]
+    if os.path.exists(f"{name}/UNFINISHED"):
+        raise SystemExit(f"--dataset_name {name} is unfinished: run the command that wrote it again")
+    options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
+    with TemporaryDirectory() as links:
+        if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
+            # `datasets` takes * ? [ in a path for a pattern, and would read another folder.
+            folder = shutil.copytree(os.path.abspath(name), f"{links}/data", copy_function=os.symlink)
+        on_disk = any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json"))
+        if not on_disk:
+            found = load_dataset_builder(folder, **options).config.data_files or {}
+            if found and re.split(r"[\[+]", split)[0] not in found:
+                raise SystemExit(f"--dataset_name {name}: no split {split!r}; it has {', '.join(found)}")
+            files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
+        if files and all(file.endswith(".parquet") for file in files):
+            return files
+        stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
+        facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
+        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
+        if not copy.exists():
+            options |= {"split": split, "cache_dir": f"{links}/arrow"}
+            dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(f"{copy}.tmp")
+            os.replace(f"{copy}.tmp", copy)
+    return [str(copy)]
+
+
+def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
+    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
+    system, path = url_to_fs(file)
+    known, footer = system.info(path), BytesIO()
+    with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
+        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
+        parquet.metadata.write_metadata_file(footer)
+        sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue())]
+    facts += [getattr(args, name) for name in IMAGE_COLUMNS]
+    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
+
+
+def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
+    """The images of a part, row by row, [{"bytes", "path"}, …]. Only a few rows are in memory at a time."""
+    columns, (system, path) = [getattr(args, name) for name in IMAGE_COLUMNS], url_to_fs(part.file)
+    options = {"pre_buffer": False, "buffer_size": 2**20}
+    with system.open(path, block_size=2**25) as handle, pq.ParquetFile(handle, **options) as parquet:
+        for batch in parquet.iter_batches(4, [part.number], columns, use_threads=False):
+            for cells in zip(*(batch.column(name).to_pylist() for name in columns)):  # of images, or of lists of them
+                images = itertools.chain(*(cell if isinstance(cell, list) else [cell] for cell in cells))
+                yield [image if isinstance(image, dict) else {"bytes": image, "path": None} for image in images]
+
+
+# The cache knows rows by their images and prompts by their text, whatever dataset, order, seed or labels they are of.
+# A file there is whole. The index of a part holds the names of its images: it need not be read again.
+def image_name(stored: dict) -> str:
+    """The hash that score_pairs.py makes of an image; of one that lies in a file, its path."""
+    content = stored["bytes"]
+    return hashlib.blake2b(content, digest_size=16).hexdigest() if content else os.path.abspath(stored["path"] or "")
+
+
+def row_key(labels: dict, row: int, images: list[str]) -> str:
+    """The name of a row in the cache: a hash of the images used. A file is known by its size and date, too."""
+    facts = [images[position] for position in labels["images"][row]]
+    files = [os.stat(image) for image in facts if "/" in image and os.path.exists(image)]
+    return short_hash(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
+
+
+def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
+    """The key of each row of the labels whose images a part holds; None if it has no index yet."""
+    rows = label_rows(labels, part.start, part.start + part.rows)
+    if rows and not index_file(args, part).exists():
+        return None
+    images = json.loads(index_file(args, part).read_text()) if rows else []
+    return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
+
+
+def index_file(args: ScriptArguments, part: Part) -> Path:
+    return Path(args.cache_dir, "index", f"{part.identity}.json")
+
+
+def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
+    """Reads parts and writes their indices; gives the rows without a cache file: (key, pixels and time_ids)."""
+    process, processes = run.accelerator.process_index, run.accelerator.num_processes
+    # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
+    # would time out, and machines with caches of their own each fill theirs.
+    order = parts[process::processes]
+    order += sorted({*parts} - {*order}, key=lambda part: short_hash(f"{process} {part.identity}"))
+    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
+        for part in order:
+            keys = row_keys(args, part, labels)
+            if keys is not None and all(run.cache_file(key).exists() for key in keys.values()):
+                continue
+            index = []
+            for place, images in enumerate(read_images(args, part), part.start):
+                index.append([image_name(image) for image in images])
+                for _, row in label_rows(labels, place, place + 1):
+                    where = f"row {place} (id {labels['id'][row].as_py()!r})"
+                    if len(images) != labels["count"][row]:
+                        raise SystemExit(f"{where}: {len(images)} images, but {labels['count'][row]} preferences")
+                    if run.cache_file(key := row_key(labels, row, index[-1])).exists():
+                        continue
+                    used = labels["images"][row]
+                    decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
+                    if bad := [i for i, image in decoding.items() if image.exception()]:
+                        problem = one_line(decoding[bad[0]].exception())
+                        raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
+                    yield key, default_collate([image.result() for image in decoding.values()])
+            write_bytes(index_file(args, part), json.dumps(index).encode())
+
+
+def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
+    """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped; and
+    time_ids, float32 (6,), which SDXL reads: [original height, width, crop top, left, target height, width]."""
+    picture = Image().decode_example(stored)  # turned as its EXIF data say
+    if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
+        picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    original, picture = [picture.height, picture.width], picture.convert("RGB")
+    picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
+    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
+    pixels = TF.pil_to_tensor(TF.crop(picture, top, left, resolution, resolution))
+    return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
+
+
+def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
+    """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
+    Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
+    accelerator, cached = run.accelerator, {file.stem for file in run.cache.glob("*.safetensors")}
+    known = {part: row_keys(args, part, labels) for part in parts}
+    missing = [part for part, keys in known.items() if keys is None or not cached.issuperset(keys.values())]
+    args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
+    prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
+    texts = {short_hash(text): text for text in ["", *args.validation_prompts, *prompts]}
+    texts = [(key, text) for key, text in texts.items() if key not in cached]
+    with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
+    if missing or with_text or accelerator.is_main_process:
+        pipeline = load_pipeline(args, accelerator.device, with_text)
+        hidden = not accelerator.is_local_main_process
+        encode_rows(args, run, pipeline, missing, labels)
+        own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
+        for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=hidden or not texts):
+            if not run.cache_file(key).exists():
+                embeds = encode_prompt(args, pipeline, [text])
+                write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
+        pipeline.vae.to("cpu")
+        if args.cache_text_embeddings:
+            pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
     accelerator.wait_for_everyone()
-    cache.find()
-    with locked(cache.folder, "--cache_dir", wait=True) if not cache.is_complete() else nullcontext():
-        accelerator.wait_for_everyone()  # the first process has the lock
-        cache.find()
-        missing, hidden = cache.missing(), not accelerator.is_local_main_process
-        for shard in progress_bar(missing, desc="reference", unit="file", disable=hidden or not missing):
-            places, errors = cache.rows(shard), []
-            for start in range(places.start, places.stop, args.train_batch_size):
-                keys = map(sampler.key, range(start, min(start + args.train_batch_size, places.stop)))
-                batch = torch.utils.data.default_collate([rows[key] for key in keys])
-                batch = complete_batch(args, accelerator.device, encode_prompts, batch)
-                with accelerator.autocast(), as_reference(model):
-                    errors.append(predict(model, rows.noise_scheduler, batch, args)[0].detach())
-            cache.write(cache.name(shard), {"ref_errors": torch.cat(errors).cpu()})
-            stop_if_asked(f"what is computed is in {cache.folder}: the same command goes on")
-        accelerator.wait_for_everyone()
-    cache.find()  # with the files of the other processes
-    rows.ref_errors = cache
+    known |= {part: row_keys(args, part, labels) for part in missing}
+    keys = {row: key for part in known.values() for row, key in part.items()}
+    labels["key"] = np.array([keys[row] for row in range(len(keys))])
+    free_memory()
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return pipeline, None if args.cache_text_embeddings else partial(encode_prompt, args, pipeline)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """In a DataLoader's worker: signals often reach the whole group. The main process still needs the worker, and ends
-    it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+@torch.no_grad()
+def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
+    """Writes latents, (k, C, h, w), the posterior's mean, scaled, of the rows of these parts: a file for each row."""
+    vae, hidden = pipeline.vae, not run.accelerator.is_local_main_process
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
+    total, at_once = -(-count // run.accelerator.num_processes), max(1, args.vae_batch_size // run.images_per_row)
+    rows = read_ahead(rows_to_encode(args, run, parts, labels))
+    with tqdm(desc="encode images", total=total, unit="row", disable=hidden or not parts) as bar:
+        while group := list(itertools.islice(rows, at_once)):
+            batches = torch.cat([item.pop("pixels") for _, item in group]).split(args.vae_batch_size)
+            # Scaled in float32: bf16 would round by up to half a step of a pixel.
+            batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
+            means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
+            latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
+            for (key, item), images in zip(group, latents.split(run.images_per_row)):
+                write_tensors(run.cache_file(key), {"latents": images, **item})
+            bar.update(len(group))
 
 
-def complete_batch(args: ScriptArguments, device: torch.device, encode_prompts: "PromptEncoder | None", batch: dict):
-    """Encodes the prompts, unless they are cached, and moves the batch to the device."""
-    if encode_prompts:
-        batch |= encode_in_batches(encode_prompts, batch.pop("prompt"), args.weight_dtype)
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, key: tuple[int, int, int]) -> dict:
+    """An encoded row with its labels, timestep and noise. `key`: of `micro_batches`."""
+    epoch, row, place = key
+    item = load_file(run.cache_file(labels["key"][row]))
+    noise_key = (args.seed, epoch, labels["id"][row].as_py())
+    item |= sample_noise(args, noise_scheduler, noise_key, item["latents"].shape)
+    item |= {name: torch.from_numpy(labels[name][row]) for name in ("phi", "rank", "weight") if name in labels}
+    if run.reference:
+        step, place = divmod(place, run.rows_per_step)
+        item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
+    empty = seeded_generator(*noise_key, "empty prompt").random() < args.proportion_empty_prompts
+    prompt = "" if empty else labels["prompt"][row].as_py()
+    return item | (load_file(run.cache_file(short_hash(prompt))) if args.cache_text_embeddings else {"prompt": prompt})
 
 
-def check_compiler(args: ScriptArguments) -> None:
-    """Exits with one line if --compile is given and nothing is there that compiles."""
-    if args.compile and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which(os.environ.get("CC", "gcc"))):
-        raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
+def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
+    """The keys of one process's micro-batches, without end: (epoch, row, place), where the place counts from the start
+    of the run. In step s, counted from 0, all processes together take the places s·G … (s+1)·G − 1 of the epochs'
+    orders laid end to end; G is the global batch."""
+    order = lru_cache(maxsize=2)(partial(epoch_order, args, length=length))
+    for micro_step in itertools.count(start_step * args.gradient_accumulation_steps):
+        start = (micro_step * processes + process) * args.train_batch_size
+        places = range(start, start + args.train_batch_size)
+        yield [(place // length, int(order(place // length)[place % length]), place) for place in places]
 
 
-def check_quantization(args: ScriptArguments) -> None:
-    """Exits with one line if the base cannot be quantised here."""
-    if args.base_precision and args.compile:
-        raise SystemExit(f"--base_precision {args.base_precision}: leave out --compile, with which it was never tried")
-    if args.base_precision and not torch.cuda.is_available():
-        raise SystemExit(f"--base_precision {args.base_precision} needs a GPU: diffusers does not quantise without one")
+def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
+    """This process's micro-batches on its device, from a step on, without end."""
+    accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
+    place = (accelerator.process_index, accelerator.num_processes, start_step)
+    keys, read = micro_batches(args, len(labels["key"]), *place), partial(read_row, args, run, labels, noise_scheduler)
+    with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
+        for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
+            if encode_prompts:
+                batch |= encode_prompts(batch.pop("prompt"))
+            pinned = {n: part.pin_memory() if on_gpu and not part.is_cuda else part for n, part in batch.items()}
+            yield {name: part.to(accelerator.device, non_blocking=True) for name, part in pinned.items()}
 
 
-def quantization(args: ScriptArguments) -> dict:
-    """Options of `from_pretrained`: the linear layers in the type of --base_precision, if there is one."""
-    options = {
-        None: {},
-        "int8": {"load_in_8bit": True},
-        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.weight_dtype},
-    }[args.base_precision]
-    return {"quantization_config": BitsAndBytesConfig(**options)} if options else {}
+def read_ahead(items: Iterator) -> Iterator:
+    """The same items. A thread reads the next one while the caller works with this one."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = thread.submit(next, items, None)
+            yield item
 
 
-def prepare_model(args: ScriptArguments, run: Run, model: Module) -> None:
+def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches) -> None:
+    """Computes the reference's errors of all places of the run, a file for each step. Later runs find them if they
+    differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
+    accelerator = run.accelerator
+    key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
+    folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
+    start = run.start_step
+    while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
+        start += 1
+    start = broadcast_object_list([start])[0]  # another run may be writing: the first process decides
+    batches, hidden = batches(start), not accelerator.is_local_main_process
+    for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step", disable=hidden):
+        found = []
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)  # outside of autocast, as in training
+            with accelerator.autocast(), as_reference(model):
+                errors = predict(model, noise_scheduler, batch, args)[0].detach()
+            found.append(accelerator.gather(errors))
+        if accelerator.is_local_main_process:
+            write_tensors(folder / f"{step}.safetensors", {"errors": torch.cat(found)})
+    accelerator.wait_for_everyone()
+    run.reference = folder
+
+
+# Model: checks, LoRA, reference, optimizer --------------------------------------------------------------------------
+def check_model(args: ScriptArguments) -> None:
+    """Exits with one line unless the model is one that the objective fits. Reads configurations only."""
+    model, other = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    for file, rules in PLAIN.items():
+        where, source = f"--pretrained_model_name_or_path {model}", (model, file, args.revision)
+        if other and file == "vae/config.json":
+            where, source = f"--pretrained_vae_model_name_or_path {other}", (other, "config.json")
+        if os.path.isfile(source[0]):
+            convert = f'{PIPELINE.__name__}.from_single_file("{source[0]}").save_pretrained("FOLDER")'
+            raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
+        config = json.loads(file_of(*source).read_text())
+        name = config.get("_class_name", file)
+        if file == "model_index.json" and name not in PIPELINES:
+            raise SystemExit(f"{where} is a {name}: {OTHERS}")
+        for key, values in rules.items():
+            if (found := config.get(key, values[0])) == "absent" or found not in values:
+                fit = " or ".join(str(value) for value in values if value != "absent")
+                raise SystemExit(f"{where}: its {name} has {key} {found}; the objective takes {fit}")
+    weights = [file.name for file in Path(model, DENOISER).glob("*.safetensors")]  # none of a model on the Hub
+    if not args.variant and weights and all(".fp16" in name for name in weights):
+        raise SystemExit(f"--pretrained_model_name_or_path {model} holds fp16 files only: add --variant fp16")
+
+
+def file_of(model: str, file: str, revision: str | None = None) -> Path:
+    return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
+
+
+def model_key(model: str, file: str, revision: str | None = None) -> str:
+    """Identifies a model's weights: a folder, wherever it lies, by names and sizes of its files and blocks of each; a
+    model of the Hub by the commit of one of its files."""
+    if not os.path.isdir(model):
+        return f"{model}@{file_of(model, file, revision).parent.name}"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(model).rglob("*.*") if path.is_file() and path.stat().st_size):
+        if not re.search(
+            r"/\.|\.(md|png)$", name := f"/{path.relative_to(model)}"
+        ):  # not cards, pictures, hidden files
+            content = np.memmap(path, mode="r")
+            digest.update(f"{name}:{len(content)}".encode())
+            for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
+                digest.update(content[start : start + 2**16])
+    return digest.hexdigest()[:16]
+
+
+def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
     """Freezes the model, adds the LoRA in float32, and restores the LoRA of the checkpoint."""
     model.requires_grad_(False)
     add_lora(model, args.rank)
     cast_training_params(model, dtype=torch.float32)
     if run.checkpoint:
-        load_lora(run.checkpoint, model)
+        lora = load_file(run.checkpoint / LORA_FILE)
+        set_peft_model_state_dict(model, {key.removeprefix(f"{DENOISER}."): value for key, value in lora.items()})
     model.to(run.accelerator.device).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.compile:
-        compile_blocks(model)
-
-
-def compile_blocks(model: Module) -> None:
-    """Compiles the transformer blocks, each kind of block once, at its first forward. The scale of the LoRA becomes a
-    tensor, which `as_reference` sets to 0: an adapter that is switched off is another graph, with other rounding."""
-    model.lora_scale = torch.ones((), device=model.device)
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.scaling["default"] = model.lora_scale
-    model.compile_repeated_blocks(fullgraph=True, dynamic=False)
-
-
-def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
-    optimizer_class, betas = partial(torch.optim.AdamW, fused=True), (args.adam_beta1, args.adam_beta2)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    decay, epsilon = args.adam_weight_decay, args.adam_epsilon
-    return optimizer_class(parameters, lr=args.learning_rate, betas=betas, weight_decay=decay, eps=epsilon)
+        # Each kind of transformer block once, at its first forward. The LoRA's scale becomes a tensor, which
+        # `as_reference` sets to 0: an adapter that is switched off is another graph, with other rounding.
+        model.lora_scale = torch.ones((), device=model.device)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scaling["default"] = model.lora_scale
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
 @contextmanager
-def as_reference(model: Module):
-    """In this block a forward of the model is one of the reference, without the LoRA. A compiled model keeps track of
-    gradients as in training, so that the same graphs run: detach what it returns."""
-    if (scale := getattr(model, "lora_scale", None)) is None:
-        with torch.no_grad(), adapter_off(model):
+def as_reference(model: Module) -> Iterator[None]:
+    """In this block a forward is the reference's: the same module and kernels without the LoRA, so scores begin at 0.
+    A compiled model keeps track of gradients as in training, so that the same graphs run: detach what it returns."""
+    scale = getattr(model, "lora_scale", None)  # of a compiled model
+    with torch.no_grad() if scale is None else nullcontext():
+        model.disable_adapters() if scale is None else scale.zero_()
+        try:
             yield
-        return
-    scale.zero_()
-    try:
-        yield
-    finally:
-        scale.fill_(1.0)
+        finally:
+            model.enable_adapters() if scale is None else scale.fill_(1.0)
 
 
-@contextmanager
-def adapter_off(model: Module):
-    """The base model: the same module and kernels without the LoRA. So the scores are exactly 0 at initialisation."""
-    model.disable_adapters()
-    try:
-        yield
-    finally:
-        model.enable_adapters()
-
-
-def write_lora(pipeline_class: type, model: Module, folder: Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors` with peft keys and the adapter's metadata."""
+def save_lora(model: Module, folder: Path) -> None:
+    """Writes `pytorch_lora_weights.safetensors`: peft keys and the adapter's metadata, exact in diffusers."""
     metadata = model.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order differs from run to run
     layers = {f"{DENOISER}_lora_layers": get_peft_model_state_dict(model)}
-    with TemporaryDirectory(prefix=".lora.tmp", dir=folder) as temporary:
-        pipeline_class.save_lora_weights(temporary, **layers, **{f"{DENOISER}_lora_adapter_metadata": metadata})
-        with replacing(folder / LORA_FILE) as file:
-            os.replace(Path(temporary, LORA_FILE), file)
-            file.chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
+    PIPELINE.save_lora_weights(folder, **layers, **{f"{DENOISER}_lora_adapter_metadata": metadata})
+    (folder / LORA_FILE).chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
 
 
-def save_checkpoint(
-    args: ScriptArguments, run: Run, step: int, model: Module, optimizer: Optimizer, lr_scheduler: LRScheduler
-) -> None:
-    """Writes `checkpoint-<step>` under a temporary name and renames it, then drops the oldest beyond the limit. Its
-    checkpoint.json names the run, and the digests of the files."""
-    output_dir, scaler = Path(args.output_dir), run.accelerator.scaler
-    folder, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
-    state = {
-        "optimizer": optimizer.state_dict(),
-        "lr_scheduler": lr_scheduler.state_dict(),
-        "scaler": scaler.state_dict() if scaler else None,
-    }
+# Run: what it is, its folder, checkpoints, signals, log -------------------------------------------------------------
+@dataclass
+class Run:  # one training run: its size, its cache, and the step it continues from
+    accelerator: Accelerator
+    settings: dict  # all that changes the result: two runs with the same settings are the same run
+    earlier: dict  # settings of the run whose results are in the output folder
+    cache: Path  # of latents and embeddings
+    checkpoint: Path | None
+    start_step: int
+    max_train_steps: int
+    rows_per_step: int  # of all processes and accumulated forwards
+    images_per_row: int
+    reference: Path | None = None  # of `precompute_reference`
+    upload: object = None  # the Future of a checkpoint
+
+    def cache_file(self, key: str) -> Path:
+        return self.cache / f"{key}.safetensors"
+
+
+def make_accelerator(args: ScriptArguments) -> Accelerator:
+    """Exits with one line if this machine, or what accelerate is set to, does not fit the flags."""
+    output_dir, on_gpu = Path(args.output_dir), torch.cuda.is_available()
+    if (args.base_precision or args.mixed_precision == "fp16") and not on_gpu:
+        raise SystemExit("--base_precision and --mixed_precision fp16 need a GPU: there is none")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")))):
+        raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    accelerator = Accelerator(
+        cpu="LOCAL_RANK" in os.environ and not on_gpu,  # several processes without a GPU: gloo
+        # A plain number would be overridden by ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
+        # The first process may draw, or write to a slow disk, for longer than NCCL's ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+    if (kind := accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise SystemExit(f"accelerate is set to {kind}: a LoRA needs no more than data parallelism")
+    if (backend := accelerator.state.dynamo_plugin.backend.value) != "NO":
+        raise SystemExit(f"accelerate is set to compile with {backend}: switch it off, and use --compile")
+    return accelerator
+
+
+def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> Run:
+    """Counts the steps, finds the checkpoint to continue from, and refuses a folder that holds another run."""
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
+    model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
+    encoding = short_hash(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
+    settings = {"version": VERSION}
+    settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
+    if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
+        del settings["max_train_steps"], settings["num_train_epochs"]
+    settings |= labels["settings"]
+    settings |= {"model_files": encoding, "global_batch_size": rows_per_step}
+
+    output_dir, resume, checkpoints = Path(args.output_dir), args.resume_from_checkpoint, list_checkpoints(args)
+    here, record = f"--output_dir {output_dir} holds", output_dir / "run.json"
+    earlier = json.loads(record.read_text()) if record.exists() else {}
+    if not earlier and output_dir.exists() and any(path.name[0] != "." for path in output_dir.iterdir()):
+        raise SystemExit(f"{here} other files: choose another folder")
+    earlier = earlier if checkpoints or (output_dir / LORA_FILE).exists() else {}  # {}: it left nothing
+    check_same_run(args, settings, earlier)
+    if earlier and not resume:
+        raise SystemExit(f"{here} this run: add --resume_from_checkpoint latest, or choose another folder")
+    if resume not in (None, "latest"):  # a path, or a name in the folder
+        wanted = {Path(resume).resolve(), (output_dir / resume).resolve()}
+        checkpoints = {step: path for step, path in checkpoints.items() if path.resolve() in wanted}
+        if not checkpoints:
+            raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
+    start_step = max(checkpoints, default=0)
+    max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * len(labels["id"]) / rows_per_step))
+    if start_step > max_train_steps:
+        raise SystemExit(f"{here} checkpoint-{start_step}, beyond the {max_train_steps} steps: raise --max_train_steps")
+    size = (start_step, max_train_steps, rows_per_step, labels["images"].shape[1])
+    return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoints.get(start_step), *size)
+
+
+def check_same_run(args: ScriptArguments, settings: dict, earlier: dict) -> None:
+    if other := [name for name in settings if earlier and earlier.get(name) != settings[name]]:
+        was = f"{other[0]} {earlier.get(other[0])}, not {settings[other[0]]}"
+        raise SystemExit(f"--output_dir {args.output_dir} holds a run with {was}: choose another folder")
+
+
+def begin_run(args: ScriptArguments, run: Run) -> FileLock:
+    """Keeps other runs out of the output folder, and prepares it and the repository."""
+    output_dir, lock = Path(args.output_dir), FileLock(Path(args.output_dir, ".lock"))
+    run.accelerator.wait_for_everyone()  # all have looked at the folder
+    if run.accelerator.is_main_process:
+        earlier_card(args)
+        if args.push_to_hub:  # a wrong token, name or card fails now, not after the training
+            name, private = args.hub_model_id or output_dir.resolve().name, args.hub_private_repo or None
+            args.hub_model_id = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
+            HfApi().auth_check(args.hub_model_id, write=True)
+            earlier_card(args, on_hub=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise SystemExit(f"--output_dir {output_dir} is in use by another run: choose another folder") from None
+    run.accelerator.wait_for_everyone()
+    return lock
+
+
+def list_checkpoints(args: ScriptArguments) -> dict[int, Path]:
+    folders = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return dict(sorted((int(path.name[11:]), path) for path in folders))  # oldest first
+
+
+def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, state: dict) -> None:
+    """Writes `checkpoint-<step>` under another name and renames it: a killed run leaves no half checkpoint. It needs no
+    random state: timesteps, noise and order of the data are functions of seed and step."""
+    folder, temporary = Path(args.output_dir, f"checkpoint-{step}"), Path(args.output_dir, f".checkpoint-{step}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        save_lora(model, temporary)
-        torch.save(state, content := BytesIO())
-        write_bytes(temporary / STATE_FILE, content.getbuffer())
-        digests = {name: file_digest(temporary / name) for name in (LORA_FILE, STATE_FILE)}
-        record = {"step": step, "run": run_id(run.settings), "files": digests}
-        sync(output_dir / LOG_FILE)
-        write_json(temporary / "checkpoint.json", {**record, "log": file_digest(output_dir / LOG_FILE)})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        sync(output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_lora(model, temporary)
+    torch.save({name: part.state_dict() for name, part in state.items()}, temporary / STATE_FILE)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
     if args.checkpoints_total_limit:
-        others = [path for path in list_checkpoints(output_dir) if path != folder]
-        for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
+        for old in list(list_checkpoints(args).values())[: -args.checkpoints_total_limit]:
             shutil.rmtree(old)
+    if args.push_to_hub and args.hub_strategy == "checkpoint" and step < run.max_train_steps:
+        if run.upload is None or run.upload.done():  # else a later one, or the final LoRA, replaces it
+            if run.upload and (error := run.upload.exception()):
+                tqdm.write(f"a checkpoint's upload failed: {one_line(error)}; the training goes on", file=sys.stderr)
+            lora = {"path_or_fileobj": (folder / LORA_FILE).read_bytes(), "path_in_repo": LORA_FILE}
+            run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
 
 
-def end_stopped_run(args: ScriptArguments, run: Run, step: int) -> None:
-    """Ends all processes after a signal. The checkpoint of the step is written."""
-    if run.pending_upload:
-        run.pending_upload.result()
-    for tracker in run.accelerator.trackers:
-        tracker.finish()
+stop_signals: list[tuple[int, float]] = []  # that this process has received while it trained, and when
+
+
+def on_stop_signal(number: int, frame) -> None:
+    """After the first SIGTERM or Ctrl-C all processes leave between two steps; a second one ends this one now."""
+    # A launcher passes a signal on that the whole group has received already: this is not a second one.
+    if stop_signals and time.monotonic() - stop_signals[0][1] > 2:
+        os._exit(128 + number)
+    stop_signals.append((number, time.monotonic()))
+
+
+def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict, leave: bool) -> None:
+    """After a signal, a checkpoint of the last whole step, before the next forward: launchers kill all processes 30
+    seconds after their signal. One process leaves at once; several leave together, after the step in hand."""
+    if run.accelerator.is_main_process and step and not Path(args.output_dir, f"checkpoint-{step}").exists():
+        save_checkpoint(args, run, step, model, state)
+    if not leave:
+        return
     run.accelerator.wait_for_everyone()  # a launcher ends all processes soon after the first
-    stop_signals.append((signal.SIGTERM, 0.0))  # perhaps only another process has received one
-    stop_if_asked(f"checkpoint-{step} is in {args.output_dir}: --resume_from_checkpoint latest goes on from there")
+    run.accelerator.end_training()
+    if run.accelerator.is_main_process:
+        with suppress(BrokenPipeError):
+            print(f"stopped after step {step}: --resume_from_checkpoint latest goes on from there", flush=True)
+    # Perhaps another process has received the signal. A usual end would write into a pipe that nobody reads any more.
+    os._exit(128 + (stop_signals[0][0] if stop_signals else signal.SIGTERM))
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
-
-
-def load_lora(folder: Path, model: Module) -> None:
-    """Restores a checkpoint's LoRA into the adapter of the model."""
-    lora = {key.removeprefix(f"{DENOISER}."): value for key, value in load_file(folder / LORA_FILE).items()}
-    unmatched = get_peft_model_state_dict(model).keys() ^ lora.keys()
-    if unmatched:
-        raise SystemExit(f"{folder}: its LoRA does not fit the model: {sorted(unmatched)[0]}")
-    set_peft_model_state_dict(model, lora)
-
-
-def load_training_state(folder: Path, optimizer: Optimizer, lr_scheduler: LRScheduler, scaler: GradScaler) -> None:
-    """Restores optimizer, schedule and loss scale. There is no random state: timesteps, noise and order of the data are
-    functions of seed and step."""
-    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if scaler:
-        scaler.load_state_dict(state["scaler"])
-
-
-class TrainingLog:
-    """Progress bar, trackers, `training_log.jsonl`, the clock, and the uploads of checkpoints."""
-
-    def __init__(self, args: ScriptArguments, run: Run, parameters: list):
-        self.args, self.run, accelerator = args, run, run.accelerator
-        total = run.max_train_steps
-        if total <= args.lr_warmup_steps:
-            accelerator.print(f"warning: all {total} steps are warm-up: add {ROW}s, or raise --max_train_steps")
-        trained = f"{sum(parameter.numel() for parameter in parameters):,} trained parameters"
-        accelerator.print(f"{run.description}: {total} steps of {run.rows_per_step} {ROW}s, {trained}")
-        if accelerator.is_main_process:
+class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
+    def __init__(self, args: ScriptArguments, run: Run):
+        self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
+        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
+        if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
-            accelerator.init_trackers(PROJECT, config=config)
-            file = Path(args.output_dir) / LOG_FILE
-            write_text(file, earlier_log(file, run))
+            self.accelerator.init_trackers(Path(__file__).stem, config=config)
+            file = Path(args.output_dir, LOG_FILE)
+            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+            whole = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= run.start_step]
+            write_bytes(file, "".join(whole).encode())
             self.file = open(file, "a", buffering=1)
-        hidden = not accelerator.is_local_main_process
-        self.bar = progress_bar(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
-        self.started = self.step_ended = time.time()
-        self.data_time = 0.0  # of this step
-        self.skipped = 0  # steps in a row
-
-    def next_batch(self, batches: Iterator) -> dict[str, torch.Tensor]:
-        """The next batch. Counts the seconds that the step waits for it."""
-        asked = time.time()
-        batch = next(batches)
-        self.data_time += time.time() - asked
-        return batch
+        hidden = not self.accelerator.is_local_main_process
+        self.bar = tqdm(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
+        self.step_ended, self.data_time, self.skipped = time.time(), 0.0, 0  # steps in a row
 
     def write(self, step: int, logs: dict[str, float]) -> bool:
-        """Logs one optimizer step. Returns whether its loss and gradient are finite, so that it counts; exits with one
-        line after too many steps that do not."""
+        """Logs one optimizer step. Returns whether its loss and gradient are finite, so that it counts."""
         now = time.time()
         logs |= {"step_time": now - self.step_ended, "data_time": self.data_time}
         logs["images_per_second"] = self.run.rows_per_step * self.run.images_per_row / logs["step_time"]
         self.step_ended, self.data_time = now, 0.0
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
-        self.bar.update()
-        self.run.accelerator.log(logs, step=step)
-        if self.args.compile and step == self.run.start_step + 1:
-            self.run.accelerator.print(f"step {step} took {logs['step_time']:.0f} s, with its compilation")
-        finite = np.isfinite([logs["loss"], logs["grad_norm"]]).all()
+        with suppress(BrokenPipeError):  # the reader of `2>&1 | tee log` ends at Ctrl-C, too
+            self.bar.update()
+        self.accelerator.log(logs, step=step)
+        finite = bool(np.isfinite([logs["loss"], logs["grad_norm"]]).all())
         self.skipped = 0 if finite else self.skipped + 1
-        if self.run.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             known = {name: value if np.isfinite(value) else None for name, value in logs.items()}  # JSON has no NaN
-            line = json.dumps({"step": step, **known, **({} if finite else {"skipped": True})})
-            with naming(Path(self.args.output_dir, LOG_FILE)):
-                self.file.write(line + "\n")
+            self.file.write(json.dumps({"step": step, **known, **({} if finite else {"skipped": True})}) + "\n")
         # With fp16 the first gradients overflow, while the loss scaler looks for its scale.
         if self.skipped > self.args.max_skipped_steps + 20 * (self.args.mixed_precision == "fp16"):
-            self.give_up(step)
-        return bool(finite)
-
-    def give_up(self, step: int) -> None:
-        """Ends the run, with a command that may help."""
-        kept = [path.name for path in list_checkpoints(Path(self.args.output_dir))[-1:]] or ["no checkpoint"]
-        values = f"{self.skipped} steps in a row without a finite loss and gradient; {kept[0]} is kept"
-        other = f"--learning_rate {self.args.learning_rate / 2:g} --output_dir {self.args.output_dir}-2"
-        other += " --resume_from_checkpoint latest"
-        raise SystemExit(f"step {step}: {values}. To try half the learning rate: {training_command()} {other}")
-
-    def close(self) -> float:
-        """Returns the images per second of the whole training; 0 if there was no step left."""
-        self.bar.close()
-        if self.run.accelerator.is_main_process:
-            self.file.close()
-        images = (self.run.max_train_steps - self.run.start_step) * self.run.rows_per_step * self.run.images_per_row
-        return images / (time.time() - self.started) if images else 0.0
+            raise SystemExit(f"step {step}: {self.skipped} steps in a row were not finite: lower --learning_rate")
+        return finite
 
 
-def earlier_log(file: Path, run: Run) -> str:
-    """A training log up to the step that a run continues from. Says if it is not as it was at that step."""
-    lines = {}
-    for line in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else ():
-        try:
-            step = json.loads(line)["step"]
-            if step <= run.start_step:
-                lines[int(step)] = line + "\n"
-        except (ValueError, LookupError, TypeError):
-            pass  # the last line of a run that was killed, or a damaged one
-    text = "".join(lines[step] for step in sorted(lines))
-    if run.checkpoint and read_json(run.checkpoint / "checkpoint.json").get("log") != short_hash(text):
-        warn(f"{file}: lines up to step {run.start_step} are damaged or missing")
-    return text
+# Gallery, card, Hub -------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: Module, lora: bool = True) -> list:
+    """The validation prompts, drawn with the current LoRA or without it: PIL images."""
+    device, vae, dtype = model.device, pipeline.vae.to(model.device), args.weight_dtype
+    options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
+    options |= {name: getattr(args, f"validation_{name}") for name in ("num_inference_steps", "guidance_scale")}
+    setattr(pipeline, DENOISER, model.eval())
+    images, embeds = [], []
+    for text in ["", *args.validation_prompts]:
+        parts = load_file(run.cache_file(short_hash(text)), device=str(device))
+        embeds.append(pipeline_embeds(args, {name: part[None] for name, part in parts.items()}))
+    options |= {f"negative_{name}": part for name, part in embeds[0].items()}
+    for i, prompt_embeds in enumerate(embeds[1:]):
+        with (
+            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+            nullcontext() if lora else as_reference(model),
+            # Other shapes than in training: they would be compiled anew.
+            torch.compiler.set_stance("force_eager") if args.compile else nullcontext(),
+        ):
+            generator = torch.Generator("cpu").manual_seed(args.seed + i)
+            latents = pipeline(**options, **prompt_embeds, generator=generator).images
+        # Outside of autocast, in the VAE's own type: SDXL's overflows in fp16.
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        images += pipeline.image_processor.postprocess(vae.decode(latents).sample.float(), output_type="pil")
+    model.train()
+    vae.to("cpu")
+    return images
 
 
-class Validator:
-    """Draws the validation prompts with the current LoRA, or without it. The constructor loads everything."""
-
-    def __init__(self, args: ScriptArguments, prompts: list[str], vae, encode_prompts: "PromptEncoder", device):
-        self.args, self.prompts, self.device = args, prompts, device
-        self.pipeline = load_pipeline(args, vae)
-        self.pipeline.set_progress_bar_config(disable=True)
-        embeds = [pipeline_embeds(args, encode_prompts([prompt])) for prompt in (*prompts, "")]  # as a pipeline does
-        *self.embeds, negative = [{name: tensor.cpu() for name, tensor in part.items()} for part in embeds]
-        self.negative_embeds = {f"negative_{name}": tensor for name, tensor in negative.items()}
-
-    @torch.no_grad()
-    def __call__(self, model, lora: bool = True) -> list[PILImage.Image]:
-        vae = self.pipeline.vae.to(self.device)
-        self.pipeline.register_modules(**{DENOISER: model})
-        was_training = model.training
-        model.eval()
-        images, dtype = [], self.args.weight_dtype
-        for i, embeds in enumerate(self.embeds):
-            with (
-                torch.autocast(torch.device(self.device).type, dtype, enabled=dtype != torch.float32),
-                nullcontext() if lora else adapter_off(model),
-                # Other shapes than in training: they would be compiled anew.
-                torch.compiler.set_stance("force_eager") if self.args.compile else nullcontext(),
-            ):
-                latents = self.pipeline(
-                    **{name: tensor.to(self.device) for name, tensor in (embeds | self.negative_embeds).items()},
-                    num_inference_steps=self.args.validation_num_inference_steps,
-                    guidance_scale=self.args.validation_guidance_scale,
-                    height=self.args.resolution,
-                    width=self.args.resolution,
-                    generator=torch.Generator("cpu").manual_seed(self.args.seed + i),
-                    output_type="latent",
-                ).images
-            # Outside of autocast, in the VAE's own type: SDXL's overflows in fp16.
-            latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-            images += self.pipeline.image_processor.postprocess(vae.decode(latents).sample.float(), output_type="pil")
-        model.train(was_training)
-        self.pipeline.register_modules(**{DENOISER: None})
-        vae.to("cpu")
-        return images
-
-
-def log_images(accelerator: Accelerator, prompts: list[str], images: list[PILImage.Image], step: int) -> None:
+def log_images(args: ScriptArguments, accelerator: Accelerator, images: list[PILImage.Image], step: int) -> None:
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            stacked = np.stack([np.asarray(image) for image in images])
-            tracker.writer.add_images("validation", stacked, step, dataformats="NHWC")
+            tracker.log_images({"validation": np.stack(images)}, step, dataformats="NHWC")
         elif tracker.name in ("wandb", "trackio"):
-            picture = importlib.import_module(tracker.name).Image
-            captioned = enumerate(zip(images, prompts))
-            tracker.log({f"validation/{i}": picture(image, caption=text) for i, (image, text) in captioned}, step=step)
+            picture, texts = importlib.import_module(tracker.name).Image, args.validation_prompts
+            pictures = {f"validation/{i}": picture(image, caption=texts[i]) for i, image in enumerate(images)}
+            tracker.log(pictures, step=step)
 
 
-def finish(args: ScriptArguments, run: Run, model: Module, validator: Validator, facts: dict, speed: float) -> None:
-    """Writes the LoRA files, the gallery and, last of all, the card; then uploads them. `speed`: images per second."""
-    output_dir, device = Path(args.output_dir), run.accelerator.device
-    on_gpu, kilobytes = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = torch.cuda.max_memory_allocated(device) if on_gpu else kilobytes * 1024
-    facts = facts | {
-        "steps": run.max_train_steps,
-        f"{ROW}s per step": run.rows_per_step,
-        "seed": args.seed,
-        "speed": f"{speed:.3g} images/s" if speed else "not measured",
-        "peak memory": f"{memory / 1e9:.1f} GB",
-        "hardware": f"{run.accelerator.num_processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")),
-    }
-    log = (output_dir / LOG_FILE).read_text()
-    if skipped := log.count('"skipped": true'):
-        facts["skipped steps"] = skipped
-    if skipped == log.count("\n") > 0:
-        problem = "no step had a finite loss and gradient: nothing was learned"
-        raise SystemExit(f"{problem}. See that {args.pretrained_model_name_or_path} draws pictures")
-    export_lora(model, output_dir)
-    before, after = validator(model, lora=False), validator(model)
-    log_images(run.accelerator, validator.prompts, after, run.max_train_steps)
-    write_card(args, output_dir, validator.prompts, before, after, facts)
-    write_run_record(run, output_dir, {"step": run.max_train_steps, "files": result_files(output_dir)})
+def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list[Part]) -> None:
+    """Writes the LoRA files, the gallery and, last of all, the card; then uploads them."""
+    output_dir, facts = Path(args.output_dir), run_facts(args, run, parts)
+    if facts["skipped steps"] == run.max_train_steps:
+        raise SystemExit("no step had a finite loss and gradient: nothing was learned")
+    write_bytes(output_dir / LORA_FILE, (output_dir / f"checkpoint-{run.max_train_steps}" / LORA_FILE).read_bytes())
+    if comfyui := comfyui_state_dict(get_peft_model_state_dict(model)):
+        write_tensors(output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors", comfyui)
+    before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
+    log_images(args, run.accelerator, after, run.max_train_steps)
+    write_card(args, run, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
     if args.push_to_hub:
-        if run.pending_upload:
-            run.pending_upload.result()
-        upload(args, output_dir)
+        if run.upload:
+            run.upload.exception()  # waits; what follows replaces it, failed or not
+        patterns = [LORA_FILE, "comfyui/*", "images/*", "README.md", "run.json", LOG_FILE]
+        card = output_dir / "README.md"
+        if theirs := earlier_card(args, on_hub=True):
+            write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
+        HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=output_dir, allow_patterns=patterns)
+        print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
 
 
-def write_card(args: ScriptArguments, output_dir: Path, prompts: list, before: list, after: list, facts: dict) -> None:
-    """Writes the before/after gallery and the model card. `card_parts` gives what depends on method and model: `tags`,
-    `datasets`, `introduction`, `facts`, how to `load` and `call` the pipeline, how to use the LoRA in `comfyui`."""
-    shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
-    widgets, gallery = [], ["| prompt | base | with this LoRA |", "|---|---|---|"]
-    for i, (prompt, base, tuned) in enumerate(zip(prompts, before, after)):
-        for image, name in ((base, f"{i}_base.png"), (tuned, f"{i}.png")):
-            save_picture(image, output_dir / "images" / name)
-        widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
-        gallery.append(f"| {table_cell(prompt)} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
-    model, parts, name = args.pretrained_model_name_or_path, card_parts(args, facts), output_dir.resolve().name
-    datasets = [dataset for dataset in parts["datasets"] if dataset and not os.path.isdir(dataset)]
-    front = {  # the Hub cannot link to a folder of this machine
-        **({} if os.path.isdir(model) else {"base_model": model}),
-        "library_name": "diffusers",
-        **base_license(model, args.revision),
-        **({"datasets": datasets} if datasets else {}),
-        "tags": ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *parts["tags"]],
-        "widget": widgets,
+def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
+    """What the card states of the run. Times are sums over the steps: of all parts of an interrupted run."""
+    device, processes = run.accelerator.device, run.accelerator.num_processes
+    on_gpu = device.type == "cuda"
+    log = [json.loads(line) for line in Path(args.output_dir, LOG_FILE).read_text().splitlines()]
+    hours = sum(line["step_time"] for line in log) / 3600
+    commit = re.search(r"@([0-9a-f]{40})/|$", parts[0].file)[1]  # of a dataset of the Hub
+    return {
+        "base": args.pretrained_model_name_or_path,
+        "data": f"{args.dataset_name}, commit {commit or 'unknown'}, {run.settings['images']} {run.settings['labels']}",
+        **describe(args, run)["facts"],
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, warm-up {args.lr_warmup_steps} steps",
+        "LoRA rank": args.rank,
+        "batch": f"{run.rows_per_step} prompts x {run.images_per_row} images",
+        "steps": run.max_train_steps,
+        "skipped steps": sum("skipped" in line for line in log),
+        "seed": args.seed,
+        "time": f"{hours:.3g} h of training",
+        "GPU hours": f"{processes * hours:.3g}" if on_gpu else f"0, and {processes * hours:.3g} of CPU processes",
+        **({"price": f"{processes * hours * args.gpu_hourly_cost:.2f}"} if args.gpu_hourly_cost else {}),
+        "speed": f"{len(log) * run.rows_per_step * run.images_per_row / (3600 * hours or 1):.3g} images/s",
+        "peak memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if on_gpu else "not measured",
+        "hardware": f"{processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")),
     }
+
+
+CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
+CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
+
+
+def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
+    output_dir, widgets, about = Path(args.output_dir), [], describe(args, run)
+    shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
+    (output_dir / "images").mkdir()
+    gallery = ["| prompt | base | with this LoRA |", "|---|---|---|"]
+    for i, (prompt, base, tuned) in enumerate(zip(args.validation_prompts, before, after)):
+        base.save(output_dir / "images" / f"{i}_base.png")
+        tuned.save(output_dir / "images" / f"{i}.png")
+        widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
+        cell = " ".join(prompt.split()).replace("|", "\\|")
+        gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
+    model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
+    front = {"library_name": "diffusers", **base_license(args), "tags": tags, "widget": widgets}
+    front |= {} if os.path.isdir(model) else {"base_model": model}  # the Hub cannot link to a folder of this machine
+    datasets = [name for name in about["datasets"] if not os.path.exists(name)]
+    front |= {"datasets": datasets} if datasets else {}
+    local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
+    given = {spec.name: getattr(args, spec.name) for spec in fields(args) if getattr(args, spec.name) != spec.default}
+    settings = {name: value for name, value in given.items() if name not in local}
     body = f"""# {name}
 
-{parts["introduction"]}
+A LoRA for `{model}`, trained with `{args.loss_type}` on {about["method"]}
 
 <Gallery />
 
@@ -2024,817 +1432,144 @@ Same prompts, same seeds:
 
 ## Use it
 
-With diffusers:
-
-```python
-import torch
-{parts["load"]}
-pipeline.to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or output_dir}", weight_name="pytorch_lora_weights.safetensors")
-image = pipeline({json.dumps(prompts[0])}{parts["call"]}).images[0]
-```
-
-With ComfyUI: {parts["comfyui"]} and load it with the "Load LoRA" node at strength 1.
+{about["usage"]}
 
 ## How it was made
 
 ```bash
-{training_command()}
+accelerate launch {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}
 ```
 
 | | |
 |---|---|
-{chr(10).join(f"| {key} | {value} |" for key, value in (facts | parts["facts"]).items())}
+{chr(10).join(f"| {key} | {value} |" for key, value in facts.items())}
 
 Loss, margins, learning rate and speed of every step are in [{LOG_FILE}]({LOG_FILE}). The settings that differ
 from the script's defaults, as a file for `--config`:
 
 ```yaml
-{changed_settings(args)}
+{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()}
 ```
 """
-    write_text(output_dir / "README.md", make_card(front, card_block(body), output_dir / "README.md"))
+    block = f"{CARD_BEGIN}\n{body.strip().replace('<!--', '<! --')}\n{CARD_END}\n"  # a prompt may hold a mark
+    card, theirs = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{block}"), earlier_card(args)
+    write_bytes(output_dir / "README.md", str(merge_cards(card, theirs) if theirs else card).encode())
 
 
-def base_license(model: str, revision: str | None) -> dict:
-    """The licence fields of the base model's card, which its LoRA inherits; none if the card cannot be read."""
-    if model in BASE_LICENSES:
-        return BASE_LICENSES[model]
+def base_license(args: ScriptArguments) -> dict:
+    """The licence of the base model, which its LoRA inherits."""
     try:
-        front = RepoCard(file_of(model, "README.md", revision=revision).read_text()).data.to_dict()
+        card = RepoCard(file_of(args.pretrained_model_name_or_path, "README.md", args.revision).read_text())
     except Exception:  # no card, no network, a card with broken front matter: the user names the licence
         return {}
-    found = {name: front[name] for name in ("license", "license_name", "license_link") if name in front}
-    if not os.path.isdir(model) and not str(found.get("license_link", "http")).startswith("http"):
-        found["license_link"] = f"https://huggingface.co/{model}/blob/main/{found['license_link']}"
+    found = {name: card.data[name] for name in ("license", "license_name", "license_link") if name in card.data}
+    if "://" not in (file := found.get("license_link", "://")):  # of the base model's repository
+        found["license_link"] = f"https://huggingface.co/{args.pretrained_model_name_or_path}/blob/main/{file}"
     return found
 
 
-def data_identity(dataset: Dataset, digest: str) -> str:
-    """Identifies the data: the commit of a dataset from the Hub, and a hash of the labels."""
-    return ", ".join([*(f"commit {commit}" for commit in hub_commits(dataset)), f"hash of rows and labels {digest}"])
-
-
-def hub_commits(dataset: Dataset) -> list[str]:
-    """The commit of a dataset from the Hub: `datasets` names the folders of its cache by it."""
-    folders = {Path(file["filename"]).parent.name for file in dataset.cache_files}
-    return [folder for folder in sorted(folders) if re.fullmatch("[0-9a-f]{40}", folder)]
-
-
-def changed_settings(args: ScriptArguments) -> str:
-    """The settings that differ from the defaults and bear on the result, as YAML for `--config`."""
-    local = "output_dir cache_dir logging_dir resume_from_checkpoint report_to dataloader_num_workers"
-    names = [spec.name for spec in fields(args) if getattr(args, spec.name) != spec.default]
-    names = [name for name in names if name not in local.split() and "hub_" not in name and "_hub" not in name]
-    settings = {name: getattr(args, name) for name in names}
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()
-
-
-def training_command() -> str:
-    """The command as it was given, by `accelerate launch` or by `python`."""
-    launched = "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    launcher = ["accelerate", "launch"] if launched else ["python"]
-    launcher += ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
-    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
-
-
-def upload(args: ScriptArguments, output_dir: Path) -> None:
-    """Sends LoRA, card, gallery and log. Exits with one line if that fails; it says how to send them later."""
-    enable_progress_bars()
-    # Neither the checkpoints, with their optimizer states, nor the trackers' files.
-    patterns = (LORA_FILE, "comfyui/*.safetensors", "images/*.png", "run.json", LOG_FILE)
-    files = {file.relative_to(output_dir).as_posix(): file for name in patterns for file in output_dir.glob(name)}
-    try:
-        # The card of a run that was trained without --push_to_hub names its folder.
-        card = (output_dir / "README.md").read_text()
-        card = re.sub(r'load_lora_weights\("[^"]*"', f'load_lora_weights("{args.hub_model_id}"', card)
-        card = push_to_hub(args.hub_model_id, "model", files, "LoRA, card and gallery", card=card)
-    except Exception as error:
-        command = ["hf", "upload", args.hub_model_id, str(output_dir), ".", "--exclude", "checkpoint-*"]
-        command = shlex.join([*command, "--exclude", f"{args.logging_dir}/*"])
-        raise SystemExit(
-            f"upload to {args.hub_model_id} failed: {one_line(error)}; everything is in {output_dir}. The same command "
-            "with --resume_from_checkpoint latest uploads it and keeps edits of the card. To upload the folder "
-            f"as it is: {command}"
-        ) from None
-    write_text(output_dir / "README.md", card)
-    print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
-
-
-def upload_checkpoint(args: ScriptArguments, run: Run, step: int, wait: bool) -> None:
-    """Sends a checkpoint's LoRA in the background. It is skipped if an earlier one is still being sent: a later one, or
-    the final LoRA, replaces it. `wait`: not skipped."""
-    if args.hub_strategy != "checkpoint" or step == run.max_train_steps:
-        return
-    if run.pending_upload and not run.pending_upload.done():
-        if not wait:
-            return
-        run.pending_upload.result()
-    disable_progress_bars()  # they would be drawn over the bar of the training
-    output_dir, name = Path(args.output_dir), f"checkpoint-{step}"
-    # Read now: by the time they are sent, checkpoints_total_limit may have removed the folder.
-    files = {LORA_FILE: (output_dir / name / LORA_FILE).read_bytes()}
-    files |= {other: (output_dir / other).read_bytes() for other in (LOG_FILE, "run.json")}
-    run.pending_upload = HfApi().run_as_future(send_checkpoint, args.hub_model_id, name, files)
-
-
-def send_checkpoint(repo_id: str, name: str, files: dict[str, bytes]) -> None:
-    try:
-        push_to_hub(repo_id, "model", files, f"LoRA of {name}")
-    except Exception as error:
-        tqdm.write(f"upload of {name} to {repo_id} failed: {one_line(error)}; the training goes on", file=sys.stderr)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Shared: Hub (build_synpic.py; `make fix-copies` writes it into the other scripts)
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-# Errors that repeating the request cannot fix: a malformed name, no token, offline mode.
-LASTING_ERRORS = (ValueError, TypeError, LocalTokenNotFoundError, OfflineModeIsEnabled)
-HUB_PAUSES = (1, 2, 4, 8, 16)  # seconds before each further attempt
-HUB_TIMEOUT = 300  # seconds without a byte; the client itself would wait for ever
-
-
-def retried(request: Callable, *arguments, **options):
-    """Calls a function of the Hub's client, and calls it again after a pause if the error may pass: 408, 409, 412, 429,
-    5xx, a lost or silent connection. The client itself repeats neither commits nor the creation of a repository."""
-    for pause in (*HUB_PAUSES, None):
-        get_session().timeout = HUB_TIMEOUT
-        try:
-            return request(*arguments, **options)
-        except Exception as error:  # of the client or of its transport, whose classes differ between versions
-            response = getattr(error, "response", None)
-            if response is None:  # a JSONDecodeError is a ValueError, but comes from a proxy's error page
-                lasting = isinstance(error, LASTING_ERRORS) and not isinstance(error, json.JSONDecodeError)
-            else:
-                lasting = response.status_code < 500 and response.status_code not in (408, 409, 412, 429)
-            if lasting or pause is None:
-                raise
-            time.sleep(pause if response is None else max(pause, requested_pause(response)))
-
-
-def requested_pause(response) -> int:
-    """Seconds that the Hub asks to wait, at most 330: it counts requests in windows of 300 seconds."""
-    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
-    seconds = str(limit.reset_in_seconds) if limit else response.headers.get("Retry-After", "")
-    return min(int(seconds), 330) if seconds.isdigit() else 0
-
-
-def file_of(source: str, file: str, **options) -> Path:
-    """A file of a local folder, or of a repository on the Hub."""
-    return Path(source, file) if os.path.isdir(source) else Path(hf_hub_download(source, file, **options))
-
-
-def create_repo(name: str, repo_type: str, private: bool, **options) -> str:
-    """Creates the repository unless it exists, and returns its id with the namespace. Exits with one line if the token
-    cannot write to it. `options`: more of `HfApi.create_repo`'s."""
-    try:
-        options |= {"repo_type": repo_type, "private": private or None, "exist_ok": True}
-        repo_id = retried(HfApi().create_repo, name, **options).repo_id
-        try:  # `create_repo` also succeeds for an existing repository that the token can only read
-            retried(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
-        except Exception as error:
-            response = getattr(error, "response", None)
-            if response is None or response.status_code != 404:  # a self-hosted Hub may not know this question
-                raise
-        check_hub_card(repo_id, repo_type)
-    except Exception as error:
-        problem = f"--push_to_hub: the {repo_type} repository {name} cannot be written to: {one_line(error)}"
-        raise SystemExit(f"{problem}; it takes a token with write access (hf auth login, or HF_TOKEN)") from None
-    return repo_id
-
-
-def check_card(file: Path) -> None:
-    """Exits with one line if a card exists and cannot be read: at its end the run keeps what people wrote into it."""
-    try:
-        if file.exists():
-            RepoCard(file.read_text(), ignore_metadata_errors=False)
-    except (ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise SystemExit(f"{file} is no card that can be kept: {one_line(error)}: mend or remove it") from None
-
-
-def check_hub_card(repo_id: str, repo_type: str) -> None:
-    """The same for the card of a repository."""
-    head = retried(HfApi().repo_info, repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
-    if "README.md" in {file.rfilename for file in head.siblings}:
-        check_card(Path(retried(hf_hub_download, repo_id, "README.md", repo_type=repo_type, revision=head.sha)))
-
-
-def card_block(text: str) -> str:
-    """The part of a card that a run writes, between its marks; a prompt may hold anything, even a mark."""
-    return f"{CARD_BEGIN}\n{text.strip().replace('<!--', '<! --')}\n{CARD_END}\n"
-
-
-def make_card(front: dict, body: str, file: Path | None = None) -> str:
-    """The text of a card. If `file` exists, what people wrote into it stays."""
-    card = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{body}")
-    return str(merge_cards(card, RepoCard(file.read_text())) if file and file.exists() else card)
+def earlier_card(args: ScriptArguments, on_hub: bool = False) -> RepoCard | None:
+    """The card as people may have edited it, in the folder or on the Hub."""
+    file = Path(args.output_dir, "README.md")
+    if on_hub:
+        there = HfApi().file_exists(args.hub_model_id, file.name)
+        file = Path(hf_hub_download(args.hub_model_id, file.name)) if there else Path()
+    return RepoCard(file.read_text(), ignore_metadata_errors=False) if file.is_file() else None
 
 
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
-    """Updates and returns `theirs`, a card that people may have edited. CARD_FACTS and the text between the marks come
-    from `mine`, the card of this run; of its other metadata only what they lack is added."""
+    """The card of this run with what people wrote into an earlier one. The text between the marks, base model, datasets
+    and widget are this run's; of its other metadata only what the earlier card lacks is added."""
     licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
     for name, value in mine.data.to_dict().items():
-        if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
+        lacks = name not in theirs.data and not (licensed and name.startswith("license_"))
+        if lacks or name in ("base_model", "datasets", "widget"):
             theirs.data[name] = value
     marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
-    block, old = re.fullmatch(marked, mine.text, re.S), re.fullmatch(marked, theirs.text, re.S)
-    block = block[2] if block else mine.text.strip()
-    if old:
-        theirs.text = f"{old[1]}{block}{old[3]}"
-    elif theirs.text.strip():
-        theirs.text = f"{theirs.text.rstrip()}\n\n{block}\n"
-    else:
-        theirs.text = mine.text
+    block, old = re.fullmatch(marked, mine.text, re.S)[2], re.fullmatch(marked, theirs.text, re.S)
+    theirs.text = f"{old[1]}{block}{old[3]}" if old else f"{theirs.text.rstrip()}\n\n{block}\n"
     return theirs
 
 
-def push_to_hub(
-    repo_id: str, repo_type: str, files: dict, message: str, *, card: str = "", merge=merge_cards, replace: tuple = ()
-) -> str:
-    """Sends files in one commit; those that the Hub has already are not sent again. Returns the card as it is then.
-
-    Args:
-        files: name in the repository → local file (Path), or its content (bytes).
-        card: the text of README.md, which `merge` combines with the card on the Hub.
-        replace: patterns of names; other files on the Hub that match one are deleted.
-    """
-
-    def commit() -> str:
-        # On top of the state that was read: if somebody edits the card meanwhile, the Hub answers 412: read it again.
-        head = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_TIMEOUT)
-        names, merged = {file.rfilename for file in head.siblings}, card
-        if card and "README.md" in names:
-            readme = hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=head.sha)
-            merged = str(merge(RepoCard(card), RepoCard(Path(readme).read_text())))
-        new = {**files, "README.md": merged.encode()} if card else files
-        operations = [CommitOperationAdd(name, content) for name, content in new.items()]
-        stale = [name for name in names - new.keys() if any(fnmatch(name, pattern) for pattern in replace)]
-        operations += [CommitOperationDelete(name) for name in sorted(stale)]
-        HfApi().create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head.sha)
-        return merged
-
-    return retried(commit)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Shared: start and stop (build_synpic.py; `make fix-copies` writes it into the other scripts)
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # errors of file systems without locks
-LOCK_BEAT = 20  # seconds between two signs of life of a lock's owner
-# Errors of the disk and of the system that say nothing about the script.
-SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-SYSTEM_ERRORS |= {errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ESTALE}
-stop_signals: list[tuple[int, float]] = []  # that this process has received, and when
-
-
-def run_script(main: Callable) -> None:
-    """Parses the flags, locks the output folder and runs `main`. An error of the disk ends in one line."""
-    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_stop_signal)
-    transformers_logging.disable_progress_bar()  # of loading weights; downloads and our own work show theirs
-    for handler in logging.getLogger("datasets").handlers:  # its errors are raised as well
-        handler.addFilter(lambda record: record.levelno != logging.ERROR)
-    try:
-        args = parse_arguments()
-        check_folder_name(Path(args.output_dir))
-        number, total = getattr(args, "task_index", 0), getattr(args, "num_tasks", 1)
-        with locked(Path(args.output_dir), "--output_dir", task=f"-{number}-of-{total}" if total > 1 else ""):
-            main(args)
-    except Exception as error:
-        if stop_signals:  # another process of this run has ended at its own place
-            stop_if_asked(f"before this process was ready for it: {one_line(error)}")
-        if problem := system_problem(error):
-            raise SystemExit(problem) from None
-        raise
-
-
-class Console:
-    """A text stream whose reader may go away, as `| tee log` does at Ctrl-C: what nobody reads is dropped."""
-
-    def __init__(self, stream: IO):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        with suppress(BrokenPipeError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(BrokenPipeError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
-def check_folder_name(folder: Path) -> None:
-    """Exits with one line if the name of the output folder cannot stand in patterns of files, cards and on the Hub."""
-    name = folder.resolve().name
-    if len(name.encode()) > 100 or not re.fullmatch(r"[^*?\[\]{}|<>\"'\\\x00-\x1f]+", name):
-        shown = repr(name[:110])
-        raise SystemExit(f"--output_dir: the name {shown} has over 100 bytes, or one of * ? [ ] {{ }} | < > \" ' \\")
-
-
-def on_stop_signal(number: int, frame) -> None:
-    """The first SIGTERM or Ctrl-C lets the script finish the step or batch in hand; a second one ends it at once."""
-    # A launcher passes a signal on that the whole group has received already: this is not a second one.
-    if stop_signals and time.monotonic() - stop_signals[0][1] > 2:
-        os._exit(128 + number)
-    stop_signals.append((number, time.monotonic()))
-    if is_first_process() and len(stop_signals) == 1:
-        name = signal.Signals(number).name
-        with suppress(OSError):
-            os.write(2, f"\n{name}: stops after the work in hand; a second signal stops at once\n".encode())
-
-
-def stop_if_asked(kept: str) -> None:
-    """Ends the script if a signal has asked for that. `kept`: one line, what is kept and how to go on."""
-    if stop_signals:
-        if is_first_process():
-            print(f"stopped: {kept}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + stop_signals[0][0])
-
-
-def system_problem(error: BaseException, where: str = "") -> str | None:
-    """One line for an error of the disk or the system, or for one that it caused; None for others. `where`: the folder
-    it is about, if the error does not say."""
-    seen = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        number, text = getattr(error, "errno", None), one_line(error)
-        if match := re.search(r"(?:os error|errno) (\d+)", text):  # of a library that is not written in Python
-            number = int(match[1])
-        if number in SYSTEM_ERRORS:
-            break
-        error = error.__cause__ or error.__context__
-    else:
-        return None
-    path = getattr(error, "filename", None) or where
-    if not path:
-        return f"reading or writing failed: {os.strerror(number)}. Nothing is half-written: the same command goes on"
-    path = Path(os.path.abspath(path))
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    free, inodes = shutil.disk_usage(existing).free, os.statvfs(existing)
-    left = f"{free / 1e9:.3g} GB free" + (", no file can be added" if inodes.f_files and not inodes.f_favail else "")
-    problem = f"{path} cannot be read or written: {os.strerror(number)} ({existing}: {left})"
-    return f"{problem}. Nothing is half-written: the same command goes on"
-
-
-def load_problem(what: str, error: Exception, where: str = "") -> SystemExit:
-    """What to raise if a model or a dataset cannot be loaded: one line. `where`: the folder that loading writes to."""
-    return SystemExit(system_problem(error, where) or f"{what}: cannot be loaded: {one_line(error)}")
-
-
-@contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Ends in one line if what stands in the block cannot load a model."""
-    try:
-        yield
-    except Exception as error:
-        raise load_problem(what, error) from None
-
-
-@contextmanager
-def locked(folder: Path, flag: str, wait: bool = False, task: str = "") -> Iterator[None]:
-    """Keeps other runs out of a folder, on this machine or on others that share it. If one is there, exits with one
-    line, or waits for its end. Only the first process of a run does this. Leaves no empty folder behind.
-
-    A `task`, "-I-of-N", shares the folder with the other tasks of N, but not with itself or a whole run."""
-    if not is_first_process():
-        yield
-        return
-    if folder.exists() and not folder.is_dir():
-        raise SystemExit(f"{flag} {folder} is a file")
-    # A task leaves the folder: another one may be about to write into it.
-    created = [path for path in (folder, *folder.parents) if not task and not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    file, ended = folder / f".lock{task}", threading.Event()
-    handle = take_lock(file, flag, wait)
-    threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
-    try:
-        # Both take their own lock before they look for others: of two, at least one sees the other.
-        siblings = task[task.find("-of-") :]
-        for other in set(folder.glob(".lock*")) - {file}:
-            if not task or not other.name.endswith(siblings):
-                refuse_owner(other, flag, remove=not task)
-        yield
-    finally:
-        ended.set()
-        file.unlink(missing_ok=True)
-        handle.close()
-        for path in created:
-            try:
-                path.rmdir()
-            except OSError:  # it is not empty
-                break
-
-
-def take_lock(file: Path, flag: str, wait: bool) -> IO:
-    """Locks a file and writes this process into it. The system drops the lock of a process that dies."""
-    waited = False
-    while True:
-        handle = open(file, "a+")
-        handle.seek(0)
-        owner = handle.read()
-        free = is_free(file, handle, owner, fcntl.LOCK_EX)
-        if free and is_file_of(handle, file):
-            break
-        handle.close()
-        if not free and not wait:
-            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
-        if not free and not waited:
-            warn(f"{file.parent} is in use by {owner}: waiting for its end")
-            waited = True
-        stop_if_asked("nothing was begun")
-        time.sleep(0 if free else 1)
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {platform.node()}")
-    handle.flush()
-    return handle
-
-
-def refuse_owner(file: Path, flag: str, remove: bool) -> None:
-    """Exits with one line if the owner of another lock is alive. `remove`: takes away the lock of one that is dead."""
-    with suppress(FileNotFoundError), open(file, "r+") as handle:
-        owner = handle.read()
-        if not is_free(file, handle, owner, fcntl.LOCK_SH):  # shared: several tasks may look at once
-            raise SystemExit(f"{flag} {file.parent} is in use by {owner}: wait for its end, or choose another folder")
-        if remove:
-            file.unlink()
-
-
-def is_free(file: Path, handle: IO, owner: str, kind: int) -> bool:
-    """Locks an open file, exclusively or shared; whether its owner, the process that the file names, has ended."""
-    try:
-        fcntl.lockf(handle, kind | fcntl.LOCK_NB)
-        return owner_is_gone(file, owner)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
-            raise
-        if error.errno in NO_LOCKS:
-            warn(f"{file.parent} is on a file system without locks: see that no other run writes there")
-        return error.errno in NO_LOCKS
-
-
-def is_file_of(handle: IO, file: Path) -> bool:
-    """Whether an open file is still the one of this name: its last owner may have just removed it."""
-    try:
-        return os.path.samestat(os.fstat(handle.fileno()), file.stat())
-    except FileNotFoundError:
-        return False
-
-
-def owner_is_gone(file: Path, owner: str) -> bool:
-    """Whether the process that a lock names has ended, although its lock is free: some network file systems keep locks
-    on one machine only. A live owner changes the file's date."""
-    if not owner or owner.endswith(f" on {platform.node()}"):
-        return True
-    warn(f"{file} names {owner}: watching it for {2 * LOCK_BEAT} s")
-    try:
-        date = file.stat().st_mtime_ns
-        time.sleep(2 * LOCK_BEAT)
-        return file.stat().st_mtime_ns == date
-    except FileNotFoundError:
-        return True
-
-
-def show_life(file: Path, ended: threading.Event) -> None:
-    """Changes a lock's date now and then, until the run has ended."""
-    while not ended.wait(LOCK_BEAT):
-        with suppress(OSError):
-            os.utime(file)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Shared: arguments and files (build_synpic.py; `make fix-copies` writes it into the other scripts)
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-# The metadata of a flag that gives its range.
-RANGES = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
-YAML_NULL = ("", "~", "null", "Null", "NULL")
-RANGE_WORDS = {"min": "at least", "above": "greater than", "max": "at most", "below": "less than"}
-UNFINISHED = "UNFINISHED"  # stands in a folder of data files while they are written
-
-
-class OneLineParser(TrlParser):
-    """TrlParser that ends every usage error in one line. A flag with a `group`, and those after it, stand under that
-    title in --help. Metadata that is ours, not argparse's, is left out."""
+# Arguments and files ------------------------------------------------------------------------------------------------
+class ArgumentParser(TrlParser):
+    """Ends every usage error in one line, and knows the metadata of `flag`. For --config see `config_words`."""
 
     group = None
 
-    def add_argument(self, *names, **options):
-        if title := options.pop("group", None):
-            self.group = self.add_argument_group(title)
-        options = {key: value for key, value in options.items() if key not in (*RANGES, "may_change")}
-        return self.group.add_argument(*names, **options) if self.group else super().add_argument(*names, **options)
+    def add_argument(self, *names, limits=None, group=None, free=False, **options):
+        self.group = self.add_argument_group(group) if group else self.group
+        return (self.group.add_argument if self.group else super().add_argument)(*names, **options)
 
     def error(self, message: str):
         # argparse names both spellings of a flag: --lr_scheduler/--lr-scheduler.
         raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
 
 
-def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
+def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
-    words = list(sys.argv[1:] if words is None else words)
-    if "command" in ScriptArguments.__dataclass_fields__ and words and not words[0].startswith("-"):
-        words[0] = f"--command={words[0]}"  # of a script that does several things: `user_study.py serve`
-    layout = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = OneLineParser(ScriptArguments, allow_abbrev=False, **layout)
-    parser.add_argument("--config", type=config_words, metavar="FILE", help="YAML file of flags.")
-    arguments = vars(parser.parse_args([*(parser.parse_known_args(words)[0].config or []), *words]))
+    words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
+    parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
+    arguments = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
     return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
+
+
+def check_flags(args: TrainingArguments) -> None:
+    """Exits with one line if a flag is out of its range, or does not fit the others."""
+    for spec in fields(args):
+        value = getattr(args, spec.name)
+        for words, limit in spec.metadata["limits"].items():
+            if None not in (value, limit) and not COMPARE[words](value, limit):
+                raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
+        if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
+            setattr(args, spec.name, os.path.expanduser(value))
+        if spec.name in UNUSED_BY and value != spec.default and args.loss_type in UNUSED_BY[spec.name]:
+            raise SystemExit(f"--{spec.name}: --loss_type {args.loss_type} does not use it: leave it out")
+    if (args.resolution or 0) % RESOLUTION_MULTIPLE:
+        raise SystemExit(f"--resolution {args.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
+    if args.report_to not in ("all", "none") and not importlib.util.find_spec(args.report_to):
+        raise SystemExit(f"--report_to {args.report_to}: it is not installed: pip install {args.report_to}")
 
 
 def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
-    try:
-        # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`.
-        settings = yaml.load(Path(file).read_text(), Loader=yaml.BaseLoader) or {}
-        values = settings.values() if isinstance(settings, dict) else [settings, None]
-        lists = [value if isinstance(value, list) else [value] for value in values]
-        if not all(isinstance(word, str) for words in lists for word in words) or "config" in settings:
-            raise ValueError("it must hold lines of `flag: value` or `flag: [value, value]`, and no `config`")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise argparse.ArgumentTypeError(f"{file} cannot be read: {one_line(error)}") from None
-    given = {name: words for name, words in zip(settings, lists) if words and settings[name] not in YAML_NULL}
-    # A single value stands behind "=": it may begin with "-".
-    pairs = ([f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words] for name, words in given.items())
-    return [word for pair in pairs for word in pair]
+    given = []
+    # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
+    # stands behind "=": it may begin with "-".
+    for name, value in dict(yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}).items():
+        words = value if isinstance(value, list) else [value]
+        if words and value not in ("", "~", "null", "Null", "NULL"):
+            given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
+    return given
 
 
-def check_ranges(args: "ScriptArguments") -> None:
-    """Exits with one line if a value is outside the range that its flag's metadata gives."""
-    for spec in fields(args):
-        value = getattr(args, spec.name)
-        if isinstance(value, float) and not np.isfinite(value):
-            raise SystemExit(f"--{spec.name} {value}: must be a finite number")
-        for limit in RANGES.keys() & spec.metadata.keys():
-            if value is not None and not RANGES[limit](value, spec.metadata[limit]):
-                raise SystemExit(f"--{spec.name} {value}: must be {RANGE_WORDS[limit]} {spec.metadata[limit]}")
-
-
-def one_line(error: Exception | str) -> str:
-    """An error's message on one line, whatever its class and length."""
+def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def table_cell(value) -> str:
-    """Any text as one cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def progress_bar(*arguments, **options) -> tqdm:
-    """A tqdm bar; where the output is not a terminal it writes at most one line every 30 seconds."""
-    pause = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
-    return tqdm(*arguments, **pause, **options)
-
-
-class Damaged(Exception):
-    """A file that does not hold what was written into it. `file`: its path."""
-
-    def __init__(self, file: Path):
-        super().__init__(f"{file} is damaged, or of an earlier version of this script")
-        self.file = file
-
-
-@contextmanager
-def replacing(file: Path, keep: bool = False) -> Iterator[Path]:
-    """Gives the name of a temporary file, which takes the place of `file` when the block ends, after its content has
-    reached the disk. If anything fails, `file` stays as it was, and nothing is left over. With `keep`, a `file` that
-    another process has written meanwhile stays, too."""
-    # Processes on two machines may have the same number.
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        with naming(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            sync(temporary)
-            if not (keep and is_linked(temporary, file)):
-                os.replace(temporary, file)
-            sync(file.parent)  # the name, too, is on the disk
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def is_linked(source: Path, target: Path) -> bool:
-    """Gives a file a second name, unless something has that name. False: the file system has no links."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Errors of the disk in this block name this file, unless they are about a file of another folder."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None and Path(str(error.filename)).parent != file.parent:
-            raise
-        raise OSError(error.errno, error.strerror or one_line(error), str(file)) from None
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the list of a folder's files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-    """Writes a whole file, or leaves it as it was."""
-    with replacing(file) as temporary:
-        temporary.write_bytes(content)
-
-
-def write_text(file: Path, text: str) -> None:
-    write_bytes(file, text.encode())
-
-
-def save_picture(picture: PILImage.Image, file: Path) -> None:
-    """Writes a PNG. Each part of it has a checksum."""
-    with replacing(file) as temporary:
-        picture.save(temporary, "PNG")
-
-
-def write_json(file: Path, record: dict) -> None:
-    """Writes a JSON file with a checksum, which `read_json` verifies."""
-    write_text(file, sealed_json(record))
-
-
-def sealed_json(record: dict) -> str:
-    return json.dumps({**record, "checksum": json_checksum(record)}, indent=2) + "\n"
-
-
-def read_json(file: Path, sealed: bool = True) -> dict:
-    """What `write_json` wrote, without its checksum; {} if there is no such file. Raises Damaged for other content.
-    With `sealed` False it also takes a file without a checksum, of an earlier version."""
-    if not file.exists():
-        return {}
-    try:
-        record = json.loads(file.read_bytes())
-        if not sealed and "checksum" not in record:
-            return record
-        if record.pop("checksum") == json_checksum(record):
-            return record
-    except (ValueError, LookupError, AttributeError, TypeError):
-        pass
-    raise Damaged(file)
-
-
-def json_checksum(record: dict) -> str:
-    return short_hash(json.dumps(record, sort_keys=True))
-
-
-def is_empty(folder: Path) -> bool:
-    """True if a folder holds nothing but locks: this run's, or those of tasks."""
-    return not folder.is_dir() or all(path.name.startswith(".lock") for path in folder.iterdir())
-
-
-def remove_temporary_files(folder: Path) -> None:
-    """Removes what killed runs left in a folder that this run has locked."""
-    for path in list(folder.rglob(".*.tmp*")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)  # it may have been in such a folder
-
-
-warned: set[str] = set()
-
-
-def warn(text: str) -> None:
-    """A line on the console, once, and from the first process only."""
-    if is_first_process() and text not in warned:
-        warned.add(text)
-        print(f"warning: {text}", file=sys.stderr)
-
-
-def is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def check_dataset_folder(flag: str, folder: str, columns: bool = True) -> None:
-    """Exits with one line if a local dataset is not whole: its build was interrupted, or a file is missing, unreadable
-    or damaged. `columns`: reads the columns, too, and verifies their checksums; else only the list of files."""
-    if not os.path.isdir(folder):
-        return
-    again = "run the command that wrote it again"
-    if marks := sorted(Path(folder).rglob(UNFINISHED)):
-        raise SystemExit(f"{flag} {folder}: {marks[0].parent} is unfinished: {again}")
-    files = sorted(file for file in Path(folder).rglob("*.parquet") if "work" not in file.relative_to(folder).parts)
-    series = {}
-    for file in files:
-        if match := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.parquet", file.name):
-            series.setdefault((file.parent, match[1]), {}).setdefault(int(match[3]), set()).add(int(match[2]))
-    for (parent, name), found in series.items():
-        (total, numbers), *others = found.items()
-        if others:
-            kinds = " and ".join(f"{name}-*-of-{total:05d}.parquet" for total in sorted(found))
-            raise SystemExit(f"{flag} {folder}: {parent} holds files of two datasets, {kinds}: remove those of one")
-        if numbers != set(range(total)):
-            have = f"{len(numbers)} of the {total} files {name}-*-of-{total:05d}.parquet"
-            raise SystemExit(f"{flag} {folder}: {parent} holds {have}: {again}, or fetch the dataset again")
-    for file in progress_bar(files if columns and is_first_process() else [], desc="check data", unit="file", delay=5):
-        stop_if_asked("nothing was begun")
-        try:
-            check_pages(file)
-        except Damaged:
-            raise SystemExit(f"{flag} {folder}: {file} is damaged: {again}, or fetch the file again") from None
-
-
-def check_pages(file: Path) -> None:
-    """Reads a Parquet file and verifies the checksums of its pages, where it has them. Raises Damaged."""
-    with reading(file), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-        rows = sum(len(parquet.read_row_group(group)) for group in range(parquet.num_row_groups))
-        if rows != parquet.metadata.num_rows:
-            raise Damaged(file)
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """What readers of Parquet raise in this block on a damaged file becomes Damaged."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-        if getattr(error, "errno", None) or isinstance(error, MemoryError):  # not the content
-            raise
-        raise Damaged(file) from None
-
-
-def folder_digest(folder: str) -> str:
-    """A hash of the names, sizes and content of a folder's files, whatever their dates: of a model, or of a dataset
-    without what is written again at every run (card, pictures, statistics) and without the work shards. Of a large
-    file it reads blocks that are spread over it, the last one included."""
-    others = ("work", "README.md", "grid.png", "figures", "statistics.json")
-    names = sorted(path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
-    # Hidden files and folders are other programs' records: .git, .cache/huggingface.
-    names = [name for name in names if name.parts[0] not in others and not any(p[0] == "." for p in name.parts)]
-    blocks, block_size = (max(1, min(64, 4096 // len(names))), 2**16) if 0 < len(names) < 4096 else (1, 2**12)
-    return short_hash("|".join(f"{name}:{sampled_digest(Path(folder, name), blocks, block_size)}" for name in names))
-
-
-def sampled_digest(file: Path, blocks: int, block_size: int = 2**16) -> str:
-    size, digest = file.stat().st_size, hashlib.sha256()
-    digest.update(str(size).encode())
-    with open(file, "rb") as handle:
-        last = max(size - block_size, 0)
-        whole = size <= blocks * block_size
-        for start in range(0, max(size, 1), block_size) if whole else np.linspace(0, last, blocks + 1)[1:].astype(int):
-            handle.seek(start)
-            digest.update(handle.read(block_size))
-    return digest.hexdigest()
-
-
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """A picture of any kind as 8-bit RGB: 16 bits keep their brightness, what is transparent becomes white. Raises
-    ValueError for pixels whose range is not known."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode == "F" or image.mode.startswith("I") and max(image.getextrema()) > 65535:
-        raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
-    if image.mode.startswith("I"):
-        return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        warn("transparent images get a white background")
-        image = image.convert("RGBA")
-        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def file_digest(file: Path) -> str:
-    """A hash of the whole content of a file."""
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+def seeded_generator(*key) -> np.random.Generator:
+    """A NumPy generator that is a function of the key alone, on every machine and in every process."""
+    digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
 def short_hash(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
-def local_cache(folder: str) -> str | None:
-    """Where `load_dataset` caches a local folder; None for a dataset of the Hub. Its own key depends on the folder's
-    card, not on its files: it would return the old rows of a dataset that was built again."""
-    local = os.path.isdir(folder)
-    return os.path.join(datasets_config.HF_DATASETS_CACHE, f"local-{folder_digest(folder)}") if local else None
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    write_bytes(file, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Writes a whole file, or nothing: a killed run leaves no half file under this name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.urandom(4).hex()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the training there is nothing to save
+    main(parse_arguments())

@@ -45,7 +45,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -90,8 +90,8 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # The objectives that an option has no meaning for.
 UNUSED_BY = dict.fromkeys(("sft_weight", "precompute_ref"), ("sft", "weighted_sft"))
 UNUSED_BY["safeguard"] = ("plackett_luce", "sft", "weighted_sft")
-REFERENCE_FLAGS = ("time_ids",)  # that the reference's errors depend on
 RESOLUTION_MULTIPLE = 8
+IMAGE_COLUMNS = ("images_column",)
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
@@ -110,10 +110,7 @@ free = partial(flag, free=True)  # one that a resumed run may set differently; a
 class TrainingArguments:
     """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
 
-    revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
-    variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
-    rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
-    dataset_name: str | None = flag(None, "Dataset: Hub id, folder or .parquet file. Required.", "Data")
+    dataset_name: str = flag(MISSING, "Dataset: Hub id, folder or .parquet file.", "Data")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = free(None, "Revision of the dataset on the Hub.")
     dataset_split: str = flag("train", "Split of the dataset.")
@@ -122,6 +119,9 @@ class TrainingArguments:
     cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
     vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
     dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
+    revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
+    variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
+    rank: int = flag(64, "LoRA rank. Alpha equals it, so the scale is 1.", min=1)
     noise: Literal["prompt", "image"] = flag("prompt", "One for all images of a row, or one for each.", "Training")
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
     safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
@@ -162,24 +162,7 @@ class TrainingArguments:
     hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
     def __post_init__(self):
-        for spec in fields(self):
-            value = getattr(self, spec.name)
-            if isinstance(value, float) and not np.isfinite(value):
-                raise SystemExit(f"--{spec.name} {value}: must be a finite number")
-            for words, limit in spec.metadata["limits"].items():
-                if None not in (value, limit) and not COMPARE[words](value, limit):
-                    raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
-            if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
-                setattr(self, spec.name, os.path.expanduser(value))
-        if not self.dataset_name:
-            raise SystemExit("--dataset_name is missing: a Hub id, or the folder of a dataset")
-        if (self.resolution or 0) % RESOLUTION_MULTIPLE:
-            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
-        for name, unused_by in UNUSED_BY.items():
-            if getattr(self, name) != getattr(type(self), name) and self.loss_type in unused_by:
-                raise SystemExit(f"--{name}: --loss_type {self.loss_type} does not use it: leave it out")
-        if self.report_to not in ("all", "none") and not importlib.util.find_spec(self.report_to):
-            raise SystemExit(f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}")
+        check_flags(self)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -200,7 +183,9 @@ class ScriptArguments(TrainingArguments):  # and those of this one
     generators: list[str] | None = flag(None, "Only these generators' images; their preferences are recomputed.")
     resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=8, max=8192)
     max_train_samples: int | None = flag(None, "Use the first N prompts only.", min=1)
-    time_ids: Literal["resolution", "image"] = flag("resolution", "Sizes that SDXL is told: see micro_conditioning.")
+    time_ids: Literal["resolution", "image"] = flag(
+        "resolution", "Sizes that SDXL is told: the resolution, or each image's own and its crop."
+    )
     output_dir: str = free("outputs/rankdpo-sdxl", "Folder for LoRA, card and checkpoints.")
     loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.")
     beta_dpo: float = flag(5000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
@@ -335,21 +320,23 @@ def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: Sc
     """One forward of all k images of a batch of prompts.
     batch: latents and noise (B, k, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width), pooled_prompt_embeds
     (B, width), time_ids (B, k, 6). Returns errors, float32 (B, k); prediction and target, (B, k, C, h, w)."""
-    shape = batch["latents"].shape
-    k = shape[1]
+    shape, k = batch["latents"].shape, batch["latents"].shape[1]
     latents = batch["latents"].flatten(0, 1).float()
     noise = batch["noise"].flatten(0, 1)
     timesteps = batch["timesteps"].repeat_interleave(k)
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(args.weight_dtype)
     epsilon = noise_scheduler.config.prediction_type == "epsilon"
     target = noise if epsilon else noise_scheduler.get_velocity(latents, noise, timesteps)
+    time_ids = batch["time_ids"]
+    if args.time_ids == "resolution":  # as the pipeline draws: the resolution, without a crop
+        time_ids = torch.cat([time_ids[..., 4:], torch.zeros_like(time_ids[..., 4:]), time_ids[..., 4:]], dim=-1)
     prediction = model(
         sample=noisy_latents,
         timestep=timesteps,
         encoder_hidden_states=batch["prompt_embeds"].repeat_interleave(k, dim=0),
         added_cond_kwargs={
             "text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(k, dim=0),
-            "time_ids": micro_conditioning(args, batch["time_ids"]).flatten(0, 1).to(args.weight_dtype),
+            "time_ids": time_ids.flatten(0, 1).to(args.weight_dtype),
         },
     ).sample
     return denoising_error(prediction, target).view(shape[:2]), prediction.view(shape), target.view(shape)
@@ -376,7 +363,11 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
     `training_batches`; `pipeline`: draws the validation prompts, in the main process only."""
     accelerator, unwrapped = run.accelerator, model  # with its adapter off it is the reference
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, parameters)
+    adam = partial(torch.optim.AdamW, fused=True)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as adam
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = adam(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
     schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": run.max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -426,6 +417,8 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
             log_images(args, accelerator, draw_gallery(args, run, pipeline, unwrapped), step)
             log.step_ended = time.time()  # drawing does not count as training
+    for number in (signal.SIGTERM, signal.SIGINT):  # from here on a signal ends the process at once, again
+        signal.signal(number, signal.SIG_DFL)
     log.bar.close()
 
 
@@ -436,7 +429,7 @@ def main(args: ScriptArguments) -> None:
     check_model(args)
     table, parts = load_ranked_dataset(args)
     labels = make_labels(args, table)
-    run = plan_run(args, accelerator, table, labels)
+    run = plan_run(args, accelerator, labels)
     fit(args, run, parts, labels)
 
 
@@ -461,98 +454,22 @@ def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
     lock.release()
 
 
-# Data: labels of all rows, images where they lie, one cache file a row ----------------------------------------------
-# Rows that are read together, a row group of a Parquet file: its path or URL and its number, what identifies its images
-# wherever it lies and whatever it is called, the first row of the dataset that it holds, and how many.
-Part = namedtuple("Part", "file number identity start rows")
-
-
-def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list[Part]]:
+# Data: labels of all rows -------------------------------------------------------------------------------------------
+def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
-    columns = {args.prompt_id_column, args.prompt_column, args.preference_column, args.rank_column}
-    columns |= {"generators", "scores"}
-    table = groups = problem = None
-    if PartialState().is_main_process:  # for all: the Hub limits requests
-        try:
-            with ThreadPoolExecutor(8) as pool:
-                tables, groups = zip(*pool.map(partial(read_labels, args, columns), find_files(args)))
-            table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
-        except Exception as error:
-            problem = f"--dataset_name {args.dataset_name}: {one_line(error.__cause__ or error)}"
-    table, groups, problem = broadcast_object_list([table, groups, problem])
-    if problem:
-        raise SystemExit(problem)
+    columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
+    tables, groups = read_columns(args, {*columns, args.rank_column, "generators", "scores"})
+    table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
+    if absent := [name for name in columns if name not in table.column_names]:
+        raise SystemExit(
+            f"--dataset_name {args.dataset_name}: no column {absent[0]!r}: see the flags that end in _column"
+        )
     parts, start = [], 0
-    for *place, rows in itertools.chain(*groups):
+    for *place, rows in groups:
         if start < len(table):
             parts.append(Part(*place, start, min(rows, len(table) - start)))
             start += rows
     return table, parts
-
-
-def find_files(args: ScriptArguments) -> list[str]:
-    """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
-    knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
-    name, split, folder, found, files = args.dataset_name, args.dataset_split, args.dataset_name, {}, []
-    if name.endswith(".parquet") and os.path.isfile(name):
-        return [name]
-    options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
-    with TemporaryDirectory() as links:
-        if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
-            # `datasets` takes * ? [ in a path for a pattern, and would read another folder.
-            folder = shutil.copytree(os.path.abspath(name), f"{links}/data", copy_function=os.symlink)
-        on_disk = any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json"))
-        if not on_disk:
-            found = load_dataset_builder(folder, **options).config.data_files or {}
-            if found and re.split(r"[\[+]", split)[0] not in found:
-                raise ValueError(f"no split {split!r}; it has {', '.join(found)}")
-            files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
-        if os.path.exists(f"{name}/UNFINISHED"):
-            raise ValueError("it is unfinished: run the command that wrote it again")
-        if files and all(file.endswith(".parquet") for file in files):
-            return files
-        stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
-        facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
-        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
-        if not copy.exists():
-            options |= {"split": split, "cache_dir": f"{links}/arrow"}
-            dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(f"{copy}.tmp")
-            os.replace(f"{copy}.tmp", copy)
-    return [str(copy)]
-
-
-def check_columns(args: ScriptArguments, schema: pa.Schema) -> None:
-    for name in ("prompt_id_column", "prompt_column", "images_column", "preference_column"):
-        if (column := getattr(args, name)) not in schema.names:
-            raise ValueError(f"no column {column!r} (--{name}); it has {', '.join(schema.names)}")
-    # `datasets` writes list<struct<bytes, path>>; pandas and polars may also write list<binary>.
-    if not re.search(r"list.*<.*(struct<.*bytes: |binary)", str(schema.field(args.images_column).type)):
-        raise ValueError(f"column {args.images_column!r} must hold lists of images, List(Image())")
-
-
-def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
-    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
-    system, path = url_to_fs(file)
-    with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
-        check_columns(args, parquet.schema_arrow)
-        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
-        parquet.metadata.write_metadata_file(footer := BytesIO())
-        sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    known = system.info(path)
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue()), args.images_column]
-    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
-
-
-def read_images(part: Part, column: str) -> Iterator[list[dict]]:
-    """The images of a part, row by row, [{"bytes", "path"}, …]. Only a few rows are in memory at a time."""
-    system, path = url_to_fs(part.file)
-    options = {"pre_buffer": False, "buffer_size": 2**20}
-    with system.open(path, block_size=2**25) as handle, pq.ParquetFile(handle, **options) as parquet:
-        for batch in parquet.iter_batches(4, [part.number], [column], use_threads=False):
-            for images in batch.column(0).to_pylist():
-                yield [image if isinstance(image, dict) else {"bytes": image, "path": None} for image in images or []]
 
 
 def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
@@ -584,6 +501,12 @@ def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
     if ordered == 0 and args.loss_type in ("rankdpo", "dpo_gain", "dpo"):
         raise SystemExit(f"{args.dataset_name}: the images of all {without} prompts are equally preferred")
     PartialState().print(f"{ordered:.1%} of the pairs of images have an order; {without} prompts have none")
+    # What identifies them: the rewards that made them, which evaluate.py marks, and a hash.
+    scores = table[:1].to_pylist()[0].get("scores")
+    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
+    rewards = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])
+    numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
+    labels["settings"] = {"rewards": rewards, "labels": short_hash(str([*numbers, labels["id"].to_pylist()]))}
     return labels
 
 
@@ -653,41 +576,238 @@ def preference_rank(scores: np.ndarray) -> np.ndarray:
     return np.argsort(order) + 1
 
 
-# The cache knows a row by its content, whatever dataset, order, seed or labels it comes with. A file there is whole.
-# The index of a part holds its images' hashes, or the paths of those that lie in files: it need not be read again.
-def cache_file(folder: Path, key: str, suffix: str = ".safetensors") -> Path:
-    return folder / key[:2] / f"{key}{suffix}"  # in 256 folders: one with 100,000 files is slow to list
-
-
-def image_name(stored: dict) -> str:
-    return short_hash(stored["bytes"]) if stored["bytes"] else os.path.abspath(stored["path"] or "")
-
-
-def row_key(labels: dict, row: int, images: list[str]) -> str:
-    """The name of a row in the cache: a hash of its prompt and its images. A file is known by its size and date."""
-    facts = [images[position] for position in labels["images"][row]]
-    files = [os.stat(image) if "/" in image and os.path.exists(image) else None for image in facts]
-    facts += [(file.st_size, file.st_mtime_ns) for file in files if file]
-    return short_hash(json.dumps([labels["prompt"][row].as_py(), *facts]))
-
-
 def label_rows(labels: dict, start: int, end: int) -> list[tuple[int, int]]:
     """Which labels belong to the dataset's rows from `start` to `end`: (row of the dataset, row of the labels)."""
     return [(row, row) for row in range(start, min(end, len(labels["id"])))]
 
 
+def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
+    """The order of the dataset's rows in an epoch, int64 (length,): shuffled, a function of (seed, epoch)."""
+    return seeded_generator(args.seed, epoch, "order").permutation(length)
+
+
+# Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
+PIPELINE, DENOISER = StableDiffusionXLPipeline, "unet"
+PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+
+
+OTHERS = "this trains SDXL; train_rankdpo_sd3.py and train_dpo_qsd.py train other models"
+
+
+# What cache and reference depend on.
+ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")
+REFERENCE_FLAGS = (
+    "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size time_ids".split()
+)
+# What SDXL's base model has; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
+PLAIN = {
+    "model_index.json": {"requires_aesthetics_score": (False, None)},
+    "scheduler/scheduler_config.json": {
+        "beta_schedule": ("absent", "scaled_linear", "linear", "squaredcos_cap_v2", "sigmoid"),
+        **{"prediction_type": ("epsilon", "v_prediction"), "use_flow_sigmas": (False, None)},
+    },
+    "unet/config.json": {"in_channels": (4,), "out_channels": (4,), "addition_embed_type": ("text_time",)}
+    | dict.fromkeys(("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"), (None,)),
+    "vae/config.json": {"latents_mean": (None,), "shift_factor": (None,), "latent_channels": (4,)},
+}
+
+
+def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool = True) -> StableDiffusionXLPipeline:
+    """The pipeline without its UNet, and without text encoders if nothing is left for them to encode."""
+    model, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    options = {"revision": args.revision, "variant": args.variant}
+    if other:
+        vae = AutoencoderKL.from_pretrained(other, dtype=args.weight_dtype)
+    else:  # the model's own VAE runs in float32: it overflows in fp16
+        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **options)
+    absent = ["unet"] if with_text else ["unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
+    options |= {"vae": vae.requires_grad_(False), **dict.fromkeys(absent), "add_watermarker": False}
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+@torch.no_grad()
+def encode_prompt(args: ScriptArguments, pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> dict:
+    """prompts (n) → prompt_embeds (n, tokens, width) and pooled_prompt_embeds (n, pooled width). Those of an empty
+    prompt are zeros where the pipeline has them so."""
+    # The pipeline's own device would be the VAE's, which may have left the GPU.
+    options = {"device": pipeline.text_encoder.device, "do_classifier_free_guidance": False}
+    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, **options)
+    if pipeline.config.force_zeros_for_empty_prompt:
+        empty = [i for i, prompt in enumerate(prompts) if not prompt]
+        embeds[empty], pooled[empty] = 0.0, 0.0
+    return {"prompt_embeds": embeds.to(args.weight_dtype), "pooled_prompt_embeds": pooled.to(args.weight_dtype)}
+
+
+def pipeline_embeds(args: ScriptArguments, parts: dict) -> dict[str, torch.Tensor]:
+    """What the pipeline takes, of what `encode_prompt` returns."""
+    return parts
+
+
+def load_model(args: ScriptArguments) -> tuple[DDPMScheduler, UNet2DConditionModel]:
+    """Scheduler and UNet, without LoRA. `--base_precision` quantises the linear layers."""
+    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    options = {"variant": args.variant, "dtype": args.weight_dtype}
+    if args.base_precision:
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.weight_dtype}
+        bits = {"load_in_8bit": True} if args.base_precision == "int8" else four
+        options["quantization_config"] = BitsAndBytesConfig(**bits)
+    noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
+    return noise_scheduler, UNet2DConditionModel.from_pretrained(**model, subfolder="unet", **options)
+
+
+def add_lora(model: UNet2DConditionModel, rank: int) -> None:
+    """LoRA on the attention projections: 560 modules of SDXL's UNet. alpha = rank: ComfyUI and diffusers agree."""
+    target_modules = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules))
+
+
+def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LoRA tensors with peft's keys, `[unet.]<module>.lora_A.weight`, under those that ComfyUI, kohya's network loader
+    and A1111 know: `lora_unet_<module with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`, the rank."""
+    renamed = {f"unet.{key.removeprefix('unet.')}": tensor for key, tensor in lora_state_dict.items()}
+    return {key: tensor.float() for key, tensor in convert_state_dict_to_kohya(renamed).items()}
+
+
+def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
+    """Writes what identifies the run. The images do, too: they are known once all are encoded."""
+    rows = zip(labels["id"].to_pylist(), labels["prompt"].to_pylist(), labels["key"].tolist())
+    run.settings["images"] = short_hash(str([*rows]))
+    check_same_run(args, run.settings, run.earlier)
+    if run.accelerator.is_main_process:
+        write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
+
+
+def describe(args: ScriptArguments, run: "Run") -> dict:
+    """What the card says of method, data and model."""
+    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
+    if "sft" in args.loss_type:
+        learns = "one of its baselines: the model learns to denoise images, the better ones more"
+    data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
+    usage = f"""```python
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.float16)
+pipeline.to("cuda").load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
+image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
+```
+
+With ComfyUI: put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` into `models/loras` and load it with the
+"Load LoRA" node at strength 1."""
+    about = {"tags": ["stable-diffusion-xl", "rankdpo"], "datasets": [args.dataset_name], "usage": usage}
+    about["facts"] = {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}"}
+    return about | {"method": f"{data}, after\n{paper}: {learns}."}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: data, run, card, files (train_rankdpo_sdxl.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Data: images where they lie, one cache file a row, batches, the reference's errors ---------------------------------
+# A row group of a Parquet file: path or URL, number, what identifies its images wherever it lies, first row, rows.
+Part = namedtuple("Part", "file number identity start rows")
+
+
+def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Table], list[tuple]]:
+    """These columns of each Parquet file, and the row groups of all: (file, number, identity, rows)."""
+    found = None
+    if PartialState().is_main_process:  # for all processes: the Hub limits requests
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+    tables, groups = zip(*broadcast_object_list([found])[0])
+    return tables, [*itertools.chain(*groups)]
+
+
+def find_files(args: ScriptArguments) -> list[str]:
+    """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
+    knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
+    name, split, folder, files = args.dataset_name, args.dataset_split, args.dataset_name, []
+    if os.path.isfile(name):  # one .parquet file
+        return [name]
+    if os.path.exists(f"{name}/UNFINISHED"):
+        raise SystemExit(f"--dataset_name {name} is unfinished: run the command that wrote it again")
+    options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
+    with TemporaryDirectory() as links:
+        if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
+            # `datasets` takes * ? [ in a path for a pattern, and would read another folder.
+            folder = shutil.copytree(os.path.abspath(name), f"{links}/data", copy_function=os.symlink)
+        on_disk = any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json"))
+        if not on_disk:
+            found = load_dataset_builder(folder, **options).config.data_files or {}
+            if found and re.split(r"[\[+]", split)[0] not in found:
+                raise SystemExit(f"--dataset_name {name}: no split {split!r}; it has {', '.join(found)}")
+            files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
+        if files and all(file.endswith(".parquet") for file in files):
+            return files
+        stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
+        facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
+        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
+        if not copy.exists():
+            options |= {"split": split, "cache_dir": f"{links}/arrow"}
+            dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(f"{copy}.tmp")
+            os.replace(f"{copy}.tmp", copy)
+    return [str(copy)]
+
+
+def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
+    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
+    system, path = url_to_fs(file)
+    known, footer = system.info(path), BytesIO()
+    with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
+        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
+        parquet.metadata.write_metadata_file(footer)
+        sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue())]
+    facts += [getattr(args, name) for name in IMAGE_COLUMNS]
+    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
+
+
+def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
+    """The images of a part, row by row, [{"bytes", "path"}, …]. Only a few rows are in memory at a time."""
+    columns, (system, path) = [getattr(args, name) for name in IMAGE_COLUMNS], url_to_fs(part.file)
+    options = {"pre_buffer": False, "buffer_size": 2**20}
+    with system.open(path, block_size=2**25) as handle, pq.ParquetFile(handle, **options) as parquet:
+        for batch in parquet.iter_batches(4, [part.number], columns, use_threads=False):
+            for cells in zip(*(batch.column(name).to_pylist() for name in columns)):  # of images, or of lists of them
+                images = itertools.chain(*(cell if isinstance(cell, list) else [cell] for cell in cells))
+                yield [image if isinstance(image, dict) else {"bytes": image, "path": None} for image in images]
+
+
+# The cache knows rows by their images and prompts by their text, whatever dataset, order, seed or labels they are of.
+# A file there is whole. The index of a part holds the names of its images: it need not be read again.
+def image_name(stored: dict) -> str:
+    """The hash that score_pairs.py makes of an image; of one that lies in a file, its path."""
+    content = stored["bytes"]
+    return hashlib.blake2b(content, digest_size=16).hexdigest() if content else os.path.abspath(stored["path"] or "")
+
+
+def row_key(labels: dict, row: int, images: list[str]) -> str:
+    """The name of a row in the cache: a hash of the images used. A file is known by its size and date, too."""
+    facts = [images[position] for position in labels["images"][row]]
+    files = [os.stat(image) for image in facts if "/" in image and os.path.exists(image)]
+    return short_hash(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
+
+
 def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
     """The key of each row of the labels whose images a part holds; None if it has no index yet."""
     rows = label_rows(labels, part.start, part.start + part.rows)
-    file = cache_file(Path(args.cache_dir, "index"), part.identity, ".json")
-    if rows and not file.exists():
+    if rows and not index_file(args, part).exists():
         return None
-    images = json.loads(file.read_text()) if rows else []
+    images = json.loads(index_file(args, part).read_text()) if rows else []
     return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
 
 
+def index_file(args: ScriptArguments, part: Part) -> Path:
+    return Path(args.cache_dir, "index", f"{part.identity}.json")
+
+
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
-    """Reads parts and writes their indices; gives the rows without a cache file: (row, key, pixels and time_ids)."""
+    """Reads parts and writes their indices; gives the rows without a cache file: (key, pixels and time_ids)."""
     process, processes = run.accelerator.process_index, run.accelerator.num_processes
     # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
     # would time out, and machines with caches of their own each fill theirs.
@@ -696,69 +816,64 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
         for part in order:
             keys = row_keys(args, part, labels)
-            if keys is not None and all(cache_file(run.cache, key).exists() for key in keys.values()):
+            if keys is not None and all(run.cache_file(key).exists() for key in keys.values()):
                 continue
             index = []
-            for place, images in enumerate(read_images(part, args.images_column), part.start):
+            for place, images in enumerate(read_images(args, part), part.start):
                 index.append([image_name(image) for image in images])
                 for _, row in label_rows(labels, place, place + 1):
                     where = f"row {place} (id {labels['id'][row].as_py()!r})"
                     if len(images) != labels["count"][row]:
                         raise SystemExit(f"{where}: {len(images)} images, but {labels['count'][row]} preferences")
-                    if cache_file(run.cache, key := row_key(labels, row, index[-1])).exists():
+                    if run.cache_file(key := row_key(labels, row, index[-1])).exists():
                         continue
                     used = labels["images"][row]
                     decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
                     if bad := [i for i, image in decoding.items() if image.exception()]:
                         problem = one_line(decoding[bad[0]].exception())
                         raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
-                    yield row, key, default_collate([image.result() for image in decoding.values()])
-            write_bytes(cache_file(Path(args.cache_dir, "index"), part.identity, ".json"), json.dumps(index).encode())
+                    yield key, default_collate([image.result() for image in decoding.values()])
+            write_bytes(index_file(args, part), json.dumps(index).encode())
 
 
 def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped; and
-    time_ids, float32 (6,): SDXL's [original height, width, crop top, left, target height, width]."""
-    picture = to_rgb(Image().decode_example(stored))  # turned as its EXIF data say
-    original = [picture.height, picture.width]
+    time_ids, float32 (6,), which SDXL reads: [original height, width, crop top, left, target height, width]."""
+    picture = Image().decode_example(stored)  # turned as its EXIF data say
+    if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
+        picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    original, picture = [picture.height, picture.width], picture.convert("RGB")
     picture = TF.resize(picture, resolution, interpolation=TF.InterpolationMode.LANCZOS)
     top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
     pixels = TF.pil_to_tensor(TF.crop(picture, top, left, resolution, resolution))
     return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
 
 
-def to_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """A picture of any kind as 8-bit RGB; what is transparent becomes white."""
-    if picture.mode == "F" or picture.mode.startswith("I") and max(picture.getextrema()) > 65535:
-        raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
-    if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
-        picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-    return picture.convert("RGB")
-
-
 def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
-    """Writes what is missing of the cache, and gives the labels the `key` of each row. Returns the pipeline that draws
-    and what encodes prompts, if that is done at every step. A process loads only what it needs."""
-    accelerator, done = run.accelerator, {file.stem for file in run.cache.glob("*/*.safetensors")}
+    """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
+    Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
+    accelerator, cached = run.accelerator, {file.stem for file in run.cache.glob("*.safetensors")}
     known = {part: row_keys(args, part, labels) for part in parts}
-    missing = [part for part, keys in known.items() if keys is None or not done.issuperset(keys.values())]
+    missing = [part for part, keys in known.items() if keys is None or not cached.issuperset(keys.values())]
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
-    texts = {short_hash(text): text for text in ["", *(args.validation_prompts if accelerator.is_main_process else [])]}
-    needs_text = bool(missing) or not done.issuperset(texts) or not args.cache_text_embeddings
-    pipeline = encode_prompts = None
-    if needs_text or accelerator.is_main_process:
-        pipeline = load_pipeline(args, accelerator.device, needs_text)
+    prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
+    texts = {short_hash(text): text for text in ["", *args.validation_prompts, *prompts]}
+    texts = [(key, text) for key, text in texts.items() if key not in cached]
+    with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
+    if missing or with_text or accelerator.is_main_process:
+        pipeline = load_pipeline(args, accelerator.device, with_text)
+        hidden = not accelerator.is_local_main_process
         encode_rows(args, run, pipeline, missing, labels)
-        for key in texts.keys() - done:
-            embeds = encode_prompt(args, pipeline, [texts[key]])
-            write_tensors(cache_file(run.cache, key), {name: part[0] for name, part in embeds.items()})
+        own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
+        for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=hidden or not texts):
+            if not run.cache_file(key).exists():
+                embeds = encode_prompt(args, pipeline, [text])
+                write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
         pipeline.vae.to("cpu")
         if args.cache_text_embeddings:
             pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
-        else:
-            encode_prompts = partial(encode_prompt, args, pipeline)
     accelerator.wait_for_everyone()
     known |= {part: row_keys(args, part, labels) for part in missing}
     keys = {row: key for part in known.values() for row, key in part.items()}
@@ -766,41 +881,33 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    return pipeline, encode_prompts
-
-
-def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
-    """Writes the latents and the prompt embeddings of the rows of these parts, each row into a file of its own."""
-    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
-    share = -(-count // run.accelerator.num_processes)
-    rows, hidden = read_ahead(rows_to_encode(args, run, parts, labels)), not run.accelerator.is_local_main_process
-    at_once = max(1, args.vae_batch_size // run.images_per_row)
-    with tqdm(desc="encode", total=share, unit="row", disable=hidden or not parts) as bar:
-        while group := list(itertools.islice(rows, at_once)):
-            pixels = torch.cat([item.pop("pixels") for _, _, item in group])
-            latents = encode_images(pipeline.vae, pixels, args.vae_batch_size).to(args.weight_dtype)
-            for (row, key, item), item_latents in zip(group, latents.split(run.images_per_row)):
-                item["latents"] = item_latents
-                if args.cache_text_embeddings:
-                    embeds = encode_prompt(args, pipeline, [labels["prompt"][row].as_py()])
-                    item |= {name: part[0] for name, part in embeds.items()}
-                write_tensors(cache_file(run.cache, key), item)
-            bar.update(len(group))
+    return pipeline, None if args.cache_text_embeddings else partial(encode_prompt, args, pipeline)
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """pixels, uint8 (n, 3, H, W) → latents (n, C, H/f, W/f): the posterior's mean, scaled."""
-    # Scaled in float32: bf16 would round by up to half a step of a pixel.
-    batches = [batch.to(vae.device).float() / 127.5 - 1.0 for batch in pixels.split(batch_size)]
-    means = torch.cat([vae.encode(batch.to(vae.dtype)).latent_dist.mean for batch in batches])
-    return means * vae.config.scaling_factor
+def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
+    """Writes latents, (k, C, h, w), the posterior's mean, scaled, of the rows of these parts: a file for each row."""
+    vae, hidden = pipeline.vae, not run.accelerator.is_local_main_process
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
+    total, at_once = -(-count // run.accelerator.num_processes), max(1, args.vae_batch_size // run.images_per_row)
+    rows = read_ahead(rows_to_encode(args, run, parts, labels))
+    with tqdm(desc="encode images", total=total, unit="row", disable=hidden or not parts) as bar:
+        while group := list(itertools.islice(rows, at_once)):
+            batches = torch.cat([item.pop("pixels") for _, item in group]).split(args.vae_batch_size)
+            # Scaled in float32: bf16 would round by up to half a step of a pixel.
+            batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
+            means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
+            latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
+            for (key, item), images in zip(group, latents.split(run.images_per_row)):
+                write_tensors(run.cache_file(key), {"latents": images, **item})
+            bar.update(len(group))
 
 
 def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, key: tuple[int, int, int]) -> dict:
     """An encoded row with its labels, timestep and noise. `key`: of `micro_batches`."""
     epoch, row, place = key
-    item = load_file(cache_file(run.cache, labels["key"][row]))
+    item = load_file(run.cache_file(labels["key"][row]))
     noise_key = (args.seed, epoch, labels["id"][row].as_py())
     item |= sample_noise(args, noise_scheduler, noise_key, item["latents"].shape)
     item |= {name: torch.from_numpy(labels[name][row]) for name in ("phi", "rank", "weight") if name in labels}
@@ -808,16 +915,8 @@ def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, k
         step, place = divmod(place, run.rows_per_step)
         item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
     empty = seeded_generator(*noise_key, "empty prompt").random() < args.proportion_empty_prompts
-    if not args.cache_text_embeddings:
-        item["prompt"] = "" if empty else labels["prompt"][row].as_py()
-    elif empty:
-        item |= load_file(cache_file(run.cache, short_hash("")))
-    return item
-
-
-def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
-    """The order of the dataset's rows in an epoch, int64 (length,): shuffled, a function of (seed, epoch)."""
-    return seeded_generator(args.seed, epoch, "order").permutation(length)
+    prompt = "" if empty else labels["prompt"][row].as_py()
+    return item | (load_file(run.cache_file(short_hash(prompt))) if args.cache_text_embeddings else {"prompt": prompt})
 
 
 def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
@@ -857,9 +956,7 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     """Computes the reference's errors of all places of the run, a file for each step. Later runs find them if they
     differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
     accelerator = run.accelerator
-    used = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
-    key = [run.cache.name, run.settings["images"], run.rows_per_step]
-    key += [getattr(args, name) for name in (*used, *REFERENCE_FLAGS)]
+    key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
     folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
     start = run.start_step
     while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
@@ -879,36 +976,18 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     run.reference = folder
 
 
-# Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
-PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
-OTHERS = "this trains SDXL; train_rankdpo_sd3.py and train_dpo_qsd.py train other models"
-# What SDXL's base model has; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
-PLAIN = {
-    "model_index.json": {"requires_aesthetics_score": (False, None)},
-    "scheduler/scheduler_config.json": {
-        "beta_schedule": ("absent", "scaled_linear", "linear", "squaredcos_cap_v2", "sigmoid"),
-        **{"prediction_type": ("epsilon", "v_prediction"), "use_flow_sigmas": (False, None)},
-    },
-    "unet/config.json": {"in_channels": (4,), "out_channels": (4,), "addition_embed_type": ("text_time",)}
-    | dict.fromkeys(("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"), (None,)),
-    "vae/config.json": {"latents_mean": (None,), "shift_factor": (None,), "latent_channels": (4,)},
-}
-
-
+# Model: checks, LoRA, reference, optimizer --------------------------------------------------------------------------
 def check_model(args: ScriptArguments) -> None:
     """Exits with one line unless the model is one that the objective fits. Reads configurations only."""
-    model, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    model, other = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
     for file, rules in PLAIN.items():
-        where, source = (f"--pretrained_model_name_or_path {model}", (model, file, args.revision))
+        where, source = f"--pretrained_model_name_or_path {model}", (model, file, args.revision)
         if other and file == "vae/config.json":
-            where, source = (f"--pretrained_vae_model_name_or_path {other}", (other, "config.json"))
+            where, source = f"--pretrained_vae_model_name_or_path {other}", (other, "config.json")
         if os.path.isfile(source[0]):
-            convert = f'StableDiffusionXLPipeline.from_single_file("{source[0]}").save_pretrained("FOLDER")'
+            convert = f'{PIPELINE.__name__}.from_single_file("{source[0]}").save_pretrained("FOLDER")'
             raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
-        try:
-            config = json.loads(file_of(*source).read_text())
-        except Exception as error:
-            raise SystemExit(f"{where}: not a diffusers model that can be read: {one_line(error)}") from None
+        config = json.loads(file_of(*source).read_text())
         name = config.get("_class_name", file)
         if file == "model_index.json" and name not in PIPELINES:
             raise SystemExit(f"{where} is a {name}: {OTHERS}")
@@ -916,7 +995,7 @@ def check_model(args: ScriptArguments) -> None:
             if (found := config.get(key, values[0])) == "absent" or found not in values:
                 fit = " or ".join(str(value) for value in values if value != "absent")
                 raise SystemExit(f"{where}: its {name} has {key} {found}; the objective takes {fit}")
-    weights = [file.name for file in Path(model, "unet").glob("*.safetensors")]  # none of a model on the Hub
+    weights = [file.name for file in Path(model, DENOISER).glob("*.safetensors")]  # none of a model on the Hub
     if not args.variant and weights and all(".fp16" in name for name in weights):
         raise SystemExit(f"--pretrained_model_name_or_path {model} holds fp16 files only: add --variant fp16")
 
@@ -931,74 +1010,15 @@ def model_key(model: str, file: str, revision: str | None = None) -> str:
     if not os.path.isdir(model):
         return f"{model}@{file_of(model, file, revision).parent.name}"
     digest = hashlib.sha256()
-    for path in sorted(Path(model).rglob("*")):
-        name = path.relative_to(model).as_posix()
-        if path.is_file() and not re.search(r"(^|/)\.|\.(md|png)$", name):  # not cards, pictures, hidden files
-            content = np.memmap(path, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    for path in sorted(path for path in Path(model).rglob("*.*") if path.is_file() and path.stat().st_size):
+        if not re.search(
+            r"/\.|\.(md|png)$", name := f"/{path.relative_to(model)}"
+        ):  # not cards, pictures, hidden files
+            content = np.memmap(path, mode="r")
             digest.update(f"{name}:{len(content)}".encode())
             for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
                 digest.update(content[start : start + 2**16])
     return digest.hexdigest()[:16]
-
-
-def encoding_settings(args: ScriptArguments) -> list:
-    """What latents and embeddings depend on besides the row: the model's content, not its place, and preprocessing."""
-    model, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
-    return [*models, args.variant, args.resolution, args.mixed_precision, args.cache_text_embeddings]
-
-
-def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool = True) -> StableDiffusionXLPipeline:
-    """The pipeline without its UNet, and without text encoders if nothing is left for them to encode."""
-    model, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    options = {"revision": args.revision, "variant": args.variant}
-    if other:
-        vae = AutoencoderKL.from_pretrained(other, dtype=args.weight_dtype)
-    else:  # the model's own VAE runs in float32: it overflows in fp16
-        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **options)
-    absent = ["unet"] if with_text else ["unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
-    options |= {"vae": vae.requires_grad_(False), **dict.fromkeys(absent), "add_watermarker": False}
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-@torch.no_grad()
-def encode_prompt(args: ScriptArguments, pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> dict:
-    """prompts (n) → prompt_embeds (n, tokens, width) and pooled_prompt_embeds (n, pooled width). Those of an empty
-    prompt are zeros where the pipeline has them so."""
-    # The pipeline's own device would be the VAE's, which may have left the GPU.
-    options = {"device": pipeline.text_encoder.device, "do_classifier_free_guidance": False}
-    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, **options)
-    if pipeline.config.force_zeros_for_empty_prompt:
-        empty = [i for i, prompt in enumerate(prompts) if not prompt]
-        embeds[empty], pooled[empty] = 0.0, 0.0
-    return {"prompt_embeds": embeds.to(args.weight_dtype), "pooled_prompt_embeds": pooled.to(args.weight_dtype)}
-
-
-def micro_conditioning(args: ScriptArguments, time_ids: torch.Tensor) -> torch.Tensor:
-    """SDXL's conditioning on sizes, (…, 6): [original height, width, crop top, left, target height, width]. All images
-    get the resolution without a crop, as the pipeline does when it draws; or, with `--time_ids image`, their own."""
-    target = time_ids[..., 4:]
-    return time_ids if args.time_ids == "image" else torch.cat([target, torch.zeros_like(target), target], dim=-1)
-
-
-def load_model(args: ScriptArguments) -> tuple[DDPMScheduler, UNet2DConditionModel]:
-    """Scheduler and UNet, without LoRA. `--base_precision` quantises the linear layers."""
-    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    options = {"variant": args.variant, "dtype": args.weight_dtype}
-    if args.base_precision:
-        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.weight_dtype}
-        bits = {"load_in_8bit": True} if args.base_precision == "int8" else four
-        options["quantization_config"] = BitsAndBytesConfig(**bits)
-    noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
-    return noise_scheduler, UNet2DConditionModel.from_pretrained(**model, subfolder="unet", **options)
-
-
-def add_lora(model: UNet2DConditionModel, rank: int) -> None:
-    """LoRA on the attention projections: 560 modules of SDXL's UNet. alpha = rank: ComfyUI and diffusers agree."""
-    target_modules = ["to_q", "to_k", "to_v", "to_out.0"]
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules))
 
 
 def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
@@ -1008,7 +1028,7 @@ def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
     cast_training_params(model, dtype=torch.float32)
     if run.checkpoint:
         lora = load_file(run.checkpoint / LORA_FILE)
-        set_peft_model_state_dict(model, {key.removeprefix("unet."): value for key, value in lora.items()})
+        set_peft_model_state_dict(model, {key.removeprefix(f"{DENOISER}."): value for key, value in lora.items()})
     model.to(run.accelerator.device).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -1035,30 +1055,16 @@ def as_reference(model: Module) -> Iterator[None]:
             model.enable_adapters() if scale is None else scale.fill_(1.0)
 
 
-def make_optimizer(args: ScriptArguments, parameters: list) -> torch.optim.Optimizer:
-    optimizer_class, betas = partial(torch.optim.AdamW, fused=True), (args.adam_beta1, args.adam_beta2)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    return optimizer_class(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
-
-
-def save_lora(model: UNet2DConditionModel, folder: Path) -> None:
+def save_lora(model: Module, folder: Path) -> None:
     """Writes `pytorch_lora_weights.safetensors`: peft keys and the adapter's metadata, exact in diffusers."""
     metadata = model.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order differs from run to run
-    layers = {"unet_lora_layers": get_peft_model_state_dict(model), "unet_lora_adapter_metadata": metadata}
-    StableDiffusionXLPipeline.save_lora_weights(folder, **layers)
+    layers = {f"{DENOISER}_lora_layers": get_peft_model_state_dict(model)}
+    PIPELINE.save_lora_weights(folder, **layers, **{f"{DENOISER}_lora_adapter_metadata": metadata})
     (folder / LORA_FILE).chmod(0o644)  # safetensors writes 0600, which other users and servers cannot read
 
 
-def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """LoRA tensors with peft's keys, `[unet.]<module>.lora_A.weight`, under those that ComfyUI, kohya's network loader
-    and A1111 know: `lora_unet_<module with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`, the rank."""
-    renamed = {f"unet.{key.removeprefix('unet.')}": tensor for key, tensor in lora_state_dict.items()}
-    return {key: tensor.float() for key, tensor in convert_state_dict_to_kohya(renamed).items()}
-
-
-# The run: what it is, its folder, checkpoints, signals, log ---------------------------------------------------------
+# Run: what it is, its folder, checkpoints, signals, log -------------------------------------------------------------
 @dataclass
 class Run:  # one training run: its size, its cache, and the step it continues from
     accelerator: Accelerator
@@ -1073,14 +1079,15 @@ class Run:  # one training run: its size, its cache, and the step it continues f
     reference: Path | None = None  # of `precompute_reference`
     upload: object = None  # the Future of a checkpoint
 
+    def cache_file(self, key: str) -> Path:
+        return self.cache / f"{key}.safetensors"
+
 
 def make_accelerator(args: ScriptArguments) -> Accelerator:
     """Exits with one line if this machine, or what accelerate is set to, does not fit the flags."""
     output_dir, on_gpu = Path(args.output_dir), torch.cuda.is_available()
     if (args.base_precision or args.mixed_precision == "fp16") and not on_gpu:
         raise SystemExit("--base_precision and --mixed_precision fp16 need a GPU: there is none")
-    if args.base_precision and args.compile:
-        raise SystemExit("--base_precision and --compile were never tried together: leave out one of them")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")))):
         raise SystemExit("--compile needs a C++ compiler, for example g++: install one, or leave it out")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
@@ -1101,15 +1108,18 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
     return accelerator
 
 
-def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, labels: dict) -> Run:
+def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> Run:
     """Counts the steps, finds the checkpoint to continue from, and refuses a folder that holds another run."""
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    encoding = short_hash(json.dumps([VERSION, *encoding_settings(args)]))
+    # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
+    model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
+    encoding = short_hash(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
     settings = {"version": VERSION}
     settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
-    settings |= label_settings(args, table, labels)
+    settings |= labels["settings"]
     settings |= {"model_files": encoding, "global_batch_size": rows_per_step}
 
     output_dir, resume, checkpoints = Path(args.output_dir), args.resume_from_checkpoint, list_checkpoints(args)
@@ -1134,53 +1144,30 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, table: pa.Table, l
     return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoints.get(start_step), *size)
 
 
-def label_settings(args: ScriptArguments, table: pa.Table, labels: dict) -> dict:
-    """What identifies the labels: the rewards that made them, which evaluate.py marks, and a hash."""
-    scores = table[:1].to_pylist()[0].get("scores")
-    known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
-    rewards = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])
-    numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
-    return {"rewards": rewards, "labels": short_hash(str([*numbers, labels["id"].to_pylist()]))}
-
-
 def check_same_run(args: ScriptArguments, settings: dict, earlier: dict) -> None:
-    other = [name for name in settings if earlier and earlier.get(name) != settings[name]]
-    if other:
+    if other := [name for name in settings if earlier and earlier.get(name) != settings[name]]:
         was = f"{other[0]} {earlier.get(other[0])}, not {settings[other[0]]}"
         raise SystemExit(f"--output_dir {args.output_dir} holds a run with {was}: choose another folder")
 
 
 def begin_run(args: ScriptArguments, run: Run) -> FileLock:
-    """Keeps other runs out of the output folder, and prepares it and the repository. The main process does it, and all
-    end with its line if it fails: none waits for it in a collective."""
-    output_dir, problem, lock = Path(args.output_dir), None, FileLock(Path(args.output_dir, ".lock"))
+    """Keeps other runs out of the output folder, and prepares it and the repository."""
+    output_dir, lock = Path(args.output_dir), FileLock(Path(args.output_dir, ".lock"))
     run.accelerator.wait_for_everyone()  # all have looked at the folder
     if run.accelerator.is_main_process:
+        earlier_card(args)
+        if args.push_to_hub:  # a wrong token, name or card fails now, not after the training
+            name, private = args.hub_model_id or output_dir.resolve().name, args.hub_private_repo or None
+            args.hub_model_id = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
+            HfApi().auth_check(args.hub_model_id, write=True)
+            earlier_card(args, on_hub=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
         try:
-            earlier_card(args)
-            if args.push_to_hub:  # a wrong token, name or card fails now, not after the training
-                name = args.hub_model_id or output_dir.resolve().name
-                private = args.hub_private_repo or None
-                args.hub_model_id = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
-                HfApi().auth_check(args.hub_model_id, write=True)
-                earlier_card(args, on_hub=True)
-            output_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            problem = f"--output_dir {output_dir} is in use by another run: wait for its end, or choose another folder"
-        except Exception as error:
-            problem = f"{'--push_to_hub or ' * args.push_to_hub}--output_dir {output_dir}: {one_line(error)}"
-    if problem := broadcast_object_list([problem])[0]:
-        raise SystemExit(problem)
+            raise SystemExit(f"--output_dir {output_dir} is in use by another run: choose another folder") from None
+    run.accelerator.wait_for_everyone()
     return lock
-
-
-def record_run(args: ScriptArguments, run: Run, labels: dict) -> None:
-    """Writes what identifies the run. The images do, too: they are known once all are encoded."""
-    run.settings["images"] = short_hash(str([*zip(labels["id"].to_pylist(), labels["key"].tolist())]))
-    check_same_run(args, run.settings, run.earlier)
-    if run.accelerator.is_main_process:
-        write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
 
 
 def list_checkpoints(args: ScriptArguments) -> dict[int, Path]:
@@ -1239,11 +1226,10 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        warning = "; warning: all of them are warm-up" if total <= args.lr_warmup_steps else ""
-        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images{warning}")
+        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
-            self.accelerator.init_trackers("rankdpo-sdxl", config=config)
+            self.accelerator.init_trackers(Path(__file__).stem, config=config)
             file = Path(args.output_dir, LOG_FILE)
             lines = file.read_text().splitlines(keepends=True) if file.exists() else []
             whole = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= run.start_step]
@@ -1262,8 +1248,6 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in logs.items()}, refresh=False)
         with suppress(BrokenPipeError):  # the reader of `2>&1 | tee log` ends at Ctrl-C, too
             self.bar.update()
-        if self.args.compile and step == self.run.start_step + 1:
-            self.accelerator.print(f"step {step} took {logs['step_time']:.0f} s, with its compilation")
         self.accelerator.log(logs, step=step)
         finite = bool(np.isfinite([logs["loss"], logs["grad_norm"]]).all())
         self.skipped = 0 if finite else self.skipped + 1
@@ -1278,26 +1262,29 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
 
 # Gallery, card, Hub -------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: UNet2DConditionModel, lora: bool = True) -> list:
+def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: Module, lora: bool = True) -> list:
     """The validation prompts, drawn with the current LoRA or without it: PIL images."""
     device, vae, dtype = model.device, pipeline.vae.to(model.device), args.weight_dtype
-    *prompts, empty = [load_file(cache_file(run.cache, short_hash(text))) for text in [*args.validation_prompts, ""]]
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options |= {name: getattr(args, f"validation_{name}") for name in ("num_inference_steps", "guidance_scale")}
-    options |= {f"negative_{name}": part[None].to(device) for name, part in empty.items()}
-    pipeline.unet, images = model.eval(), []
-    for i, embeds in enumerate(prompts):
-        options |= {name: part[None].to(device) for name, part in embeds.items()}
+    setattr(pipeline, DENOISER, model.eval())
+    images, embeds = [], []
+    for text in ["", *args.validation_prompts]:
+        parts = load_file(run.cache_file(short_hash(text)), device=str(device))
+        embeds.append(pipeline_embeds(args, {name: part[None] for name, part in parts.items()}))
+    options |= {f"negative_{name}": part for name, part in embeds[0].items()}
+    for i, prompt_embeds in enumerate(embeds[1:]):
         with (
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
             nullcontext() if lora else as_reference(model),
             # Other shapes than in training: they would be compiled anew.
             torch.compiler.set_stance("force_eager") if args.compile else nullcontext(),
         ):
-            latents = pipeline(**options, generator=torch.Generator("cpu").manual_seed(args.seed + i)).images
+            generator = torch.Generator("cpu").manual_seed(args.seed + i)
+            latents = pipeline(**options, **prompt_embeds, generator=generator).images
         # Outside of autocast, in the VAE's own type: SDXL's overflows in fp16.
-        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-        images += pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        images += pipeline.image_processor.postprocess(vae.decode(latents).sample.float(), output_type="pil")
     model.train()
     vae.to("cpu")
     return images
@@ -1323,24 +1310,17 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
         write_tensors(output_dir / "comfyui" / f"{output_dir.resolve().name}.safetensors", comfyui)
     before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
     log_images(args, run.accelerator, after, run.max_train_steps)
-    write_card(args, before, after, facts)
+    write_card(args, run, before, after, facts)
     print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
     if args.push_to_hub:
         if run.upload:
             run.upload.exception()  # waits; what follows replaces it, failed or not
         patterns = [LORA_FILE, "comfyui/*", "images/*", "README.md", "run.json", LOG_FILE]
         card = output_dir / "README.md"
-        try:
-            if theirs := earlier_card(args, on_hub=True):
-                write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
-            HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=output_dir, allow_patterns=patterns)
-        except Exception as error:
-            raise SystemExit(f"upload failed: {one_line(error)}: --resume_from_checkpoint latest repeats it") from None
+        if theirs := earlier_card(args, on_hub=True):
+            write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
+        HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=output_dir, allow_patterns=patterns)
         print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
-
-
-def method_facts(args: ScriptArguments, run: Run) -> dict:
-    return {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}"}
 
 
 def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
@@ -1353,7 +1333,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     return {
         "base": args.pretrained_model_name_or_path,
         "data": f"{args.dataset_name}, commit {commit or 'unknown'}, {run.settings['images']} {run.settings['labels']}",
-        **method_facts(args, run),
+        **describe(args, run)["facts"],
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, warm-up {args.lr_warmup_steps} steps",
         "LoRA rank": args.rank,
         "batch": f"{run.rows_per_step} prompts x {run.images_per_row} images",
@@ -1370,14 +1350,12 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     }
 
 
-CARD_BEGIN = "<!-- train_rankdpo_sdxl.py writes from here to its second mark; text before and after is kept. -->"
-CARD_END = "<!-- End of what train_rankdpo_sdxl.py wrote. -->"
-DATASETS = ("dataset_name",)
-TAGS = ("stable-diffusion-xl", "rankdpo")
+CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
+CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
 
 
-def write_card(args: ScriptArguments, before: list, after: list, facts: dict) -> None:
-    output_dir, widgets = Path(args.output_dir), []
+def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
+    output_dir, widgets, about = Path(args.output_dir), [], describe(args, run)
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
     (output_dir / "images").mkdir()
     gallery = ["| prompt | base | with this LoRA |", "|---|---|---|"]
@@ -1388,17 +1366,17 @@ def write_card(args: ScriptArguments, before: list, after: list, facts: dict) ->
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
     model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *TAGS]
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
     front = {"library_name": "diffusers", **base_license(args), "tags": tags, "widget": widgets}
     front |= {} if os.path.isdir(model) else {"base_model": model}  # the Hub cannot link to a folder of this machine
-    datasets = [getattr(args, flag_name) for flag_name in DATASETS]
-    datasets = [dataset for dataset in datasets if dataset and not os.path.exists(dataset)]
+    datasets = [name for name in about["datasets"] if not os.path.exists(name)]
     front |= {"datasets": datasets} if datasets else {}
     local = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
-    settings = {n: v for n, v in asdict(args).items() if n not in local and v != getattr(ScriptArguments, n)}
+    given = {spec.name: getattr(args, spec.name) for spec in fields(args) if getattr(args, spec.name) != spec.default}
+    settings = {name: value for name, value in given.items() if name not in local}
     body = f"""# {name}
 
-A LoRA for `{model}`, trained with `{args.loss_type}` on {introduction(args, facts)}
+A LoRA for `{model}`, trained with `{args.loss_type}` on {about["method"]}
 
 <Gallery />
 
@@ -1408,7 +1386,7 @@ Same prompts, same seeds:
 
 ## Use it
 
-{usage(args, name)}
+{about["usage"]}
 
 ## How it was made
 
@@ -1430,30 +1408,6 @@ from the script's defaults, as a file for `--config`:
     block = f"{CARD_BEGIN}\n{body.strip().replace('<!--', '<! --')}\n{CARD_END}\n"  # a prompt may hold a mark
     card, theirs = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{block}"), earlier_card(args)
     write_bytes(output_dir / "README.md", str(merge_cards(card, theirs) if theirs else card).encode())
-
-
-def introduction(args: ScriptArguments, facts: dict) -> str:
-    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if "sft" in args.loss_type:
-        learns = "one of its baselines: the model learns to denoise images, the better ones more"
-    method = "[RankDPO](https://arxiv.org/abs/2410.18013)"
-    return f"ranked images (`{args.dataset_name}`), after\n{method}: {learns}."
-
-
-def usage(args: ScriptArguments, name: str) -> str:
-    """For the card."""
-    return f"""```python
-import torch
-from diffusers import StableDiffusionXLPipeline
-
-pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.float16)
-pipeline.to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
-image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
-```
-
-With ComfyUI: put `comfyui/{name}.safetensors` into `models/loras` and load it with the "Load LoRA"
-node at strength 1."""
 
 
 def base_license(args: ScriptArguments) -> dict:
@@ -1515,21 +1469,32 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
 
 
+def check_flags(args: TrainingArguments) -> None:
+    """Exits with one line if a flag is out of its range, or does not fit the others."""
+    for spec in fields(args):
+        value = getattr(args, spec.name)
+        for words, limit in spec.metadata["limits"].items():
+            if None not in (value, limit) and not COMPARE[words](value, limit):
+                raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
+        if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
+            setattr(args, spec.name, os.path.expanduser(value))
+        if spec.name in UNUSED_BY and value != spec.default and args.loss_type in UNUSED_BY[spec.name]:
+            raise SystemExit(f"--{spec.name}: --loss_type {args.loss_type} does not use it: leave it out")
+    if (args.resolution or 0) % RESOLUTION_MULTIPLE:
+        raise SystemExit(f"--resolution {args.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
+    if args.report_to not in ("all", "none") and not importlib.util.find_spec(args.report_to):
+        raise SystemExit(f"--report_to {args.report_to}: it is not installed: pip install {args.report_to}")
+
+
 def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
-    given, rule = [], "must hold lines of `flag: value` or `flag: [value, value]`, and no `config`"
-    try:
-        # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
-        # stands behind "=": it may begin with "-".
-        settings = yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}
-        for name, value in dict(settings).items():
-            words = value if isinstance(value, list) else [value]
-            if name == "config" or not all(isinstance(word, str) for word in words):
-                raise ValueError(f"{name} {value}")
-            if words and value not in ("", "~", "null", "Null", "NULL"):
-                given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise argparse.ArgumentTypeError(f"{file} cannot be read, or {rule}: {one_line(error)}") from None
+    given = []
+    # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
+    # stands behind "=": it may begin with "-".
+    for name, value in dict(yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}).items():
+        words = value if isinstance(value, list) else [value]
+        if words and value not in ("", "~", "null", "Null", "NULL"):
+            given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return given
 
 

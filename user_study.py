@@ -124,7 +124,7 @@ CARD_BEGIN = "<!-- user_study.py writes from here to its second mark; text befor
 CARD_END = "<!-- End of what user_study.py wrote. -->"
 
 
-# Copied from train_rankdpo_sdxl.flag
+# Copied from build_synpic.flag
 def flag(default, help: str, **metadata):
     """A field with its help, its range (see RANGES), `may_change`: whether a resumed run may set it differently, and
     `group`: the title of the flags from here on in --help."""

@@ -3,6 +3,7 @@
 
 import json
 import math
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from conftest import call, check_card, make_tiny_sd3, ranked_rows, refused, run, run_until, torchrun
 from PIL import Image
 from safetensors.torch import load_file
-from test_train_rankdpo_sdxl import BAD_ROWS, changed
+from test_train_rankdpo_sdxl import BAD_ROWS, changed, copy_of
 
 import train_rankdpo_sd3 as script
 
@@ -75,22 +76,31 @@ def test_one_file_and_a_card_that_says_how_to_use_it(trained):
     assert "StableDiffusion3Pipeline" in card and "- sd3" in card and "<Gallery />" in card
     assert "models/loras" in card and "comfyui/" not in card
     assert "text_encoder_3=None" not in card and "max_sequence_length=20).images[0]" in card
+    assert "| T5 | 20 tokens |" in card
 
 
-@pytest.mark.parametrize("model", script.BASE_LICENSES)
-def test_card_carries_the_licence_of_the_base(model, tmp_path):
+def test_card_carries_the_licence_of_the_base(tmp_path, monkeypatch):
     from huggingface_hub import ModelCard
 
-    args = script.ScriptArguments(
-        dataset_name="user/synpic", pretrained_model_name_or_path=model, use_text_encoder_3=False
+    base = "license: other\nlicense_name: stabilityai-ai-community\nlicense_link: LICENSE.md"
+    (tmp_path / "base.md").write_text(f"---\n{base}\n---\n")
+    (tmp_path / "index.json").write_text('{"text_encoder_3": ["transformers", "T5EncoderModel"]}')
+    files = {"README.md": tmp_path / "base.md", "model_index.json": tmp_path / "index.json"}
+    monkeypatch.setattr(script, "file_of", lambda model, file, revision: files[file])
+    args = arguments(
+        pretrained_model_name_or_path="stabilityai/stable-diffusion-3.5-medium",
+        use_text_encoder_3=False,
+        validation_prompts=["a red circle"],
+        output_dir=str(tmp_path),
     )
+    args.dataset_name, args.max_sequence_length = "user/synpic", 256
     picture = Image.new("RGB", (8, 8))
-    script.write_card(args, tmp_path, ["a red circle"], [picture], [picture], {"steps": 1})
+    script.write_card(args, None, [picture], [picture], {"steps": 1})
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "other" and card.data.license_name == "stabilityai-ai-community"
-    home = model.removesuffix("-diffusers")
-    assert card.data.license_link == f"https://huggingface.co/{home}/blob/main/LICENSE.md"
-    assert card.data.base_model == model and card.data.datasets == ["user/synpic"]
+    home = f"https://huggingface.co/{args.pretrained_model_name_or_path}"
+    assert card.data.license_link == f"{home}/blob/main/LICENSE.md"
+    assert card.data.base_model == args.pretrained_model_name_or_path and card.data.datasets == ["user/synpic"]
     assert "text_encoder_3=None, tokenizer_3=None" in card.text and "max_sequence_length" not in card.text
 
 
@@ -131,19 +141,20 @@ def test_prompts_encoded_on_the_fly_train_the_same_lora(flags, tmp_path):
     call("train_rankdpo_sd3", *flags, *more, "--output_dir", tmp_path / "cached")
     cache = ["--cache_dir", tmp_path / "cache", "--cache_text_embeddings", "false"]
     call("train_rankdpo_sd3", *flags, *more, *cache, "--output_dir", tmp_path / "fly")
-    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
-    assert set(load_file(shard)) == {"latents"}
+    assert [set(row) for row in cached_rows(tmp_path / "cache")] == [{"latents", "time_ids"}] * 10
     a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("cached", "fly"))
-    # The prompts of a batch, not of a shard, go through the encoders together: last digits differ.
+    # The prompts of a batch go through the encoders together, not each alone: last digits differ.
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
     assert max(tensor.abs().max().item() for name, tensor in a.items() if "lora_B" in name) > 1e-2
+
+
+def cached_rows(cache: Path) -> list[dict]:
+    return [item for item in map(load_file, cache.glob("*/*.safetensors")) if "latents" in item]
 
 
 @pytest.mark.parametrize("t5", [True, False])
 def test_cached_rows_hold_what_the_pipeline_would_compute(tmp_path, ranked_dataset, t5):
     """Prompt embeddings as StableDiffusion3Pipeline.encode_prompt's, also without T5, and none of its zeros on disk."""
-    from io import BytesIO
-
     from diffusers import StableDiffusion3Pipeline
 
     model = make_tiny_sd3(tmp_path / "model", t5=t5)
@@ -152,26 +163,53 @@ def test_cached_rows_hold_what_the_pipeline_would_compute(tmp_path, ranked_datas
         *("--pretrained_model_name_or_path", model, "--dataset_name", ranked_dataset, "--max_train_steps", 1, *FLAGS),
         *("--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out"),
     )
-    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
-    tensors = load_file(shard)
-    assert tensors["clip_embeds"].shape == (10, 16, 24) and ("t5_embeds" in tensors) == t5
-    rows = ranked_rows(n=10)
+    items = cached_rows(tmp_path / "cache")
+    assert len(items) == 10
     absent = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, dtype=torch.float32, **absent)
-    prompts = [row["prompt"] for row in rows]
-    with torch.no_grad():
-        embeds, _, pooled, _ = pipeline.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=20
-        )
-    found = script.joint_prompt_embeds(tensors, 32, 20)
-    assert found.shape == (10, 16 + 20, 32)
-    assert torch.allclose(found, embeds, atol=1e-6) and torch.allclose(tensors["pooled_prompt_embeds"], pooled)
-
-    pixels = pipeline.image_processor.preprocess(Image.open(BytesIO(rows[3]["images"][2]["bytes"])))
     config = pipeline.vae.config
+    for row in ranked_rows(n=10):
+        (file,) = (tmp_path / "cache").glob(f"*/{script.short_hash(row['prompt'])}.safetensors")
+        parts = load_file(file)
+        shapes = {name: tuple(part.shape) for name, part in parts.items()}
+        t5_shape = (20 if t5 else 0, 32)
+        assert shapes == {"clip_embeds": (16, 24), "pooled_prompt_embeds": (24,), "t5_embeds": t5_shape}
+        found = script.pipeline_embeds(arguments(), {name: part[None] for name, part in parts.items()})
+        assert found["prompt_embeds"].shape == (1, 16 + 20, 32)
+        with torch.no_grad():
+            embeds, _, pooled, _ = pipeline.encode_prompt(
+                row["prompt"], None, None, do_classifier_free_guidance=False, max_sequence_length=20
+            )
+        assert torch.equal(found["prompt_embeds"], embeds) and torch.equal(found["pooled_prompt_embeds"], pooled)
+        pixels = pipeline.image_processor.preprocess(Image.open(BytesIO(row["images"][2]["bytes"])))
+        with torch.no_grad():
+            latents = (pipeline.vae.encode(pixels).latent_dist.mean - config.shift_factor) * config.scaling_factor
+        assert sum(torch.allclose(item["latents"][2], latents[0], atol=1e-5) for item in items) == 1
+
+
+def test_empty_prompts_are_embedded_as_the_pipeline_does(flags, tiny_sd3, tmp_path, monkeypatch):
+    """The same rows in every run, whether embeddings are cached or not."""
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3, dtype=torch.float32)
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": 20}
     with torch.no_grad():
-        wanted = (pipeline.vae.encode(pixels).latent_dist.mean - config.shift_factor) * config.scaling_factor
-    assert torch.allclose(tensors["latents"][3, 2], wanted[0], atol=1e-5)
+        wanted, _, pooled, _ = pipeline.encode_prompt("", "", "", **options)
+    seen, original = [], script.training_step
+
+    def spy(model, reference, noise_scheduler, batch, args):
+        found = script.pipeline_embeds(args, batch)
+        for embeds, own_pooled in zip(found["prompt_embeds"], found["pooled_prompt_embeds"]):
+            same = torch.allclose(embeds, wanted[0], atol=1e-6)
+            assert same == torch.allclose(own_pooled, pooled[0], atol=1e-6)
+            seen.append(same)
+        return original(model, reference, noise_scheduler, batch, args)
+
+    monkeypatch.setattr(script, "training_step", spy)
+    more = "--max_train_steps 4 --train_batch_size 10 --proportion_empty_prompts 0.3 --cache_text_embeddings".split()
+    for cached in ("true", "false"):
+        call("train_rankdpo_sd3", *flags, "--output_dir", tmp_path / cached, *more, cached)
+    assert seen[:40] == seen[40:] and 4 <= sum(seen[:40]) <= 22
 
 
 @pytest.mark.parametrize(
@@ -217,10 +255,17 @@ def arguments(**kwargs):
     return script.ScriptArguments(dataset_name="x", max_sequence_length=20, **kwargs)
 
 
+def draw_sigma(args, seed):
+    """The sigma of a row, and the generator that it is drawn with."""
+    key = (args.seed, 0, f"p{seed}")
+    generator = torch.Generator().manual_seed(int(script.seeded_generator(*key).integers(2**63)))
+    return script.sample_noise(args, scheduler(), key, torch.Size([4, 16, 8, 8]))["sigmas"], generator
+
+
 def make_batch(seed=0):
     generator = torch.Generator().manual_seed(seed)
     phi = torch.tensor([[0.9, 0.3, 0.6, 0.1], [0.2, 0.2, 0.8, 0.8]])
-    drawn = [script.draw_sigma(arguments(), scheduler(), seed + i) for i in range(2)]
+    drawn = [draw_sigma(arguments(), seed + i)[0] for i in range(2)]
     return {
         "latents": torch.randn(2, 4, 16, 8, 8, generator=generator),
         "noise": torch.randn(2, 1, 16, 8, 8, generator=generator).expand(2, 4, 16, 8, 8),
@@ -236,8 +281,6 @@ def make_batch(seed=0):
 
 class Recorder:
     """Stands for the transformer: keeps what it is given, answers with zeros."""
-
-    config = type("Config", (), {"joint_attention_dim": 32})
 
     def __call__(self, **inputs):
         self.inputs = inputs
@@ -264,7 +307,7 @@ def test_timesteps_and_weights_are_those_of_diffusers_sd3_example(scheme):
     """The formulas of train_dreambooth_lora_sd3.py, written out: density, lookup of timestep and sigma, loss weight."""
     args, noise_scheduler = arguments(weighting_scheme=scheme, logit_mean=-0.3, logit_std=0.8), scheduler()
     for seed in range(200):
-        generator = torch.Generator().manual_seed(seed)
+        sigma, generator = draw_sigma(args, seed)
         if scheme == "logit_normal":
             u = torch.sigmoid(torch.normal(-0.3, 0.8, (1,), generator=generator))
         else:
@@ -272,7 +315,6 @@ def test_timesteps_and_weights_are_those_of_diffusers_sd3_example(scheme):
         if scheme == "mode":
             u = 1 - u - 1.29 * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
         index = min(int(u * 1000), 999)
-        sigma = script.draw_sigma(args, noise_scheduler, seed)
         assert sigma == noise_scheduler.sigmas[index]
         base = (1000 - index) / 1000
         assert sigma.item() == pytest.approx(3 * base / (1 + 2 * base), rel=1e-6)
@@ -294,8 +336,9 @@ def test_timesteps_and_weights_are_those_of_diffusers_sd3_example(scheme):
 
 def test_a_density_that_reaches_1_stays_in_the_schedule(monkeypatch):
     for u in (0.0, 1.0, 1.0001, -0.0001):
-        monkeypatch.setattr(script, "compute_density_for_timestep_sampling", lambda *a, u=u, **k: torch.tensor([u]))
-        assert 0 < script.draw_sigma(arguments(), scheduler(), 0) <= 1
+        density = "compute_density_for_timestep_sampling"
+        monkeypatch.setattr(script.training_utils, density, lambda *a, u=u, **k: torch.tensor([u]))
+        assert 0 < draw_sigma(arguments(), 0)[0] <= 1
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -393,14 +436,15 @@ def test_full_size_lora_keys(config, parameters, modules, trained):
 def test_bad_rows_are_named(tiny_sd3, tmp_path, monkeypatch, name):
     change, words = BAD_ROWS[name]
     data = changed(tmp_path, change)
-    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    if name != "image does not decode":  # images are read to be encoded, and no sooner
+        monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
     message = refused(
         "train_rankdpo_sd3",
         *("--pretrained_model_name_or_path", tiny_sd3, "--dataset_name", data, "--cache_dir", tmp_path / "cache"),
         *("--output_dir", tmp_path / "out", *FLAGS),
     )
     assert all(word in message for word in words), message
-    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+    assert name == "image does not decode" or not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
@@ -413,13 +457,14 @@ def test_bad_rows_are_named(tiny_sd3, tmp_path, monkeypatch, name):
         (["--prompt_column", "caption"], ["no column 'caption'", "--prompt_column", "prompt_id"]),
         (["--rank_by", "beauty"], ["--rank_by beauty", "first, second"]),
         (["--resume_from_checkpoint", "no/checkpoint"], ["no/checkpoint"]),
-        (["--pretrained_model_name_or_path", "no/such"], ["--pretrained_model_name_or_path no/such"]),
+        (["--pretrained_model_name_or_path", "no/such"], ["model_index.json"]),
     ],
 )
 def test_bad_flags_are_named(flags, tmp_path, monkeypatch, more, words):
     monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
-    message = refused("train_rankdpo_sd3", *flags, "--output_dir", tmp_path / "out", *more)
-    assert all(word in message for word in words), message
+    with pytest.raises((SystemExit, OSError)) as stopped:  # OSError: of a model that is not there
+        call("train_rankdpo_sd3", *flags, "--output_dir", tmp_path / "out", *more)
+    assert all(word in str(stopped.value) for word in words), stopped.value
     assert not (tmp_path / "out").exists()
 
 
@@ -433,19 +478,42 @@ def test_each_script_sends_the_others_model_to_the_right_script(flags, tiny_sdxl
         assert not (tmp_path / "out").exists()
 
 
-def test_a_scheduler_that_shifts_by_resolution_is_refused(flags, tmp_path):
-    model = make_tiny_sd3(tmp_path / "model")
-    file = model / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "use_dynamic_shifting": True}))
+@pytest.mark.parametrize(
+    "file, key, value",
+    [
+        ("scheduler/scheduler_config", "use_dynamic_shifting", True),
+        ("scheduler/scheduler_config", "_class_name", "DPMSolverMultistepScheduler"),
+        ("transformer/config", "in_channels", 33),
+        ("transformer/config", "_class_name", "FluxTransformer2DModel"),
+        ("vae/config", "latent_channels", 4),
+    ],
+)
+def test_models_that_the_objective_does_not_fit_are_refused(flags, tiny_sd3, tmp_path, monkeypatch, file, key, value):
+    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    model = copy_of(tiny_sd3, tmp_path / "model", **{file: {key: value}})
     more = ("--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "out")
-    assert "use_dynamic_shifting" in refused("train_rankdpo_sd3", *flags, *more)
+    message = refused("train_rankdpo_sd3", *flags, *more)
+    assert message.startswith(f"--pretrained_model_name_or_path {model}") and f"has {key} {value}" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_no_diffusers_folder_are_refused(flags, tiny_sd3, tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    (tmp_path / "model.safetensors").touch()
+    message = refused("train_rankdpo_sd3", *flags, "--pretrained_model_name_or_path", tmp_path / "model.safetensors")
+    assert "single file" in message and "StableDiffusion3Pipeline.from_single_file" in message
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3, dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    half = ["--pretrained_model_name_or_path", tmp_path / "half", "--output_dir", tmp_path / "out"]
+    assert "--variant fp16" in refused("train_rankdpo_sd3", *flags, *half)
+    call("train_rankdpo_sd3", *flags, *half, "--variant", "fp16", "--max_train_steps", 1)
 
 
 def test_another_run_in_the_folder_is_refused(flags, trained):
     here = ("--output_dir", trained, "--train_batch_size", 2, "--max_train_steps", 6)
-    assert "weighting_scheme none" in refused("train_rankdpo_sd3", *flags, *here, "--weighting_scheme", "mode")
     before = {path: path.stat().st_mtime_ns for path in Path(trained).rglob("*")}
-    call("train_rankdpo_sd3", *flags, *here, "--resume_from_checkpoint", "latest")  # finished: nothing to do
+    assert "weighting_scheme none" in refused("train_rankdpo_sd3", *flags, *here, "--weighting_scheme", "mode")
     assert {path: path.stat().st_mtime_ns for path in Path(trained).rglob("*")} == before
 
 
