@@ -198,13 +198,7 @@ class ScriptArguments:
 
 def preference_probability(scores: np.ndarray) -> np.ndarray:
     """Share of the comparisons that an image wins (Algorithm 1): over all rewards, against its prompt's other images.
-
-    Args:
-        scores: float array (n_rewards, k), higher is better. An equal score counts for neither image.
-
-    Returns:
-        float64 array (k,) in [0, 1].
-    """
+    scores: float (n_rewards, k), higher is better; equal scores count for neither. Returns float64 (k,) in [0, 1]."""
     scores = np.asarray(scores, dtype=np.float64)
     n_rewards, k = scores.shape
     wins = (scores[:, :, None] > scores[:, None, :]).sum(axis=(0, 2))
@@ -213,13 +207,7 @@ def preference_probability(scores: np.ndarray) -> np.ndarray:
 
 def preference_rank(scores: np.ndarray) -> np.ndarray:
     """Ranks by preference probability. The mean standardised reward breaks ties, then the position.
-
-    Args:
-        scores: float array (n_rewards, k), higher is better.
-
-    Returns:
-        int64 array (k,), a permutation of 1…k; 1 is the best.
-    """
+    scores: float (n_rewards, k), higher is better. Returns int64 (k,), a permutation of 1…k; 1 is the best."""
     scores = np.asarray(scores, dtype=np.float64)
     deviation = scores.std(axis=1, keepdims=True)
     standardised = (scores - scores.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1.0)

@@ -198,9 +198,7 @@ class ScriptArguments(TrainingArguments):  # and those of this one
     top_fraction: float = flag(0.0533, "Train on this share of the labelled pairs, the best.", above=0, max=1)
     min_quality: float | None = flag(None, "Leave out pairs of lower quality.")
     resolution: int | None = flag(None, "Pixels; images are cropped to it. Default: the model's.", min=8, max=8192)
-    time_ids: Literal["resolution", "image"] = flag(
-        "resolution", "Sizes that SDXL is told: the resolution, or each image's own and its crop."
-    )
+    time_ids: Literal["resolution", "image"] = flag("resolution", "Sizes that SDXL is told: this, or the image's own.")
     output_dir: str = free("outputs/dpo-qsd", "Folder for LoRA, card and checkpoints.")
     loss_type: Literal[LOSS_TYPES] = flag("sigmoid", "See pair_loss.")
     beta_dpo: float | None = flag(None, "Strength of the tie to the base. Default: 2000; for SDXL 5000.", above=0)
@@ -240,8 +238,8 @@ def pair_loss(
     - orpo (no reference): e_w − λ·log σ(log odds(p_w) − log odds(p_l)), with p = exp(−e) and odds(p) = p/(1 − p);
     - orpo_diff (no reference): e_w − λ·log σ(e_l − e_w).
 
-    Args (errors: float32 (B,), of winners and losers):
-        model_errors_w, …: under the trained model; ref_errors_w, …: under the reference, None for both kinds of orpo.
+    Args:
+        model_errors_w, …: float32 (B,); ref_errors_w, …: of the reference, None for both kinds of orpo.
         beta: β; the margin is β/2 times a difference of *mean* squared errors, Diffusion-DPO's convention.
         orpo_lambda: λ; sft_weight: how much of e_w is added to the loss (RPO's anchor).
         loser_scale: of `safeguard_scale`, (B,): scales the gradient of s_l, not its value.
@@ -466,7 +464,9 @@ def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     tables, groups = read_columns(args, {args.prompt_column, *wanted, *uids})
     starts = itertools.accumulate((rows for *_, rows in groups), initial=0)
     parts = [Part(*place, start, rows) for (*place, rows), start in zip(groups, starts)]
-    schema = schema_of(parts[0])
+    system, path = url_to_fs(parts[0].file)
+    with system.open(path) as handle:
+        schema = pq.read_schema(handle)
     for column in (getattr(args, name) for name in IMAGE_COLUMNS):
         if column not in schema.names or not re.search("binary|struct<.*bytes: ", str(schema.field(column).type)):
             raise SystemExit(f"{where}: column {column!r} must hold bytes or Image; it has {', '.join(schema.names)}")
@@ -486,12 +486,6 @@ def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     if not len(table):
         raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
     return (find_images(args, table, images, parts) if args.scores_dataset_name else table), parts
-
-
-def schema_of(part: "Part") -> pa.Schema:
-    system, path = url_to_fs(part.file)
-    with system.open(path) as handle:
-        return pq.read_schema(handle)
 
 
 def find_images(args: ScriptArguments, table: pa.Table, images: pa.Table, parts: list["Part"]) -> pa.Table:
@@ -569,7 +563,7 @@ def select_pairs(args: ScriptArguments, table: pa.Table) -> dict:
     if args.order == "random":
         rows = rows[seeded_generator(args.seed, 0, "order").permutation(len(rows))]
     labels = {"id": pa.array(rows), "winner": np.where(label[rows] == 1, 0, 1)}
-    settings = {"labelled": len(labelled), "labels": short_hash(rows.tobytes() + labels["winner"].tobytes())}
+    settings = {"labelled": len(labelled), "labels": content_key(rows.tobytes() + labels["winner"].tobytes())}
     return labels | {"images": np.broadcast_to([0, 1], (len(rows), 2)), "settings": settings}
 
 
@@ -740,7 +734,7 @@ def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
 
     def images(count: int) -> str:
         numbers = b"".join(labels[name][:count].tobytes() for name in ("row", "rank", "key"))
-        return short_hash(numbers + "\n".join(labels["prompt"][:count].to_pylist()).encode())
+        return content_key(numbers + "\n".join(labels["prompt"][:count].to_pylist()).encode())
 
     rows = len(labels["key"])
     if (before := run.earlier.get("rows", rows)) <= rows:
@@ -819,7 +813,7 @@ def find_files(args: ScriptArguments) -> list[str]:
             return files
         stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
         facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
-        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
+        copy = Path(args.cache_dir, "datasets", f"{content_key(str(facts))}.parquet")
         if not copy.exists():
             options |= {"split": split, "cache_dir": f"{links}/arrow"}
             dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
@@ -837,9 +831,9 @@ def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa
         table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
         parquet.metadata.write_metadata_file(footer)
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue())]
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), content_key(footer.getvalue())]
     facts += [getattr(args, name) for name in IMAGE_COLUMNS]
-    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
+    return table, [(file, n, content_key(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
 
 
 def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
@@ -865,7 +859,7 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
     """The name of a row in the cache: a hash of the images used. A file is known by its size and date, too."""
     facts = [images[position] for position in labels["images"][row]]
     files = [os.stat(image) for image in facts if "/" in image and os.path.exists(image)]
-    return short_hash(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
+    return content_key(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
 
 
 def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
@@ -887,7 +881,7 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
     # would time out, and machines with caches of their own each fill theirs.
     order = parts[process::processes]
-    order += sorted({*parts} - {*order}, key=lambda part: short_hash(f"{process} {part.identity}"))
+    order += sorted({*parts} - {*order}, key=lambda part: content_key(f"{process} {part.identity}"))
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
         for part in order:
             keys = row_keys(args, part, labels)
@@ -934,7 +928,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     missing = [part for part, keys in known.items() if keys is None or not cached.issuperset(keys.values())]
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
-    texts = {short_hash(text): text for text in ["", *args.validation_prompts, *prompts]}
+    texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
     texts = [(key, text) for key, text in texts.items() if key not in cached]
     with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
     if missing or with_text or accelerator.is_main_process:
@@ -991,7 +985,7 @@ def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, k
         item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
     empty = seeded_generator(*noise_key, "empty prompt").random() < args.proportion_empty_prompts
     prompt = "" if empty else labels["prompt"][row].as_py()
-    return item | (load_file(run.cache_file(short_hash(prompt))) if args.cache_text_embeddings else {"prompt": prompt})
+    return item | (load_file(run.cache_file(content_key(prompt))) if args.cache_text_embeddings else {"prompt": prompt})
 
 
 def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
@@ -1032,7 +1026,7 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
     accelerator = run.accelerator
     key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
-    folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
+    folder = run.cache.parent / f"reference-{content_key(json.dumps(key))}"
     start = run.start_step
     while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
         start += 1
@@ -1189,7 +1183,7 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
     # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
     model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
     models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
-    encoding = short_hash(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
+    encoding = content_key(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
     settings = {"version": VERSION}
     settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
@@ -1345,7 +1339,7 @@ def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: Module, lora:
     setattr(pipeline, DENOISER, model.eval())
     images, embeds = [], []
     for text in ["", *args.validation_prompts]:
-        parts = load_file(run.cache_file(short_hash(text)), device=str(device))
+        parts = load_file(run.cache_file(content_key(text)), device=str(device))
         embeds.append(pipeline_embeds(args, {name: part[None] for name, part in parts.items()}))
     options |= {f"negative_{name}": part for name, part in embeds[0].items()}
     for i, prompt_embeds in enumerate(embeds[1:]):
@@ -1583,7 +1577,7 @@ def seeded_generator(*key) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
-def short_hash(data: str | bytes) -> str:
+def content_key(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 

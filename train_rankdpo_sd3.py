@@ -66,8 +66,7 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
-from diffusers import BitsAndBytesConfig, StableDiffusion3Pipeline, training_utils
-from diffusers.models import AutoencoderKL, SD3Transformer2DModel
+from diffusers import AutoencoderKL, BitsAndBytesConfig, SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
 from diffusers.optimization import get_scheduler
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -349,8 +348,7 @@ def predict(model: Module, noise_scheduler, batch: dict, args: ScriptArguments) 
         pooled_projections=embeds["pooled_prompt_embeds"].repeat_interleave(k, dim=0),
     ).sample
     weighting = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, batch["sigmas"])[:, None]
-    errors = weighting * denoising_error(prediction, target).view(shape[:2])
-    return errors, prediction.view(shape), target.view(shape)
+    return weighting * denoising_error(prediction, target).view(shape[:2]), prediction.view(shape), target.view(shape)
 
 
 # Copied from train_rankdpo_sdxl.training_step
@@ -435,12 +433,13 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
     log.bar.close()
 
 
-# Copied from train_rankdpo_sdxl.main
 def main(args: ScriptArguments) -> None:
     # What can be wrong with flags, folders and labels is found before a model is loaded. A start reads labels and an
     # index, and lists the cache. Only `encode_dataset` reads images, each of them once.
     accelerator = make_accelerator(args)
     check_model(args)
+    index = json.loads(file_of(args.pretrained_model_name_or_path, "model_index.json", args.revision).read_text())
+    args.use_text_encoder_3 &= index.get("text_encoder_3", [None])[0] is not None
     table, parts = load_ranked_dataset(args)
     labels = make_labels(args, table)
     run = plan_run(args, accelerator, labels)
@@ -523,7 +522,7 @@ def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
     known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
     rewards = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])
     numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
-    labels["settings"] = {"rewards": rewards, "labels": short_hash(str([*numbers, labels["id"].to_pylist()]))}
+    labels["settings"] = {"rewards": rewards, "labels": content_key(str([*numbers, labels["id"].to_pylist()]))}
     return labels
 
 
@@ -575,13 +574,7 @@ def reward_scores(row: dict, n_images: int, reward: str) -> np.ndarray:
 # Copied from build_synpic.preference_probability
 def preference_probability(scores: np.ndarray) -> np.ndarray:
     """Share of the comparisons that an image wins (Algorithm 1): over all rewards, against its prompt's other images.
-
-    Args:
-        scores: float array (n_rewards, k), higher is better. An equal score counts for neither image.
-
-    Returns:
-        float64 array (k,) in [0, 1].
-    """
+    scores: float (n_rewards, k), higher is better; equal scores count for neither. Returns float64 (k,) in [0, 1]."""
     scores = np.asarray(scores, dtype=np.float64)
     n_rewards, k = scores.shape
     wins = (scores[:, :, None] > scores[:, None, :]).sum(axis=(0, 2))
@@ -591,13 +584,7 @@ def preference_probability(scores: np.ndarray) -> np.ndarray:
 # Copied from build_synpic.preference_rank
 def preference_rank(scores: np.ndarray) -> np.ndarray:
     """Ranks by preference probability. The mean standardised reward breaks ties, then the position.
-
-    Args:
-        scores: float array (n_rewards, k), higher is better.
-
-    Returns:
-        int64 array (k,), a permutation of 1…k; 1 is the best.
-    """
+    scores: float (n_rewards, k), higher is better. Returns int64 (k,), a permutation of 1…k; 1 is the best."""
     scores = np.asarray(scores, dtype=np.float64)
     deviation = scores.std(axis=1, keepdims=True)
     standardised = (scores - scores.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1.0)
@@ -627,10 +614,10 @@ PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
 OTHERS = "this trains SD3; train_rankdpo_sdxl.py and train_dpo_qsd.py train other models"
 
 
-# That the cache depends on; and that the reference's errors depend on, too.
+# What cache and reference depend on.
 ENCODING_FLAGS = ("variant", "resolution", "mixed_precision", "use_text_encoder_3", "max_sequence_length")
-REFERENCE_FLAGS = ("seed", "noise", "proportion_empty_prompts", "base_precision", "allow_tf32", "compile")
-REFERENCE_FLAGS += ("train_batch_size", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+REFERENCE_FLAGS = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
+REFERENCE_FLAGS += ["weighting_scheme", "logit_mean", "logit_std", "mode_scale"]
 # What SD3 and SD3.5 have; absent: the first. Else: other schedules, inpainting, another architecture or VAE.
 PLAIN = {
     "model_index.json": {},
@@ -648,13 +635,19 @@ def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool =
     model, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **options)
     options |= {"vae": vae.requires_grad_(False), "transformer": None}
-    without = ["", "_2", "_3"] if not with_text else [] if args.use_text_encoder_3 else ["_3"]
+    without = ["", "_2", "_3"] if not with_text else [] if has_t5(args) else ["_3"]
     options |= {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in without}
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
     pipeline.set_progress_bar_config(disable=True)
     config = json.loads(file_of(model, "transformer/config.json", args.revision).read_text())
     pipeline.prompt_width = config.get("joint_attention_dim", 4096)
     return pipeline.to(device)
+
+
+def has_t5(args: ScriptArguments) -> bool:
+    """False if the flag switches T5 off, or the model comes without it."""
+    index = json.loads(file_of(args.pretrained_model_name_or_path, "model_index.json", args.revision).read_text())
+    return args.use_text_encoder_3 and index.get("text_encoder_3", [None])[0] is not None
 
 
 @torch.no_grad()
@@ -713,7 +706,7 @@ def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, to
 def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
     """Writes what identifies the run. The images do, too: they are known once all are encoded."""
     rows = zip(labels["id"].to_pylist(), labels["prompt"].to_pylist(), labels["key"].tolist())
-    run.settings["images"] = short_hash(str([*rows]))
+    run.settings["images"] = content_key(str([*rows]))
     check_same_run(args, run.settings, run.earlier)
     if run.accelerator.is_main_process:
         write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
@@ -726,9 +719,7 @@ def describe(args: ScriptArguments, run: "Run") -> dict:
         learns = "one of its baselines: the model learns to denoise images, the better ones more"
     data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
     model, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
-    index = json.loads(file_of(model, "model_index.json", args.revision).read_text())
-    has_t5 = args.use_text_encoder_3 and index.get("text_encoder_3", [None])[0] is not None
-    without = "" if has_t5 else ", text_encoder_3=None, tokenizer_3=None"
+    without = "" if has_t5(args) else ", text_encoder_3=None, tokenizer_3=None"
     tokens = "" if args.max_sequence_length == 256 else f", max_sequence_length={args.max_sequence_length}"
     usage = f"""```python
 import torch
@@ -742,7 +733,7 @@ image = pipeline({json.dumps(args.validation_prompts[0])}{tokens}).images[0]
 With ComfyUI: put `{LORA_FILE}` into `models/loras` as `{name}.safetensors` and load it with
 the "Load LoRA" node at strength 1."""
     about = {"tags": ["sd3", "rankdpo"], "datasets": [args.dataset_name], "usage": usage}
-    t5 = f"{args.max_sequence_length} tokens" if has_t5 else "without"
+    t5 = f"{args.max_sequence_length} tokens" if has_t5(args) else "without"
     about["facts"] = {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}", "T5": t5}
     return about | {"method": f"{data}, after\n{paper}: {learns}."}
 
@@ -790,7 +781,7 @@ def find_files(args: ScriptArguments) -> list[str]:
             return files
         stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
         facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
-        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
+        copy = Path(args.cache_dir, "datasets", f"{content_key(str(facts))}.parquet")
         if not copy.exists():
             options |= {"split": split, "cache_dir": f"{links}/arrow"}
             dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
@@ -808,9 +799,9 @@ def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa
         table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
         parquet.metadata.write_metadata_file(footer)
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue())]
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), content_key(footer.getvalue())]
     facts += [getattr(args, name) for name in IMAGE_COLUMNS]
-    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
+    return table, [(file, n, content_key(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
 
 
 def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
@@ -836,7 +827,7 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
     """The name of a row in the cache: a hash of the images used. A file is known by its size and date, too."""
     facts = [images[position] for position in labels["images"][row]]
     files = [os.stat(image) for image in facts if "/" in image and os.path.exists(image)]
-    return short_hash(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
+    return content_key(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
 
 
 def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
@@ -858,7 +849,7 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
     # would time out, and machines with caches of their own each fill theirs.
     order = parts[process::processes]
-    order += sorted({*parts} - {*order}, key=lambda part: short_hash(f"{process} {part.identity}"))
+    order += sorted({*parts} - {*order}, key=lambda part: content_key(f"{process} {part.identity}"))
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
         for part in order:
             keys = row_keys(args, part, labels)
@@ -905,7 +896,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     missing = [part for part, keys in known.items() if keys is None or not cached.issuperset(keys.values())]
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
-    texts = {short_hash(text): text for text in ["", *args.validation_prompts, *prompts]}
+    texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
     texts = [(key, text) for key, text in texts.items() if key not in cached]
     with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
     if missing or with_text or accelerator.is_main_process:
@@ -962,7 +953,7 @@ def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, k
         item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
     empty = seeded_generator(*noise_key, "empty prompt").random() < args.proportion_empty_prompts
     prompt = "" if empty else labels["prompt"][row].as_py()
-    return item | (load_file(run.cache_file(short_hash(prompt))) if args.cache_text_embeddings else {"prompt": prompt})
+    return item | (load_file(run.cache_file(content_key(prompt))) if args.cache_text_embeddings else {"prompt": prompt})
 
 
 def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
@@ -1003,7 +994,7 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
     accelerator = run.accelerator
     key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
-    folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
+    folder = run.cache.parent / f"reference-{content_key(json.dumps(key))}"
     start = run.start_step
     while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
         start += 1
@@ -1160,7 +1151,7 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
     # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
     model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
     models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
-    encoding = short_hash(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
+    encoding = content_key(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
     settings = {"version": VERSION}
     settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
@@ -1316,7 +1307,7 @@ def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: Module, lora:
     setattr(pipeline, DENOISER, model.eval())
     images, embeds = [], []
     for text in ["", *args.validation_prompts]:
-        parts = load_file(run.cache_file(short_hash(text)), device=str(device))
+        parts = load_file(run.cache_file(content_key(text)), device=str(device))
         embeds.append(pipeline_embeds(args, {name: part[None] for name, part in parts.items()}))
     options |= {f"negative_{name}": part for name, part in embeds[0].items()}
     for i, prompt_embeds in enumerate(embeds[1:]):
@@ -1554,7 +1545,7 @@ def seeded_generator(*key) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
-def short_hash(data: str | bytes) -> str:
+def content_key(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 

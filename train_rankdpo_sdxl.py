@@ -506,7 +506,7 @@ def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
     known = ["hpsv2.1"] if args.loss_type == "weighted_sft" else list(scores) if isinstance(scores, dict) else []
     rewards = {"all": known, "random": []}.get(args.rank_by, [args.rank_by])
     numbers = [labels[name].tolist() for name in ("images", "phi", "rank", "weight") if name in labels]
-    labels["settings"] = {"rewards": rewards, "labels": short_hash(str([*numbers, labels["id"].to_pylist()]))}
+    labels["settings"] = {"rewards": rewards, "labels": content_key(str([*numbers, labels["id"].to_pylist()]))}
     return labels
 
 
@@ -673,7 +673,7 @@ def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, to
 def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
     """Writes what identifies the run. The images do, too: they are known once all are encoded."""
     rows = zip(labels["id"].to_pylist(), labels["prompt"].to_pylist(), labels["key"].tolist())
-    run.settings["images"] = short_hash(str([*rows]))
+    run.settings["images"] = content_key(str([*rows]))
     check_same_run(args, run.settings, run.earlier)
     if run.accelerator.is_main_process:
         write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
@@ -744,7 +744,7 @@ def find_files(args: ScriptArguments) -> list[str]:
             return files
         stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
         facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
-        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
+        copy = Path(args.cache_dir, "datasets", f"{content_key(str(facts))}.parquet")
         if not copy.exists():
             options |= {"split": split, "cache_dir": f"{links}/arrow"}
             dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
@@ -762,9 +762,9 @@ def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa
         table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
         parquet.metadata.write_metadata_file(footer)
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), short_hash(footer.getvalue())]
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), content_key(footer.getvalue())]
     facts += [getattr(args, name) for name in IMAGE_COLUMNS]
-    return table, [(file, n, short_hash(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
+    return table, [(file, n, content_key(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
 
 
 def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
@@ -790,7 +790,7 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
     """The name of a row in the cache: a hash of the images used. A file is known by its size and date, too."""
     facts = [images[position] for position in labels["images"][row]]
     files = [os.stat(image) for image in facts if "/" in image and os.path.exists(image)]
-    return short_hash(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
+    return content_key(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
 
 
 def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
@@ -812,7 +812,7 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
     # would time out, and machines with caches of their own each fill theirs.
     order = parts[process::processes]
-    order += sorted({*parts} - {*order}, key=lambda part: short_hash(f"{process} {part.identity}"))
+    order += sorted({*parts} - {*order}, key=lambda part: content_key(f"{process} {part.identity}"))
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
         for part in order:
             keys = row_keys(args, part, labels)
@@ -859,7 +859,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     missing = [part for part, keys in known.items() if keys is None or not cached.issuperset(keys.values())]
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
-    texts = {short_hash(text): text for text in ["", *args.validation_prompts, *prompts]}
+    texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
     texts = [(key, text) for key, text in texts.items() if key not in cached]
     with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
     if missing or with_text or accelerator.is_main_process:
@@ -916,7 +916,7 @@ def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, k
         item["ref_errors"] = load_file(run.reference / f"{step}.safetensors")["errors"][place]
     empty = seeded_generator(*noise_key, "empty prompt").random() < args.proportion_empty_prompts
     prompt = "" if empty else labels["prompt"][row].as_py()
-    return item | (load_file(run.cache_file(short_hash(prompt))) if args.cache_text_embeddings else {"prompt": prompt})
+    return item | (load_file(run.cache_file(content_key(prompt))) if args.cache_text_embeddings else {"prompt": prompt})
 
 
 def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
@@ -957,7 +957,7 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
     accelerator = run.accelerator
     key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
-    folder = run.cache.parent / f"reference-{short_hash(json.dumps(key))}"
+    folder = run.cache.parent / f"reference-{content_key(json.dumps(key))}"
     start = run.start_step
     while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
         start += 1
@@ -1114,7 +1114,7 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
     # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
     model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
     models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
-    encoding = short_hash(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
+    encoding = content_key(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
     settings = {"version": VERSION}
     settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
@@ -1270,7 +1270,7 @@ def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: Module, lora:
     setattr(pipeline, DENOISER, model.eval())
     images, embeds = [], []
     for text in ["", *args.validation_prompts]:
-        parts = load_file(run.cache_file(short_hash(text)), device=str(device))
+        parts = load_file(run.cache_file(content_key(text)), device=str(device))
         embeds.append(pipeline_embeds(args, {name: part[None] for name, part in parts.items()}))
     options |= {f"negative_{name}": part for name, part in embeds[0].items()}
     for i, prompt_embeds in enumerate(embeds[1:]):
@@ -1508,7 +1508,7 @@ def seeded_generator(*key) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
-def short_hash(data: str | bytes) -> str:
+def content_key(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 

@@ -454,7 +454,7 @@ def test_bad_rows_are_named(tiny_sd3, tmp_path, monkeypatch, name):
         (["--resolution", 40], ["--resolution 40", "multiple of 16"]),
         (["--max_sequence_length", 513], ["--max_sequence_length 513", "512"]),
         (["--logit_std", 0], ["--logit_std 0", "greater than 0"]),
-        (["--prompt_column", "caption"], ["no column 'caption'", "--prompt_column", "prompt_id"]),
+        (["--prompt_column", "caption"], ["no column 'caption'", "_column"]),
         (["--rank_by", "beauty"], ["--rank_by beauty", "first, second"]),
         (["--resume_from_checkpoint", "no/checkpoint"], ["no/checkpoint"]),
         (["--pretrained_model_name_or_path", "no/such"], ["model_index.json"]),
