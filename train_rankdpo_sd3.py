@@ -702,6 +702,16 @@ def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, to
     return {}
 
 
+# Copied from train_rankdpo_sdxl.record_run
+def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
+    """Writes what identifies the run. The images do, too: they are known once all are encoded."""
+    rows = zip(labels["id"].to_pylist(), labels["prompt"].to_pylist(), labels["key"].tolist())
+    run.settings["images"] = content_key(str([*rows]))
+    check_same_run(args, run.settings, run.earlier)
+    if run.accelerator.is_main_process:
+        write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
+
+
 def describe(args: ScriptArguments, run: "Run") -> dict:
     """What the card says of method, data and model. The LoRA is to be used with the T5 tokens of its training."""
     learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
@@ -1189,15 +1199,6 @@ def begin_run(args: ScriptArguments, run: Run) -> FileLock:
             raise SystemExit(f"--output_dir {output_dir} is in use by another run: choose another folder") from None
     run.accelerator.wait_for_everyone()
     return lock
-
-
-def record_run(args: ScriptArguments, run: Run, labels: dict) -> None:
-    """Writes what identifies the run. The images do, too: they are known once all are encoded."""
-    rows = zip(labels["id"].to_pylist(), labels["prompt"].to_pylist(), labels["key"].tolist())
-    run.settings["images"] = content_key(str([*rows]))
-    check_same_run(args, run.settings, run.earlier)
-    if run.accelerator.is_main_process:
-        write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
 
 
 def list_checkpoints(args: ScriptArguments) -> dict[int, Path]:

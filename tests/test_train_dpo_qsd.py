@@ -3,8 +3,10 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import (
@@ -123,6 +125,7 @@ def test_step_passes_its_options_to_the_loss(tiny_sdxl):
         "latents": torch.randn(3, 2, 4, 8, 8),
         "noise": torch.randn(3, 1, 4, 8, 8).expand(3, 2, 4, 8, 8),
         "timesteps": torch.tensor([20, 500, 980]),
+        "rank": torch.tensor([[1, 2]] * 3),
         "prompt_embeds": torch.randn(3, 16, 32),
         "pooled_prompt_embeds": torch.randn(3, 16),
         "time_ids": torch.tensor([[96.0, 64, 8, 0, 32, 32], [40, 100, 0, 24, 32, 32]]).expand(3, 2, 6),
@@ -193,6 +196,7 @@ def test_untrained_lora_gives_exactly_the_loss_of_a_zero_margin(family, tiny_sd,
         "latents": torch.randn(3, 2, 4, 8, 8),
         "noise": torch.randn(3, 2, 4, 8, 8),
         "timesteps": torch.tensor([20, 500, 980]),
+        "rank": torch.tensor([[1, 2]] * 3),
         "prompt_embeds": torch.randn(3, 16, 32 if family == "sdxl" else 16),
         "time_ids": torch.tensor([32.0, 32, 0, 0, 32, 32]).expand(3, 2, 6),
     }
@@ -266,8 +270,8 @@ def test_lora_changes_the_images_exactly_as_the_trained_model_does(family, tiny_
         assert not all(np.array_equal(tuned[i], Image.open(folder / "images" / f"{i}_base.png")) for i in range(4))
         pipeline.unload_lora_weights()
     card = check_card(folder)
-    assert pipeline_class.__name__ in card and "dpo-qsd" in card
-    assert "on the best 12 of 22 labelled pairs, the best first" in card
+    assert "dpo-qsd" in card and "the best first" in card
+    assert "on 12 of 22 labelled pairs of" in card
 
 
 SPY = """
@@ -275,31 +279,25 @@ import json, os, sys
 sys.path.insert(0, {root!r})
 import train_dpo_qsd as script
 
-original = script.CachedRows.__getitem__
+labels, micro_batches, make_labels = {{}}, script.micro_batches, script.make_labels
 
-def spied(self, key):
-    with open({log!r} + f"/{{os.environ.get('RANK', 0)}}.jsonl", "a") as file:
-        file.write(json.dumps([key[0], self.labels[key[1]]["id"]]) + "\\n")
-    return original(self, key)
+def spied_labels(*arguments):
+    labels.update(make_labels(*arguments))
+    return labels
 
-script.CachedRows.__getitem__ = spied
+def spied(*arguments):
+    for keys in micro_batches(*arguments):
+        with open({log!r} + f"/{{os.environ.get('RANK', 0)}}.jsonl", "a") as file:
+            file.writelines(json.dumps([epoch, labels["id"][row].as_py()]) + "\\n" for epoch, row, _ in keys)
+        yield keys
+
+script.make_labels, script.micro_batches = spied_labels, spied
 script.main(script.parse_arguments())
 """
 
 
 def pairs_seen(tmp_path, name, processes, command, kill_at=None):
-    """Runs the training with every read of a pair written down: per process a list of (epoch, pair id)."""
-    if processes == 1 and not kill_at:
-        seen, original = [], script.CachedRows.__getitem__
-
-        def spied(self, key):
-            seen.append((key[0], self.labels[key[1]]["id"]))
-            return original(self, key)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(script.CachedRows, "__getitem__", spied)
-            call("train_dpo_qsd", *command)
-        return [seen]
+    """Runs the training with every pair that is asked for written down: per process a list of (epoch, pair id)."""
     log = tmp_path / name
     log.mkdir(exist_ok=True)
     spy = tmp_path / f"{name}.py"
@@ -318,7 +316,7 @@ def test_pairs_are_seen_best_first_by_any_number_of_processes_and_after_kill_9(f
     with the best. Every process reads one batch ahead."""
     rows = pair_rows()
     labelled = [i for i in range(24) if i not in (5, 6)]
-    order = [str(i) for i in sorted(labelled, key=lambda i: -rows[i]["quality"])]
+    order = sorted(labelled, key=lambda i: -rows[i]["quality"])
     wanted = [(epoch, pair) for epoch in range(2) for pair in order]  # 5 steps of 6 pairs, 22 an epoch
     more = [*flags, "--max_train_steps", 5, "--checkpointing_steps", 2, "--report_to", "none"]
     loras = {}
@@ -347,64 +345,113 @@ def test_pairs_are_seen_best_first_by_any_number_of_processes_and_after_kill_9(f
 
 def selection(pair_dataset, **kwargs):
     args = script.ScriptArguments(dataset_name=str(pair_dataset), **kwargs)
-    _, pairs = script.load_pairs(args)
-    return args, pairs, *script.select_pairs(args, pairs)
+    table, _ = script.load_pairs(args)
+    labels = script.select_pairs(args, table)
+    return args, labels["id"].to_pylist(), labels["winner"].tolist()
 
 
-def test_random_order_takes_every_pair_once_an_epoch_and_needs_no_quality(tmp_path):
+def test_random_order_takes_every_pair_once_an_epoch_and_needs_no_quality(tmp_path, capsys):
     data = write_pairs(tmp_path / "pairs", pair_rows(), drop=("quality",))
-    args, _, rows, winners, counts = selection(data, order="random", top_fraction=1.0, train_batch_size=11, seed=3)
+    args, rows, winners = selection(data, order="random", top_fraction=1.0, train_batch_size=11, seed=3)
     labelled = [i for i in range(24) if i not in (5, 6)]
-    assert sorted(rows) == labelled and list(rows) != labelled
-    assert counts == {"rows": 24, "ties": 1, "without_label": 1, "labelled": 22, "selected": 22}
+    assert sorted(rows) == labelled and rows != labelled
+    assert "24 pairs: 1 ties, 1 without a label; 22 are selected" in capsys.readouterr().out
     labels = pair_rows()
     assert [1 - w for w in winners] == [int(labels[row]["label_0"]) for row in rows]
-    steps = iter(script.EpochSampler(args, 22, 0, 1, start_step=0))
+    steps = script.micro_batches(args, 22, 0, 1, start_step=0)
     epochs = [next(steps) + next(steps) for _ in range(3)]
     for number, epoch in enumerate(epochs):
         assert sorted(key[:2] for key in epoch) == [(number, i) for i in range(22)]
     assert len({str([row for _, row, _ in epoch]) for epoch in epochs}) == 3
-    assert list(selection(data, order="random", top_fraction=1.0, seed=3)[2]) == list(rows)
-    assert list(selection(data, order="random", top_fraction=1.0, seed=4)[2]) != list(rows)
+    assert selection(data, order="random", top_fraction=1.0, seed=3)[1] == rows
+    assert selection(data, order="random", top_fraction=1.0, seed=4)[1] != rows
 
 
 def test_top_fraction_and_min_quality_select_the_best(pair_dataset):
     quality = [row["quality"] for row in pair_rows()]
     best = sorted((i for i in range(24) if i not in (5, 6)), key=lambda i: -quality[i])
-    assert list(selection(pair_dataset, top_fraction=0.25)[2]) == best[:6]  # of 22
-    assert sorted(selection(pair_dataset, top_fraction=0.25, order="random")[2]) == sorted(best[:6])
-    found = selection(pair_dataset, top_fraction=1.0, min_quality=0.5)[2]
-    assert list(found) == [i for i in best if quality[i] >= 0.5]
+    assert selection(pair_dataset, top_fraction=0.25)[1] == best[:6]  # of 22
+    assert sorted(selection(pair_dataset, top_fraction=0.25, order="random")[1]) == sorted(best[:6])
+    found = selection(pair_dataset, top_fraction=1.0, min_quality=0.5)[1]
+    assert found == [i for i in best if quality[i] >= 0.5]
 
 
-def test_only_what_is_trained_on_is_encoded(flags, tmp_path, monkeypatch):
-    """And a larger share goes on from the shards of a smaller one."""
-    encoded_images, original = [], script.encode_images
-    monkeypatch.setattr(
-        script,
-        "encode_images",
-        lambda vae, pixels, size: encoded_images.append(len(pixels)) or original(vae, pixels, size),
-    )
-    monkeypatch.setattr(script, "CACHE_SHARD_ROWS", 4)
-    common = [*flags, "--cache_dir", tmp_path / "cache", "--train_batch_size", 2]
-    call("train_dpo_qsd", *common, "--top_fraction", 0.36, "--output_dir", tmp_path / "a")  # 8 of 22, an epoch
-    assert sum(encoded_images) == 2 * 8
-    encoded_images.clear()
-    call("train_dpo_qsd", *common, "--max_train_steps", 6, "--output_dir", tmp_path / "b")  # 12 of 22
-    assert sum(encoded_images) == 2 * 4
-    encoded_images.clear()
-    call("train_dpo_qsd", *common, "--top_fraction", 0.5, "--output_dir", tmp_path / "c", "--max_train_steps", 2)
-    assert sum(encoded_images) == 0
+@pytest.fixture
+def work(monkeypatch):
+    """Counts what is done: images that are encoded, pairs whose images are read."""
+    counts, encode, read = {"encoded": 0, "read": 0}, script.rows_to_encode, script.read_images
+
+    def rows_to_encode(*arguments):
+        for row in encode(*arguments):
+            counts["encoded"] += 2
+            yield row
+
+    def read_pairs(*arguments):
+        for images in read(*arguments):
+            counts["read"] += 1
+            yield images
+
+    def done() -> tuple[int, int]:
+        found = (counts["encoded"], counts["read"])
+        counts.update(encoded=0, read=0)
+        return found
+
+    monkeypatch.setattr(script, "rows_to_encode", rows_to_encode)
+    monkeypatch.setattr(script, "read_images", read_pairs)
+    return done
 
 
-@pytest.mark.parametrize("ids", ["columns", "content"])
+def test_only_what_is_trained_on_is_read_and_encoded_and_no_pair_twice(flags, tmp_path, work):
+    """Row groups of other pairs are not read. Orders, seeds, shares, labels, files and other scores share the cache."""
+    rows = pair_rows()
+    data = write_pairs(tmp_path / "data", rows)
+    (file,) = data.rglob("*.parquet")
+    pq.write_table(pq.read_table(file), file, row_group_size=1)
+    common = [*flags, "--dataset_name", data, "--cache_dir", tmp_path / "cache", "--train_batch_size", 2]
+
+    def train(name, *more) -> tuple[int, int]:
+        call("train_dpo_qsd", *common, *more, "--output_dir", tmp_path / name)
+        return work()
+
+    assert train("a", "--top_fraction", 0.36) == (2 * 8, 8)  # 8 of 22, an epoch
+    assert train("b", "--max_train_steps", 6) == (2 * 4, 4)  # 12 of 22
+    assert train("c", "--top_fraction", 0.5, "--max_train_steps", 2) == (0, 0)
+    assert train("d", "--order", "random", "--seed", 5, "--top_fraction", 0.5) == (0, 0)
+    others = [{**row, "label_0": 1 - row["label_0"], "quality": 1 - row["quality"]} for row in reversed(rows)]
+    others = write_pairs(tmp_path / "others", others)  # one row group, in the other order, other winners
+    assert train("e", "--dataset_name", others, "--max_train_steps", 20) == (2 * 10, 24)
+    assert train("f", "--dataset_name", others, "--order", "random", "--seed", 6) == (0, 0)
+    assert train("g", "--scores_dataset_name", others) == (0, 10)  # indices of row groups of which nothing was known
+    assert train("h") == (0, 0)
+    a, g, h = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in "agh")
+    assert not all(torch.equal(g[key], h[key]) for key in g) and a.keys() == g.keys()
+
+
+def test_a_run_is_made_longer_but_not_with_other_images(flags, tmp_path):
+    rows = pair_rows()
+    data = write_pairs(tmp_path / "data", rows)
+    common = [*flags, "--dataset_name", data, "--cache_dir", tmp_path / "cache", "--train_batch_size", 2]
+    call("train_dpo_qsd", *common, "--output_dir", tmp_path / "straight", "--max_train_steps", 5)
+    longer = [*common, "--output_dir", tmp_path / "longer", "--resume_from_checkpoint", "latest", "--max_train_steps"]
+    call("train_dpo_qsd", *longer, 2)
+    call("train_dpo_qsd", *longer, 5)
+    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("straight", "longer"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    best = max(range(24), key=lambda i: rows[i]["quality"] if i not in (5, 6) else -1)
+    rows[best]["jpg_0"] = rows[6]["jpg_0"]
+    shutil.rmtree(data)
+    write_pairs(data, rows)
+    assert "a run with images" in refused("train_dpo_qsd", *longer, 8)
+
+
+@pytest.mark.parametrize("ids", ["columns", "content", "content of files"])
 def test_scores_without_images_are_joined_by_the_images_ids(flags, pair_dataset, tmp_path, ids):
     """Images in another dataset, in another order, some of them on the other side: the same LoRA."""
     from hashlib import blake2b
 
     rows = pair_rows()
     scores = [dict(row) for row in rows]
-    if ids == "content":
+    if ids != "columns":
         for row in scores:
             row.update({f"image_{i}_uid": blake2b(row[f"jpg_{i}"], digest_size=16).hexdigest() for i in (0, 1)})
     images = [dict(row) for row in rows[::-1]]
@@ -412,10 +459,18 @@ def test_scores_without_images_are_joined_by_the_images_ids(flags, pair_dataset,
         for name in ("jpg_{}", "image_{}_uid"):
             row[name.format(0)], row[name.format(1)] = row[name.format(1)], row[name.format(0)]
     images.insert(0, {**pair_rows(seed=1)[0], "image_0_uid": "x", "image_1_uid": "y"})
-    absent = ("image_0_uid", "image_1_uid") if ids == "content" else ()
-    kinds = {"jpg_0": ImageFeature()} if ids == "columns" else {}
-    if kinds:
+    absent = () if ids == "columns" else ("image_0_uid", "image_1_uid")
+    kinds = {}
+    if ids == "columns":
+        kinds = {"jpg_0": ImageFeature()}
         images = [{**row, "jpg_0": {"bytes": row["jpg_0"], "path": None}} for row in images]
+    if ids == "content of files":
+        kinds = {"jpg_0": ImageFeature(), "jpg_1": ImageFeature()}
+        for i, row in enumerate(images):
+            for name in kinds:
+                file = tmp_path / f"{i}_{name}.png"
+                file.write_bytes(row[name])
+                row[name] = {"bytes": None, "path": str(file)}
     holder = write_pairs(tmp_path / "images", images, drop=("quality", "label_0", "caption", *absent), **kinds)
     table = write_pairs(tmp_path / "scores", scores, drop=("jpg_0", "jpg_1"))
 
@@ -475,10 +530,11 @@ def test_variants_train(flags, tmp_path, more):
 def test_defaults_belong_to_the_family(tiny_sd, tiny_sdxl):
     for model, beta, lr in [(tiny_sd, 2000.0, 1e-4), (tiny_sdxl, 5000.0, 1e-5)]:
         args = script.ScriptArguments(dataset_name="x", pretrained_model_name_or_path=str(model))
-        script.check_model_and_defaults(args)
+        script.check_model(args)
+        script.set_defaults(args)
         assert (args.beta_dpo, args.learning_rate, args.resolution) == (beta, lr, 32)
         args = script.ScriptArguments(dataset_name="x", pretrained_model_name_or_path=str(model), beta_dpo=7.0)
-        script.check_model_and_defaults(args)
+        script.set_defaults(args)
         assert args.beta_dpo == 7.0
 
 
@@ -521,11 +577,9 @@ def test_full_size_sd15_lora_keys():
         (["--top_fraction", 5.33], ["--top_fraction 5.33", "at most 1"]),
         (["--beta_dpo", 0], ["--beta_dpo 0", "greater than 0"]),
         (["--quality_column", "q"], ["no column 'q'", "score_pairs.py", "--order random"]),
-        (["--prompt_column", "text"], ["no column 'text'", "--prompt_column", "caption"]),
+        (["--prompt_column", "text"], ["no column 'text'", "_column"]),
         (["--image_0_column", "caption"], ["'caption'", "bytes or Image"]),
         (["--label_0_column", "caption"], ["'caption'", "string", "numbers"]),
-        (["--dataset_name", "no/such/folder"], ["--dataset_name no/such/folder"]),
-        (["--scores_dataset_name", "no/such"], ["--scores_dataset_name no/such"]),
         (["--resolution", 33], ["--resolution 33", "multiple of 8"]),
         (["--time_ids", "image"], ["--time_ids image", "no micro-conditioning"]),
         (["--loss_type", "orpo", "--safeguard", 0.9], ["--safeguard", "orpo"]),
@@ -544,8 +598,8 @@ BAD_ROWS = {
     "quality is nan": (lambda row: row.update(quality=float("nan")), ["row 7", "quality"]),
     "quality is missing": (lambda row: row.update(quality=None), ["row 7", "quality"]),
     "no prompt": (lambda row: row.update(caption=" "), ["row 7", "caption", "empty"]),
-    "image does not decode": (lambda row: row.update(jpg_1=row["jpg_1"][:200]), ["row 7", "jpg_1", "does not decode"]),
-    "no image": (lambda row: row.update(jpg_0=None), ["row 7", "jpg_0", "does not decode"]),
+    "image does not decode": (lambda row: row.update(jpg_1=row["jpg_1"][:200]), ["row 7", "image 1 does not decode"]),
+    "no image": (lambda row: row.update(jpg_0=None), ["row 7", "image 0 does not decode"]),
 }
 
 
@@ -555,11 +609,22 @@ def test_bad_rows_are_named(flags, tmp_path, monkeypatch, name):
     rows = pair_rows()
     change(rows[7])
     data = write_pairs(tmp_path / "pairs", rows)
-    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    if "image" not in name:  # images are read to be encoded, and no sooner
+        monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
     more = ["--dataset_name", data, "--output_dir", tmp_path / "out"]
     message = refused("train_dpo_qsd", *flags, *more)
     assert all(word in message for word in words), message
-    assert not (tmp_path / "out").exists()
+    assert "image" in name or not (tmp_path / "out").exists()
+
+
+def test_prompts_of_pairs_that_are_not_trained_on_may_be_blank(flags, tmp_path):
+    rows = pair_rows()
+    worst = min((i for i in range(24) if i not in (5, 6)), key=lambda i: rows[i]["quality"])
+    for i in (5, 6, worst):
+        rows[i]["caption"] = " "
+    more = [*flags, "--dataset_name", write_pairs(tmp_path / "pairs", rows), "--output_dir", tmp_path / "out"]
+    assert f"row {worst}" in refused("train_dpo_qsd", *more)
+    call("train_dpo_qsd", *more, "--max_train_steps", 2)
 
 
 def test_no_quality_says_how_to_make_it(flags, tmp_path):
@@ -577,7 +642,7 @@ def test_ids_that_do_not_join_are_counted_and_shown(flags, tmp_path):
     assert "2 of the 22 pairs" in message and "lost-1" in message and "lost-2" in message
     table = write_pairs(tmp_path / "more", scores, drop=("jpg_0", "jpg_1", "image_0_uid"))
     message = refused("train_dpo_qsd", *flags, "--scores_dataset_name", table, "--output_dir", tmp_path / "out")
-    assert "no column 'image_0_uid'" in message and "--image_0_uid_column" in message
+    assert "no column 'image_0_uid'" in message and "--scores_dataset_name" in message
 
 
 def test_labels_of_strings_and_whole_numbers(flags, tmp_path):
@@ -587,7 +652,7 @@ def test_labels_of_strings_and_whole_numbers(flags, tmp_path):
     assert "'label_0' holds string" in message
     rows = [{**row, "label_0": int(row["label_0"])} for row in pair_rows()]
     found = selection(write_pairs(tmp_path / "whole", rows, label_0=Value("int64")), top_fraction=1.0)
-    assert found[4]["selected"] == 23  # the tie of row 5 was rounded to a loss
+    assert len(found[1]) == 23  # the tie of row 5 was rounded to a loss
 
 
 def test_sd3_and_other_runs_are_refused(flags, tmp_path):
@@ -598,6 +663,27 @@ def test_sd3_and_other_runs_are_refused(flags, tmp_path):
     call("train_dpo_qsd", *flags, "--output_dir", tmp_path / "run", "--max_train_steps", 1)
     message = refused("train_dpo_qsd", *flags, "--output_dir", tmp_path / "run", "--top_fraction", 0.5)
     assert "top_fraction 1.0, not 0.5" in message
+
+
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("unet/config", {"in_channels": 9}),
+        ("scheduler/scheduler_config", {"prediction_type": "sample"}),
+        ("vae/config", {"latents_mean": [0.0] * 4}),
+    ],
+)
+def test_models_that_the_objective_does_not_fit_are_refused(flags, tiny_sd, tmp_path, file, values):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd, model)
+    path = model / f"{file}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    more = ["--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "out"]
+    message = refused("train_dpo_qsd", *flags, *more)
+    assert message.startswith(f"--pretrained_model_name_or_path {model}") and list(values)[0] in message
+    (tmp_path / "model.safetensors").touch()
+    more[1] = tmp_path / "model.safetensors"
+    assert "from_single_file" in refused("train_dpo_qsd", *flags, *more) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu
