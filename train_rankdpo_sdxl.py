@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub", "numpy",
-#     "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm",
-#     "transformers", "trl",
-# ]
+# dependencies = ["accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub", "numpy",
+#     "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm", "transformers",
+#     "trl"]
 # ///
 """RankDPO for SDXL: a LoRA from ranked images (Karthik et al., "Scalable Ranked Preference Optimization", 2024).
 
@@ -808,11 +806,10 @@ def index_file(args: ScriptArguments, part: Part) -> Path:
 
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
     """Reads parts and writes their indices; gives the rows without a cache file: (key, pixels and time_ids)."""
-    process, processes = run.accelerator.process_index, run.accelerator.num_processes
     # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
     # would time out, and machines with caches of their own each fill theirs.
-    order = parts[process::processes]
-    order += sorted({*parts} - {*order}, key=lambda part: content_key(f"{process} {part.identity}"))
+    order = parts[run.accelerator.process_index :: run.accelerator.num_processes]
+    order += sorted({*parts} - {*order}, key=lambda part: content_key(f"{run.accelerator.process_index} {part}"))
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
         for part in order:
             keys = row_keys(args, part, labels)
@@ -920,9 +917,8 @@ def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, k
 
 
 def micro_batches(args: ScriptArguments, length: int, process: int, processes: int, start_step: int) -> Iterator[list]:
-    """The keys of one process's micro-batches, without end: (epoch, row, place), where the place counts from the start
-    of the run. In step s, counted from 0, all processes together take the places s·G … (s+1)·G − 1 of the epochs'
-    orders laid end to end; G is the global batch."""
+    """The keys of a process's micro-batches, without end: (epoch, row, place). In step s, counted from 0, all processes
+    together take the places s·G … (s+1)·G − 1 of the epochs' orders laid end to end; G is the global batch."""
     order = lru_cache(maxsize=2)(partial(epoch_order, args, length=length))
     for micro_step in itertools.count(start_step * args.gradient_accumulation_steps):
         start = (micro_step * processes + process) * args.train_batch_size
@@ -953,8 +949,8 @@ def read_ahead(items: Iterator) -> Iterator:
 
 
 def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches) -> None:
-    """Computes the reference's errors of all places of the run, a file for each step. Later runs find them if they
-    differ in nothing but length, objective and optimizer. `batches`: makes the micro-batches from a step on."""
+    """Computes the reference's errors of all places of the run, a file for each step. Runs that differ in nothing but
+    length, objective and optimizer share them. `batches`: makes the micro-batches from a step on."""
     accelerator = run.accelerator
     key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
     folder = run.cache.parent / f"reference-{content_key(json.dumps(key))}"
@@ -1306,10 +1302,9 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
     if args.push_to_hub:
         if run.upload:
             run.upload.exception()  # waits; what follows replaces it, failed or not
-        patterns = [LORA_FILE, "comfyui/*", "images/*", "README.md", "run.json", LOG_FILE]
-        card = output_dir / "README.md"
         if theirs := earlier_card(args, on_hub=True):
-            write_bytes(card, str(merge_cards(RepoCard(card.read_text()), theirs)).encode())
+            write_bytes(output_dir / "README.md", str(merge_cards(earlier_card(args), theirs)).encode())
+        patterns = [LORA_FILE, "comfyui/*", "images/*", "README.md", "run.json", LOG_FILE]
         HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=output_dir, allow_patterns=patterns)
         print(f"published: {HfApi().endpoint}/{args.hub_model_id}")
 
