@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub", "numpy",
-#     "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm", "transformers",
-#     "trl"]
+# dependencies = ["accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub",
+#     "numpy", "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm",
+#     "transformers", "trl"]
 # ///
 """RankDPO for SD3 and SD3.5: a LoRA from ranked images (Karthik et al., "Scalable Ranked Preference Optimization").
 
@@ -437,7 +437,7 @@ def main(args: ScriptArguments) -> None:
     accelerator = make_accelerator(args)
     check_model(args)
     index = json.loads(file_of(args.pretrained_model_name_or_path, "model_index.json", args.revision).read_text())
-    args.use_text_encoder_3 &= index.get("text_encoder_3", [None])[0] is not None
+    args.use_text_encoder_3 &= index.get("text_encoder_3", [None])[0] is not None  # a model without T5
     table, parts = load_ranked_dataset(args)
     labels = make_labels(args, table)
     run = plan_run(args, accelerator, labels)
@@ -633,19 +633,13 @@ def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool =
     model, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **options)
     options |= {"vae": vae.requires_grad_(False), "transformer": None}
-    without = ["", "_2", "_3"] if not with_text else [] if has_t5(args) else ["_3"]
+    without = ["", "_2", "_3"] if not with_text else [] if args.use_text_encoder_3 else ["_3"]
     options |= {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in without}
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
     pipeline.set_progress_bar_config(disable=True)
     config = json.loads(file_of(model, "transformer/config.json", args.revision).read_text())
     pipeline.prompt_width = config.get("joint_attention_dim", 4096)
     return pipeline.to(device)
-
-
-def has_t5(args: ScriptArguments) -> bool:
-    """False if the flag switches T5 off, or the model comes without it."""
-    index = json.loads(file_of(args.pretrained_model_name_or_path, "model_index.json", args.revision).read_text())
-    return args.use_text_encoder_3 and index.get("text_encoder_3", [None])[0] is not None
 
 
 @torch.no_grad()
@@ -658,7 +652,7 @@ def encode_prompt(args: ScriptArguments, pipeline: StableDiffusion3Pipeline, pro
     clips = [pipeline._get_clip_prompt_embeds(**options, clip_model_index=i) for i in (0, 1)]
     clip, pooled = (torch.cat(parts, dim=-1) for parts in zip(*clips))
     t5 = clip.new_zeros(len(prompts), 0, pipeline.prompt_width)
-    if pipeline.text_encoder_3 is not None:
+    if args.use_text_encoder_3:
         t5 = pipeline._get_t5_prompt_embeds(**options, max_sequence_length=args.max_sequence_length)
     embeds = {"clip_embeds": clip, "pooled_prompt_embeds": pooled, "t5_embeds": t5}
     return {name: part.to(args.weight_dtype) for name, part in embeds.items()}
@@ -717,7 +711,7 @@ def describe(args: ScriptArguments, run: "Run") -> dict:
         learns = "one of its baselines: the model learns to denoise images, the better ones more"
     data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
     model, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
-    without = "" if has_t5(args) else ", text_encoder_3=None, tokenizer_3=None"
+    without = "" if args.use_text_encoder_3 else ", text_encoder_3=None, tokenizer_3=None"
     tokens = "" if args.max_sequence_length == 256 else f", max_sequence_length={args.max_sequence_length}"
     usage = f"""```python
 import torch
@@ -731,7 +725,7 @@ image = pipeline({json.dumps(args.validation_prompts[0])}{tokens}).images[0]
 With ComfyUI: put `{LORA_FILE}` into `models/loras` as `{name}.safetensors` and load it with
 the "Load LoRA" node at strength 1."""
     about = {"tags": ["sd3", "rankdpo"], "datasets": [args.dataset_name], "usage": usage}
-    t5 = f"{args.max_sequence_length} tokens" if has_t5(args) else "without"
+    t5 = f"{args.max_sequence_length} tokens" if args.use_text_encoder_3 else "without"
     about["facts"] = {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}", "T5": t5}
     return about | {"method": f"{data}, after\n{paper}: {learns}."}
 
