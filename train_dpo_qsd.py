@@ -484,11 +484,10 @@ def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
         hint = ": score the pairs with score_pairs.py, or --order random --top_fraction 1 takes all without scores"
         hint = hint if column == args.quality_column else ": see the flags that end in _column"
         raise SystemExit(f"{where}: no column {column!r}{hint}")
-    for column in {args.prompt_column, *wanted} & {*table.column_names}:
-        text = column == args.prompt_column
-        pattern = "(large_)?string|null" if text else "u?int|float|halffloat|double|bool|null"
-        if not re.match(pattern, kind := str(table[column].type)):
-            raise SystemExit(f"{where}: column {column!r} holds {kind}: it must hold {'text' if text else 'numbers'}")
+    kinds = [("numbers", "u?int|float|halffloat|double|bool|null", column) for column in wanted]
+    for words, pattern, column in [("text", "(large_)?string|null", args.prompt_column), *kinds]:
+        if column in table.column_names and not re.match(pattern, kind := str(table[column].type)):
+            raise SystemExit(f"{where}: column {column!r} holds {kind}: it must hold {words}")
     return (find_images(args, table, images, parts) if args.scores_dataset_name else table), parts
 
 
