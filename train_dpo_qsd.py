@@ -462,27 +462,30 @@ def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     tables, groups = read_columns(args, {args.prompt_column, *wanted, *uids})
     starts = itertools.accumulate((rows for *_, rows in groups), initial=0)
     parts = [Part(*place, start, rows) for (*place, rows), start in zip(groups, starts)]
+    if not parts:
+        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
     system, path = url_to_fs(parts[0].file)
     with system.open(path) as handle:
         schema = pq.read_schema(handle)
     for column in (getattr(args, name) for name in IMAGE_COLUMNS):
         if column not in schema.names or not re.search("binary|struct<.*bytes: ", str(schema.field(column).type)):
-            raise SystemExit(f"{where}: column {column!r} must hold bytes or Image; it has {', '.join(schema.names)}")
+            have = f"it has {', '.join(schema.names)}; scores without images are for --scores_dataset_name"
+            raise SystemExit(f"{where}: column {column!r} must hold bytes or Image; {have}")
     table = images = pa.concat_tables(tables, promote_options="permissive")
     if args.scores_dataset_name:
         names = ("dataset_name", "dataset_config_name", "dataset_revision")
         scores = replace(args, **{name: getattr(args, f"scores_{name}") for name in names})
-        table = pa.concat_tables(read_columns(scores, {args.prompt_column, *wanted, *uids})[0])
+        tables, _ = read_columns(scores, {args.prompt_column, *wanted, *uids})
+        table = pa.concat_tables(tables, promote_options="permissive")
         where, needed = f"--scores_dataset_name {args.scores_dataset_name}", needed | {*uids}
     for column in sorted(needed - {*table.column_names}):
         hint = ": score the pairs with score_pairs.py, or --order random --top_fraction 1 takes all without scores"
         hint = hint if column == args.quality_column else ": see the flags that end in _column"
         raise SystemExit(f"{where}: no column {column!r}{hint}")
-    for column in {*wanted} & {*table.column_names}:
-        if not re.match("u?int|float|halffloat|double|bool|null", kind := str(table[column].type)):
-            raise SystemExit(f"{where}: column {column!r} holds {kind}: it must hold numbers")
-    if not len(table):
-        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
+    kinds = [("numbers", "u?int|float|halffloat|double|bool|null", column) for column in wanted]
+    for words, pattern, column in [("text", "(large_)?string|null", args.prompt_column), *kinds]:
+        if column in table.column_names and not re.match(pattern, kind := str(table[column].type)):
+            raise SystemExit(f"{where}: column {column!r} holds {kind}: it must hold {words}")
     return (find_images(args, table, images, parts) if args.scores_dataset_name else table), parts
 
 
