@@ -654,7 +654,6 @@ class Generator:
             raise SystemExit(f"generator {self.entry['name']}: cannot draw: {one_line(error)}") from None
 
 
-# Copied from train_rankdpo_sdxl.check_compiler
 def check_compiler(args: ScriptArguments) -> None:
     """Exits with one line if --compile is given and nothing is there that compiles."""
     if args.compile and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which(os.environ.get("CC", "gcc"))):

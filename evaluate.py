@@ -132,7 +132,6 @@ ENDINGS += ("_seed_means", "_seed_sd")
 # What decides whether a network fits into another's place.
 NETWORK_SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type", "num_layers")
 DRAWING_FLAGS = ("num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution")
-# Copied from train_rankdpo_sdxl.LORA_FILE
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FACTS = ()  # this script replaces no metadata of a card; it adds results to model-index
 CARD_BEGIN = "<!-- evaluate.py writes from here to its second mark; text before and after is kept. -->"
