@@ -12,6 +12,7 @@ and over noises alone. The interval is a bootstrap over prompts.
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 
@@ -21,35 +22,32 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train_rankdpo_sdxl as script  # noqa: E402
 
 
 def load(demo: Path, checkpoint: str) -> tuple:
-    """Arguments, scheduler, UNet with the checkpoint's LoRA, and the dataset's rows as the training reads them."""
+    """Arguments, scheduler, UNet with the checkpoint's LoRA, what reads a row of the dataset, and their number."""
     config = ["--config", str(ROOT / "shapes/rankdpo.yaml"), "--cache_dir", str(demo / "cache")]
     args = script.parse_arguments([*config, "--dataset_name", str(demo / "synpic")])
-    dataset = script.load_ranked_dataset(args)
-    labels = script.make_labels(args, dataset)
-    cache = script.LatentCache(
-        args, script.cache_key(args, script.images_key(args, dataset, labels)), len(labels), Accelerator(cpu=True)
-    )
-    if cache.missing():
+    args.output_dir = str(demo / "no run")  # nothing is written
+    table, parts = script.load_ranked_dataset(args)
+    labels = script.make_labels(args, table)
+    run = script.plan_run(args, script.make_accelerator(args), table, labels)
+    keys = [script.row_keys(args, part, labels) for part in parts]
+    if not all(keys) or not all(script.cache_file(run.cache, key).exists() for part in keys for key in part):
         raise SystemExit(f"{demo}: no latents for this dataset: run make demo first")
+    labels["key"], run.checkpoint = np.concatenate(keys), demo / "lora" / checkpoint
     noise_scheduler, model = script.load_model(args)
-    model.requires_grad_(False)
-    script.add_lora(model, args.rank)
-    script.load_lora(demo / "lora" / checkpoint, model)
-    return args, noise_scheduler, model.train(), script.CachedRows(args, cache, labels, noise_scheduler)
+    script.prepare_model(args, run, model)
+    return args, noise_scheduler, model, partial(script.read_row, args, run, labels, noise_scheduler), len(table)
 
 
-def draw(args, rows, row: int, timestep: int, key: tuple, noise: str) -> dict[str, torch.Tensor]:
-    """A batch of one prompt with this timestep and a noise that the key seeds."""
-    item = rows[0, row, 0]
+def draw(args, noise_scheduler, item: dict, timestep: int, key: tuple, noise: str) -> dict[str, torch.Tensor]:
+    """A batch of one prompt with this timestep and a noise that the key seeds. item: the row of the prompt."""
     args.noise = noise
-    item |= script.sample_noise(args, rows.noise_scheduler, key, item["latents"].shape)
+    item = item | script.sample_noise(args, noise_scheduler, key, item["latents"].shape)
     return {name: tensor[None] for name, tensor in (item | {"timesteps": torch.tensor(timestep)}).items()}
 
 
@@ -72,16 +70,17 @@ def main() -> None:
     parser.add_argument("--timesteps", type=int, default=8)
     parser.add_argument("--noises", type=int, default=8)
     options = parser.parse_args()
-    args, noise_scheduler, model, rows = load(options.demo, options.checkpoint)
+    args, noise_scheduler, model, read, rows = load(options.demo, options.checkpoint)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rng, found = np.random.default_rng(0), {"prompt": [], "image": []}
-    for row in tqdm(rng.permutation(len(rows.labels))[: options.prompts], unit="prompt"):
+    for row in tqdm(rng.permutation(rows)[: options.prompts], unit="prompt"):
         timesteps = rng.integers(noise_scheduler.config.num_train_timesteps, size=options.timesteps)
         for noise, results in found.items():
             losses, gradients = [], []
             for timestep in timesteps:
                 for number in range(options.noises):
-                    batch = draw(args, rows, int(row), int(timestep), (0, int(row), int(timestep), number), noise)
+                    key = (0, int(row), int(timestep), number)
+                    batch = draw(args, noise_scheduler, read((0, int(row), 0)), int(timestep), key, noise)
                     loss, _ = script.training_step(model, model, noise_scheduler, batch, args)
                     gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).numpy())
                     losses.append(loss.item())

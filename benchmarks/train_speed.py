@@ -182,7 +182,7 @@ def count_ours(family: str, folder: Path, rank: int, resolution: int, settings: 
     model.disable_adapters()
     counted["reference"] = count(forward, model, inputs) / K
     with without_weights():
-        vae = script.load_vae(args)
+        vae = script.load_pipeline(args, torch.device("meta"), with_text=False).vae
     pixels = torch.empty(1, 3, resolution, resolution, device="meta")
     counted["encode"] = count(script.encode_images, vae, pixels, 1)
     return counted | {"floor": counted["reference"] + counted["lora"]}
@@ -364,7 +364,7 @@ def count_memory(family: str, folder: Path, rank: int, resolution: int, rows: in
     flags = ["--pretrained_model_name_or_path", str(folder), "--dataset_name", "none", "--mixed_precision", "bf16"]
     args = script.parse_arguments([*flags, "--rank", str(rank), "--resolution", str(resolution)])
     args.gradient_checkpointing = checkpointing
-    script.check_model_and_defaults(args)
+    script.check_model(args)
     with sizes_only():
         noise_scheduler, model = script.load_model(args)
         place = types.SimpleNamespace(device=torch.device("cpu"))
@@ -407,7 +407,7 @@ def count_encoding(family: str, folder: Path, resolution: int, images: int) -> f
     flags += ["--pretrained_vae_model_name_or_path", str(folder / "vae")] if family == "sdxl" else []
     args = script.parse_arguments([*flags, "--resolution", str(resolution)])
     with sizes_only():
-        vae = script.load_vae(args).requires_grad_(False)
+        vae = script.load_pipeline(args, torch.device("cpu"), with_text=False).vae
         pixels = torch.empty(images, 3, resolution, resolution, dtype=torch.uint8)
         with mock.patch.object(F, "scaled_dot_product_attention", flash_attention):
             with LiveTensors(itertools.chain(vae.parameters(), [pixels])) as tensors:

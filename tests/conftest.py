@@ -8,7 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # scripts under test run beside each other
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc  # noqa: E402
 import importlib  # noqa: E402
+import json  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
@@ -25,6 +27,7 @@ import yaml  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from datasets import Dataset, Features, Image, List, Value  # noqa: E402
 from PIL import Image as PILImage  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +58,7 @@ def torchrun(processes: int, script) -> list:
 def call(script: str, *flags) -> None:
     """The same inside this process: parse the flags, run the script's main."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a process may hold one kind of run only
+    gc.collect()  # and the lock of a run that was refused goes with its traceback
     module = importlib.import_module(script)
     module.main(module.parse_arguments([str(flag) for flag in flags]))
 
@@ -382,6 +386,40 @@ def write_pairs(folder: Path, rows: list[dict], drop: tuple = (), **kinds) -> Pa
 @pytest.fixture(scope="session")
 def pair_dataset(tmp_path_factory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs", pair_rows())
+
+
+# Model and dataset of the trainers' tests, and the flags of their short runs.
+TRAINERS = {
+    "train_rankdpo_sdxl": ("tiny_sdxl", "ranked_dataset"),
+    "train_rankdpo_sd3": ("tiny_sd3", "ranked_dataset"),
+    "train_dpo_qsd": ("tiny_sd", "pair_dataset"),
+}
+SHORT = "--resolution 32 --rank 4 --learning_rate 1e-2 --beta_dpo 100 --validation_num_inference_steps 1".split()
+
+
+@pytest.fixture(scope="session")
+def trainer_flags(request, tmp_path_factory):
+    """Makes the flags of a short run of a trainer. Its runs share a cache."""
+
+    def make(script: str) -> list:
+        model, data = map(request.getfixturevalue, TRAINERS[script])
+        flags = ["--pretrained_model_name_or_path", model, "--dataset_name", data, "--report_to", "none", *SHORT]
+        flags += ["--cache_dir", tmp_path_factory.getbasetemp() / f"cache-{script}"]
+        return [*flags, *["--top_fraction", 1] * (script == "train_dpo_qsd")]
+
+    return make
+
+
+def logged(folder: Path) -> list[dict]:
+    """The whole lines of a run's log so far."""
+    file = folder / "training_log.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def same_lora(a: Path, b: Path) -> bool:
+    a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.fixture

@@ -89,8 +89,9 @@ class Outcome:
 
     @property
     def lines(self) -> list[str]:
-        """The lines on stderr, without progress bars: a message may stand behind one on the same line."""
-        lines = [re.sub(BAR, "", line.split("\r")[-1]).rstrip() for line in self.err.split("\n")]
+        """The lines on stderr, without progress bars: a message may stand behind one on the same line. Bars below each
+        other move the cursor up."""
+        lines = [re.sub(BAR, "", line.split("\r")[-1]).rstrip() for line in self.err.replace("\x1b[A", "").split("\n")]
         return [line for line in lines if line.strip()]
 
     @property

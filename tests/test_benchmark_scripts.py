@@ -13,6 +13,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import generate_speed  # noqa: E402
+import many_rows  # noqa: E402
 import train_speed  # noqa: E402
 
 
@@ -131,6 +132,16 @@ def test_a_peer_that_is_not_there_is_one_line(capsys):
 def test_bench_gpu_skips_itself_without_a_gpu():
     done = subprocess.run(["make", "--no-print-directory", "bench-gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "bench-gpu: no CUDA device here: nothing was measured\n"
+
+
+def test_a_start_with_many_rows_is_measured(tmp_path):
+    words = ["--rows", "40", "--trainer", "train_rankdpo_sdxl", "--json", str(tmp_path / "found.jsonl")]
+    many_rows.main(words)
+    first, again = map(json.loads, (tmp_path / "found.jsonl").read_text().splitlines())
+    assert (first["start"], again["start"]) == ("first", "again") and first["rows"] == again["rows"] == 40
+    # The second start reads no image and writes no index.
+    assert again["read_gb"] < first["read_gb"] and again["written_gb"] < first["written_gb"]
+    assert 0 < again["imported_gb"] < again["peak_gb"] and 0 < again["cpu_seconds"]
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])

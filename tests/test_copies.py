@@ -31,7 +31,7 @@ BANNER = re.compile(
 MARK = re.compile(r"# Copied from (\w+)\.(\w+)(?: with (\S+->\S+(?:, \S+->\S+)*))?")
 RUN = 8  # equal lines in a row that count as a repetition
 OBJECTIVES = ("rankdpo_loss", "pair_loss")
-OBJECTIVE_LIMIT, LOOP_LIMIT = 350, 600  # a trainer's objective starts, and its loop ends, by these lines
+OBJECTIVE_LIMIT, LOOP_LIMIT, LIMIT = 230, 430, 1500  # a trainer's objective starts, its loop and all end by these lines
 
 Lines = list[str]
 Scripts = dict[str, Lines]  # script without .py → its lines
@@ -216,6 +216,8 @@ def check_method_first(scripts: Scripts) -> list[str]:
             wrong.append(f"{script}.py: the objective starts at {objectives}; it must by line {OBJECTIVE_LIMIT}")
         if not ends or max(ends) > LOOP_LIMIT:
             wrong.append(f"{script}.py: the loop ends at {ends}; it must by line {LOOP_LIMIT}")
+        if len(scripts[script]) > LIMIT:
+            wrong.append(f"{script}.py: the file has {len(scripts[script])} lines; it may have {LIMIT}")
     return wrong
 
 
@@ -435,7 +437,8 @@ def test_main_tells_by_its_exit_code(folder, capsys):
 
 
 @pytest.mark.parametrize("objective, start, length, complaints", [
-    ("rankdpo_loss", 350, 247, 0), ("pair_loss", 351, 200, 1), ("pair_loss", 350, 248, 1), ("loss", 9, 9, 1),
+    ("rankdpo_loss", 230, 197, 0), ("pair_loss", 231, 150, 1), ("pair_loss", 230, 198, 1), ("loss", 9, 9, 1),
+    ("pair_loss", 9, 1500, 2),
 ])  # fmt: skip
 def test_trainers_have_the_method_first(folder, objective, start, length, complaints):
     loop = "for step in range(first, args.max_train_steps):\n" + "    step\n" * length

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Properties that must hold for every input: ranking, pair quality, order, sampling, cache key, arguments."""
+"""Properties that must hold for every input: ranking, pair quality, order, sampling, the cache's folder, arguments."""
 
 import math
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import conftest  # noqa: F401 (sets the environment and the paths)
@@ -11,7 +12,6 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -19,6 +19,7 @@ from hypothesis.extra.numpy import arrays
 import build_synpic
 import score_pairs
 import train_dpo_qsd
+import train_rankdpo_sd3
 import train_rankdpo_sdxl
 
 
@@ -124,12 +125,12 @@ def test_pairs_are_trained_on_from_the_best_down(rows, fraction):
     args = train_dpo_qsd.ScriptArguments(dataset_name="x", top_fraction=fraction)
     useful = [i for i in range(len(rows)) if known[i] and labels[i] != 0.5]
     kept = round(fraction * len(useful))
-    data = Dataset.from_dict(columns)
+    data = pa.table(columns)
     if not kept:
         with pytest.raises(SystemExit):
             train_dpo_qsd.select_pairs(args, data)
         return
-    found, winners, _ = train_dpo_qsd.select_pairs(args, data)
+    found, winners, *_ = train_dpo_qsd.select_pairs(args, data)
     assert found.tolist() == sorted(useful, key=lambda i: -quality[i])[:kept]  # sorted() is stable
     assert winners.tolist() == [0 if labels[i] == 1 else 1 for i in found]
 
@@ -137,7 +138,7 @@ def test_pairs_are_trained_on_from_the_best_down(rows, fraction):
 # Order of the training
 
 
-@pytest.mark.parametrize("script", [train_rankdpo_sdxl, train_dpo_qsd])
+@pytest.mark.parametrize("script", [train_rankdpo_sdxl, train_rankdpo_sd3, train_dpo_qsd])
 @few
 @given(
     length=st.integers(1, 13),
@@ -152,7 +153,7 @@ def test_every_step_sees_the_same_rows_on_any_number_of_processes(script, length
         args = script.ScriptArguments(
             dataset_name="x", train_batch_size=size, gradient_accumulation_steps=accumulation, seed=seed
         )
-        samplers = [iter(script.EpochSampler(args, length, p, processes, first)) for p in range(processes)]
+        samplers = [script.micro_batches(args, length, process, processes, first) for process in range(processes)]
         return [
             sorted(item for sampler in samplers for _ in range(accumulation) for item in next(sampler))
             for _ in range(number)
@@ -191,15 +192,16 @@ NO_CACHE_CHANGES = {
     st.sets(st.sampled_from(sorted(CACHE_CHANGES))),
     st.sets(st.sampled_from(sorted(NO_CACHE_CHANGES))),
 )
-def test_cache_key_follows_what_is_cached_and_nothing_else(tiny_sdxl, ranked_dataset, cached, uncached):
-    def key(**changes) -> str:
-        settings = {"pretrained_model_name_or_path": str(tiny_sdxl), "dataset_name": str(ranked_dataset)}
-        args = train_rankdpo_sdxl.ScriptArguments(**{**settings, "resolution": 32, **changes})
-        return train_rankdpo_sdxl.cache_key(args, train_rankdpo_sdxl.images_key(args, dataset, labels))
+def test_the_cache_s_folder_follows_what_is_cached_and_nothing_else(tiny_sdxl, ranked_dataset, cached, uncached):
+    """And never the dataset: its rows are known by their content."""
+    table, labels = pa.table({"prompt": ["a"]}), {"id": pa.array(["a"]), "images": np.array([[0, 1]])}
+    labels |= {"phi": np.ones((1, 2)), "rank": np.ones((1, 2))}
 
-    dataset = Dataset.from_dict({"prompt": ["a"]})
-    dataset._fingerprint = "fixed"
-    labels = train_rankdpo_sdxl.Labels(id=pa.array(["a"]), images=pa.array([[0, 1]]))
+    def key(**changes) -> str:
+        settings = {"pretrained_model_name_or_path": str(tiny_sdxl), "output_dir": "no such folder", "resolution": 32}
+        args = train_rankdpo_sdxl.ScriptArguments(**{**settings, "dataset_name": str(ranked_dataset), **changes})
+        return train_rankdpo_sdxl.plan_run(args, SimpleNamespace(num_processes=1), table, labels).cache.name
+
     changes = {name: CACHE_CHANGES[name] for name in cached} | {name: NO_CACHE_CHANGES[name] for name in uncached}
     only_cached = key(**{name: CACHE_CHANGES[name] for name in cached})
     assert key(**changes) == only_cached
@@ -213,10 +215,8 @@ def values_of(spec) -> st.SearchStrategy | None:
     """Values that a flag takes, by its type and range; None: this test leaves the flag out."""
     kind = next((part for part in get_args(spec.type) if part is not type(None)), spec.type)
     kind = spec.type if get_origin(spec.type) is Literal else kind
-    low, high = (
-        spec.metadata.get("min", spec.metadata.get("above")),
-        spec.metadata.get("max", spec.metadata.get("below")),
-    )
+    low, above, high, below = spec.metadata["limits"].values()
+    low, high = (above if low is None else low), (below if high is None else high)
     if spec.name in ("resolution", "mixed_precision", "safeguard", "sft_weight", "report_to", "logging_dir"):
         return None
     if get_origin(kind) is Literal:
@@ -227,7 +227,7 @@ def values_of(spec) -> st.SearchStrategy | None:
         return st.integers(1 if low is None else int(low), 10**6 if high is None else int(high))
     if kind is float:
         low, high = 0.0 if low is None else float(low), 1e6 if high is None else float(high)
-        return st.floats(low, high, exclude_min="above" in spec.metadata, exclude_max="below" in spec.metadata)
+        return st.floats(low, high, exclude_min=above is not None, exclude_max=below is not None)
     if kind is str:
         return st.text("abcXYZ019 .:#-=~/é", min_size=1, max_size=12).map(lambda text: f"x{text}".strip())
     return None

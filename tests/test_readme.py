@@ -3,7 +3,6 @@
 
 import ast
 import importlib
-import json
 import re
 import shlex
 import sys
@@ -12,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, call
+from conftest import ROOT, TRAINERS, call, logged
 
 
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
 METRICS = [path.stem for path in sorted((ROOT / "metrics").glob("*.py"))]
-TRAINERS = [name for name in SCRIPTS if name.startswith("train_")]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml")) + sorted((ROOT / "shapes").glob("*.yaml"))
 COMMAND = re.compile(r"^(?:srun )?(?:accelerate launch|python|torchrun|uv run|hf jobs uv run)\b.*?(\S+)\.py\b(.*)$")
@@ -168,19 +166,12 @@ def test_flags_in_the_text_exist(page):
 
 
 @pytest.mark.parametrize("script", TRAINERS)
-def test_page_explains_every_logged_figure(script, request, tmp_path):
-    model, data = {
-        "train_rankdpo_sd3": ("tiny_sd3", "ranked_dataset"),
-        "train_dpo_qsd": ("tiny_sd", "pair_dataset"),
-    }.get(script, ("tiny_sdxl", "ranked_dataset"))
-    flags = ["--pretrained_model_name_or_path", request.getfixturevalue(model), "--output_dir", tmp_path / "lora"]
-    flags += ["--dataset_name", request.getfixturevalue(data), "--cache_dir", tmp_path / "cache"]
-    flags += "--resolution 32 --max_train_steps 1 --report_to none --validation_num_inference_steps 1".split()
-    call(script, *flags, *["--top_fraction", 1] * (script == "train_dpo_qsd"))
-    logged = json.loads((tmp_path / "lora" / "training_log.jsonl").read_text())
-    assert {"step", "loss", "implicit_accuracy", "margin", "grad_norm", "lr", "images_per_second"} <= logged.keys()
+def test_page_explains_every_logged_figure(script, trainer_flags, tmp_path):
+    call(script, *trainer_flags(script), "--max_train_steps", 1, "--output_dir", tmp_path / "lora")
+    (line,) = logged(tmp_path / "lora")
+    assert {"step", "loss", "implicit_accuracy", "margin", "grad_norm", "lr", "images_per_second"} <= line.keys()
     page = page_of(script)
-    assert not [name for name in logged if f"`{name}`" not in page]
+    assert not [name for name in line if f"`{name}`" not in page]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -189,7 +180,9 @@ def test_help_lists_every_flag_with_its_help(script, capsys):
     with pytest.raises(SystemExit) as stopped:
         module.parse_arguments(["--help"])
     assert stopped.value.code == 0
-    squeezed = re.sub(r"\s", "", capsys.readouterr().out)  # argparse breaks the lines
+    text = capsys.readouterr().out
+    assert module.__doc__.strip().splitlines()[0] in text and len(re.findall(r"^[A-Z][\w, ]+:$", text, re.M)) >= 3
+    squeezed = re.sub(r"\s", "", text)  # argparse breaks the lines
     for name, spec in module.ScriptArguments.__dataclass_fields__.items():
         text = re.sub(r"\s", "", spec.metadata["help"]).replace("%%", "%")
         assert f"--{name}" in squeezed and len(text) > 5 and text in squeezed, name
@@ -201,6 +194,7 @@ USED_BY = {
     "protobuf": "transformers",  # T5's tokenizer
     "sentencepiece": "transformers",  # T5's tokenizer
     "peft": "diffusers",  # load_lora_weights
+    "transformers": "diffusers",  # text encoders
     "scipy": "transformers",  # Mask2Former
 }
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}

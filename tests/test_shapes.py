@@ -12,7 +12,6 @@ from conftest import ROOT, call, encoded
 from PIL import Image
 
 from build_synpic import preference_probability, preference_rank
-from train_rankdpo_sdxl import ScriptArguments
 
 
 REWARDS = [world.color_reward, world.shape_reward, world.count_reward, world.layout_reward, world.clean_reward]
@@ -144,23 +143,22 @@ def truths_and_lies(folder: Path, n: int, seed: int) -> Path:
     return folder
 
 
-def implicit_accuracy(lora: Path, cache_flags: list, rows: Path) -> float:
+def implicit_accuracy(lora: Path, cache: Path, rows: Path) -> float:
     """Share of the pairs of a dataset that the trained model orders right, at timesteps drawn as in training."""
-    from accelerate import Accelerator
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     import train_rankdpo_sdxl as script
 
-    args = ScriptArguments(dataset_name=str(rows), resolution=32, beta_dpo=200.0, rank=8)
+    options = {"resolution": 32, "beta_dpo": 200.0, "rank": 8, "seed": 123, "cache_dir": str(cache)}
+    args = script.ScriptArguments(dataset_name=str(rows), output_dir=f"{rows}-unused", **options)
     args.pretrained_model_name_or_path = str(ROOT / "shapes" / "models" / "base")
-    labels = script.make_labels(args, script.load_ranked_dataset(args))
-    args.cache_dir, args.seed = cache_flags[1], 123
-    key = script.cache_key(args, script.images_key(args, script.load_ranked_dataset(args), labels))
-    cache = script.LatentCache(args, key, len(labels), Accelerator(cpu=True))
+    table, parts = script.load_ranked_dataset(args)
+    labels = script.make_labels(args, table)
+    labels["key"] = [key for part in parts for key in script.row_keys(args, part, labels)]
+    run = script.plan_run(args, script.make_accelerator(args), table, labels)
     scheduler = DDPMScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler")
-    data = script.CachedRows(args, cache, labels, scheduler)
     unet = UNet2DConditionModel.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="unet", dtype=torch.float32
     )
@@ -169,9 +167,10 @@ def implicit_accuracy(lora: Path, cache_flags: list, rows: Path) -> float:
     set_peft_model_state_dict(unet, state)
     found = []
     # Four timesteps and noises for each prompt; the place is not used.
-    draws = [(draw, i, 0) for draw in range(4) for i in range(len(labels))]
+    draws = [(draw, i, 0) for draw in range(4) for i in range(len(labels["key"]))]
     for start in range(0, len(draws), 16):
-        batch = torch.utils.data.default_collate([data[item] for item in draws[start : start + 16]])
+        items = [script.read_row(args, run, labels, scheduler, draw) for draw in draws[start : start + 16]]
+        batch = torch.utils.data.default_collate(items)
         with torch.no_grad():
             _, metrics = script.training_step(unet, unet, scheduler, batch, args)
         found.append(metrics["implicit_accuracy"].item())
@@ -189,7 +188,5 @@ def test_rankdpo_learns_preferences_that_hold_on_other_prompts(tmp_path):
         call("train_rankdpo_sdxl", *flags, *here, *more)
     # Encodes the test prompts; its LoRA is not used.
     call("train_rankdpo_sdxl", *flags, "--dataset_name", test, "--output_dir", tmp_path / "x", "--max_train_steps", 1)
-    right, random = (
-        implicit_accuracy(tmp_path / name, ["--cache_dir", tmp_path / "cache"], test) for name in ("right", "random")
-    )
+    right, random = (implicit_accuracy(tmp_path / name, tmp_path / "cache", test) for name in ("right", "random"))
     assert right > 0.6 and right > random + 0.08, (right, random)

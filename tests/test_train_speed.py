@@ -2,7 +2,6 @@
 """What makes training fast and must not change its result: no waiting inside a step, in all three trainers."""
 
 import importlib
-import json
 import os
 import shutil
 import threading
@@ -10,7 +9,7 @@ import threading
 import bitsandbytes
 import pytest
 import torch
-from conftest import call, refused, run, torchrun
+from conftest import TRAINERS, call, logged, refused, run, same_lora, torchrun
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -18,25 +17,12 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-TRAINERS = {
-    "train_rankdpo_sdxl": ("tiny_sdxl", "ranked_dataset"),
-    "train_rankdpo_sd3": ("tiny_sd3", "ranked_dataset"),
-    "train_dpo_qsd": ("tiny_sd", "pair_dataset"),
-}
+LATEST = ("--resume_from_checkpoint", "latest")
 
 
 @pytest.fixture
-def flags(request, tmp_path_factory):
-    """Makes the flags of a short run of a trainer."""
-
-    def make(script):
-        model, data = map(request.getfixturevalue, TRAINERS[script])
-        flags = ["--pretrained_model_name_or_path", model, "--dataset_name", data, "--report_to", "none"]
-        flags += ["--cache_dir", tmp_path_factory.getbasetemp() / f"speed-{script}", "--rank", 4]
-        flags += "--resolution 32 --validation_num_inference_steps 1 --learning_rate 1e-2 --beta_dpo 100".split()
-        return [*flags, *["--top_fraction", 1] * (script == "train_dpo_qsd")]
-
-    return make
+def flags(trainer_flags):
+    return trainer_flags
 
 
 class Waits(TorchDispatchMode):
@@ -88,18 +74,24 @@ def test_a_step_waits_for_the_gpu_once(flags, script, more, tmp_path, monkeypatc
 
         return function
 
-    def end(log):
+    def unwatched_batches(*arguments):
+        batches = training_batches(*arguments)
+        while True:
+            yield unwatched(next)(batches)
+
+    def end(*arguments):
         reading["on"] = False
         waits.__exit__(None, None, None)
-        return close(log)
+        return finish(*arguments)
 
-    reading, training_step, close = {"on": False}, module.training_step, module.TrainingLog.close
+    reading, training_step, finish = {"on": False}, module.training_step, module.finish
+    training_batches = module.training_batches
     for name in ("item", "cpu", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__"):
         monkeypatch.setattr(torch.Tensor, name, watched(name))
     monkeypatch.setattr(module, "training_step", watched_step)
-    monkeypatch.setattr(module.TrainingLog, "next_batch", unwatched(module.TrainingLog.next_batch))
+    monkeypatch.setattr(module, "training_batches", unwatched_batches)
     monkeypatch.setattr(module, "save_checkpoint", unwatched(module.save_checkpoint))
-    monkeypatch.setattr(module.TrainingLog, "close", end)
+    monkeypatch.setattr(module, "finish", end)
     call(script, *flags(script), *more.split(), "--max_train_steps", steps, "--output_dir", tmp_path / "lora")
     assert waits.counts == ["tolist"] * steps
 
@@ -125,8 +117,7 @@ def test_the_step_test_sees_what_waits(monkeypatch):
 @pytest.mark.parametrize("script", TRAINERS)
 def test_the_log_has_the_seconds_of_a_step_and_of_its_data(flags, script, tmp_path):
     call(script, *flags(script), "--max_train_steps", 3, "--output_dir", tmp_path / "lora")
-    for line in (tmp_path / "lora" / "training_log.jsonl").read_text().splitlines():
-        logs = json.loads(line)
+    for logs in logged(tmp_path / "lora"):
         assert 0 <= logs["data_time"] < logs["step_time"]
         assert logs["images_per_second"] == pytest.approx((2 if "qsd" in script else 4) / logs["step_time"])
 
@@ -164,7 +155,7 @@ def compiled_run(flags, script, folder, monkeypatch, *more) -> tuple[list[dict],
     with monkeypatch.context() as patch:
         patch.setattr(module, "training_step", counted)
         call(script, *flags(script), *more, "--output_dir", folder)
-    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()], graphs
+    return logged(folder), graphs
 
 
 @needs_compiler
@@ -187,8 +178,7 @@ def test_compiled_training_is_the_same_training(flags, script, steps, tmp_path, 
         shutil.copy(tmp_path / "straight" / file, tmp_path / "resumed")
     more += ["--compile", "--resume_from_checkpoint", "latest"]
     assert len(compiled_run(flags, script, tmp_path / "resumed", monkeypatch, *more)[1]) == 10
-    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("straight", "resumed"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert same_lora(tmp_path / "straight", tmp_path / "resumed")
 
 
 def test_compiling_without_a_compiler_is_refused(flags, tmp_path, monkeypatch):
@@ -200,56 +190,47 @@ def test_compiling_without_a_compiler_is_refused(flags, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_precomputed_reference_errors_give_the_same_bits(flags, script, tmp_path, monkeypatch):
-    """Straight, against a run whose errors are computed first, interrupted, and found again by a run with another beta;
-    every forward of the base happens once. The 72 places are two files, and several epochs."""
+    """Straight, against a run whose errors are computed first, interrupted, and found again by runs with another beta,
+    another length and another objective; every forward of the base happens once, in more than one epoch."""
     module, references = importlib.import_module(script), []
-    predict = module.predict
+    predict, write_tensors = module.predict, module.write_tensors
 
     def spied(model, noise_scheduler, batch, args):
         if next(layer for layer in model.modules() if isinstance(layer, LoraLayer)).disable_adapters:
             references.append(len(batch["latents"]))
         return predict(model, noise_scheduler, batch, args)
 
+    def interrupted(file, tensors):
+        if "reference-" in str(file) and file.stem == "4":
+            raise KeyboardInterrupt
+        write_tensors(file, tensors)
+
     monkeypatch.setattr(module, "predict", spied)
-    more = "--max_train_steps 36 --train_batch_size 2 --noise image --proportion_empty_prompts 0.3".split()
-    more += ["--cache_dir", tmp_path / "cache", "--output_dir"]
+    more = "--train_batch_size 4 --noise image --proportion_empty_prompts 0.3".split()
+    more += ["--cache_dir", tmp_path / "cache", "--max_train_steps", 7, "--output_dir"]
     call(script, *flags(script), *more, tmp_path / "straight")
-    assert references == [2] * 36
-    assert not list((tmp_path / "cache").glob("reference-*"))
+    assert references == [4] * 7 and not list((tmp_path / "cache").glob("reference-*"))
 
     references.clear()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(module, "stop_if_asked", stop_at_reference)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "write_tensors", interrupted)
         call(script, *flags(script), *more, tmp_path / "first", "--precompute_ref")
     (folder,) = (tmp_path / "cache").glob("reference-*")
-    assert len(list(folder.glob("*.safetensors"))) == 1 and references == [2] * 32
-    call(script, *flags(script), *more, tmp_path / "first", "--precompute_ref")
-    assert references == [2] * 36
-    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("straight", "first"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert len(list(folder.glob("*.safetensors"))) == 4 and references == [4] * 5
+    call(script, *flags(script), *more, tmp_path / "first", "--precompute_ref", *LATEST)
+    assert references == [4] * 8 and same_lora(tmp_path / "straight", tmp_path / "first")
     keep = ("loss", "margin", "chosen_error", "grad_norm")
-    a, b = ((tmp_path / name / "training_log.jsonl").read_text().splitlines() for name in ("straight", "first"))
-    assert [[json.loads(line)[name] for name in keep] for line in a] == [
-        [json.loads(line)[name] for name in keep] for line in b
-    ]
+    a, b = ([[line[name] for name in keep] for line in logged(tmp_path / name)] for name in ("straight", "first"))
+    assert a == b
 
     references.clear()
-    call(script, *flags(script), *more, tmp_path / "second", "--precompute_ref", "--beta_dpo", 50, "--rank", 2)
+    other = ["--precompute_ref", "--beta_dpo", 50, "--rank", 2, "--max_train_steps"]
+    call(script, *flags(script), *more, tmp_path / "second", *other, 5)
     assert not references
-    shard = min(folder.glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1] + b"!")  # damaged: made again
-    call(script, *flags(script), *more, tmp_path / "third", "--precompute_ref", "--beta_dpo", 50, "--rank", 2)
-    assert references == [2] * 32
-    b, c = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("second", "third"))
-    assert all(torch.equal(b[key], c[key]) for key in b)
+    call(script, *flags(script), *more, tmp_path / "third", *other, 8)
+    assert references == [4]
     call(script, *flags(script), *more, tmp_path / "other", "--precompute_ref", "--seed", 1)
-    assert references == [2] * (32 + 36)
-
-
-def stop_at_reference(kept: str) -> None:
-    """As if the run were asked to stop after the first file of reference errors."""
-    if "reference-" in kept:
-        raise SystemExit(kept)
+    assert references == [4] * 8
 
 
 def test_precomputed_errors_of_no_reference_are_refused(flags, tmp_path):
@@ -259,13 +240,25 @@ def test_precomputed_errors_of_no_reference_are_refused(flags, tmp_path):
 
 
 def test_precomputed_reference_errors_of_two_processes(flags, tmp_path):
-    script, more = "train_rankdpo_sdxl", "--max_train_steps 20 --precompute_ref --cache_dir".split()
-    more = [*flags("train_rankdpo_sdxl"), *more, tmp_path / "cache", "--output_dir"]
-    run(*torchrun(2, f"{script}.py"), *more, tmp_path / "two", "--train_batch_size", 2)
-    call(script, *more, tmp_path / "one", "--train_batch_size", 2, "--gradient_accumulation_steps", 2)
-    assert len(list((tmp_path / "cache").glob("reference-*/*.safetensors"))) == 2  # the same files
+    script, more = "train_rankdpo_sdxl", "--max_train_steps 4 --train_batch_size 2 --precompute_ref --cache_dir".split()
+    more = [*flags(script), *more, tmp_path / "cache", "--output_dir"]
+    run(*torchrun(2, f"{script}.py"), *more, tmp_path / "two")
+    call(script, *more, tmp_path / "one", "--gradient_accumulation_steps", 2)
+    assert len(list((tmp_path / "cache").glob("reference-*/*.safetensors"))) == 4  # the same files
     one, two = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
+
+
+def unquantised(make_accelerator):
+    """The function, which then does not see --base_precision, and does not refuse it."""
+
+    def make(args):
+        precision, args.base_precision = args.base_precision, None
+        accelerator = make_accelerator(args)
+        args.base_precision = precision
+        return accelerator
+
+    return make
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
@@ -283,7 +276,7 @@ def test_quantised_base(flags, script, precision, tmp_path, monkeypatch):
     command = [*flags(script), "--base_precision", precision, "--checkpointing_steps", 2, "--max_train_steps"]
     assert "needs a GPU" in refused(script, *command, 4, "--output_dir", tmp_path / "refused")
     monkeypatch.setattr(module, "training_step", spied)
-    monkeypatch.setattr(module, "check_quantization", lambda args: None)
+    monkeypatch.setattr(module, "make_accelerator", unquantised(module.make_accelerator))
     # Its kernel for drawing on such a processor takes multiples of 32 features only.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
     for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
@@ -291,10 +284,11 @@ def test_quantised_base(flags, script, precision, tmp_path, monkeypatch):
         monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: device_map)
     call(script, *command, 4, "--output_dir", tmp_path / "straight")
     assert kinds == {{"nf4": "Linear4bit", "int8": "Linear8bitLt"}[precision]}
-    logs = [json.loads(line) for line in (tmp_path / "straight" / "training_log.jsonl").read_text().splitlines()]
+    logs = logged(tmp_path / "straight")
     assert logs[0]["chosen_error"] == logs[0]["rejected_error"] == 0.0 and logs[-1]["chosen_error"] != 0.0
     call(script, *command, 2, "--output_dir", tmp_path / "resumed")
     call(script, *command, 4, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", "latest")
-    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("straight", "resumed"))
-    assert all(torch.equal(a[key], b[key]) and a[key].dtype == torch.float32 for key in a)
-    assert max(tensor.abs().max().item() for name, tensor in a.items() if "lora_B" in name) > 1e-4
+    assert same_lora(tmp_path / "straight", tmp_path / "resumed")
+    lora = load_file(tmp_path / "straight" / module.LORA_FILE)
+    assert all(tensor.dtype == torch.float32 for tensor in lora.values())
+    assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-4
