@@ -872,21 +872,21 @@ def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] 
     return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
 
 
+def missing_parts(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> list[Part]:
+    """Those with rows that are not in the cache."""
+    cached = {file.stem for file in run.cache.glob("*.safetensors")}
+    keys = ((part, row_keys(args, part, labels)) for part in parts)
+    return [part for part, found in keys if found is None or not cached.issuperset(found.values())]
+
+
 def index_file(args: ScriptArguments, part: Part) -> Path:
     return Path(args.cache_dir, "index", f"{part.identity}.json")
 
 
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
     """Reads parts and writes their indices; gives the rows without a cache file: (key, pixels and time_ids)."""
-    # Its own share, then what is left, in an order of its own: no process waits for a slow one at a barrier, where it
-    # would time out, and machines with caches of their own each fill theirs.
-    order = parts[run.accelerator.process_index :: run.accelerator.num_processes]
-    order += sorted({*parts} - {*order}, key=lambda part: content_key(f"{run.accelerator.process_index} {part}"))
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
-        for part in order:
-            keys = row_keys(args, part, labels)
-            if keys is not None and all(run.cache_file(key).exists() for key in keys.values()):
-                continue
+        for part in parts:
             index = []
             for place, images in enumerate(read_images(args, part), part.start):
                 index.append([image_name(image) for image in images])
@@ -923,18 +923,21 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
 def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
     """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
     Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
-    accelerator, cached = run.accelerator, {file.stem for file in run.cache.glob("*.safetensors")}
-    known = {part: row_keys(args, part, labels) for part in parts}
-    missing = [part for part, keys in known.items() if keys is None or not cached.issuperset(keys.values())]
+    accelerator, missing = run.accelerator, missing_parts(args, run, parts, labels)
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
     texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
-    texts = [(key, text) for key, text in texts.items() if key not in cached]
+    texts = [(key, text) for key, text in texts.items() if not run.cache_file(key).exists()]
     with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
     if missing or with_text or accelerator.is_main_process:
         pipeline = load_pipeline(args, accelerator.device, with_text)
+    accelerator.wait_for_everyone()  # all have looked
+    for share in (missing[accelerator.process_index :: accelerator.num_processes], missing):
+        # The second round is for machines with caches of their own.
+        encode_rows(args, run, pipeline, missing_parts(args, run, share, labels), labels)
+        accelerator.wait_for_everyone()
+    if pipeline:
         hidden = not accelerator.is_local_main_process
-        encode_rows(args, run, pipeline, missing, labels)
         own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
         for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=hidden or not texts):
             if not run.cache_file(key).exists():
@@ -944,8 +947,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
         if args.cache_text_embeddings:
             pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
     accelerator.wait_for_everyone()
-    known |= {part: row_keys(args, part, labels) for part in missing}
-    keys = {row: key for part in known.values() for row, key in part.items()}
+    keys = {row: key for part in parts for row, key in row_keys(args, part, labels).items()}
     labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
     if accelerator.device.type == "cuda":
@@ -956,13 +958,12 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
 @torch.no_grad()
 def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
     """Writes latents, (k, C, h, w), the posterior's mean, scaled, of the rows of these parts: a file for each row."""
-    vae, hidden = pipeline.vae, not run.accelerator.is_local_main_process
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    count = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
-    total, at_once = -(-count // run.accelerator.num_processes), max(1, args.vae_batch_size // run.images_per_row)
-    rows = read_ahead(rows_to_encode(args, run, parts, labels))
+    total = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
+    rows, hidden = read_ahead(rows_to_encode(args, run, parts, labels)), not run.accelerator.is_local_main_process
+    at_once = max(1, args.vae_batch_size // run.images_per_row)
     with tqdm(desc="encode images", total=total, unit="row", disable=hidden or not parts) as bar:
         while group := list(itertools.islice(rows, at_once)):
+            vae, shift = pipeline.vae, getattr(pipeline.vae.config, "shift_factor", None) or 0.0
             batches = torch.cat([item.pop("pixels") for _, item in group]).split(args.vae_batch_size)
             # Scaled in float32: bf16 would round by up to half a step of a pixel.
             batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
