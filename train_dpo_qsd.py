@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub", "numpy",
-#     "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm", "transformers",
-#     "trl"]
+# dependencies = ["accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub",
+#     "numpy", "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm",
+#     "transformers", "trl"]
 # ///
 """DPO-QSD for SD1.5, SD2.1 and SDXL ("Effective Text-to-Image Alignment with Quality Aware Pair Ranking"): a LoRA from
 preference pairs, the best pairs first.
@@ -456,37 +456,22 @@ def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
 def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     """The pairs without their images, and the parts that hold the images. With `--scores_dataset_name` the columns
     `row` and `swapped` say where the images are: see `find_images`."""
-    uids, where = [args.image_0_uid_column, args.image_1_uid_column], f"--dataset_name {args.dataset_name}"
-    wanted = [args.label_0_column, args.has_label_column] + [args.quality_column] * needs_quality(args)
-    needed = {args.prompt_column, *wanted} - {args.has_label_column, "none"}
-    tables, groups = read_columns(args, {args.prompt_column, *wanted, *uids})
-    starts = itertools.accumulate((rows for *_, rows in groups), initial=0)
-    parts = [Part(*place, start, rows) for (*place, rows), start in zip(groups, starts)]
-    if not parts:
-        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
-    system, path = url_to_fs(parts[0].file)
-    with system.open(path) as handle:
-        schema = pq.read_schema(handle)
-    for column in (getattr(args, name) for name in IMAGE_COLUMNS):
-        if column not in schema.names or not re.search("binary|struct<.*bytes: ", str(schema.field(column).type)):
-            have = f"it has {', '.join(schema.names)}; scores without images are for --scores_dataset_name"
-            raise SystemExit(f"{where}: column {column!r} must hold bytes or Image; {have}")
-    table = images = pa.concat_tables(tables, promote_options="permissive")
+    uids, optional = [args.image_0_uid_column, args.image_1_uid_column], {args.has_label_column}
+    images = dict.fromkeys([args.image_0_column, args.image_1_column], "images")
+    needed = {args.prompt_column: "text", args.label_0_column: "numbers"}
+    needed = {column: kind for column, kind in needed.items() if column != "none"}
+    if needs_quality(args):
+        needed[args.quality_column] = "numbers: score_pairs.py writes it; --order random --top_fraction 1 needs none"
     if args.scores_dataset_name:
         names = ("dataset_name", "dataset_config_name", "dataset_revision")
         scores = replace(args, **{name: getattr(args, f"scores_{name}") for name in names})
-        tables, _ = read_columns(scores, {args.prompt_column, *wanted, *uids})
-        table = pa.concat_tables(tables, promote_options="permissive")
-        where, needed = f"--scores_dataset_name {args.scores_dataset_name}", needed | {*uids}
-    for column in sorted(needed - {*table.column_names}):
-        hint = ": score the pairs with score_pairs.py, or --order random --top_fraction 1 takes all without scores"
-        hint = hint if column == args.quality_column else ": see the flags that end in _column"
-        raise SystemExit(f"{where}: no column {column!r}{hint}")
-    kinds = [("numbers", "u?int|float|halffloat|double|bool|null", column) for column in wanted]
-    for words, pattern, column in [("text", "(large_)?string|null", args.prompt_column), *kinds]:
-        if column in table.column_names and not re.match(pattern, kind := str(table[column].type)):
-            raise SystemExit(f"{where}: column {column!r} holds {kind}: it must hold {words}")
-    return (find_images(args, table, images, parts) if args.scores_dataset_name else table), parts
+        table, _ = read_columns(scores, needed | dict.fromkeys(uids, "ids"), optional)
+        ids, groups = read_columns(args, images, {*uids})
+    else:
+        table, groups = read_columns(args, needed | images, optional)
+    starts = itertools.accumulate((rows for *_, rows in groups), initial=0)
+    parts = [Part(*place, start, rows) for (*place, rows), start in zip(groups, starts)]
+    return (find_images(args, table, ids, parts) if args.scores_dataset_name else table), parts
 
 
 def find_images(args: ScriptArguments, table: pa.Table, images: pa.Table, parts: list["Part"]) -> pa.Table:
@@ -523,10 +508,10 @@ def content_ids(args: ScriptArguments, parts: list["Part"]) -> list[pa.ChunkedAr
 
 def read_index(args: ScriptArguments, part: "Part") -> list[list[str]]:
     """The names of a part's images, row by row."""
-    if not (file := index_file(args, part)).exists():
+    if not part.index.exists():
         index = [[image_name(image) for image in images] for images in read_images(args, part)]
-        write_bytes(file, json.dumps(index).encode())
-    return json.loads(file.read_text())
+        write_bytes(part.index, json.dumps(index).encode())
+    return json.loads(part.index.read_text())
 
 
 def needs_quality(args: ScriptArguments) -> bool:
@@ -777,18 +762,27 @@ With ComfyUI: put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` i
 
 
 # Data: images where they lie, one cache file a row, batches, the reference's errors ---------------------------------
-# A row group of a Parquet file: path or URL, number, what identifies its images wherever it lies, first row, rows.
-Part = namedtuple("Part", "file number identity start rows")
+# A row group of a Parquet file: path or URL, number, first row, how many, and its index in the cache: see `row_keys`.
+Part = namedtuple("Part", "file number index start rows")
+KINDS = {  # of columns: patterns of Arrow's types
+    "ids": "string|int",
+    "text": "^(large_)?string|^null",
+    "numbers": "^(u?int|float|halffloat|double|bool|null)",
+    "images": "^(large_)?binary|^struct<.*bytes: ",
+    "lists of numbers": "list<[^<]*(int|float|double)",
+    "lists of images": "list.*<.*(binary|bytes: )",
+}
 
 
-def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Table], list[tuple]]:
-    """These columns of each Parquet file, and the row groups of all: (file, number, identity, rows)."""
+def read_columns(args: ScriptArguments, needed: dict, optional: set) -> tuple[pa.Table, list[tuple]]:
+    """These columns of all rows but the images, and the row groups: (file, number, index, rows). needed: column → its
+    kind, and after a colon what to do if it is not there."""
     found = None
     if PartialState().is_main_process:  # for all processes: the Hub limits requests
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+            found = list(pool.map(partial(read_labels, args, needed, optional), find_files(args)))
     tables, groups = zip(*broadcast_object_list([found])[0])
-    return tables, [*itertools.chain(*groups)]
+    return pa.concat_tables(tables, promote_options="permissive"), [*itertools.chain(*groups)]
 
 
 def find_files(args: ScriptArguments) -> list[str]:
@@ -824,17 +818,23 @@ def find_files(args: ScriptArguments) -> list[str]:
     return [str(copy)]
 
 
-def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
-    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
+def read_labels(args: ScriptArguments, needed: dict, optional: set, file: str) -> tuple[pa.Table, list[tuple]]:
     system, path = url_to_fs(file)
     known, footer = system.info(path), BytesIO()
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
-        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
+        types = {field.name: str(field.type) for field in parquet.schema_arrow}
+        for column, kind in needed.items():
+            if not re.search(KINDS[kind.partition(":")[0]], types.get(column, "absent")):
+                problem = f"column {column!r} is {types.get(column, 'absent')}, and must hold {kind}"
+                raise SystemExit(f"{args.dataset_name}: {problem}; it has {', '.join(types)}")
+        images = [getattr(args, name) for name in IMAGE_COLUMNS]
+        table = parquet.read([name for name in types if name in {*needed, *optional} and name not in images])
         parquet.metadata.write_metadata_file(footer)
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), content_key(footer.getvalue())]
-    facts += [getattr(args, name) for name in IMAGE_COLUMNS]
-    return table, [(file, n, content_key(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
+    # What identifies the images of a file, wherever it lies and whatever it is called.
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), content_key(footer.getvalue()), *images]
+    index = [Path(args.cache_dir, "index", f"{content_key(json.dumps([*facts, n]))}.json") for n in range(len(sizes))]
+    return table, list(zip([file] * len(sizes), range(len(sizes)), index, sizes))
 
 
 def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
@@ -863,24 +863,20 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
     return content_key(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
 
 
-def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
+def row_keys(part: Part, labels: dict) -> dict[int, str] | None:
     """The key of each row of the labels whose images a part holds; None if it has no index yet."""
     rows = label_rows(labels, part.start, part.start + part.rows)
-    if rows and not index_file(args, part).exists():
+    if rows and not part.index.exists():
         return None
-    images = json.loads(index_file(args, part).read_text()) if rows else []
+    images = json.loads(part.index.read_text()) if rows else []
     return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
 
 
-def missing_parts(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> list[Part]:
+def missing_parts(run: "Run", parts: list[Part], labels: dict) -> list[Part]:
     """Those with rows that are not in the cache."""
     cached = {file.stem for file in run.cache.glob("*.safetensors")}
-    keys = ((part, row_keys(args, part, labels)) for part in parts)
+    keys = ((part, row_keys(part, labels)) for part in parts)
     return [part for part, found in keys if found is None or not cached.issuperset(found.values())]
-
-
-def index_file(args: ScriptArguments, part: Part) -> Path:
-    return Path(args.cache_dir, "index", f"{part.identity}.json")
 
 
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
@@ -898,11 +894,11 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                         continue
                     used = labels["images"][row]
                     decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
-                    if bad := [i for i, image in decoding.items() if image.exception()]:
-                        problem = one_line(decoding[bad[0]].exception())
-                        raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
+                    for i, image in decoding.items():
+                        if image.exception():
+                            raise SystemExit(f"{where}: image {i} does not decode: {image.exception()}")
                     yield key, default_collate([image.result() for image in decoding.values()])
-            write_bytes(index_file(args, part), json.dumps(index).encode())
+            write_bytes(part.index, json.dumps(index).encode())
 
 
 def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
@@ -923,7 +919,7 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
 def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
     """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
     Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
-    accelerator, missing = run.accelerator, missing_parts(args, run, parts, labels)
+    accelerator, missing = run.accelerator, missing_parts(run, parts, labels)
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
     texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
@@ -934,7 +930,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     accelerator.wait_for_everyone()  # all have looked
     for share in (missing[accelerator.process_index :: accelerator.num_processes], missing):
         # The second round is for machines with caches of their own.
-        encode_rows(args, run, pipeline, missing_parts(args, run, share, labels), labels)
+        encode_rows(args, run, pipeline, missing_parts(run, share, labels), labels)
         accelerator.wait_for_everyone()
     if pipeline:
         hidden = not accelerator.is_local_main_process
@@ -947,7 +943,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
         if args.cache_text_embeddings:
             pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
     accelerator.wait_for_everyone()
-    keys = {row: key for part in parts for row, key in row_keys(args, part, labels).items()}
+    keys = {row: key for part in parts for row, key in row_keys(part, labels).items()}
     labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
     if accelerator.device.type == "cuda":
@@ -1002,8 +998,8 @@ def micro_batches(args: ScriptArguments, length: int, process: int, processes: i
 def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
     """This process's micro-batches on its device, from a step on, without end."""
     accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
-    place = (accelerator.process_index, accelerator.num_processes, start_step)
-    keys, read = micro_batches(args, len(labels["key"]), *place), partial(read_row, args, run, labels, noise_scheduler)
+    place, length = (accelerator.process_index, accelerator.num_processes), len(labels["key"])
+    read, keys = partial(read_row, args, run, labels, noise_scheduler), micro_batches(args, length, *place, start_step)
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
         for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
             if encode_prompts:
@@ -1416,11 +1412,11 @@ CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
 def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
     output_dir, widgets, about = Path(args.output_dir), [], describe(args, run)
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
-    (output_dir / "images").mkdir()
     gallery = ["| prompt | base | with this LoRA |", "|---|---|---|"]
     for i, (prompt, base, tuned) in enumerate(zip(args.validation_prompts, before, after)):
-        base.save(output_dir / "images" / f"{i}_base.png")
-        tuned.save(output_dir / "images" / f"{i}.png")
+        for file, image in ((f"{i}_base.png", base), (f"{i}.png", tuned)):
+            image.save(content := BytesIO(), "PNG")
+            write_bytes(output_dir / "images" / file, content.getvalue())
         widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
@@ -1511,7 +1507,7 @@ class ArgumentParser(TrlParser):
 
     def error(self, message: str):
         # argparse names both spellings of a flag: --lr_scheduler/--lr-scheduler.
-        raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
+        raise SystemExit(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", " ".join(message.split())))
 
 
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
@@ -1550,10 +1546,6 @@ def config_words(file: str) -> list[str]:
         if words and value not in ("", "~", "null", "Null", "NULL"):
             given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return given
-
-
-def one_line(error: BaseException | str) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def seeded_generator(*key) -> np.random.Generator:

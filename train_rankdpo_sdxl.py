@@ -85,9 +85,9 @@ from trl import TrlParser
 
 LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "plackett_luce", "sft", "weighted_sft")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+SFT = ("sft", "weighted_sft")
 # The objectives that an option has no meaning for.
-UNUSED_BY = dict.fromkeys(("sft_weight", "precompute_ref"), ("sft", "weighted_sft"))
-UNUSED_BY["safeguard"] = ("plackett_luce", "sft", "weighted_sft")
+UNUSED_BY = {"sft_weight": SFT, "precompute_ref": SFT, "safeguard": ("plackett_luce", *SFT)}
 RESOLUTION_MULTIPLE = 8
 IMAGE_COLUMNS = ("images_column",)
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
@@ -455,13 +455,10 @@ def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
 # Data: labels of all rows -------------------------------------------------------------------------------------------
 def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
-    columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
-    tables, groups = read_columns(args, {*columns, args.rank_column, "generators", "scores"})
-    table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
-    if absent := [name for name in columns if name not in table.column_names]:
-        raise SystemExit(
-            f"--dataset_name {args.dataset_name}: no column {absent[0]!r}: see the flags that end in _column"
-        )
+    needed = {args.prompt_id_column: "ids", args.prompt_column: "text", args.images_column: "lists of images"}
+    needed[args.preference_column] = "lists of numbers"
+    table, groups = read_columns(args, needed, {args.rank_column, "generators", "scores"})
+    table = table[: args.max_train_samples]
     parts, start = [], 0
     for *place, rows in groups:
         if start < len(table):
@@ -483,7 +480,7 @@ def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
             if (k := len(found[-1]["images"])) != (first := len(found[0]["images"])):
                 raise ValueError(f"{k} images, but row 0 has {first}: all rows need the same number")
         except (ValueError, TypeError, LookupError) as error:
-            problem = f"the dataset has no column {error}" if isinstance(error, KeyError) else one_line(error)
+            problem = f"the dataset has no column {error}" if isinstance(error, KeyError) else error
             raise SystemExit(f"row {index} (prompt_id {prompt_id!r}): {problem}") from None
         seen[prompt_id] = index
     if not found:
@@ -705,18 +702,27 @@ With ComfyUI: put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` i
 
 
 # Data: images where they lie, one cache file a row, batches, the reference's errors ---------------------------------
-# A row group of a Parquet file: path or URL, number, what identifies its images wherever it lies, first row, rows.
-Part = namedtuple("Part", "file number identity start rows")
+# A row group of a Parquet file: path or URL, number, first row, how many, and its index in the cache: see `row_keys`.
+Part = namedtuple("Part", "file number index start rows")
+KINDS = {  # of columns: patterns of Arrow's types
+    "ids": "string|int",
+    "text": "^(large_)?string|^null",
+    "numbers": "^(u?int|float|halffloat|double|bool|null)",
+    "images": "^(large_)?binary|^struct<.*bytes: ",
+    "lists of numbers": "list<[^<]*(int|float|double)",
+    "lists of images": "list.*<.*(binary|bytes: )",
+}
 
 
-def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Table], list[tuple]]:
-    """These columns of each Parquet file, and the row groups of all: (file, number, identity, rows)."""
+def read_columns(args: ScriptArguments, needed: dict, optional: set) -> tuple[pa.Table, list[tuple]]:
+    """These columns of all rows but the images, and the row groups: (file, number, index, rows). needed: column → its
+    kind, and after a colon what to do if it is not there."""
     found = None
     if PartialState().is_main_process:  # for all processes: the Hub limits requests
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+            found = list(pool.map(partial(read_labels, args, needed, optional), find_files(args)))
     tables, groups = zip(*broadcast_object_list([found])[0])
-    return tables, [*itertools.chain(*groups)]
+    return pa.concat_tables(tables, promote_options="permissive"), [*itertools.chain(*groups)]
 
 
 def find_files(args: ScriptArguments) -> list[str]:
@@ -752,17 +758,23 @@ def find_files(args: ScriptArguments) -> list[str]:
     return [str(copy)]
 
 
-def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
-    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
+def read_labels(args: ScriptArguments, needed: dict, optional: set, file: str) -> tuple[pa.Table, list[tuple]]:
     system, path = url_to_fs(file)
     known, footer = system.info(path), BytesIO()
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
-        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
+        types = {field.name: str(field.type) for field in parquet.schema_arrow}
+        for column, kind in needed.items():
+            if not re.search(KINDS[kind.partition(":")[0]], types.get(column, "absent")):
+                problem = f"column {column!r} is {types.get(column, 'absent')}, and must hold {kind}"
+                raise SystemExit(f"{args.dataset_name}: {problem}; it has {', '.join(types)}")
+        images = [getattr(args, name) for name in IMAGE_COLUMNS]
+        table = parquet.read([name for name in types if name in {*needed, *optional} and name not in images])
         parquet.metadata.write_metadata_file(footer)
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), content_key(footer.getvalue())]
-    facts += [getattr(args, name) for name in IMAGE_COLUMNS]
-    return table, [(file, n, content_key(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
+    # What identifies the images of a file, wherever it lies and whatever it is called.
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), content_key(footer.getvalue()), *images]
+    index = [Path(args.cache_dir, "index", f"{content_key(json.dumps([*facts, n]))}.json") for n in range(len(sizes))]
+    return table, list(zip([file] * len(sizes), range(len(sizes)), index, sizes))
 
 
 def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
@@ -791,24 +803,20 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
     return content_key(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
 
 
-def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
+def row_keys(part: Part, labels: dict) -> dict[int, str] | None:
     """The key of each row of the labels whose images a part holds; None if it has no index yet."""
     rows = label_rows(labels, part.start, part.start + part.rows)
-    if rows and not index_file(args, part).exists():
+    if rows and not part.index.exists():
         return None
-    images = json.loads(index_file(args, part).read_text()) if rows else []
+    images = json.loads(part.index.read_text()) if rows else []
     return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
 
 
-def missing_parts(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> list[Part]:
+def missing_parts(run: "Run", parts: list[Part], labels: dict) -> list[Part]:
     """Those with rows that are not in the cache."""
     cached = {file.stem for file in run.cache.glob("*.safetensors")}
-    keys = ((part, row_keys(args, part, labels)) for part in parts)
+    keys = ((part, row_keys(part, labels)) for part in parts)
     return [part for part, found in keys if found is None or not cached.issuperset(found.values())]
-
-
-def index_file(args: ScriptArguments, part: Part) -> Path:
-    return Path(args.cache_dir, "index", f"{part.identity}.json")
 
 
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
@@ -826,11 +834,11 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                         continue
                     used = labels["images"][row]
                     decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
-                    if bad := [i for i, image in decoding.items() if image.exception()]:
-                        problem = one_line(decoding[bad[0]].exception())
-                        raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
+                    for i, image in decoding.items():
+                        if image.exception():
+                            raise SystemExit(f"{where}: image {i} does not decode: {image.exception()}")
                     yield key, default_collate([image.result() for image in decoding.values()])
-            write_bytes(index_file(args, part), json.dumps(index).encode())
+            write_bytes(part.index, json.dumps(index).encode())
 
 
 def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
@@ -851,7 +859,7 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
 def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
     """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
     Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
-    accelerator, missing = run.accelerator, missing_parts(args, run, parts, labels)
+    accelerator, missing = run.accelerator, missing_parts(run, parts, labels)
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
     texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
@@ -862,7 +870,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     accelerator.wait_for_everyone()  # all have looked
     for share in (missing[accelerator.process_index :: accelerator.num_processes], missing):
         # The second round is for machines with caches of their own.
-        encode_rows(args, run, pipeline, missing_parts(args, run, share, labels), labels)
+        encode_rows(args, run, pipeline, missing_parts(run, share, labels), labels)
         accelerator.wait_for_everyone()
     if pipeline:
         hidden = not accelerator.is_local_main_process
@@ -875,7 +883,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
         if args.cache_text_embeddings:
             pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
     accelerator.wait_for_everyone()
-    keys = {row: key for part in parts for row, key in row_keys(args, part, labels).items()}
+    keys = {row: key for part in parts for row, key in row_keys(part, labels).items()}
     labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
     if accelerator.device.type == "cuda":
@@ -930,8 +938,8 @@ def micro_batches(args: ScriptArguments, length: int, process: int, processes: i
 def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
     """This process's micro-batches on its device, from a step on, without end."""
     accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
-    place = (accelerator.process_index, accelerator.num_processes, start_step)
-    keys, read = micro_batches(args, len(labels["key"]), *place), partial(read_row, args, run, labels, noise_scheduler)
+    place, length = (accelerator.process_index, accelerator.num_processes), len(labels["key"])
+    read, keys = partial(read_row, args, run, labels, noise_scheduler), micro_batches(args, length, *place, start_step)
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
         for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
             if encode_prompts:
@@ -1344,11 +1352,11 @@ CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
 def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
     output_dir, widgets, about = Path(args.output_dir), [], describe(args, run)
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
-    (output_dir / "images").mkdir()
     gallery = ["| prompt | base | with this LoRA |", "|---|---|---|"]
     for i, (prompt, base, tuned) in enumerate(zip(args.validation_prompts, before, after)):
-        base.save(output_dir / "images" / f"{i}_base.png")
-        tuned.save(output_dir / "images" / f"{i}.png")
+        for file, image in ((f"{i}_base.png", base), (f"{i}.png", tuned)):
+            image.save(content := BytesIO(), "PNG")
+            write_bytes(output_dir / "images" / file, content.getvalue())
         widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
@@ -1439,7 +1447,7 @@ class ArgumentParser(TrlParser):
 
     def error(self, message: str):
         # argparse names both spellings of a flag: --lr_scheduler/--lr-scheduler.
-        raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
+        raise SystemExit(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", " ".join(message.split())))
 
 
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
@@ -1478,10 +1486,6 @@ def config_words(file: str) -> list[str]:
         if words and value not in ("", "~", "null", "Null", "NULL"):
             given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return given
-
-
-def one_line(error: BaseException | str) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def seeded_generator(*key) -> np.random.Generator:
