@@ -408,7 +408,7 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
 
         if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
             save_checkpoint(args, run, step, unwrapped, state)
-        if stopping and step < run.max_train_steps:
+        if stopping:
             stop(args, run, step, unwrapped, state, leave=True)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
             log_images(args, accelerator, draw_gallery(args, run, pipeline, unwrapped), step)
@@ -788,7 +788,7 @@ def read_columns(args: ScriptArguments, needed: dict, optional: set) -> tuple[pa
 def find_files(args: ScriptArguments) -> list[str]:
     """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
     knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
-    name, split, folder, files = args.dataset_name, args.dataset_split, args.dataset_name, []
+    name, split, folder, found = args.dataset_name, args.dataset_split, args.dataset_name, {}
     if os.path.isfile(name):  # one .parquet file
         return [name]
     if os.path.exists(f"{name}/UNFINISHED"):
@@ -803,18 +803,19 @@ def find_files(args: ScriptArguments) -> list[str]:
             found = load_dataset_builder(folder, **options).config.data_files or {}
             if found and re.split(r"[\[+]", split)[0] not in found:
                 raise SystemExit(f"--dataset_name {name}: no split {split!r}; it has {', '.join(found)}")
-            files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
+        files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
         if files and all(file.endswith(".parquet") for file in files):
             return files
         stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
-        facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
+        facts = [options, split, str(found), *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
         copy = Path(args.cache_dir, "datasets", f"{content_key(str(facts))}.parquet")
         if not copy.exists():
             options |= {"split": split, "cache_dir": f"{links}/arrow"}
             dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(f"{copy}.tmp")
-            os.replace(f"{copy}.tmp", copy)
+            temporary = f"{copy}.{os.getpid()}.tmp"
+            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(temporary)
+            os.replace(temporary, copy)
     return [str(copy)]
 
 
@@ -905,6 +906,8 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped; and
     time_ids, float32 (6,), which SDXL reads: [original height, width, crop top, left, target height, width]."""
     picture = Image().decode_example(stored)  # turned as its EXIF data say
+    if picture.mode == "F" or picture.mode.startswith("I") and max(picture.getextrema()) > 65535:
+        raise ValueError("its pixels are not of 8 or 16 bits: convert it")
     if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
         picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
@@ -965,6 +968,8 @@ def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], 
             batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
             means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
             latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
+            if not latents.isfinite().all():
+                raise SystemExit("the VAE's latents are not finite: it overflows in half precision: give another one")
             for (key, item), images in zip(group, latents.split(run.images_per_row)):
                 write_tensors(run.cache_file(key), {"latents": images, **item})
             bar.update(len(group))
@@ -1198,7 +1203,9 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
         if not checkpoints:
             raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
     max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * len(labels["id"]) / rows_per_step))
-    start_step = max((step for step in checkpoints if step <= max_train_steps), default=0)
+    start_step = max(checkpoints, default=0)
+    if start_step > max_train_steps:
+        raise SystemExit(f"{here} checkpoint-{start_step}, beyond the {max_train_steps} steps: raise --max_train_steps")
     size = (start_step, max_train_steps, rows_per_step, labels["images"].shape[1])
     return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoints.get(start_step), *size)
 
@@ -1245,8 +1252,9 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     if args.checkpoints_total_limit:
-        for old in list(list_checkpoints(args).values())[: -args.checkpoints_total_limit]:
-            shutil.rmtree(old)
+        older = [path for saved, path in list_checkpoints(args).items() if saved <= step]
+        for path in older[: -args.checkpoints_total_limit]:
+            shutil.rmtree(path)
     if args.push_to_hub and args.hub_strategy == "checkpoint" and step < run.max_train_steps:
         lora = {"path_or_fileobj": (folder / LORA_FILE).read_bytes(), "path_in_repo": LORA_FILE}
         run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
@@ -1282,7 +1290,8 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
+        size = f"{run.rows_per_step} x {run.images_per_row} images"
+        self.accelerator.print(f"steps {run.start_step + 1} to {total} of {size}")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers(Path(__file__).stem, config=config)
@@ -1309,7 +1318,8 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
         self.skipped = 0 if finite else self.skipped + 1
         if self.accelerator.is_main_process:
             known = {name: value if np.isfinite(value) else None for name, value in logs.items()}  # JSON has no NaN
-            self.file.write(json.dumps({"step": step, **known, **({} if finite else {"skipped": True})}) + "\n")
+            known |= {"processes": self.accelerator.num_processes, **({} if finite else {"skipped": True})}
+            self.file.write(json.dumps({"step": step, **known}) + "\n")
         # With fp16 the first gradients overflow, while the loss scaler looks for its scale.
         if self.skipped > self.args.max_skipped_steps + 20 * (self.args.mixed_precision == "fp16"):
             raise SystemExit(f"step {step}: {self.skipped} steps in a row were not finite: lower --learning_rate")
@@ -1384,6 +1394,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     on_gpu = device.type == "cuda"
     log = [json.loads(line) for line in Path(args.output_dir, LOG_FILE).read_text().splitlines()]
     hours = sum(line["step_time"] for line in log) / 3600
+    process_hours = sum(line["step_time"] * line["processes"] for line in log) / 3600
     commit = re.search(r"@([0-9a-f]{40})/|$", parts[0].file)[1]  # of a dataset of the Hub
     return {
         "base": args.pretrained_model_name_or_path,
@@ -1396,8 +1407,8 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
         "skipped steps": sum("skipped" in line for line in log),
         "seed": args.seed,
         "time": f"{hours:.3g} h of training",
-        "GPU hours": f"{processes * hours:.3g}" if on_gpu else f"0, and {processes * hours:.3g} of CPU processes",
-        **({"price": f"{processes * hours * args.gpu_hourly_cost:.2f}"} if args.gpu_hourly_cost else {}),
+        "GPU hours": f"{process_hours:.3g}" if on_gpu else f"0, and {process_hours:.3g} of CPU processes",
+        **({"price": f"{process_hours * args.gpu_hourly_cost:.2f}"} if args.gpu_hourly_cost else {}),
         "speed": f"{len(log) * run.rows_per_step * run.images_per_row / (3600 * hours or 1):.3g} images/s",
         "peak memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if on_gpu else "not measured",
         "hardware": f"{processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
@@ -1426,7 +1437,8 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
     front["base_model"] = None if os.path.isdir(model) else model  # the Hub cannot link to a folder of this machine
     front["datasets"] = [name for name in about["datasets"] if not os.path.exists(name)] or None
     local = "output_dir cache_dir resume_from_checkpoint push_to_hub hub_model_id validation_prompts".split()
-    command = ["accelerate", "launch", Path(__file__).name]
+    processes = run.accelerator.num_processes
+    command = ["accelerate", "launch", f"--num_processes={processes}", Path(__file__).name]
     for spec in fields(args):
         value = getattr(args, spec.name)
         if value != spec.default and spec.name not in local:
