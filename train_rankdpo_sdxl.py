@@ -63,7 +63,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed, tqdm
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
 from diffusers import AutoencoderKL, BitsAndBytesConfig, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
@@ -79,7 +79,6 @@ from safetensors.torch import load_file, save
 from torch.nn import Module
 from torch.utils.data import default_collate
 from torchvision.transforms import functional as TF
-from tqdm import tqdm
 from trl import TrlParser
 
 
@@ -115,7 +114,7 @@ class TrainingArguments:
     proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
     cache_dir: str = free("outputs/cache", "Folder where latents and embeddings stay for later runs.")
     cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
-    vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
+    vae_batch_size: int = free(4, "Images of a row per forward pass of the VAE.", min=1)
     dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
     revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
@@ -159,9 +158,6 @@ class TrainingArguments:
     hub_private_repo: bool = free(False, "Make a new repository private.")
     hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
-    def __post_init__(self):
-        check_flags(self)
-
     @property
     def weight_dtype(self) -> torch.dtype:
         """Of the frozen weights, and of the cached latents and embeddings."""
@@ -181,9 +177,7 @@ class ScriptArguments(TrainingArguments):  # and those of this one
     generators: list[str] | None = flag(None, "Only these generators' images; their preferences are recomputed.")
     resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=8, max=8192)
     max_train_samples: int | None = flag(None, "Use the first N prompts only.", min=1)
-    time_ids: Literal["resolution", "image"] = flag(
-        "resolution", "Sizes that SDXL is told: the resolution, or each image's own and its crop."
-    )
+    time_ids: Literal["resolution", "image"] = flag("resolution", "Sizes that SDXL is told: this, or the image's own.")
     output_dir: str = free("outputs/rankdpo-sdxl", "Folder for LoRA, card and checkpoints.")
     loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.")
     beta_dpo: float = flag(5000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
@@ -457,14 +451,9 @@ def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
     needed = {args.prompt_id_column: "ids", args.prompt_column: "text", args.images_column: "lists of images"}
     needed[args.preference_column] = "lists of numbers"
-    table, groups = read_columns(args, needed, {args.rank_column, "generators", "scores"})
+    table, parts = read_columns(args, needed, {args.rank_column, "generators", "scores"})
     table = table[: args.max_train_samples]
-    parts, start = [], 0
-    for *place, rows in groups:
-        if start < len(table):
-            parts.append(Part(*place, start, min(rows, len(table) - start)))
-            start += rows
-    return table, parts
+    return table, [part for part in parts if part.start < len(table)]
 
 
 def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
@@ -584,11 +573,7 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
 # Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
 PIPELINE, DENOISER = StableDiffusionXLPipeline, "unet"
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
-
-
 OTHERS = "this trains SDXL; train_rankdpo_sd3.py and train_dpo_qsd.py train other models"
-
-
 # What cache and reference depend on.
 ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")
 REFERENCE_FLAGS = (
@@ -714,15 +699,18 @@ KINDS = {  # of columns: patterns of Arrow's types
 }
 
 
-def read_columns(args: ScriptArguments, needed: dict, optional: set) -> tuple[pa.Table, list[tuple]]:
-    """These columns of all rows but the images, and the row groups: (file, number, index, rows). needed: column → its
-    kind, and after a colon what to do if it is not there."""
+def read_columns(args: ScriptArguments, needed: dict, optional: set) -> tuple[pa.Table, list[Part]]:
+    """These columns of all rows but the images, and the parts that hold those. needed: column → its kind, and after a
+    colon what to do if it is not there."""
     found = None
     if PartialState().is_main_process:  # for all processes: the Hub limits requests
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(partial(read_labels, args, needed, optional), find_files(args)))
     tables, groups = zip(*broadcast_object_list([found])[0])
-    return pa.concat_tables(tables, promote_options="permissive"), [*itertools.chain(*groups)]
+    groups = [*itertools.chain(*groups)]
+    starts = itertools.accumulate((rows for *_, rows in groups), initial=0)
+    parts = [Part(*place, start, rows) for (*place, rows), start in zip(groups, starts)]
+    return pa.concat_tables(tables, promote_options="permissive"), parts
 
 
 def find_files(args: ScriptArguments) -> list[str]:
@@ -803,11 +791,11 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
     return content_key(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
 
 
-def row_keys(part: Part, labels: dict) -> dict[int, str] | None:
-    """The key of each row of the labels whose images a part holds; None if it has no index yet."""
+def row_keys(part: Part, labels: dict) -> dict[int, str | None]:
+    """The key of each row of the labels whose images a part holds; of a part without an index it is not known yet."""
     rows = label_rows(labels, part.start, part.start + part.rows)
-    if rows and not part.index.exists():
-        return None
+    if not part.index.exists():
+        return dict.fromkeys(row for _, row in rows)
     images = json.loads(part.index.read_text()) if rows else []
     return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
 
@@ -815,8 +803,7 @@ def row_keys(part: Part, labels: dict) -> dict[int, str] | None:
 def missing_parts(run: "Run", parts: list[Part], labels: dict) -> list[Part]:
     """Those with rows that are not in the cache."""
     cached = {file.stem for file in run.cache.glob("*.safetensors")}
-    keys = ((part, row_keys(part, labels)) for part in parts)
-    return [part for part, found in keys if found is None or not cached.issuperset(found.values())]
+    return [part for part in parts if not cached.issuperset(row_keys(part, labels).values())]
 
 
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
@@ -873,9 +860,8 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
         encode_rows(args, run, pipeline, missing_parts(run, share, labels), labels)
         accelerator.wait_for_everyone()
     if pipeline:
-        hidden = not accelerator.is_local_main_process
         own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
-        for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=hidden or not texts):
+        for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=not texts):
             if not run.cache_file(key).exists():
                 embeds = encode_prompt(args, pipeline, [text])
                 write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
@@ -895,19 +881,15 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
 def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
     """Writes latents, (k, C, h, w), the posterior's mean, scaled, of the rows of these parts: a file for each row."""
     total = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
-    rows, hidden = read_ahead(rows_to_encode(args, run, parts, labels)), not run.accelerator.is_local_main_process
-    at_once = max(1, args.vae_batch_size // run.images_per_row)
-    with tqdm(desc="encode images", total=total, unit="row", disable=hidden or not parts) as bar:
-        while group := list(itertools.islice(rows, at_once)):
-            vae, shift = pipeline.vae, getattr(pipeline.vae.config, "shift_factor", None) or 0.0
-            batches = torch.cat([item.pop("pixels") for _, item in group]).split(args.vae_batch_size)
-            # Scaled in float32: bf16 would round by up to half a step of a pixel.
-            batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
-            means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
-            latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
-            for (key, item), images in zip(group, latents.split(run.images_per_row)):
-                write_tensors(run.cache_file(key), {"latents": images, **item})
-            bar.update(len(group))
+    rows = read_ahead(rows_to_encode(args, run, parts, labels))
+    for key, item in tqdm(rows, desc="encode images", total=total, unit="row", disable=not parts):
+        vae, shift = pipeline.vae, getattr(pipeline.vae.config, "shift_factor", None) or 0.0
+        # Scaled in float32: bf16 would round by up to half a step of a pixel.
+        batches = item.pop("pixels").split(args.vae_batch_size)
+        batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
+        means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
+        latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
+        write_tensors(run.cache_file(key), {"latents": latents, **item})
 
 
 def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, key: tuple[int, int, int]) -> dict:
@@ -963,12 +945,11 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     accelerator = run.accelerator
     key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
     folder = run.cache.parent / f"reference-{content_key(json.dumps(key))}"
-    start = run.start_step
-    while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
-        start += 1
-    start = broadcast_object_list([start])[0]  # another run may be writing: the first process decides
-    batches, hidden = batches(start), not accelerator.is_local_main_process
-    for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step", disable=hidden):
+    missing = (s for s in range(run.start_step, run.max_train_steps) if not (folder / f"{s}.safetensors").exists())
+    # Another run may be writing: the first process decides.
+    start = broadcast_object_list([next(missing, run.max_train_steps)])[0]
+    batches = batches(start)
+    for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step"):
         found = []
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)  # outside of autocast, as in training
@@ -1016,9 +997,8 @@ def model_key(model: str, file: str, revision: str | None = None) -> str:
         return f"{model}@{file_of(model, file, revision).parent.name}"
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(model).rglob("*.*") if path.is_file() and path.stat().st_size):
-        if not re.search(
-            r"/\.|\.(md|png)$", name := f"/{path.relative_to(model)}"
-        ):  # not cards, pictures, hidden files
+        name = f"/{path.relative_to(model)}"
+        if not re.search(r"/\.|\.(md|png)$", name):  # no hidden files, cards and pictures
             content = np.memmap(path, mode="r")
             digest.update(f"{name}:{len(content)}".encode())
             for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
@@ -1116,12 +1096,10 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
     model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
     models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
     encoding = content_key(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
-    settings = {"version": VERSION}
-    settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
+    settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
-    settings |= labels["settings"]
-    settings |= {"model_files": encoding, "global_batch_size": rows_per_step}
+    settings |= {"version": VERSION, **labels["settings"], "model_files": encoding, "global_batch_size": rows_per_step}
 
     output_dir, resume, checkpoints = Path(args.output_dir), args.resume_from_checkpoint, list_checkpoints(args)
     here, record = f"--output_dir {output_dir} holds", output_dir / "run.json"
@@ -1231,8 +1209,7 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
             whole = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= run.start_step]
             write_bytes(file, "".join(whole).encode())
             self.file = open(file, "a", buffering=1)
-        hidden = not self.accelerator.is_local_main_process
-        self.bar = tqdm(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
+        self.bar = tqdm(total=total, initial=run.start_step, desc="train", unit="step")
         self.step_ended, self.data_time, self.skipped = time.time(), 0.0, 0  # steps in a row
 
     def write(self, step: int, logs: dict[str, float]) -> bool:
@@ -1264,12 +1241,11 @@ def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: Module, lora:
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options |= {name: getattr(args, f"validation_{name}") for name in ("num_inference_steps", "guidance_scale")}
     setattr(pipeline, DENOISER, model.eval())
-    images, embeds = [], []
-    for text in ["", *args.validation_prompts]:
-        parts = load_file(run.cache_file(content_key(text)), device=str(device))
-        embeds.append(pipeline_embeds(args, {name: part[None] for name, part in parts.items()}))
-    options |= {f"negative_{name}": part for name, part in embeds[0].items()}
-    for i, prompt_embeds in enumerate(embeds[1:]):
+    files, images = [run.cache_file(content_key(text)) for text in ["", *args.validation_prompts]], []
+    parts = [{name: part[None].to(device) for name, part in load_file(file).items()} for file in files]
+    empty, *embeds = (pipeline_embeds(args, part) for part in parts)
+    options |= {f"negative_{name}": part for name, part in empty.items()}
+    for i, prompt_embeds in enumerate(embeds):
         with (
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
             nullcontext() if lora else as_reference(model),
@@ -1451,16 +1427,13 @@ class ArgumentParser(TrlParser):
 
 
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
-    """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
+    """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides. A flag
+    that is out of its range, or does not fit the others, ends the script in one line."""
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
     arguments = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
-    return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
-
-
-def check_flags(args: TrainingArguments) -> None:
-    """Exits with one line if a flag is out of its range, or does not fit the others."""
+    args = ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
     for spec in fields(args):
         value = getattr(args, spec.name)
         for words, limit in spec.metadata["limits"].items():
@@ -1474,6 +1447,7 @@ def check_flags(args: TrainingArguments) -> None:
         raise SystemExit(f"--resolution {args.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
     if args.report_to not in ("all", "none") and not importlib.util.find_spec(args.report_to):
         raise SystemExit(f"--report_to {args.report_to}: it is not installed: pip install {args.report_to}")
+    return args
 
 
 def config_words(file: str) -> list[str]:
