@@ -68,7 +68,7 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed, tqdm
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
-from diffusers import BitsAndBytesConfig, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoPipelineForText2Image, BitsAndBytesConfig, DDPMScheduler, StableDiffusionPipeline
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -430,12 +430,12 @@ def main(args: ScriptArguments) -> None:
 def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
     """Encodes what is not in the cache, trains, and writes the results."""
     lock, accelerator = begin_run(args, run), run.accelerator
-    pipeline, encode_prompts = encode_dataset(args, run, parts, labels)
+    pipeline = encode_dataset(args, run, parts, labels)
     record_run(args, run, labels)
     set_seed(args.seed)
     noise_scheduler, model = load_model(args)
     prepare_model(args, run, model)
-    batches = partial(training_batches, args, run, labels, noise_scheduler, encode_prompts)
+    batches = partial(training_batches, args, run, labels, noise_scheduler, pipeline)
     if args.precompute_ref:
         precompute_reference(args, run, model, noise_scheduler, batches)
     train(args, run, model, noise_scheduler, batches(run.start_step), pipeline)
@@ -487,24 +487,19 @@ def content_ids(args: ScriptArguments, parts: list["Part"]) -> list[pa.ChunkedAr
     """Ids of the first and of the second images, made of their content as score_pairs.py makes them. All images are
     read for it, once: the processes write the parts' indices."""
     state, ids = PartialState(), ([], [])
-    own = parts[state.process_index :: state.num_processes]
-    for part in tqdm(own, desc="ids of images", unit="part"):
-        read_index(args, part)
-    state.wait_for_everyone()
+    for share in (parts[state.process_index :: state.num_processes], parts):
+        # The second round is for machines with caches of their own.
+        missing = [part for part in share if not part.index.exists()]
+        for part in tqdm(missing, desc="ids of images", unit="part", disable=not missing):
+            index = [[image_name(image) for image in images] for images in read_images(args, part)]
+            write_bytes(part.index, json.dumps(index).encode())
+        state.wait_for_everyone()
     for part in parts:
-        for side, names in zip(ids, zip(*read_index(args, part))):
+        for side, names in zip(ids, zip(*json.loads(part.index.read_text()))):
             files = {name: Path(name) for name in names if "/" in name and os.path.isfile(name)}
             made = {name: image_name({"bytes": file.read_bytes(), "path": name}) for name, file in files.items()}
             side.append(pa.array([made.get(name, name) for name in names], pa.large_string()))
     return [pa.chunked_array(side) for side in ids]
-
-
-def read_index(args: ScriptArguments, part: "Part") -> list[list[str]]:
-    """The names of a part's images, row by row."""
-    if not part.index.exists():
-        index = [[image_name(image) for image in images] for images in read_images(args, part)]
-        write_bytes(part.index, json.dumps(index).encode())
-    return json.loads(part.index.read_text())
 
 
 def needs_quality(args: ScriptArguments) -> bool:
@@ -560,9 +555,8 @@ def make_labels(args: ScriptArguments, run: "Run", table: pa.Table, selected: di
         winner = np.where(table["swapped"].take(rows).to_numpy(), 1 - winner, winner)
         row = table["row"].take(rows).fill_null(-1).to_numpy().astype(np.int64)
         if len(absent := np.flatnonzero(row < 0)):
-            pairs = table.select([args.image_0_uid_column, args.image_1_uid_column]).take(rows.take(absent[:3]))
-            names = ", ".join(" with ".join(map(str, pair.values())) for pair in pairs.to_pylist())
-            lacks = f"lacks images of {len(absent)} of the {used} pairs to train on, e.g. {names}"
+            first = table.select([args.image_0_uid_column, args.image_1_uid_column]).take(rows.take(absent[:1]))
+            lacks = f"lacks images of {len(absent)} of the {used} pairs to train on, e.g. {first.to_pylist()[0]}"
             mend = "use the dataset that was scored, or other --image_0_uid_column and --image_1_uid_column"
             raise SystemExit(f"--dataset_name {args.dataset_name} {lacks}: {mend}")
     labels = {"id": rows, "prompt": prompt, "row": row, "by_row": np.argsort(row, kind="stable")}
@@ -615,9 +609,8 @@ PLAIN = {
 }
 # What cache and reference depend on.
 ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")
-REFERENCE_FLAGS = (
-    "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size time_ids".split()
-)
+REFERENCE_FLAGS = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
+REFERENCE_FLAGS += ["time_ids"]
 
 
 def is_sdxl(args: ScriptArguments) -> bool:
@@ -640,20 +633,17 @@ def set_defaults(args: ScriptArguments) -> None:
 
 def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool = True):
     """The pipeline without its UNet, and without text encoders if nothing is left for them to encode."""
-    model, revision = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
-    absent = ["unet"] if with_text else ["unet", "text_encoder", "tokenizer"]
-    if is_sdxl(args):
-        absent += [] if with_text else ["text_encoder_2", "tokenizer_2"]
-        pipeline_class, options = StableDiffusionXLPipeline, {"add_watermarker": False}
-    else:
-        absent += ["safety_checker", "feature_extractor"]
-        pipeline_class, options = StableDiffusionPipeline, {"requires_safety_checker": False}
-    if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=args.weight_dtype)
+    model, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    options = {"revision": args.revision, "variant": args.variant}
+    if other:
+        vae = AutoencoderKL.from_pretrained(other, dtype=args.weight_dtype)
     else:  # the model's own VAE runs in float32: it overflows in fp16
-        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **revision)
-    options |= {"vae": vae.requires_grad_(False), **dict.fromkeys(absent), **revision}
-    pipeline = pipeline_class.from_pretrained(model, dtype=args.weight_dtype, **options)
+        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **options)
+    absent = ("unet", "safety_checker", "feature_extractor", *(() if with_text else ("text_encoder", "tokenizer")))
+    names = json.loads(file_of(model, "model_index.json", args.revision).read_text())
+    options |= {"vae": vae.requires_grad_(False), **{name: None for name in names if name.startswith(absent)}}
+    options |= {} if is_sdxl(args) else {"requires_safety_checker": False}
+    pipeline = AutoPipelineForText2Image.from_pretrained(model, dtype=args.weight_dtype, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -664,13 +654,11 @@ def encode_prompt(args: ScriptArguments, pipeline, prompts: list[str]) -> dict:
     empty prompt are zeros where the pipeline has them so."""
     # The pipeline's own device would be the VAE's, which may have left the GPU.
     options = {"device": pipeline.text_encoder.device, "do_classifier_free_guidance": False}
-    embeds, _, *pooled = pipeline.encode_prompt(prompts, num_images_per_prompt=1, **options)
-    found = {"prompt_embeds": embeds, **({"pooled_prompt_embeds": pooled[0]} if pooled else {})}
-    for i, prompt in enumerate(prompts):
-        if not prompt and pipeline.config.get("force_zeros_for_empty_prompt"):
-            for part in found.values():
-                part[i] = 0.0
-    return {name: part.to(args.weight_dtype) for name, part in found.items()}
+    found = pipeline.encode_prompt(prompts, num_images_per_prompt=1, **options)[::2]  # without negative ones
+    if pipeline.config.get("force_zeros_for_empty_prompt"):
+        for part in found:
+            part[[i for i, prompt in enumerate(prompts) if not prompt]] = 0.0
+    return {name: part.to(args.weight_dtype) for name, part in zip(("prompt_embeds", "pooled_prompt_embeds"), found)}
 
 
 # Copied from train_rankdpo_sdxl.pipeline_embeds
@@ -710,23 +698,18 @@ def comfyui_state_dict(lora_state_dict: dict[str, torch.Tensor]) -> dict[str, to
 def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
     """Writes what identifies the run. The images do, too: they are known once all are encoded. A run that was made
     longer has more of them: the earlier ones must be the same."""
-
-    def images(count: int) -> str:
-        numbers = b"".join(labels[name][:count].tobytes() for name in ("row", "rank", "key"))
-        return content_key(numbers + "\n".join(labels["prompt"][:count].to_pylist()).encode())
-
-    rows = len(labels["key"])
-    if (before := run.earlier.get("rows", rows)) <= rows:
-        check_same_run(args, {"images": images(before)}, run.earlier)
-    run.settings |= {"rows": rows, "images": images(rows), "rewards": quality_rewards(args)}
+    pairs = [*zip(*(labels[name].tolist() for name in ("row", "rank", "key")), labels["prompt"].to_pylist())]
+    if (before := run.earlier.get("rows", len(pairs))) <= len(pairs):
+        check_same_run(args, {"images": content_key(str(pairs[:before]))}, run.earlier)
+    run.settings |= {"rows": len(pairs), "images": content_key(str(pairs)), "rewards": quality_rewards(args)}
     if run.accelerator.is_main_process:
         write_bytes(Path(args.output_dir, "run.json"), json.dumps(run.settings, indent=2).encode())
 
 
 def describe(args: ScriptArguments, run: "Run") -> dict:
     """What the card says of method, data and model."""
-    model, sdxl, datasets = args.pretrained_model_name_or_path, is_sdxl(args), [args.dataset_name]
-    datasets += [args.scores_dataset_name] if args.scores_dataset_name else []
+    model, family = args.pretrained_model_name_or_path, "stable-diffusion-xl" if is_sdxl(args) else "stable-diffusion"
+    datasets = [name for name in (args.dataset_name, args.scores_dataset_name) if name]
     order = "the best first" if args.order == "sorted" else "in random order"
     pairs = f"{run.settings['rows']} of {run.settings['labelled']} labelled pairs of `{datasets[-1]}`, {order}"
     strength, learns = f"beta {args.beta_dpo:g}", "better than the base model does, and the others worse"
@@ -744,8 +727,8 @@ image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
 
 With ComfyUI: put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` into `models/loras` and load it with the
 "Load LoRA" node at strength 1."""
-    about = {"tags": ["stable-diffusion-xl" if sdxl else "stable-diffusion", "dpo", "dpo-qsd"], "datasets": datasets}
-    about |= {"usage": usage, "facts": {"pairs": pairs, "objective": f"{args.loss_type}, {strength}"}}
+    about = {"tags": [family, "dpo", "dpo-qsd"], "datasets": datasets, "usage": usage}
+    about["facts"] = {"pairs": pairs, "objective": f"{args.loss_type}, {strength}"}
     return about | {"method": f"{pairs}, after\n{paper}:\nthe model learns to denoise preferred images {learns}."}
 
 
@@ -911,38 +894,35 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
 
 
-def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
+def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> object:
     """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
-    Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
+    Returns the pipeline, to draw with. Its text encoders are gone, unless they are to encode prompts at every step."""
     accelerator, missing = run.accelerator, missing_parts(run, parts, labels)
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
     texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
     texts = [(key, text) for key, text in texts.items() if not run.cache_file(key).exists()]
-    with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
-    if missing or with_text or accelerator.is_main_process:
-        pipeline = load_pipeline(args, accelerator.device, with_text)
+    pipeline = load_pipeline(args, accelerator.device, with_text=bool(texts) or not args.cache_text_embeddings)
     accelerator.wait_for_everyone()  # all have looked
     for share in (missing[accelerator.process_index :: accelerator.num_processes], missing):
         # The second round is for machines with caches of their own.
         encode_rows(args, run, pipeline, missing_parts(run, share, labels), labels)
         accelerator.wait_for_everyone()
-    if pipeline:
-        own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
-        for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=not texts):
-            if not run.cache_file(key).exists():
-                embeds = encode_prompt(args, pipeline, [text])
-                write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
-        pipeline.vae.to("cpu")
-        if args.cache_text_embeddings:
-            pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
+    own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
+    for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=not texts):
+        if not run.cache_file(key).exists():
+            embeds = encode_prompt(args, pipeline, [text])
+            write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
+    pipeline.vae.to("cpu")
+    if args.cache_text_embeddings:
+        pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
     accelerator.wait_for_everyone()
     keys = {row: key for part in parts for row, key in row_keys(part, labels).items()}
     labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    return pipeline, None if args.cache_text_embeddings else partial(encode_prompt, args, pipeline)
+    return pipeline
 
 
 @torch.no_grad()
@@ -985,15 +965,15 @@ def micro_batches(args: ScriptArguments, length: int, process: int, processes: i
         yield [(place // length, int(order(place // length)[place % length]), place) for place in places]
 
 
-def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
+def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, pipeline, start_step: int):
     """This process's micro-batches on its device, from a step on, without end."""
     accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
     place, length = (accelerator.process_index, accelerator.num_processes), len(labels["key"])
     read, keys = partial(read_row, args, run, labels, noise_scheduler), micro_batches(args, length, *place, start_step)
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
         for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
-            if encode_prompts:
-                batch |= encode_prompts(batch.pop("prompt"))
+            if not args.cache_text_embeddings:
+                batch |= encode_prompt(args, pipeline, batch.pop("prompt"))
             pinned = {n: part.pin_memory() if on_gpu and not part.is_cuda else part for n, part in batch.items()}
             yield {name: part.to(accelerator.device, non_blocking=True) for name, part in pinned.items()}
 
@@ -1258,9 +1238,8 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
         return
     run.accelerator.wait_for_everyone()  # a launcher ends all processes soon after the first
     run.accelerator.end_training()
-    if run.accelerator.is_main_process:
-        with suppress(BrokenPipeError):
-            print(f"stopped after step {step}: --resume_from_checkpoint latest goes on from there", flush=True)
+    with suppress(BrokenPipeError):
+        run.accelerator.print(f"stopped after step {step}: --resume_from_checkpoint latest goes on", flush=True)
     # Perhaps another process has received the signal. A usual end would write into a pipe that nobody reads any more.
     os._exit(128 + (stop_signals[0][0] if stop_signals else signal.SIGTERM))
 

@@ -428,12 +428,12 @@ def main(args: ScriptArguments) -> None:
 def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
     """Encodes what is not in the cache, trains, and writes the results."""
     lock, accelerator = begin_run(args, run), run.accelerator
-    pipeline, encode_prompts = encode_dataset(args, run, parts, labels)
+    pipeline = encode_dataset(args, run, parts, labels)
     record_run(args, run, labels)
     set_seed(args.seed)
     noise_scheduler, model = load_model(args)
     prepare_model(args, run, model)
-    batches = partial(training_batches, args, run, labels, noise_scheduler, encode_prompts)
+    batches = partial(training_batches, args, run, labels, noise_scheduler, pipeline)
     if args.precompute_ref:
         precompute_reference(args, run, model, noise_scheduler, batches)
     train(args, run, model, noise_scheduler, batches(run.start_step), pipeline)
@@ -576,9 +576,8 @@ PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 OTHERS = "this trains SDXL; train_rankdpo_sd3.py and train_dpo_qsd.py train other models"
 # What cache and reference depend on.
 ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")
-REFERENCE_FLAGS = (
-    "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size time_ids".split()
-)
+REFERENCE_FLAGS = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
+REFERENCE_FLAGS += ["time_ids"]
 # What SDXL's base model has; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
 PLAIN = {
     "model_index.json": {"requires_aesthetics_score": (False, None)},
@@ -843,38 +842,35 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
 
 
-def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
+def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> object:
     """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
-    Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
+    Returns the pipeline, to draw with. Its text encoders are gone, unless they are to encode prompts at every step."""
     accelerator, missing = run.accelerator, missing_parts(run, parts, labels)
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
     texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
     texts = [(key, text) for key, text in texts.items() if not run.cache_file(key).exists()]
-    with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
-    if missing or with_text or accelerator.is_main_process:
-        pipeline = load_pipeline(args, accelerator.device, with_text)
+    pipeline = load_pipeline(args, accelerator.device, with_text=bool(texts) or not args.cache_text_embeddings)
     accelerator.wait_for_everyone()  # all have looked
     for share in (missing[accelerator.process_index :: accelerator.num_processes], missing):
         # The second round is for machines with caches of their own.
         encode_rows(args, run, pipeline, missing_parts(run, share, labels), labels)
         accelerator.wait_for_everyone()
-    if pipeline:
-        own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
-        for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=not texts):
-            if not run.cache_file(key).exists():
-                embeds = encode_prompt(args, pipeline, [text])
-                write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
-        pipeline.vae.to("cpu")
-        if args.cache_text_embeddings:
-            pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
+    own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
+    for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=not texts):
+        if not run.cache_file(key).exists():
+            embeds = encode_prompt(args, pipeline, [text])
+            write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
+    pipeline.vae.to("cpu")
+    if args.cache_text_embeddings:
+        pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
     accelerator.wait_for_everyone()
     keys = {row: key for part in parts for row, key in row_keys(part, labels).items()}
     labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    return pipeline, None if args.cache_text_embeddings else partial(encode_prompt, args, pipeline)
+    return pipeline
 
 
 @torch.no_grad()
@@ -917,15 +913,15 @@ def micro_batches(args: ScriptArguments, length: int, process: int, processes: i
         yield [(place // length, int(order(place // length)[place % length]), place) for place in places]
 
 
-def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
+def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, pipeline, start_step: int):
     """This process's micro-batches on its device, from a step on, without end."""
     accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
     place, length = (accelerator.process_index, accelerator.num_processes), len(labels["key"])
     read, keys = partial(read_row, args, run, labels, noise_scheduler), micro_batches(args, length, *place, start_step)
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
         for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
-            if encode_prompts:
-                batch |= encode_prompts(batch.pop("prompt"))
+            if not args.cache_text_embeddings:
+                batch |= encode_prompt(args, pipeline, batch.pop("prompt"))
             pinned = {n: part.pin_memory() if on_gpu and not part.is_cuda else part for n, part in batch.items()}
             yield {name: part.to(accelerator.device, non_blocking=True) for name, part in pinned.items()}
 
@@ -1190,9 +1186,8 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
         return
     run.accelerator.wait_for_everyone()  # a launcher ends all processes soon after the first
     run.accelerator.end_training()
-    if run.accelerator.is_main_process:
-        with suppress(BrokenPipeError):
-            print(f"stopped after step {step}: --resume_from_checkpoint latest goes on from there", flush=True)
+    with suppress(BrokenPipeError):
+        run.accelerator.print(f"stopped after step {step}: --resume_from_checkpoint latest goes on", flush=True)
     # Perhaps another process has received the signal. A usual end would write into a pipe that nobody reads any more.
     os._exit(128 + (stop_signals[0][0] if stop_signals else signal.SIGTERM))
 
