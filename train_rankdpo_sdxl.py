@@ -87,11 +87,14 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 SFT = ("sft", "weighted_sft")
 # The objectives that an option has no meaning for.
 UNUSED_BY = {"sft_weight": SFT, "precompute_ref": SFT, "safeguard": ("plackett_luce", *SFT)}
-RESOLUTION_MULTIPLE = 8
-IMAGE_COLUMNS = ("images_column",)
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
+CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
+CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
+RESOLUTION_MULTIPLE = 8
+IMAGE_COLUMNS = ("images_column",)
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
+stop_signals: list[tuple[int, float]] = []  # that this process has received while it trained, and when
 
 
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, free=False):
@@ -104,9 +107,7 @@ free = partial(flag, free=True)  # one that a resumed run may set differently; a
 
 
 @dataclass
-class TrainingArguments:
-    """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
-
+class TrainingArguments:  # the flags of all trainers; they carry diffusers' names wherever diffusers has one
     dataset_name: str = flag(MISSING, "Dataset: Hub id, folder or .parquet file.", "Data")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = free(None, "Revision of the dataset on the Hub.")
@@ -159,8 +160,7 @@ class TrainingArguments:
     hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
     @property
-    def weight_dtype(self) -> torch.dtype:
-        """Of the frozen weights, and of the cached latents and embeddings."""
+    def weight_dtype(self) -> torch.dtype:  # of the frozen weights, and of the cached latents and embeddings
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
 
 
@@ -284,7 +284,6 @@ def rankdpo_loss(
 
 def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -> torch.Tensor:
     """Diffusion-SDPO's λ of each pair (arXiv 2511.03317): the share of the loser's gradient that keeps the winner safe.
-
     With residuals ρ = prediction − target, λ_ij = (1 − μ)·‖ρ_i‖² / ⟨ρ_i, ρ_j⟩ in [0, 1], and 1 where ⟨ρ_i, ρ_j⟩ ≤ 0. To
     first order, in the space of predictions, a step on the pair then does not raise the winner's error. The published
     code takes one λ for a whole batch; here every pair has its own, so that it does not depend on its batch.
@@ -799,12 +798,6 @@ def row_keys(part: Part, labels: dict) -> dict[int, str | None]:
     return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
 
 
-def missing_parts(run: "Run", parts: list[Part], labels: dict) -> list[Part]:
-    """Those with rows that are not in the cache."""
-    cached = {file.stem for file in run.cache.glob("*.safetensors")}
-    return [part for part in parts if not cached.issuperset(row_keys(part, labels).values())]
-
-
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
     """Reads parts and writes their indices; gives the rows without a cache file: (key, pixels and time_ids)."""
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:  # decoding releases the interpreter's lock
@@ -845,16 +838,15 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
 def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> object:
     """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
     Returns the pipeline, to draw with. Its text encoders are gone, unless they are to encode prompts at every step."""
-    accelerator, missing = run.accelerator, missing_parts(run, parts, labels)
+    accelerator = run.accelerator
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
     texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
     texts = [(key, text) for key, text in texts.items() if not run.cache_file(key).exists()]
     pipeline = load_pipeline(args, accelerator.device, with_text=bool(texts) or not args.cache_text_embeddings)
-    accelerator.wait_for_everyone()  # all have looked
-    for share in (missing[accelerator.process_index :: accelerator.num_processes], missing):
+    for share in (parts[accelerator.process_index :: accelerator.num_processes], parts):
         # The second round is for machines with caches of their own.
-        encode_rows(args, run, pipeline, missing_parts(run, share, labels), labels)
+        encode_rows(args, run, pipeline, share, labels)
         accelerator.wait_for_everyone()
     own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
     for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=not texts):
@@ -875,7 +867,9 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
 
 @torch.no_grad()
 def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
-    """Writes latents, (k, C, h, w), the posterior's mean, scaled, of the rows of these parts: a file for each row."""
+    """Writes what is missing of the latents, (k, C, h, w), the posterior's mean, scaled: a file for each row."""
+    cached = {file.stem for file in run.cache.glob("*.safetensors")}
+    parts = [part for part in parts if not cached.issuperset(row_keys(part, labels).values())]
     total = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
     rows = read_ahead(rows_to_encode(args, run, parts, labels))
     for key, item in tqdm(rows, desc="encode images", total=total, unit="row", disable=not parts):
@@ -1166,9 +1160,6 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
         run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
 
 
-stop_signals: list[tuple[int, float]] = []  # that this process has received while it trained, and when
-
-
 def on_stop_signal(number: int, frame) -> None:
     """After the first SIGTERM or Ctrl-C all processes leave between two steps; a second one ends this one now."""
     # A launcher passes a signal on that the whole group has received already: this is not a second one.
@@ -1316,10 +1307,6 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     }
 
 
-CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
-CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
-
-
 def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
     output_dir, widgets, about = Path(args.output_dir), [], describe(args, run)
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
@@ -1407,9 +1394,7 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
 
 
 # Arguments and files ------------------------------------------------------------------------------------------------
-class ArgumentParser(TrlParser):
-    """Ends every usage error in one line, and knows the metadata of `flag`. For --config see `config_words`."""
-
+class ArgumentParser(TrlParser):  # ends every usage error in one line, and knows the metadata of `flag`
     group = None
 
     def add_argument(self, *names, limits=None, group=None, free=False, **options):
