@@ -245,8 +245,9 @@ def pair_loss(
     """
     metrics = {}
     if loss_type in WITHOUT_REFERENCE:
-        if loss_type == "orpo":
-            margins = log_odds(model_errors_w) - log_odds(model_errors_l)
+        if loss_type == "orpo":  # log odds, log(p / (1 − p)) of p = exp(−error): exact for small errors too
+            winner, loser = (-errors - torch.log(-torch.expm1(-errors)) for errors in (model_errors_w, model_errors_l))
+            margins = winner - loser
         else:
             margins = model_errors_l - model_errors_w
         losses = model_errors_w - orpo_lambda * F.logsigmoid(margins)
@@ -268,11 +269,6 @@ def pair_loss(
     accuracy = ((margins > 0).float() + 0.5 * (margins == 0).float()).mean()
     metrics = {"loss": loss, "implicit_accuracy": accuracy, "margin": margins.mean(), **metrics}
     return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-def log_odds(errors: torch.Tensor) -> torch.Tensor:
-    """log(p / (1 − p)) of p = exp(−error), exact for small errors too."""
-    return -errors - torch.log(-torch.expm1(-errors))
 
 
 # Copied from train_rankdpo_sdxl.safeguard_scale
@@ -320,9 +316,8 @@ def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: Sc
     }
     if "pooled_prompt_embeds" in batch:
         time_ids = batch["time_ids"].take_along_dim(order[:, :, None], dim=1)
-        target_size = time_ids[..., 4:]
         if args.time_ids == "resolution":  # as the pipeline draws: the resolution, without a crop
-            time_ids = torch.cat([target_size, torch.zeros_like(target_size), target_size], dim=-1)
+            time_ids = torch.cat([time_ids[..., 4:], torch.zeros_like(time_ids[..., 4:]), time_ids[..., 4:]], dim=-1)
         inputs["added_cond_kwargs"] = {
             "text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(2, dim=0),
             "time_ids": time_ids.flatten(0, 1).to(args.weight_dtype),
@@ -863,11 +858,11 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                     if run.cache_file(key := row_key(labels, row, index[-1])).exists():
                         continue
                     used = labels["images"][row]
-                    decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
-                    for i, image in decoding.items():
+                    decoded = [pool.submit(preprocess_image, images[i], args.resolution) for i in used]
+                    for i, image in zip(used, decoded):
                         if image.exception():
                             raise SystemExit(f"{where}: image {i} does not decode: {image.exception()}")
-                    yield key, default_collate([image.result() for image in decoding.values()])
+                    yield key, default_collate([image.result() for image in decoded])
             write_bytes(part.index, json.dumps(index).encode())
 
 
@@ -1458,8 +1453,7 @@ class ArgumentParser(TrlParser):  # ends every usage error in one line, and know
 
 
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
-    """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides. A flag
-    that is out of its range, or does not fit the others, ends the script in one line."""
+    """Parses and checks the command line. `--config file.yaml` adds flags, which the command line overrides."""
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")

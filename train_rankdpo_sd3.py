@@ -67,7 +67,7 @@ from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_fr
 from diffusers import AutoencoderKL, BitsAndBytesConfig, SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
 from diffusers.optimization import get_scheduler
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import cast_training_params, free_memory
+from diffusers.training_utils import cast_training_params, compute_density_for_timestep_sampling, free_memory
 from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
 from huggingface_hub import CardData, HfApi, RepoCard, hf_hub_download
@@ -316,8 +316,7 @@ def sample_noise(args: ScriptArguments, noise_scheduler, key: tuple, shape: torc
     schedule, which the model's shift has moved, of the density `--weighting_scheme`; noise, float32 (k, C, h, w)."""
     rng, steps = seeded_generator(*key), noise_scheduler.config.num_train_timesteps
     options = {"generator": torch.Generator().manual_seed(int(rng.integers(2**63))), "mode_scale": args.mode_scale}
-    density = training_utils.compute_density_for_timestep_sampling
-    u = density(args.weighting_scheme, 1, args.logit_mean, args.logit_std, **options)
+    u = compute_density_for_timestep_sampling(args.weighting_scheme, 1, args.logit_mean, args.logit_std, **options)
     sigma = noise_scheduler.sigmas[(u * steps).long().clamp(0, steps - 1).item()]  # the mode density reaches 1
     noise = rng.standard_normal(shape if args.noise == "image" else shape[1:], dtype=np.float32)
     return {"sigmas": sigma, "noise": torch.from_numpy(noise).expand(shape)}
@@ -846,11 +845,11 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                     if run.cache_file(key := row_key(labels, row, index[-1])).exists():
                         continue
                     used = labels["images"][row]
-                    decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
-                    for i, image in decoding.items():
+                    decoded = [pool.submit(preprocess_image, images[i], args.resolution) for i in used]
+                    for i, image in zip(used, decoded):
                         if image.exception():
                             raise SystemExit(f"{where}: image {i} does not decode: {image.exception()}")
-                    yield key, default_collate([image.result() for image in decoding.values()])
+                    yield key, default_collate([image.result() for image in decoded])
             write_bytes(part.index, json.dumps(index).encode())
 
 
@@ -1441,8 +1440,7 @@ class ArgumentParser(TrlParser):  # ends every usage error in one line, and know
 
 
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
-    """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides. A flag
-    that is out of its range, or does not fit the others, ends the script in one line."""
+    """Parses and checks the command line. `--config file.yaml` adds flags, which the command line overrides."""
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")

@@ -812,11 +812,11 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                     if run.cache_file(key := row_key(labels, row, index[-1])).exists():
                         continue
                     used = labels["images"][row]
-                    decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
-                    for i, image in decoding.items():
+                    decoded = [pool.submit(preprocess_image, images[i], args.resolution) for i in used]
+                    for i, image in zip(used, decoded):
                         if image.exception():
                             raise SystemExit(f"{where}: image {i} does not decode: {image.exception()}")
-                    yield key, default_collate([image.result() for image in decoding.values()])
+                    yield key, default_collate([image.result() for image in decoded])
             write_bytes(part.index, json.dumps(index).encode())
 
 
@@ -1407,8 +1407,7 @@ class ArgumentParser(TrlParser):  # ends every usage error in one line, and know
 
 
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
-    """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides. A flag
-    that is out of its range, or does not fit the others, ends the script in one line."""
+    """Parses and checks the command line. `--config file.yaml` adds flags, which the command line overrides."""
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
