@@ -405,7 +405,6 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
             log.step_ended = time.time()  # drawing does not count as training
     for number in (signal.SIGTERM, signal.SIGINT):  # from here on a signal ends the process at once, again
         signal.signal(number, signal.SIG_DFL)
-    log.bar.close()
 
 
 def main(args: ScriptArguments) -> None:
