@@ -63,7 +63,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed, tqdm
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
 from diffusers import AutoencoderKL, BitsAndBytesConfig, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
@@ -79,7 +79,6 @@ from safetensors.torch import load_file, save
 from torch.nn import Module
 from torch.utils.data import default_collate
 from torchvision.transforms import functional as TF
-from tqdm import tqdm
 from trl import TrlParser
 
 
@@ -88,11 +87,14 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 SFT = ("sft", "weighted_sft")
 # The objectives that an option has no meaning for.
 UNUSED_BY = {"sft_weight": SFT, "precompute_ref": SFT, "safeguard": ("plackett_luce", *SFT)}
-RESOLUTION_MULTIPLE = 8
-IMAGE_COLUMNS = ("images_column",)
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
+CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
+CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
+RESOLUTION_MULTIPLE = 8
+IMAGE_COLUMNS = ("images_column",)
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
+stop_signals: list[tuple[int, float]] = []  # that this process has received while it trained, and when
 
 
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, free=False):
@@ -105,9 +107,7 @@ free = partial(flag, free=True)  # one that a resumed run may set differently; a
 
 
 @dataclass
-class TrainingArguments:
-    """The flags of all trainers. They carry diffusers' names wherever diffusers has one."""
-
+class TrainingArguments:  # the flags of all trainers; they carry diffusers' names wherever diffusers has one
     dataset_name: str = flag(MISSING, "Dataset: Hub id, folder or .parquet file.", "Data")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = free(None, "Revision of the dataset on the Hub.")
@@ -159,12 +159,8 @@ class TrainingArguments:
     hub_private_repo: bool = free(False, "Make a new repository private.")
     hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
-    def __post_init__(self):
-        check_flags(self)
-
     @property
-    def weight_dtype(self) -> torch.dtype:
-        """Of the frozen weights, and of the cached latents and embeddings."""
+    def weight_dtype(self) -> torch.dtype:  # of the frozen weights, and of the cached latents and embeddings
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
 
 
@@ -181,9 +177,7 @@ class ScriptArguments(TrainingArguments):  # and those of this one
     generators: list[str] | None = flag(None, "Only these generators' images; their preferences are recomputed.")
     resolution: int = flag(1024, "Pixels: shorter side resized to it, centre cropped.", min=8, max=8192)
     max_train_samples: int | None = flag(None, "Use the first N prompts only.", min=1)
-    time_ids: Literal["resolution", "image"] = flag(
-        "resolution", "Sizes that SDXL is told: the resolution, or each image's own and its crop."
-    )
+    time_ids: Literal["resolution", "image"] = flag("resolution", "Sizes that SDXL is told: this, or the image's own.")
     output_dir: str = free("outputs/rankdpo-sdxl", "Folder for LoRA, card and checkpoints.")
     loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.")
     beta_dpo: float = flag(5000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
@@ -290,7 +284,6 @@ def rankdpo_loss(
 
 def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -> torch.Tensor:
     """Diffusion-SDPO's λ of each pair (arXiv 2511.03317): the share of the loser's gradient that keeps the winner safe.
-
     With residuals ρ = prediction − target, λ_ij = (1 − μ)·‖ρ_i‖² / ⟨ρ_i, ρ_j⟩ in [0, 1], and 1 where ⟨ρ_i, ρ_j⟩ ≤ 0. To
     first order, in the space of predictions, a step on the pair then does not raise the winner's error. The published
     code takes one λ for a whole batch; here every pair has its own, so that it does not depend on its batch.
@@ -417,7 +410,6 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
             log.step_ended = time.time()  # drawing does not count as training
     for number in (signal.SIGTERM, signal.SIGINT):  # from here on a signal ends the process at once, again
         signal.signal(number, signal.SIG_DFL)
-    log.bar.close()
 
 
 def main(args: ScriptArguments) -> None:
@@ -434,12 +426,12 @@ def main(args: ScriptArguments) -> None:
 def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
     """Encodes what is not in the cache, trains, and writes the results."""
     lock, accelerator = begin_run(args, run), run.accelerator
-    pipeline, encode_prompts = encode_dataset(args, run, parts, labels)
+    pipeline = encode_dataset(args, run, parts, labels)
     record_run(args, run, labels)
     set_seed(args.seed)
     noise_scheduler, model = load_model(args)
     prepare_model(args, run, model)
-    batches = partial(training_batches, args, run, labels, noise_scheduler, encode_prompts)
+    batches = partial(training_batches, args, run, labels, noise_scheduler, pipeline)
     if args.precompute_ref:
         precompute_reference(args, run, model, noise_scheduler, batches)
     train(args, run, model, noise_scheduler, batches(run.start_step), pipeline)
@@ -457,14 +449,9 @@ def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
     needed = {args.prompt_id_column: "ids", args.prompt_column: "text", args.images_column: "lists of images"}
     needed[args.preference_column] = "lists of numbers"
-    table, groups = read_columns(args, needed, {args.rank_column, "generators", "scores"})
+    table, parts = read_columns(args, needed, {args.rank_column, "generators", "scores"})
     table = table[: args.max_train_samples]
-    parts, start = [], 0
-    for *place, rows in groups:
-        if start < len(table):
-            parts.append(Part(*place, start, min(rows, len(table) - start)))
-            start += rows
-    return table, parts
+    return table, [part for part in parts if part.start < len(table)]
 
 
 def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
@@ -584,16 +571,11 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
 # Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
 PIPELINE, DENOISER = StableDiffusionXLPipeline, "unet"
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
-
-
 OTHERS = "this trains SDXL; train_rankdpo_sd3.py and train_dpo_qsd.py train other models"
-
-
 # What cache and reference depend on.
 ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")
-REFERENCE_FLAGS = (
-    "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size time_ids".split()
-)
+REFERENCE_FLAGS = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
+REFERENCE_FLAGS += ["time_ids"]
 # What SDXL's base model has; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
 PLAIN = {
     "model_index.json": {"requires_aesthetics_score": (False, None)},
@@ -714,15 +696,18 @@ KINDS = {  # of columns: patterns of Arrow's types
 }
 
 
-def read_columns(args: ScriptArguments, needed: dict, optional: set) -> tuple[pa.Table, list[tuple]]:
-    """These columns of all rows but the images, and the row groups: (file, number, index, rows). needed: column → its
-    kind, and after a colon what to do if it is not there."""
+def read_columns(args: ScriptArguments, needed: dict, optional: set) -> tuple[pa.Table, list[Part]]:
+    """These columns of all rows but the images, and the parts that hold those. needed: column → its kind, and after a
+    colon what to do if it is not there."""
     found = None
     if PartialState().is_main_process:  # for all processes: the Hub limits requests
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(partial(read_labels, args, needed, optional), find_files(args)))
     tables, groups = zip(*broadcast_object_list([found])[0])
-    return pa.concat_tables(tables, promote_options="permissive"), [*itertools.chain(*groups)]
+    groups = [*itertools.chain(*groups)]
+    starts = itertools.accumulate((rows for *_, rows in groups), initial=0)
+    parts = [Part(*place, start, rows) for (*place, rows), start in zip(groups, starts)]
+    return pa.concat_tables(tables, promote_options="permissive"), parts
 
 
 def find_files(args: ScriptArguments) -> list[str]:
@@ -804,20 +789,13 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
     return content_key(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
 
 
-def row_keys(part: Part, labels: dict) -> dict[int, str] | None:
-    """The key of each row of the labels whose images a part holds; None if it has no index yet."""
+def row_keys(part: Part, labels: dict) -> dict[int, str | None]:
+    """The key of each row of the labels whose images a part holds; of a part without an index it is not known yet."""
     rows = label_rows(labels, part.start, part.start + part.rows)
-    if rows and not part.index.exists():
-        return None
+    if not part.index.exists():
+        return dict.fromkeys(row for _, row in rows)
     images = json.loads(part.index.read_text()) if rows else []
     return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
-
-
-def missing_parts(run: "Run", parts: list[Part], labels: dict) -> list[Part]:
-    """Those with rows that are not in the cache."""
-    cached = {file.stem for file in run.cache.glob("*.safetensors")}
-    keys = ((part, row_keys(part, labels)) for part in parts)
-    return [part for part, found in keys if found is None or not cached.issuperset(found.values())]
 
 
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
@@ -834,11 +812,11 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                     if run.cache_file(key := row_key(labels, row, index[-1])).exists():
                         continue
                     used = labels["images"][row]
-                    decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
-                    for i, image in decoding.items():
+                    decoded = [pool.submit(preprocess_image, images[i], args.resolution) for i in used]
+                    for i, image in zip(used, decoded):
                         if image.exception():
                             raise SystemExit(f"{where}: image {i} does not decode: {image.exception()}")
-                    yield key, default_collate([image.result() for image in decoding.values()])
+                    yield key, default_collate([image.result() for image in decoded])
             write_bytes(part.index, json.dumps(index).encode())
 
 
@@ -859,48 +837,45 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
 
 
-def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
+def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> object:
     """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
-    Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
-    accelerator, missing = run.accelerator, missing_parts(run, parts, labels)
+    Returns the pipeline, to draw with. Its text encoders are gone, unless they are to encode prompts at every step."""
+    accelerator = run.accelerator
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
     texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
     texts = [(key, text) for key, text in texts.items() if not run.cache_file(key).exists()]
-    with_text, pipeline = bool(texts) or not args.cache_text_embeddings, None
-    if missing or with_text or accelerator.is_main_process:
-        pipeline = load_pipeline(args, accelerator.device, with_text)
-    accelerator.wait_for_everyone()  # all have looked
-    for share in (missing[accelerator.process_index :: accelerator.num_processes], missing):
+    pipeline = load_pipeline(args, accelerator.device, with_text=bool(texts) or not args.cache_text_embeddings)
+    for share in (parts[accelerator.process_index :: accelerator.num_processes], parts):
         # The second round is for machines with caches of their own.
-        encode_rows(args, run, pipeline, missing_parts(run, share, labels), labels)
+        encode_rows(args, run, pipeline, share, labels)
         accelerator.wait_for_everyone()
-    if pipeline:
-        hidden = not accelerator.is_local_main_process
-        own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
-        for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=hidden or not texts):
-            if not run.cache_file(key).exists():
-                embeds = encode_prompt(args, pipeline, [text])
-                write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
-        pipeline.vae.to("cpu")
-        if args.cache_text_embeddings:
-            pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
+    own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
+    for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=not texts):
+        if not run.cache_file(key).exists():
+            embeds = encode_prompt(args, pipeline, [text])
+            write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
+    pipeline.vae.to("cpu")
+    if args.cache_text_embeddings:
+        pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
     accelerator.wait_for_everyone()
     keys = {row: key for part in parts for row, key in row_keys(part, labels).items()}
     labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    return pipeline, None if args.cache_text_embeddings else partial(encode_prompt, args, pipeline)
+    return pipeline
 
 
 @torch.no_grad()
 def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], labels: dict) -> None:
-    """Writes latents, (k, C, h, w), the posterior's mean, scaled, of the rows of these parts: a file for each row."""
+    """Writes what is missing of the latents, (k, C, h, w), the posterior's mean, scaled: a file for each row."""
+    cached = {file.stem for file in run.cache.glob("*.safetensors")}
+    parts = [part for part in parts if not cached.issuperset(row_keys(part, labels).values())]
     total = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
-    rows, hidden = read_ahead(rows_to_encode(args, run, parts, labels)), not run.accelerator.is_local_main_process
+    rows = read_ahead(rows_to_encode(args, run, parts, labels))
     at_once = max(1, args.vae_batch_size // run.images_per_row)
-    with tqdm(desc="encode images", total=total, unit="row", disable=hidden or not parts) as bar:
+    with tqdm(desc="encode images", total=total, unit="row", disable=not parts) as bar:
         while group := list(itertools.islice(rows, at_once)):
             vae, shift = pipeline.vae, getattr(pipeline.vae.config, "shift_factor", None) or 0.0
             batches = torch.cat([item.pop("pixels") for _, item in group]).split(args.vae_batch_size)
@@ -940,15 +915,15 @@ def micro_batches(args: ScriptArguments, length: int, process: int, processes: i
         yield [(place // length, int(order(place // length)[place % length]), place) for place in places]
 
 
-def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
+def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, pipeline, start_step: int):
     """This process's micro-batches on its device, from a step on, without end."""
     accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
     place, length = (accelerator.process_index, accelerator.num_processes), len(labels["key"])
     read, keys = partial(read_row, args, run, labels, noise_scheduler), micro_batches(args, length, *place, start_step)
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
         for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
-            if encode_prompts:
-                batch |= encode_prompts(batch.pop("prompt"))
+            if not args.cache_text_embeddings:
+                batch |= encode_prompt(args, pipeline, batch.pop("prompt"))
             pinned = {n: part.pin_memory() if on_gpu and not part.is_cuda else part for n, part in batch.items()}
             yield {name: part.to(accelerator.device, non_blocking=True) for name, part in pinned.items()}
 
@@ -968,12 +943,11 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     accelerator = run.accelerator
     key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
     folder = run.cache.parent / f"reference-{content_key(json.dumps(key))}"
-    start = run.start_step
-    while start < run.max_train_steps and (folder / f"{start}.safetensors").exists():
-        start += 1
-    start = broadcast_object_list([start])[0]  # another run may be writing: the first process decides
-    batches, hidden = batches(start), not accelerator.is_local_main_process
-    for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step", disable=hidden):
+    missing = (s for s in range(run.start_step, run.max_train_steps) if not (folder / f"{s}.safetensors").exists())
+    # Another run may be writing: the first process decides.
+    start = broadcast_object_list([next(missing, run.max_train_steps)])[0]
+    batches = batches(start)
+    for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step"):
         found = []
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)  # outside of autocast, as in training
@@ -1021,9 +995,8 @@ def model_key(model: str, file: str, revision: str | None = None) -> str:
         return f"{model}@{file_of(model, file, revision).parent.name}"
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(model).rglob("*.*") if path.is_file() and path.stat().st_size):
-        if not re.search(
-            r"/\.|\.(md|png)$", name := f"/{path.relative_to(model)}"
-        ):  # not cards, pictures, hidden files
+        name = f"/{path.relative_to(model)}"
+        if not re.search(r"/\.|\.(md|png)$", name):  # no hidden files, cards and pictures
             content = np.memmap(path, mode="r")
             digest.update(f"{name}:{len(content)}".encode())
             for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
@@ -1121,12 +1094,10 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
     model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
     models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
     encoding = content_key(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
-    settings = {"version": VERSION}
-    settings |= {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
+    settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
     if args.lr_scheduler.startswith("constant"):  # such a run may be made longer; other schedules depend on its length
         del settings["max_train_steps"], settings["num_train_epochs"]
-    settings |= labels["settings"]
-    settings |= {"model_files": encoding, "global_batch_size": rows_per_step}
+    settings |= {"version": VERSION, **labels["settings"], "model_files": encoding, "global_batch_size": rows_per_step}
 
     output_dir, resume, checkpoints = Path(args.output_dir), args.resume_from_checkpoint, list_checkpoints(args)
     here, record = f"--output_dir {output_dir} holds", output_dir / "run.json"
@@ -1200,9 +1171,6 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
         run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
 
 
-stop_signals: list[tuple[int, float]] = []  # that this process has received while it trained, and when
-
-
 def on_stop_signal(number: int, frame) -> None:
     """After the first SIGTERM or Ctrl-C all processes leave between two steps; a second one ends this one now."""
     # A launcher passes a signal on that the whole group has received already: this is not a second one.
@@ -1220,9 +1188,8 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
         return
     run.accelerator.wait_for_everyone()  # a launcher ends all processes soon after the first
     run.accelerator.end_training()
-    if run.accelerator.is_main_process:
-        with suppress(BrokenPipeError):
-            print(f"stopped after step {step}: --resume_from_checkpoint latest goes on from there", flush=True)
+    with suppress(BrokenPipeError):
+        run.accelerator.print(f"stopped after step {step}: --resume_from_checkpoint latest goes on", flush=True)
     # Perhaps another process has received the signal. A usual end would write into a pipe that nobody reads any more.
     os._exit(128 + (stop_signals[0][0] if stop_signals else signal.SIGTERM))
 
@@ -1240,8 +1207,7 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
             whole = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= run.start_step]
             write_bytes(file, "".join(whole).encode())
             self.file = open(file, "a", buffering=1)
-        hidden = not self.accelerator.is_local_main_process
-        self.bar = tqdm(total=total, initial=run.start_step, desc="train", unit="step", disable=hidden)
+        self.bar = tqdm(total=total, initial=run.start_step, desc="train", unit="step")
         self.step_ended, self.data_time, self.skipped = time.time(), 0.0, 0  # steps in a row
 
     def write(self, step: int, logs: dict[str, float]) -> bool:
@@ -1274,12 +1240,11 @@ def draw_gallery(args: ScriptArguments, run: Run, pipeline, model: Module, lora:
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options |= {name: getattr(args, f"validation_{name}") for name in ("num_inference_steps", "guidance_scale")}
     setattr(pipeline, DENOISER, model.eval())
-    images, embeds = [], []
-    for text in ["", *args.validation_prompts]:
-        parts = load_file(run.cache_file(content_key(text)), device=str(device))
-        embeds.append(pipeline_embeds(args, {name: part[None] for name, part in parts.items()}))
-    options |= {f"negative_{name}": part for name, part in embeds[0].items()}
-    for i, prompt_embeds in enumerate(embeds[1:]):
+    files, images = [run.cache_file(content_key(text)) for text in ["", *args.validation_prompts]], []
+    parts = [{name: part[None].to(device) for name, part in load_file(file).items()} for file in files]
+    empty, *embeds = (pipeline_embeds(args, part) for part in parts)
+    options |= {f"negative_{name}": part for name, part in empty.items()}
+    for i, prompt_embeds in enumerate(embeds):
         with (
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
             nullcontext() if lora else as_reference(model),
@@ -1354,10 +1319,6 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
         "hardware": f"{processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")),
     }
-
-
-CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
-CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
 
 
 def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
@@ -1448,9 +1409,7 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
 
 
 # Arguments and files ------------------------------------------------------------------------------------------------
-class ArgumentParser(TrlParser):
-    """Ends every usage error in one line, and knows the metadata of `flag`. For --config see `config_words`."""
-
+class ArgumentParser(TrlParser):  # ends every usage error in one line, and knows the metadata of `flag`
     group = None
 
     def add_argument(self, *names, limits=None, group=None, free=False, **options):
@@ -1463,16 +1422,12 @@ class ArgumentParser(TrlParser):
 
 
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
-    """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
+    """Parses and checks the command line. `--config file.yaml` adds flags, which the command line overrides."""
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
     arguments = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
-    return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
-
-
-def check_flags(args: TrainingArguments) -> None:
-    """Exits with one line if a flag is out of its range, or does not fit the others."""
+    args = ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
     for spec in fields(args):
         value = getattr(args, spec.name)
         for words, limit in spec.metadata["limits"].items():
@@ -1486,6 +1441,7 @@ def check_flags(args: TrainingArguments) -> None:
         raise SystemExit(f"--resolution {args.resolution}: must be a multiple of {RESOLUTION_MULTIPLE}")
     if args.report_to not in ("all", "none") and not importlib.util.find_spec(args.report_to):
         raise SystemExit(f"--report_to {args.report_to}: it is not installed: pip install {args.report_to}")
+    return args
 
 
 def config_words(file: str) -> list[str]:

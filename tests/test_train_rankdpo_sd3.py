@@ -335,7 +335,7 @@ def test_timesteps_and_weights_are_those_of_diffusers_sd3_example(scheme):
 def test_a_density_that_reaches_1_stays_in_the_schedule(monkeypatch):
     for u in (0.0, 1.0, 1.0001, -0.0001):
         density = "compute_density_for_timestep_sampling"
-        monkeypatch.setattr(script.training_utils, density, lambda *a, u=u, **k: torch.tensor([u]))
+        monkeypatch.setattr(script, density, lambda *a, u=u, **k: torch.tensor([u]))
         assert 0 < draw_sigma(arguments(), 0)[0] <= 1
 
 
