@@ -196,7 +196,7 @@ def test_pictures_behind_paths_that_are_drawn_anew_are_encoded_anew(flags, tmp_p
 
 def latents(cache: Path) -> dict[str, int]:
     """The cached rows, and when they were written."""
-    files = [file for file in cache.glob("*/??/*.safetensors") if "latents" in load_file(file)]
+    files = [file for file in cache.glob("*/*.safetensors") if "latents" in load_file(file)]
     return {file.stem: file.stat().st_mtime_ns for file in files}
 
 
@@ -294,15 +294,16 @@ def test_cached_rows_hold_what_the_pipeline_would_compute(flags, trained, tiny_s
 
     cache, row = Path(flags[flags.index("--cache_dir") + 1]), ranked_rows(n=10)[3]
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
-    embeds, _, pooled, _ = pipeline.encode_prompt(row["prompt"], do_classifier_free_guidance=False)
-    items = [item for item in map(load_file, cache.glob("*/??/*.safetensors")) if "latents" in item]
-    items = [item for item in items if item["latents"].shape[0] == 4 and "prompt_embeds" in item]
-    (item,) = [item for item in items if torch.allclose(item["prompt_embeds"].float(), embeds[0], atol=1e-6)][:1]
-    assert torch.allclose(item["pooled_prompt_embeds"], pooled[0], atol=1e-6)
+    with torch.no_grad():
+        embeds, _, pooled, _ = pipeline.encode_prompt(row["prompt"], do_classifier_free_guidance=False)
+    (file, *_) = cache.glob(f"*/{script.content_key(row['prompt'])}.safetensors")
+    item = load_file(file)
+    assert torch.equal(item["prompt_embeds"], embeds[0]) and torch.equal(item["pooled_prompt_embeds"], pooled[0])
     pixels = pipeline.image_processor.preprocess(Image.open(BytesIO(row["images"][2]["bytes"])))
     with torch.no_grad():
         wanted = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
-    assert torch.allclose(item["latents"][2], wanted[0], atol=1e-5)
+    items = [item for item in map(load_file, file.parent.glob("*.safetensors")) if len(item.get("latents", [])) == 4]
+    (item,) = [item for item in items if torch.allclose(item["latents"][2], wanted[0], atol=1e-5)]
     assert item["time_ids"][2].tolist() == [32, 32, 0, 0, 32, 32]
 
 
@@ -398,13 +399,6 @@ def test_empty_prompts_replace_their_share_of_the_prompts(flags, tmp_path, monke
     assert empty[:60] == empty[60:] and 8 <= sum(empty[:60]) <= 30
 
 
-def test_micro_conditioning_of_the_training():
-    ids = torch.tensor([[96.0, 64, 8, 0, 32, 32], [40, 100, 0, 24, 32, 32]])
-    for name, wanted in [("image", ids), ("resolution", torch.tensor([[32.0, 32, 0, 0, 32, 32]]).expand(2, 6))]:
-        args = script.ScriptArguments(dataset_name="x", time_ids=name)
-        assert torch.equal(script.micro_conditioning(args, ids), wanted)
-
-
 def test_labels_by_reward_and_by_generator(ranked_dataset):
     """Recomputed from the scores of the images that are left."""
     rows = ranked_rows(n=10)
@@ -444,10 +438,6 @@ def test_yaml_settings_and_command_line_override(flags, tmp_path):
         ("loss_type: best", ["--loss_type", "invalid choice: 'best'", "rankdpo"]),
         ("loss_typ: dpo", ["unrecognized arguments: --loss_typ"]),  # no abbreviations: a later flag would break them
         ("use_8bit_adam: maybe", ["--use_8bit_adam", "maybe"]),
-        ("rank: {a: 1}", ["--config", "recipe.yaml", "flag: value"]),
-        ("just text", ["--config", "recipe.yaml", "flag: value"]),
-        ("config: other.yaml", ["--config", "recipe.yaml", "no `config`"]),
-        ("a: [", ["--config", "recipe.yaml", "cannot be read"]),
     ],
 )
 def test_wrong_settings_of_a_file_are_named(tmp_path, text, words):
@@ -575,8 +565,7 @@ def test_bad_rows_are_named(tiny_sdxl, tmp_path, monkeypatch, name):
         (["--learning_rate", 0], ["--learning_rate"]),
         (["--resolution", 33], ["--resolution 33", "multiple of 8"]),
         (["--train_batch_size", 0], ["--train_batch_size 0"]),
-        (["--prompt_column", "caption"], ["no column 'caption'", "--prompt_column", "prompt_id"]),
-        (["--images_column", "prompt"], ["'prompt'", "List(Image())"]),
+        (["--prompt_column", "caption"], ["no column 'caption'", "_column"]),
         (["--rank_by", "beauty"], ["--rank_by beauty", "first, second"]),
         (["--loss_type", "weighted_sft"], ["hpsv2.1", "first, second", "--rank_by"]),
         (["--loss_type", "weighted_sft", "--rank_by", "first"], ["row 0", "`first`", "below 0", "--rank_by"]),
@@ -585,12 +574,9 @@ def test_bad_rows_are_named(tiny_sdxl, tmp_path, monkeypatch, name):
         (["--safeguard", 1.5], ["--safeguard 1.5", "at most 1"]),
         (["--noise", "pixel"], ["--noise", "invalid choice: 'pixel'"]),
         (["--generators", "g0", "flux"], ["--generators g0 flux", "at least 2"]),
-        (["--dataset_name", "no/such/folder"], ["--dataset_name no/such/folder"]),
         (["--dataset_split", "validation"], ["--dataset_name", "validation"]),
         (["--no_such_flag", 5], ["--no_such_flag"]),
-        (["--config", "no/such.yaml"], ["no/such.yaml"]),
         (["--resume_from_checkpoint", "no/checkpoint"], ["no/checkpoint"]),
-        (["--pretrained_model_name_or_path", "no/such"], ["--pretrained_model_name_or_path no/such"]),
     ],
 )
 def test_bad_flags_are_named(flags, tmp_path, monkeypatch, more, words):
