@@ -571,19 +571,6 @@ def test_bad_flags_are_named(flags, tmp_path, monkeypatch, more, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_models_are_refused_with_one_line_and_an_exit_code(flags, tmp_path):
-    model = tmp_path / "sd3"
-    model.mkdir()
-    (model / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
-    result = run(
-        "train_rankdpo_sdxl.py",
-        *(*flags, "--output_dir", tmp_path / "out", "--pretrained_model_name_or_path", model),
-        check=False,
-    )
-    assert result.returncode == 1 and "StableDiffusion3Pipeline" in result.stderr and "SDXL" in result.stderr
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
-
-
 def test_output_folder_of_another_run_is_refused(flags, trained, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     here = ("--output_dir", trained, "--train_batch_size", 2, "--max_train_steps", 6)
