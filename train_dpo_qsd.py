@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub", "numpy",
-#     "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm", "transformers",
-#     "trl"]
+# dependencies = ["accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub",
+#     "numpy", "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm",
+#     "transformers", "trl"]
 # ///
 """DPO-QSD for SD1.5, SD2.1 and SDXL ("Effective Text-to-Image Alignment with Quality Aware Pair Ranking"): a LoRA from
 preference pairs, the best pairs first.
@@ -408,7 +408,7 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
 
         if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
             save_checkpoint(args, run, step, unwrapped, state)
-        if stopping and step < run.max_train_steps:
+        if stopping:
             stop(args, run, step, unwrapped, state, leave=True)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
             log_images(args, accelerator, draw_gallery(args, run, pipeline, unwrapped), step)
@@ -456,37 +456,22 @@ def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
 def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     """The pairs without their images, and the parts that hold the images. With `--scores_dataset_name` the columns
     `row` and `swapped` say where the images are: see `find_images`."""
-    uids, where = [args.image_0_uid_column, args.image_1_uid_column], f"--dataset_name {args.dataset_name}"
-    wanted = [args.label_0_column, args.has_label_column] + [args.quality_column] * needs_quality(args)
-    needed = {args.prompt_column, *wanted} - {args.has_label_column, "none"}
-    tables, groups = read_columns(args, {args.prompt_column, *wanted, *uids})
-    starts = itertools.accumulate((rows for *_, rows in groups), initial=0)
-    parts = [Part(*place, start, rows) for (*place, rows), start in zip(groups, starts)]
-    if not parts:
-        raise SystemExit(f"{where}: split {args.dataset_split!r} has no rows")
-    system, path = url_to_fs(parts[0].file)
-    with system.open(path) as handle:
-        schema = pq.read_schema(handle)
-    for column in (getattr(args, name) for name in IMAGE_COLUMNS):
-        if column not in schema.names or not re.search("binary|struct<.*bytes: ", str(schema.field(column).type)):
-            have = f"it has {', '.join(schema.names)}; scores without images are for --scores_dataset_name"
-            raise SystemExit(f"{where}: column {column!r} must hold bytes or Image; {have}")
-    table = images = pa.concat_tables(tables, promote_options="permissive")
+    uids, optional = [args.image_0_uid_column, args.image_1_uid_column], {args.has_label_column}
+    images = dict.fromkeys([args.image_0_column, args.image_1_column], "images")
+    needed = {args.prompt_column: "text", args.label_0_column: "numbers"}
+    needed = {column: kind for column, kind in needed.items() if column != "none"}
+    if needs_quality(args):
+        needed[args.quality_column] = "numbers: score_pairs.py writes it; --order random --top_fraction 1 needs none"
     if args.scores_dataset_name:
         names = ("dataset_name", "dataset_config_name", "dataset_revision")
         scores = replace(args, **{name: getattr(args, f"scores_{name}") for name in names})
-        tables, _ = read_columns(scores, {args.prompt_column, *wanted, *uids})
-        table = pa.concat_tables(tables, promote_options="permissive")
-        where, needed = f"--scores_dataset_name {args.scores_dataset_name}", needed | {*uids}
-    for column in sorted(needed - {*table.column_names}):
-        hint = ": score the pairs with score_pairs.py, or --order random --top_fraction 1 takes all without scores"
-        hint = hint if column == args.quality_column else ": see the flags that end in _column"
-        raise SystemExit(f"{where}: no column {column!r}{hint}")
-    kinds = [("numbers", "u?int|float|halffloat|double|bool|null", column) for column in wanted]
-    for words, pattern, column in [("text", "(large_)?string|null", args.prompt_column), *kinds]:
-        if column in table.column_names and not re.match(pattern, kind := str(table[column].type)):
-            raise SystemExit(f"{where}: column {column!r} holds {kind}: it must hold {words}")
-    return (find_images(args, table, images, parts) if args.scores_dataset_name else table), parts
+        table, _ = read_columns(scores, needed | dict.fromkeys(uids, "ids"), optional)
+        ids, groups = read_columns(args, images, {*uids})
+    else:
+        table, groups = read_columns(args, needed | images, optional)
+    starts = itertools.accumulate((rows for *_, rows in groups), initial=0)
+    parts = [Part(*place, start, rows) for (*place, rows), start in zip(groups, starts)]
+    return (find_images(args, table, ids, parts) if args.scores_dataset_name else table), parts
 
 
 def find_images(args: ScriptArguments, table: pa.Table, images: pa.Table, parts: list["Part"]) -> pa.Table:
@@ -523,10 +508,10 @@ def content_ids(args: ScriptArguments, parts: list["Part"]) -> list[pa.ChunkedAr
 
 def read_index(args: ScriptArguments, part: "Part") -> list[list[str]]:
     """The names of a part's images, row by row."""
-    if not (file := index_file(args, part)).exists():
+    if not part.index.exists():
         index = [[image_name(image) for image in images] for images in read_images(args, part)]
-        write_bytes(file, json.dumps(index).encode())
-    return json.loads(file.read_text())
+        write_bytes(part.index, json.dumps(index).encode())
+    return json.loads(part.index.read_text())
 
 
 def needs_quality(args: ScriptArguments) -> bool:
@@ -777,24 +762,33 @@ With ComfyUI: put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` i
 
 
 # Data: images where they lie, one cache file a row, batches, the reference's errors ---------------------------------
-# A row group of a Parquet file: path or URL, number, what identifies its images wherever it lies, first row, rows.
-Part = namedtuple("Part", "file number identity start rows")
+# A row group of a Parquet file: path or URL, number, first row, how many, and its index in the cache: see `row_keys`.
+Part = namedtuple("Part", "file number index start rows")
+KINDS = {  # of columns: patterns of Arrow's types
+    "ids": "string|int",
+    "text": "^(large_)?string|^null",
+    "numbers": "^(u?int|float|halffloat|double|bool|null)",
+    "images": "^(large_)?binary|^struct<.*bytes: ",
+    "lists of numbers": "list<[^<]*(int|float|double)",
+    "lists of images": "list.*<.*(binary|bytes: )",
+}
 
 
-def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Table], list[tuple]]:
-    """These columns of each Parquet file, and the row groups of all: (file, number, identity, rows)."""
+def read_columns(args: ScriptArguments, needed: dict, optional: set) -> tuple[pa.Table, list[tuple]]:
+    """These columns of all rows but the images, and the row groups: (file, number, index, rows). needed: column → its
+    kind, and after a colon what to do if it is not there."""
     found = None
     if PartialState().is_main_process:  # for all processes: the Hub limits requests
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+            found = list(pool.map(partial(read_labels, args, needed, optional), find_files(args)))
     tables, groups = zip(*broadcast_object_list([found])[0])
-    return tables, [*itertools.chain(*groups)]
+    return pa.concat_tables(tables, promote_options="permissive"), [*itertools.chain(*groups)]
 
 
 def find_files(args: ScriptArguments) -> list[str]:
     """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
     knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
-    name, split, folder, files = args.dataset_name, args.dataset_split, args.dataset_name, []
+    name, split, folder, found = args.dataset_name, args.dataset_split, args.dataset_name, {}
     if os.path.isfile(name):  # one .parquet file
         return [name]
     if os.path.exists(f"{name}/UNFINISHED"):
@@ -809,32 +803,39 @@ def find_files(args: ScriptArguments) -> list[str]:
             found = load_dataset_builder(folder, **options).config.data_files or {}
             if found and re.split(r"[\[+]", split)[0] not in found:
                 raise SystemExit(f"--dataset_name {name}: no split {split!r}; it has {', '.join(found)}")
-            files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
+        files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
         if files and all(file.endswith(".parquet") for file in files):
             return files
         stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
-        facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
+        facts = [options, split, str(found), *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
         copy = Path(args.cache_dir, "datasets", f"{content_key(str(facts))}.parquet")
         if not copy.exists():
             options |= {"split": split, "cache_dir": f"{links}/arrow"}
             dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(f"{copy}.tmp")
-            os.replace(f"{copy}.tmp", copy)
+            temporary = f"{copy}.{os.getpid()}.tmp"
+            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(temporary)
+            os.replace(temporary, copy)
     return [str(copy)]
 
 
-def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
-    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
+def read_labels(args: ScriptArguments, needed: dict, optional: set, file: str) -> tuple[pa.Table, list[tuple]]:
     system, path = url_to_fs(file)
     known, footer = system.info(path), BytesIO()
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
-        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
+        types = {field.name: str(field.type) for field in parquet.schema_arrow}
+        for column, kind in needed.items():
+            if not re.search(KINDS[kind.partition(":")[0]], types.get(column, "absent")):
+                problem = f"column {column!r} is {types.get(column, 'absent')}, and must hold {kind}"
+                raise SystemExit(f"{args.dataset_name}: {problem}; it has {', '.join(types)}")
+        images = [getattr(args, name) for name in IMAGE_COLUMNS]
+        table = parquet.read([name for name in types if name in {*needed, *optional} and name not in images])
         parquet.metadata.write_metadata_file(footer)
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), content_key(footer.getvalue())]
-    facts += [getattr(args, name) for name in IMAGE_COLUMNS]
-    return table, [(file, n, content_key(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
+    # What identifies the images of a file, wherever it lies and whatever it is called.
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), content_key(footer.getvalue()), *images]
+    index = [Path(args.cache_dir, "index", f"{content_key(json.dumps([*facts, n]))}.json") for n in range(len(sizes))]
+    return table, list(zip([file] * len(sizes), range(len(sizes)), index, sizes))
 
 
 def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
@@ -863,24 +864,20 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
     return content_key(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
 
 
-def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
+def row_keys(part: Part, labels: dict) -> dict[int, str] | None:
     """The key of each row of the labels whose images a part holds; None if it has no index yet."""
     rows = label_rows(labels, part.start, part.start + part.rows)
-    if rows and not index_file(args, part).exists():
+    if rows and not part.index.exists():
         return None
-    images = json.loads(index_file(args, part).read_text()) if rows else []
+    images = json.loads(part.index.read_text()) if rows else []
     return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
 
 
-def missing_parts(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> list[Part]:
+def missing_parts(run: "Run", parts: list[Part], labels: dict) -> list[Part]:
     """Those with rows that are not in the cache."""
     cached = {file.stem for file in run.cache.glob("*.safetensors")}
-    keys = ((part, row_keys(args, part, labels)) for part in parts)
+    keys = ((part, row_keys(part, labels)) for part in parts)
     return [part for part, found in keys if found is None or not cached.issuperset(found.values())]
-
-
-def index_file(args: ScriptArguments, part: Part) -> Path:
-    return Path(args.cache_dir, "index", f"{part.identity}.json")
 
 
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
@@ -898,17 +895,19 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                         continue
                     used = labels["images"][row]
                     decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
-                    if bad := [i for i, image in decoding.items() if image.exception()]:
-                        problem = one_line(decoding[bad[0]].exception())
-                        raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
+                    for i, image in decoding.items():
+                        if image.exception():
+                            raise SystemExit(f"{where}: image {i} does not decode: {image.exception()}")
                     yield key, default_collate([image.result() for image in decoding.values()])
-            write_bytes(index_file(args, part), json.dumps(index).encode())
+            write_bytes(part.index, json.dumps(index).encode())
 
 
 def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped; and
     time_ids, float32 (6,), which SDXL reads: [original height, width, crop top, left, target height, width]."""
     picture = Image().decode_example(stored)  # turned as its EXIF data say
+    if picture.mode == "F" or picture.mode.startswith("I") and max(picture.getextrema()) > 65535:
+        raise ValueError("its pixels are not of 8 or 16 bits: convert it")
     if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
         picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
@@ -923,7 +922,7 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
 def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
     """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
     Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
-    accelerator, missing = run.accelerator, missing_parts(args, run, parts, labels)
+    accelerator, missing = run.accelerator, missing_parts(run, parts, labels)
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
     texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
@@ -934,7 +933,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     accelerator.wait_for_everyone()  # all have looked
     for share in (missing[accelerator.process_index :: accelerator.num_processes], missing):
         # The second round is for machines with caches of their own.
-        encode_rows(args, run, pipeline, missing_parts(args, run, share, labels), labels)
+        encode_rows(args, run, pipeline, missing_parts(run, share, labels), labels)
         accelerator.wait_for_everyone()
     if pipeline:
         hidden = not accelerator.is_local_main_process
@@ -947,7 +946,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
         if args.cache_text_embeddings:
             pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
     accelerator.wait_for_everyone()
-    keys = {row: key for part in parts for row, key in row_keys(args, part, labels).items()}
+    keys = {row: key for part in parts for row, key in row_keys(part, labels).items()}
     labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
     if accelerator.device.type == "cuda":
@@ -969,6 +968,8 @@ def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], 
             batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
             means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
             latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
+            if not latents.isfinite().all():
+                raise SystemExit("the VAE's latents are not finite: it overflows in half precision: give another one")
             for (key, item), images in zip(group, latents.split(run.images_per_row)):
                 write_tensors(run.cache_file(key), {"latents": images, **item})
             bar.update(len(group))
@@ -1002,8 +1003,8 @@ def micro_batches(args: ScriptArguments, length: int, process: int, processes: i
 def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
     """This process's micro-batches on its device, from a step on, without end."""
     accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
-    place = (accelerator.process_index, accelerator.num_processes, start_step)
-    keys, read = micro_batches(args, len(labels["key"]), *place), partial(read_row, args, run, labels, noise_scheduler)
+    place, length = (accelerator.process_index, accelerator.num_processes), len(labels["key"])
+    read, keys = partial(read_row, args, run, labels, noise_scheduler), micro_batches(args, length, *place, start_step)
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
         for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
             if encode_prompts:
@@ -1202,7 +1203,9 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
         if not checkpoints:
             raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
     max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * len(labels["id"]) / rows_per_step))
-    start_step = max((step for step in checkpoints if step <= max_train_steps), default=0)
+    start_step = max(checkpoints, default=0)
+    if start_step > max_train_steps:
+        raise SystemExit(f"{here} checkpoint-{start_step}, beyond the {max_train_steps} steps: raise --max_train_steps")
     size = (start_step, max_train_steps, rows_per_step, labels["images"].shape[1])
     return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoints.get(start_step), *size)
 
@@ -1249,8 +1252,9 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     if args.checkpoints_total_limit:
-        for old in list(list_checkpoints(args).values())[: -args.checkpoints_total_limit]:
-            shutil.rmtree(old)
+        older = [path for saved, path in list_checkpoints(args).items() if saved <= step]
+        for path in older[: -args.checkpoints_total_limit]:
+            shutil.rmtree(path)
     if args.push_to_hub and args.hub_strategy == "checkpoint" and step < run.max_train_steps:
         lora = {"path_or_fileobj": (folder / LORA_FILE).read_bytes(), "path_in_repo": LORA_FILE}
         run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
@@ -1286,7 +1290,8 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
+        size = f"{run.rows_per_step} x {run.images_per_row} images"
+        self.accelerator.print(f"steps {run.start_step + 1} to {total} of {size}")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers(Path(__file__).stem, config=config)
@@ -1313,7 +1318,8 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
         self.skipped = 0 if finite else self.skipped + 1
         if self.accelerator.is_main_process:
             known = {name: value if np.isfinite(value) else None for name, value in logs.items()}  # JSON has no NaN
-            self.file.write(json.dumps({"step": step, **known, **({} if finite else {"skipped": True})}) + "\n")
+            known |= {"processes": self.accelerator.num_processes, **({} if finite else {"skipped": True})}
+            self.file.write(json.dumps({"step": step, **known}) + "\n")
         # With fp16 the first gradients overflow, while the loss scaler looks for its scale.
         if self.skipped > self.args.max_skipped_steps + 20 * (self.args.mixed_precision == "fp16"):
             raise SystemExit(f"step {step}: {self.skipped} steps in a row were not finite: lower --learning_rate")
@@ -1388,6 +1394,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     on_gpu = device.type == "cuda"
     log = [json.loads(line) for line in Path(args.output_dir, LOG_FILE).read_text().splitlines()]
     hours = sum(line["step_time"] for line in log) / 3600
+    process_hours = sum(line["step_time"] * line["processes"] for line in log) / 3600
     commit = re.search(r"@([0-9a-f]{40})/|$", parts[0].file)[1]  # of a dataset of the Hub
     return {
         "base": args.pretrained_model_name_or_path,
@@ -1400,8 +1407,8 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
         "skipped steps": sum("skipped" in line for line in log),
         "seed": args.seed,
         "time": f"{hours:.3g} h of training",
-        "GPU hours": f"{processes * hours:.3g}" if on_gpu else f"0, and {processes * hours:.3g} of CPU processes",
-        **({"price": f"{processes * hours * args.gpu_hourly_cost:.2f}"} if args.gpu_hourly_cost else {}),
+        "GPU hours": f"{process_hours:.3g}" if on_gpu else f"0, and {process_hours:.3g} of CPU processes",
+        **({"price": f"{process_hours * args.gpu_hourly_cost:.2f}"} if args.gpu_hourly_cost else {}),
         "speed": f"{len(log) * run.rows_per_step * run.images_per_row / (3600 * hours or 1):.3g} images/s",
         "peak memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if on_gpu else "not measured",
         "hardware": f"{processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
@@ -1416,11 +1423,11 @@ CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
 def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
     output_dir, widgets, about = Path(args.output_dir), [], describe(args, run)
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
-    (output_dir / "images").mkdir()
     gallery = ["| prompt | base | with this LoRA |", "|---|---|---|"]
     for i, (prompt, base, tuned) in enumerate(zip(args.validation_prompts, before, after)):
-        base.save(output_dir / "images" / f"{i}_base.png")
-        tuned.save(output_dir / "images" / f"{i}.png")
+        for file, image in ((f"{i}_base.png", base), (f"{i}.png", tuned)):
+            image.save(content := BytesIO(), "PNG")
+            write_bytes(output_dir / "images" / file, content.getvalue())
         widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
@@ -1430,7 +1437,8 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
     front["base_model"] = None if os.path.isdir(model) else model  # the Hub cannot link to a folder of this machine
     front["datasets"] = [name for name in about["datasets"] if not os.path.exists(name)] or None
     local = "output_dir cache_dir resume_from_checkpoint push_to_hub hub_model_id validation_prompts".split()
-    command = ["accelerate", "launch", Path(__file__).name]
+    processes = run.accelerator.num_processes
+    command = ["accelerate", "launch", f"--num_processes={processes}", Path(__file__).name]
     for spec in fields(args):
         value = getattr(args, spec.name)
         if value != spec.default and spec.name not in local:
@@ -1511,7 +1519,7 @@ class ArgumentParser(TrlParser):
 
     def error(self, message: str):
         # argparse names both spellings of a flag: --lr_scheduler/--lr-scheduler.
-        raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
+        raise SystemExit(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", " ".join(message.split())))
 
 
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
@@ -1550,10 +1558,6 @@ def config_words(file: str) -> list[str]:
         if words and value not in ("", "~", "null", "Null", "NULL"):
             given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return given
-
-
-def one_line(error: BaseException | str) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def seeded_generator(*key) -> np.random.Generator:

@@ -85,9 +85,9 @@ from trl import TrlParser
 LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "plackett_luce", "sft", "weighted_sft")
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+SFT = ("sft", "weighted_sft")
 # The objectives that an option has no meaning for.
-UNUSED_BY = dict.fromkeys(("sft_weight", "precompute_ref"), ("sft", "weighted_sft"))
-UNUSED_BY["safeguard"] = ("plackett_luce", "sft", "weighted_sft")
+UNUSED_BY = {"sft_weight": SFT, "precompute_ref": SFT, "safeguard": ("plackett_luce", *SFT)}
 RESOLUTION_MULTIPLE = 16
 IMAGE_COLUMNS = ("images_column",)
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
@@ -256,7 +256,7 @@ def rankdpo_loss(
     preferred = phi[:, :, None] > phi[:, None, :]
     wins = preferred.sum(dim=2)
     sft_loss = (wins / wins.sum(dim=1, keepdim=True).clamp(min=1) * model_errors).sum(dim=1).mean()
-    if loss_type in ("sft", "weighted_sft"):
+    if loss_type in SFT:
         loss = sft_loss if loss_type == "sft" else (weight * model_errors).mean()
         return loss, {"loss": loss.detach()}
 
@@ -355,7 +355,7 @@ def training_step(model: Module, reference: Module, noise_scheduler, batch: dict
     model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off; batch: what
     `predict` reads, phi, rank, weight of weighted_sft and ref_errors, if they were computed before, (B, k) each."""
     ref_errors = batch.get("ref_errors")
-    if ref_errors is None and args.loss_type not in UNUSED_BY["precompute_ref"]:
+    if ref_errors is None and args.loss_type not in SFT:
         with as_reference(reference):
             ref_errors = predict(reference, noise_scheduler, batch, args)[0].detach()
     model_errors, prediction, target = predict(model, noise_scheduler, batch, args)
@@ -421,7 +421,7 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
 
         if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or step == run.max_train_steps):
             save_checkpoint(args, run, step, unwrapped, state)
-        if stopping and step < run.max_train_steps:
+        if stopping:
             stop(args, run, step, unwrapped, state, leave=True)
         if accelerator.is_main_process and args.validation_steps and step % args.validation_steps == 0:
             log_images(args, accelerator, draw_gallery(args, run, pipeline, unwrapped), step)
@@ -470,13 +470,10 @@ def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
 # Copied from train_rankdpo_sdxl.load_ranked_dataset
 def load_ranked_dataset(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     """The dataset without its images: the label columns of all rows, and the parts that hold the images."""
-    columns = [args.prompt_id_column, args.prompt_column, args.preference_column]
-    tables, groups = read_columns(args, {*columns, args.rank_column, "generators", "scores"})
-    table = pa.concat_tables(tables, promote_options="permissive")[: args.max_train_samples]
-    if absent := [name for name in columns if name not in table.column_names]:
-        raise SystemExit(
-            f"--dataset_name {args.dataset_name}: no column {absent[0]!r}: see the flags that end in _column"
-        )
+    needed = {args.prompt_id_column: "ids", args.prompt_column: "text", args.images_column: "lists of images"}
+    needed[args.preference_column] = "lists of numbers"
+    table, groups = read_columns(args, needed, {args.rank_column, "generators", "scores"})
+    table = table[: args.max_train_samples]
     parts, start = [], 0
     for *place, rows in groups:
         if start < len(table):
@@ -499,7 +496,7 @@ def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
             if (k := len(found[-1]["images"])) != (first := len(found[0]["images"])):
                 raise ValueError(f"{k} images, but row 0 has {first}: all rows need the same number")
         except (ValueError, TypeError, LookupError) as error:
-            problem = f"the dataset has no column {error}" if isinstance(error, KeyError) else one_line(error)
+            problem = f"the dataset has no column {error}" if isinstance(error, KeyError) else error
             raise SystemExit(f"row {index} (prompt_id {prompt_id!r}): {problem}") from None
         seen[prompt_id] = index
     if not found:
@@ -512,7 +509,7 @@ def make_labels(args: ScriptArguments, table: pa.Table) -> dict:
     phi = labels["phi"]
     ordered = np.mean([phi[:, i] != phi[:, j] for i, j in itertools.combinations(range(phi.shape[1]), 2)])
     without = np.count_nonzero(np.ptp(phi, axis=1) == 0)
-    if ordered == 0 and args.loss_type in ("rankdpo", "dpo_gain", "dpo"):
+    if ordered == 0 and args.loss_type != "weighted_sft":
         raise SystemExit(f"{args.dataset_name}: the images of all {without} prompts are equally preferred")
     PartialState().print(f"{ordered:.1%} of the pairs of images have an order; {without} prompts have none")
     # What identifies them: the rewards that made them, which evaluate.py marks, and a hash.
@@ -707,7 +704,7 @@ def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
 def describe(args: ScriptArguments, run: "Run") -> dict:
     """What the card says of method, data and model. The LoRA is to be used with the T5 tokens of its training."""
     learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if "sft" in args.loss_type:
+    if args.loss_type in SFT:
         learns = "one of its baselines: the model learns to denoise images, the better ones more"
     data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
     model, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
@@ -736,24 +733,33 @@ the "Load LoRA" node at strength 1."""
 
 
 # Data: images where they lie, one cache file a row, batches, the reference's errors ---------------------------------
-# A row group of a Parquet file: path or URL, number, what identifies its images wherever it lies, first row, rows.
-Part = namedtuple("Part", "file number identity start rows")
+# A row group of a Parquet file: path or URL, number, first row, how many, and its index in the cache: see `row_keys`.
+Part = namedtuple("Part", "file number index start rows")
+KINDS = {  # of columns: patterns of Arrow's types
+    "ids": "string|int",
+    "text": "^(large_)?string|^null",
+    "numbers": "^(u?int|float|halffloat|double|bool|null)",
+    "images": "^(large_)?binary|^struct<.*bytes: ",
+    "lists of numbers": "list<[^<]*(int|float|double)",
+    "lists of images": "list.*<.*(binary|bytes: )",
+}
 
 
-def read_columns(args: ScriptArguments, columns: set[str]) -> tuple[list[pa.Table], list[tuple]]:
-    """These columns of each Parquet file, and the row groups of all: (file, number, identity, rows)."""
+def read_columns(args: ScriptArguments, needed: dict, optional: set) -> tuple[pa.Table, list[tuple]]:
+    """These columns of all rows but the images, and the row groups: (file, number, index, rows). needed: column → its
+    kind, and after a colon what to do if it is not there."""
     found = None
     if PartialState().is_main_process:  # for all processes: the Hub limits requests
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(partial(read_labels, args, columns), find_files(args)))
+            found = list(pool.map(partial(read_labels, args, needed, optional), find_files(args)))
     tables, groups = zip(*broadcast_object_list([found])[0])
-    return tables, [*itertools.chain(*groups)]
+    return pa.concat_tables(tables, promote_options="permissive"), [*itertools.chain(*groups)]
 
 
 def find_files(args: ScriptArguments) -> list[str]:
     """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
     knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
-    name, split, folder, files = args.dataset_name, args.dataset_split, args.dataset_name, []
+    name, split, folder, found = args.dataset_name, args.dataset_split, args.dataset_name, {}
     if os.path.isfile(name):  # one .parquet file
         return [name]
     if os.path.exists(f"{name}/UNFINISHED"):
@@ -768,32 +774,39 @@ def find_files(args: ScriptArguments) -> list[str]:
             found = load_dataset_builder(folder, **options).config.data_files or {}
             if found and re.split(r"[\[+]", split)[0] not in found:
                 raise SystemExit(f"--dataset_name {name}: no split {split!r}; it has {', '.join(found)}")
-            files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
+        files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
         if files and all(file.endswith(".parquet") for file in files):
             return files
         stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
-        facts = [options, split, files, *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
+        facts = [options, split, str(found), *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
         copy = Path(args.cache_dir, "datasets", f"{content_key(str(facts))}.parquet")
         if not copy.exists():
             options |= {"split": split, "cache_dir": f"{links}/arrow"}
             dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(f"{copy}.tmp")
-            os.replace(f"{copy}.tmp", copy)
+            temporary = f"{copy}.{os.getpid()}.tmp"
+            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(temporary)
+            os.replace(temporary, copy)
     return [str(copy)]
 
 
-def read_labels(args: ScriptArguments, columns: set[str], file: str) -> tuple[pa.Table, list[tuple]]:
-    """The label columns of a Parquet file, and its row groups: (file, number, identity, rows). Reads no image."""
+def read_labels(args: ScriptArguments, needed: dict, optional: set, file: str) -> tuple[pa.Table, list[tuple]]:
     system, path = url_to_fs(file)
     known, footer = system.info(path), BytesIO()
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
-        table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in columns])
+        types = {field.name: str(field.type) for field in parquet.schema_arrow}
+        for column, kind in needed.items():
+            if not re.search(KINDS[kind.partition(":")[0]], types.get(column, "absent")):
+                problem = f"column {column!r} is {types.get(column, 'absent')}, and must hold {kind}"
+                raise SystemExit(f"{args.dataset_name}: {problem}; it has {', '.join(types)}")
+        images = [getattr(args, name) for name in IMAGE_COLUMNS]
+        table = parquet.read([name for name in types if name in {*needed, *optional} and name not in images])
         parquet.metadata.write_metadata_file(footer)
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    facts = [known["size"], known.get("mtime"), known.get("blob_id"), content_key(footer.getvalue())]
-    facts += [getattr(args, name) for name in IMAGE_COLUMNS]
-    return table, [(file, n, content_key(json.dumps([*facts, n])), rows) for n, rows in enumerate(sizes)]
+    # What identifies the images of a file, wherever it lies and whatever it is called.
+    facts = [known["size"], known.get("mtime"), known.get("blob_id"), content_key(footer.getvalue()), *images]
+    index = [Path(args.cache_dir, "index", f"{content_key(json.dumps([*facts, n]))}.json") for n in range(len(sizes))]
+    return table, list(zip([file] * len(sizes), range(len(sizes)), index, sizes))
 
 
 def read_images(args: ScriptArguments, part: Part) -> Iterator[list[dict]]:
@@ -822,24 +835,20 @@ def row_key(labels: dict, row: int, images: list[str]) -> str:
     return content_key(json.dumps([*facts, *((file.st_size, file.st_mtime_ns) for file in files)]))
 
 
-def row_keys(args: ScriptArguments, part: Part, labels: dict) -> dict[int, str] | None:
+def row_keys(part: Part, labels: dict) -> dict[int, str] | None:
     """The key of each row of the labels whose images a part holds; None if it has no index yet."""
     rows = label_rows(labels, part.start, part.start + part.rows)
-    if rows and not index_file(args, part).exists():
+    if rows and not part.index.exists():
         return None
-    images = json.loads(index_file(args, part).read_text()) if rows else []
+    images = json.loads(part.index.read_text()) if rows else []
     return {row: row_key(labels, row, images[place - part.start]) for place, row in rows}
 
 
-def missing_parts(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> list[Part]:
+def missing_parts(run: "Run", parts: list[Part], labels: dict) -> list[Part]:
     """Those with rows that are not in the cache."""
     cached = {file.stem for file in run.cache.glob("*.safetensors")}
-    keys = ((part, row_keys(args, part, labels)) for part in parts)
+    keys = ((part, row_keys(part, labels)) for part in parts)
     return [part for part, found in keys if found is None or not cached.issuperset(found.values())]
-
-
-def index_file(args: ScriptArguments, part: Part) -> Path:
-    return Path(args.cache_dir, "index", f"{part.identity}.json")
 
 
 def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> Iterator[tuple]:
@@ -857,17 +866,19 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                         continue
                     used = labels["images"][row]
                     decoding = {i: pool.submit(preprocess_image, images[i], args.resolution) for i in used}
-                    if bad := [i for i, image in decoding.items() if image.exception()]:
-                        problem = one_line(decoding[bad[0]].exception())
-                        raise SystemExit(f"{where}: image {bad[0]} does not decode: {problem}")
+                    for i, image in decoding.items():
+                        if image.exception():
+                            raise SystemExit(f"{where}: image {i} does not decode: {image.exception()}")
                     yield key, default_collate([image.result() for image in decoding.values()])
-            write_bytes(index_file(args, part), json.dumps(index).encode())
+            write_bytes(part.index, json.dumps(index).encode())
 
 
 def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     """{"bytes", "path"} → pixels, uint8 (3, resolution, resolution): the shorter side resized, the centre cropped; and
     time_ids, float32 (6,), which SDXL reads: [original height, width, crop top, left, target height, width]."""
     picture = Image().decode_example(stored)  # turned as its EXIF data say
+    if picture.mode == "F" or picture.mode.startswith("I") and max(picture.getextrema()) > 65535:
+        raise ValueError("its pixels are not of 8 or 16 bits: convert it")
     if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
         picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
@@ -882,7 +893,7 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
 def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> tuple:
     """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
     Returns the pipeline that draws, and what encodes prompts at every step. A process loads only what it needs."""
-    accelerator, missing = run.accelerator, missing_parts(args, run, parts, labels)
+    accelerator, missing = run.accelerator, missing_parts(run, parts, labels)
     args.validation_prompts = args.validation_prompts or list(dict.fromkeys(labels["prompt"][:64].to_pylist()))[:4]
     prompts = labels["prompt"].unique().to_pylist() if args.cache_text_embeddings else []
     texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
@@ -893,7 +904,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     accelerator.wait_for_everyone()  # all have looked
     for share in (missing[accelerator.process_index :: accelerator.num_processes], missing):
         # The second round is for machines with caches of their own.
-        encode_rows(args, run, pipeline, missing_parts(args, run, share, labels), labels)
+        encode_rows(args, run, pipeline, missing_parts(run, share, labels), labels)
         accelerator.wait_for_everyone()
     if pipeline:
         hidden = not accelerator.is_local_main_process
@@ -906,7 +917,7 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
         if args.cache_text_embeddings:
             pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
     accelerator.wait_for_everyone()
-    keys = {row: key for part in parts for row, key in row_keys(args, part, labels).items()}
+    keys = {row: key for part in parts for row, key in row_keys(part, labels).items()}
     labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
     if accelerator.device.type == "cuda":
@@ -928,6 +939,8 @@ def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], 
             batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
             means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
             latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
+            if not latents.isfinite().all():
+                raise SystemExit("the VAE's latents are not finite: it overflows in half precision: give another one")
             for (key, item), images in zip(group, latents.split(run.images_per_row)):
                 write_tensors(run.cache_file(key), {"latents": images, **item})
             bar.update(len(group))
@@ -961,8 +974,8 @@ def micro_batches(args: ScriptArguments, length: int, process: int, processes: i
 def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, encode_prompts, start_step: int):
     """This process's micro-batches on its device, from a step on, without end."""
     accelerator, on_gpu = run.accelerator, run.accelerator.device.type == "cuda"
-    place = (accelerator.process_index, accelerator.num_processes, start_step)
-    keys, read = micro_batches(args, len(labels["key"]), *place), partial(read_row, args, run, labels, noise_scheduler)
+    place, length = (accelerator.process_index, accelerator.num_processes), len(labels["key"])
+    read, keys = partial(read_row, args, run, labels, noise_scheduler), micro_batches(args, length, *place, start_step)
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
         for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
             if encode_prompts:
@@ -1161,7 +1174,9 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
         if not checkpoints:
             raise SystemExit(f"--resume_from_checkpoint {resume}: not a checkpoint of --output_dir {output_dir}")
     max_train_steps = args.max_train_steps or max(1, round(args.num_train_epochs * len(labels["id"]) / rows_per_step))
-    start_step = max((step for step in checkpoints if step <= max_train_steps), default=0)
+    start_step = max(checkpoints, default=0)
+    if start_step > max_train_steps:
+        raise SystemExit(f"{here} checkpoint-{start_step}, beyond the {max_train_steps} steps: raise --max_train_steps")
     size = (start_step, max_train_steps, rows_per_step, labels["images"].shape[1])
     return Run(accelerator, settings, earlier, Path(args.cache_dir, encoding), checkpoints.get(start_step), *size)
 
@@ -1208,8 +1223,9 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     if args.checkpoints_total_limit:
-        for old in list(list_checkpoints(args).values())[: -args.checkpoints_total_limit]:
-            shutil.rmtree(old)
+        older = [path for saved, path in list_checkpoints(args).items() if saved <= step]
+        for path in older[: -args.checkpoints_total_limit]:
+            shutil.rmtree(path)
     if args.push_to_hub and args.hub_strategy == "checkpoint" and step < run.max_train_steps:
         lora = {"path_or_fileobj": (folder / LORA_FILE).read_bytes(), "path_in_repo": LORA_FILE}
         run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
@@ -1245,7 +1261,8 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
+        size = f"{run.rows_per_step} x {run.images_per_row} images"
+        self.accelerator.print(f"steps {run.start_step + 1} to {total} of {size}")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers(Path(__file__).stem, config=config)
@@ -1272,7 +1289,8 @@ class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the cloc
         self.skipped = 0 if finite else self.skipped + 1
         if self.accelerator.is_main_process:
             known = {name: value if np.isfinite(value) else None for name, value in logs.items()}  # JSON has no NaN
-            self.file.write(json.dumps({"step": step, **known, **({} if finite else {"skipped": True})}) + "\n")
+            known |= {"processes": self.accelerator.num_processes, **({} if finite else {"skipped": True})}
+            self.file.write(json.dumps({"step": step, **known}) + "\n")
         # With fp16 the first gradients overflow, while the loss scaler looks for its scale.
         if self.skipped > self.args.max_skipped_steps + 20 * (self.args.mixed_precision == "fp16"):
             raise SystemExit(f"step {step}: {self.skipped} steps in a row were not finite: lower --learning_rate")
@@ -1347,6 +1365,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     on_gpu = device.type == "cuda"
     log = [json.loads(line) for line in Path(args.output_dir, LOG_FILE).read_text().splitlines()]
     hours = sum(line["step_time"] for line in log) / 3600
+    process_hours = sum(line["step_time"] * line["processes"] for line in log) / 3600
     commit = re.search(r"@([0-9a-f]{40})/|$", parts[0].file)[1]  # of a dataset of the Hub
     return {
         "base": args.pretrained_model_name_or_path,
@@ -1359,8 +1378,8 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
         "skipped steps": sum("skipped" in line for line in log),
         "seed": args.seed,
         "time": f"{hours:.3g} h of training",
-        "GPU hours": f"{processes * hours:.3g}" if on_gpu else f"0, and {processes * hours:.3g} of CPU processes",
-        **({"price": f"{processes * hours * args.gpu_hourly_cost:.2f}"} if args.gpu_hourly_cost else {}),
+        "GPU hours": f"{process_hours:.3g}" if on_gpu else f"0, and {process_hours:.3g} of CPU processes",
+        **({"price": f"{process_hours * args.gpu_hourly_cost:.2f}"} if args.gpu_hourly_cost else {}),
         "speed": f"{len(log) * run.rows_per_step * run.images_per_row / (3600 * hours or 1):.3g} images/s",
         "peak memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if on_gpu else "not measured",
         "hardware": f"{processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
@@ -1375,11 +1394,11 @@ CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
 def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts: dict) -> None:
     output_dir, widgets, about = Path(args.output_dir), [], describe(args, run)
     shutil.rmtree(output_dir / "images", ignore_errors=True)  # of a run with other validation prompts
-    (output_dir / "images").mkdir()
     gallery = ["| prompt | base | with this LoRA |", "|---|---|---|"]
     for i, (prompt, base, tuned) in enumerate(zip(args.validation_prompts, before, after)):
-        base.save(output_dir / "images" / f"{i}_base.png")
-        tuned.save(output_dir / "images" / f"{i}.png")
+        for file, image in ((f"{i}_base.png", base), (f"{i}.png", tuned)):
+            image.save(content := BytesIO(), "PNG")
+            write_bytes(output_dir / "images" / file, content.getvalue())
         widgets.append({"text": prompt, "output": {"url": f"images/{i}.png"}})
         cell = " ".join(prompt.split()).replace("|", "\\|")
         gallery.append(f"| {cell} | ![base](images/{i}_base.png) | ![LoRA](images/{i}.png) |")
@@ -1389,7 +1408,8 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
     front["base_model"] = None if os.path.isdir(model) else model  # the Hub cannot link to a folder of this machine
     front["datasets"] = [name for name in about["datasets"] if not os.path.exists(name)] or None
     local = "output_dir cache_dir resume_from_checkpoint push_to_hub hub_model_id validation_prompts".split()
-    command = ["accelerate", "launch", Path(__file__).name]
+    processes = run.accelerator.num_processes
+    command = ["accelerate", "launch", f"--num_processes={processes}", Path(__file__).name]
     for spec in fields(args):
         value = getattr(args, spec.name)
         if value != spec.default and spec.name not in local:
@@ -1470,7 +1490,7 @@ class ArgumentParser(TrlParser):
 
     def error(self, message: str):
         # argparse names both spellings of a flag: --lr_scheduler/--lr-scheduler.
-        raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
+        raise SystemExit(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", " ".join(message.split())))
 
 
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
@@ -1509,10 +1529,6 @@ def config_words(file: str) -> list[str]:
         if words and value not in ("", "~", "null", "Null", "NULL"):
             given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return given
-
-
-def one_line(error: BaseException | str) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def seeded_generator(*key) -> np.random.Generator:
