@@ -292,6 +292,8 @@ def picture(mode: str) -> Image.Image:
     ramp = np.linspace(0, 1, 40 * 40).reshape(40, 40)
     if mode == "I;16":
         return Image.fromarray((ramp * 65535).astype(np.uint16))
+    if mode == "F":
+        return Image.fromarray(ramp.astype(np.float32))
     grey = Image.fromarray((ramp * 255).astype(np.uint8))
     if mode == "RGBA":
         grey = grey.convert("RGBA")
@@ -302,15 +304,17 @@ def picture(mode: str) -> Image.Image:
 def test_pictures_of_16_bits_and_transparent_ones():
     def pixels(mode: str) -> np.ndarray:
         buffer = BytesIO()
-        picture(mode).save(buffer, "PNG")
+        picture(mode).save(buffer, "TIFF")
         stored = {"bytes": buffer.getvalue(), "path": None}
         return script.preprocess_image(stored, 40)["pixels"].numpy().transpose(1, 2, 0).astype(int)
 
     plain = pixels("L")
     assert np.abs(pixels("I;16") - plain).max() <= 1
     assert (pixels("RGBA")[:10] == 255).all() and (pixels("RGBA")[30:] == plain[30:]).all()
+    with pytest.raises(ValueError, match="not of 8 or 16 bits"):
+        pixels("F")
     with pytest.raises(build_synpic.BadImage, match="not of 8 or 16 bits"):
-        build_synpic.decode_image(Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
+        build_synpic.decode_image(picture("F"))
 
 
 WRONG_FLAGS = {

@@ -558,10 +558,10 @@ SD15_UNET = {
         (["--top_fraction", 0], ["--top_fraction 0", "greater than 0"]),
         (["--top_fraction", 5.33], ["--top_fraction 5.33", "at most 1"]),
         (["--beta_dpo", 0], ["--beta_dpo 0", "greater than 0"]),
-        (["--quality_column", "q"], ["no column 'q'", "score_pairs.py", "--order random"]),
-        (["--prompt_column", "text"], ["no column 'text'", "_column"]),
+        (["--quality_column", "q"], ["column 'q' is absent", "score_pairs.py", "--order random"]),
+        (["--prompt_column", "text"], ["column 'text' is absent", "caption"]),
         (["--prompt_column", "label_0"], ["'label_0'", "text"]),
-        (["--image_0_column", "caption"], ["'caption'", "bytes or Image", "--scores_dataset_name"]),
+        (["--image_0_column", "caption"], ["'caption' is string", "images"]),
         (["--label_0_column", "caption"], ["'caption'", "string", "numbers"]),
         (["--resolution", 33], ["--resolution 33", "multiple of 8"]),
         (["--time_ids", "image"], ["--time_ids image", "no micro-conditioning"]),
@@ -625,14 +625,14 @@ def test_ids_that_do_not_join_are_counted_and_shown(flags, tmp_path):
     assert "2 of the 22 pairs" in message and "lost-1" in message and "lost-2" in message
     table = write_pairs(tmp_path / "more", scores, drop=("jpg_0", "jpg_1", "image_0_uid"))
     message = refused("train_dpo_qsd", *flags, "--scores_dataset_name", table, "--output_dir", tmp_path / "out")
-    assert "no column 'image_0_uid'" in message and "--scores_dataset_name" in message
+    assert f"{table}: column 'image_0_uid' is absent" in message
 
 
 def test_labels_of_strings_and_whole_numbers(flags, tmp_path):
     rows = [{**row, "label_0": str(row["label_0"])} for row in pair_rows()]
     data = write_pairs(tmp_path / "strings", rows, label_0=Value("string"))
     message = refused("train_dpo_qsd", *flags, "--dataset_name", data, "--output_dir", tmp_path / "out")
-    assert "'label_0' holds string" in message
+    assert "'label_0' is string" in message
     rows = [{**row, "label_0": int(row["label_0"])} for row in pair_rows()]
     found = selection(write_pairs(tmp_path / "whole", rows, label_0=Value("int64")), top_fraction=1.0)
     assert len(found[1]) == 23  # the tie of row 5 was rounded to a loss

@@ -437,7 +437,7 @@ def test_full_size_lora_keys(config, parameters, modules, trained):
         (["--resolution", 40], ["--resolution 40", "multiple of 16"]),
         (["--max_sequence_length", 513], ["--max_sequence_length 513", "512"]),
         (["--logit_std", 0], ["--logit_std 0", "greater than 0"]),
-        (["--prompt_column", "caption"], ["no column 'caption'", "_column"]),
+        (["--prompt_column", "caption"], ["column 'caption' is absent", "text"]),
         (["--rank_by", "beauty"], ["--rank_by beauty", "first, second"]),
         (["--resume_from_checkpoint", "no/checkpoint"], ["no/checkpoint"]),
         (["--pretrained_model_name_or_path", "no/such"], ["on the Hub"]),
