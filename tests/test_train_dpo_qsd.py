@@ -554,7 +554,7 @@ SD15_UNET = {
         (["--beta_dpo", 0], ["--beta_dpo 0", "greater than 0"]),
         (["--quality_column", "q"], ["column 'q' is absent", "score_pairs.py", "--order random"]),
         (["--prompt_column", "text"], ["column 'text' is absent", "caption"]),
-        (["--prompt_column", "label_0"], ["'label_0'", "text"]),
+        (["--prompt_column", "has_label"], ["'has_label' is bool", "text"]),
         (["--image_0_column", "caption"], ["'caption' is string", "images"]),
         (["--label_0_column", "caption"], ["'caption'", "string", "numbers"]),
         (["--resolution", 33], ["--resolution 33", "multiple of 8"]),
