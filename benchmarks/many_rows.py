@@ -39,6 +39,7 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from datasets import Features, Image, List, Value  # noqa: E402
+from diffusers import AutoencoderKL  # noqa: E402
 from train_speed import DTYPE, SCRIPTS, K, machine, make_model  # noqa: E402
 
 
@@ -82,12 +83,12 @@ def start_trainer(name: str, flags: list[str], stored: Path, environment: dict, 
 
 def skip_encoding(script, stored: Path) -> None:
     """What is decoded and encoded once serves all rows. Their files in the cache are links to `stored`."""
-    preprocess_image, encode_images, write_tensors = script.preprocess_image, script.encode_images, script.write_tensors
+    preprocess_image, encode, write_tensors = script.preprocess_image, AutoencoderKL.encode, script.write_tensors
     pixels = cache(lambda: preprocess_image({"bytes": PICTURE, "path": None}, RESOLUTION))
     latents = []
 
-    def encode_once(*arguments):
-        latents[:] = latents or [encode_images(*arguments)]
+    def encode_once(vae, pixels):
+        latents[:] = latents or [encode(vae, pixels)]
         return latents[0]
 
     def link(file: Path, tensors: dict) -> None:
@@ -97,8 +98,8 @@ def skip_encoding(script, stored: Path) -> None:
         with suppress(FileExistsError):  # another process was here
             file.symlink_to(stored)
 
-    script.preprocess_image, script.encode_images = lambda *_: pixels(), encode_once
-    script.write_tensors = link
+    script.preprocess_image, script.write_tensors = lambda *_: pixels(), link
+    AutoencoderKL.encode = encode_once
 
 
 def measure(name: str, flags: list, stored: Path, processes: int) -> dict[str, float]:

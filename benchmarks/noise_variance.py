@@ -34,11 +34,11 @@ def load(demo: Path, checkpoint: str) -> tuple:
     args.output_dir = str(demo / "no run")  # nothing is written
     table, parts = script.load_ranked_dataset(args)
     labels = script.make_labels(args, table)
-    run = script.plan_run(args, script.make_accelerator(args), table, labels)
-    keys = [script.row_keys(args, part, labels) for part in parts]
-    if not all(keys) or not all(script.cache_file(run.cache, key).exists() for part in keys for key in part):
+    run = script.plan_run(args, script.make_accelerator(args), labels)
+    if script.missing_parts(run, parts, labels):
         raise SystemExit(f"{demo}: no latents for this dataset: run make demo first")
-    labels["key"], run.checkpoint = np.concatenate(keys), demo / "lora" / checkpoint
+    labels["key"] = np.array([key for part in parts for key in script.row_keys(part, labels).values()])
+    run.checkpoint = demo / "lora" / checkpoint
     noise_scheduler, model = script.load_model(args)
     script.prepare_model(args, run, model)
     return args, noise_scheduler, model, partial(script.read_row, args, run, labels, noise_scheduler), len(table)

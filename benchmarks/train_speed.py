@@ -184,8 +184,14 @@ def count_ours(family: str, folder: Path, rank: int, resolution: int, settings: 
     with without_weights():
         vae = script.load_pipeline(args, torch.device("meta"), with_text=False).vae
     pixels = torch.empty(1, 3, resolution, resolution, device="meta")
-    counted["encode"] = count(script.encode_images, vae, pixels, 1)
+    counted["encode"] = count(encode_images, vae, pixels)
     return counted | {"floor": counted["reference"] + counted["lora"]}
+
+
+@torch.no_grad()
+def encode_images(vae, pixels: torch.Tensor) -> None:
+    """As the trainers do it before the training."""
+    vae.encode((pixels.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype))
 
 
 def repeated(counted: dict[str, float], n: int) -> tuple[float, float]:
@@ -411,7 +417,7 @@ def count_encoding(family: str, folder: Path, resolution: int, images: int) -> f
         pixels = torch.empty(images, 3, resolution, resolution, dtype=torch.uint8)
         with mock.patch.object(F, "scaled_dot_product_attention", flash_attention):
             with LiveTensors(itertools.chain(vae.parameters(), [pixels])) as tensors:
-                script.encode_images(vae, pixels, images)
+                encode_images(vae, pixels)
     return tensors.peak / 1e9
 
 

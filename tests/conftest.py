@@ -422,6 +422,13 @@ def same_lora(a: Path, b: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def lora_difference(a: Path, b: Path) -> float:
+    """Mean difference of the weights. Sums in another order differ in the last digit, and Adam divides a gradient by
+    its own size: where it is nearly 0, single weights of runs that see the same data differ more."""
+    a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (a, b))
+    return torch.cat([(a[name] - b[name]).abs().flatten() for name in a]).mean().item()
+
+
 @pytest.fixture
 def server(tmp_path):
     """A Hub; afterwards its token stands in no file, neither there nor on this machine."""

@@ -25,7 +25,7 @@ from faultlab import TRAINERS, Golden, Moment, Outcome, Run
 
 def whole_files(folder: Path) -> dict[Path, str]:
     """Finished work: shards, checkpoints, pictures, caches; what a later run must leave as it is."""
-    patterns = ("out/work/*/**/*.parquet", "out/checkpoint-*/*", "out/images/*/*.png", "cache/*/*/[!.]*")
+    patterns = ("out/work/*/**/*.parquet", "out/checkpoint-*/*", "out/images/*/*.png", "cache/*/[!.]*")
     files = [file for pattern in patterns for file in folder.glob(pattern) if ".tmp" not in str(file)]
     return {file: faultlab.digest(file.read_bytes()) for file in files if file.is_file()}
 

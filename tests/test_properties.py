@@ -121,18 +121,18 @@ def test_preference_scores_are_in_the_unit_interval_and_keep_the_order(rewards):
 def test_pairs_are_trained_on_from_the_best_down(rows, fraction):
     """Best first, equal ones in the dataset's order; ties and pairs without a label are left out."""
     quality, labels, known = (list(column) for column in zip(*rows))
-    columns = {"caption": ["x"] * len(rows), "quality": quality, "label_0": labels, "has_label": known}
+    data = pa.table({"caption": ["x"] * len(rows), "quality": quality, "label_0": labels, "has_label": known})
     args = train_dpo_qsd.ScriptArguments(dataset_name="x", top_fraction=fraction)
     useful = [i for i in range(len(rows)) if known[i] and labels[i] != 0.5]
     kept = round(fraction * len(useful))
-    data = pa.table(columns)
     if not kept:
         with pytest.raises(SystemExit):
             train_dpo_qsd.select_pairs(args, data)
         return
-    found, winners, *_ = train_dpo_qsd.select_pairs(args, data)
-    assert found.tolist() == sorted(useful, key=lambda i: -quality[i])[:kept]  # sorted() is stable
-    assert winners.tolist() == [0 if labels[i] == 1 else 1 for i in found]
+    selected = train_dpo_qsd.select_pairs(args, data)
+    found = selected["id"].to_pylist()
+    assert found == sorted(useful, key=lambda i: -quality[i])[:kept]  # sorted() is stable
+    assert selected["winner"].tolist() == [0 if labels[i] == 1 else 1 for i in found]
 
 
 # Order of the training
@@ -169,22 +169,9 @@ def test_every_step_sees_the_same_rows_on_any_number_of_processes(script, length
 # Cache key
 
 
-CACHE_CHANGES = {
-    "resolution": 64,
-    "mixed_precision": "bf16",
-    "cache_text_embeddings": False,
-    "variant": "fp16",
-}
-NO_CACHE_CHANGES = {
-    "learning_rate": 1.0,
-    "beta_dpo": 7.0,
-    "seed": 5,
-    "rank": 3,
-    "train_batch_size": 2,
-    "loss_type": "dpo",
-    "output_dir": "elsewhere",
-    "max_train_steps": 3,
-}
+CACHE_CHANGES = {"resolution": 64, "mixed_precision": "bf16", "variant": "fp16"}
+NO_CACHE_CHANGES = {"learning_rate": 1.0, "seed": 5, "train_batch_size": 2, "loss_type": "dpo", "max_train_steps": 3}
+NO_CACHE_CHANGES |= {"output_dir": "elsewhere", "cache_text_embeddings": False}
 
 
 @few
@@ -194,13 +181,12 @@ NO_CACHE_CHANGES = {
 )
 def test_the_cache_s_folder_follows_what_is_cached_and_nothing_else(tiny_sdxl, ranked_dataset, cached, uncached):
     """And never the dataset: its rows are known by their content."""
-    table, labels = pa.table({"prompt": ["a"]}), {"id": pa.array(["a"]), "images": np.array([[0, 1]])}
-    labels |= {"phi": np.ones((1, 2)), "rank": np.ones((1, 2))}
+    labels = {"id": pa.array(["a"]), "images": np.array([[0, 1]]), "settings": {}}
 
     def key(**changes) -> str:
         settings = {"pretrained_model_name_or_path": str(tiny_sdxl), "output_dir": "no such folder", "resolution": 32}
         args = train_rankdpo_sdxl.ScriptArguments(**{**settings, "dataset_name": str(ranked_dataset), **changes})
-        return train_rankdpo_sdxl.plan_run(args, SimpleNamespace(num_processes=1), table, labels).cache.name
+        return train_rankdpo_sdxl.plan_run(args, SimpleNamespace(num_processes=1), labels).cache.name
 
     changes = {name: CACHE_CHANGES[name] for name in cached} | {name: NO_CACHE_CHANGES[name] for name in uncached}
     only_cached = key(**{name: CACHE_CHANGES[name] for name in cached})

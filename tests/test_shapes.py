@@ -156,8 +156,8 @@ def implicit_accuracy(lora: Path, cache: Path, rows: Path) -> float:
     args.pretrained_model_name_or_path = str(ROOT / "shapes" / "models" / "base")
     table, parts = script.load_ranked_dataset(args)
     labels = script.make_labels(args, table)
-    labels["key"] = [key for part in parts for key in script.row_keys(args, part, labels)]
-    run = script.plan_run(args, script.make_accelerator(args), table, labels)
+    labels["key"] = [key for part in parts for key in script.row_keys(part, labels).values()]
+    run = script.plan_run(args, script.make_accelerator(args), labels)
     scheduler = DDPMScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler")
     unet = UNet2DConditionModel.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="unet", dtype=torch.float32

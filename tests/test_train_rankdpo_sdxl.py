@@ -12,7 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import call, check_card, encoded, ranked_rows, refused, run, run_until, torchrun, write_dataset
+from conftest import (
+    call,
+    check_card,
+    encoded,
+    lora_difference,
+    ranked_rows,
+    refused,
+    run,
+    run_until,
+    torchrun,
+    write_dataset,
+)
 from datasets import Dataset, List, load_dataset
 from datasets import Image as DatasetsImage
 from PIL import Image
@@ -126,9 +137,9 @@ def test_two_processes_agree_with_one(flags, tmp_path):
     run(*torchrun(2, "train_rankdpo_sdxl.py"), *flags, *more, "--train_batch_size", 2, "--output_dir", tmp_path / "two")
     assert json.loads((tmp_path / "two" / "run.json").read_text())["global_batch_size"] == 4
     assert "2 x CPU" in (tmp_path / "two" / "README.md").read_text()
-    one, two = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
-    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
-    assert max(tensor.abs().max().item() for name, tensor in one.items() if "lora_B" in name) > 1e-3
+    assert lora_difference(tmp_path / "one", tmp_path / "two") < 1e-6
+    lora = load_file(tmp_path / "one" / "pytorch_lora_weights.safetensors")
+    assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-3
 
 
 def test_data_order_and_noise_do_not_depend_on_the_number_of_processes(tmp_path):
@@ -196,7 +207,7 @@ def test_pictures_behind_paths_that_are_drawn_anew_are_encoded_anew(flags, tmp_p
 
 def latents(cache: Path) -> dict[str, int]:
     """The cached rows, and when they were written."""
-    files = [file for file in cache.glob("*/??/*.safetensors") if "latents" in load_file(file)]
+    files = [file for file in cache.glob("*/*.safetensors") if "latents" in load_file(file)]
     return {file.stem: file.stat().st_mtime_ns for file in files}
 
 
@@ -231,11 +242,11 @@ def test_the_cache_knows_rows_whatever_dataset_they_come_in(flags, tmp_path, mon
     assert train("first", rows[:6], "--max_train_samples", 4) == 4 and reads.rows == 6
     assert train("again", None, tmp_path / "data-first", "--max_train_samples", 4) == 0 and reads.rows == 0
     assert train("labels", None, tmp_path / "data-first", "--rank_by", "first", "--seed", 3) == 2 and reads.rows == 6
-    shutil.move(tmp_path / "data-first", tmp_path / "moved")
-    assert train("moved", None, tmp_path / "moved", "--loss_type", "dpo") == 0 and reads.rows == 0
+    shutil.move(tmp_path / "data-first", tmp_path / "elsewhere")
+    assert train("moved", None, tmp_path / "elsewhere", "--loss_type", "dpo") == 0 and reads.rows == 0
     scored = [{**row, "scores": {"first": [4.0, 3, 2, 1], "second": [1.0, 2, 3, 4]}} for row in reversed(rows)]
     assert train("grown", scored) == 2 and reads.rows == 8
-    assert train("some", None, tmp_path / "data-grown", "--generators", "g0", "g2") == 8
+    assert train("some", None, tmp_path / "data-grown", "--rank_by", "first", "--generators", "g0", "g2") == 8
 
 
 def test_row_groups_are_shared_out_and_read_once(flags, tmp_path):
@@ -294,15 +305,16 @@ def test_cached_rows_hold_what_the_pipeline_would_compute(flags, trained, tiny_s
 
     cache, row = Path(flags[flags.index("--cache_dir") + 1]), ranked_rows(n=10)[3]
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
-    embeds, _, pooled, _ = pipeline.encode_prompt(row["prompt"], do_classifier_free_guidance=False)
-    items = [item for item in map(load_file, cache.glob("*/??/*.safetensors")) if "latents" in item]
-    items = [item for item in items if item["latents"].shape[0] == 4 and "prompt_embeds" in item]
-    (item,) = [item for item in items if torch.allclose(item["prompt_embeds"].float(), embeds[0], atol=1e-6)][:1]
-    assert torch.allclose(item["pooled_prompt_embeds"], pooled[0], atol=1e-6)
+    with torch.no_grad():
+        embeds, _, pooled, _ = pipeline.encode_prompt(row["prompt"], do_classifier_free_guidance=False)
+    (file, *_) = cache.glob(f"*/{script.content_key(row['prompt'])}.safetensors")
+    item = load_file(file)
+    assert torch.equal(item["prompt_embeds"], embeds[0]) and torch.equal(item["pooled_prompt_embeds"], pooled[0])
     pixels = pipeline.image_processor.preprocess(Image.open(BytesIO(row["images"][2]["bytes"])))
     with torch.no_grad():
         wanted = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
-    assert torch.allclose(item["latents"][2], wanted[0], atol=1e-5)
+    items = [item for item in map(load_file, file.parent.glob("*.safetensors")) if len(item.get("latents", [])) == 4]
+    (item,) = [item for item in items if torch.allclose(item["latents"][2], wanted[0], atol=1e-5)]
     assert item["time_ids"][2].tolist() == [32, 32, 0, 0, 32, 32]
 
 
@@ -398,13 +410,6 @@ def test_empty_prompts_replace_their_share_of_the_prompts(flags, tmp_path, monke
     assert empty[:60] == empty[60:] and 8 <= sum(empty[:60]) <= 30
 
 
-def test_micro_conditioning_of_the_training():
-    ids = torch.tensor([[96.0, 64, 8, 0, 32, 32], [40, 100, 0, 24, 32, 32]])
-    for name, wanted in [("image", ids), ("resolution", torch.tensor([[32.0, 32, 0, 0, 32, 32]]).expand(2, 6))]:
-        args = script.ScriptArguments(dataset_name="x", time_ids=name)
-        assert torch.equal(script.micro_conditioning(args, ids), wanted)
-
-
 def test_labels_by_reward_and_by_generator(ranked_dataset):
     """Recomputed from the scores of the images that are left."""
     rows = ranked_rows(n=10)
@@ -444,10 +449,6 @@ def test_yaml_settings_and_command_line_override(flags, tmp_path):
         ("loss_type: best", ["--loss_type", "invalid choice: 'best'", "rankdpo"]),
         ("loss_typ: dpo", ["unrecognized arguments: --loss_typ"]),  # no abbreviations: a later flag would break them
         ("use_8bit_adam: maybe", ["--use_8bit_adam", "maybe"]),
-        ("rank: {a: 1}", ["--config", "recipe.yaml", "flag: value"]),
-        ("just text", ["--config", "recipe.yaml", "flag: value"]),
-        ("config: other.yaml", ["--config", "recipe.yaml", "no `config`"]),
-        ("a: [", ["--config", "recipe.yaml", "cannot be read"]),
     ],
 )
 def test_wrong_settings_of_a_file_are_named(tmp_path, text, words):
@@ -488,32 +489,6 @@ SDXL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-
-
-def test_full_size_sdxl_lora_keys():
-    """560 modules on the real architecture; ComfyUI's 1,680 keys and no other."""
-    from diffusers import UNet2DConditionModel
-    from peft import get_peft_model_state_dict
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL_UNET)
-        assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
-        unet.requires_grad_(False)
-        script.add_lora(unet, rank=64)
-    lora = get_peft_model_state_dict(unet)
-    assert len(lora) == 2 * 560
-    renamed = script.comfyui_state_dict({f"unet.{name}": tensor for name, tensor in lora.items()})
-    assert renamed.keys() == script.comfyui_state_dict(lora).keys() and len(renamed) == 3 * 560
-    prefix = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_"
-    for name in ("q", "k", "v", "out_0"):
-        assert renamed[f"{prefix}{name}.lora_down.weight"].shape == (64, 640)
-        assert renamed[f"{prefix}{name}.lora_up.weight"].shape == (640, 64)
-    assert renamed["lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_k.lora_down.weight"].shape == (
-        64,
-        2048,
-    )
-    alphas = [tensor for name, tensor in renamed.items() if name.endswith(".alpha")]
-    assert len(alphas) == 560
 
 
 def changed(tmp_path, change, drop=()):
@@ -575,8 +550,8 @@ def test_bad_rows_are_named(tiny_sdxl, tmp_path, monkeypatch, name):
         (["--learning_rate", 0], ["--learning_rate"]),
         (["--resolution", 33], ["--resolution 33", "multiple of 8"]),
         (["--train_batch_size", 0], ["--train_batch_size 0"]),
-        (["--prompt_column", "caption"], ["no column 'caption'", "--prompt_column", "prompt_id"]),
-        (["--images_column", "prompt"], ["'prompt'", "List(Image())"]),
+        (["--prompt_column", "caption"], ["column 'caption' is absent", "text", "prompt_id"]),
+        (["--images_column", "prompt"], ["column 'prompt' is string", "lists of images"]),
         (["--rank_by", "beauty"], ["--rank_by beauty", "first, second"]),
         (["--loss_type", "weighted_sft"], ["hpsv2.1", "first, second", "--rank_by"]),
         (["--loss_type", "weighted_sft", "--rank_by", "first"], ["row 0", "`first`", "below 0", "--rank_by"]),
@@ -585,12 +560,9 @@ def test_bad_rows_are_named(tiny_sdxl, tmp_path, monkeypatch, name):
         (["--safeguard", 1.5], ["--safeguard 1.5", "at most 1"]),
         (["--noise", "pixel"], ["--noise", "invalid choice: 'pixel'"]),
         (["--generators", "g0", "flux"], ["--generators g0 flux", "at least 2"]),
-        (["--dataset_name", "no/such/folder"], ["--dataset_name no/such/folder"]),
         (["--dataset_split", "validation"], ["--dataset_name", "validation"]),
         (["--no_such_flag", 5], ["--no_such_flag"]),
-        (["--config", "no/such.yaml"], ["no/such.yaml"]),
         (["--resume_from_checkpoint", "no/checkpoint"], ["no/checkpoint"]),
-        (["--pretrained_model_name_or_path", "no/such"], ["--pretrained_model_name_or_path no/such"]),
     ],
 )
 def test_bad_flags_are_named(flags, tmp_path, monkeypatch, more, words):
@@ -598,19 +570,6 @@ def test_bad_flags_are_named(flags, tmp_path, monkeypatch, more, words):
     message = refused("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "out", *more)
     assert all(word in message for word in words), message
     assert not (tmp_path / "out").exists()
-
-
-def test_other_models_are_refused_with_one_line_and_an_exit_code(flags, tmp_path):
-    model = tmp_path / "sd3"
-    model.mkdir()
-    (model / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
-    result = run(
-        "train_rankdpo_sdxl.py",
-        *(*flags, "--output_dir", tmp_path / "out", "--pretrained_model_name_or_path", model),
-        check=False,
-    )
-    assert result.returncode == 1 and "StableDiffusion3Pipeline" in result.stderr and "SDXL" in result.stderr
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 
 
 def test_output_folder_of_another_run_is_refused(flags, trained, tmp_path):

@@ -160,7 +160,7 @@ def compiled_run(flags, script, folder, monkeypatch, *more) -> tuple[list[dict],
 
 @needs_compiler
 @pytest.mark.parametrize("script, steps", [("train_rankdpo_sdxl", 20), ("train_rankdpo_sd3", 4)])
-def test_compiled_training_is_the_same_training(flags, script, steps, tmp_path, monkeypatch, capfd):
+def test_compiled_training_is_the_same_training(flags, script, steps, tmp_path, monkeypatch):
     """Scores of exactly 0 at the start, no graph after step 2, the losses of the eager run; for SDXL also the same bits
     after a resume. The gallery is not compiled."""
     more = ["--max_train_steps", steps, "--checkpointing_steps", steps // 2, "--validation_steps", 1]
@@ -170,7 +170,6 @@ def test_compiled_training_is_the_same_training(flags, script, steps, tmp_path, 
     assert graphs[1] > graphs[0] and len(set(graphs[2:])) == 1, graphs
     for a, b in zip(eager, compiled, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-    assert "step 1 took" in capfd.readouterr().out
     if script == "train_rankdpo_sd3":
         return
     shutil.copytree(tmp_path / "straight" / "checkpoint-10", tmp_path / "resumed" / "checkpoint-10")
@@ -179,13 +178,6 @@ def test_compiled_training_is_the_same_training(flags, script, steps, tmp_path, 
     more += ["--compile", "--resume_from_checkpoint", "latest"]
     assert len(compiled_run(flags, script, tmp_path / "resumed", monkeypatch, *more)[1]) == 10
     assert same_lora(tmp_path / "straight", tmp_path / "resumed")
-
-
-def test_compiling_without_a_compiler_is_refused(flags, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("CC", "no-such-compiler")
-    script = "train_rankdpo_sdxl"
-    assert "--compile needs a C++ compiler" in refused(script, *flags(script), "--compile", "--output_dir", tmp_path)
 
 
 @pytest.mark.parametrize("script", TRAINERS)
@@ -249,23 +241,11 @@ def test_precomputed_reference_errors_of_two_processes(flags, tmp_path):
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
 
 
-def unquantised(make_accelerator):
-    """The function, which then does not see --base_precision, and does not refuse it."""
-
-    def make(args):
-        precision, args.base_precision = args.base_precision, None
-        accelerator = make_accelerator(args)
-        args.base_precision = precision
-        return accelerator
-
-    return make
-
-
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 @pytest.mark.parametrize("script", ["train_rankdpo_sdxl", "train_rankdpo_sd3"])
 def test_quantised_base(flags, script, precision, tmp_path, monkeypatch):
-    """bitsandbytes quantises on a CPU, too, where diffusers and the script refuse to: the base has other layers, the
-    scores are exactly 0 at the start, the LoRA is float32 and learns, and a resumed run ends with the same bits."""
+    """bitsandbytes quantises on a CPU, too, where diffusers refuses to: the base has other layers, the scores are
+    exactly 0 at the start, the LoRA is float32 and learns, and a resumed run ends with the same bits."""
     module, kinds = importlib.import_module(script), set()
     step = module.training_step
 
@@ -274,9 +254,7 @@ def test_quantised_base(flags, script, precision, tmp_path, monkeypatch):
         return step(model, *arguments)
 
     command = [*flags(script), "--base_precision", precision, "--checkpointing_steps", 2, "--max_train_steps"]
-    assert "needs a GPU" in refused(script, *command, 4, "--output_dir", tmp_path / "refused")
     monkeypatch.setattr(module, "training_step", spied)
-    monkeypatch.setattr(module, "make_accelerator", unquantised(module.make_accelerator))
     # Its kernel for drawing on such a processor takes multiples of 32 features only.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
     for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
