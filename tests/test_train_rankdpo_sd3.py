@@ -5,6 +5,7 @@ import json
 import math
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,7 +94,8 @@ def test_card_carries_the_licence_of_the_base(tmp_path, monkeypatch):
     )
     args.dataset_name, args.max_sequence_length = "user/synpic", 256
     picture = Image.new("RGB", (8, 8))
-    script.write_card(args, None, [picture], [picture], {"steps": 1})
+    run = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
+    script.write_card(args, run, [picture], [picture], {"steps": 1})
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "other" and card.data.license_name == "stabilityai-ai-community"
     home = f"https://huggingface.co/{args.pretrained_model_name_or_path}"
