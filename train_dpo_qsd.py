@@ -91,7 +91,6 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 WITHOUT_REFERENCE = ("orpo", "orpo_diff")
 # The objectives that an option has no meaning for.
 UNUSED_BY = dict.fromkeys(("sft_weight", "safeguard", "precompute_ref"), WITHOUT_REFERENCE)
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # The paper's beta and learning rate for each family.
 DEFAULTS = {"sd": {"beta_dpo": 2000.0, "learning_rate": 1e-4}, "sdxl": {"beta_dpo": 5000.0, "learning_rate": 1e-5}}
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
@@ -175,7 +174,7 @@ class TrainingArguments:  # the flags of all trainers; they carry diffusers' nam
 
 @dataclass
 class ScriptArguments(TrainingArguments):  # and those of this one
-    pretrained_model_name_or_path: str = flag(SD15, "SD1.5, SD2.1 or SDXL pipeline: Hub id or folder.", "Pairs")
+    pretrained_model_name_or_path: str = flag("stable-diffusion-v1-5/stable-diffusion-v1-5", "Id or folder.", "Pairs")
     pretrained_vae_model_name_or_path: str | None = flag(None, "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
     scores_dataset_name: str | None = flag(None, "Pairs and qualities without images, joined by the images' ids.")
     scores_dataset_config_name: str | None = flag(None, "Configuration of the scores.")
@@ -263,9 +262,7 @@ def pair_loss(
             losses = (margins - 0.5).square()
         else:
             losses = -F.logsigmoid(margins)
-    loss = losses.mean()
-    if sft_weight:
-        loss = loss + sft_weight * model_errors_w.mean()
+    loss = losses.mean() + sft_weight * model_errors_w.mean()
     accuracy = ((margins > 0).float() + 0.5 * (margins == 0).float()).mean()
     metrics = {"loss": loss, "implicit_accuracy": accuracy, "margin": margins.mean(), **metrics}
     return loss, {name: value.detach() for name, value in metrics.items()}
@@ -330,17 +327,16 @@ def training_step(model: Module, reference: Module, noise_scheduler, batch: dict
     """Loss and metrics of a batch of pairs: one forward, and one of the reference where the objective needs it.
     model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off; batch: what
     `predict` reads, and ref_errors, if they were computed before, (B, 2)."""
-    ref_errors_w = ref_errors_l = None
-    if args.loss_type not in WITHOUT_REFERENCE:
-        if (ref_errors := batch.get("ref_errors")) is None:
-            with as_reference(reference):
-                ref_errors = predict(reference, noise_scheduler, batch, args)[0].detach()
-        ref_errors_w, ref_errors_l = ref_errors.unbind(dim=1)
+    ref_errors = batch.get("ref_errors")
+    if ref_errors is None and args.loss_type not in UNUSED_BY["precompute_ref"]:
+        with as_reference(reference):
+            ref_errors = predict(reference, noise_scheduler, batch, args)[0].detach()
+    ref_errors = (None, None) if ref_errors is None else ref_errors.unbind(dim=1)
     model_errors, prediction, target = predict(model, noise_scheduler, batch, args)
     options = {"orpo_lambda": args.orpo_lambda, "sft_weight": args.sft_weight}
     if args.safeguard is not None:
         options["loser_scale"] = safeguard_scale(prediction, target, args.safeguard)[:, 0, 1]
-    return pair_loss(*model_errors.unbind(dim=1), ref_errors_w, ref_errors_l, args.beta_dpo, args.loss_type, **options)
+    return pair_loss(*model_errors.unbind(dim=1), *ref_errors, args.beta_dpo, args.loss_type, **options)
 
 
 # Copied from train_rankdpo_sdxl.train
@@ -883,7 +879,7 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
 
 
-def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> object:
+def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict):
     """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
     Returns the pipeline, to draw with. Its text encoders are gone, unless they are to encode prompts at every step."""
     accelerator = run.accelerator

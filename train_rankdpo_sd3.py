@@ -870,7 +870,7 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     return {"pixels": pixels, "time_ids": torch.tensor([*original, top, left, resolution, resolution]).float()}
 
 
-def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict) -> object:
+def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels: dict):
     """Writes what is missing of the cache, a file for each row and each prompt; gives the labels the `key` of each row.
     Returns the pipeline, to draw with. Its text encoders are gone, unless they are to encode prompts at every step."""
     accelerator = run.accelerator
