@@ -15,8 +15,7 @@ SD1.5 on the best tenth of your own pairs, scored with `score_pairs.py --include
         --mixed_precision bf16 --train_batch_size 8 --gradient_accumulation_steps 16 --checkpointing_steps 50 \
         --output_dir outputs/dpo-qsd-sd15
 
-The paper's setting on Pick-a-Pic, with scores and images in two datasets; and its baseline, all pairs at random. The
-same command with `--resume_from_checkpoint latest` continues a run that was interrupted:
+The paper's setting on Pick-a-Pic, with scores and images in two datasets; and its baseline, all pairs at random:
 
     accelerate launch train_dpo_qsd.py --config recipes/qsd_sd15.yaml \
         --dataset_name liuhuohuo2/pick-a-pic-v2 --scores_dataset_name outputs/pickapic-qsd
@@ -123,7 +122,7 @@ class TrainingArguments:  # the flags of all trainers; they carry diffusers' nam
     proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
     cache_dir: str = free("outputs/cache", "Folder where latents and embeddings stay for later runs.")
     cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
-    vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
+    vae_batch_size: int = free(4, "Images of a row per forward pass of the VAE.", min=1)
     dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
     revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
@@ -296,10 +295,9 @@ def sample_noise(args: ScriptArguments, noise_scheduler: DDPMScheduler, key: tup
 
 
 def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: ScriptArguments) -> tuple:
-    """One forward of both images of a batch of pairs.
-    batch: latents and noise (B, 2, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width), time_ids (B, 2, 6) and,
-    for SDXL, pooled_prompt_embeds (B, width); rank (B, 2): 1 is the winner. Latents and time_ids are in the dataset's
-    order. Returns errors, float32 (B, 2), prediction and target, (B, 2, C, h, w), of winners and losers."""
+    """One forward of both images of a batch of pairs. batch: latents and noise (B, 2, C, h, w), in the dataset's order;
+    timesteps (B,), prompt_embeds (B, tokens, width), rank (B, 2), 1 is the winner; for SDXL time_ids (B, 2, 6) and
+    pooled_prompt_embeds (B, width). Returns errors, float32 (B, 2), prediction and target, the winners first."""
     order, shape = batch["rank"].argsort(dim=1), batch["latents"].shape
     latents = batch["latents"].take_along_dim(order[:, :, None, None, None], dim=1).flatten(0, 1).float()
     noise = batch["noise"].flatten(0, 1)
@@ -324,9 +322,8 @@ def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: Sc
 
 
 def training_step(model: Module, reference: Module, noise_scheduler, batch: dict, args: ScriptArguments) -> tuple:
-    """Loss and metrics of a batch of pairs: one forward, and one of the reference where the objective needs it.
-    model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off; batch: what
-    `predict` reads, and ref_errors, if they were computed before, (B, 2)."""
+    """Loss and metrics of a batch of pairs, which `predict` reads; ref_errors, if they were computed before, (B, 2).
+    model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off."""
     ref_errors = batch.get("ref_errors")
     if ref_errors is None and args.loss_type not in UNUSED_BY["precompute_ref"]:
         with as_reference(reference):
@@ -417,7 +414,6 @@ def main(args: ScriptArguments) -> None:
 
 # Copied from train_rankdpo_sdxl.fit
 def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
-    """Encodes what is not in the cache, trains, and writes the results."""
     lock, accelerator = begin_run(args, run), run.accelerator
     pipeline = encode_dataset(args, run, parts, labels)
     record_run(args, run, labels)
@@ -443,8 +439,7 @@ def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     `row` and `swapped` say where the images are: see `find_images`."""
     uids, optional = [args.image_0_uid_column, args.image_1_uid_column], {args.has_label_column}
     images = dict.fromkeys([args.image_0_column, args.image_1_column], "images")
-    needed = {args.prompt_column: "text", args.label_0_column: "numbers"}
-    needed = {column: kind for column, kind in needed.items() if column != "none"}
+    needed = {args.prompt_column: "text", **({args.label_0_column: "numbers"} if args.label_0_column != "none" else {})}
     if needs_quality(args):
         needed[args.quality_column] = "numbers: score_pairs.py writes it; --order random --top_fraction 1 needs none"
     if args.scores_dataset_name:
@@ -473,11 +468,9 @@ def find_images(args: ScriptArguments, table: pa.Table, images: pa.Table, parts:
 
 
 def content_ids(args: ScriptArguments, parts: list["Part"]) -> list[pa.ChunkedArray]:
-    """Ids of the first and of the second images, made of their content as score_pairs.py makes them. All images are
-    read for it, once: the processes write the parts' indices."""
+    """Ids of the first and of the second images, of their content, as score_pairs.py makes them: all are read once."""
     state, ids = PartialState(), ([], [])
     for share in (parts[state.process_index :: state.num_processes], parts):
-        # The second round is for machines with caches of their own.
         missing = [part for part in share if not part.index.exists()]
         for part in tqdm(missing, desc="ids of images", unit="part", disable=not missing):
             index = [[image_name(image) for image in images] for images in read_images(args, part)]
@@ -492,14 +485,12 @@ def content_ids(args: ScriptArguments, parts: list["Part"]) -> list[pa.ChunkedAr
 
 
 def needs_quality(args: ScriptArguments) -> bool:
-    """Whether the run depends on the pairs' quality."""
     return args.order == "sorted" or args.top_fraction < 1 or args.min_quality is not None
 
 
 def select_pairs(args: ScriptArguments, table: pa.Table) -> dict:
-    """The pairs to train on, in the order of the first epoch. Ties (0.5) and pairs without a label are left out; of the
-    others the best `--top_fraction` is kept. Returns the labels `id`, Arrow's row of the table, `winner`, 0 or 1,
-    `images`, both, and `settings`, what identifies the selection."""
+    """The pairs to train on, in the order of the first epoch: the best `--top_fraction` of those with a label that is
+    no tie. Returns `id`, Arrow's row of the table, `winner`, 0 or 1, `images`, both, and `settings`, the identity."""
     where, names = args.scores_dataset_name or args.dataset_name, [args.label_0_column, args.has_label_column]
     names += [args.quality_column] * needs_quality(args)
     columns = {name: table[name].cast(pa.float64()).to_numpy() for name in names if name in table.column_names}
@@ -507,7 +498,7 @@ def select_pairs(args: ScriptArguments, table: pa.Table) -> dict:
     unlabelled = np.isnan(label) | (has_label != 1)
     if len(wrong := np.flatnonzero(~unlabelled & ~np.isin(label, (0, 0.5, 1)))):
         raise SystemExit(f"{where}: row {wrong[0]}: `{names[0]}` is {label[wrong[0]]}: must be 0, 0.5 or 1")
-    ties, best = ~unlabelled & (label == 0.5), ""
+    ties = ~unlabelled & (label == 0.5)
     rows = labelled = np.flatnonzero(~unlabelled & ~ties)
     if needs_quality(args):
         quality = columns[args.quality_column]
@@ -515,13 +506,11 @@ def select_pairs(args: ScriptArguments, table: pa.Table) -> dict:
             value = f"`{args.quality_column}` is {quality[unknown[0]]}"
             raise SystemExit(f"{where}: row {unknown[0]}: {value}: score it, or remove it")
         rows = labelled[np.argsort(-quality[labelled], kind="stable")]  # equal ones stay in the dataset's order
-        best = f", whose best quality is {quality[rows[0]]:.4g}" if len(rows) else ""
         rows = rows[: round(args.top_fraction * len(rows))]
         rows = rows[quality[rows] >= (-np.inf if args.min_quality is None else args.min_quality)]
     found = f"{len(table)} pairs: {ties.sum()} ties, {unlabelled.sum()} without a label"
     if not len(rows):
-        flags = f"--top_fraction {args.top_fraction} --min_quality {args.min_quality}"
-        raise SystemExit(f"{flags} select none of {len(labelled)} labelled pairs{best} ({found})")
+        raise SystemExit(f"--top_fraction and --min_quality select none of {len(labelled)} labelled pairs ({found})")
     PartialState().print(f"{found}; {len(rows)} are selected")
     if args.order == "random":
         rows = rows[seeded_generator(args.seed, 0, "order").permutation(len(rows))]
@@ -531,9 +520,9 @@ def select_pairs(args: ScriptArguments, table: pa.Table) -> dict:
 
 
 def make_labels(args: ScriptArguments, run: "Run", table: pa.Table, selected: dict) -> dict:
-    """What the run knows of the pairs that it will come to; only those are checked and encoded. Besides `id`, which
-    seeds timestep and noise: Arrow's `prompt`; arrays `row`, where the images are in the dataset, `by_row`, the labels'
-    numbers in that order, `rank` (n, 2) by the dataset's columns, `images` (n, 2) and `count`: both of two are used."""
+    """The pairs that the run will come to; only those are checked and encoded. Besides `id`, which seeds timestep and
+    noise: `prompt`; arrays `row`, of the dataset, where the images are, `by_row`, the labels' numbers in that order,
+    `rank` (n, 2) by the dataset's columns, `images` (n, 2) and `count`: both of two are used."""
     used = min(len(selected["id"]), run.max_train_steps * run.rows_per_step)
     rows, winner, row = selected["id"][:used], selected["winner"][:used], selected["id"][:used].to_numpy()
     prompt = table[args.prompt_column].cast(pa.large_string()).take(rows)
@@ -546,11 +535,10 @@ def make_labels(args: ScriptArguments, run: "Run", table: pa.Table, selected: di
         if len(absent := np.flatnonzero(row < 0)):
             first = table.select([args.image_0_uid_column, args.image_1_uid_column]).take(rows.take(absent[:1]))
             lacks = f"lacks images of {len(absent)} of the {used} pairs to train on, e.g. {first.to_pylist()[0]}"
-            mend = "use the dataset that was scored, or other --image_0_uid_column and --image_1_uid_column"
-            raise SystemExit(f"--dataset_name {args.dataset_name} {lacks}: {mend}")
+            raise SystemExit(f"--dataset_name {args.dataset_name} {lacks}: take the dataset that was scored")
     labels = {"id": rows, "prompt": prompt, "row": row, "by_row": np.argsort(row, kind="stable")}
-    rank = np.stack([1 + winner, 2 - winner], axis=1)
-    return labels | {"rank": rank, "images": selected["images"][:used], "count": np.broadcast_to(2, used)}
+    labels["rank"] = np.stack([1 + winner, 2 - winner], axis=1)
+    return labels | {"images": selected["images"][:used], "count": np.broadcast_to(2, used)}
 
 
 def quality_rewards(args: ScriptArguments) -> list[str]:
@@ -573,8 +561,7 @@ def label_rows(labels: dict, start: int, end: int) -> list[tuple[int, int]]:
 
 
 def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
-    """The order of the labels in an epoch, int64 (length,). `select_pairs` has put them into the order of the first
-    one, best first or shuffled; later epochs repeat it, or are shuffled by (seed, epoch)."""
+    """The order of the labels: that of `select_pairs`; later epochs repeat it, or are shuffled by (seed, epoch)."""
     if args.order == "sorted" or epoch == 0:
         return np.arange(length)
     return seeded_generator(args.seed, epoch, "order").permutation(length)
@@ -793,8 +780,7 @@ def read_labels(args: ScriptArguments, needed: dict, optional: set, file: str) -
         types = {field.name: str(field.type) for field in parquet.schema_arrow}
         for column, kind in needed.items():
             if not re.search(KINDS[kind.partition(":")[0]], types.get(column, "absent")):
-                problem = f"column {column!r} is {types.get(column, 'absent')}, and must hold {kind}"
-                raise SystemExit(f"{args.dataset_name}: {problem}; it has {', '.join(types)}")
+                raise SystemExit(f"{args.dataset_name}: column {column!r} must hold {kind}; it has {types}")
         images = [getattr(args, name) for name in IMAGE_COLUMNS]
         table = parquet.read([name for name in types if name in {*needed, *optional} and name not in images])
         parquet.metadata.write_metadata_file(footer)
@@ -888,19 +874,18 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
     texts = [(key, text) for key, text in texts.items() if not run.cache_file(key).exists()]
     pipeline = load_pipeline(args, accelerator.device, with_text=bool(texts) or not args.cache_text_embeddings)
-    for share in (parts[accelerator.process_index :: accelerator.num_processes], parts):
-        # The second round is for machines with caches of their own.
+    own = slice(accelerator.process_index, None, accelerator.num_processes)
+    # The second round is for machines with caches of their own.
+    for share, own_texts in ((parts[own], texts[own]), (parts, texts))[: accelerator.num_processes]:
         encode_rows(args, run, pipeline, share, labels)
+        for key, text in tqdm(own_texts, desc="encode prompts", disable=not own_texts):
+            if not run.cache_file(key).exists():
+                embeds = encode_prompt(args, pipeline, [text])
+                write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
         accelerator.wait_for_everyone()
-    own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
-    for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=not texts):
-        if not run.cache_file(key).exists():
-            embeds = encode_prompt(args, pipeline, [text])
-            write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
     pipeline.vae.to("cpu")
     if args.cache_text_embeddings:
         pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
-    accelerator.wait_for_everyone()
     keys = {row: key for part in parts for row, key in row_keys(part, labels).items()}
     labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
@@ -916,20 +901,16 @@ def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], 
     parts = [part for part in parts if not cached.issuperset(row_keys(part, labels).values())]
     total = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
     rows = read_ahead(rows_to_encode(args, run, parts, labels))
-    at_once = max(1, args.vae_batch_size // run.images_per_row)
-    with tqdm(desc="encode images", total=total, unit="row", disable=not parts) as bar:
-        while group := list(itertools.islice(rows, at_once)):
-            vae, shift = pipeline.vae, getattr(pipeline.vae.config, "shift_factor", None) or 0.0
-            batches = torch.cat([item.pop("pixels") for _, item in group]).split(args.vae_batch_size)
-            # Scaled in float32: bf16 would round by up to half a step of a pixel.
-            batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
-            means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
-            latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
-            if not latents.isfinite().all():
-                raise SystemExit("the VAE's latents are not finite: it overflows in half precision: give another one")
-            for (key, item), images in zip(group, latents.split(run.images_per_row)):
-                write_tensors(run.cache_file(key), {"latents": images, **item})
-            bar.update(len(group))
+    for key, item in tqdm(rows, desc="encode images", total=total, unit="row", disable=not parts):
+        vae, shift = pipeline.vae, getattr(pipeline.vae.config, "shift_factor", None) or 0.0
+        # Scaled in float32: bf16 would round by up to half a step of a pixel.
+        batches = item.pop("pixels").split(args.vae_batch_size)
+        batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
+        means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
+        latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
+        if not latents.isfinite().all():
+            raise SystemExit("the VAE's latents are not finite: it overflows in half precision: give another one")
+        write_tensors(run.cache_file(key), {"latents": latents, **item})
 
 
 def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, key: tuple[int, int, int]) -> dict:
@@ -986,8 +967,7 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
     folder = run.cache.parent / f"reference-{content_key(json.dumps(key))}"
     missing = (s for s in range(run.start_step, run.max_train_steps) if not (folder / f"{s}.safetensors").exists())
-    # Another run may be writing: the first process decides.
-    start = broadcast_object_list([next(missing, run.max_train_steps)])[0]
+    start = broadcast_object_list([next(missing, run.max_train_steps)])[0]  # another run may be writing
     batches = batches(start)
     for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step"):
         found = []
@@ -1058,8 +1038,7 @@ def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.compile:
-        # Each kind of transformer block once, at its first forward. The LoRA's scale becomes a tensor, which
-        # `as_reference` sets to 0: an adapter that is switched off is another graph, with other rounding.
+        # The LoRA's scale becomes a tensor, 0 for the reference: without the adapter the graph would be another one.
         model.lora_scale = torch.ones((), device=model.device)
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
@@ -1239,8 +1218,7 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        size = f"{run.rows_per_step} x {run.images_per_row} images"
-        self.accelerator.print(f"steps {run.start_step + 1} to {total} of {size}")
+        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers(Path(__file__).stem, config=config)
@@ -1337,8 +1315,7 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
 
 def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     """What the card states of the run. Times are sums over the steps: of all parts of an interrupted run."""
-    device, processes = run.accelerator.device, run.accelerator.num_processes
-    on_gpu = device.type == "cuda"
+    device, on_gpu = run.accelerator.device, run.accelerator.device.type == "cuda"
     log = [json.loads(line) for line in Path(args.output_dir, LOG_FILE).read_text().splitlines()]
     hours = sum(line["step_time"] for line in log) / 3600
     process_hours = sum(line["step_time"] * line["processes"] for line in log) / 3600
@@ -1358,7 +1335,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
         **({"price": f"{process_hours * args.gpu_hourly_cost:.2f}"} if args.gpu_hourly_cost else {}),
         "speed": f"{len(log) * run.rows_per_step * run.images_per_row / (3600 * hours or 1):.3g} images/s",
         "peak memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if on_gpu else "not measured",
-        "hardware": f"{processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
+        "hardware": f"{run.accelerator.num_processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")),
     }
 
@@ -1380,8 +1357,7 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
     front["base_model"] = None if os.path.isdir(model) else model  # the Hub cannot link to a folder of this machine
     front["datasets"] = [name for name in about["datasets"] if not os.path.exists(name)] or None
     local = "output_dir cache_dir resume_from_checkpoint push_to_hub hub_model_id validation_prompts".split()
-    processes = run.accelerator.num_processes
-    command = ["accelerate", "launch", f"--num_processes={processes}", Path(__file__).name]
+    command = ["accelerate", "launch", f"--num_processes={run.accelerator.num_processes}", Path(__file__).name]
     for spec in fields(args):
         value = getattr(args, spec.name)
         if value != spec.default and spec.name not in local:
@@ -1489,8 +1465,7 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
 def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
     given = []
-    # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
-    # stands behind "=": it may begin with "-".
+    # BaseLoader leaves every value as text, so `no` stays `no`. A single one stands behind "=": it may begin with "-".
     for name, value in dict(yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}).items():
         words = value if isinstance(value, list) else [value]
         if words and value not in ("", "~", "null", "Null", "NULL"):

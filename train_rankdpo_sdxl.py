@@ -115,7 +115,7 @@ class TrainingArguments:  # the flags of all trainers; they carry diffusers' nam
     proportion_empty_prompts: float = flag(0.0, "Share of the rows trained with an empty prompt.", min=0, max=1)
     cache_dir: str = free("outputs/cache", "Folder where latents and embeddings stay for later runs.")
     cache_text_embeddings: bool = free(True, "Encode prompts once; false: at every step.")
-    vae_batch_size: int = free(4, "Images per forward pass of the VAE.", min=1)
+    vae_batch_size: int = free(4, "Images of a row per forward pass of the VAE.", min=1)
     dataloader_num_workers: int = free(0, "Threads that read and decode ahead; 0: four.", min=0)
     revision: str | None = free(None, "Revision of the model on the Hub.", "Model")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
@@ -424,7 +424,6 @@ def main(args: ScriptArguments) -> None:
 
 
 def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
-    """Encodes what is not in the cache, trains, and writes the results."""
     lock, accelerator = begin_run(args, run), run.accelerator
     pipeline = encode_dataset(args, run, parts, labels)
     record_run(args, run, labels)
@@ -751,8 +750,7 @@ def read_labels(args: ScriptArguments, needed: dict, optional: set, file: str) -
         types = {field.name: str(field.type) for field in parquet.schema_arrow}
         for column, kind in needed.items():
             if not re.search(KINDS[kind.partition(":")[0]], types.get(column, "absent")):
-                problem = f"column {column!r} is {types.get(column, 'absent')}, and must hold {kind}"
-                raise SystemExit(f"{args.dataset_name}: {problem}; it has {', '.join(types)}")
+                raise SystemExit(f"{args.dataset_name}: column {column!r} must hold {kind}; it has {types}")
         images = [getattr(args, name) for name in IMAGE_COLUMNS]
         table = parquet.read([name for name in types if name in {*needed, *optional} and name not in images])
         parquet.metadata.write_metadata_file(footer)
@@ -846,19 +844,18 @@ def encode_dataset(args: ScriptArguments, run: "Run", parts: list[Part], labels:
     texts = {content_key(text): text for text in ["", *args.validation_prompts, *prompts]}
     texts = [(key, text) for key, text in texts.items() if not run.cache_file(key).exists()]
     pipeline = load_pipeline(args, accelerator.device, with_text=bool(texts) or not args.cache_text_embeddings)
-    for share in (parts[accelerator.process_index :: accelerator.num_processes], parts):
-        # The second round is for machines with caches of their own.
+    own = slice(accelerator.process_index, None, accelerator.num_processes)
+    # The second round is for machines with caches of their own.
+    for share, own_texts in ((parts[own], texts[own]), (parts, texts))[: accelerator.num_processes]:
         encode_rows(args, run, pipeline, share, labels)
+        for key, text in tqdm(own_texts, desc="encode prompts", disable=not own_texts):
+            if not run.cache_file(key).exists():
+                embeds = encode_prompt(args, pipeline, [text])
+                write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
         accelerator.wait_for_everyone()
-    own = len(texts) * accelerator.process_index // accelerator.num_processes  # each process begins elsewhere
-    for key, text in tqdm(texts[own:] + texts[:own], desc="encode prompts", disable=not texts):
-        if not run.cache_file(key).exists():
-            embeds = encode_prompt(args, pipeline, [text])
-            write_tensors(run.cache_file(key), {name: part[0] for name, part in embeds.items()})
     pipeline.vae.to("cpu")
     if args.cache_text_embeddings:
         pipeline.register_modules(**dict.fromkeys(name for name in pipeline.components if "text_encoder" in name))
-    accelerator.wait_for_everyone()
     keys = {row: key for part in parts for row, key in row_keys(part, labels).items()}
     labels["key"] = np.array([keys[row] for row in range(len(keys))])
     free_memory()
@@ -874,20 +871,16 @@ def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], 
     parts = [part for part in parts if not cached.issuperset(row_keys(part, labels).values())]
     total = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
     rows = read_ahead(rows_to_encode(args, run, parts, labels))
-    at_once = max(1, args.vae_batch_size // run.images_per_row)
-    with tqdm(desc="encode images", total=total, unit="row", disable=not parts) as bar:
-        while group := list(itertools.islice(rows, at_once)):
-            vae, shift = pipeline.vae, getattr(pipeline.vae.config, "shift_factor", None) or 0.0
-            batches = torch.cat([item.pop("pixels") for _, item in group]).split(args.vae_batch_size)
-            # Scaled in float32: bf16 would round by up to half a step of a pixel.
-            batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
-            means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
-            latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
-            if not latents.isfinite().all():
-                raise SystemExit("the VAE's latents are not finite: it overflows in half precision: give another one")
-            for (key, item), images in zip(group, latents.split(run.images_per_row)):
-                write_tensors(run.cache_file(key), {"latents": images, **item})
-            bar.update(len(group))
+    for key, item in tqdm(rows, desc="encode images", total=total, unit="row", disable=not parts):
+        vae, shift = pipeline.vae, getattr(pipeline.vae.config, "shift_factor", None) or 0.0
+        # Scaled in float32: bf16 would round by up to half a step of a pixel.
+        batches = item.pop("pixels").split(args.vae_batch_size)
+        batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
+        means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
+        latents = ((means - shift) * vae.config.scaling_factor).to(args.weight_dtype)
+        if not latents.isfinite().all():
+            raise SystemExit("the VAE's latents are not finite: it overflows in half precision: give another one")
+        write_tensors(run.cache_file(key), {"latents": latents, **item})
 
 
 def read_row(args: ScriptArguments, run: "Run", labels: dict, noise_scheduler, key: tuple[int, int, int]) -> dict:
@@ -944,8 +937,7 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
     key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
     folder = run.cache.parent / f"reference-{content_key(json.dumps(key))}"
     missing = (s for s in range(run.start_step, run.max_train_steps) if not (folder / f"{s}.safetensors").exists())
-    # Another run may be writing: the first process decides.
-    start = broadcast_object_list([next(missing, run.max_train_steps)])[0]
+    start = broadcast_object_list([next(missing, run.max_train_steps)])[0]  # another run may be writing
     batches = batches(start)
     for step in tqdm(range(start, run.max_train_steps), desc="reference", unit="step"):
         found = []
@@ -1016,8 +1008,7 @@ def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.compile:
-        # Each kind of transformer block once, at its first forward. The LoRA's scale becomes a tensor, which
-        # `as_reference` sets to 0: an adapter that is switched off is another graph, with other rounding.
+        # The LoRA's scale becomes a tensor, 0 for the reference: without the adapter the graph would be another one.
         model.lora_scale = torch.ones((), device=model.device)
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
@@ -1197,8 +1188,7 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        size = f"{run.rows_per_step} x {run.images_per_row} images"
-        self.accelerator.print(f"steps {run.start_step + 1} to {total} of {size}")
+        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers(Path(__file__).stem, config=config)
@@ -1295,8 +1285,7 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
 
 def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
     """What the card states of the run. Times are sums over the steps: of all parts of an interrupted run."""
-    device, processes = run.accelerator.device, run.accelerator.num_processes
-    on_gpu = device.type == "cuda"
+    device, on_gpu = run.accelerator.device, run.accelerator.device.type == "cuda"
     log = [json.loads(line) for line in Path(args.output_dir, LOG_FILE).read_text().splitlines()]
     hours = sum(line["step_time"] for line in log) / 3600
     process_hours = sum(line["step_time"] * line["processes"] for line in log) / 3600
@@ -1316,7 +1305,7 @@ def run_facts(args: ScriptArguments, run: Run, parts: list[Part]) -> dict:
         **({"price": f"{process_hours * args.gpu_hourly_cost:.2f}"} if args.gpu_hourly_cost else {}),
         "speed": f"{len(log) * run.rows_per_step * run.images_per_row / (3600 * hours or 1):.3g} images/s",
         "peak memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if on_gpu else "not measured",
-        "hardware": f"{processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
+        "hardware": f"{run.accelerator.num_processes} x {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")),
     }
 
@@ -1338,8 +1327,7 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
     front["base_model"] = None if os.path.isdir(model) else model  # the Hub cannot link to a folder of this machine
     front["datasets"] = [name for name in about["datasets"] if not os.path.exists(name)] or None
     local = "output_dir cache_dir resume_from_checkpoint push_to_hub hub_model_id validation_prompts".split()
-    processes = run.accelerator.num_processes
-    command = ["accelerate", "launch", f"--num_processes={processes}", Path(__file__).name]
+    command = ["accelerate", "launch", f"--num_processes={run.accelerator.num_processes}", Path(__file__).name]
     for spec in fields(args):
         value = getattr(args, spec.name)
         if value != spec.default and spec.name not in local:
@@ -1447,8 +1435,7 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
 def config_words(file: str) -> list[str]:
     """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
     given = []
-    # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`. A single value
-    # stands behind "=": it may begin with "-".
+    # BaseLoader leaves every value as text, so `no` stays `no`. A single one stands behind "=": it may begin with "-".
     for name, value in dict(yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}).items():
         words = value if isinstance(value, list) else [value]
         if words and value not in ("", "~", "null", "Null", "NULL"):
