@@ -871,8 +871,8 @@ def encode_rows(args: ScriptArguments, run: "Run", pipeline, parts: list[Part], 
     parts = [part for part in parts if not cached.issuperset(row_keys(part, labels).values())]
     total = sum(len(label_rows(labels, part.start, part.start + part.rows)) for part in parts)
     rows = read_ahead(rows_to_encode(args, run, parts, labels))
+    vae, shift = pipeline.vae, getattr(pipeline.vae.config, "shift_factor", None) or 0.0
     for key, item in tqdm(rows, desc="encode images", total=total, unit="row", disable=not parts):
-        vae, shift = pipeline.vae, getattr(pipeline.vae.config, "shift_factor", None) or 0.0
         # Scaled in float32: bf16 would round by up to half a step of a pixel.
         batches = item.pop("pixels").split(args.vae_batch_size)
         batches = [(batch.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype) for batch in batches]
@@ -931,8 +931,8 @@ def read_ahead(items: Iterator) -> Iterator:
 
 
 def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, batches) -> None:
-    """Computes the reference's errors of all places of the run, a file for each step. Runs that differ in nothing but
-    length, objective and optimizer share them. `batches`: makes the micro-batches from a step on."""
+    """Computes the reference's errors of all places of the run, a file for each step. Runs of the same rows that differ
+    in nothing but length, objective and optimizer share them. `batches`: makes the micro-batches from a step on."""
     accelerator = run.accelerator
     key = [run.cache.name, run.settings["images"], run.rows_per_step, *(getattr(args, n) for n in REFERENCE_FLAGS)]
     folder = run.cache.parent / f"reference-{content_key(json.dumps(key))}"
@@ -1383,8 +1383,7 @@ def earlier_card(args: ScriptArguments, on_hub: bool = False) -> RepoCard | None
 
 
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
-    """The card of this run with what people wrote into an earlier one. The text between the marks, base model, datasets
-    and widget are this run's; of its other metadata only what the earlier card lacks is added."""
+    """This run's card with what people wrote into an earlier one: text outside the marks, and metadata but for a few."""
     licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
     for name, value in mine.data.to_dict().items():
         lacks = name not in theirs.data and not (licensed and name.startswith("license_"))
@@ -1414,7 +1413,8 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
-    arguments = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
+    config, _ = parser.parse_known_args(["--dataset_name", "", *words])  # the file may name the dataset
+    arguments = vars(parser.parse_args([*config.config, *words]))
     args = ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
     for spec in fields(args):
         value = getattr(args, spec.name)
