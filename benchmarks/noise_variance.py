@@ -35,9 +35,10 @@ def load(demo: Path, checkpoint: str) -> tuple:
     table, parts = script.load_ranked_dataset(args)
     labels = script.make_labels(args, table)
     run = script.plan_run(args, script.make_accelerator(args), labels)
-    if script.missing_parts(run, parts, labels):
+    keys = [key for part in parts for key in script.row_keys(part, labels).values()]
+    if not all(key and run.cache_file(key).exists() for key in keys):
         raise SystemExit(f"{demo}: no latents for this dataset: run make demo first")
-    labels["key"] = np.array([key for part in parts for key in script.row_keys(part, labels).values()])
+    labels["key"] = np.array(keys)
     run.checkpoint = demo / "lora" / checkpoint
     noise_scheduler, model = script.load_model(args)
     script.prepare_model(args, run, model)
