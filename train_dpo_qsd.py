@@ -1413,7 +1413,7 @@ def earlier_card(args: ScriptArguments, on_hub: bool = False) -> RepoCard | None
 
 
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
-    """This run's card with what people wrote into an earlier one: text outside the marks, and metadata but for a few."""
+    """This run's card with what people wrote into an earlier one: text outside the marks, most metadata."""
     licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
     for name, value in mine.data.to_dict().items():
         lacks = name not in theirs.data and not (licensed and name.startswith("license_"))
