@@ -779,8 +779,8 @@ def read_labels(args: ScriptArguments, needed: dict, optional: set, file: str) -
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle) as parquet:
         types = {field.name: str(field.type) for field in parquet.schema_arrow}
         for column, kind in needed.items():
-            if not re.search(KINDS[kind.partition(":")[0]], types.get(column, "absent")):
-                raise SystemExit(f"{args.dataset_name}: column {column!r} must hold {kind}; it has {types}")
+            if not re.search(KINDS[kind.partition(":")[0]], found := types.get(column, "absent")):
+                raise SystemExit(f"{args.dataset_name}: column {column!r} is {found}, not {kind}; it has {[*types]}")
         images = [getattr(args, name) for name in IMAGE_COLUMNS]
         table = parquet.read([name for name in types if name in {*needed, *optional} and name not in images])
         parquet.metadata.write_metadata_file(footer)
