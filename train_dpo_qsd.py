@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub",
-#     "numpy", "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm",
+#     "numpy", "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision",
 #     "transformers", "trl"]
 # ///
 """DPO-QSD for SD1.5, SD2.1 and SDXL ("Effective Text-to-Image Alignment with Quality Aware Pair Ranking"): a LoRA from

@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["accelerate", "bitsandbytes", "datasets", "diffusers", "filelock", "fsspec", "huggingface_hub",
-#     "numpy", "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision", "tqdm",
+#     "numpy", "peft", "pillow", "pyarrow", "pyyaml", "safetensors", "tensorboard", "torch", "torchvision",
 #     "transformers", "trl"]
 # ///
 """RankDPO for SD3 and SD3.5: a LoRA from ranked images (Karthik et al., "Scalable Ranked Preference Optimization").

@@ -164,6 +164,7 @@ def test_compiled_training_is_the_same_training(flags, script, steps, tmp_path, 
     """Scores of exactly 0 at the start, no graph after step 2, the losses of the eager run; for SDXL also the same bits
     after a resume. The gallery is not compiled."""
     more = ["--max_train_steps", steps, "--checkpointing_steps", steps // 2, "--validation_steps", 1]
+    more += ["--adam_epsilon", 1e-4]  # below it Adam turns rounding into whole steps
     eager, _ = compiled_run(flags, script, tmp_path / "eager", monkeypatch, *more)
     compiled, graphs = compiled_run(flags, script, tmp_path / "straight", monkeypatch, *more, "--compile")
     assert compiled[0]["chosen_error"] == compiled[0]["rejected_error"] == 0.0 and compiled[-1]["chosen_error"] != 0.0
@@ -217,12 +218,14 @@ def test_precomputed_reference_errors_give_the_same_bits(flags, script, tmp_path
 
     references.clear()
     other = ["--precompute_ref", "--beta_dpo", 50, "--rank", 2, "--max_train_steps"]
-    call(script, *flags(script), *more, tmp_path / "second", *other, 5)
+    call(script, *flags(script), *more, tmp_path / "second", *other, 7)
     assert not references
-    call(script, *flags(script), *more, tmp_path / "third", *other, 8)
-    assert references == [4]
+    if script != "train_dpo_qsd":  # pairs: another length below an epoch is another selection
+        call(script, *flags(script), *more, tmp_path / "third", *other, 8)
+        assert references == [4]
+    references.clear()
     call(script, *flags(script), *more, tmp_path / "other", "--precompute_ref", "--seed", 1)
-    assert references == [4] * 8
+    assert references == [4] * 7
 
 
 def test_precomputed_errors_of_no_reference_are_refused(flags, tmp_path):
