@@ -674,7 +674,7 @@ def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
     """Writes what identifies the run. The images do, too: they are known once all are encoded. A run that was made
     longer has more of them: the earlier ones must be the same."""
     pairs = [*zip(*(labels[name].tolist() for name in ("row", "rank", "key")), labels["prompt"].to_pylist())]
-    if (before := run.earlier.get("rows", len(pairs))) <= len(pairs):
+    if 0 < (before := run.earlier.get("rows", 0)) <= len(pairs):
         check_same_run(args, {"images": content_key(str(pairs[:before]))}, run.earlier)
     run.settings |= {"rows": len(pairs), "images": content_key(str(pairs)), "rewards": quality_rewards(args)}
     if run.accelerator.is_main_process:
@@ -713,7 +713,7 @@ With ComfyUI: put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` i
 
 
 # Data: images where they lie, one cache file a row, batches, the reference's errors ---------------------------------
-# A row group of a Parquet file: path or URL, number, first row, how many, and its index in the cache: see `row_keys`.
+# A row group of a Parquet file: path or URL, number, its index in the cache (see `row_keys`), first row, how many.
 Part = namedtuple("Part", "file number index start rows")
 KINDS = {  # of columns: patterns of Arrow's types
     "ids": "string|int",

@@ -683,7 +683,7 @@ With ComfyUI: put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` i
 
 
 # Data: images where they lie, one cache file a row, batches, the reference's errors ---------------------------------
-# A row group of a Parquet file: path or URL, number, first row, how many, and its index in the cache: see `row_keys`.
+# A row group of a Parquet file: path or URL, number, its index in the cache (see `row_keys`), first row, how many.
 Part = namedtuple("Part", "file number index start rows")
 KINDS = {  # of columns: patterns of Arrow's types
     "ids": "string|int",

@@ -532,15 +532,6 @@ def test_defaults_belong_to_the_family(tiny_sd, tiny_sdxl):
         assert args.beta_dpo == 7.0
 
 
-# What diffusers' UNet2DConditionModel needs to become SD1.5's UNet (stable-diffusion-v1-5/stable-diffusion-v1-5).
-SD15_UNET = {
-    "sample_size": 64,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-
-
 # Bad input
 
 

@@ -16,6 +16,7 @@ from conftest import (
     call,
     check_card,
     encoded,
+    logged,
     lora_difference,
     ranked_rows,
     refused,
@@ -472,25 +473,6 @@ def test_settings_of_a_file_mean_what_they_mean_on_the_command_line(tmp_path):
     assert args.report_to == "all"
 
 
-# What diffusers' UNet2DConditionModel needs to become SDXL's UNet (stabilityai/stable-diffusion-xl-base-1.0).
-SDXL_UNET = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2,
-    "cross_attention_dim": 2048,
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
-
 def changed(tmp_path, change, drop=()):
     """A dataset with one row changed."""
     rows = ranked_rows(n=4)
@@ -598,7 +580,7 @@ def test_checkpoints_are_named_as_people_name_them(flags, tmp_path, which, capfd
     call("train_rankdpo_sdxl", *flags, *more, 4)
     name = {"path": out / "checkpoint-2"}.get(which, which)
     call("train_rankdpo_sdxl", *flags, *more, 5, "--resume_from_checkpoint", name)
-    steps = [json.loads(line)["step"] for line in (out / "training_log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in logged(out)]
     assert steps == [1, 2, 3, 4, 5] and (out / "checkpoint-5").exists()
 
 
@@ -662,7 +644,7 @@ def test_a_v_prediction_model_trains_towards_the_velocity(flags, tiny_sdxl, tmp_
     for name in (tiny_sdxl, model):
         more = ["--pretrained_model_name_or_path", name, "--loss_type", "sft", "--max_train_steps", 1]
         call("train_rankdpo_sdxl", *flags, *more, "--output_dir", tmp_path / f"out-{len(losses)}")
-        losses.append(json.loads((tmp_path / f"out-{len(losses)}" / "training_log.jsonl").read_text())["loss"])
+        losses += [line["loss"] for line in logged(tmp_path / f"out-{len(losses)}")]
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
@@ -696,7 +678,7 @@ def test_the_card_states_the_price(flags, tmp_path):
     call(
         "train_rankdpo_sdxl", *flags, "--max_train_steps", 1, "--gpu_hourly_cost", 3600, "--output_dir", tmp_path / "o"
     )
-    line = json.loads((tmp_path / "o" / "training_log.jsonl").read_text())
+    (line,) = logged(tmp_path / "o")
     assert f"| price | {line['step_time']:.2f}" in (tmp_path / "o" / "README.md").read_text()
 
 
