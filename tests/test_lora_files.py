@@ -15,7 +15,6 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_train_dpo_qsd import SD15_UNET
 from test_train_rankdpo_sd3 import SD3_MEDIUM
 from test_train_rankdpo_sdxl import SDXL_UNET
 
@@ -25,6 +24,13 @@ import train_rankdpo_sdxl
 
 
 RANK = 2
+# What diffusers' UNet2DConditionModel needs to become SD1.5's UNet (stable-diffusion-v1-5/stable-diffusion-v1-5).
+SD15_UNET = {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
 
 
 def golden(name: str) -> list[str]:
