@@ -16,7 +16,6 @@ from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train_rankdpo_sd3 import SD3_MEDIUM
-from test_train_rankdpo_sdxl import SDXL_UNET
 
 import train_dpo_qsd
 import train_rankdpo_sd3
@@ -24,6 +23,23 @@ import train_rankdpo_sdxl
 
 
 RANK = 2
+# What diffusers' UNet2DConditionModel needs to become SDXL's UNet (stabilityai/stable-diffusion-xl-base-1.0).
+SDXL_UNET = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 # What diffusers' UNet2DConditionModel needs to become SD1.5's UNet (stable-diffusion-v1-5/stable-diffusion-v1-5).
 SD15_UNET = {
     "sample_size": 64,
