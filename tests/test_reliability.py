@@ -3,7 +3,6 @@
 `make test-faults`, which is faults.py, injects many more faults."""
 
 import importlib
-import multiprocessing
 import os
 import re
 import shutil
@@ -16,7 +15,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -314,7 +312,7 @@ def test_pictures_of_16_bits_and_transparent_ones():
     assert (pixels("RGBA")[:10] == 255).all() and (pixels("RGBA")[30:] == plain[30:]).all()
     with pytest.raises(ValueError, match="not of 8 or 16 bits"):
         pixels("F")
-    with pytest.raises(build_synpic.BadImage, match="not of 8 or 16 bits"):
+    with pytest.raises(ValueError, match="not of 8 or 16 bits"):
         build_synpic.decode_image(picture("F"))
 
 
@@ -361,100 +359,6 @@ def test_any_prompt_can_stand_on_a_card(trainer_flags, tmp_path, name):
 # Builders and evaluate.py --------------------------------------------------------------------------------------------
 
 
-def test_tasks_share_a_folder_but_not_with_themselves_or_a_whole_run(tmp_path):
-    def hold(task, ready):
-        with build_synpic.locked(tmp_path / "out", "--output_dir", task=task):
-            ready.set()
-            time.sleep(600)
-
-    def held(task):
-        context = multiprocessing.get_context("fork")
-        process = context.Process(target=hold, args=(task, ready := context.Event()), daemon=True)
-        process.start()
-        assert ready.wait(60)
-        return process
-
-    def refused_to(task):
-        with (
-            pytest.raises(SystemExit, match="is in use by process"),
-            build_synpic.locked(tmp_path / "out", "--f", task=task),
-        ):
-            pass
-
-    task = held("-0-of-3")
-    with build_synpic.locked(tmp_path / "out", "--output_dir", task="-1-of-3"):
-        pass
-    for other in ("", "-0-of-3", "-1-of-4"):
-        refused_to(other)
-    task.kill()
-    task.join()
-    whole = held("")  # the lock of a dead task does not hold, and goes
-    assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
-    refused_to("-1-of-3")
-    whole.kill()
-    whole.join()
-    with build_synpic.locked(tmp_path / "out", "--output_dir", task="-1-of-3"):
-        pass
-
-
-def test_of_two_tasks_with_other_settings_that_start_at_once_one_is_refused(tmp_path):
-    """The check of both came before either had written."""
-    build_synpic.write_settings(tmp_path, {"seed": 0})
-    build_synpic.write_settings(tmp_path, {"seed": 0})
-    (tmp_path / "late").mkdir()
-    with build_synpic.replacing(tmp_path / "late" / "settings.json", keep=True) as temporary:
-        temporary.write_text("second")
-        (tmp_path / "late" / "settings.json").write_text("first")
-    assert (tmp_path / "late" / "settings.json").read_text() == "first"
-    assert [file.name for file in (tmp_path / "late").iterdir()] == ["settings.json"]
-
-
-def test_an_error_about_another_file_keeps_its_name(tmp_path):
-    """A file that cannot be read while another one is written."""
-    with pytest.raises(OSError) as raised, build_synpic.replacing(tmp_path / "out.json"):
-        (tmp_path / "no" / "source.png").read_bytes()
-    assert raised.value.filename.endswith("source.png") and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name, word", [("x" * 250, "100 bytes"), ("a|b*[c]?", "* ? [")])
-def test_folders_whose_name_cannot_be_read_are_refused(name, word):
-    with pytest.raises(SystemExit, match=re.escape(word)):
-        build_synpic.check_folder_name(Path(name))
-
-
-def test_parquet_json_and_pictures_notice_every_flipped_bit(tmp_path):
-    """Each reader gives what was written, or says that it cannot."""
-    rng = np.random.default_rng(0)
-    table = build_synpic.pa.table(
-        {"id": ["a", "b", "c"], "image": [rng.bytes(40) for _ in range(3)], "score": [0.5, 1, 2]}
-    )
-    build_synpic.write_table(table, tmp_path / "t.parquet", {"prompts": "x"}, row_group_size=2)
-    build_synpic.write_json(tmp_path / "r.json", {"step": 3, "files": {"a": "b"}})
-    picture = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    build_synpic.save_picture(picture, tmp_path / "p.png")
-
-    def parquet(file):
-        return build_synpic.read_table(file).to_pylist(), build_synpic.shard_facts(file)
-
-    def png(file):
-        if not build_synpic.is_whole_png(file):
-            raise build_synpic.Damaged(file)
-        return Image.open(file).tobytes()
-
-    for name, read in {"t.parquet": parquet, "r.json": build_synpic.read_json, "p.png": png}.items():
-        file, noticed = tmp_path / name, 0
-        right, content = read(file), file.read_bytes()
-        for position in range(len(content)):
-            changed = bytearray(content)
-            changed[position] ^= 1 << position % 8
-            file.write_bytes(changed)
-            try:
-                assert read(file) == right, (name, position)
-            except build_synpic.Damaged:
-                noticed += 1
-        assert noticed > len(content) / 3
-
-
 def test_text_in_has_label_is_refused(tmp_path):
     rows = [{**row, "has_label": "false"} for row in pair_rows()]
     data = write_pairs(tmp_path / "pairs", rows, has_label=Value("string"))
@@ -486,15 +390,3 @@ def test_evaluate_refuses_a_folder_that_is_not_its_own(ranked_dataset, tiny_sdxl
     assert "holds other files" in refused("evaluate", *command, ranked_dataset)
     message = refused("evaluate", *command, tmp_path / "out", "--loras", "x=/no/such/folder")
     assert "there is no folder /no/such/folder" in message
-
-
-def test_output_of_the_builders_is_checked_again(tmp_path):
-    """Half a Parquet file among whole ones."""
-    data = write_dataset(tmp_path / "data", ranked_rows(n=4))
-    (file,) = data.rglob("*.parquet")
-    table = pq.read_table(file)
-    build_synpic.write_table(table, file, {})
-    build_synpic.check_dataset_folder("--dataset_name", str(data))
-    flip(file, 0.3)
-    with pytest.raises(SystemExit, match="is damaged"):
-        build_synpic.check_dataset_folder("--dataset_name", str(data))
