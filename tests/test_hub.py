@@ -9,13 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import hub
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT, TRAINERS, pair_rows, write_pairs
@@ -162,27 +158,17 @@ def test_a_token_that_may_not_write_fails_before_any_work(server, tiny_sdxl, ran
 
 OTHER_CARD = """---
 license: cc-by-4.0
-configs:
-- config_name: extra
-  data_files: extra/rows.parquet
 ---
 What people wrote before.
 """
-LOAD_EXTRA = """
-from datasets import load_dataset
-assert load_dataset("user/synpic", "extra", split="train").to_list() == [{"text": "one"}]
-print(len(load_dataset("user/synpic", split="train")))
-"""
+COUNT = "from datasets import load_dataset; print(len(load_dataset('user/synpic', split='train')))"
 
 
-def test_other_configurations_and_edits_of_the_card_stay(server, tiny_sdxl, tmp_path):
-    buffer = BytesIO()
-    pq.write_table(pa.table({"text": ["one"]}), buffer)
-    server.commit(
-        "datasets", "user/synpic", {"README.md": OTHER_CARD.encode(), "extra/rows.parquet": buffer.getvalue()}
-    )
+def test_what_people_write_on_a_card_stays_and_a_grown_dataset_replaces_the_old_one(server, tiny_sdxl, tmp_path):
+    server.commit("datasets", "user/synpic", {"README.md": OTHER_CARD.encode(), "notes.txt": b"mine"})
     client(server, tmp_path / "home", *write_build(tmp_path, tiny_sdxl))
-    assert client(server, tmp_path / "a", "-c", LOAD_EXTRA).stdout.strip() == "6"
+    # One cache for both versions: it must not serve the old rows.
+    assert client(server, tmp_path / "a", "-c", COUNT).stdout.strip() == "6"
     card = server.files("datasets", "user/synpic")["README.md"].decode()
     assert "cc-by-4.0" in card and "What people wrote before." in card and "## Time and cost" in card
 
@@ -192,15 +178,14 @@ def test_other_configurations_and_edits_of_the_card_stay(server, tiny_sdxl, tmp_
     rewards = ("color_reward", "clean_reward", "shape_reward")
     more = [*PROMPTS, "a red triangle", "a blue triangle"]
     client(server, tmp_path / "home", *write_build(tmp_path, tiny_sdxl, rewards, more))
-    assert client(server, tmp_path / "b", "-c", LOAD_EXTRA).stdout.strip() == "8"
+    assert client(server, tmp_path / "a", "-c", COUNT).stdout.strip() == "8"
     files = server.files("datasets", "user/synpic")
-    assert sorted(name for name in files if name.startswith("data/")) == [
-        f"data/train-0000{i}-of-00004.parquet" for i in range(4)
-    ]
+    data = [f"data/train-0000{i}-of-00004.parquet" for i in range(4)]
+    assert sorted(name for name in files if name.startswith("data/")) == data and files["notes.txt"] == b"mine"
     card = files["README.md"].decode()
     front = yaml.safe_load(card.split("---")[1])
     assert front["license"] == "cc0-1.0" and front["viewer"] is True
-    assert [config["config_name"] for config in front["configs"]] == ["default", "scores", "extra"]
+    assert [config["config_name"] for config in front["configs"]] == ["default", "scores"]
     assert card.count("What people wrote before.") == card.count("What people wrote after.") == 1
     assert card.count("## Time and cost") == 1 and "shape_reward" in card and "8 prompts" in card
     assert card == (tmp_path / "synpic" / "README.md").read_text()
@@ -234,79 +219,6 @@ def test_merged_card(name):
     assert merged(f"A {CARD_BEGIN} old B") == (front, f"A {CARD_BEGIN} old B\n\n{block}")
     assert merged(f"only text {CARD_END}") == (front, f"only text {CARD_END}\n\n{block}")
     assert merged(f"{CARD_BEGIN} A {old} B") == (front, f"{CARD_BEGIN} A {block} B")
-
-
-def test_card_of_a_folder_stays_edited(tmp_path):
-    from build_synpic import CARD_BEGIN, CARD_END, make_card
-
-    file, block = tmp_path / "README.md", f"{CARD_BEGIN}\nnew\n{CARD_END}"
-    front = {"language": ["en"], "configs": [{"config_name": "default"}]}
-    file.write_text(make_card({**front, "configs": [{"config_name": "gone"}], "mine": "é"}, "Mine.\n"))
-    card = RepoCard(make_card(front, block, file))
-    assert card.data.to_dict() == {**front, "mine": "é"} and card.text == f"\nMine.\n\n{block}\n"
-
-
-def test_merged_configurations_and_results():
-    """Other configurations of a dataset, and results of a model on other prompts, stay."""
-    from build_synpic import make_card, merge_dataset_cards
-    from evaluate import make_card as results_card
-    from evaluate import merge_results
-
-    configs = [{"config_name": "default", "data_files": "new"}, {"config_name": "scores"}]
-    mine = make_card({"configs": configs, "dataset_info": [{"config_name": "default"}]}, "mine")
-    # A card may name a single configuration without a list, and the default one without its name.
-    theirs = "---\nconfigs: [{data_files: old}, {config_name: extra}]\ndataset_info: {config_name: extra}\n---\n"
-    for _ in range(2):
-        theirs = str(merge_dataset_cards(RepoCard(mine), RepoCard(theirs)))
-        data = RepoCard(theirs).data
-        assert data["configs"] == [*configs, {"config_name": "extra"}]
-        assert data["dataset_info"] == [{"config_name": "default"}, {"config_name": "extra"}]
-
-    def model(name: str, **values) -> dict:
-        results = [{"dataset": {"name": prompts}, "metrics": value} for prompts, value in values.items()]
-        return {"name": name, "results": results}
-
-    mine = results_card({"model-index": [model("mine", a=1)]}, "mine")
-    for index in ([model("theirs", b=2, a=3), model("other", a=4)], [{"name": "theirs"}, model("other", a=4)], None):
-        theirs = results_card({"model-index": index}, "theirs")
-        for _ in range(2):
-            theirs = str(merge_results(RepoCard(mine), RepoCard(theirs)))
-            wanted = [model("theirs", **({"b": 2} if "results" in index[0] else {}), a=1), index[1]] if index else None
-            assert RepoCard(theirs).data["model-index"] == (wanted or [model("mine", a=1)])
-
-
-def test_which_errors_are_asked_again_and_after_which_pause(monkeypatch):
-    import build_synpic as script
-
-    def pauses(*errors) -> list[int]:
-        """Of a request that fails with these errors, one after the other, and then succeeds."""
-        slept, left = [], list(errors)
-
-        def request(value: int) -> int:
-            if left:
-                raise left.pop(0)
-            return value
-
-        monkeypatch.setattr(script.time, "sleep", slept.append)
-        assert script.retried(request, value=1) == 1
-        return slept
-
-    def answer(status: int, **headers) -> Exception:
-        error = OSError(f"status {status}")
-        error.response = SimpleNamespace(status_code=status, headers=headers)
-        return error
-
-    assert pauses(ConnectionError(), answer(503), answer(409), answer(412), answer(500)) == [1, 2, 4, 8, 16]
-    assert pauses(json.JSONDecodeError("a proxy's page", "<html>", 0)) == [1]
-    assert pauses(answer(429, **{"Retry-After": "55"})) == pauses(answer(503, **{"Retry-After": "55"})) == [55]
-    assert pauses(answer(429, ratelimit='"api";r=0;t=99'), answer(429, **{"Retry-After": "9999"})) == [99, 330]
-    assert pauses(answer(409, ratelimit='"api";r=400;t=99'), answer(429, **{"Retry-After": "Mon"})) == [1, 2]
-    for error in (ValueError(), answer(401), answer(403), answer(404)):
-        with pytest.raises(type(error)) as raised:
-            pauses(error)
-        assert raised.value is error
-    with pytest.raises(ConnectionError):
-        pauses(*[ConnectionError()] * 6)
 
 
 LOAD_PAIRS = """
