@@ -51,7 +51,7 @@ class Driver:
 
 
 def check_faults(server, run: Driver, before: dict, faults, wanted: tuple[str, str]) -> None:
-    """Each fault at every second request: complete at once, or nothing is seen of it and the same command completes it."""
+    """Each fault at every second request: complete at once, or nothing is seen and the same command completes it."""
     kind, repo_id = wanted
 
     def reset(fault, number) -> None:
