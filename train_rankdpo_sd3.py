@@ -745,8 +745,6 @@ def find_files(args: ScriptArguments) -> list[str]:
     name, split, folder, found = args.dataset_name, args.dataset_split, args.dataset_name, {}
     if os.path.isfile(name):  # one .parquet file
         return [name]
-    if os.path.exists(f"{name}/UNFINISHED"):
-        raise SystemExit(f"--dataset_name {name} is unfinished: run the command that wrote it again")
     options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
     with TemporaryDirectory() as links:
         if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):

@@ -267,14 +267,6 @@ def test_a_write_that_fails_leaves_nothing_half_written(flags, finished, tmp_pat
 # Trainers: inputs ----------------------------------------------------------------------------------------------------
 
 
-@all_trainers
-def test_an_unfinished_dataset_is_refused(trainer_flags, tmp_path, name):
-    flags, data = trainer_flags(name), tmp_path / "data"
-    shutil.copytree(flags[3], data)
-    (data / "UNFINISHED").touch()
-    assert "unfinished" in refused(name, *flags, "--dataset_name", data, "--output_dir", tmp_path / "out")
-
-
 @pytest.mark.parametrize("name", ["train_rankdpo_sdxl", "train_rankdpo_sd3"])
 def test_a_dataset_without_any_order_is_refused(trainer_flags, tmp_path, capsys, name):
     rows, command = ranked_rows(n=6), [*trainer_flags(name), "--max_train_steps", 1, "--dataset_name"]
