@@ -928,9 +928,11 @@ def page_server(study: Study, host: str, port: int):
     options = {"log_level": "critical", "access_log": False, "timeout_graceful_shutdown": 1}
     config = uvicorn.Config(make_app(study), host=host, port=port, **options)
     try:
-        return uvicorn.Server(config), config.bind_socket()
+        listening = config.bind_socket()
     except SystemExit:
         raise SystemExit(f"--port {port}: cannot listen at {host}:{port}: is another program there?") from None
+    listening.listen()  # who comes before the server runs waits for it
+    return uvicorn.Server(config), listening
 
 
 PAGE = """
