@@ -67,7 +67,6 @@ import numpy as np
 import yaml
 from filelock import FileLock, Timeout
 from huggingface_hub import (
-    CardData,
     CommitOperationAdd,
     CommitScheduler,
     EvalResult,
@@ -94,8 +93,8 @@ CONSENT = """You compare pictures that computers drew. Your answers are stored u
 name or address, and may be published. You may stop at any time. Some pictures may be unpleasant."""
 STUDY, VOTES, PICTURES = "study.json", "votes", "pictures"  # what a study's folder holds
 # The flags that make a study: one that exists goes on with the same ones only.
-MAKING = """evaluation_dir images prompts num_prompts per_category seed questions allow_ties category_column models baseline
-votes_per_comparison comparisons_per_rater attention_checks max_failed_checks picture_size consent""".split()
+MAKING = """evaluation_dir images prompts num_prompts per_category seed questions allow_ties category_column models
+baseline votes_per_comparison comparisons_per_rater attention_checks max_failed_checks picture_size consent""".split()
 HELD_MINUTES = 60  # a comparison that was shown and not answered goes to somebody else after this time
 PUBLISH_MINUTES = 1  # between two commits of votes
 FEW_PROMPTS, FEW_RATERS = 25, 5  # an interval over fewer prompts or raters carries a warning
@@ -136,16 +135,13 @@ class ScriptArguments:
     num_prompts: int = flag(100, "Prompts to sample.", min=1)
     per_category: int | None = flag(None, "Prompts to sample from each category, instead of --num_prompts.", min=1)
     questions: list[str] = flag(
-        lambda: ["general", "appeal", "alignment"],
-        f"Of {', '.join(QUESTIONS)}, or name=text of your own; the answer must be the better picture.",
+        lambda: list(QUESTIONS)[:3], f"{', '.join(QUESTIONS)}, or name=text; asks what is better."
     )
     allow_ties: bool = flag(False, "Raters may answer that they see no difference.")
     votes_per_comparison: int = flag(5, "Raters who see each comparison.", min=1)
     comparisons_per_rater: int | None = flag(None, "At most so many comparisons for one rater. Default: all.", min=1)
     attention_checks: int = flag(0, "Hidden test pairs per rater: a picture and noise; with ties, also itself.", min=0)
-    max_failed_checks: int | None = flag(
-        None, "Raters who fail more test pairs are left out. Default: 0; for tally and export, the study's.", min=0
-    )
+    max_failed_checks: int | None = flag(None, "Raters who fail more are left out. Default: 0, or the study's.", min=0)
     picture_size: int = flag(1024, "Longest side of the pictures that raters see, in pixels.", min=16, max=4096)
     consent: str = flag(CONSENT, "What raters read before they begin.")
     host: str = flag("127.0.0.1", "Address to listen on. 0.0.0.0: all of this machine's.", "Page")
@@ -253,8 +249,8 @@ def majority(counts: np.ndarray) -> np.ndarray:
 
 
 def fleiss_kappa(counts: np.ndarray) -> float | None:
-    """Fleiss' kappa: agreement beyond chance, 1 at most, 0 as by chance; None if votes do not differ, or no row has two.
-    Rows may have different numbers of votes (then each weighs the same); a single vote says nothing."""
+    """Fleiss' kappa: agreement beyond chance, 1 at most; None if votes do not differ, or no row has two. Rows may have
+    different numbers of votes (then each weighs the same); a single vote says nothing."""
     counts = counts[counts.sum(axis=1) >= 2].astype(np.float64)
     if not len(counts):
         return None
@@ -273,8 +269,8 @@ def resampled(shape: tuple[int, int], seed: int, resamples: int) -> Iterator[tup
 
 
 def bootstrap_share(wins: np.ndarray, votes: np.ndarray, seed: int, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the share of votes, over prompts and raters, (n_prompts, n_raters): `wins` of the first
-    model (a tie is half a win), and all `votes`."""
+    """95 % percentile interval of the share of votes. `wins` of the first model (a tie is half a win) and all `votes`:
+    (n_prompts, n_raters)."""
     shares = []
     for prompts, raters in resampled(votes.shape, seed, resamples):
         with np.errstate(invalid="ignore"):  # no vote was drawn: only with very few votes
@@ -286,12 +282,9 @@ def bootstrap_share(wins: np.ndarray, votes: np.ndarray, seed: int, resamples: i
 def bootstrap_majority(
     first: np.ndarray, second: np.ndarray, votes: np.ndarray, seed: int, resamples: int = 10_000
 ) -> tuple[float, float]:
-    """95 % interval of the share of comparisons that the first model wins by majority; undecided ones count half.
-
-    Every resample decides anew. Its raters are fewer than there were (some are drawn twice), so its majorities are
-    closer to one half; the spread of the resamples is therefore laid around the figure itself. Votes for the `first`
-    and the `second` model, and all `votes`: (n_prompts, n_raters).
-    """
+    """95 % interval of the share of comparisons that the first model wins by majority; undecided ones count half. Every
+    resample decides anew. Its raters are fewer than there were (some are drawn twice), so its majorities are closer to
+    one half; the spread of the resamples is therefore laid around the figure itself."""
     shares = []
     for prompts, raters in resampled(votes.shape, seed, resamples):
         all_votes = raters @ votes.T
@@ -402,8 +395,7 @@ def main(args: ScriptArguments) -> None:
 
 def serve(args: ScriptArguments) -> None:
     """Shows the page until a signal ends it. Makes the study first, unless it exists."""
-    found = version("gradio") if find_spec("gradio") else "0"
-    if [int(number) for number in found.split(".")[:2]] < [6, 31]:
+    if not find_spec("gradio") or [int(part) for part in version("gradio").split(".")[:2]] < [6, 31]:
         raise SystemExit(f"serve needs Gradio, 6.31 or newer: pip install '{GRADIO}'")
     folder, signals, scheduler = Path(args.study_dir), [], None
     if args.push_to_hub:
@@ -476,8 +468,7 @@ def export(args: ScriptArguments) -> None:
         args.hub_dataset_id = open_repository(args.hub_dataset_id, "dataset", args.hub_private_repo)
         names, card = HfApi().list_repo_files(args.hub_dataset_id, repo_type="dataset"), hub_card(args.hub_dataset_id)
         if any(map(DATA_FILE.fullmatch, names)) and not (card and CARD_BEGIN in card.text):
-            problem = f"--hub_dataset_id {args.hub_dataset_id} holds other data, which would be replaced"
-            raise SystemExit(f"{problem}: choose another name")
+            raise SystemExit(f"--hub_dataset_id {args.hub_dataset_id} holds other data: choose another name")
     votes, _ = kept_votes(final_votes(read_votes(folder)), max_failed_checks(args, record))
     make = pair_rows if args.export_format == "pairs" else ranked_rows
     rows, left_out = make(record, folder, [vote for vote in votes if vote["question"] == question])
@@ -504,7 +495,7 @@ def write_space(args: ScriptArguments) -> None:
     write_text(output_dir / "README.md", SPACE_CARD.format(dataset=args.hub_dataset_id))
     write_text(output_dir / script.name, script.read_text())
     (output_dir / PICTURES).mkdir(exist_ok=True)
-    names = remove_other_pictures(record, output_dir)
+    names = {file_name(record, key) for key in picture_keys(record)}
     for name in names:
         shutil.copyfile(folder / PICTURES / name, output_dir / PICTURES / name)
     print(f"the Space is in {output_dir}")
@@ -525,8 +516,7 @@ def parse_questions(items: list[str]) -> dict[str, str]:
         name, _, text = item.partition("=")
         text = text.strip() or QUESTIONS.get(name)
         if not re.fullmatch(r"\w{1,40}", name) or not text:
-            known = ", ".join(QUESTIONS)
-            raise SystemExit(f"--questions {item!r}: must be one of {known}, or name=text with a name of letters")
+            raise SystemExit(f"--questions {item!r}: must be one of {', '.join(QUESTIONS)}, or name=text")
         if name in found:
             raise SystemExit(f"--questions: {name} is named twice")
         found[name] = text
@@ -576,9 +566,8 @@ def make_study(args: ScriptArguments) -> None:
     models = list(sources)
     if args.baseline and args.baseline not in models:
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(models)}")
-    pairs = list(itertools.combinations(models, 2))
-    if args.baseline:
-        pairs = [(name, args.baseline) for name in models if name != args.baseline]
+    pairs = [pair for pair in itertools.combinations(models, 2) if not args.baseline]
+    pairs += [(name, args.baseline) for name in models if args.baseline not in (None, name)]
     chosen = sample_prompts(categories, args.num_prompts, args.per_category, args.seed)
     rng, checks = np.random.default_rng([args.seed, 1]), []
     for number in range(args.attention_checks):
@@ -591,7 +580,6 @@ def make_study(args: ScriptArguments) -> None:
     record |= {name: getattr(args, name) for name in same}
     record |= {"settings": settings, "secret": secrets.token_hex(32)}
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-    remove_other_pictures(record, folder)  # of a run that was killed
     for number, prompt in enumerate(tqdm(prompts, desc="pictures", unit="prompt")):
         files = {name: files[prompt["index"]] for name, files in sources.items()}
         write_pictures(record, folder, number, files, args.picture_size)
@@ -612,7 +600,7 @@ def find_images(args: ScriptArguments, fields_of: list[dict], digest: str) -> di
     or its images belong to other prompts.
 
     Args:
-        fields_of: what --images may name of each prompt, and {index1}, its {index} counted from 1.
+        fields_of: what --images may name of each prompt, and {index+1} counts from 1.
     """
     found = {}
     if args.evaluation_dir:
@@ -621,11 +609,9 @@ def find_images(args: ScriptArguments, fields_of: list[dict], digest: str) -> di
         names.sort(key=lambda name: name == "base")  # win rates are those of the others over the base
         for name in args.models or names:
             if name not in names:
-                there = ", ".join(names) or "none"
-                raise SystemExit(f"--models {name}: {folder} holds no images of it; it holds {there}")
+                raise SystemExit(f"--models {name}: {folder} holds images of {', '.join(names) or 'none'}")
             if json.loads((folder / name / "settings.json").read_text()).get("prompts") != digest:
-                problem = f"{folder / name} was drawn from other prompts"
-                raise SystemExit(f"{problem}: give the --prompts and --max_prompts of evaluate.py")
+                raise SystemExit(f"{folder / name} was drawn from other prompts: give evaluate.py's --prompts")
             found[name] = [folder / name / f"{i:05d}_0.png" for i in range(len(fields_of))]
     for item in args.images:
         name, _, template = item.partition("=")
@@ -633,12 +619,12 @@ def find_images(args: ScriptArguments, fields_of: list[dict], digest: str) -> di
             raise SystemExit(f"--images {item}: must be name=TEMPLATE, with a name of its own")
         beyond = fields_of[-1] | {"index": fields_of[-1]["index"] + 1}
         try:
-            files = [Path(template.format(index1=v["index"] + 1, **v)) for v in (*fields_of, beyond)]
+            files = [Path(template.format(**v, **{"index+1": v["index"] + 1})) for v in (*fields_of, beyond)]
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            names = "{index}, {index1}, {number} (0), {prompt}, {row[COLUMN]} and {category}"
+            names = "{index}, {index+1}, {number} (0), {prompt}, {row[COLUMN]} and {category}"
             raise SystemExit(f"--images {item}: wrong template: {one_line(error)}; its fields are {names}") from None
         if files[-1].exists() and not files[0].exists():
-            raise SystemExit(f"--images {item}: the pictures are counted from 1: write {{index1}} for {{index}}")
+            raise SystemExit(f"--images {item}: the pictures are counted from 1: write {{index+1}} for {{index}}")
         found[name] = files[:-1]
     if taken := {"noise", "tie"} & set(found):
         raise SystemExit(f"a model may not be called {min(taken)}: give it another name, with --images name=TEMPLATE")
@@ -656,15 +642,6 @@ def picture_keys(record: dict) -> list[tuple[int, str]]:
 def file_name(record: dict, key: tuple[int, str]) -> str:
     """The name of a picture's file, which says nothing about its model."""
     return keyed(record["secret"], "file", *key) + ".jpg"
-
-
-def remove_other_pictures(record: dict, folder: Path) -> set[str]:
-    """Removes pictures that bear names of ours and are not of this study; returns the study's names."""
-    names = {file_name(record, key) for key in picture_keys(record)}
-    for file in (folder / PICTURES).glob("*.jpg"):
-        if re.fullmatch(r"[0-9a-f]{32}\.jpg", file.name) and file.name not in names:
-            file.unlink()
-    return names
 
 
 def write_pictures(record: dict, folder: Path, number: int, files: dict[str, Path], longest_side: int) -> None:
@@ -691,12 +668,12 @@ def read_picture(name: str, file: Path) -> PILImage.Image:
     try:
         with PILImage.open(file) as opened:
             picture = ImageOps.exif_transpose(opened)
-        if picture.mode == "F" or picture.mode[0] == "I" and max(picture.getextrema()) > 65535:
-            raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
+        if picture.mode[0] in "IF":
+            if picture.mode == "F" or max(picture.getextrema()) > 65535:
+                raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
+            picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     except Exception as error:  # PIL raises many kinds
         raise SystemExit(f"picture of {name}: {file} cannot be read: {one_line(error)}") from None
-    if picture.mode[0] == "I":
-        picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture)
@@ -730,11 +707,8 @@ class Study:
         self.folder, self.record = folder, read_study(folder)
         self.secret, self.questions = self.record["secret"], self.record["questions"]
         self.id = keyed(self.secret, "study")[:12]
-        self.comparisons = {  # item → number of the prompt, pair of models
-            f"{number}-{pair}": (number, tuple(models))
-            for number in range(len(self.record["prompts"]))
-            for pair, models in enumerate(self.record["pairs"])
-        }
+        items = itertools.product(range(len(self.record["prompts"])), enumerate(self.record["pairs"]))
+        self.comparisons = {f"{number}-{n}": tuple(models) for number, (n, models) in items}  # item → two models
         self.limit = min(self.record["comparisons_per_rater"] or len(self.comparisons), len(self.comparisons))
         self.shown: dict[str, list[dict]] = {}  # rater → what it was shown, in order
         self.answers: dict[tuple, dict] = {}  # (rater, item, question) → the last answer
@@ -797,6 +771,8 @@ class Study:
     def view(self, rater: str, position: int | None = None, asked: int | None = None) -> dict:
         """What the page shows at a position, by default where the rater is: the question number `asked`, or the first
         one without an answer. After all that was shown comes the next comparison, or the end."""
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", rater):  # a random number from the page, or a word from a link
+            raise ValueError("a rater's id has 1 to 64 letters, digits, - or _")
         with self.lock:
             shown, loads = self.shown.setdefault(rater, []), self.loads()
             # `asked` is given for what was shown before; else the page goes on, as far as the last one is answered.
@@ -832,8 +808,8 @@ class Study:
             sides = [check["model"], check["model"] if check["kind"] == "same" else "noise"]
             turned = int(keyed(self.secret, "side", rater, item), 16) % 2
         elif item is not None:
-            sides = self.comparisons[item][1]
-            number = sum(self.comparisons.get(other, (0, ()))[1] == sides for other in seen)
+            sides = self.comparisons[item]
+            number = sum(self.comparisons.get(other) == sides for other in seen)
             turned = not first_goes_left(self.secret, rater, sides, number)
         else:
             return
@@ -886,23 +862,17 @@ def make_app(study: Study):
     import gradio as gr
     from fastapi import FastAPI, Response
 
-    def rater_of(request: dict) -> str:  # a random number from the page, or a word from a link
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", rater := str(request.get("rater", ""))):
-            raise ValueError("a rater's id has 1 to 64 letters, digits, - or _")
-        return rater
-
     def welcome(request: dict) -> dict:
         return {"study": study.id, "consent": study.record["consent"]}
 
     def enter(request: dict) -> dict:
-        return study.view(rater_of(request))
+        return study.view(request["rater"])
 
     def look(request: dict) -> dict:
-        return study.view(rater_of(request), max(int(request["position"]), 0), asked=0)
+        return study.view(request["rater"], max(int(request["position"]), 0), asked=0)
 
     def answer(request: dict) -> dict:
-        given = [request[name] for name in ("question", "answer", "seconds", "picture")]
-        return study.answer(rater_of(request), int(request["position"]), *given)
+        return study.answer(*(request[key] for key in "rater position question answer seconds picture".split()))
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -925,12 +895,9 @@ def page_server(study: Study, host: str, port: int):
     import uvicorn
 
     # Open pages hold a connection: without a limit, the end would wait for them.
-    options = {"log_level": "critical", "access_log": False, "timeout_graceful_shutdown": 1}
+    options = {"log_level": "error", "access_log": False, "timeout_graceful_shutdown": 1}
     config = uvicorn.Config(make_app(study), host=host, port=port, **options)
-    try:
-        listening = config.bind_socket()
-    except SystemExit:
-        raise SystemExit(f"--port {port}: cannot listen at {host}:{port}: is another program there?") from None
+    listening = config.bind_socket()  # if the port is taken, uvicorn says so and ends
     listening.listen()  # who comes before the server runs waits for it
     return uvicorn.Server(config), listening
 
@@ -970,20 +937,18 @@ PAGE = """
 """
 
 STYLE = """
-{ max-width: 1500px; margin: 0 auto; font-size: 17px; }
+{ max-width: 1500px; margin: 0 auto; font-size: 17px; overflow-wrap: anywhere; }
 [hidden] { display: none !important; }
 header, .answers { display: flex; gap: 12px; align-items: center; }
 .bar { flex: 1; height: 10px; border-radius: 5px; background: #8883; overflow: hidden; }
 .bar div { height: 100%; background: #2a7de1; }
-.prompt { font-size: 1.15em; margin: 10px 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 7.5em; }
-.prompt, .zoom { overflow-y: auto; }
+.prompt { font-size: 1.15em; margin: 10px 0; max-height: 7.5em; overflow: auto; white-space: pre-wrap; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 10px; }
 .pair img { width: 100%; aspect-ratio: 1; max-height: 62vh; object-fit: contain; cursor: zoom-in; margin: 0; }
 .question { font-weight: 600; margin: 12px 0 8px; }
 button { margin: 0 !important; padding: 8px 14px; border: 1px solid #8888; border-radius: 8px; background: #8881; }
-button { font-family: inherit; font-weight: 500; cursor: pointer; }
-.answers button { flex: 1; padding: 14px 4px; font-size: 1em; }
-button:disabled { opacity: 0.45; cursor: default; }
+.answers button { flex: 1; padding: 14px 4px; }
+button:disabled { opacity: 0.45; }
 button.chosen { outline: 3px solid #2a7de1; }
 button.main { background: #2a7de1; color: white; font-size: 1.1em; }
 kbd { border: 1px solid #8888; border-radius: 4px; padding: 0 5px; font-size: 0.8em; }
@@ -1128,15 +1093,13 @@ def markdown_report(record: dict, results: dict, max_failed_checks: int) -> str:
         if not figures["n_votes"]:
             verdicts.append(f"- **{question}**: no votes on {name} against {other}.")
             continue
-        fewest, most = figures["votes_per_comparison"]
-        each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        (fewest, most), kappa = figures["votes_per_comparison"], figures["fleiss_kappa"]
         outcome = " / ".join(str(figures[key]) for key in ("wins", "undecided", "losses"))
-        shown = [name, other, question, figures["n_comparisons"], each, outcome]
+        each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        rows.append([name, other, question, figures["n_comparisons"], each, outcome])
         for key in ("win_rate", "vote_share"):
-            low, high = figures[f"{key}_ci95"]
-            shown.append(f"{figures[key]:.1%} ({low:.1%} to {high:.1%})")
-        kappa = figures["fleiss_kappa"]
-        rows.append([*shown, "" if kappa is None else f"{kappa:.2f}"])
+            rows[-1].append("{:.1%} ({:.1%} to {:.1%})".format(figures[key], *figures[f"{key}_ci95"]))
+        rows[-1].append("" if kappa is None else f"{kappa:.2f}")
         verdicts.append(f"- **{question}**: {figures['verdict']}")
         if fewest % 2 == 0 or most % 2 == 0:
             notes.append("Some comparisons have an even number of votes, which may split evenly.")
@@ -1264,18 +1227,22 @@ def write_dataset(args: ScriptArguments, rows: list[dict], question: str, left_o
     """Writes the rows as Parquet, and the card."""
     from datasets import Dataset, Features, Image, List, Value
 
-    kinds = {"num_votes": "int32", "agreement": "float32", "label_0": "float64", "label_1": "float64"}
-    kinds |= {"jpg_0": "binary", "jpg_1": "binary", "has_label": "bool", "are_different": "bool"}
-    kinds |= {"votes_0": "int32", "votes_1": "int32"}
-    lists = {"images": List(Image()), "generators": List(Value("string")), "seeds": List(Value("int64"))}
-    lists |= {"scores": {"people": List(Value("float32"))}, "preference_probability": List(Value("float32"))}
-    lists |= {"rank": List(Value("int32"))}
-    features = Features({name: lists.get(name) or Value(kinds.get(name, "string")) for name in rows[0]})
+    kinds = {
+        "jpg": Value("binary"),
+        "label": Value("float64"),
+        "agreement": Value("float32"),
+        "seeds": List(Value("int64")),
+    }
+    kinds |= {"has_label": Value("bool"), "are_different": Value("bool"), "generators": List(Value("string"))}
+    kinds |= {"images": List(Image()), "scores": {"people": List(Value("float32"))}, "rank": List(Value("int32"))}
+    kinds |= {"preference_probability": List(Value("float32")), "num_votes": Value("int32"), "votes": Value("int32")}
+    # A column of each of the two pictures has the type of its name without the number.
+    features = Features({name: kinds.get(re.sub(r"_[01]$", "", name), Value("string")) for name in rows[0]})
     output_dir = Path(args.output_dir)
-    title, data, building = output_dir.resolve().name, output_dir / "data", output_dir / ".data.tmp"
-    card = output_dir / "README.md"
+    data, building, card = output_dir / "data", output_dir / ".data.tmp", output_dir / "README.md"
+    title = output_dir.resolve().name
     if not card.exists():  # a killed run goes on in its folder
-        write_text(card, str(new_card({"pretty_name": title}, "This dataset is not complete.")))
+        write_text(card, str(fill_card(None, {"pretty_name": title}, "This dataset is not complete.")))
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     parts, n_bytes = [rows[start : start + 250] for start in range(0, len(rows), 250)], 0
@@ -1285,10 +1252,9 @@ def write_dataset(args: ScriptArguments, rows: list[dict], question: str, left_o
     shutil.rmtree(data, ignore_errors=True)
     building.rename(data)
     kind, n_votes = "pairs" if args.export_format == "pairs" else "prompts", sum(row["num_votes"] for row in rows)
-    read_by = {
-        "pairs": "The columns are Pick-a-Pic's: `score_pairs.py` and Diffusion-DPO trainers read them.",
-        "ranked": "The columns are Syn-Pic's: `train_rankdpo_sdxl.py` and `train_rankdpo_sd3.py` read them.",
-    }[args.export_format]
+    read_by = "The columns are Syn-Pic's: `train_rankdpo_sdxl.py` and `train_rankdpo_sd3.py` read them."
+    if args.export_format == "pairs":
+        read_by = "The columns are Pick-a-Pic's: `score_pairs.py` and Diffusion-DPO trainers read them."
     body = f"""# {title}
 
 {n_votes} votes of people on pictures of {len(rows)} {kind}, from a blinded study. The question was: "{question}"
@@ -1304,18 +1270,14 @@ dataset = load_dataset("{args.hub_dataset_id or output_dir}", split="train")
 """
     front = {"pretty_name": title, "task_categories": ["text-to-image"], "size_categories": [size_category(len(rows))]}
     data_files = [{"split": "train", "path": "data/train-*.parquet"}]
-    front |= {
-        "tags": ["preference", "human-feedback"],
-        "configs": [{"config_name": "default", "data_files": data_files}],
-    }
+    front |= {"tags": ["preference", "human-feedback"]}
+    front |= {"configs": [{"config_name": "default", "data_files": data_files}]}
     # Without its size, `load_dataset` on a folder that was written again would serve the rows that it cached before.
     info = {"splits": [{"name": "train", "num_bytes": n_bytes, "num_examples": len(rows)}], "dataset_size": n_bytes}
     info |= {"download_size": sum(file.stat().st_size for file in data.iterdir())}
     front |= {"dataset_info": [{"config_name": "default", "features": features._to_yaml_list(), **info}]}
-    merged = merge_cards(new_card(front, body), RepoCard.load(card))
-    if args.push_to_hub and (theirs := hub_card(args.hub_dataset_id)):
-        merged = merge_cards(merged, theirs)
-    write_text(card, str(merged))
+    theirs = hub_card(args.hub_dataset_id) if args.push_to_hub else None
+    write_text(card, str(fill_card(theirs or RepoCard.load(card), front, body)))
     print(f"{len(rows)} rows, {n_votes} votes; {left_out}: {output_dir}")
 
 
@@ -1376,43 +1338,35 @@ def hub_card(repo_id: str, kind: str = "dataset") -> RepoCard | None:
     return RepoCard.load(repo_id, repo_type=kind) if there else None
 
 
-def new_card(front: dict, body: str) -> RepoCard:
-    """A card whose text stands between our marks; a prompt may hold anything, even a mark."""
-    block = f"{CARD_BEGIN}\n{body.strip().replace('<!--', '<! --')}\n{CARD_END}\n"
-    return RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{block}")
-
-
-# Copied from build_synpic.merge_cards
-def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
-    """This run's card with what people wrote into an earlier one: text outside the marks, and the metadata, in which
-    CARD_FACTS are replaced, and what is lacking is added."""
-    licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
-    for name, value in mine.data.to_dict().items():
-        lacks = name not in theirs.data and not (licensed and name.startswith("license_"))
-        if lacks or name in CARD_FACTS:
-            theirs.data[name] = value
-    marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
-    block, old = re.fullmatch(marked, mine.text, re.S)[2], re.fullmatch(marked, theirs.text, re.S)
-    theirs.text = f"{old[1]}{block}{old[3]}" if old else f"{theirs.text.rstrip()}\n\n{block}\n"
-    return theirs
+def fill_card(card: RepoCard | None, front: dict, body: str) -> RepoCard:
+    """A new card, or one with what people wrote into it: text outside our marks, and metadata that we only add to, but
+    for CARD_FACTS."""
+    card = card or RepoCard("---\n{}\n---\n")
+    for name, value in front.items():
+        if name in CARD_FACTS or name not in card.data:
+            card.data[name] = value
+    before, mark, rest = card.text.partition(CARD_BEGIN)
+    before, after = (before, rest.partition(CARD_END)[2]) if mark else (f"{before.rstrip()}\n\n", "\n")
+    body = body.strip().replace("<!--", "<! --")  # a prompt may hold anything, even a mark
+    card.text = f"{before.lstrip()}{CARD_BEGIN}\n{body}\n{CARD_END}{after}"
+    return card
 
 
 def publish_results(args: ScriptArguments, settings: dict, results: dict, table: str) -> None:
     """Puts the results into the card of a model. Other results there stay; those of an earlier tally are replaced."""
     body = f"## User study\n\n{table}\n![What people preferred](user_study/chart.png)\n\n"
     body += "All figures are in [user_study/results.json](user_study/results.json).\n"
-    card, theirs = new_card({}, body), hub_card(args.hub_model_id, "model")
-    card = merge_cards(card, theirs) if theirs else card
-    data = ModelCard(str(card)).data
-    kept = [result for result in data.eval_results or [] if not result.dataset_name.startswith("user study,")]
-    study = {"task_type": "text-to-image", "task_name": "Text-to-Image Generation", "dataset_type": "prompts"}
-    study |= {"dataset_name": f"user study, {results['raters']['n_votes']} votes", "metric_type": "win_rate"}
+    card = fill_card(hub_card(args.hub_model_id, "model"), {}, body)
+    first, *others = card.data.get("model-index") or [{"name": args.hub_model_id.split("/")[-1], "results": []}]
+    is_ours = re.compile("user study,").match
+    kept = [found for found in first["results"] if not is_ours(str(found.get("dataset", {}).get("name", "")))]
+    mine = {"task": {"type": "text-to-image", "name": "Text-to-Image Generation"}, "metrics": []}
+    mine["dataset"] = {"type": "prompts", "name": f"user study, {results['raters']['n_votes']} votes"}
     for name, other, question, figures in all_figures(results):
         if figures["n_votes"]:
             label = f"{question}, people's win rate of {name} over {other}"
-            kept.append(EvalResult(**study, metric_name=label, metric_value=figures["win_rate"]))
-    data.eval_results, data.model_name = kept, data.get("model_name") or args.hub_model_id.split("/")[-1]
-    card.data = data
+            mine["metrics"].append({"type": "win_rate", "name": label, "value": figures["win_rate"]})
+    card.data["model-index"] = [first | {"results": [*kept, mine]}, *others]
     # Ids of raters may be names, if links were given out with names: they stay on this machine.
     counts = {key: value for key, value in results["raters"].items() if key.startswith("n_")}
     record = json.dumps({"settings": settings, "raters": counts, "pairs": results["pairs"]}, indent=2)
@@ -1436,7 +1390,7 @@ def sync_study(repo_id: str, folder: Path) -> None:
             if name == STUDY and mine and theirs and mine != theirs:
                 raise SystemExit(f"--hub_dataset_id {repo_id} holds another study: choose another name")
             if len(theirs) > len(mine):
-                write_bytes(folder / name, theirs)
+                write_text(folder / name, theirs.decode())
             elif len(mine) > len(theirs):
                 HfApi().upload_file(path_or_fileobj=mine, path_in_repo=name, repo_id=repo_id, repo_type="dataset")
 
@@ -1605,7 +1559,7 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     for spec in fields(ScriptArguments):
         group = parser.add_argument_group(spec.metadata["group"]) if spec.metadata["group"] else group
         kind, *_ = get_args(spec.type) or [spec.type]  # of str | None, it is str
-        options = {"type": kind, "metavar": "N" if kind is int else "TEXT"}
+        options = {"type": int, "metavar": "N"} if kind is int else {"type": with_home, "metavar": "TEXT"}
         if get_origin(spec.type) is Literal:
             options = {"choices": get_args(spec.type)}
         elif kind is bool:  # as in a YAML file: true, no
@@ -1684,14 +1638,9 @@ def replacing(file: Path) -> Iterator[Path]:
     os.replace(temporary, file)
 
 
-# Copied from build_synpic.write_bytes
-def write_bytes(file: Path, content: bytes) -> None:
-    with replacing(file) as temporary:
-        temporary.write_bytes(content)
-
-
 def write_text(file: Path, text: str) -> None:
-    write_bytes(file, text.encode())
+    with replacing(file) as temporary:
+        temporary.write_text(text)
 
 
 if __name__ == "__main__":
