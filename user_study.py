@@ -35,7 +35,6 @@ The page as a Space on the Hub, with the votes in a private dataset:
 """
 
 import argparse
-import codecs
 import csv
 import glob
 import hashlib
@@ -69,9 +68,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import (
     CommitOperationAdd,
     CommitScheduler,
-    EvalResult,
     HfApi,
-    ModelCard,
     RepoCard,
     hf_hub_download,
 )
@@ -108,11 +105,11 @@ COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": oper
 
 
 # Copied from build_synpic.flag
-def flag(default, help: str, group: str | None = None, min=None, above=None, max=None, below=None, choices=None):
+def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    kind, limits = "default_factory" if callable(default) else "default", dict(zip(COMPARE, (min, above, max, below)))
-    choices = {"choices": choices} if choices else {}
-    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **choices})
+    limits = dict(zip(COMPARE, (min, above, max, below)))
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **options})
 
 
 @dataclass
@@ -1503,8 +1500,8 @@ def read_text(file: str) -> str:
         content = response.content
     else:
         content = Path(file).read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return StringIO(content.decode("utf-16" if is_utf16 else "utf-8-sig"), newline=None).read()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return StringIO(content.decode(encoding), newline=None).read()
 
 
 def stream_rows(source: str, split: str | None, columns: list[str], whole_rows: bool) -> Iterator[dict]:
@@ -1559,7 +1556,7 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     for spec in fields(ScriptArguments):
         group = parser.add_argument_group(spec.metadata["group"]) if spec.metadata["group"] else group
         kind, *_ = get_args(spec.type) or [spec.type]  # of str | None, it is str
-        options = {"type": int, "metavar": "N"} if kind is int else {"type": with_home, "metavar": "TEXT"}
+        options = {"type": int, "metavar": "N"} if kind is int else {"metavar": "TEXT"}
         if get_origin(spec.type) is Literal:
             options = {"choices": get_args(spec.type)}
         elif kind is bool:  # as in a YAML file: true, no
@@ -1570,8 +1567,11 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
         names = dict.fromkeys([f"--{spec.name}", f"--{spec.name.replace('_', '-')}"])
         group.add_argument(*names, **options, default=argparse.SUPPRESS, help=spec.metadata["help"] + shown)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
-    given = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
-    return ScriptArguments(**{name: value for name, value in given.items() if name != "config"})
+    words = [*parser.parse_known_args(words)[0].config, *words]
+    # The shell leaves ~/x in --flag=~/x and in name=~/x, and YAML has none.
+    given = vars(parser.parse_args([re.sub(r"(^|=)~/", rf"\1{Path.home()}/", word) for word in words]))
+    del given["config"]
+    return ScriptArguments(**given)
 
 
 # Copied from build_synpic.config_words
@@ -1584,13 +1584,6 @@ def config_words(file: str) -> list[str]:
         if words and value not in ("", "~", "null", "Null", "NULL"):
             given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return given
-
-
-# Copied from build_synpic.with_home
-def with_home(word: str) -> str:
-    """Expands `~/x` and `name=~/x`: the shell leaves it in --flag=~/x, and YAML has none."""
-    name, equals, path = word.rpartition("=")
-    return name + equals + os.path.expanduser(path) if path.startswith("~") else word
 
 
 # Copied from build_synpic.plain_path
@@ -1630,8 +1623,7 @@ def short_hash(data: str | bytes) -> str:
 # Copied from build_synpic.replacing
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Gives the name of a temporary file, which takes the place of `file` when the block has ended without an error: a
-    killed run leaves no half file under its name."""
+    """A name to write to, which becomes `file` when the block has ended without an error: there is no half file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.urandom(4).hex()}.tmp")
     yield temporary
