@@ -65,13 +65,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import yaml
 from filelock import FileLock, Timeout
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitScheduler,
-    HfApi,
-    RepoCard,
-    hf_hub_download,
-)
+from huggingface_hub import CommitOperationAdd, CommitScheduler, HfApi, RepoCard, hf_hub_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.utils import get_session
 from PIL import Image as PILImage
@@ -416,9 +410,10 @@ def serve(args: ScriptArguments) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # the server takes them while it runs, and passes them on at its end
         signal.signal(number, lambda number, frame: signals.append(number))
     server, listening = page_server(study, args.host, args.port)
-    if args.push_to_hub:  # every minute in which this server's log has grown
+    if args.push_to_hub:  # the study, and this server's log every minute in which it has grown
         where = {"repo_id": args.hub_dataset_id, "repo_type": "dataset", "folder_path": folder}
-        scheduler = CommitScheduler(**where, every=PUBLISH_MINUTES, allow_patterns=f"{VOTES}/{study.log.name}")
+        patterns = [STUDY, f"{VOTES}/{study.log.name}"]
+        scheduler = CommitScheduler(**where, every=PUBLISH_MINUTES, allow_patterns=patterns)
     host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
     print(f"{len(study.comparisons)} comparisons, {study.record['votes_per_comparison']} raters each", flush=True)
     print(f"the page is at http://{host}:{args.port}: Ctrl-C ends it, and the same command goes on", flush=True)
@@ -866,7 +861,7 @@ def make_app(study: Study):
         return study.view(request["rater"])
 
     def look(request: dict) -> dict:
-        return study.view(request["rater"], max(int(request["position"]), 0), asked=0)
+        return study.view(request["rater"], request["position"], request["asked"])
 
     def answer(request: dict) -> dict:
         return study.answer(*(request[key] for key in "rater position question answer seconds picture".split()))
@@ -1027,9 +1022,9 @@ async function give(answer) {
 
 async function back() {
   if (busy || (state.position === 0 && !state.asked)) return;
-  if (state.asked > 0) return draw({...state, asked: state.asked - 1});
   busy = true;
-  draw(await ask("look", {position: state.position - 1}));
+  const before = state.asked ? [state.position, state.asked - 1] : [state.position - 1, 0];
+  draw(await ask("look", {position: before[0], asked: before[1]}));
 }
 
 function zoom(side) {
@@ -1342,8 +1337,8 @@ def fill_card(card: RepoCard | None, front: dict, body: str) -> RepoCard:
     for name, value in front.items():
         if name in CARD_FACTS or name not in card.data:
             card.data[name] = value
-    before, mark, rest = card.text.partition(CARD_BEGIN)
-    before, after = (before, rest.partition(CARD_END)[2]) if mark else (f"{before.rstrip()}\n\n", "\n")
+    old = re.fullmatch(f"(.*){re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}(.*)", card.text, re.S)
+    before, after = old.groups() if old else (f"{card.text.rstrip()}\n\n", "\n")
     body = body.strip().replace("<!--", "<! --")  # a prompt may hold anything, even a mark
     card.text = f"{before.lstrip()}{CARD_BEGIN}\n{body}\n{CARD_END}{after}"
     return card
@@ -1356,7 +1351,7 @@ def publish_results(args: ScriptArguments, settings: dict, results: dict, table:
     card = fill_card(hub_card(args.hub_model_id, "model"), {}, body)
     first, *others = card.data.get("model-index") or [{"name": args.hub_model_id.split("/")[-1], "results": []}]
     is_ours = re.compile("user study,").match
-    kept = [found for found in first["results"] if not is_ours(str(found.get("dataset", {}).get("name", "")))]
+    kept = [found for found in first.get("results") or [] if not is_ours(str(found.get("dataset", {}).get("name", "")))]
     mine = {"task": {"type": "text-to-image", "name": "Text-to-Image Generation"}, "metrics": []}
     mine["dataset"] = {"type": "prompts", "name": f"user study, {results['raters']['n_votes']} votes"}
     for name, other, question, figures in all_figures(results):
@@ -1387,7 +1382,8 @@ def sync_study(repo_id: str, folder: Path) -> None:
             if name == STUDY and mine and theirs and mine != theirs:
                 raise SystemExit(f"--hub_dataset_id {repo_id} holds another study: choose another name")
             if len(theirs) > len(mine):
-                write_text(folder / name, theirs.decode())
+                with replacing(folder / name) as temporary:
+                    temporary.write_bytes(theirs)
             elif len(mine) > len(theirs):
                 HfApi().upload_file(path_or_fileobj=mine, path_in_repo=name, repo_id=repo_id, repo_type="dataset")
 

@@ -227,6 +227,15 @@ def test_a_double_click_answers_one_question(browser, tmp_path):
         page.wait_for_timeout(100)
         assert page.inner_text('[data-part="question"]').startswith("2 of 3")
         assert [question for *_, question in study.answers] == ["general"]
+        # The second question hides the prompt; back at the first one it is there again.
+        assert not page.is_visible('[data-part="prompt"]')
+        page.keyboard.press("Backspace")
+        wait_for_text(page, "question", "1 of 3")
+        assert page.is_visible('[data-part="prompt"]')
+        wait_for_task(page)
+        page.click(LEFT)
+        wait_for_text(page, "question", "2 of 3")
+        wait_for_task(page)
         page.click(LEFT)
         wait_for_text(page, "question", "3 of")
 
