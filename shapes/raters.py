@@ -72,7 +72,7 @@ class Rater:
 
     def answer(self, state: dict, answer: str) -> dict:
         """Answers the question that the page shows in this state; returns what it shows then."""
-        shown = {"position": state["position"], "picture": state["pictures"][0], "turn": state["turn"]}
+        shown = {"position": state["position"], "picture": state["pictures"][0]}
         return self.ask("answer", **shown, question=state["questions"][state["asked"]][0], answer=answer, seconds=1.0)
 
 

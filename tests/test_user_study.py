@@ -6,15 +6,12 @@ import os
 import random
 import re
 import shutil
-import sys
-import threading
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import raters
 import world
 import yaml
 from conftest import call, refused, run
@@ -72,7 +69,7 @@ def make_study(tmp_path, *more, models=MODELS) -> user_study.Study:
 
 def vote(study, rater: str, choose, limit: int = 10_000) -> int:
     """A rater who answers `choose(line of the log, question)` until nothing is left; returns the number of answers."""
-    state, count = study.enter(rater), 0
+    state, count = study.view(rater), 0
     while not state["finished"] and count < limit:
         question = state["questions"][state["asked"]][0]
         assert state["hides_prompt"] == (question == "appeal")
@@ -84,7 +81,11 @@ def vote(study, rater: str, choose, limit: int = 10_000) -> int:
 def reply(study, rater: str, state: dict, answer: str) -> dict:
     """The answer to the question that the page shows in this state."""
     question, picture = state["questions"][state["asked"]][0], state["pictures"][0]
-    return study.answer(rater, state["position"], question, answer, 1.0, picture, state["turn"])
+    return study.answer(rater, state["position"], question, answer, 1.0, picture)
+
+
+def lines_of(study) -> list[dict]:
+    return user_study.read_votes(study.folder)
 
 
 def side_of(line: dict, model: str) -> str:
@@ -104,14 +105,32 @@ def test_the_papers_samples():
 
 
 def test_pictures_are_numbered_by_the_rows_of_the_source(tmp_path):
-    """As in evaluate.py: a prompt that occurs twice does not shift the pictures of those after it."""
-    templates = make_images(tmp_path, ("one", "two"))
-    (tmp_path / "repeats.txt").write_text("cat\ndog\ncat\nbird\n")
-    flags = ["serve", "--study_dir", tmp_path / "study", "--prompts", tmp_path / "repeats.txt", "--images", *templates]
-    args = user_study.parse_arguments([str(flag) for flag in flags])
-    rows, places = user_study.read_prompts(str(args.prompts), "prompt", None, None)
-    found = user_study.find_images(args, rows, places, [""] * 3)
-    assert [found["two"](i).name for i in range(3)] == ["0.png", "1.png", "3.png"]
+    """As in evaluate.py: a prompt that occurs twice does not shift the pictures of those after it. Files that count
+    from 1 are seen."""
+    for first, field in ((0, "index"), (1, "index+1")):
+        folder = tmp_path / field
+        folder.mkdir()
+        for i in range(4):
+            Image.new("RGB", (16, 16), (60 * i,) * 3).save(folder / f"{first + i}.png")
+        (folder / "p.txt").write_text("cat\ndog\ncat\nbird\n")
+        flags = [
+            "serve",
+            "--study_dir",
+            folder / "study",
+            "--prompts",
+            folder / "p.txt",
+            "--num_prompts",
+            3,
+            "--images",
+        ]
+        if first:
+            message = refused("user_study", *flags, *(f"{name}={folder}/{{index}}.png" for name in "ab"))
+            assert "counted from 1: write {index+1} for {index}" in message
+        flags += [f"{name}={folder}/{{{field}}}.png" for name in "ab"]
+        user_study.make_study(user_study.parse_arguments([str(flag) for flag in flags]))
+        study = user_study.Study(folder / "study")
+        greys = [np.asarray(Image.open(study.picture_file((number, "b")))).mean().round() for number in range(3)]
+        assert [row["prompt"] for row in study.record["prompts"]] == ["cat", "dog", "bird"] and greys == [0, 60, 180]
 
 
 def test_every_comparison_gets_its_votes_and_sides_are_balanced(tmp_path):
@@ -119,7 +138,7 @@ def test_every_comparison_gets_its_votes_and_sides_are_balanced(tmp_path):
     rng = random.Random(0)
     counts = [vote(study, f"r{i}", lambda line, question: rng.choice(["left", "right"])) for i in range(12)]
     assert counts == [18] * 10 + [0, 0]  # 12 prompts x 3 pairs of models x 5 votes
-    lines = [line for line in study.log.lines or user_study.read_log(study.log.file)[0] if "left" in line]
+    lines = [line for line in lines_of(study) if "answer" not in line]
     for rater in {line["rater"] for line in lines}:
         mine = [line for line in lines if line["rater"] == rater]
         assert len({line["item"] for line in mine}) == 18
@@ -133,7 +152,7 @@ def test_every_comparison_gets_its_votes_and_sides_are_balanced(tmp_path):
 
 def test_what_a_rater_left_open_goes_to_somebody_else_later(tmp_path, monkeypatch):
     study = make_study(tmp_path, "--questions", "overall", "--votes_per_comparison", 1, models=("tuned", "base"))
-    study.enter("idle")
+    study.view("idle")
     assert vote(study, "busy", lambda line, question: "left") == 11
     now = user_study.time.time()
     monkeypatch.setattr(user_study.time, "time", lambda: now + 61 * 60)
@@ -141,132 +160,95 @@ def test_what_a_rater_left_open_goes_to_somebody_else_later(tmp_path, monkeypatc
 
 
 def test_a_restart_changes_nothing(tmp_path):
+    """Also if the server was killed within a line, and of what the earlier version of the script wrote."""
     study = make_study(tmp_path, "--attention_checks", 2, "--allow_ties")
     for i in range(4):
         vote(study, f"r{i}", lambda line, question: "left", limit=10 + i)
-    before = [study.enter(f"r{i}") for i in range(4)]
-    study.log.close()
-    again = user_study.Study(tmp_path / "study")
-    assert [again.enter(f"r{i}") for i in range(4)] == before
+    before = [study.view(f"r{i}") for i in range(4)]
     assert before[1]["asked"] == 2 and before[0]["asked"] == 1  # within a comparison, too
+    with open(study.log, "ab") as file:
+        file.write('{"rater": "r0", "item": "\u05e9'.encode()[:-1])
+    results = user_study.tally(study.record, lines_of(study), 0, 0)
+    again = user_study.Study(tmp_path / "study")
+    assert [again.view(f"r{i}") for i in range(4)] == before
     assert again.pictures == study.pictures and again.loads() == study.loads()
+    vote(again, "r4", lambda line, question: "left", limit=1)
+    old = [
+        {k: v for k, v in line.items() if k not in ("left", "right") or "answer" not in line}
+        for line in lines_of(study)[:-2]
+    ]
+    shutil.rmtree(tmp_path / "study" / "votes")
+    (tmp_path / "study" / "votes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert [user_study.Study(tmp_path / "study").view(f"r{i}") for i in range(4)] == before
+    assert user_study.tally(study.record, lines_of(study), 0, 0) == results
+    (tmp_path / "study" / "votes.jsonl").write_text('{"rater": "r", "itim": "0-0"}\n')
+    assert "line 1 is damaged" in refused("user_study", "tally", "--study_dir", tmp_path / "study")
 
 
-def test_back_changes_the_answer_and_a_second_click_counts_once(tmp_path):
+def test_what_counts_as_an_answer(tmp_path):
+    """After "back" the last answer counts; a second click, or one on what no longer stands there, changes nothing."""
     study = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
-    first = study.enter("r")
+    first = study.view("r")
     state = reply(study, "r", first, "left")
     assert reply(study, "r", first, "left") == state and state["position"] == 1
-    back = study.look("r", 0)
+    back = study.view("r", 0, asked=0)
     assert back["answers"] == {"overall": "left"}
-    reply(study, "r", back, "right")
-    reply(study, "r", first, "left")  # the network brings the first one once more, late
-    lines = [line for line in user_study.read_log(study.log.file)[0] if "answer" in line]
-    assert [line["answer"] for line in lines] == ["left", "right"]
-    (final,) = user_study.final_votes(user_study.read_log(study.log.file)[0])
+    assert reply(study, "r", back, "right") == state
+    assert reply(study, "r", {**state, "pictures": first["pictures"]}, "left") == state
+    assert reply(study, "r", {**state, "position": 7}, "left") == state
+    assert [line["answer"] for line in lines_of(study) if "answer" in line] == ["left", "right"]
+    (final,) = user_study.final_votes(lines_of(study))
     assert final["answer"] == "right" and final["chosen"] == final["right"]
 
 
-def test_an_answer_to_another_picture_is_not_recorded(tmp_path):
-    """A server that lost a minute of its log may have something else at the page's position."""
-    study = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
-    first = study.enter("r")
-    here = reply(study, "r", first, "left")
-    assert reply(study, "r", {**here, "pictures": first["pictures"]}, "left") == here
-    assert reply(study, "r", {**here, "position": 7}, "left") == here
-    assert len(study.answers) == 1 and user_study.read_log(study.log.file)[0][-1] == study.shown["r"][1]
-
-
-def test_logs_of_two_servers_are_joined(tmp_path, monkeypatch):
-    """Where both showed a comparison, the sides are those of this log, and of two answers the later one counts."""
-    clock = iter(range(1_000_000, 2_000_000))
-    monkeypatch.setattr(user_study.time, "time", lambda: next(clock))
-    study = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
-    vote(study, "r", lambda line, question: "left", limit=3)
-    log, _ = user_study.read_log(study.log.file)
-    last = log[-3:-1] if "left" in log[-3] else log[-2:]
-    turned = {**last[0], "left": last[0]["right"], "right": last[0]["left"], "time": 3e6}
-    more = [turned, {**last[1], "answer": "left", "time": 3e6 + 1}, {**log[1], "answer": "right", "time": 1}]
-    others = [{**line, "rater": "s"} for line in log[:2]]
-    study.join(log + more + others)
-    study.join(log + more + others)
-    lines = user_study.read_log(study.log.file)[0]
-    assert lines == [*log, {**more[1], "answer": "right"}, *others]
-    votes = {(vote["rater"], vote["item"]): vote["chosen"] for vote in user_study.final_votes(lines)}
-    assert votes["r", turned["item"]] == turned["left"] and votes["r", log[1]["item"]] == log[0]["left"]
-    assert len(votes) == 4 and study.loads()[log[0]["item"]] == 2
-
-
-@pytest.mark.parametrize("rest", [b'{"rater": "r", "item": "0-', '{"rater": "r", "item": "\u05e9'.encode()[:-1]])
-def test_a_half_written_last_line_is_dropped_and_said(tmp_path, capsys, rest):
-    study = make_study(tmp_path, models=("tuned", "base"))
-    vote(study, "r", lambda line, question: "left", limit=7)
-    study.log.close()
-    file, content = tmp_path / "study" / "votes.jsonl", (tmp_path / "study" / "votes.jsonl").read_bytes()
-    file.write_bytes(content + rest)
-    user_study.warned.clear()
-    study = user_study.Study(tmp_path / "study")
-    assert f"half-written: {len(rest)} bytes were cut off" in capsys.readouterr().err
-    assert file.read_bytes() == content and study.enter("r")["asked"] == 1
-    study.log.close()
-    file.write_bytes(content.replace(b'"item"', b'"itim"', 1))
-    with pytest.raises(SystemExit, match="line 1 is damaged"):
-        user_study.Study(tmp_path / "study")
+def test_two_servers_lose_nothing(tmp_path):
+    """A Space's old server goes on for a moment when the new one has begun; each has a log of its own."""
+    one = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
+    two = user_study.Study(tmp_path / "study")
+    for study, limit in ((one, 3), (two, 5)):
+        vote(study, "r", lambda line, question: side_of(line, "tuned"), limit=limit)
+    assert one.log != two.log and len(user_study.final_votes(lines_of(one))) == 5
+    figures = user_study.tally(one.record, lines_of(one), 0, 0)["pairs"]["tuned"]["base"]["overall"]
+    assert figures["wins"] == figures["n_votes"] == 5
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     study = make_study(tmp_path, models=("tuned", "base"))
-    state = study.enter("r")
-    write = user_study.os.write
-    monkeypatch.setattr(user_study.os, "write", lambda descriptor, content: write(descriptor, content[:20]))
+    state, sync = study.view("r"), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         reply(study, "r", state, "left")
-    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", sync)
     assert reply(study, "r", state, "right")["answers"]["general"] == "right"
-    assert [line.get("answer") for line in user_study.read_log(study.log.file)[0]] == [None, "right"]
-
-
-def test_threads_lose_and_double_nothing(tmp_path):
-    study = make_study(tmp_path, "--votes_per_comparison", 8, models=("tuned", "base"))
-    work = [threading.Thread(target=vote, args=(study, f"r{i}", lambda *_: "left")) for i in range(8)]
-    for thread in work:
-        thread.start()
-    for thread in work:
-        thread.join(60)
-    votes = user_study.final_votes(user_study.read_log(study.log.file)[0])
-    lines = [line for line in user_study.read_log(study.log.file)[0] if "answer" in line]
-    assert len(votes) == len(lines) == 8 * 12 * 3
+    assert [line.get("answer") for line in lines_of(study)] == [None, "right"]
 
 
 def test_pictures_do_not_give_the_model_away(tmp_path):
     """The models drew in three sizes, with metadata. Raters see one size, format and length; names say nothing."""
     study = make_study(tmp_path, "--attention_checks", 2)
-    record, folder = study.record, tmp_path / "study" / "pictures"
     for number in range(12):
-        names = [user_study.file_name(record, (number, model)) for model in MODELS]
-        contents = [(folder / name).read_bytes() for name in names]
-        pictures = [Image.open(BytesIO(content)) for content in contents]
+        files = [study.picture_file((number, model)) for model in MODELS]
+        pictures, contents = [Image.open(file) for file in files], [file.read_bytes() for file in files]
         assert len({picture.size for picture in pictures}) == len({len(content) for content in contents}) == 1
-        for name, content, picture in zip(names, contents, pictures):
-            assert picture.format == "JPEG" and not picture.getexif() and re.fullmatch(r"[0-9a-f]{32}\.jpg", name)
+        for file, content, picture in zip(files, contents, pictures):
+            assert picture.format == "JPEG" and not picture.getexif() and re.fullmatch(r"[0-9a-f]{32}\.jpg", file.name)
             assert set(picture.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
-            assert not any(word in content for word in (b"tuned", b"other", b"base", b"model", b"parameters"))
+            assert not re.search(b"tuned|other|base|model|parameters", content)
     states = []
     for rater in ("a", "b"):
-        state = study.enter(rater)
+        state = study.view(rater)
         while not state["finished"]:
-            states.append({**state, "answers": None})
+            states.append(state)
             state = reply(study, rater, state, "left")
-    shown = [name for state in states for name in state["pictures"]]
-    assert len(set(shown)) == 2 * 2 * (36 + 2)  # no name twice, neither for a rater nor for two
+    shown = [name for state in states if state["asked"] == 0 for name in state["pictures"]]
+    assert len(set(shown)) == len(shown) == 2 * 2 * (36 + 2)  # no name twice, neither for a rater nor for two
     assert not re.search(r"tuned|other|base|noise|check|item", json.dumps(states).replace(json.dumps(HARD), ""))
 
 
 def test_test_pairs(tmp_path):
     """Noise must lose, the same picture twice is a tie; who fails is left out, and counted."""
-    study = make_study(
-        tmp_path, "--attention_checks", 4, "--allow_ties", "--questions", "overall", models=("tuned", "base")
-    )
+    flags = ["--attention_checks", 4, "--allow_ties", "--questions", "overall"]
+    study = make_study(tmp_path, *flags, models=("tuned", "base"))
 
     def careful(line, question):
         if not line["item"].startswith("check"):
@@ -275,18 +257,14 @@ def test_test_pairs(tmp_path):
 
     vote(study, "careful", careful)
     vote(study, "fast", lambda line, question: "left")
-    lines = user_study.read_log(study.log.file)[0]
     places = [i for i, line in enumerate(study.shown["careful"]) if line["item"].startswith("check")]
-    assert len(places) == 4 and np.diff(places).min() >= 2
-    kinds = [line["left"] == line["right"] for line in study.shown["careful"] if line["item"].startswith("check")]
-    assert kinds == [False, True, False, True]
-    results = user_study.tally(study.record, lines, 0, 0)
+    kinds = [study.shown["careful"][i]["left"] == study.shown["careful"][i]["right"] for i in places]
+    assert np.diff(places).min() >= 2 and kinds == [False, True, False, True]
+    results = user_study.tally(study.record, lines_of(study), 0, 0)
     assert results["raters"]["excluded"] == ["fast"] and results["raters"]["n_votes_excluded"] == 12
-    assert (
-        results["raters"]["each"].keys() == {"careful"} and results["pairs"]["tuned"]["base"]["overall"]["wins"] == 12
-    )
-    lenient = user_study.tally(study.record, lines, 4, 0)
-    assert lenient["raters"]["n_excluded"] == 0 and lenient["raters"]["each"]["fast"]["failed_checks"] >= 2
+    assert set(results["raters"]["each"]) == {"careful"} and results["pairs"]["tuned"]["base"]["overall"]["wins"] == 12
+    lenient = user_study.tally(study.record, lines_of(study), 4, 0)["raters"]
+    assert lenient["n_excluded"] == 0 and lenient["each"]["fast"]["failed_checks"] >= 2
 
 
 def test_test_pairs_come_to_every_rater(tmp_path):
@@ -297,34 +275,20 @@ def test_test_pairs_come_to_every_rater(tmp_path):
     seen = lambda rater: [line["item"].startswith("check") for line in study.shown[rater]]  # noqa: E731
     honest = lambda line, _: side_of(line, line["right"] if line["left"] == "noise" else line["left"])  # noqa: E731
     assert vote(study, "first", honest, limit=30) == 30 and sum(seen("first")) >= 3
-    assert study.enter("second")["total"] == len(study.comparisons) - 27 + 4 + sum(seen("first")[:30]) - 4
+    assert study.view("second")["total"] == len(study.comparisons) - 27 + 4 + sum(seen("first")[:30]) - 4
     vote(study, "second", honest)
-    assert sum(seen("second")) == 4 and study.enter("third")["finished"] and not seen("third")
-    results = user_study.tally(study.record, user_study.read_log(study.log.file)[0], 0, 0)
-    assert results["raters"]["each"]["second"]["checks"] == 4
+    assert sum(seen("second")) == 4 and study.view("third")["finished"] and not seen("third")
 
 
 def test_votes_of_raters_who_fail_are_asked_of_others(tmp_path):
     flags = ["--attention_checks", 1, "--questions", "overall", "--votes_per_comparison", 1]
     study = make_study(tmp_path, *flags, models=("tuned", "base"))
     assert vote(study, "fast", lambda line, _: side_of(line, "noise"), limit=10) == 10
-    assert study.excluded == {"fast"} and set(study.loads().values()) == {0}
+    assert set(study.loads().values()) == {0}
     assert vote(study, "good", lambda line, _: side_of(line, "tuned" if "tuned" in line.values() else "base")) == 13
-    study.log.close()
-    assert user_study.Study(tmp_path / "study").excluded == {"fast"}
     call("user_study", "tally", "--study_dir", tmp_path / "study")
     results = json.loads((tmp_path / "study" / "tally" / "results.json").read_text())
     assert results["settings"]["max_failed_checks"] == 0 and results["raters"]["excluded"] == ["fast"]
-
-
-def test_pictures_of_a_killed_run_are_removed(tmp_path):
-    pictures = tmp_path / "study" / "pictures"
-    pictures.mkdir(parents=True)
-    (pictures / f"{'a' * 32}.jpg").touch()
-    (pictures / "mine.jpg").touch()
-    study = make_study(tmp_path)
-    assert len(list(pictures.iterdir())) == 36 + 1 and (pictures / "mine.jpg").exists()
-    study.log.close()
 
 
 def test_majorities_by_hand():
@@ -350,8 +314,7 @@ def test_tally_by_hand():
         for rater, answer in enumerate(answers):
             sides = {"left": "a", "right": "b"} if rater % 2 else {"left": "b", "right": "a"}
             name = {"a": "left" if rater % 2 else "right", "b": "right" if rater % 2 else "left", "t": "tie"}[answer]
-            lines.append({"rater": f"r{rater}", "item": item, **sides, "time": 0})
-            lines.append({"rater": f"r{rater}", "item": item, "question": "q", "answer": name})
+            lines.append({"rater": f"r{rater}", "item": item, **sides, "question": "q", "answer": name})
     figures = user_study.tally(record, lines, 0, 0)["pairs"]["a"]["b"]["q"]
     assert [figures[key] for key in ("wins", "losses", "undecided", "n_votes")] == [1, 1, 2, 11]
     assert figures["win_rate"] == 0.5 and figures["win_rate_decided"] == 0.5 and figures["sign_test_p"] == 1.0
@@ -399,51 +362,12 @@ def finished(tmp_path_factory) -> Path:
 
     for i in range(5):
         vote(study, f"r{i}", choose)
-    study.log.close()
     return folder / "study"
 
 
-def test_simulated_raters_agree_with_the_verifier(tmp_path, monkeypatch):
-    """The shapes world: ten raters judge what they are shown by the exact verifier, and err in a fifth of the cases."""
-    rng, scenes = np.random.default_rng(0), world.sample_prompts("heldout", 120, 0)
-    for i, row in enumerate(scenes):
-        scene = world.parse_prompt(row["prompt"])
-        for name, share in (("tuned", 0.8), ("base", 0.5)):
-            drawn = scene if rng.random() < share else world.corrupt(scene, rng)
-            user_study.save_picture(Image.fromarray(world.render(drawn, rng)), tmp_path / name / f"{i}.png")
-    (tmp_path / "prompts.txt").write_text("".join(row["prompt"] + "\n" for row in scenes))
-    templates = [f"{name}={tmp_path / name}/{{index}}.png" for name in ("tuned", "base")]
-    flags = ["--study_dir", tmp_path / "study", "--prompts", tmp_path / "prompts.txt", "--num_prompts", 120]
-    flags += ["--questions", "alignment", "--allow_ties", "--comparisons_per_rater", 60, "--images", *templates]
-    monkeypatch.setattr(user_study.secrets, "token_hex", lambda length: "0" * 64)  # the same order in every run
-    user_study.make_study(user_study.parse_arguments(["serve", *map(str, flags)]))
-    study = user_study.Study(tmp_path / "study")
-
-    values = {}
-    for number, prompt in enumerate(study.record["prompts"]):
-        for name in ("tuned", "base"):
-            with Image.open(study.picture_file((number, name))) as picture:
-                (values[number, name],) = world.accuracy([picture], [prompt["prompt"]])
-    tuned, base = (np.array([values[number, name] for number in range(120)]) for name in ("tuned", "base"))
-    truth = np.where(tuned == base, 0.5, tuned > base)
-
-    def choose(line, question):
-        left, right = (values[study.prompt_of(line["item"]), line[side]] for side in ("left", "right"))
-        return raters.opinion(left, right, True, 0.2, people)
-
-    for seed in range(10):
-        people = random.Random(seed)
-        vote(study, f"r{seed}", choose)
-    figures = user_study.tally(study.record, user_study.read_log(study.log.file)[0], 0, 0)["pairs"]["tuned"]["base"]
-    figures = figures["alignment"]
-    low, high = figures["win_rate_ci95"]
-    assert figures["n_votes"] == 600 and figures["win_rate"] == pytest.approx(truth.mean(), abs=0.03)
-    assert 0.5 < low < truth.mean() < high and "People prefer tuned to base" in figures["verdict"]
-    assert figures["fleiss_kappa"] > 0.3 and figures["sign_test_p"] < 0.01
-
-
 def test_tally_writes_tables_a_chart_and_results(finished, tmp_path, capsys):
-    call("user_study", "tally", "--study_dir", finished, "--output_dir", tmp_path / "tally")
+    flags = ["tally", "--study_dir", finished, "--output_dir", tmp_path / "tally"]
+    call("user_study", *flags)
     results = json.loads((tmp_path / "tally" / "results.json").read_text())
     figures = results["pairs"]["tuned"]["base"]["overall"]
     low, high = figures["win_rate_ci95"]
@@ -452,50 +376,43 @@ def test_tally_writes_tables_a_chart_and_results(finished, tmp_path, capsys):
     text = (tmp_path / "tally" / "results.md").read_text()
     assert "People prefer tuned to base" in text and text in capsys.readouterr().out
     assert Image.open(tmp_path / "tally" / "chart.png").size[0] > 500
-
     # Again into the same folder, but never over the results of evaluate.py.
-    (tmp_path / "tally" / "mine.txt").touch()
-    call("user_study", "tally", "--study_dir", finished, "--output_dir", tmp_path / "tally")
-    (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "results.json").write_text("{}")
-    flags = ["tally", "--study_dir", finished, "--output_dir", tmp_path / "evaluation"]
+    call("user_study", *flags)
+    (tmp_path / "tally" / "results.json").write_text("{}")
     assert "holds other files: choose another folder" in refused("user_study", *flags)
-    assert (tmp_path / "evaluation" / "results.json").read_text() == "{}"
+    # What the Hub has of a study is enough.
+    shutil.copy(finished / "study.json", tmp_path)
+    shutil.copytree(finished / "votes", tmp_path / "votes")
+    call("user_study", "tally", "--study_dir", tmp_path, "--output_dir", tmp_path / "tally2")
+    assert json.loads((tmp_path / "tally2" / "results.json").read_text()) == results
 
 
 def test_pairs_go_through_score_pairs_into_train_dpo_qsd(finished, tmp_path, tiny_sd):
     call("user_study", "export", "--study_dir", finished, "--output_dir", tmp_path / "pairs")
     rows = load_dataset(str(tmp_path / "pairs"), split="train")
-    counts = user_study.count_votes(
-        [
-            v
-            for v in user_study.final_votes(user_study.read_log(finished / "votes.jsonl")[0])
-            if v["question"] == "overall"
-        ]
-    )
+    votes = user_study.final_votes(user_study.read_votes(finished))
+    counts = Counter((vote["item"], vote["chosen"]) for vote in votes if vote["question"] == "overall")
     assert len(rows) == 36 and set(rows["num_votes"]) == {5} and HARD in rows["caption"]
-    for row, (_, found) in zip(rows, sorted(counts.items(), key=lambda entry: [int(n) for n in entry[0].split("-")])):
-        assert row["votes_0"] == found[row["model_0"]] and row["label_0"] == float(row["votes_0"] > 2)
-        assert row["label_0"] + row["label_1"] == 1 and row["agreement"] == pytest.approx(max(found.values()) / 5)
+    for row, item in zip(rows, (f"{number}-{pair}" for number in range(12) for pair in range(3))):
+        found = [counts[item, row["model_0"]], counts[item, row["model_1"]]]
+        assert [row["votes_0"], row["votes_1"]] == found and row["label_0"] == float(row["votes_0"] > 2)
+        assert row["label_0"] + row["label_1"] == 1 and row["agreement"] == pytest.approx(max(found) / 5)
         assert Image.open(BytesIO(row["jpg_0"])).size == (32, 32) and not row["jpg_0"].endswith(b"\0")
-    card = check_card_text(tmp_path / "pairs")
-    assert "better overall" in card
-    (tmp_path / "reward.py").write_text(
-        "import numpy as np\ndef bright(images, prompts):\n    return [np.asarray(i).mean() / 255 for i in images]\n"
-    )
+    card = (tmp_path / "pairs" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["configs"][0]["data_files"][0]["path"] == "data/train-*.parquet" and "better overall" in card
+    code = "import numpy as np\ndef bright(images, prompts):\n    return [np.asarray(i).mean() / 255 for i in images]\n"
+    (tmp_path / "reward.py").write_text(code)
     flags = ["--reward", f"{tmp_path}/reward.py:bright", "--normalization", "none", "--include_images"]
     call("score_pairs", "--dataset_name", tmp_path / "pairs", *flags, "--output_dir", tmp_path / "qsd")
     flags = ["--pretrained_model_name_or_path", tiny_sd, "--dataset_name", tmp_path / "qsd", "--top_fraction", 1]
-    flags += "--resolution 32 --max_train_steps 1 --report_to none --validation_num_inference_steps 1".split()
-    call("train_dpo_qsd", *flags, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "lora")
-    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
+    train("train_dpo_qsd", tmp_path, *flags)
 
 
-def check_card_text(folder: Path) -> str:
-    card = (folder / "README.md").read_text()
-    front = yaml.safe_load(card.split("---\n")[1])
-    assert front["configs"][0]["data_files"][0]["path"] == "data/train-*.parquet"
-    return card
+def train(script: str, folder: Path, *flags) -> None:
+    more = "--resolution 32 --max_train_steps 1 --report_to none --validation_num_inference_steps 1".split()
+    call(script, *flags, *more, "--cache_dir", folder / "cache", "--output_dir", folder / "lora")
+    assert (folder / "lora" / "pytorch_lora_weights.safetensors").exists()
 
 
 def test_rankings_go_into_train_rankdpo(finished, tmp_path, tiny_sdxl):
@@ -508,9 +425,7 @@ def test_rankings_go_into_train_rankdpo(finished, tmp_path, tiny_sdxl):
         assert row["generators"] == list(MODELS) and sorted(row["rank"]) == [1, 2, 3]
         assert phi.sum() == pytest.approx(1.5) and phi[row["rank"].index(1)] == phi.max()
     flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", tmp_path / "ranked"]
-    flags += "--resolution 32 --max_train_steps 1 --report_to none --validation_num_inference_steps 1".split()
-    call("train_rankdpo_sdxl", *flags, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "lora")
-    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
+    train("train_rankdpo_sdxl", tmp_path, *flags)
 
 
 def test_equal_models_are_ranked_without_favour(finished):
@@ -520,124 +435,73 @@ def test_equal_models_are_ranked_without_favour(finished):
     assert {row["rank"].index(1) for row in rows} == {0, 1, 2}
 
 
-def test_a_tally_of_what_the_hub_has(finished, tmp_path):
-    for name in ("study.json", "votes.jsonl"):
-        shutil.copy(finished / name, tmp_path)
-    call("user_study", "tally", "--study_dir", tmp_path)
-    assert (tmp_path / "tally" / "results.json").exists()
-
-
-@pytest.mark.parametrize("command", ["export", "space"])
-def test_files_of_others_stay(command, finished, tmp_path):
+@pytest.mark.parametrize("command, name", [("export", "data/mine.parquet"), ("space", "pictures/mine.jpg")])
+def test_files_of_others_stay(command, name, finished, tmp_path):
     flags = [command, "--study_dir", finished, "--output_dir", tmp_path / "out", "--hub_dataset_id", "user/votes"]
-    folder, name = ("data", "mine.parquet") if command == "export" else ("pictures", "mine.jpg")
-    (tmp_path / "out" / folder).mkdir(parents=True)
-    (tmp_path / "out" / "README.md").write_text("# Mine\n")
-    (tmp_path / "out" / folder / name).touch()
-    assert "holds other files: choose another folder" in refused("user_study", *flags)
-    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n" and (tmp_path / "out" / folder / name).exists()
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    assert "holds other files: choose another folder" in refused("user_study", *flags) and mine.exists()
     shutil.rmtree(tmp_path / "out")
     call("user_study", *flags)
-    stale = tmp_path / "out" / folder / ("train-00001-of-00002.parquet" if command == "export" else f"{'a' * 32}.jpg")
-    stale.touch()
-    call("user_study", *flags)
-    assert not stale.exists()
-    (tmp_path / "out" / folder / name).touch()
+    (tmp_path / "out" / "data").mkdir(exist_ok=True)
+    (tmp_path / "out" / "data" / "train-00001-of-00002.parquet").touch()
+    call("user_study", *flags)  # again into the same folder: what stood there goes
+    assert command == "space" or len(list((tmp_path / "out" / "data").iterdir())) == 1
+    mine.touch()
     if command == "export":
         assert "holds other files" in refused("user_study", *flags)
-    else:
-        call("user_study", *flags)
-    assert (tmp_path / "out" / folder / name).exists()
-
-
-@pytest.mark.parametrize(
-    "version, words", [("5.49.1", "newer Gradio than 5.49.1: pip install 'gradio>=6.31,<7'"), ("6.31.0", "")]
-)
-def test_an_old_gradio_is_refused(version, words, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__=version))
-    if words:
-        with pytest.raises(SystemExit, match=re.escape(words)):
-            user_study.need_gradio()
-    else:
-        user_study.need_gradio()
+    assert mine.exists()
 
 
 def test_images_of_evaluate(tmp_path, monkeypatch):
     """The first image of each prompt, in the layout of evaluate.py, whose settings name the prompts."""
-    prompts = make_prompts(tmp_path)
-    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
-    for name in ("base", "tuned"):
-        folder = tmp_path / "evaluation" / "images" / name
+    prompts, images = make_prompts(tmp_path), tmp_path / "evaluation" / "images"
+    digest = user_study.short_hash("\n".join(json.loads(line)["prompt"] for line in prompts.open()))
+    for name, green in (("base", 200), ("tuned", 100)):
+        (images / name).mkdir(parents=True)
+        (images / name / "settings.json").write_text(json.dumps({"prompts": digest}))
         for i in range(12):
-            user_study.save_picture(
-                Image.new("RGB", (32, 32), (i, 200 if name == "base" else 100, 0)), folder / f"{i:05d}_0.png"
-            )
-        user_study.write_json(folder / "settings.json", {"prompts": user_study.prompts_digest(rows)})
-    flags = [
-        "serve",
-        "--evaluation_dir",
-        tmp_path / "evaluation",
-        "--prompts",
-        prompts,
-        "--study_dir",
-        tmp_path / "study",
-    ]
-    flags += ["--category_column", "style", "--per_category", 3]
-    user_study.make_study(user_study.parse_arguments([str(flag) for flag in flags]))
-    record = user_study.read_study(tmp_path / "study")
-    assert record["pairs"] == [["tuned", "base"]] and len(record["prompts"]) == 6
-    picture = Image.open(tmp_path / "study" / "pictures" / user_study.file_name(record, (2, "tuned")))
-    red, green, _ = np.asarray(picture).mean(axis=(0, 1))
-    assert abs(red - record["prompts"][2]["index"]) < 4 and abs(green - 100) < 4
-    monkeypatch.setattr(user_study, "need_gradio", lambda: None)
-    message = refused("user_study", *flags, "--max_prompts", 5)
+            Image.new("RGB", (32, 32), (i, green, 0)).save(images / name / f"{i:05d}_0.png")
+    flags = ["serve", "--evaluation_dir", tmp_path / "evaluation", "--prompts", prompts, "--study_dir"]
+    more = ["--category_column", "style", "--per_category", 3]
+    user_study.make_study(user_study.parse_arguments([str(flag) for flag in (*flags, tmp_path / "study", *more)]))
+    study = user_study.Study(tmp_path / "study")
+    assert study.record["pairs"] == [["tuned", "base"]] and len(study.record["prompts"]) == 6
+    red, green, _ = np.asarray(Image.open(study.picture_file((2, "tuned")))).mean(axis=(0, 1))
+    assert abs(red - study.record["prompts"][2]["index"]) < 4 and abs(green - 100) < 4
+    message = refused("user_study", *flags, tmp_path / "study", *more, "--max_prompts", 5)
     assert "holds a study made with all_prompts" in message
-    message = refused("user_study", *flags[:-6], "--study_dir", tmp_path / "new", "--max_prompts", 5)
+    message = refused("user_study", *flags, tmp_path / "new", "--max_prompts", 5)
     assert "was drawn from other prompts" in message
-    (tmp_path / "evaluation" / "images" / "base").rename(tmp_path / "evaluation" / "images" / "noise")
-    assert "may not be called noise" in refused("user_study", *flags[:-6], "--study_dir", tmp_path / "new")
+    (images / "base").rename(images / "noise")
+    assert "may not be called noise" in refused("user_study", *flags, tmp_path / "new")
+    monkeypatch.setattr(user_study, "version", lambda name: "5.49.1")
+    assert "newer: pip install 'gradio>=6.31,<7'" in refused("user_study", *flags, tmp_path / "study")
 
 
+# The command, what is refused. NEW and the like are paths.
 REFUSALS = {
-    "no study": (["serve", "--study_dir", "NEW"], "holds no study"),
-    "tally of nothing": (["tally", "--study_dir", "NEW"], "holds no study"),
-    "one model": (["serve", "--study_dir", "NEW", "--prompts", "PROMPTS", "--images", "ONE"], "name two or more"),
-    "baseline": (
-        ["serve", "--study_dir", "NEW", *"--prompts PROMPTS --images ONE TWO --baseline x".split()],
-        "no such mod",
-    ),
-    "template": (
-        ["serve", "--study_dir", "NEW", *"--num_prompts 2 --prompts PROMPTS --images ONE b={here}".split()],
-        "wrong template",
-    ),
-    "picture": (
-        ["serve", "--study_dir", "NEW", *"--num_prompts 2 --prompts PROMPTS --images ONE b=none{index}".split()],
-        "cannot be read",
-    ),
-    "too few": (
-        ["serve", "--study_dir", "NEW", *"--prompts PROMPTS --images ONE TWO".split(), "--num_prompts", "13"],
-        "only 12",
-    ),
-    "category": (
-        ["serve", "--study_dir", "NEW", *"--prompts PROMPTS --images ONE TWO --per_category 2".split()],
-        "needs --cat",
-    ),
-    "questions": (["serve", "--questions", "beauty"], "must be one of general, appeal"),
-    "question twice": (["serve", "--questions", "overall", "overall=x"], "named twice"),
-    "question": (["export", "--study_dir", "DONE", "--question", "general"], "asks overall, appeal"),
-    "output": (["serve", "--output_dir", "NEW"], "is for the other commands"),
-    "command": (["server"], "invalid choice: 'server'"),
-    "space": (["space", "--study_dir", "DONE"], "--hub_dataset_id is missing"),
-    "tally push": (["tally", "--study_dir", "DONE", "--push_to_hub"], "--hub_model_id is missing"),
-    "model": (
-        ["serve", "--study_dir", "NEW", *"--num_prompts 2 --prompts PROMPTS --images ONE tie=x".split()],
-        "may not be called tie",
-    ),
-    "made otherwise": (
-        ["serve", "--study_dir", "DONE", "--votes_per_comparison", "3"],
-        "made with votes_per_comparison 5, not 3",
-    ),
-    "other folder": (["serve", "--study_dir", "FILES", "--prompts", "PROMPTS"], "holds other files"),
+    "serve --study_dir NEW": "holds no study",
+    "tally --study_dir NEW": "holds no study",
+    "serve --study_dir NEW --prompts PROMPTS --images ONE": "name two or more",
+    "serve --study_dir NEW --prompts PROMPTS --images ONE TWO --baseline x": "no such mod",
+    "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE b={here}": "wrong template",
+    "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE b=none{index}": "cannot be read",
+    "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE tie=x": "may not be called tie",
+    "serve --study_dir NEW --num_prompts 13 --prompts PROMPTS --images ONE TWO": "only 12",
+    "serve --study_dir NEW --per_category 2 --prompts PROMPTS --images ONE TWO": "needs --cat",
+    "serve --study_dir DONE --votes_per_comparison 3": "made with votes_per_comparison 5, not 3",
+    "serve --study_dir FILES --prompts PROMPTS": "holds other files",
+    "serve --questions beauty": "must be one of general, appeal",
+    "serve --questions overall overall=x": "named twice",
+    "serve --port 0": "--port 0: must be at least 1",
+    "serve --allow_ties maybe": "--allow_ties: invalid choice: 'maybe'",
+    "serve --output_dir NEW": "is for the other commands",
+    "export --study_dir DONE --question general": "asks overall, appeal",
+    "server": "invalid choice: 'server'",
+    "space --study_dir DONE": "--hub_dataset_id is missing",
+    "tally --study_dir DONE --push_to_hub": "--hub_model_id is missing",
 }
 
 
@@ -650,27 +514,34 @@ def places(tmp_path_factory, finished) -> dict:
     return {"PROMPTS": make_prompts(folder), "ONE": one, "TWO": two, "DONE": finished, "FILES": folder / "files"}
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refusals(name, tmp_path, places, monkeypatch):
-    monkeypatch.setattr(user_study, "need_gradio", lambda: None)  # none of these comes so far
-    flags, words = REFUSALS[name]
-    message = refused("user_study", *[{**places, "NEW": tmp_path / "new"}.get(flag, flag) for flag in flags])
-    assert words in message
+@pytest.mark.parametrize("command", REFUSALS)
+def test_refusals(command, tmp_path, places):
+    words = [{**places, "NEW": tmp_path / "new"}.get(word, word) for word in command.split()]
+    assert REFUSALS[command] in refused("user_study", *words)
+
+
+def test_flags_of_a_file(tmp_path):
+    (tmp_path / "f.yaml").write_text("command: tally\nallow_ties: yes\nquestions: [overall, 'mine=Which?']\nseed: 3\n")
+    args = user_study.parse_arguments(["--config", str(tmp_path / "f.yaml"), "--seed", "4", "--study-dir=~/x"])
+    assert (args.command, args.allow_ties, args.seed, args.questions[1]) == ("tally", True, 4, "mine=Which?")
+    assert args.output_dir == os.path.expanduser("~/x/tally") and args.votes_per_comparison == 5
 
 
 def test_an_empty_log_is_refused(tmp_path):
-    make_study(tmp_path).log.close()
+    make_study(tmp_path)
     assert "no votes to count" in refused("user_study", "tally", "--study_dir", tmp_path / "study")
     assert "no pairs to export" in refused("user_study", "export", "--study_dir", tmp_path / "study")
 
 
 def test_results_and_data_on_the_hub(finished, tmp_path, server):
-    server.commit("models", "user/lora", {"README.md": b"---\nlicense: mit\n---\n\n# My LoRA\n"})
+    """Also what people wrote into a card, and other results, stay; an earlier tally's are replaced."""
+    other = {"task": {"type": "text-to-image"}, "dataset": {"type": "prompts", "name": "heldout"}}
+    other["metrics"] = [{"type": "win_rate", "value": 0.5}]
+    front = yaml.safe_dump({"license": "mit", "model-index": [{"name": "mine", "results": [other]}]})
+    server.commit("models", "user/lora", {"README.md": f"---\n{front}---\n\n# My LoRA\n".encode()})
     flags = ["--study_dir", finished, "--push_to_hub", "--output_dir"]
-    commands = [
-        ["tally", *flags, tmp_path / "tally", "--hub_model_id", "user/lora"],
-        ["export", *flags, tmp_path / "pairs", "--hub_dataset_id", "user/people"],
-    ]
+    commands = [["tally", *flags, tmp_path / "tally", "--hub_model_id", "user/lora"]] * 2
+    commands += [["export", *flags, tmp_path / "pairs", "--hub_dataset_id", "user/people"]] * 2
     code = "import sys, user_study as u\nfor words in eval(sys.argv[1]): u.main(u.parse_arguments(words))"
     words = repr([list(map(str, command)) for command in commands])
     run("-c", code, words, env={**os.environ, **server.environment()})  # one process: the imports take longer
@@ -678,7 +549,8 @@ def test_results_and_data_on_the_hub(finished, tmp_path, server):
     card = files["README.md"].decode()
     assert "# My LoRA" in card and card.count("## User study") == 1 and "license: mit" in card
     (model,) = yaml.safe_load(card.split("---\n")[1])["model-index"]
-    (result,) = model["results"]
+    heldout, result = model["results"]
+    assert heldout["dataset"]["name"] == "heldout" and model["name"] == "mine"
     assert "overall, people's win rate of tuned over base" in [metric["name"] for metric in result["metrics"]]
     assert {"user_study/results.json", "user_study/chart.png"} <= files.keys()
     assert not any(re.search(rb"\br[0-4]\b", files[name]) for name in ("user_study/results.json", "README.md"))
