@@ -139,13 +139,12 @@ class ScriptArguments:
     hub_private_repo: bool = flag(False, "Make a new repository private.")
 
     def __post_init__(self):
-        if not self.prompts:
-            raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
         if self.num_tasks > 1:  # a run of its own ranks and publishes after all tasks
             self.stages = [stage for stage in self.stages if stage in ("generate", "score")]
         size = self.generation_batch_size
         for wrong, problem in (
+            (not self.prompts, f"--prompts is missing: a file, URL, dataset, or one of {', '.join(PROMPT_SETS)}"),
             (not re.fullmatch(r"auto|[1-9]\d{0,8}", size), f"--generation_batch_size {size}: a number from 1, or auto"),
             (self.compile and size == "auto", "--generation_batch_size auto: with --compile, give a number"),
             (self.task_index >= self.num_tasks, f"--task_index {self.task_index}: must be less than --num_tasks"),
@@ -218,8 +217,7 @@ def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> 
         settings[work / "images" / entry["name"]] = {**entry, "files": files}
     settings |= {work / "scores" / reward_name(name): reward_settings(name) for name in args.rewards}
     for folder, wanted in settings.items():
-        file = folder / "settings.json"
-        earlier = json.loads(file.read_text()) if file.exists() else wanted
+        earlier = json.loads(file.read_text()) if (file := folder / "settings.json").exists() else wanted
         for name in {**earlier, **wanted}:
             if earlier.get(name) != wanted.get(name):
                 problem = f"{folder} was made with {name} {earlier.get(name)}, not {wanted.get(name)}"
@@ -236,10 +234,6 @@ def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> 
         lock.acquire(timeout=0)
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
-    for file in list(work.rglob(".*.tmp")):  # of killed runs; young ones may be another task's
-        with suppress(FileNotFoundError):
-            if time.time() - file.stat().st_mtime > 3600:
-                file.unlink()
     write_bytes(work / "prompts.json", json.dumps(record, indent=1).encode())
     for folder, wanted in settings.items():
         write_bytes(folder / "settings.json", json.dumps(wanted, indent=1).encode())
@@ -267,7 +261,7 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
     device = torch.cuda.get_device_name() if state.device.type == "cuda" else "CPU"
     for entry in generators:
         name = entry["name"]
-        missing = [s for s in own if not images_of(shard_file(args, "images", name, s))]
+        missing = [s for s in own if not images_of(image_file(args, name, s))]
         if not missing:
             continue
         draw = Generator(entry, state.device, args)
@@ -294,14 +288,14 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
     score belongs to the images of its shard by their hash, so images that are drawn again are scored again."""
     own = range(args.task_index, len(shards), args.num_tasks)
     jobs = [(entry["name"], s) for entry in generators for s in own][state.process_index :: state.num_processes]
-    hashes = {job: images_of(shard_file(args, "images", *job), "generate") for job in jobs}
+    hashes = {job: images_of(image_file(args, *job), "generate") for job in jobs}
     device = torch.cuda.get_device_name() if state.device.type == "cuda" else "CPU"
     for names in batches(args.rewards, args.rewards_at_once or len(args.rewards)):
         todo = {job: [r for r in names if images_of(score_file(args, r, *job)) != hashes[job]] for job in jobs}
         todo = {job: lacking for job, lacking in todo.items() if lacking}
         needed = [name for name in names if any(name in lacking for lacking in todo.values())]
         rewards = {name: load_reward_model(name, state.device, batch_size=args.reward_batch_size) for name in needed}
-        begun = (begin_shard(shard_file(args, "images", *job), {r: rewards[r] for r in todo[job]}) for job in todo)
+        begun = (begin_shard(image_file(args, *job), {r: rewards[r] for r in todo[job]}) for job in todo)
         total, hidden = sum(len(shards[s]) * len(todo[name, s]) for name, s in todo), not state.is_local_main_process
         with tqdm(total=total, desc="score", unit="image", disable=hidden or not todo) as bar:
             for job, images in zip(todo, read_ahead(begun)):
@@ -309,8 +303,8 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
                 for name in images:
                     started = time.time()
                     table = pa.table({"prompt_id": ids, "score": rewards[name].score(images[name], prompts)})
-                    facts = {"seconds": time.time() - started, "device": device, "images": hashes[job]}
-                    facts["cut"] = len(rewards[name].cut)
+                    facts = {"seconds": time.time() - started, "device": device, "cut": len(rewards[name].cut)}
+                    facts["images"] = hashes[job]
                     write_tables(iter([table]), score_file(args, name, *job), facts)
                     bar.update(len(ids))
         del rewards, begun
@@ -344,8 +338,7 @@ def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict]
     without_images = Features({name: feature for name, feature in features.items() if name != "images"})
     output_dir, building = Path(args.output_dir), Path(args.output_dir, "work", "building")
     names = [entry["name"] for entry in generators]
-    # At most 200 files: the Hub takes them in one commit.
-    parts = list(batches(range(len(shards)), math.ceil(len(shards) / 200)))
+    parts = list(batches(range(len(shards)), math.ceil(len(shards) / 200)))  # one commit takes at most 200 files
     files = [f"data/train-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
     for number in range(state.process_index, len(parts), state.num_processes):
         tables = (ranked_table(args, s, shards[s], names, features) for s in parts[number])
@@ -358,8 +351,9 @@ def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict]
     key = short_hash("".join(shard_facts(building / file)["key"] for file in files))
     scores = "scores/train-00000-of-00001.parquet"
     build_file(output_dir, scores, key, tables, row_group_size=1000)
-    for file in set(building.rglob("*.parquet")) - {building / name for name in [*files, scores]}:
-        file.unlink()  # of a run on fewer prompts that was killed here
+    old = set(building.rglob("*.parquet")) - {building / name for name in [*files, scores]}
+    for file in [*old, *building.parent.rglob(".*.tmp")]:  # of runs that were killed; here all tasks have ended
+        file.unlink()
     for folder in ("data", "scores"):
         shutil.rmtree(output_dir / folder, ignore_errors=True)
         os.rename(building / folder, output_dir / folder)
@@ -371,7 +365,7 @@ def made_of(args: ScriptArguments, shards: range, names: list[str]) -> str:
     """A hash of what a file of the dataset is made of. Exits with one line if a part of it is missing."""
     parts = [names, {reward_name(name): reward_settings(name) for name in args.rewards}]
     for job in itertools.product(names, shards):
-        parts.append(images_of(shard_file(args, "images", *job), "generate"))
+        parts.append(images_of(image_file(args, *job), "generate"))
         for reward in args.rewards:
             if images_of(score_file(args, reward, *job), "score") != parts[-1]:
                 raise SystemExit(f"{score_file(args, reward, *job)} is of other images: run the score stage first")
@@ -383,7 +377,6 @@ def build_file(output_dir: Path, name: str, key: str, tables: Iterator[pa.Table]
     file = output_dir / "work" / "building" / name
     if shard_facts(file).get("key") == key:
         return
-    file.unlink(missing_ok=True)
     if shard_facts(output_dir / name).get("key") == key:
         with suppress(OSError):  # some file systems have no links
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -394,7 +387,7 @@ def build_file(output_dir: Path, name: str, key: str, tables: Iterator[pa.Table]
 
 def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[str], features: Features) -> pa.Table:
     """The rows of one shard with their images, scores, preferences and ranks."""
-    drawn = [pq.read_table(shard_file(args, "images", name, s)).to_pydict() for name in names]
+    drawn = [pq.read_table(image_file(args, name, s)).to_pydict() for name in names]
     files = [[score_file(args, reward, name, s) for name in names] for reward in args.rewards]
     scores = np.array([[pq.read_table(file)["score"].to_numpy() for file in row] for row in files])
     ranked = []
@@ -446,11 +439,10 @@ def read_generators(file: str | None) -> list[dict]:
             if [type(part.get(key, {})) for key in ("model", "load", "call")] != [str, dict, dict]:
                 raise ValueError("model must be a folder or an id of the Hub, load and call hold `name: value`")
         if not all(re.fullmatch(r"\w[\w.-]{,99}", name) for name in names) or len(set(names)) < max(2, len(names)):
-            rule = "at least 2, each another one of letters, digits, '.', '_' and '-', as they name folders"
-            raise ValueError(f"names {names}: they must be {rule}")
+            raise ValueError(f"names {names}: at least 2, all different, of letters, digits, '.', '_', '-': of folders")
     except Exception as error:
-        problem = f"{type(error).__name__}: {one_line(error)}"
-        raise SystemExit(f"--generators {file}: {problem}: a list of generators, each with name and model") from None
+        problem = f"{type(error).__name__}: {one_line(error)}: a list of generators, each with name and model"
+        raise SystemExit(f"--generators {file}: {problem}") from None
     return entries
 
 
@@ -469,12 +461,11 @@ def check_generator(entry: dict) -> None:
         except Exception as error:
             raise SystemExit(f"{where} is no diffusers pipeline that can be read: {one_line(error)}") from None
         kind = getattr(diffusers, class_name, DiffusionPipeline)
-        takes, components = (set(inspect.signature(function).parameters) for function in (kind.__call__, kind))
+        takes, components = ({*inspect.signature(function).parameters} for function in (kind.__call__, kind))
         others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
         if "prompt" not in takes or kind in others:
             raise SystemExit(f"{where} is a {class_name}: no pipeline of diffusers that draws from a prompt alone")
-        dtype = load.get("dtype", "float32")
-        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
+        dtypes = dtype if isinstance(dtype := load.get("dtype", "float32"), dict) else {"default": dtype}
         for key, given, known in (
             ("call", part["call"], takes - set(GIVEN_BY_SCRIPT)),
             ("load", load, components | set(LOAD_OPTIONS)),
@@ -553,8 +544,8 @@ class Generator:
         options = {"prompt": prompts, "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds]}
         (pipeline, call), *priors = self.parts
         for prior, settings in priors:
-            found = prior(**options, **for_each(settings, len(prompts)))
-            call = call | {"image_embeddings": found.image_embeddings.to(pipeline.decoder.dtype)}
+            embeds = prior(**options, **for_each(settings, len(prompts))).image_embeddings
+            call = call | {"image_embeddings": embeds.to(pipeline.decoder.dtype)}
         return pipeline(**options, **for_each(call, len(prompts))).images[:count]
 
     def count_cut(self, prompts: list[str]) -> int:
@@ -577,13 +568,12 @@ def for_each(call: dict, count: int) -> dict:
 
 
 # Work on disk ---------------------------------------------------------------------------------------------------------
-def shard_file(args: ScriptArguments, *folders_and_shard) -> Path:
-    *folders, shard = folders_and_shard
-    return Path(args.output_dir, "work", *folders, f"{shard:05d}.parquet")
+def image_file(args: ScriptArguments, generator: str, shard: int) -> Path:
+    return Path(args.output_dir, "work", "images", generator, f"{shard:05d}.parquet")
 
 
 def score_file(args: ScriptArguments, reward: str, generator: str, shard: int) -> Path:
-    return shard_file(args, "scores", reward_name(reward), generator, shard)
+    return Path(args.output_dir, "work", "scores", reward_name(reward), generator, f"{shard:05d}.parquet")
 
 
 def images_of(file: Path, stage: str = "") -> str | None:
@@ -596,7 +586,7 @@ def images_of(file: Path, stage: str = "") -> str | None:
 
 
 def shard_facts(file: Path) -> dict:
-    """What was recorded with a file; {} if there is none, or it cannot be read."""
+    """What was recorded with a file; {} if there is none, or it is no whole file."""
     try:
         return json.loads(pq.read_metadata(file).metadata[b"synpic"])
     except (FileNotFoundError, pa.ArrowInvalid):
@@ -624,7 +614,7 @@ def write_images(args: ScriptArguments, generator: str, shard: int, columns: dic
     files = list(WORKERS.map(partial(encode_image, image_format=args.image_format), images))
     facts |= {"black": black, "images": short_hash(b"|".join([*map(str.encode, columns["prompt_id"]), *files]))}
     table = pa.table(columns | {"image": pa.array(files, pa.large_binary())})
-    write_tables(iter([table]), shard_file(args, "images", generator, shard), facts)
+    write_tables(iter([table]), image_file(args, generator, shard), facts)
 
 
 def encode_image(image: PILImage.Image, image_format: str) -> bytes:
@@ -662,8 +652,7 @@ def describe_work(args: ScriptArguments, names: list[str], n_prompts: int) -> tu
     work = [("images", name, n_prompts) for name in names]
     work += [("scores", reward_name(name), n_prompts * len(names)) for name in args.rewards]
     for kind, name, images in work:
-        folder = Path(args.output_dir, "work", kind, name)
-        facts = [shard_facts(file) for file in folder.rglob("[0-9]*.parquet")]
+        facts = [shard_facts(file) for file in Path(args.output_dir, "work", kind, name).rglob("[0-9]*.parquet")]
         seconds = sum(fact["seconds"] for fact in facts)
         speed = np.format_float_positional(images / seconds, 3, fractional=False, trim="-") if seconds else ""
         devices = ", ".join(sorted({fact["device"] for fact in facts}))
@@ -717,7 +706,7 @@ def write_card(args: ScriptArguments, n_prompts: int, generators: list[dict], co
         warn(remark)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "datasets"))
     dataset, title = args.hub_dataset_id or output_dir, output_dir.resolve().name
-    made_of = short_hash("".join(shard_facts(file)["key"] for file in files))
+    key = short_hash("".join(shard_facts(file)["key"] for file in files))
     body = f"""# {title}
 
 {len(names)} text-to-image models drew each of {n_prompts} prompts, and {len(rewards)} reward models ranked the images:
@@ -762,7 +751,7 @@ scores = load_dataset("{dataset}", "scores", split="train")  # all columns but t
 ```
 
 Rewards: {", ".join(f"`{reward}`" for reward in args.rewards)}. Seed {args.seed}. {libraries}. Hash of prompts, images
-and rewards: {made_of}.
+and rewards: {key}.
 """
     front = {"pretty_name": title, "language": ["en"], "task_categories": ["text-to-image"]}
     front |= {"size_categories": [size_category(n_prompts)], "tags": ["synpic", "rankdpo", "preference", "synthetic"]}
@@ -885,7 +874,6 @@ PROMPT_SETS = {
     "hpsv2": {"source": "zhwang/HPDv2", "prompt_column": "prompt", "category_column": "style"},
     "parti": {"source": PARTI_URL, "prompt_column": "Prompt", "category_column": "Category"},
 }
-HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 TEXT_FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 
 
@@ -904,8 +892,7 @@ def read_prompts(
     Returns:
         one dict per prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no
         images. One dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0,
-        and for each column to `keep`, how many rows before it have the same value there. Exits with one line that names
-        the row if a prompt is empty, or the column that is missing.
+        and for each column to `keep`, how many rows before it have the same value there.
     """
     shown, columns = public_text(source), list(dict.fromkeys((column, *keep)))
     prompts, places, counts = {}, {}, Counter()
@@ -937,7 +924,8 @@ def prompt_rows(source: str, split: str | None, columns: list[str], whole_rows: 
     known = PROMPT_SETS.get(source, {}).get("source", source)
     suffix = Path(urlsplit(known).path if "://" in known else known).suffix.lower()
     if source == "hpsv2":
-        files = {s: hf_hub_download(known, f"benchmark/{s}.json", repo_type="dataset") for s in HPSV2_STYLES}
+        styles = ("anime", "concept-art", "paintings", "photo")
+        files = {s: hf_hub_download(known, f"benchmark/{s}.json", repo_type="dataset") for s in styles}
         return [row | {"style": style} for style in files for row in file_rows(files[style], ".json", columns[0])]
     if "://" in known and suffix not in TEXT_FILES:
         raise ValueError(f"the name of a file on the web must end in {', '.join(TEXT_FILES)}")
@@ -996,7 +984,7 @@ def stream_rows(source: str, split: str | None, columns: list[str], whole_rows: 
         builder = None if offline else load_dataset_builder(**options)
         rows = load_dataset(**options, split=split) if offline else builder.as_streaming_dataset(split=split)
         names = rows.column_names or list(next(iter(rows), {}))
-        if missing := [name for name in columns if name not in names]:
+        if missing := sorted({*columns} - {*names}):
             raise ValueError(f"no column {missing[0]!r}; it has {', '.join(names)}")
         if whole_rows:
             kinds = rows.features or dict.fromkeys(names, "")
@@ -1019,9 +1007,8 @@ def public_text(text: str) -> str:
 
 
 def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32) -> "RewardModel":
-    """Loads a reward model: an object with `.score(images, prompts) -> list[float]`, batched inside. `name`: one of
-    REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or Hub id) loads another
-    checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class. `dtype`: by default
+    """Loads a reward: an object with `.score(images, prompts) -> list[float]`. `name`: one of REWARD_MODELS, if need be
+    with `=checkpoint`, a folder or Hub id; or `file.py:function`, or `file.py:Class,key=value,…`. `dtype`: by default
     float32 on a CPU and half precision on a GPU."""
     reward_class = REWARD_MODELS.get(name.partition("=")[0], (FunctionReward,))[0]
     return reward_class(name, device, dtype, batch_size)
@@ -1250,9 +1237,9 @@ class FunctionReward(RewardModel):
         function = self.made.score if self.made else self.function
         rows = {"rows": [self.rows.get(text, {"prompt": text}) for text in texts]} if self.takes_rows else {}
         # The function may draw on its images, and another reward may need them, too.
-        values = list(function([image.copy() for image in images], texts, **rows))
-        if len(values) != len(images):
-            raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(images)} images")
+        values = function([image.copy() for image in images], texts, **rows)
+        if isinstance(values, dict) or len(values := list(values)) != len(images):
+            raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(images)} images: a list of one each")
         return values
 
 
@@ -1763,9 +1750,7 @@ REWARD_MODELS = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class ArgumentParser(TrlParser):
-    """TrlParser that ends every usage error in one line, and knows the metadata of `flag`."""
-
+class ArgumentParser(TrlParser):  # ends every usage error in one line, and knows the metadata of `flag`
     group = None
 
     def add_argument(self, *names, limits=None, group=None, **options):
