@@ -49,7 +49,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import cache, partial
@@ -388,15 +388,15 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
     """Checks what can be checked before the work, locks the folder, and records what images are made with. Returns the
     rows of the prompts, and the models (see `read_models`), each with the settings of its images."""
     output_dir, keep = Path(args.output_dir), (args.category_column,) if args.category_column else ()
-    names = sorted(path.name for path in output_dir.iterdir() if path.name[0] != ".") if output_dir.is_dir() else []
-    if others := [name for name in names if name not in ("images", "scores", *RESULTS)]:
-        raise SystemExit(f"--output_dir {output_dir} holds other files ({others[0]}): choose another folder")
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        if path.name[0] != "." and path.name not in ("images", "scores", *RESULTS):
+            raise SystemExit(f"--output_dir {output_dir} holds other files ({path.name}): choose another folder")
     check_rewards(args.metrics)
     check_metric_names([reward_name(metric) for metric in args.metrics])
     whole_rows = any(map(takes_rows, args.metrics)) or any("{row[" in template for template in args.images)
     source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
     rows, places = read_prompts(*source, keep, whole_rows)
-    chosen_prompts(args, rows)
+    args.grid_prompts = chosen_prompts(args, rows)
     prepare_metrics(args, rows)
     models = read_models(args)
     if args.baseline not in (names := {**models, **training_seeds(models)}):
@@ -430,11 +430,12 @@ def begin_images(args: ScriptArguments, name: str, model: dict) -> None:
     """Records what a model's images are made with. Removes those of other files under its name, as when a LoRA was
     trained again. Exits with one line if they were drawn with other settings."""
     folder, earlier, wanted = Path(args.output_dir, "images", name), earlier_settings(args, name), model["settings"]
-    if changed := [key for key in {**earlier, **wanted} if earlier and earlier.get(key) != wanted.get(key)]:
-        if (others := set(changed) - IDENTITY) or "draw" not in args.stages:
-            key = min(others, default=changed[0])
+    changed = [key for key in {**earlier, **wanted} if earlier and earlier.get(key) != wanted.get(key)]
+    for key in changed:
+        if key not in IDENTITY or "draw" not in args.stages:
             problem = f"{folder} holds images of {name} made with {key} {earlier.get(key)}, not {wanted.get(key)}"
             raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
+    if changed:
         print(f"{folder} was drawn with another model of this name: its images are drawn anew")
         shutil.rmtree(folder)
     if model["kind"] != "images":
@@ -452,43 +453,38 @@ def draw(args: ScriptArguments, rows: list[dict], models: dict, state: PartialSt
     killed, nor on how many processes draw."""
     shards = image_shards(args, len(rows))[args.task_index :: args.num_tasks]
     own = [batch for shard in shards for batch in batches(shard, args.batch_size)]
-    own, source = own[state.process_index :: state.num_processes], None
-    for name, model in models.items():
-        missing = {item for batch in own for item in batch if not image_file(args, name, item).exists()}
-        if model["kind"] == "images" or not missing:
-            continue
-        if source != model["pipeline"]:
-            pipeline = None
+    own, pipeline, source = own[state.process_index :: state.num_processes], None, None
+    for name, model in ((name, model) for name, model in models.items() if model["kind"] != "images"):
+        files = {item: model["pictures"][item][0] for batch in own for item in batch}
+        missing = {item: file for item, file in files.items() if not file.exists()}
+        if missing and source != model["pipeline"]:
+            pipeline, source = None, model["pipeline"]
             free_memory()
-            pipeline, source = load_pipeline(args, model, state.device), model["pipeline"]
-        hidden, writing = not state.is_local_main_process, []
-        bar = tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=hidden)
-        with bar, fitted(name, model, pipeline):
-            for batch in (batch for batch in own if missing & set(batch)):
-                images = dict(zip(batch, draw_batch(args, rows, name, pipeline, batch)))
-                for earlier in writing:  # threads encode and write a batch while the next one is drawn
+            pipeline = load_pipeline(args, model, state.device)
+        todo = [batch for batch in own if not missing.keys().isdisjoint(batch)]
+        hidden, writing = not missing or not state.is_local_main_process, []
+        with tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=hidden) as bar:
+            with fitted(name, model, pipeline) if todo else nullcontext():
+                for batch in todo:
+                    images = zip(batch, draw_batch(args, rows, name, model, pipeline, batch))
+                    for earlier in writing:  # threads encode and write a batch while the next one is drawn
+                        earlier.result()
+                    images = {missing[item]: image for item, image in images if item in missing}
+                    writing = [WORKERS.submit(save_picture, image, file) for file, image in images.items()]
+                    bar.update(len(images))
+                for earlier in writing:
                     earlier.result()
-                wanted = missing & set(batch)
-                writing = [WORKERS.submit(save_picture, images[item], image_file(args, name, item)) for item in wanted]
-                bar.update(len(wanted))
-            for earlier in writing:
-                earlier.result()
-    pipeline = None
-    free_memory()
 
 
-def draw_batch(args: ScriptArguments, rows: list[dict], name: str, pipeline: DiffusionPipeline, batch: list) -> list:
+def draw_batch(args: ScriptArguments, rows: list[dict], name: str, model: dict, pipeline, batch: list) -> list:
     """The images of these (prompt, number). Where the device's memory runs out, half as many are drawn at once."""
     options, images = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}, []
-    if args.resolution:
-        options |= {"height": args.resolution, "width": args.resolution}
-    if args.max_sequence_length and takes_sequence_length(type(pipeline)):
-        options["max_sequence_length"] = args.max_sequence_length
+    options |= {"height": args.resolution, "width": args.resolution} if args.resolution else {}
+    options |= {"max_sequence_length": args.max_sequence_length} if model["takes_length"] else {}
     while todo := batch[len(images) : len(images) + args.batch_size]:
         prompts = [rows[i]["prompt"] for i, _ in todo]
-        # An image has the same seed for all models: its own, or, as in benchmarks, counted from --seed. Generators are
-        # on the CPU: it does not depend on the kind of GPU.
-        seeds = [args.seed + n for _, n in todo]
+        # An image has the same seed for all models. Generators are on the CPU: it does not depend on the kind of GPU.
+        seeds = [args.seed + n for _, n in todo]  # as in benchmarks
         if args.image_seeds == "own":
             seeds = [int(short_hash(f"{args.seed}|{rows[i]['prompt']}|{n}")[:8], 16) for i, n in todo]
         noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -513,19 +509,18 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
         keys = {(metric, name): scores_key(metric, models[name], rows) for metric in metrics for name in models}
         todo = {(name, s): [m for m in metrics if not is_scored(args, m, name, s, keys[m, name])] for name, s in jobs}
         todo = {job: lacking for job, lacking in todo.items() if lacking}
+        needed = [metric for metric in metrics if any(metric in lacking for lacking in todo.values())]
         if todo and "score" not in args.stages:
             (name, s), (metric, *_) = next(iter(todo.items()))
             raise SystemExit(f"{scores_file(args, metric, name, s)} is missing: run the stages draw and score first")
-        needed = [metric for metric in metrics if any(metric in lacking for lacking in todo.values())]
         options = {"device": state.device, "batch_size": args.reward_batch_size}
         rewards = {metric: load_reward_model(metric, **options) for metric in needed}
-        opened = (open_pictures(args, name, models[name], shards[s], rewards, todo[name, s]) for name, s in todo)
+        opened = (open_pictures(models[name]["pictures"], shards[s], rewards, todo[name, s]) for name, s in todo)
         hidden, label = not todo or not state.is_local_main_process, " ".join(map(reward_name, needed))
         with tqdm(total=sum(map(len, todo.values())), desc=label, unit="file", disable=hidden) as bar:
             for (name, s), (pictures, images) in zip(todo, read_ahead(opened)):
                 prompts, chosen = [rows[i]["prompt"] for i, _ in pictures], [rows[i] for i, _ in pictures]
-                for metric in images:
-                    bad = {}
+                for metric, bad in ((metric, {}) for metric in images):
                     scores = dict(zip(pictures, rewards[metric].score(images[metric], prompts, chosen, bad)))
                     for number, reason in bad.items():
                         raise SystemExit(f"{name}: {list(pictures.values())[number][0]} cannot be read: {reason}")
@@ -546,13 +541,11 @@ def read_ahead(items: Iterator) -> Iterator:
             yield item
 
 
-def open_pictures(args: ScriptArguments, name: str, model: dict, items: list, rewards: dict, metrics: list) -> tuple:
+def open_pictures(pictures: dict, items: list, rewards: dict, metrics: list[str]) -> tuple[dict, dict]:
     """(prompt, number) → (file, cell) of those of these images that exist; and for each metric the pictures, in
     preparation. A file is decoded once. The workers take their work in order: a file's decoding has begun before
     another thread waits for it."""
-    pictures = {item: picture for item in items if (picture := picture_file(args, name, model, item))}
-    if lost := [file for file, _ in pictures.values() if not file.exists()]:
-        raise SystemExit(f"{lost[0]} is missing: run the stage draw first")
+    pictures = {item: pictures[item] for item in items if item in pictures}
     files = dict.fromkeys(file for file, _ in pictures.values())
     decoded = {file: WORKERS.submit(lambda file=file: decode_image(file.read_bytes())) for file in files}
     images = [lambda file=file, cell=cell: cut(decoded[file].result(), cell) for file, cell in pictures.values()]
@@ -565,7 +558,7 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     output_dir, metrics, prompts = Path(args.output_dir), list(results), [row["prompt"] for row in rows]
     categories = [str(row[args.category_column]) for row in rows] if args.category_column else None
     groups, (compared, pictured) = training_seeds(models), shown_models(models)
-    stacked = {}  # each group as one, in front, and every model alone
+    stacked = {}  # several trainings as one model, in front, and every model alone
     for metric, by_model in results.items():
         together = {name: np.stack([by_model[member] for member in members]) for name, members in groups.items()}
         stacked[metric] = together | {name: scores[None] for name, scores in by_model.items()}
@@ -586,15 +579,14 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     if checkpoints:
         record |= {"checkpoints": checkpoints, "best_checkpoints": best_checkpoints(summary, checkpoints, metrics)}
     record |= {"missing_images": missing} if missing else {}
-    verdict = next((metric for metric, by_model in results.items() if is_verdict(by_model.values())), None)
+    verdict = next((metric for metric in metrics if is_verdict(results[metric])), None)
     table = markdown_report(record, summary, metrics, compared, verdict)
     write_bytes(output_dir / "results.json", as_json(record, indent=2) + b"\n")
     write_bytes(output_dir / "results.md", table.encode())
     save_picture(grid_picture(args, rows, models, pictured, results.get(verdict)), output_dir / "grid.png")
     if checkpoints:
         save_picture(curves_picture(record, metrics), output_dir / "curves.png")
-    print(table)
-    print(", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]))
+    print(table, ", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]), sep="\n")
     for name, repo_id in (hub_repositories(args, models) if args.push_to_hub else {}).items():
         publish(args, repo_id, results_card(args, name, repo_id, record, table))
 
@@ -603,8 +595,8 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
 def report_settings(args: ScriptArguments, prompts: list[str], models: dict) -> dict:
     """The settings in results.json, which --push_to_hub publishes: of local folders and files only their names."""
     settings = {"prompts": short_hash("\n".join(prompts)), "seed": args.seed}
-    if drawn := [model for model in models.values() if model["kind"] != "images"]:
-        settings = run_settings(args, prompts, drawn[0]["settings"]["dtype"])
+    if drawn := [model["settings"] for model in models.values() if model["kind"] != "images"]:
+        settings = {key: value for key, value in drawn[0].items() if key not in IDENTITY}
         settings["model"] = public_name(args.pretrained_model_name_or_path)
     shown = {name: public_name(model["source"], model["kind"] == "images") for name, model in models.items()}
     settings["loras"] = {name: shown[name] for name, model in models.items() if model["kind"] == "lora"}
@@ -623,57 +615,52 @@ def public_name(source: str, local: bool = False) -> str:
 
 def markdown_report(record: dict, summary: dict, metrics: list[str], compared: list[str], verdict: str | None) -> str:
     """The tables of results.md."""
-    seeds, best = record.get("seeds", {}), record.get("best_checkpoints", {})
+    seeds, best, spread, rows = record.get("seeds", {}), record.get("best_checkpoints", {}), {}, []
     drawn = not any(text.startswith("images ") for text in record["settings"]["models"].values())
-    lines = official_tables(record, summary)
-    lines += [f"Prompts: {record['n_prompts']}, images per model: {record['n_images']}"]
-    lines[-1] += (
-        ", the same seeds for all" if drawn else ""
-    ) + f". Lift over `{record['baseline']}` and win rate against "
-    lines[-1] += "it, with paired bootstrap 95 % intervals over prompts" + (
-        ", and over seeds where there are several" if seeds else ""
-    )
-    lines[-1] += "; a tie counts half a win."
-    spread = {}  # the categories in which a metric has a value; a benchmark's metric may be for one of them only
-    for metric in metrics:
-        parts = [entry.get(f"{metric}_by_category", {}) for entry in summary.values()]
-        spread[metric] = [name for name in parts[0] if any(is_known(part[name], "mean") for part in parts)]
-    rows = []
-    for metric, (name, entry) in itertools.product(metrics, summary.items()):
-        label = f"{metric} (trained on)" if f"{metric}_trained_on" in entry else metric
-        for key, what in ((metric, label), (f"{metric}_category_mean", f"{label}, mean over categories")):
-            if is_known(entry, key) and (key == metric or len(spread[metric]) > 1):
-                rows.append([name, what, *figure_cells(entry, key)])
+    parts = [
+        *official_tables(record, summary),
+        f"Prompts: {record['n_prompts']}, images per model: {record['n_images']}{', the same seeds for all' * drawn}. "
+        f"Lift over `{record['baseline']}` and win rate against it, with paired bootstrap 95 % intervals over prompts"
+        f"{', and over seeds where there are several' * bool(seeds)}; a tie counts half a win.",
+    ]
+    for metric in metrics:  # the categories in which a metric has a value: a benchmark's may be for one of them only
+        by_model = [entry.get(f"{metric}_by_category", {}) for entry in summary.values()]
+        spread[metric] = [name for name in by_model[0] if any(is_known(found[name], "mean") for found in by_model)]
+        for name, entry in summary.items():
+            label = f"{metric} (trained on)" if f"{metric}_trained_on" in entry else metric
+            for key, what in ((metric, label), (f"{metric}_category_mean", f"{label}, mean over categories")):
+                if is_known(entry, key) and (key == metric or len(spread[metric]) > 1):
+                    rows.append([name, what, *figure_cells(entry, key)])
     interval = "95 % interval"
-    lines += ["", markdown_table(["model", "metric", "mean", interval, "lift", interval, "win rate", interval], rows)]
+    parts.append(markdown_table(["model", "metric", "mean", interval, "lift", interval, "win rate", interval], rows))
     if seeds:
-        rows = []
-        for name, metric in itertools.product(seeds, metrics):
-            means = ", ".join(f"{mean:.4f}" for mean in summary[name][f"{metric}_seed_means"])
-            rows.append([name, metric, means, f"{summary[name][f'{metric}_seed_sd']:.4f}"])
-        lines += ["", "Several trainings (seeds) of a model; above, their scores are averaged:", ""]
-        lines.append(markdown_table(["model", "metric", "mean of each", "standard deviation"], rows))
+        rows = [[name, metric, *seed_cells(summary[name], metric)] for name in seeds for metric in metrics]
+        parts.append("Several trainings (seeds) of a model; above, their scores are averaged:")
+        parts.append(markdown_table(["model", "metric", "mean of each", "standard deviation"], rows))
     if best:
         rows = [[run, *(best[run].get(metric, "") for metric in metrics)] for run in best]
-        lines += ["", "The best checkpoint of each run, a star in curves.png. These prompts chose it, and flatter it:"]
-        lines += ["judge it on other prompts.", "", markdown_table(["run", *metrics], rows)]
+        chosen = (
+            "The best checkpoint of each run, a star in curves.png. These prompts chose it, and flatter it: judge it"
+        )
+        parts += [f"{chosen} on other prompts.", markdown_table(["run", *metrics], rows)]
+    lone = [name for name in compared if "@" in name and name not in record.get("checkpoints", {})]
     for metric in metrics if len(compared) > 2 else ():
-        rows = [[a, *(pair_cell(record, metric, a, b) for b in compared)] for a in compared]
-        lines += ["", f"{metric}, row minus column (win rate of the row); bold where the interval excludes 0:", ""]
-        lines.append(markdown_table(["", *compared], rows))
-    if len(compared) > 2 and any(is_lone(record, name) for name in compared):
-        lines += ["", "A model of a single seed is never bold: its interval says nothing about other trainings."]
+        rows = [
+            [a, *(pair_cell(record["pairwise"][metric][a].get(b), lone, (a, b)) for b in compared)] for a in compared
+        ]
+        parts.append(f"{metric}, row minus column (win rate of the row); bold where the interval excludes 0:")
+        parts.append(markdown_table(["", *compared], rows))
+    if lone and len(compared) > 2:
+        parts.append("A model of one seed is never bold: its interval says nothing about other trainings of it.")
     for metric in (metric for metric in metrics if len(spread[metric]) > 1):
-        parts = {
-            category: [e[f"{metric}_by_category"][category] for e in summary.values()] for category in spread[metric]
-        }
-        rows = [[c, part[0]["n_prompts"], *(as_text(one["mean"], ".3f") for one in part)] for c, part in parts.items()]
-        lines += ["", f"{metric} by category:", "", markdown_table(["category", "prompts", *summary], rows)]
-    if any(" ! |" in line for line in lines):
-        lines += ["", f"! The interval says little: it is over fewer than {FEW_PROMPTS} prompts, or of zero width."]
+        found = {name: [e[f"{metric}_by_category"][name] for e in summary.values()] for name in spread[metric]}
+        rows = [[c, part[0]["n_prompts"], *(as_text(one["mean"], ".3f") for one in part)] for c, part in found.items()]
+        parts += [f"{metric} by category:", markdown_table(["category", "prompts", *summary], rows)]
+    if any(" ! |" in part for part in parts):
+        parts.append(f"! The interval says little: it is over fewer than {FEW_PROMPTS} prompts, or of zero width.")
     if verdict:
-        lines += ["", f"Frames in grid.png: green where `{verdict}` is 1, red where it is 0."]
-    return "\n".join(lines) + "\n"
+        parts.append(f"Frames in grid.png: green where `{verdict}` is 1, red where it is 0.")
+    return "\n\n".join(parts) + "\n"
 
 
 def is_known(entry: dict, key: str) -> bool:
@@ -681,7 +668,7 @@ def is_known(entry: dict, key: str) -> bool:
 
 
 def as_text(figure: float | dict | None, form: str) -> str:
-    if isinstance(figure, dict):
+    if isinstance(figure, dict):  # HPSv2's figure of a style
         return f"{figure['mean']:.2f} ± {figure['std']:.2f}"
     return "" if figure is None or math.isnan(figure) else format(figure, form)
 
@@ -691,39 +678,36 @@ def figure_cells(entry: dict, key: str) -> list[str]:
     cells = []
     for name, form in ((key, ".4f"), (f"{key}_lift", "+.4f"), (f"{key}_win_rate", ".3f")):
         interval = " to ".join(as_text(end, form) for end in entry.get(f"{name}_ci95", ()))
-        cells += [as_text(entry.get(name), form), interval if is_known(entry, name) else ""]
-        cells[-1] += " !" if cells[-1] and f"{name}_warning" in entry else ""
+        interval += " !" if f"{name}_warning" in entry else ""
+        cells += [as_text(entry[name], form), interval] if is_known(entry, name) else ["", ""]
     return cells
+
+
+def seed_cells(entry: dict, metric: str) -> list[str]:
+    return [", ".join(f"{mean:.4f}" for mean in entry[f"{metric}_seed_means"]), f"{entry[f'{metric}_seed_sd']:.4f}"]
+
+
+def pair_cell(pair: dict | None, lone: list[str], models: tuple[str, str]) -> str:
+    if pair is None or math.isnan(pair["lift"]):
+        return ""
+    low, high = pair["lift_ci95"]
+    bold = "" if low <= 0 <= high or set(lone) & set(models) else "**"
+    return f"{bold}{pair['lift']:+.4f}{bold} ({pair['win_rate']:.3f}){' !' if 'lift_warning' in pair else ''}"
 
 
 def official_tables(record: dict, summary: dict) -> list[str]:
     """The figures of benchmarks as they report them, a table each, and what they are over."""
-    lines, over = [], f"{record['n_prompts']} prompts, {record['n_images']} images"
+    parts, over = [], f"{record['n_prompts']} prompts, {record['n_images']} images"
     for key in dict.fromkeys(key for entry in summary.values() for key in entry if key.endswith("_official")):
         by_model = {name: entry[key] for name, entry in summary.items() if key in entry}
         names = dict.fromkeys(figure for figures in by_model.values() for figure in figures)
         rows = [[name, *(as_text(figures.get(name), ".4g") for figures in by_model.values())] for name in names]
-        title = f"{key.removesuffix('_official')} as the benchmark reports it, over {over}:"
-        lines += [title, "", markdown_table(["", *by_model], rows), ""]
+        parts.append(f"{key.removesuffix('_official')} as the benchmark reports it, over {over}:")
+        parts.append(markdown_table(["", *by_model], rows))
         if any(isinstance(figure, dict) for figures in by_model.values() for figure in figures.values()):
-            lines += ["A style's mean and deviation are those of ten chunks' means, times 100.", ""]
-    for name, count in record.get("missing_images", {}).items():
-        lines += [f"Of `{name}`, {count} of these images are missing and left out.", ""]
-    return lines
-
-
-def is_lone(record: dict, name: str) -> bool:
-    """Whether a model stands for its training, name@seed, with one seed."""
-    return "@" in name and name not in record.get("checkpoints", {})
-
-
-def pair_cell(record: dict, metric: str, name: str, other: str) -> str:
-    pair = record["pairwise"][metric][name].get(other, {})
-    if not is_known(pair, "lift"):
-        return ""
-    low, high = pair["lift_ci95"]
-    bold = "" if low <= 0 <= high or is_lone(record, name) or is_lone(record, other) else "**"
-    return f"{bold}{pair['lift']:+.4f}{bold} ({pair['win_rate']:.3f}){' !' if 'lift_warning' in pair else ''}"
+            parts.append("A style's mean and deviation are those of ten chunks' means, times 100.")
+    missing = record.get("missing_images", {}).items()
+    return [*parts, *(f"Of `{name}`, {count} of these images are missing and left out." for name, count in missing)]
 
 
 def chosen_prompts(args: ScriptArguments, rows: list[dict]) -> list[int]:
@@ -736,31 +720,29 @@ def chosen_prompts(args: ScriptArguments, rows: list[dict]) -> list[int]:
     return [numbers[word] for word in args.grid_prompts] or np.unique(spread).tolist()
 
 
-def is_verdict(scores: Iterable[np.ndarray]) -> bool:
+def is_verdict(by_model: dict[str, np.ndarray]) -> bool:
     """Whether a metric says right or wrong, 1 or 0, of every image that it applies to."""
-    values = np.concatenate([array[np.isfinite(array)] for array in scores])
+    values = np.concatenate([scores[np.isfinite(scores)] for scores in by_model.values()])
     return len(values) > 0 and bool(np.isin(values, (0.0, 1.0)).all())
 
 
-def grid_picture(
-    args: ScriptArguments, rows: list[dict], models: dict, pictured: list[str], verdicts: dict | None, cell: int = 192
-) -> PILImage.Image:
+def grid_picture(args: ScriptArguments, rows: list, models: dict, pictured: list, verdicts: dict | None, cell=192):
     """Some prompts, one a row, their texts below. The models stand side by side, with the same seeds. A picture has a
     green or a red frame if there are `verdicts`: model → (n_prompts, n_images) of 1 and 0."""
-    chosen, per_model, gap, top = chosen_prompts(args, rows), min(args.num_images_per_prompt, 3), 12, 22
+    per_model, gap, top = min(args.num_images_per_prompt, 3), 12, 22
     width = len(pictured) * (per_model * cell + gap) - gap
-    texts = {i: textwrap.wrap(rows[i]["prompt"], width // 7) for i in chosen}
+    texts = {i: textwrap.wrap(rows[i]["prompt"], width // 7) for i in args.grid_prompts}
     canvas = PILImage.new("RGB", (width, top + sum(cell + 8 + 14 * len(text) for text in texts.values())), "white")
     drawing = ImageDraw.Draw(canvas)
     for column, name in enumerate(pictured):
         drawing.text((column * (per_model * cell + gap) + 4, 5), name, fill="black")
     for i, text in texts.items():
         for (column, name), n in itertools.product(enumerate(pictured), range(per_model)):
-            if picture := picture_file(args, name, models[name], (i, n)):
+            if picture := models[name]["pictures"].get((i, n)):
                 left = column * (per_model * cell + gap) + n * cell
                 image = cut(PILImage.open(picture[0]), picture[1]).convert("RGB")
-                image = image.resize((cell, cell), PILImage.NEAREST if image.width < cell else PILImage.LANCZOS)
-                canvas.paste(image, (left, top))
+                resample = PILImage.NEAREST if image.width < cell else PILImage.LANCZOS
+                canvas.paste(image.resize((cell, cell), resample), (left, top))
                 if verdicts and not math.isnan(verdict := verdicts[name][i, n]):
                     frame = (left + 1, top + 1, left + cell - 2, top + cell - 2)
                     drawing.rectangle(frame, outline=RIGHT if verdict else WRONG, width=5)
@@ -795,15 +777,14 @@ def curves_picture(record: dict, metrics: list[str]) -> PILImage.Image:
 # Models ---------------------------------------------------------------------------------------------------------------
 def read_models(args: ScriptArguments) -> dict[str, dict]:
     """The models to compare; those that share a pipeline follow each other: name → {"kind": base, lora, network,
-    pipeline or images; "source": folder, file, Hub id or template; "pipeline": what draws, its "commit"; "half": its
-    type on a GPU; "file" of a LoRA, and "trained_on", the rewards that ranked its training data; "run" of a checkpoint,
-    and "seen", the pairs or prompts that the run had seen; "part" and "subfolder" of a network}."""
+    pipeline or images; "source": folder, file, Hub id or template; what `find_pipeline`, `find_network` and `find_lora`
+    return; "run" of a checkpoint, and "seen", the pairs or prompts that the run had seen}."""
     models, networks = {}, [item for item in args.models if re.match(rf"[^=]*=({'|'.join(NETWORKS)}):", item)]
     tuned = bool(args.loras or args.eval_checkpoints or networks)
     if args.baseline == BASE or tuned:
         base, where = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
-        index, drawing = find_pipeline(where, base, args.revision, tuned)
-        if args.max_sequence_length and not takes_sequence_length(getattr(diffusers, index["_class_name"])):
+        index, drawing = find_pipeline(args, where, base, args.revision, tuned)
+        if args.max_sequence_length and not drawing["takes_length"]:
             raise SystemExit(f"--max_sequence_length: a {index['_class_name']} has no such option: leave the flag out")
         models[BASE] = {"kind": "base", "source": base, **drawing}
     for item in args.loras:
@@ -811,25 +792,23 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
         models[name] = {"kind": "lora", "source": path, **find_lora(f"--loras {item}", path), **drawing}
     for item in args.eval_checkpoints:
         run, path = named_path("--eval_checkpoints", item, models, seeds=False)
-        record = training_record(path)
         steps = sorted(
             int(folder.name[11:]) for folder in Path(path).glob("checkpoint-*") if folder.name[11:].isdecimal()
         )
-        if "global_batch_size" not in record or not steps:
-            raise SystemExit(
-                f"--eval_checkpoints {item}: not a training run's folder: no run.json or no checkpoint in it"
-            )
+        if not steps or not Path(path, "run.json").exists():
+            raise SystemExit(f"--eval_checkpoints {item}: not a training run's folder: no run.json, or no checkpoint")
+        record = json.loads(Path(path, "run.json").read_text())
         for step in steps:
             folder = os.path.join(path, f"checkpoint-{step}")
-            found = {"kind": "lora", "source": folder, **find_lora(f"--eval_checkpoints {item}", folder)}
+            found = {"kind": "lora", "source": folder, **find_lora(f"--eval_checkpoints {item}", folder), **drawing}
             found |= {"run": run, "seen": step * record["global_batch_size"], "trained_on": record.get("rewards", [])}
-            models[f"{run}@{step}"] = found | drawing
+            models[f"{run}@{step}"] = found
     for item in networks:
         name, source = named_path("--models", item, models)
         models[name] = {"kind": "network", **find_network(args, index, item, *source.split(":", 1)), **drawing}
     for item in (item for item in args.models if item not in networks):
         name, source = named_path("--models", item, models)
-        models[name] = {"kind": "pipeline", "source": source, **find_pipeline(f"--models {name}:", source)[1]}
+        models[name] = {"kind": "pipeline", "source": source, **find_pipeline(args, f"--models {name}:", source)[1]}
     for item in args.images:
         name, template = named_path("--images", item, models)
         models[name] = {"kind": "images", "source": template}
@@ -857,22 +836,22 @@ def named_path(flag: str, item: str, models: dict, seeds: bool = True) -> tuple[
 
 def training_seeds(models: dict) -> dict[str, list[str]]:
     """Models that were trained several times: name → its name@seed."""
-    names = sorted(name for name, model in models.items() if "@" in name and "run" not in model)
-    groups = {name.partition("@")[0]: [] for name in models if name in names}
-    for name in names:
-        groups[name.partition("@")[0]].append(name)
-    return {group: members for group, members in groups.items() if len(members) > 1}
+    groups = {}
+    for name in (name for name, model in models.items() if "run" not in model):
+        groups.setdefault(name.partition("@")[0], []).append(name)
+    return {root: sorted(members) for root, members in groups.items() if len(members) > 1}
 
 
 def shown_models(models: dict) -> tuple[list[str], list[str]]:
     """The models that are compared with each other: of a run its last checkpoint, of several trainings their group. And
     those in the picture: of several trainings the first."""
     last = {model["run"]: name for name, model in models.items() if "run" in model}  # steps are in order
-    names = [name for name, model in models.items() if "run" not in model or name in last.values()]
     group_of = {name: group for group, members in training_seeds(models).items() for name in members}
-    first = {group_of.get(name, name): name for name in reversed(names)}
-    compared = list(dict.fromkeys(group_of.get(name, name) for name in names))
-    return compared, [first[name] for name in compared]
+    first = {}
+    for name, model in models.items():
+        if "run" not in model or name in last.values():
+            first.setdefault(group_of.get(name, name), name)
+    return list(first), list(first.values())
 
 
 # Copied from train_rankdpo_sdxl.file_of
@@ -884,46 +863,46 @@ def read_config(where: str, model: str, file: str, revision: str | None = None) 
     """A configuration of a model, and its commit on the Hub; exits with one line if it cannot be read."""
     try:
         path = file_of(model, file, revision)
-        commit = None if os.path.isdir(model) else re.search(r"snapshots/([0-9a-f]{40})/", path.as_posix())
-        return json.loads(path.read_text()), commit and commit[1]
+        return json.loads(path.read_text()), None if os.path.isdir(model) else path.parents[file.count("/")].name
     except Exception as error:
         raise SystemExit(f"{where} {model}: not a diffusers model: {one_line(error)}") from None
 
 
-def find_pipeline(where: str, source: str, revision: str | None = None, tuned: bool = False) -> tuple[dict, dict]:
-    """The model_index.json of a pipeline, and what drawing with it takes. Exits with one line unless it draws from a
-    prompt alone, with a scheduler that reads the model's output as what it is. `tuned`: a LoRA or a network that
-    predicts noise is put into it."""
-    if os.path.isfile(source):
-        raise SystemExit(f"{where} {source} is a single file: make a folder of it, with from_single_file of diffusers")
+def find_pipeline(args: ScriptArguments, where: str, source: str, revision: str | None = None, tuned=False) -> tuple:
+    """The model_index.json of a pipeline; and {"pipeline": what draws; its "commit"; "half": its type on a GPU;
+    "takes_length": of prompts}. Exits with one line unless it draws from a prompt alone, with a scheduler that reads the
+    model's output as what it is. `tuned`: LoRAs or networks that predict noise are put into it."""
     index, commit = read_config(where, source, "model_index.json", revision)
-    where, name = f"{where} {source}", index.get("_class_name", "folder")
+    where, name, is_unet = f"{where} {source}", index.get("_class_name", "folder"), "unet" in index
     others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
-    kind, is_unet = getattr(diffusers, name, None), "unet" in index
-    if kind is None or "prompt" not in inspect.signature(kind.__call__).parameters or kind in others:
+    kind = getattr(diffusers, name, None)
+    takes = inspect.signature(kind.__call__).parameters if kind else {}
+    if "prompt" not in takes or kind in others:
         raise SystemExit(f"{where} is a {name}: no pipeline of diffusers that draws from a prompt alone")
-    if (used := index.get("scheduler", [None, None])[1]) and name.startswith("StableDiffusion"):
+    if "scheduler" in index and name.startswith("StableDiffusion"):
         config, _ = read_config(where, source, "scheduler/scheduler_config.json", revision)
-        written, matching = config.get("_class_name", used), "FlowMatch" in used
-        flow = matching or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
+        used = index["scheduler"][1]
+        written, matches = config.get("_class_name", used), "FlowMatch" in used
+        flow = matches or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
         if any((part in used) != (part in written) for part in ("FlowMatch", "EDM")):
             raise SystemExit(f"{where}: its model_index.json names {used}, its scheduler_config.json is {written}'s")
-        if not is_unet and not flow or is_unet and (matching or tuned and flow):
-            predicted = "noise" if is_unet else "flow"
-            raise SystemExit(f"{where}: a {name} predicts {predicted}, and its scheduler, {used}, takes something else")
+        if not flow if not is_unet else matches or flow and tuned:
+            predicts = "noise" if is_unet else "flow"
+            raise SystemExit(f"{where}: a {name} predicts {predicts}, and its scheduler, {used}, takes something else")
+    takes_length = bool(args.max_sequence_length) and "max_sequence_length" in takes
     half = "float16" if is_unet else "bfloat16"  # U-Nets are published in one, most transformers in the other
-    return index, {"pipeline": source, "commit": commit, "half": half}
+    return index, {"pipeline": source, "commit": commit, "half": half, "takes_length": takes_length}
 
 
 def find_network(args: ScriptArguments, index: dict, item: str, part: str, source: str) -> dict:
     """Where a network's files lie: in a subfolder of its component's name, as trainers write it, or at the top. Exits
     with one line unless it fits into the place of the base's component. `index`: the base's model_index.json."""
-    base, where = args.pretrained_model_name_or_path, f"--models {item}:"
+    base, where, subfolder = args.pretrained_model_name_or_path, f"--models {item}:", part
     if part not in index:
         raise SystemExit(f"{where} the base, a {index['_class_name']}, has no {part}")
     wanted, _ = read_config("--pretrained_model_name_or_path", base, f"{part}/config.json", args.revision)
     try:
-        subfolder, (found, commit) = part, read_config(where, source, f"{part}/config.json")
+        found, commit = read_config(where, source, f"{part}/config.json")
     except SystemExit:
         subfolder, (found, commit) = "", read_config(where, source, "config.json")
     for key in ("_class_name", *NETWORK_SHAPE):
@@ -935,24 +914,19 @@ def find_network(args: ScriptArguments, index: dict, item: str, part: str, sourc
     return {"source": source, "part": part, "subfolder": subfolder, "network_commit": commit}
 
 
-def training_record(path: str) -> dict:
-    """The run.json of a LoRA that one of the trainers made, else {}."""
-    with suppress(Exception):  # a LoRA of another trainer
-        return json.loads(file_of(path, "run.json").read_text())
-    return {}
-
-
 def find_lora(where: str, path: str) -> dict:
-    """The file of a LoRA (a file, a folder or a repository on the Hub), and the rewards that it was trained on."""
+    """{"file": of a LoRA, which is a file, a folder or a repository on the Hub; "trained_on": the rewards that ranked
+    its training data, by the run.json of a trainer}."""
     if not os.path.exists(path) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise SystemExit(f"{where}: there is no file or folder {path}, nor can it be a repository on the Hub")
     try:
-        file = Path(path) if os.path.isfile(path) else file_of(path, LORA_FILE)
+        file, record = Path(path) if os.path.isfile(path) else file_of(path, LORA_FILE), {}
     except Exception as error:
         raise SystemExit(f"{where}: cannot be read: {one_line(error)}") from None
     if not file.exists():
         raise SystemExit(f"{where}: no {LORA_FILE} in it: give the LoRA's file itself")
-    record = training_record(path if file != Path(path) else str(file.parent))
+    with suppress(Exception):  # a LoRA of another trainer
+        record = json.loads(file_of(str(file.parent) if os.path.exists(path) else path, "run.json").read_text())
     return {"file": str(file), "trained_on": record.get("rewards", [])}
 
 
@@ -975,14 +949,13 @@ def check_lora(where: str, file: str, index: dict, components: Callable) -> None
         raise SystemExit(f"{where}: {file} cannot be read as a LoRA: {one_line(error)[:200]}") from None
     given = {id(tensor): key for key, tensor in tensors.items()}
     for key, tensor in (loaded[0] if isinstance(loaded, tuple) else loaded).items():
-        part, _, rest = key.partition(".")
-        layers.setdefault(part, {})[rest] = tensor
+        layers.setdefault(key.partition(".")[0], {})[key.partition(".")[2]] = tensor
     for part, found in layers.items():
-        network = components(part)
+        network, is_text = components(part), part not in NETWORKS
         shapes = {name: value.shape for name, value in network.state_dict().items()} if network else {}
         if not any("lora_A" in key for key in found):  # into the names that diffusers loads it by: LAYER.lora_A.weight
-            found = convert_state_dict_to_diffusers(found) if part not in NETWORKS else found
-            found = (convert_unet_state_dict_to_peft if part in NETWORKS else convert_state_dict_to_peft)(found)
+            found = convert_state_dict_to_diffusers(found) if is_text else found
+            found = (convert_state_dict_to_peft if is_text else convert_unet_state_dict_to_peft)(found)
         for key, tensor in found.items():
             key = key if hasattr(network, "text_model") else key.removeprefix("text_model.")
             layer, _, side = key.partition(".lora_")
@@ -1024,10 +997,6 @@ def load_pipeline(args: ScriptArguments, model: dict, device: torch.device) -> D
     return pipeline
 
 
-def takes_sequence_length(kind: type) -> bool:
-    return "max_sequence_length" in inspect.signature(kind.__call__).parameters
-
-
 @contextmanager
 def fitted(name: str, model: dict, pipeline: DiffusionPipeline) -> Iterator[None]:
     """Puts a model's LoRA or network into the pipeline; afterwards it is as it was."""
@@ -1039,8 +1008,6 @@ def fitted(name: str, model: dict, pipeline: DiffusionPipeline) -> Iterator[None
         broken = [key for key, value in layers.items() if not value.isfinite().all()]
         if broken or not layers:
             raise SystemExit(f"{where}: " + (f"{broken[0]} is not finite" if broken else "no key of it fits the base"))
-        yield
-        pipeline.unload_lora_weights()
     elif model["kind"] == "network":
         original, device = getattr(pipeline, part), pipeline.device
         options = {"subfolder": model["subfolder"] or None, "dtype": original.dtype, "output_loading_info": True}
@@ -1049,42 +1016,40 @@ def fitted(name: str, model: dict, pipeline: DiffusionPipeline) -> Iterator[None
             raise SystemExit(f"{where}: its weights do not fit its config.json: {wrong[0]}")
         original.to("cpu")  # one of the two at a time
         pipeline.register_modules(**{part: network.to(device)})
-        yield
+    yield
+    if model["kind"] == "lora":
+        pipeline.unload_lora_weights()
+    elif model["kind"] == "network":
         pipeline.register_modules(**{part: original.to(device)})
-    else:
-        yield
 
 
 def image_settings(args: ScriptArguments, rows: list, places: list, name: str, model: dict, device) -> dict:
     """What a model's images depend on. Exits with one line if pictures that should exist do not."""
-    prompts = [row["prompt"] for row in rows]
+    prompts = short_hash("\n".join(row["prompt"] for row in rows))
     if model["kind"] == "images":
         pictures = model["pictures"] = find_pictures(args, rows, places, model["source"])
-        model["missing"] = len(prompts) * args.num_images_per_prompt - len(pictures)
+        model["missing"] = len(rows) * args.num_images_per_prompt - len(pictures)
         files = [(*item, file, file.stat()) for item, (file, _) in pictures.items()]
         stats = [f"{i},{n}:{file}:{stat.st_size}:{stat.st_mtime_ns}" for i, n, file, stat in files]
         files = short_hash("\n".join([*stats, str(args.num_images_per_prompt)]))
-        return {"images": model["source"], "files": files, "prompts": short_hash("\n".join(prompts))}
+        return {"images": model["source"], "files": files, "prompts": prompts}
+    folder, items = Path(args.output_dir, "images", name), itertools.chain(*image_shards(args, len(rows)))
+    model["pictures"] = {(i, n): (folder / f"{i:05d}_{n}.png", None) for i, n in items}
+    base, path, is_pipeline = model["pipeline"], model["source"], model["kind"] == "pipeline"
+    revision = {"variant": args.variant, "revision": args.revision}  # of the base
+    settings = {"model": base, **({"variant": None, "revision": model["commit"]} if is_pipeline else revision)}
     # A folder that was begun on a GPU keeps its type elsewhere, as where only the report is written.
-    default, base, path = model["half"] if device.type == "cuda" else "float32", model["pipeline"], model["source"]
-    settings = run_settings(args, prompts, args.dtype or earlier_settings(args, name).get("dtype", default))
-    settings |= {"model": base, "files": path_key(base) if os.path.isdir(base) else None}
+    default = model["half"] if device.type == "cuda" else "float32"
+    dtype = args.dtype or earlier_settings(args, name).get("dtype", default)
+    settings |= {"prompts": prompts, **{flag: getattr(args, flag) for flag in DRAWING_FLAGS}, "dtype": dtype}
+    rare = {"max_sequence_length": None, "use_text_encoder_3": True, "image_seeds": "own"}
+    rare = {flag: getattr(args, flag) for flag, default in rare.items() if getattr(args, flag) != default}
+    settings |= {"seed": args.seed, **rare, "files": path_key(base) if os.path.isdir(base) else None}
     settings["lora"] = path_key(model["file"]) if "file" in model else None
-    if model["kind"] == "pipeline":  # revision and variant are the base's
-        settings |= {"revision": model["commit"], "variant": None}
-    elif model["kind"] == "network":
+    if model["kind"] == "network":
         files = path_key(path) if os.path.isdir(path) else model["network_commit"]
         settings |= {"network": f"{model['part']}:{path}", "network_files": files}
     return settings
-
-
-def run_settings(args: ScriptArguments, prompts: list[str], dtype: str) -> dict:
-    """What the images of all models depend on."""
-    settings = {"model": args.pretrained_model_name_or_path, "variant": args.variant, "revision": args.revision}
-    settings["prompts"] = short_hash("\n".join(prompts))
-    settings |= {name: getattr(args, name) for name in DRAWING_FLAGS} | {"dtype": dtype, "seed": args.seed}
-    rare = {"max_sequence_length": None, "use_text_encoder_3": True, "image_seeds": "own"}
-    return settings | {name: getattr(args, name) for name, default in rare.items() if getattr(args, name) != default}
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -1093,19 +1058,16 @@ def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], t
     which `#2x2` at the template's end says, read row by row. Exits with one line if the template is wrong, its first
     picture does not open, or pictures are missing without --allow_missing: those are left out."""
     where = f"--images {template}"
-    names, wide, high = re.fullmatch(r"(.*?)(?:#(\d+)x(\d+))?", template, re.DOTALL).groups(default="1")
+    names, wide, high = re.fullmatch(r"(.*?)(?:#([1-9]\d*)x([1-9]\d*))?", template, re.DOTALL).groups(default="1")
     cells = list(itertools.product(range(int(high)), range(int(wide))))
-    if not cells:
-        raise SystemExit(f"{where}: a grid has at least one column and one row")
     asked = template_files(args, rows, places, where, names, len(cells))
     pictures = {item: file for item, file in asked.items() if os.path.isfile(file)}
     if missing := [item for item in asked if item not in pictures]:
         for name in re.findall(r"\{(\w*(?:index|number|image))\b(?!\+)", names):
-            shifted = re.sub(rf"\{{{name}\b(?!\+)", f"{{{name}+1", names)
-            if sum(map(os.path.isfile, template_files(args, rows, places, where, shifted, len(cells)).values())) > len(
-                pictures
-            ):
-                raise SystemExit(f"{where}: no picture {asked[missing[0]]}: they count from 1: write {shifted}")
+            from_one = re.sub(rf"\{{{name}\b(?!\+)", f"{{{name}+1", names)
+            shifted = template_files(args, rows, places, where, from_one, len(cells)).values()
+            if sum(map(os.path.isfile, shifted)) > len(pictures):
+                raise SystemExit(f"{where}: no picture {asked[missing[0]]}: they count from 1: write {from_one}")
         if not (args.allow_missing and pictures):
             first = f"{asked[missing[0]]} (prompt {missing[0][0]}, image {missing[0][1]})"
             of = f"{len(missing)} of {len(asked)} pictures are missing"
@@ -1115,12 +1077,12 @@ def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], t
         pictures[item] = file, (column, row, int(wide), int(high)) if len(cells) > 1 else None
     if len(set(pictures.values())) < len(pictures):
         raise SystemExit(f"{where}: gives the same picture to several images: use {{index}} and {{number}}")
-    first, cell = next(iter(pictures.values()))
+    file, cell = next(iter(pictures.values()))
     try:
-        with PILImage.open(first) as image:
+        with PILImage.open(file) as image:
             cut(image, cell)
     except Exception as error:
-        raise SystemExit(f"{where}: {first} cannot be read: {one_line(error)}") from None
+        raise SystemExit(f"{where}: {file} cannot be read: {one_line(error)}") from None
     return pictures
 
 
@@ -1132,31 +1094,23 @@ def template_files(args: ScriptArguments, rows: list, places: list, where: str, 
     files, count, column = {}, args.num_images_per_prompt, args.category_column
     for (i, row), n in itertools.product(enumerate(rows), range(count)):
         index, in_category = places[i]["index"], places[i].get(column, places[i]["index"])
-        counted = {"index": index, "image": index * count + n, "number": n // cells}
+        counted = {"index": index, "number": n // cells, "image": index * count + n}
         counted |= {"category_index": in_category, "category_image": in_category * count + n}
         counted |= {f"{name}+1": value + 1 for name, value in counted.items()}
         texts = {"prompt": row["prompt"], "row": row, "category": str(row[column]) if column else ""}
         try:
             files[i, n] = Path(names.format(**texts, **counted))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            fields = "{index}, {number}, {image}, {category_index}, {category_image}, each also with +1, {prompt}, "
-            fields += "{row[COLUMN]} and {category}"
-            raise SystemExit(f"{where}: wrong template: {one_line(error)}; its fields are {fields}") from None
+            known = ", ".join(
+                f"{{{name}}}" for name in [*counted, *texts, "row[COLUMN]"] if name[-2:] not in ("+1", "ow")
+            )
+            raise SystemExit(f"{where}: wrong template: {one_line(error)}; its fields are {known}") from None
     return files
 
 
 def image_shards(args: ScriptArguments, n_prompts: int) -> list[list[tuple[int, int]]]:
     """All (prompt, number) in parts: what is scored in one file, and drawn and scored by one task."""
     return list(batches(list(itertools.product(range(n_prompts), range(args.num_images_per_prompt))), SCORES_PER_FILE))
-
-
-def image_file(args: ScriptArguments, model: str, item: tuple[int, int]) -> Path:
-    return Path(args.output_dir, "images", model, f"{item[0]:05d}_{item[1]}.png")
-
-
-def picture_file(args: ScriptArguments, name: str, model: dict, item: tuple) -> tuple[Path, tuple | None] | None:
-    """The file of a picture and its cell, if the file is a grid; None for one of --images that is missing."""
-    return model["pictures"].get(item) if model["kind"] == "images" else (image_file(args, name, item), None)
 
 
 def cut(image: PILImage.Image, cell: tuple[int, int, int, int] | None) -> PILImage.Image:
@@ -1179,9 +1133,10 @@ def plugin(metric: str) -> "FunctionReward | None":
     return None if metric.partition("=")[0] in REWARD_MODELS else FunctionReward(metric, batch_size=1)
 
 
-def hook(own: "FunctionReward | None", name: str) -> Callable | None:
-    """An optional function of a metric's class: prepare, check_rows or official. The last of its arguments are all
-    settings of the class, those that were not given too."""
+def hook(metric: str, name: str) -> Callable | None:
+    """An optional function of a metric's class: prepare, check_rows or official. The last argument of the others than
+    check_rows are all settings of the class, those that were not given too."""
+    own = plugin(metric)
     function = getattr(own.function, name, None) if own and inspect.isclass(own.function) else None
     if function is None or name == "check_rows":
         return function
@@ -1193,7 +1148,7 @@ def hook(own: "FunctionReward | None", name: str) -> Callable | None:
 def takes_rows(metric: str) -> bool:
     """Whether a metric wants the whole row of each prompt, to score, to check or to report."""
     own = plugin(metric)
-    return own is not None and bool(own.takes_rows or hook(own, "check_rows") or hook(own, "official"))
+    return own is not None and bool(own.takes_rows or hook(metric, "check_rows") or hook(metric, "official"))
 
 
 def prepare_metrics(args: ScriptArguments, rows: list[dict]) -> None:
@@ -1201,7 +1156,7 @@ def prepare_metrics(args: ScriptArguments, rows: list[dict]) -> None:
     cannot work, before anything is drawn."""
     for metric, name in itertools.product(args.metrics, ("check_rows", "prepare")):
         try:
-            if (function := hook(plugin(metric), name)) and (name == "check_rows" or "score" in args.stages):
+            if (function := hook(metric, name)) and (name == "check_rows" or "score" in args.stages):
                 function(rows)
         except (ValueError, OSError) as error:  # so metrics say what is wrong; others are errors of their own
             raise SystemExit(f"metric {reward_name(metric)}: {one_line(error)}") from None
@@ -1210,12 +1165,8 @@ def prepare_metrics(args: ScriptArguments, rows: list[dict]) -> None:
 def official_figures(args: ScriptArguments, metric: str, rows: list, categories: list | None, scores: dict) -> dict:
     """What a benchmark itself reports of a model: its class's `official`, or HPSv2's own figure. Otherwise {}.
     scores: key of the metric's values → (n_prompts, n_images)."""
-    if function := hook(plugin(metric), "official"):
-        figures = function(rows, scores)
-        try:
-            return {str(name): float(figure) for name, figure in figures.items()}
-        except (AttributeError, TypeError, ValueError):
-            raise SystemExit(f"metric {reward_name(metric)}: `official` must return a dict of numbers") from None
+    if function := hook(metric, "official"):
+        return {str(name): float(figure) for name, figure in function(rows, scores).items()}
     whole = args.prompts == "hpsv2" and args.category_column == "style" and not args.max_prompts
     if plugin(metric) is None and metric.startswith("hpsv2") and whole and not np.isnan(scores[""]).any():
         return hpsv2_figure(scores[""], categories)
@@ -1247,14 +1198,13 @@ def collect_scores(args: ScriptArguments, rows: list[dict], models: dict) -> tup
         for name, model in models.items():
             files = [scores_file(args, metric, name, s) for s in range(len(image_shards(args, len(rows))))]
             values = [value for file in files for value in json.loads(file.read_bytes())["scores"]]
-            known = [value for value in values if value is not None]  # None: the image is missing
-            if len({isinstance(value, dict) for value in known}) > 1:
+            values = [
+                value if isinstance(value, dict) else {"": value} for value in values
+            ]  # None: the image is missing
+            found_keys = dict.fromkeys(key for value in values for key in value if value != {"": None})
+            if "" in found_keys and len(found_keys) > 1:
                 raise SystemExit(f"metric {column}: gives numbers and dicts: all images need the same")
-            by_key = {"": values}
-            if isinstance((known or [None])[0], dict):
-                keys = dict.fromkeys(key for value in known for key in value)
-                by_key = {key: [(value or {}).get(key) for value in values] for key in keys}
-            by_key = {key: list(batches(one, count)) for key, one in by_key.items()}
+            by_key = {key: list(batches([value.get(key) for value in values], count)) for key in found_keys}
             content = {"settings": model["settings"], "scores": by_key.get("", by_key)}
             write_bytes(files[0].parent.with_name(f"{name}.json"), as_json(content))
             found[name] = {key: np.array(one, dtype=np.float64) for key, one in by_key.items()}  # null becomes NaN
