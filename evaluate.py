@@ -49,7 +49,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import cache, partial
@@ -368,9 +368,6 @@ def main(args: ScriptArguments) -> None:
     # What is wrong with flags, files and folders is found before a model is loaded, by the main process alone.
     plan = [begin_run(args, state, lock) if state.is_main_process else None]
     rows, models = broadcast_object_list(plan)[0]
-    if state.is_local_main_process and not state.is_main_process:  # one process of each machine downloads
-        prepare_metrics(args, rows)
-    state.wait_for_everyone()
     if "draw" in args.stages:
         draw(args, rows, models, state)
         state.wait_for_everyone()
@@ -403,6 +400,8 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(names)}")
     for name, model in models.items():
         model["settings"] = image_settings(args, rows, places, name, model, state.device)
+        if model["kind"] != "images" and not args.dtype and state.device.type == "cuda":
+            print(f"{name} is drawn in {model['settings']['dtype']}")
     if args.push_to_hub and "report" in args.stages:  # a wrong token or name fails now, not after the work
         prepare_repositories(args, models)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -457,23 +456,24 @@ def draw(args: ScriptArguments, rows: list[dict], models: dict, state: PartialSt
     for name, model in ((name, model) for name, model in models.items() if model["kind"] != "images"):
         files = {item: model["pictures"][item][0] for batch in own for item in batch}
         missing = {item: file for item, file in files.items() if not file.exists()}
-        if missing and source != model["pipeline"]:
+        if not missing:
+            continue
+        if source != model["pipeline"]:
             pipeline, source = None, model["pipeline"]
             free_memory()
             pipeline = load_pipeline(args, model, state.device)
-        todo = [batch for batch in own if not missing.keys().isdisjoint(batch)]
-        hidden, writing = not missing or not state.is_local_main_process, []
-        with tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=hidden) as bar:
-            with fitted(name, model, pipeline) if todo else nullcontext():
-                for batch in todo:
-                    images = zip(batch, draw_batch(args, rows, name, model, pipeline, batch))
-                    for earlier in writing:  # threads encode and write a batch while the next one is drawn
-                        earlier.result()
-                    images = {missing[item]: image for item, image in images if item in missing}
-                    writing = [WORKERS.submit(save_picture, image, file) for file, image in images.items()]
-                    bar.update(len(images))
-                for earlier in writing:
+        bar = tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=not state.is_local_main_process)
+        with bar, fitted(name, model, pipeline):
+            writing = []
+            for batch in (batch for batch in own if not missing.keys().isdisjoint(batch)):
+                images = zip(batch, draw_batch(args, rows, name, model, pipeline, batch))
+                for earlier in writing:  # threads encode and write a batch while the next one is drawn
                     earlier.result()
+                images = {missing[item]: image for item, image in images if item in missing}
+                writing = [WORKERS.submit(save_picture, image, file) for file, image in images.items()]
+                bar.update(len(images))
+            for earlier in writing:
+                earlier.result()
 
 
 def draw_batch(args: ScriptArguments, rows: list[dict], name: str, model: dict, pipeline, batch: list) -> list:
@@ -634,7 +634,10 @@ def markdown_report(record: dict, summary: dict, metrics: list[str], compared: l
     interval = "95 % interval"
     parts.append(markdown_table(["model", "metric", "mean", interval, "lift", interval, "win rate", interval], rows))
     if seeds:
-        rows = [[name, metric, *seed_cells(summary[name], metric)] for name in seeds for metric in metrics]
+        rows = []
+        for name, metric in itertools.product(seeds, metrics):
+            means = ", ".join(f"{mean:.4f}" for mean in summary[name][f"{metric}_seed_means"])
+            rows.append([name, metric, means, f"{summary[name][f'{metric}_seed_sd']:.4f}"])
         parts.append("Several trainings (seeds) of a model; above, their scores are averaged:")
         parts.append(markdown_table(["model", "metric", "mean of each", "standard deviation"], rows))
     if best:
@@ -681,10 +684,6 @@ def figure_cells(entry: dict, key: str) -> list[str]:
         interval += " !" if f"{name}_warning" in entry else ""
         cells += [as_text(entry[name], form), interval] if is_known(entry, name) else ["", ""]
     return cells
-
-
-def seed_cells(entry: dict, metric: str) -> list[str]:
-    return [", ".join(f"{mean:.4f}" for mean in entry[f"{metric}_seed_means"]), f"{entry[f'{metric}_seed_sd']:.4f}"]
 
 
 def pair_cell(pair: dict | None, lone: list[str], models: tuple[str, str]) -> str:
@@ -870,8 +869,8 @@ def read_config(where: str, model: str, file: str, revision: str | None = None) 
 
 def find_pipeline(args: ScriptArguments, where: str, source: str, revision: str | None = None, tuned=False) -> tuple:
     """The model_index.json of a pipeline; and {"pipeline": what draws; its "commit"; "half": its type on a GPU;
-    "takes_length": of prompts}. Exits with one line unless it draws from a prompt alone, with a scheduler that reads the
-    model's output as what it is. `tuned`: LoRAs or networks that predict noise are put into it."""
+    "takes_length": of prompts}. Exits with one line unless it draws from a prompt alone, with a scheduler that reads
+    the model's output as what it is. `tuned`: LoRAs or networks that predict noise are put into it."""
     index, commit = read_config(where, source, "model_index.json", revision)
     where, name, is_unet = f"{where} {source}", index.get("_class_name", "folder"), "unet" in index
     others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
@@ -940,7 +939,8 @@ def check_lora(where: str, file: str, index: dict, components: Callable) -> None
                 shape, dtype = stored.get_slice(key).get_shape(), stored.get_slice(key).get_dtype()
                 if kind := next((kind for part, kind in OTHER_LORAS.items() if part in f"{key} {dtype}"), None):
                     raise SystemExit(f"{where} is {kind}, which diffusers draws with in part or not at all ({key})")
-                tensors[key] = torch.empty(shape, device="meta") if shape else stored.get_tensor(key)
+                is_header = shape and index["_class_name"].startswith("StableDiffusion")  # others compute with them
+                tensors[key] = torch.empty(shape, device="meta") if is_header else stored.get_tensor(key)
         if not any("lora" in key for key in tensors) or not hasattr(pipeline, "lora_state_dict"):
             raise ValueError("it holds no LoRA, or the base is a pipeline that takes none")
         unet_config = {"unet_config": components("unet").config} if "unet" in index else {}
