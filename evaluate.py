@@ -111,12 +111,11 @@ STAGES = ("draw", "score", "report")
 SCORES_PER_FILE = 64  # a crash loses at most these
 FEW_PROMPTS = 25  # an interval over fewer prompts carries a warning
 # What results.json adds to a metric's name: no metric may end so.
-ENDINGS = (
-    "_lift _win_rate _ci95 _warning _category_mean _by_category _official _trained_on _seed_means _seed_sd".split()
-)
+ENDINGS = "_lift _win_rate _ci95 _warning _category_mean _by_category _official _trained_on _seed_means _seed_sd"
 # What decides whether a network fits into another's place.
 NETWORK_SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type", "num_layers")
 DRAWING_FLAGS = ("num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution")
+COUNTED = ("index", "number", "image", "category_index", "category_image")  # fields of --images
 IDENTITY = {"files", "lora", "network_files"}  # settings of images that change when a model is trained again
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # Parts of a LoRA's keys and types, and what such a file is: diffusers would leave it out, or a part of it.
@@ -128,10 +127,8 @@ CARD_END = "<!-- End of what evaluate.py wrote. -->"
 # Models that one 24 GB GPU carries: those of recipes/synpic_24gb.yaml.
 DEFAULT_METRICS = ("hpsv2.1", "pickscore", "imagereward", "aesthetic", "clipscore")
 HALF = "Type of the weights. Default: float32 on a CPU; on a GPU float16 for U-Nets, bfloat16 for transformers."
-KNOWN_METRICS = (
-    "hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, or a variant (REWARD_MODELS), "
-)
-KNOWN_METRICS += "each also as name=checkpoint; file.py:function or file.py:Class,key=value of your own."
+KNOWN_METRICS = "hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, and variants, each "
+KNOWN_METRICS += "also as name=checkpoint (REWARD_MODELS); file.py:function or file.py:Class,key=value of your own."
 # Copied from build_synpic.COMPARE
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
 
@@ -419,7 +416,7 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
 
 def check_metric_names(names: list[str]) -> None:
     for name in names:
-        if ending := max(filter(name.endswith, ENDINGS), key=len, default=None):
+        if ending := max(filter(name.endswith, ENDINGS.split()), key=len, default=None):
             raise SystemExit(f"metric {name}: a name must not end in {ending}, which results.json uses: rename it")
         if len(name.encode()) > 200:  # it names a folder
             raise SystemExit(f"metric {name[:60]}…: its name, with the settings, is longer than 200 letters")
@@ -520,10 +517,12 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
         with tqdm(total=sum(map(len, todo.values())), desc=label, unit="file", disable=hidden) as bar:
             for (name, s), (pictures, images) in zip(todo, read_ahead(opened)):
                 prompts, chosen = [rows[i]["prompt"] for i, _ in pictures], [rows[i] for i, _ in pictures]
-                for metric, bad in ((metric, {}) for metric in images):
+                for metric in images:
+                    bad = {}
                     scores = dict(zip(pictures, rewards[metric].score(images[metric], prompts, chosen, bad)))
-                    for number, reason in bad.items():
-                        raise SystemExit(f"{name}: {list(pictures.values())[number][0]} cannot be read: {reason}")
+                    if bad:
+                        file, _ = list(pictures.values())[min(bad)]
+                        raise SystemExit(f"{name}: {file} cannot be read: {bad[min(bad)]}")
                     content = {"key": keys[metric, name], "scores": [scores.get(item) for item in shards[s]]}
                     write_bytes(scores_file(args, metric, name, s), as_json(content))
                     bar.update()
@@ -642,15 +641,12 @@ def markdown_report(record: dict, summary: dict, metrics: list[str], compared: l
         parts.append(markdown_table(["model", "metric", "mean of each", "standard deviation"], rows))
     if best:
         rows = [[run, *(best[run].get(metric, "") for metric in metrics)] for run in best]
-        chosen = (
-            "The best checkpoint of each run, a star in curves.png. These prompts chose it, and flatter it: judge it"
-        )
-        parts += [f"{chosen} on other prompts.", markdown_table(["run", *metrics], rows)]
+        parts.append("The best checkpoint of each run, chosen on these prompts: to judge it, take other prompts.")
+        parts.append(markdown_table(["run", *metrics], rows))
     lone = [name for name in compared if "@" in name and name not in record.get("checkpoints", {})]
     for metric in metrics if len(compared) > 2 else ():
-        rows = [
-            [a, *(pair_cell(record["pairwise"][metric][a].get(b), lone, (a, b)) for b in compared)] for a in compared
-        ]
+        pairs = record["pairwise"][metric]
+        rows = [[a, *(pair_cell(pairs[a].get(b), lone, (a, b)) for b in compared)] for a in compared]
         parts.append(f"{metric}, row minus column (win rate of the row); bold where the interval excludes 0:")
         parts.append(markdown_table(["", *compared], rows))
     if lone and len(compared) > 2:
@@ -791,9 +787,8 @@ def read_models(args: ScriptArguments) -> dict[str, dict]:
         models[name] = {"kind": "lora", "source": path, **find_lora(f"--loras {item}", path), **drawing}
     for item in args.eval_checkpoints:
         run, path = named_path("--eval_checkpoints", item, models, seeds=False)
-        steps = sorted(
-            int(folder.name[11:]) for folder in Path(path).glob("checkpoint-*") if folder.name[11:].isdecimal()
-        )
+        names = [folder.name.removeprefix("checkpoint-") for folder in Path(path).glob("checkpoint-*")]
+        steps = sorted(int(name) for name in names if name.isdecimal())
         if not steps or not Path(path, "run.json").exists():
             raise SystemExit(f"--eval_checkpoints {item}: not a training run's folder: no run.json, or no checkpoint")
         record = json.loads(Path(path, "run.json").read_text())
@@ -973,13 +968,11 @@ def empty_component(args: ScriptArguments, index: dict, part: str) -> torch.nn.M
     library, name = index.get(part) or (None, None)
     if library not in ("diffusers", "transformers"):
         return None
-    base, kind = (
-        args.pretrained_model_name_or_path,
-        getattr(diffusers if library == "diffusers" else transformers, name),
-    )
+    base, of_diffusers = args.pretrained_model_name_or_path, library == "diffusers"
     config, _ = read_config("--pretrained_model_name_or_path", base, f"{part}/config.json", args.revision)
+    kind = getattr(diffusers if of_diffusers else transformers, name)
     with torch.device("meta"):
-        return kind.from_config(config) if library == "diffusers" else kind(kind.config_class.from_dict(config))
+        return kind.from_config(config) if of_diffusers else kind(kind.config_class.from_dict(config))
 
 
 def load_pipeline(args: ScriptArguments, model: dict, device: torch.device) -> DiffusionPipeline:
@@ -1039,7 +1032,8 @@ def image_settings(args: ScriptArguments, rows: list, places: list, name: str, m
     revision = {"variant": args.variant, "revision": args.revision}  # of the base
     settings = {"model": base, **({"variant": None, "revision": model["commit"]} if is_pipeline else revision)}
     # A folder that was begun on a GPU keeps its type elsewhere, as where only the report is written.
-    default = model["half"] if device.type == "cuda" else "float32"
+    half = model["half"] if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float16"
+    default = half if device.type == "cuda" else "float32"
     dtype = args.dtype or earlier_settings(args, name).get("dtype", default)
     settings |= {"prompts": prompts, **{flag: getattr(args, flag) for flag in DRAWING_FLAGS}, "dtype": dtype}
     rare = {"max_sequence_length": None, "use_text_encoder_3": True, "image_seeds": "own"}
@@ -1063,7 +1057,7 @@ def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], t
     asked = template_files(args, rows, places, where, names, len(cells))
     pictures = {item: file for item, file in asked.items() if os.path.isfile(file)}
     if missing := [item for item in asked if item not in pictures]:
-        for name in re.findall(r"\{(\w*(?:index|number|image))\b(?!\+)", names):
+        for name in COUNTED:
             from_one = re.sub(rf"\{{{name}\b(?!\+)", f"{{{name}+1", names)
             shifted = template_files(args, rows, places, where, from_one, len(cells)).values()
             if sum(map(os.path.isfile, shifted)) > len(pictures):
@@ -1094,16 +1088,13 @@ def template_files(args: ScriptArguments, rows: list, places: list, where: str, 
     files, count, column = {}, args.num_images_per_prompt, args.category_column
     for (i, row), n in itertools.product(enumerate(rows), range(count)):
         index, in_category = places[i]["index"], places[i].get(column, places[i]["index"])
-        counted = {"index": index, "number": n // cells, "image": index * count + n}
-        counted |= {"category_index": in_category, "category_image": in_category * count + n}
+        counted = dict(zip(COUNTED, (index, n // cells, index * count + n, in_category, in_category * count + n)))
         counted |= {f"{name}+1": value + 1 for name, value in counted.items()}
         texts = {"prompt": row["prompt"], "row": row, "category": str(row[column]) if column else ""}
         try:
             files[i, n] = Path(names.format(**texts, **counted))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            known = ", ".join(
-                f"{{{name}}}" for name in [*counted, *texts, "row[COLUMN]"] if name[-2:] not in ("+1", "ow")
-            )
+            known = ", ".join(f"{{{name}}}" for name in [*COUNTED, "prompt", "row[COLUMN]", "category"])
             raise SystemExit(f"{where}: wrong template: {one_line(error)}; its fields are {known}") from None
     return files
 
@@ -1198,9 +1189,8 @@ def collect_scores(args: ScriptArguments, rows: list[dict], models: dict) -> tup
         for name, model in models.items():
             files = [scores_file(args, metric, name, s) for s in range(len(image_shards(args, len(rows))))]
             values = [value for file in files for value in json.loads(file.read_bytes())["scores"]]
-            values = [
-                value if isinstance(value, dict) else {"": value} for value in values
-            ]  # None: the image is missing
+            values = [value if isinstance(value, dict) else {"": value} for value in values]
+            # None: the image is missing, which says nothing about the metric's keys.
             found_keys = dict.fromkeys(key for value in values for key in value if value != {"": None})
             if "" in found_keys and len(found_keys) > 1:
                 raise SystemExit(f"metric {column}: gives numbers and dicts: all images need the same")

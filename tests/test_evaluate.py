@@ -555,7 +555,7 @@ def test_checkpoints_become_curves_over_the_pairs_seen(tmp_path, tiny_sd, pair_d
         best = max((f"{name}@2", f"{name}@4"), key=lambda checkpoint: results[checkpoint]["brightness"])
         assert results["best_checkpoints"][name] == {"brightness": best}
         assert f"| {name} | {best} |" in (tmp_path / "out" / "results.md").read_text()
-    assert "judge it on other prompts" in (tmp_path / "out" / "results.md").read_text()
+    assert "to judge it, take other prompts" in (tmp_path / "out" / "results.md").read_text()
     picture = Image.open(tmp_path / "out" / "curves.png")
     assert picture.size == (500, 400) and np.asarray(picture.convert("L")).min() < 100
     assert Image.open(tmp_path / "out" / "grid.png").width == 3 * 192 + 2 * 12  # base and the last of each run
