@@ -451,7 +451,7 @@ def draw(args: ScriptArguments, rows: list[dict], models: dict, state: PartialSt
     own = [batch for shard in shards for batch in batches(shard, args.batch_size)]
     own, pipeline, source = own[state.process_index :: state.num_processes], None, None
     for name, model in ((name, model) for name, model in models.items() if model["kind"] != "images"):
-        files = {item: model["pictures"][item][0] for batch in own for item in batch}
+        files = {item: picture_of(args, name, model, item)[0] for batch in own for item in batch}
         missing = {item: file for item, file in files.items() if not file.exists()}
         if not missing:
             continue
@@ -512,7 +512,8 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
             raise SystemExit(f"{scores_file(args, metric, name, s)} is missing: run the stages draw and score first")
         options = {"device": state.device, "batch_size": args.reward_batch_size}
         rewards = {metric: load_reward_model(metric, **options) for metric in needed}
-        opened = (open_pictures(models[name]["pictures"], shards[s], rewards, todo[name, s]) for name, s in todo)
+        pictures = ({item: picture_of(args, n, models[n], item) for item in shards[s]} for n, s in todo)
+        opened = (open_pictures(found, rewards, lacking) for found, lacking in zip(pictures, todo.values()))
         hidden, label = not todo or not state.is_local_main_process, " ".join(map(reward_name, needed))
         with tqdm(total=sum(map(len, todo.values())), desc=label, unit="file", disable=hidden) as bar:
             for (name, s), (pictures, images) in zip(todo, read_ahead(opened)):
@@ -540,11 +541,10 @@ def read_ahead(items: Iterator) -> Iterator:
             yield item
 
 
-def open_pictures(pictures: dict, items: list, rewards: dict, metrics: list[str]) -> tuple[dict, dict]:
-    """(prompt, number) → (file, cell) of those of these images that exist; and for each metric the pictures, in
-    preparation. A file is decoded once. The workers take their work in order: a file's decoding has begun before
-    another thread waits for it."""
-    pictures = {item: pictures[item] for item in items if item in pictures}
+def open_pictures(pictures: dict, rewards: dict, metrics: list[str]) -> tuple[dict, dict[str, list[Future]]]:
+    """(prompt, number) → (file, cell) of the images that exist; and for each metric these images, in preparation. The
+    workers take their work in order: a file's decoding, once for all, has begun before another thread waits for it."""
+    pictures = {item: picture for item, picture in pictures.items() if picture}
     files = dict.fromkeys(file for file, _ in pictures.values())
     decoded = {file: WORKERS.submit(lambda file=file: decode_image(file.read_bytes())) for file in files}
     images = [lambda file=file, cell=cell: cut(decoded[file].result(), cell) for file, cell in pictures.values()]
@@ -733,7 +733,7 @@ def grid_picture(args: ScriptArguments, rows: list, models: dict, pictured: list
         drawing.text((column * (per_model * cell + gap) + 4, 5), name, fill="black")
     for i, text in texts.items():
         for (column, name), n in itertools.product(enumerate(pictured), range(per_model)):
-            if picture := models[name]["pictures"].get((i, n)):
+            if picture := picture_of(args, name, models[name], (i, n)):
                 left = column * (per_model * cell + gap) + n * cell
                 image = cut(PILImage.open(picture[0]), picture[1]).convert("RGB")
                 resample = PILImage.NEAREST if image.width < cell else PILImage.LANCZOS
@@ -1026,15 +1026,14 @@ def image_settings(args: ScriptArguments, rows: list, places: list, name: str, m
         stats = [f"{i},{n}:{file}:{stat.st_size}:{stat.st_mtime_ns}" for i, n, file, stat in files]
         files = short_hash("\n".join([*stats, str(args.num_images_per_prompt)]))
         return {"images": model["source"], "files": files, "prompts": prompts}
-    folder, items = Path(args.output_dir, "images", name), itertools.chain(*image_shards(args, len(rows)))
-    model["pictures"] = {(i, n): (folder / f"{i:05d}_{n}.png", None) for i, n in items}
     base, path, is_pipeline = model["pipeline"], model["source"], model["kind"] == "pipeline"
     revision = {"variant": args.variant, "revision": args.revision}  # of the base
     settings = {"model": base, **({"variant": None, "revision": model["commit"]} if is_pipeline else revision)}
-    # A folder that was begun on a GPU keeps its type elsewhere, as where only the report is written.
+    # A folder keeps the type that it was begun with, for models that are added, and where only the report is written.
     half = model["half"] if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float16"
     default = half if device.type == "cuda" else "float32"
-    dtype = args.dtype or earlier_settings(args, name).get("dtype", default)
+    earlier = {"dtype": default} | earlier_settings(args, BASE) | earlier_settings(args, name)
+    dtype = args.dtype or earlier["dtype"]
     settings |= {"prompts": prompts, **{flag: getattr(args, flag) for flag in DRAWING_FLAGS}, "dtype": dtype}
     rare = {"max_sequence_length": None, "use_text_encoder_3": True, "image_seeds": "own"}
     rare = {flag: getattr(args, flag) for flag, default in rare.items() if getattr(args, flag) != default}
@@ -1102,6 +1101,12 @@ def template_files(args: ScriptArguments, rows: list, places: list, where: str, 
 def image_shards(args: ScriptArguments, n_prompts: int) -> list[list[tuple[int, int]]]:
     """All (prompt, number) in parts: what is scored in one file, and drawn and scored by one task."""
     return list(batches(list(itertools.product(range(n_prompts), range(args.num_images_per_prompt))), SCORES_PER_FILE))
+
+
+def picture_of(args: ScriptArguments, name: str, model: dict, item: tuple) -> tuple[Path, tuple | None] | None:
+    """The file of a picture and its cell, if the file is a grid; None for one of --images that is missing."""
+    drawn = Path(args.output_dir, "images", name, f"{item[0]:05d}_{item[1]}.png")
+    return model["pictures"].get(item) if model["kind"] == "images" else (drawn, None)
 
 
 def cut(image: PILImage.Image, cell: tuple[int, int, int, int] | None) -> PILImage.Image:
