@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "accelerate", "datasets", "diffusers", "filelock", "ftfy", "huggingface_hub", "numpy", "pillow",
+# dependencies = ["accelerate", "datasets", "diffusers", "filelock", "ftfy", "huggingface_hub", "numpy", "pillow",
 #     "protobuf", "pyarrow", "pyyaml", "safetensors", "sentencepiece", "torch", "torchvision", "tqdm", "transformers",
-#     "trl",
-# ]
+#     "trl"]
 # ///
 """Builds Syn-Pic, a ranked preference dataset, from prompts, generators and reward models (Karthik et al., 2024).
 
-The dataset needs no human labels: k text-to-image models draw each prompt, and each reward model scores the k images.
-An image's preference probability is the share of all comparisons that it wins (Algorithm 1 of the paper).
+No human labels: k text-to-image models draw each prompt, each reward model scores the k images, and an image's
+preference probability is the share of all comparisons that it wins (Algorithm 1 of the paper).
 
 The paper's four generators and its five reward models, for the first 1,000 prompts of a text file:
 
@@ -28,7 +26,6 @@ later, it computes the new shards and ranks everything again.
 """
 
 import argparse
-import codecs
 import csv
 import difflib
 import glob
@@ -60,7 +57,6 @@ from importlib.metadata import version
 from io import BytesIO, StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 from urllib.parse import urlsplit
 
 
@@ -102,20 +98,20 @@ from trl import TrlParser
 
 STAGES = ("generate", "score", "rank", "publish")
 DATA_FILES = ["data/train-*-of-*.parquet", "scores/train-*-of-*.parquet"]
-CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
 PUBLISHED = [*DATA_FILES, "README.md", "grid.png"]
-CARD_BEGIN = "<!-- build_synpic.py writes from here to its second mark; text before and after is kept. -->"
-CARD_END = "<!-- End of what build_synpic.py wrote. -->"
+CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
+CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
+CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
 # The paper's five. VQAScore has 11 billion parameters: recipes/synpic_24gb.yaml is for one small GPU.
 DEFAULT_REWARDS = ("hpsv2.1", "mps", "pickscore", "vqascore", "imagereward")
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
 
 
-def flag(default, help: str, group: str | None = None, min=None, above=None, max=None, below=None, choices=None):
+def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    kind, limits = "default_factory" if callable(default) else "default", dict(zip(COMPARE, (min, above, max, below)))
-    choices = {"choices": choices} if choices else {}
-    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **choices})
+    limits = dict(zip(COMPARE, (min, above, max, below)))
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **options})
 
 
 @dataclass
@@ -124,19 +120,13 @@ class ScriptArguments:
     prompt_column: str | None = flag(None, "Column of the prompts. Default: prompt, or the named set's.")
     prompt_split: str | None = flag(None, "Split of a dataset. Default: train, or the named set's.")
     max_prompts: int | None = flag(None, "Use the first N distinct prompts.", min=1)
-    generators: str | None = flag(
-        None, "YAML list: name, model, load, call, prior of each. Default: the paper's four.", "Generators"
-    )
+    generators: str | None = flag(None, "YAML list of generators. Default: the paper's four.", "Generators")
     generation_batch_size: str = flag("4", "Images drawn together; auto: as many as fit, at most 32.")
     compile: bool = flag(False, "Compile the denoisers' blocks: faster drawing after a slow first batch.")
-    image_format: Literal["jpg", "png"] = flag("jpg", "jpg (quality 95, which the Hub's viewer shows) or png.")
+    image_format: str = flag("jpg", "jpg has quality 95, and the Hub's viewer shows it.", choices=("jpg", "png"))
     seed: int = flag(0, "Seeds the images, together with the prompt and the generator's name.", min=0, max=2**32 - 1)
-    rewards: list[str] = flag(
-        lambda: list(DEFAULT_REWARDS),
-        "hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, or a variant (REWARD_MODELS), "
-        "each also as name=checkpoint; file.py:function of your own.",
-        "Rewards",
-    )
+    # hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, or a variant: see REWARD_MODELS.
+    rewards: list[str] = flag(lambda: [*DEFAULT_REWARDS], "Name, name=checkpoint or file.py:function.", "Rewards")
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
     rewards_at_once: int | None = flag(None, "Reward models held at once. Default: all; images are read once.", min=1)
     output_dir: str = flag("outputs/synpic", "Folder for the dataset, its card, and the shards in work/.", "Work")
@@ -153,16 +143,18 @@ class ScriptArguments:
         if not self.prompts:
             raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
-        if not re.fullmatch(r"auto|[1-9]\d{0,8}", self.generation_batch_size):
-            raise SystemExit(f"--generation_batch_size {self.generation_batch_size}: must be a number from 1, or auto")
-        if self.task_index >= self.num_tasks:
-            raise SystemExit(f"--task_index {self.task_index}: must be less than --num_tasks {self.num_tasks}")
         if self.num_tasks > 1:  # a run of its own ranks and publishes after all tasks
             self.stages = [stage for stage in self.stages if stage in ("generate", "score")]
-        if not self.stages:
-            raise SystemExit("--stages rank publish: one run does this after all tasks: give --num_tasks 1")
-        if self.push_to_hub and not self.hub_dataset_id:
-            raise SystemExit("--push_to_hub needs --hub_dataset_id user/name")
+        size = self.generation_batch_size
+        for wrong, problem in (
+            (not re.fullmatch(r"auto|[1-9]\d{0,8}", size), f"--generation_batch_size {size}: a number from 1, or auto"),
+            (self.compile and size == "auto", "--generation_batch_size auto: with --compile, give a number"),
+            (self.task_index >= self.num_tasks, f"--task_index {self.task_index}: must be less than --num_tasks"),
+            (not self.stages, "--stages rank publish: one run does this after all tasks: give --num_tasks 1"),
+            (self.push_to_hub and not self.hub_dataset_id, "--push_to_hub needs --hub_dataset_id user/name"),
+        ):
+            if wrong:
+                raise SystemExit(problem)
 
 
 # Ranking --------------------------------------------------------------------------------------------------------------
@@ -190,12 +182,13 @@ def preference_rank(scores: np.ndarray) -> np.ndarray:
 # Stages: draw, score, rank --------------------------------------------------------------------------------------------
 def main(args: ScriptArguments) -> None:
     diffusers_logging.disable_progress_bar()  # of loading pipelines
+    diffusers_logging.set_verbosity_error()  # that a prompt is cut, prompt by prompt: the card counts them
     transformers_logging.disable_progress_bar()
-    # Without a GPU several processes talk through gloo. The first to finish a stage may wait hours for the last.
-    launched = "LOCAL_RANK" in os.environ
-    state = PartialState(
-        cpu=launched and not torch.cuda.is_available(), **({"timeout": timedelta(days=1)} if launched else {})
-    )
+    options = {}
+    if "LOCAL_RANK" in os.environ:  # several processes; without a GPU they talk through gloo
+        # The first to finish a stage may wait hours for the last.
+        options = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(days=1)}
+    state = PartialState(**options)
     generators, output_dir = read_generators(args.generators), Path(args.output_dir)
     lock = FileLock(output_dir / (f".lock-{args.task_index}" if args.num_tasks > 1 else ".lock"))
     if state.is_main_process:  # what is wrong with flags, files and folders is found before a model is loaded
@@ -209,32 +202,32 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process:
         if "publish" in args.stages and args.push_to_hub:
             publish(args)
+        print(f"{sum(map(len, shards))} prompts x {len(generators)} images in {output_dir}")
         if args.num_tasks > 1:
-            last = "--num_tasks 1 --stages rank publish"
-            print(f"task {args.task_index} of {args.num_tasks} is done. After all of them: the same with {last}")
-        else:
-            print(f"{sum(map(len, shards))} prompts x {len(generators)} images in {output_dir}")
+            print(f"task {args.task_index} is done. After all tasks: the same with --num_tasks 1 --stages rank publish")
         lock.release()
 
 
 def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> None:
     """Checks what can be checked before the work, locks the folder, and records what the work is made with."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir, "work")
-    if output_dir.exists() and not work.is_dir() and any(path.name[0] != "." for path in output_dir.iterdir()):
+    if output_dir.exists() and not work.is_dir() and not all(is_hidden(path.name) for path in output_dir.iterdir()):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
     if "publish" in args.stages and "rank" not in args.stages and not (output_dir / "data").exists():
         raise SystemExit(f"--output_dir {output_dir} holds no dataset to publish: run the rank stage first")
     check_rewards(args.rewards)
     record = plan_shards(args, work / "prompts.json")
     settings = {work: {"seed": args.seed, "image_format": args.image_format}}
-    settings |= {work / "images" / entry["name"]: generator_settings(entry) for entry in generators}
+    for entry in generators:  # a local model by its content, which tells it from one trained again into its folder
+        files = [path_key(part["model"]) for part in generator_parts(entry) if os.path.isdir(part["model"])]
+        settings[work / "images" / entry["name"]] = {**entry, "files": files}
     settings |= {work / "scores" / reward_name(name): reward_settings(name) for name in args.rewards}
     for folder, wanted in settings.items():
         file = folder / "settings.json"
         earlier = json.loads(file.read_text()) if file.exists() else wanted
         for name in {**earlier, **wanted}:
-            if (was := earlier.get(name)) != (now := wanted.get(name)):
-                problem = f"{folder} was made with {name} {was}, not {now}"
+            if earlier.get(name) != wanted.get(name):
+                problem = f"{folder} was made with {name} {earlier.get(name)}, not {wanted.get(name)}"
                 raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
     if "generate" in args.stages:
         for entry in generators:
@@ -248,54 +241,55 @@ def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> 
         lock.acquire(timeout=0)
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
-    if args.num_tasks == 1:  # else they may be another task's
-        for file in list(work.rglob(".*.tmp")):
-            file.unlink()
-    records = {work / "prompts.json": record} | {folder / "settings.json": found for folder, found in settings.items()}
-    for file, content in records.items():
-        write_bytes(file, json.dumps(content, indent=1).encode())
+    for file in list(work.rglob(".*.tmp")):  # of killed runs; young ones may be another task's
+        with suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
+    write_bytes(work / "prompts.json", json.dumps(record, indent=1).encode())
+    for folder, wanted in settings.items():
+        write_bytes(folder / "settings.json", json.dumps(wanted, indent=1).encode())
 
 
 def plan_shards(args: ScriptArguments, file: Path) -> dict:
     """The prompts in shards. Those of an earlier run stay as they are, and new prompts make new shards, so a shard that
     is done is done for ever. Prompts from the Hub or the web are read once."""
     source = [args.prompts, args.prompt_column, args.prompt_split, args.max_prompts]
-    earlier = {"source": None, "shards": []} | (json.loads(file.read_text()) if file.exists() else {})
+    earlier = json.loads(file.read_text()) if file.exists() else {"source": None, "shards": []}
     if earlier["source"] == source and not os.path.exists(args.prompts):
         return earlier
-    prompts = [row["prompt"] for row in read_prompts(*source)[0]]
-    shards, known = earlier["shards"], [row["prompt"] for shard in earlier["shards"] for row in shard]
+    rows, _ = read_prompts(*source)
+    prompts = [row["prompt"] for row in rows]
+    known = [row["prompt"] for shard in earlier["shards"] for row in shard]
     if prompts[: len(known)] != known:
         problem = "other prompts" if prompts != known[: len(prompts)] else f"{len(known)} prompts: it can only grow"
         raise SystemExit(f"--output_dir {args.output_dir} holds a run on {problem}: choose another folder")
-    rows = [{"prompt_id": short_hash(prompt), "prompt": prompt} for prompt in prompts[len(known) :]]
-    return {"source": source, "shards": shards + list(batches(rows, args.shard_size))}
+    new = [{"prompt_id": short_hash(prompt), "prompt": prompt} for prompt in prompts[len(known) :]]
+    return {"source": source, "shards": earlier["shards"] + list(batches(new, args.shard_size))}
 
 
 def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
     """Draws the missing shards. Each generator is loaded once, draws its shards, and is freed."""
     own = range(args.task_index, len(shards), args.num_tasks)[state.process_index :: state.num_processes]
-    hidden = not state.is_local_main_process
     for entry in generators:
         name = entry["name"]
-        missing = [s for s in own if image_hash(args, name, s, shards[s]) is None]
+        missing = [s for s in own if not images_of(shard_file(args, "images", name, s))]
         if not missing:
             continue
         draw = Generator(entry, state.device, args)
-        # A thread encodes and writes a shard while the next one is drawn: at most two are in memory.
-        total, writing = sum(len(shards[s]) for s in missing), []
+        total, hidden = sum(len(shards[s]) for s in missing), not state.is_local_main_process
         with tqdm(total=total, desc=f"draw {name}", unit="image", disable=hidden) as bar, ThreadPoolExecutor(1) as pool:
+            writing = None
             for s in missing:
-                started, ids = time.time(), [row["prompt_id"] for row in shards[s]]
+                started = time.time()
+                ids, prompts = ([row[column] for row in shards[s]] for column in ("prompt_id", "prompt"))
                 # The run's seed, the prompt and the generator give every image a seed of its own.
                 seeds = [int(short_hash(f"{args.seed}|{id}|{name}")[:8], 16) for id in ids]
-                images = draw([row["prompt"] for row in shards[s]], seeds, bar)
-                facts = measured(time.time() - started, state) | {"prompts": short_hash("|".join(ids))}
-                for earlier in writing:
-                    earlier.result()
-                columns = {"prompt_id": ids, "image": images, "seed": seeds}
-                writing = [pool.submit(write_images, image_file(args, name, s), columns, facts, args.image_format)]
-            writing[0].result()
+                columns = {"prompt_id": ids, "image": draw(prompts, seeds, bar), "seed": seeds}
+                facts = {"seconds": time.time() - started, "device": device_name(state), "cut": draw.count_cut(prompts)}
+                if writing:  # a thread encodes and writes a shard while the next is drawn: at most two are in memory
+                    writing.result()
+                writing = pool.submit(write_images, args, name, s, columns, facts)
+            writing.result()
         del draw
         free_memory()
 
@@ -305,30 +299,26 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
     score belongs to the images of its shard by their hash, so images that are drawn again are scored again."""
     own = range(args.task_index, len(shards), args.num_tasks)
     jobs = [(entry["name"], s) for entry in generators for s in own][state.process_index :: state.num_processes]
-    hashes = {(name, s): image_hash(args, name, s, shards[s]) for name, s in jobs}
-    if lost := [image_file(args, *job) for job in jobs if hashes[job] is None]:
-        raise SystemExit(f"{lost[0]} is missing: run the generate stage first")
-    hidden = not state.is_local_main_process
+    hashes = {job: images_of(shard_file(args, "images", *job), "generate") for job in jobs}
     for names in batches(args.rewards, args.rewards_at_once or len(args.rewards)):
-        todo = {job: [r for r in names if score_hash(args, r, *job) != hashes[job]] for job in jobs}
+        todo = {job: [r for r in names if images_of(score_file(args, r, *job)) != hashes[job]] for job in jobs}
         todo = {job: lacking for job, lacking in todo.items() if lacking}
-        if not todo:
-            continue
         needed = [name for name in names if any(name in lacking for lacking in todo.values())]
         options = {"device": state.device, "batch_size": args.reward_batch_size}
         rewards = {name: load_reward_model(name, **options) for name in needed}
-        total = sum(len(shards[s]) * len(lacking) for (_, s), lacking in todo.items())
-        begun = (begin_shard(image_file(args, *job), {r: rewards[r] for r in todo[job]}) for job in todo)
-        with tqdm(total=total, desc="score", unit="image", disable=hidden) as bar:
-            for (generator, s), images in zip(todo, read_ahead(begun)):
+        begun = (begin_shard(shard_file(args, "images", *job), {r: rewards[r] for r in todo[job]}) for job in todo)
+        total, hidden = sum(len(shards[s]) * len(todo[name, s]) for name, s in todo), not state.is_local_main_process
+        with tqdm(total=total, desc="score", unit="image", disable=hidden or not todo) as bar:
+            for job, images in zip(todo, read_ahead(begun)):
+                ids, prompts = ([row[column] for row in shards[job[1]]] for column in ("prompt_id", "prompt"))
                 for name in images:
                     started = time.time()
-                    scores = rewards[name].score(images[name], [row["prompt"] for row in shards[s]])
-                    columns = {"prompt_id": [row["prompt_id"] for row in shards[s]], "score": scores}
-                    facts = measured(time.time() - started, state) | {"images": hashes[generator, s]}
-                    write_shard(score_file(args, name, generator, s), columns, facts)
-                    bar.update(len(scores))
-        del rewards
+                    table = pa.table({"prompt_id": ids, "score": rewards[name].score(images[name], prompts)})
+                    facts = {"seconds": time.time() - started, "device": device_name(state), "images": hashes[job]}
+                    facts["cut"] = len(rewards[name].cut)
+                    write_tables(iter([table]), score_file(args, name, *job), facts)
+                    bar.update(len(ids))
+        del rewards, begun
         free_memory()
 
 
@@ -370,8 +360,7 @@ def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict]
     files = [f"data/train-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
     for number in range(state.process_index, len(parts), state.num_processes):
         tables = (ranked_table(args, s, shards[s], names, features) for s in parts[number])
-        key = made_of(args, {s: shards[s] for s in parts[number]}, names)
-        build_file(output_dir, files[number], key, tables)
+        build_file(output_dir, files[number], made_of(args, parts[number], names), tables)
     state.wait_for_everyone()
     if not state.is_main_process:
         return
@@ -389,17 +378,14 @@ def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict]
     write_card(args, sum(map(len, shards)), generators, configs)
 
 
-def made_of(args: ScriptArguments, shards: dict[int, list[dict]], names: list[str]) -> str:
+def made_of(args: ScriptArguments, shards: range, names: list[str]) -> str:
     """A hash of what a file of the dataset is made of. Exits with one line if a part of it is missing."""
     parts = [names, {reward_name(name): reward_settings(name) for name in args.rewards}]
-    for s, rows in shards.items():
-        for name in names:
-            if (images := image_hash(args, name, s, rows)) is None:
-                raise SystemExit(f"{image_file(args, name, s)} is missing: run the generate stage first")
-            for reward in args.rewards:
-                if score_hash(args, reward, name, s) != images:
-                    raise SystemExit(f"{score_file(args, reward, name, s)} is missing: run the score stage first")
-            parts.append(images)
+    for job in itertools.product(names, shards):
+        parts.append(images_of(shard_file(args, "images", *job), "generate"))
+        for reward in args.rewards:
+            if images_of(score_file(args, reward, *job), "score") != parts[-1]:
+                raise SystemExit(f"{score_file(args, reward, *job)} is of other images: run the score stage first")
     return short_hash(json.dumps(parts))
 
 
@@ -420,7 +406,7 @@ def build_file(output_dir: Path, name: str, key: str, tables: Iterator[pa.Table]
 def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[str], features: Features) -> pa.Table:
     """The rows of one shard with their images, scores, preferences and ranks."""
     rewards = [reward_name(name) for name in args.rewards]
-    drawn = [pq.read_table(image_file(args, name, s)).to_pydict() for name in names]
+    drawn = [pq.read_table(shard_file(args, "images", name, s)).to_pydict() for name in names]
     files = [[score_file(args, reward, name, s) for name in names] for reward in args.rewards]
     scores = np.array([[pq.read_table(file)["score"].to_numpy() for file in row] for row in files])
     table = []
@@ -442,26 +428,16 @@ def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[st
 # Generators -----------------------------------------------------------------------------------------------------------
 # The paper's generators, with the settings of their model cards.
 DEFAULT_GENERATORS = """
-- name: sdxl
-  model: stabilityai/stable-diffusion-xl-base-1.0
-  load: {variant: fp16, dtype: float16}
-  call: {num_inference_steps: 50, guidance_scale: 5.0, height: 1024, width: 1024}
-- name: sd3-medium
-  model: stabilityai/stable-diffusion-3-medium-diffusers
-  load: {dtype: float16}
-  call: {num_inference_steps: 28, guidance_scale: 7.0, height: 1024, width: 1024}
-- name: pixart-sigma
-  model: PixArt-alpha/PixArt-Sigma-XL-2-1024-MS
-  load: {dtype: float16}
-  call: {num_inference_steps: 20, guidance_scale: 4.5, height: 1024, width: 1024, clean_caption: false}
-- name: stable-cascade
-  model: stabilityai/stable-cascade
-  load: {variant: bf16, dtype: bfloat16}
-  call: {num_inference_steps: 10, guidance_scale: 0.0}
-  prior:
-    model: stabilityai/stable-cascade-prior
-    load: {variant: bf16, dtype: bfloat16}
-    call: {num_inference_steps: 20, guidance_scale: 4.0, height: 1024, width: 1024}
+- {name: sdxl, model: stabilityai/stable-diffusion-xl-base-1.0, load: {variant: fp16, dtype: float16},
+   call: {num_inference_steps: 50, guidance_scale: 5.0, height: 1024, width: 1024}}
+- {name: sd3-medium, model: stabilityai/stable-diffusion-3-medium-diffusers, load: {dtype: float16},
+   call: {num_inference_steps: 28, guidance_scale: 7.0, height: 1024, width: 1024}}
+- {name: pixart-sigma, model: PixArt-alpha/PixArt-Sigma-XL-2-1024-MS, load: {dtype: float16},
+   call: {num_inference_steps: 20, guidance_scale: 4.5, height: 1024, width: 1024, clean_caption: false}}
+- {name: stable-cascade, model: stabilityai/stable-cascade, load: {variant: bf16, dtype: bfloat16},
+   call: {num_inference_steps: 10, guidance_scale: 0.0},
+   prior: {model: stabilityai/stable-cascade-prior, load: {variant: bf16, dtype: bfloat16},
+           call: {num_inference_steps: 20, guidance_scale: 4.0, height: 1024, width: 1024}}}
 """
 # What every call of a pipeline gets from this script: one picture for each prompt and seed.
 GIVEN_BY_SCRIPT = ("self", "prompt", "prompt_embeds", "generator", "latents", "num_images_per_prompt", "output_type")
@@ -475,88 +451,81 @@ def read_generators(file: str | None) -> list[dict]:
     try:
         entries = yaml.safe_load(Path(file).read_text() if file else DEFAULT_GENERATORS)
         names = [str(entry["name"]) for entry in entries]
-        for part in (part for entry in entries for part in generator_parts(entry)):
-            if unknown := sorted(set(part) - {"name", "model", "load", "call", "prior"}):
-                raise ValueError(f"unknown key {', '.join(unknown)}; the keys are name, model, load, call, prior")
+        for part in (part for entry in entries for part in (entry, entry.get("prior")) if part):
+            known = {"model", "load", "call"} | ({"name", "prior"} if "name" in part else set())  # not of a prior
+            if unknown := sorted(set(part) - known):
+                raise ValueError(f"unknown key {', '.join(unknown)}; the keys are {', '.join(sorted(known))}")
+            if [type(part.get(key, {})) for key in ("model", "load", "call")] != [str, dict, dict]:
+                raise ValueError("model must be a folder or an id of the Hub, load and call hold `name: value`")
         if not all(re.fullmatch(r"\w[\w.-]{,99}", name) for name in names):
             raise ValueError(f"names {names}, which name folders: use letters, digits, '.', '_' and '-', at most 100")
         if len(set(names)) < max(2, len(names)):
             raise ValueError(f"a ranking needs at least 2 images per prompt, of generators with other names: {names}")
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         problem = f"{type(error).__name__}: {one_line(error)}"
         raise SystemExit(f"--generators {file}: {problem}: a list of generators, each with name and model") from None
     return entries
 
 
 def generator_parts(entry: dict) -> list[dict]:
-    """A generator and its prior, if it has one."""
-    return [entry, entry["prior"]] if "prior" in entry else [entry]
-
-
-def generator_settings(entry: dict) -> dict:
-    """A generator's recipe, and of local folders what tells a model from one that was trained again into its folder."""
-    keys = [path_key(part["model"]) for part in generator_parts(entry) if os.path.isdir(part["model"])]
-    return {**entry, "files": keys} if keys else entry
-
-
-# Copied from train_rankdpo_sdxl.file_of
-def file_of(model: str, file: str, revision: str | None = None) -> Path:
-    return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
+    """A generator, and its prior if it has one."""
+    return [{"load": {}, "call": {}} | part for part in (entry, entry.get("prior")) if part]
 
 
 def check_generator(entry: dict) -> None:
     """Exits with one line unless each model can be read (a gated one needs `hf auth login`), is a text-to-image
     pipeline of diffusers, and takes what `load` and `call` name. Reads `model_index.json` only."""
     for part in generator_parts(entry):
-        model, load, where = part["model"], part.get("load", {}), f"generator {entry['name']}: {part['model']}"
+        load, where = part["load"], f"generator {entry['name']}: {part['model']}"
         try:
-            index = file_of(model, "model_index.json", revision=load.get("revision"))
-            class_name = json.loads(index.read_text())["_class_name"]
+            class_name = DiffusionPipeline.load_config(part["model"], revision=load.get("revision"))["_class_name"]
         except Exception as error:
             raise SystemExit(f"{where} is no diffusers pipeline that can be read: {one_line(error)}") from None
-        kind = getattr(diffusers, class_name, None)
-        takes = set(inspect.signature(kind.__call__).parameters) if kind else set()
+        kind = getattr(diffusers, class_name, DiffusionPipeline)
+        takes, components = (set(inspect.signature(function).parameters) for function in (kind.__call__, kind))
         others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
         if "prompt" not in takes or kind in others:
             raise SystemExit(f"{where} is a {class_name}: no pipeline of diffusers that draws from a prompt alone")
-        known = {"call": takes - set(GIVEN_BY_SCRIPT), "load": {*LOAD_OPTIONS, *inspect.signature(kind).parameters}}
-        for kind, names in known.items():
-            for name in set(part.get(kind, {})) - names:
-                guess = difflib.get_close_matches(name, names, 1)
-                hint = f"do you mean {guess[0]}?" if guess else "or the script gives it itself"
-                raise SystemExit(f"{where}: `{kind}` has {name}, which {class_name} does not take: {hint}")
-        dtypes = load.get("dtype", "float32")
-        if not {*(dtypes.values() if isinstance(dtypes, dict) else [dtypes])} <= {"float32", "float16", "bfloat16"}:
-            raise SystemExit(f"{where}: dtype {dtypes}: choose from float32, float16, bfloat16")
+        dtype = load.get("dtype", "float32")
+        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
+        for key, given, known in (
+            ("call", part["call"], takes - set(GIVEN_BY_SCRIPT)),
+            ("load", load, components | set(LOAD_OPTIONS)),
+            ("dtype", dtypes, components | {"default"}),
+        ):
+            for name in set(given) - known:
+                guess = "".join(f": do you mean {close}?" for close in difflib.get_close_matches(name, known, 1))
+                raise SystemExit(f"{where}: `{key}` has {name}, which {class_name} does not take from a recipe{guess}")
+        if not {*dtypes.values()} <= {"float32", "float16", "bfloat16"}:
+            raise SystemExit(f"{where}: dtype {dtype}: choose from float32, float16, bfloat16")
 
 
 def probe_rewards(names: list[str], entry: dict, rows: list[dict]) -> None:
     """Tries the user's functions on two pictures of noise, of the size that the generator will draw, if the recipe says
     it: an error or a NaN shows before hours of drawing. Not classes, which may load a large model."""
-    call = generator_parts(entry)[-1].get("call", {})
-    for name in (name for name in names if name.partition("=")[0] not in REWARD_MODELS):
-        reward = FunctionReward(name)
-        if {"width", "height"} <= set(call) and not inspect.isclass(reward.function):
-            noise = np.random.default_rng(0).integers(0, 256, (2, call["height"], call["width"], 3), dtype=np.uint8)
-            reward.score([PILImage.fromarray(pixels) for pixels in noise], [row["prompt"] for row in (rows * 2)[:2]])
+    call, prompts = generator_parts(entry)[-1]["call"], [row["prompt"] for row in (rows * 2)[:2]]
+    if {"width", "height"} <= set(call):
+        noise = np.random.default_rng(0).integers(0, 256, (2, call["height"], call["width"], 3), dtype=np.uint8)
+        own = [FunctionReward(name) for name in names if name.partition("=")[0] not in REWARD_MODELS]
+        for reward in (reward for reward in own if not inspect.isclass(reward.function)):
+            reward.score([PILImage.fromarray(pixels) for pixels in noise], prompts)
 
 
 class Generator:
     """A text-to-image pipeline with its recipe. Pipelines like Stable Cascade have a second one in front, the prior."""
 
     def __init__(self, entry: dict, device: torch.device, args: ScriptArguments):
-        self.entry, self.compile = entry, args.compile
+        self.where, self.compile = f"generator {entry['name']}", args.compile
         self.batch_size = 32 if args.generation_batch_size == "auto" else int(args.generation_batch_size)
-        self.pipeline, *self.priors = [self.load(part, device) for part in generator_parts(entry)]
+        self.parts = [(self.load(part, device), part["call"]) for part in generator_parts(entry)]
 
     def load(self, part: dict, device: torch.device) -> DiffusionPipeline:
         if not hasattr(diffusers.pipelines, "wuerstchen"):
             # diffusers 0.42 moved this module. Stable Cascade's model_index.json names its old place.
             diffusers.pipelines.wuerstchen = importlib.import_module("diffusers.pipelines.deprecated.wuerstchen")
-        options = dict(part.get("load", {}))
-        dtype = "float32" if device.type == "cpu" else options.get("dtype", "float32")  # half is slow on a CPU
+        dtype = "float32" if device.type == "cpu" else part["load"].get("dtype", "float32")  # half is slow on a CPU
         by_component = {name: getattr(torch, kind) for name, kind in dtype.items()} if isinstance(dtype, dict) else None
-        options["dtype"] = by_component or getattr(torch, dtype)
+        options = part["load"] | {"dtype": by_component or getattr(torch, dtype)}
         pipeline = DiffusionPipeline.from_pretrained(part["model"], **options).to(device)
         pipeline.set_progress_bar_config(disable=True)
         if getattr(pipeline, "safety_checker", None) is not None:
@@ -575,62 +544,68 @@ class Generator:
     def __call__(self, prompts: list[str], seeds: list[int], bar: tqdm) -> list[PILImage.Image]:
         """The images of these prompts and seeds. Where the device's memory runs out, half as many are drawn at once."""
         images = []
-        while todo := prompts[len(images) : len(images) + self.batch_size]:
-            with suppress(torch.OutOfMemoryError):
-                images += self.draw(todo, seeds[len(images) :][: len(todo)])
+        while todo := prompts[len(images) :][: self.batch_size]:
+            try:
+                images += self.draw(todo, seeds[len(images) :][: self.batch_size])
                 bar.update(len(todo))
-                continue
-            if len(todo) == 1:
-                raise SystemExit(f"generator {self.entry['name']}: the device's memory does not hold a single image")
-            self.batch_size = len(todo) // 2
-            tqdm.write(f"generator {self.entry['name']}: out of memory: goes on with {self.batch_size} at once")
-            free_memory()
+            except torch.OutOfMemoryError:
+                if len(todo) == 1:
+                    raise SystemExit(f"{self.where}: the device's memory does not hold a single image") from None
+                self.batch_size = len(todo) // 2
+                warn(f"{self.where}: the device's memory does not hold {len(todo)} images at once: half as many")
+                free_memory()
         return images
 
     @torch.no_grad()
     def draw(self, prompts: list[str], seeds: list[int]) -> list[PILImage.Image]:
-        count, size = len(prompts), self.batch_size if self.compile else len(prompts)
-        prompts, seeds = prompts + prompts[-1:] * (size - count), seeds + seeds[-1:] * (size - count)  # one graph
+        count = len(prompts)
+        if self.compile:  # one graph for all batches: a smaller one is filled up with its last prompt
+            missing = self.batch_size - count
+            prompts, seeds = prompts + prompts[-1:] * missing, seeds + seeds[-1:] * missing
         # One generator per image, on the CPU: an image does not depend on its batch or on the kind of GPU.
-        noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        call = self.settings(self.entry, size)
-        for prior in self.priors:
-            found = prior(prompt=prompts, generator=noise, **self.settings(self.entry["prior"], size))
-            call["image_embeddings"] = found.image_embeddings.to(self.pipeline.decoder.dtype)
-        return self.pipeline(prompt=prompts, generator=noise, **call).images[:count]
+        options = {"prompt": prompts, "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds]}
+        (pipeline, call), *priors = self.parts
+        for prior, settings in priors:
+            found = prior(**options, **for_each(settings, len(prompts)))
+            call = call | {"image_embeddings": found.image_embeddings.to(pipeline.decoder.dtype)}
+        return pipeline(**options, **for_each(call, len(prompts))).images[:count]
 
-    @staticmethod
-    def settings(part: dict, count: int) -> dict:
-        """The settings of a call; a negative prompt is one text in the recipe, and some pipelines want one for each."""
-        call = part.get("call", {})
-        texts = [name for name in call if name.startswith("negative_prompt") and isinstance(call[name], str)]
-        return {**call, **{name: [call[name]] * count for name in texts}}
+    def count_cut(self, prompts: list[str]) -> int:
+        """How many of these prompts are longer than each of the text encoders reads."""
+        pipeline, call = self.parts[-1]
+        parameter = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+        longest = call.get("max_sequence_length", parameter and parameter.default) or math.inf
+        longer = []  # of each tokenizer: is it so, prompt by prompt?
+        for part in pipeline.components.values():
+            if isinstance(part, transformers.PreTrainedTokenizerBase):
+                rows, limit = part(prompts, verbose=False).input_ids, min(part.model_max_length, longest)
+                longer.append([len(row) > limit for row in rows])
+        return sum(map(all, zip(*longer)))
+
+
+def for_each(call: dict, count: int) -> dict:
+    """A negative prompt is one text in the recipe, and some pipelines want one for each prompt."""
+    texts = {name for name in call if "negative_prompt" in name and isinstance(call[name], str)}
+    return {name: [value] * count if name in texts else value for name, value in call.items()}
 
 
 # Work on disk ---------------------------------------------------------------------------------------------------------
-def image_file(args: ScriptArguments, generator: str, shard: int) -> Path:
-    return Path(args.output_dir, "work", "images", generator, f"{shard:05d}.parquet")
+def shard_file(args: ScriptArguments, *folders_and_shard) -> Path:
+    *folders, shard = folders_and_shard
+    return Path(args.output_dir, "work", *folders, f"{shard:05d}.parquet")
 
 
 def score_file(args: ScriptArguments, reward: str, generator: str, shard: int) -> Path:
-    return Path(args.output_dir, "work", "scores", reward_name(reward), generator, f"{shard:05d}.parquet")
+    return shard_file(args, "scores", reward_name(reward), generator, shard)
 
 
-def image_hash(args: ScriptArguments, generator: str, shard: int, rows: list[dict]) -> str | None:
-    """The hash of a shard's images; None if they are not drawn yet."""
-    facts = shard_facts(image_file(args, generator, shard))
-    drawn = facts.get("prompts") == short_hash("|".join(row["prompt_id"] for row in rows))
-    return facts["images"] if drawn else None
-
-
-def score_hash(args: ScriptArguments, reward: str, generator: str, shard: int) -> str | None:
-    """The hash of the images that a shard's scores belong to; None if there are none."""
-    return shard_facts(score_file(args, reward, generator, shard)).get("images")
-
-
-def write_shard(file: Path, columns: dict, facts: dict) -> None:
-    """Writes a shard of work, whole or not at all. `facts`: recorded in the file; `shard_facts` reads them."""
-    write_tables(iter([pa.table(columns)]), file, facts)
+def images_of(file: Path, stage: str = "") -> str | None:
+    """The hash of the images in a shard, or of those that its scores belong to. None if there is no shard; if `stage`
+    had to make it, this exits with one line."""
+    images = shard_facts(file).get("images")
+    if stage and not images:
+        raise SystemExit(f"{file} is missing: run the {stage} stage first")
+    return images
 
 
 def shard_facts(file: Path) -> dict:
@@ -643,38 +618,38 @@ def shard_facts(file: Path) -> dict:
 
 def path_key(path: str) -> str:
     """Identifies a local file or model, wherever it lies, by the names and sizes of its files and 32 blocks of each."""
-    files = [path] if os.path.isfile(path) else sorted(file for file in Path(path).rglob("*") if file.is_file())
     digest = hashlib.sha256()
-    for file in map(Path, files):
-        name = f"/{file.relative_to(path)}"
-        if re.search(r"/\.[^/]|\.md$", name) or not file.stat().st_size:  # hidden files and cards are no part of it
-            continue
-        content = np.memmap(file, mode="r")
-        digest.update(f"{name}:{len(content)}".encode())
-        for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
-            digest.update(content[start : start + 2**16])
+    for file in sorted(Path(path).rglob("*")) or [Path(path)]:
+        name = file.relative_to(path).as_posix()
+        # A card is no part of a model.
+        if file.is_file() and file.stat().st_size and not is_hidden(name) and not name.endswith(".md"):
+            content = np.memmap(file, mode="r")
+            digest.update(f"{name}:{len(content)}".encode())
+            for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
+                digest.update(content[start : start + 2**16])
     return digest.hexdigest()[:16]
 
 
-def write_images(file: Path, columns: dict, facts: dict, image_format: str) -> None:
-    columns["image"] = list(WORKERS.map(partial(encode_image, image_format=image_format), columns["image"]))
-    facts["images"] = short_hash(b"|".join([facts["prompts"].encode(), *columns["image"]]))
-    write_shard(file, columns | {"image": pa.array(columns["image"], pa.large_binary())}, facts)
+def write_images(args: ScriptArguments, generator: str, shard: int, columns: dict, facts: dict) -> None:
+    images = columns["image"]
+    if black := sum(image.convert("L").getbbox() is None for image in images):
+        warn(f"generator {generator}: {black} images are black all over: an overflow in half precision?")
+    files = list(WORKERS.map(partial(encode_image, image_format=args.image_format), images))
+    facts |= {"black": black, "images": short_hash(b"|".join([*map(str.encode, columns["prompt_id"]), *files]))}
+    table = pa.table(columns | {"image": pa.array(files, pa.large_binary())})
+    write_tables(iter([table]), shard_file(args, "images", generator, shard), facts)
 
 
 def encode_image(image: PILImage.Image, image_format: str) -> bytes:
-    buffer = BytesIO()
     if image_format == "jpg":
-        image.convert("RGB").save(buffer, "JPEG", quality=95)
+        image.convert("RGB").save(buffer := BytesIO(), "JPEG", quality=95)
     else:
-        image.save(buffer, "PNG")
+        image.save(buffer := BytesIO(), "PNG")
     return buffer.getvalue()
 
 
-def measured(seconds: float, state: PartialState) -> dict:
-    """What a shard records for the card."""
-    on_gpu = state.device.type == "cuda"
-    return {"seconds": seconds, "device": torch.cuda.get_device_name(state.device) if on_gpu else "CPU"}
+def device_name(state: PartialState) -> str:
+    return torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "CPU"
 
 
 # Card -----------------------------------------------------------------------------------------------------------------
@@ -688,7 +663,7 @@ def dataset_statistics(files: list[Path], rewards: list[str]) -> tuple[np.ndarra
         scores = np.array([table[f"scores.{reward}"].to_pylist() for reward in rewards])  # (n_rewards, rows, k)
         order = np.sign(scores[..., :, None] - scores[..., None, :])  # 1: the first image is better, 0: equal
         won = (order > 0).sum(axis=-1) / (scores.shape[-1] - 1)
-        shares.append(np.concatenate([won, np.array(table["preference_probability"].to_pylist())[None]]))
+        shares.append([*won, np.array(table["preference_probability"].to_pylist())])
         flat = order.reshape(*order.shape[:2], -1)
         products = np.einsum("arp,brp->rab", flat, flat)
         length = np.einsum("raa->ra", products)
@@ -700,28 +675,34 @@ def dataset_statistics(files: list[Path], rewards: list[str]) -> tuple[np.ndarra
     return np.concatenate(shares, axis=1).mean(axis=1), tau
 
 
-def time_table(args: ScriptArguments, n_prompts: int, names: list[str]) -> str:
-    """Time, speed and cost of all images and scores, from what was recorded with their shards."""
-    rate, rows = args.gpu_hourly_cost, []
-    jobs = [(f"images of {name}", n_prompts, ("images", name)) for name in names]
-    for reward in map(reward_name, args.rewards):
-        jobs.append((f"scores of {reward}", n_prompts * len(names), ("scores", reward)))
-    for label, images, folders in jobs:
-        facts = [shard_facts(file) for file in Path(args.output_dir, "work", *folders).rglob("*.parquet")]
+def describe_work(args: ScriptArguments, names: list[str], n_prompts: int) -> tuple[str, list[str]]:
+    """From what was recorded with the shards: a table of time, speed and cost, and what a user should know."""
+    rate, rows, remarks = args.gpu_hourly_cost, [], []
+    work = [("images", name, n_prompts) for name in names]
+    work += [("scores", reward_name(name), n_prompts * len(names)) for name in args.rewards]
+    for kind, name, images in work:
+        folder = Path(args.output_dir, "work", kind, name)
+        facts = [shard_facts(file) for file in folder.rglob("[0-9]*.parquet")]
         seconds = sum(fact["seconds"] for fact in facts)
         speed = np.format_float_positional(images / seconds, 3, fractional=False, trim="-") if seconds else ""
-        rows.append([label, images, speed, seconds / 3600, ", ".join(sorted({fact["device"] for fact in facts}))])
+        devices = ", ".join(sorted({fact["device"] for fact in facts}))
+        rows.append([f"{kind} of {name}", images, speed, seconds / 3600, devices])
+        if cut := sum(fact["cut"] for fact in facts) * n_prompts // images:
+            remarks.append(f"{name} reads only the beginning of {cut} of the {n_prompts} prompts.")
+        if black := sum(fact.get("black", 0) for fact in facts):
+            remarks.append(f"{black} of the {n_prompts} images of {name} are black all over.")
     rows.append(["total", "", "", sum(row[3] for row in rows), ""])
-    for row in rows:
-        row[3:4] = [f"{row[3]:.3f}", *([f"{row[3] * rate:.2f}"] if rate else [])]
-    cost = [f"cost in $ (at {rate} an hour)"] if rate else []
-    return markdown_table(["work", "images", "images/s of a process", "hours x processes", *cost, "device"], rows)
+    header = ["work", "images", "images/s of a process", "hours x processes", "device"]
+    for row in [header, *rows] if rate else []:
+        row.insert(4, f"cost in $ (at {rate} an hour)" if row is header else f"{row[3] * rate:.2f}")
+    return markdown_table(header, [[*row[:3], f"{row[3]:.3f}", *row[4:]] for row in rows]), remarks
 
 
 def grid_picture(file: Path, names: list[str], rows: int = 6, cell: int = 256) -> PILImage.Image:
     """The first prompts' images side by side, with preference probabilities. The best one has a green frame."""
+    label = 22
     with pq.ParquetFile(file) as parquet:
-        table, label = [batch.to_pylist()[0] for batch in itertools.islice(parquet.iter_batches(1), rows)], 22
+        table = [batch.to_pylist()[0] for batch in itertools.islice(parquet.iter_batches(1), rows)]
     canvas = PILImage.new("RGB", (cell * len(names), label + (cell + label) * len(table)), "white")
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(names):
@@ -736,14 +717,14 @@ def grid_picture(file: Path, names: list[str], rows: int = 6, cell: int = 256) -
             if row["rank"][column] == 1:
                 draw.rectangle((left + 1, top + 1, left + cell - 2, top + cell - 2), outline=(0, 200, 0), width=4)
             draw.text((left + cell - 30, top + cell + 4), f"{row['preference_probability'][column]:.2f}", fill="black")
-        draw.text((4, top + cell + 4), row["prompt"][: 40 * len(names) - 10], fill="black")
+        draw.text((4, top + cell + 4), " ".join(row["prompt"].split())[: 40 * len(names) - 10], fill="black")
     return canvas
 
 
 def write_card(args: ScriptArguments, n_prompts: int, generators: list[dict], configs: dict) -> None:
     """Writes README.md and grid.png."""
     output_dir = Path(args.output_dir)
-    files = sorted((output_dir / "data").glob("*.parquet"))
+    files = sorted((output_dir / "data").glob("train-*.parquet"))
     names, rewards = [entry["name"] for entry in generators], [reward_name(name) for name in args.rewards]
     with replacing(output_dir / "grid.png") as temporary:
         grid_picture(files[0], names).save(temporary, "PNG")
@@ -751,6 +732,9 @@ def write_card(args: ScriptArguments, n_prompts: int, generators: list[dict], co
     win_labels = [*rewards, "all: preference probability"]
     wins = [[label, *(f"{value:.3f}" for value in values)] for label, values in zip(win_labels, win_rates)]
     taus = [[label, *(f"{value:.2f}" for value in values)] for label, values in zip(rewards, taus)]
+    times, remarks = describe_work(args, names, n_prompts)
+    for remark in remarks:
+        warn(remark)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "datasets"))
     dataset, title = args.hub_dataset_id or output_dir, output_dir.resolve().name
     made_of = short_hash("".join(shard_facts(file)["key"] for file in files))
@@ -758,7 +742,7 @@ def write_card(args: ScriptArguments, n_prompts: int, generators: list[dict], co
 
 {len(names)} text-to-image models drew each of {n_prompts} prompts, and {len(rewards)} reward models ranked the images:
 a fully synthetic preference dataset for RankDPO, built with [Syn-Pic](https://arxiv.org/abs/2410.18013).
-
+{" ".join(remarks)}{chr(10) * bool(remarks)}
 ![Images of the first prompts. The best one has a frame. Below each: its preference probability](grid.png)
 
 | column | type | |
@@ -789,7 +773,7 @@ scores = load_dataset("{dataset}", "scores", split="train")  # all columns but t
 
 ## Time and cost
 
-{time_table(args, n_prompts, names)}
+{times}
 
 ## How it was made
 
@@ -800,15 +784,9 @@ scores = load_dataset("{dataset}", "scores", split="train")  # all columns but t
 Rewards: {", ".join(f"`{reward}`" for reward in args.rewards)}. Seed {args.seed}. {libraries}. Hash of prompts, images
 and rewards: {made_of}.
 """
-    front = {
-        "pretty_name": title,
-        "language": ["en"],
-        "task_categories": ["text-to-image"],
-        "size_categories": [size_category(n_prompts)],
-        "tags": ["synpic", "rankdpo", "preference", "synthetic"],
-        **config_metadata(output_dir, configs),
-    }
-    write_dataset_card(args, front, body)
+    front = {"pretty_name": title, "language": ["en"], "task_categories": ["text-to-image"]}
+    front |= {"size_categories": [size_category(n_prompts)], "tags": ["synpic", "rankdpo", "preference", "synthetic"]}
+    write_dataset_card(args, front | config_metadata(output_dir, configs), body)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -817,9 +795,8 @@ and rewards: {made_of}.
 
 
 def write_tables(tables: Iterator[pa.Table], file: Path, facts: dict, row_group_size: int | None = None) -> None:
-    """Writes tables of one schema into a Parquet file with a page index and small row groups, by default of at most 100
-    rows and 64 MB: the Hub's viewer needs both. Memory holds one table, and those that did not fill a row group.
-    `facts` are recorded in the file."""
+    """Writes tables of one schema, and `facts`, into a Parquet file with a page index and row groups of 100 rows and
+    64 MB at most: the Hub's viewer needs both. Memory holds one table, and what did not fill a row group."""
     with replacing(file) as temporary:
         left = next(tables)
         size = row_group_size or min(max(64_000_000 * len(left) // max(left.nbytes, 1), 1), 100)
@@ -834,17 +811,13 @@ def write_tables(tables: Iterator[pa.Table], file: Path, facts: dict, row_group_
 
 
 def config_metadata(output_dir: Path, configs: dict[str, tuple[str, Features]]) -> dict:
-    """The card's `configs` and `dataset_info`: configuration → its folder and features. `load_dataset` without a name
-    takes the configuration called default.
-
-    Without the sizes in `dataset_info`, `load_dataset` on a folder that was built again would serve the rows it cached
-    before: its key is made of the card, not of the files.
-    """
+    """The card's `configs` and `dataset_info`: configuration → its folder and features. Without a name, `load_dataset`
+    takes the one called default; without the sizes, it would serve the rows of an earlier build from its cache."""
     entries, infos = [], []
     for config, (folder, features) in configs.items():
-        data_files = [{"split": "train", "path": f"{folder}/train-*.parquet"}]
-        entries.append({"config_name": config, "data_files": data_files})
-        files = sorted((output_dir / folder).glob("*.parquet"))
+        paths = [{"split": "train", "path": f"{folder}/train-*.parquet"}]
+        entries.append({"config_name": config, "data_files": paths})
+        files = sorted((output_dir / folder).glob("train-*.parquet"))
         metadata = [pq.read_metadata(file) for file in files]
         size = sum(m.row_group(i).total_byte_size for m in metadata for i in range(m.num_row_groups))
         split = {"name": "train", "num_bytes": size, "num_examples": sum(m.num_rows for m in metadata)}
@@ -872,10 +845,9 @@ def write_dataset_card(args: "ScriptArguments", front: dict, body: str) -> None:
 
 def earlier_card(args: "ScriptArguments", on_hub: bool = False) -> RepoCard | None:
     """The card as people may have edited it, in the folder or on the Hub."""
-    file, options = Path(args.output_dir, "README.md"), {"repo_type": "dataset"}
-    exists = HfApi().file_exists(args.hub_dataset_id, file.name, **options) if on_hub else file.exists()
-    source = args.hub_dataset_id if on_hub else file
-    return RepoCard.load(source, ignore_metadata_errors=False, **options) if exists else None
+    file, name, kind = Path(args.output_dir, "README.md"), args.hub_dataset_id, "dataset"
+    exists = HfApi().file_exists(name, file.name, repo_type=kind) if on_hub else file.exists()
+    return RepoCard.load(name if on_hub else file, repo_type=kind, ignore_metadata_errors=False) if exists else None
 
 
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
@@ -917,8 +889,8 @@ def publish(args: "ScriptArguments") -> None:
     if theirs := earlier_card(args, on_hub=True):
         card = merge_cards(card, theirs)
     write_bytes(file, str(card).encode())
-    patterns = {"allow_patterns": PUBLISHED, "delete_patterns": DATA_FILES}
-    HfApi().upload_folder(repo_id=name, repo_type="dataset", folder_path=args.output_dir, **patterns)
+    options = {"allow_patterns": PUBLISHED, "delete_patterns": DATA_FILES, "folder_path": args.output_dir}
+    HfApi().upload_folder(repo_id=name, repo_type="dataset", **options)
     print(f"published: {HfApi().endpoint}/datasets/{name}")
 
 
@@ -1030,8 +1002,8 @@ def read_text(file: str) -> str:
         content = response.content
     else:
         content = Path(file).read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return StringIO(content.decode("utf-16" if is_utf16 else "utf-8-sig"), newline=None).read()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return StringIO(content.decode(encoding), newline=None).read()
 
 
 def stream_rows(source: str, split: str | None, columns: list[str], whole_rows: bool) -> Iterator[dict]:
@@ -1222,8 +1194,7 @@ class RewardModel:
     def encode_images(self, images: list):
         return images
 
-    def encode_prompts(self, prompts: list[str]):
-        return prompts
+    encode_prompts = encode_images
 
     def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(pixels).to(self.device, self.dtype)
@@ -1311,11 +1282,9 @@ class FunctionReward(RewardModel):
 
 def typed_setting(text: str, parameter: inspect.Parameter) -> bool | int | float | str:
     """A setting in the type of its parameter, by annotation or default: bool, int, float; everything else is text."""
-    no_annotation = parameter.annotation is parameter.empty
-    words = re.findall(r"\w+", str(type(parameter.default) if no_annotation else parameter.annotation))
-    if "bool" in words:
-        return {"true": True, "false": False}[text]
-    return int(text) if "int" in words else float(text) if "float" in words else text
+    kind = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
+    readers = {"bool": {"true": True, "false": False}.__getitem__, "int": int, "float": float}
+    return next((read for name, read in readers.items() if re.search(rf"\b{name}\b", str(kind))), str)(text)
 
 
 def source_files(file: Path) -> list[Path]:
@@ -1592,8 +1561,7 @@ class ImageRewardReward(RewardModel):
     def compare(self, images: list[torch.Tensor], texts: list) -> torch.Tensor:
         ids, mask = map(torch.stack, zip(*texts))
         # The configuration names a decoder. It runs as an encoder, which sees the text in both directions.
-        options = {"encoder_hidden_states": torch.stack(images), "is_decoder": False}
-        output = self.text(ids, attention_mask=mask, **options)
+        output = self.text(ids, attention_mask=mask, encoder_hidden_states=torch.stack(images), is_decoder=False)
         return (self.head(output.last_hidden_state[:, 0].float())[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
@@ -1808,8 +1776,7 @@ REWARD_MODELS = {
     "aesthetic": (AestheticReward, "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", None),
     "clipscore": (CLIPScoreReward, "openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     "vqascore": (VQAScoreReward, "zhiqiulin/clip-flant5-xxl", "google/flan-t5-xxl"),
-    # Variants, under names of their own: HPSv2 with an antialiased resize, MPS with the threshold of its model class,
-    # VQAScore's question to another model.
+    # Variants: HPSv2 with an antialiased resize, MPS with its model class's threshold, VQAScore's question to a VLM.
     "hpsv2_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
     "hpsv2.1_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
     "mps_t0.01": (MPSReward, "RE-N-Y/mpsv1", VIT_H),
@@ -1841,24 +1808,16 @@ def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
-    given = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
+    words = [*parser.parse_known_args(words)[0].config, *words]
+    # The shell leaves ~/x in --flag=~/x and in name=~/x, and YAML has none.
+    given = vars(parser.parse_args([re.sub(r"(^|=)~/", rf"\1{Path.home()}/", word) for word in words]))
     del given["config"]
     for spec in fields(ScriptArguments):
         value = given[spec.name]
         for phrase, limit in spec.metadata["limits"].items():
             if None not in (value, limit) and not COMPARE[phrase](value, limit):
                 raise SystemExit(f"--{spec.name} {value}: must be {phrase} {limit}")
-        if isinstance(value, str):
-            given[spec.name] = with_home(value)
-        elif isinstance(value, list):
-            given[spec.name] = [with_home(word) for word in value]
     return ScriptArguments(**given)
-
-
-def with_home(word: str) -> str:
-    """Expands `~/x` and `name=~/x`: the shell leaves it in --flag=~/x, and YAML has none."""
-    name, equals, path = word.rpartition("=")
-    return name + equals + os.path.expanduser(path) if path.startswith("~") else word
 
 
 # Copied from train_rankdpo_sdxl.config_words
@@ -1886,6 +1845,11 @@ def plain_path(path: str) -> Iterator[str]:
         else:
             os.symlink(os.path.abspath(path), f"{links}/data{Path(path).suffix}")
             yield f"{links}/data{Path(path).suffix}"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is not the user's: hidden, or of those that operating systems put into folders."""
+    return bool(re.search(r"(^|/)(\.|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini)", name, re.I))
 
 
 def one_line(error: BaseException | str) -> str:
