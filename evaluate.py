@@ -134,11 +134,11 @@ COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": oper
 
 
 # Copied from build_synpic.flag
-def flag(default, help: str, group: str | None = None, min=None, above=None, max=None, below=None, choices=None):
+def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    kind, limits = "default_factory" if callable(default) else "default", dict(zip(COMPARE, (min, above, max, below)))
-    choices = {"choices": choices} if choices else {}
-    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **choices})
+    limits = dict(zip(COMPARE, (min, above, max, below)))
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **options})
 
 
 @dataclass
@@ -1337,16 +1337,15 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
 # Copied from build_synpic.path_key
 def path_key(path: str) -> str:
     """Identifies a local file or model, wherever it lies, by the names and sizes of its files and 32 blocks of each."""
-    files = [path] if os.path.isfile(path) else sorted(file for file in Path(path).rglob("*") if file.is_file())
     digest = hashlib.sha256()
-    for file in map(Path, files):
-        name = f"/{file.relative_to(path)}"
-        if re.search(r"/\.[^/]|\.md$", name) or not file.stat().st_size:  # hidden files and cards are no part of it
-            continue
-        content = np.memmap(file, mode="r")
-        digest.update(f"{name}:{len(content)}".encode())
-        for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
-            digest.update(content[start : start + 2**16])
+    for file in sorted(Path(path).rglob("*")) or [Path(path)]:
+        name = file.relative_to(path).as_posix()
+        # A card is no part of a model.
+        if file.is_file() and file.stat().st_size and not is_hidden(name) and not name.endswith(".md"):
+            content = np.memmap(file, mode="r")
+            digest.update(f"{name}:{len(content)}".encode())
+            for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
+                digest.update(content[start : start + 2**16])
     return digest.hexdigest()[:16]
 
 
@@ -1458,8 +1457,8 @@ def read_text(file: str) -> str:
         content = response.content
     else:
         content = Path(file).read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return StringIO(content.decode("utf-16" if is_utf16 else "utf-8-sig"), newline=None).read()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return StringIO(content.decode(encoding), newline=None).read()
 
 
 def stream_rows(source: str, split: str | None, columns: list[str], whole_rows: bool) -> Iterator[dict]:
@@ -1650,8 +1649,7 @@ class RewardModel:
     def encode_images(self, images: list):
         return images
 
-    def encode_prompts(self, prompts: list[str]):
-        return prompts
+    encode_prompts = encode_images
 
     def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(pixels).to(self.device, self.dtype)
@@ -1739,11 +1737,9 @@ class FunctionReward(RewardModel):
 
 def typed_setting(text: str, parameter: inspect.Parameter) -> bool | int | float | str:
     """A setting in the type of its parameter, by annotation or default: bool, int, float; everything else is text."""
-    no_annotation = parameter.annotation is parameter.empty
-    words = re.findall(r"\w+", str(type(parameter.default) if no_annotation else parameter.annotation))
-    if "bool" in words:
-        return {"true": True, "false": False}[text]
-    return int(text) if "int" in words else float(text) if "float" in words else text
+    kind = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
+    readers = {"bool": {"true": True, "false": False}.__getitem__, "int": int, "float": float}
+    return next((read for name, read in readers.items() if re.search(rf"\b{name}\b", str(kind))), str)(text)
 
 
 def source_files(file: Path) -> list[Path]:
@@ -2020,8 +2016,7 @@ class ImageRewardReward(RewardModel):
     def compare(self, images: list[torch.Tensor], texts: list) -> torch.Tensor:
         ids, mask = map(torch.stack, zip(*texts))
         # The configuration names a decoder. It runs as an encoder, which sees the text in both directions.
-        options = {"encoder_hidden_states": torch.stack(images), "is_decoder": False}
-        output = self.text(ids, attention_mask=mask, **options)
+        output = self.text(ids, attention_mask=mask, encoder_hidden_states=torch.stack(images), is_decoder=False)
         return (self.head(output.last_hidden_state[:, 0].float())[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
@@ -2236,8 +2231,7 @@ REWARD_MODELS = {
     "aesthetic": (AestheticReward, "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", None),
     "clipscore": (CLIPScoreReward, "openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     "vqascore": (VQAScoreReward, "zhiqiulin/clip-flant5-xxl", "google/flan-t5-xxl"),
-    # Variants, under names of their own: HPSv2 with an antialiased resize, MPS with the threshold of its model class,
-    # VQAScore's question to another model.
+    # Variants: HPSv2 with an antialiased resize, MPS with its model class's threshold, VQAScore's question to a VLM.
     "hpsv2_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
     "hpsv2.1_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
     "mps_t0.01": (MPSReward, "RE-N-Y/mpsv1", VIT_H),
@@ -2269,24 +2263,16 @@ def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
-    given = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
+    words = [*parser.parse_known_args(words)[0].config, *words]
+    # The shell leaves ~/x in --flag=~/x and in name=~/x, and YAML has none.
+    given = vars(parser.parse_args([re.sub(r"(^|=)~/", rf"\1{Path.home()}/", word) for word in words]))
     del given["config"]
     for spec in fields(ScriptArguments):
         value = given[spec.name]
         for phrase, limit in spec.metadata["limits"].items():
             if None not in (value, limit) and not COMPARE[phrase](value, limit):
                 raise SystemExit(f"--{spec.name} {value}: must be {phrase} {limit}")
-        if isinstance(value, str):
-            given[spec.name] = with_home(value)
-        elif isinstance(value, list):
-            given[spec.name] = [with_home(word) for word in value]
     return ScriptArguments(**given)
-
-
-def with_home(word: str) -> str:
-    """Expands `~/x` and `name=~/x`: the shell leaves it in --flag=~/x, and YAML has none."""
-    name, equals, path = word.rpartition("=")
-    return name + equals + os.path.expanduser(path) if path.startswith("~") else word
 
 
 # Copied from train_rankdpo_sdxl.config_words
@@ -2314,6 +2300,11 @@ def plain_path(path: str) -> Iterator[str]:
         else:
             os.symlink(os.path.abspath(path), f"{links}/data{Path(path).suffix}")
             yield f"{links}/data{Path(path).suffix}"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is not the user's: hidden, or of those that operating systems put into folders."""
+    return bool(re.search(r"(^|/)(\.|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini)", name, re.I))
 
 
 def one_line(error: BaseException | str) -> str:
