@@ -26,7 +26,6 @@ times (name@seed). After a crash, run the same command again: a picture or a fil
 """
 
 import argparse
-import codecs
 import csv
 import glob
 import hashlib
