@@ -20,9 +20,8 @@ On several GPUs, with your own generators and reward, prompts of a dataset on th
         --generators recipes/synpic_sdxl.yaml --rewards pickscore my_rewards.py:sharpness \
         --output_dir outputs/synpic-sdxl --push_to_hub --hub_dataset_id user/synpic
 
-The script keeps its work in shards under `<output_dir>/work`: a shard that exists under its name is done. Killed at any
-moment, it goes on with the same command, which does only what is missing. If you add prompts, a generator or a reward
-later, it computes the new shards and ranks everything again.
+Its work lies in shards under `<output_dir>/work`: a shard that exists is done. Killed at any moment, the same command
+goes on and does only what is missing; so it does after you have added prompts, a generator or a reward.
 """
 
 import argparse
@@ -184,11 +183,9 @@ def main(args: ScriptArguments) -> None:
     diffusers_logging.disable_progress_bar()  # of loading pipelines
     diffusers_logging.set_verbosity_error()  # that a prompt is cut, prompt by prompt: the card counts them
     transformers_logging.disable_progress_bar()
-    options = {}
-    if "LOCAL_RANK" in os.environ:  # several processes; without a GPU they talk through gloo
-        # The first to finish a stage may wait hours for the last.
-        options = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(days=1)}
-    state = PartialState(**options)
+    # Several processes talk through gloo if there is no GPU. The first to finish a stage may wait hours for the last.
+    several = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(days=1)}
+    state = PartialState(**(several if "LOCAL_RANK" in os.environ else {}))
     generators, output_dir = read_generators(args.generators), Path(args.output_dir)
     lock = FileLock(output_dir / (f".lock-{args.task_index}" if args.num_tasks > 1 else ".lock"))
     if state.is_main_process:  # what is wrong with flags, files and folders is found before a model is loaded
@@ -201,7 +198,7 @@ def main(args: ScriptArguments) -> None:
             state.wait_for_everyone()
     if state.is_main_process:
         if "publish" in args.stages and args.push_to_hub:
-            publish(args)
+            publish(args, PUBLISHED, DATA_FILES)
         print(f"{sum(map(len, shards))} prompts x {len(generators)} images in {output_dir}")
         if args.num_tasks > 1:
             print(f"task {args.task_index} is done. After all tasks: the same with --num_tasks 1 --stages rank publish")
@@ -213,8 +210,6 @@ def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> 
     output_dir, work = Path(args.output_dir), Path(args.output_dir, "work")
     if output_dir.exists() and not work.is_dir() and not all(is_hidden(path.name) for path in output_dir.iterdir()):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
-    if "publish" in args.stages and "rank" not in args.stages and not (output_dir / "data").exists():
-        raise SystemExit(f"--output_dir {output_dir} holds no dataset to publish: run the rank stage first")
     check_rewards(args.rewards)
     record = plan_shards(args, work / "prompts.json")
     settings = {work: {"seed": args.seed, "image_format": args.image_format}}
@@ -257,8 +252,7 @@ def plan_shards(args: ScriptArguments, file: Path) -> dict:
     earlier = json.loads(file.read_text()) if file.exists() else {"source": None, "shards": []}
     if earlier["source"] == source and not os.path.exists(args.prompts):
         return earlier
-    rows, _ = read_prompts(*source)
-    prompts = [row["prompt"] for row in rows]
+    prompts = [row["prompt"] for row in read_prompts(*source)[0]]
     known = [row["prompt"] for shard in earlier["shards"] for row in shard]
     if prompts[: len(known)] != known:
         problem = "other prompts" if prompts != known[: len(prompts)] else f"{len(known)} prompts: it can only grow"
@@ -270,6 +264,7 @@ def plan_shards(args: ScriptArguments, file: Path) -> dict:
 def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
     """Draws the missing shards. Each generator is loaded once, draws its shards, and is freed."""
     own = range(args.task_index, len(shards), args.num_tasks)[state.process_index :: state.num_processes]
+    device = torch.cuda.get_device_name() if state.device.type == "cuda" else "CPU"
     for entry in generators:
         name = entry["name"]
         missing = [s for s in own if not images_of(shard_file(args, "images", name, s))]
@@ -285,7 +280,7 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
                 # The run's seed, the prompt and the generator give every image a seed of its own.
                 seeds = [int(short_hash(f"{args.seed}|{id}|{name}")[:8], 16) for id in ids]
                 columns = {"prompt_id": ids, "image": draw(prompts, seeds, bar), "seed": seeds}
-                facts = {"seconds": time.time() - started, "device": device_name(state), "cut": draw.count_cut(prompts)}
+                facts = {"seconds": time.time() - started, "device": device, "cut": draw.count_cut(prompts)}
                 if writing:  # a thread encodes and writes a shard while the next is drawn: at most two are in memory
                     writing.result()
                 writing = pool.submit(write_images, args, name, s, columns, facts)
@@ -300,12 +295,12 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
     own = range(args.task_index, len(shards), args.num_tasks)
     jobs = [(entry["name"], s) for entry in generators for s in own][state.process_index :: state.num_processes]
     hashes = {job: images_of(shard_file(args, "images", *job), "generate") for job in jobs}
+    device = torch.cuda.get_device_name() if state.device.type == "cuda" else "CPU"
     for names in batches(args.rewards, args.rewards_at_once or len(args.rewards)):
         todo = {job: [r for r in names if images_of(score_file(args, r, *job)) != hashes[job]] for job in jobs}
         todo = {job: lacking for job, lacking in todo.items() if lacking}
         needed = [name for name in names if any(name in lacking for lacking in todo.values())]
-        options = {"device": state.device, "batch_size": args.reward_batch_size}
-        rewards = {name: load_reward_model(name, **options) for name in needed}
+        rewards = {name: load_reward_model(name, state.device, batch_size=args.reward_batch_size) for name in needed}
         begun = (begin_shard(shard_file(args, "images", *job), {r: rewards[r] for r in todo[job]}) for job in todo)
         total, hidden = sum(len(shards[s]) * len(todo[name, s]) for name, s in todo), not state.is_local_main_process
         with tqdm(total=total, desc="score", unit="image", disable=hidden or not todo) as bar:
@@ -314,7 +309,7 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
                 for name in images:
                     started = time.time()
                     table = pa.table({"prompt_id": ids, "score": rewards[name].score(images[name], prompts)})
-                    facts = {"seconds": time.time() - started, "device": device_name(state), "images": hashes[job]}
+                    facts = {"seconds": time.time() - started, "device": device, "images": hashes[job]}
                     facts["cut"] = len(rewards[name].cut)
                     write_tables(iter([table]), score_file(args, name, *job), facts)
                     bar.update(len(ids))
@@ -333,8 +328,8 @@ def read_ahead(items: Iterator) -> Iterator:
 
 
 def begin_shard(file: Path, rewards: dict[str, "RewardModel"]) -> dict[str, list[Future]]:
-    """For each reward the images of a shard, in preparation. An image is decoded once. The workers take their work in
-    order: an image's decoding has begun before another thread waits for it."""
+    """For each reward the images of a shard, in preparation. Each is decoded once. The workers take work in order, so
+    a decoding has begun before another thread waits for it."""
     images = pq.read_table(file, columns=["image"])["image"].to_pylist()
     decoded = [WORKERS.submit(decode_image, image) for image in images]
     return {name: reward.begin([image.result for image in decoded]) for name, reward in rewards.items()}
@@ -342,16 +337,10 @@ def begin_shard(file: Path, rewards: dict[str, "RewardModel"]) -> dict[str, list
 
 def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
     """Joins images and scores into the dataset's files, in a folder that takes its place when it is complete."""
-    features = Features(
-        prompt_id=Value("string"),
-        prompt=Value("string"),
-        images=List(Image()),
-        generators=List(Value("string")),
-        seeds=List(Value("int64")),
-        scores={reward_name(name): List(Value("float32")) for name in args.rewards},
-        preference_probability=List(Value("float32")),
-        rank=List(Value("int32")),
-    )
+    text, numbers = Value("string"), List(Value("float32"))
+    columns = {"prompt_id": text, "prompt": text, "images": List(Image()), "generators": List(text)}
+    columns |= {"seeds": List(Value("int64")), "scores": {reward_name(name): numbers for name in args.rewards}}
+    features = Features(columns | {"preference_probability": numbers, "rank": List(Value("int32"))})
     without_images = Features({name: feature for name, feature in features.items() if name != "images"})
     output_dir, building = Path(args.output_dir), Path(args.output_dir, "work", "building")
     names = [entry["name"] for entry in generators]
@@ -405,24 +394,23 @@ def build_file(output_dir: Path, name: str, key: str, tables: Iterator[pa.Table]
 
 def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[str], features: Features) -> pa.Table:
     """The rows of one shard with their images, scores, preferences and ranks."""
-    rewards = [reward_name(name) for name in args.rewards]
     drawn = [pq.read_table(shard_file(args, "images", name, s)).to_pydict() for name in names]
     files = [[score_file(args, reward, name, s) for name in names] for reward in args.rewards]
     scores = np.array([[pq.read_table(file)["score"].to_numpy() for file in row] for row in files])
-    table = []
+    ranked = []
     for i, row in enumerate(rows):
         matrix = np.ascontiguousarray(scores[:, :, i])  # (n_rewards, k)
         paths = [f"{row['prompt_id']}_{name}.{args.image_format}" for name in names]
-        ranked = {
-            "images": [{"bytes": columns["image"][i], "path": path} for columns, path in zip(drawn, paths)],
+        columns = {
+            "images": [{"bytes": images["image"][i], "path": path} for images, path in zip(drawn, paths)],
             "generators": names,
-            "seeds": [columns["seed"][i] for columns in drawn],
-            "scores": dict(zip(rewards, matrix.tolist())),
+            "seeds": [images["seed"][i] for images in drawn],
+            "scores": dict(zip(map(reward_name, args.rewards), matrix.tolist())),
             "preference_probability": preference_probability(matrix).tolist(),
             "rank": preference_rank(matrix).tolist(),
         }
-        table.append({**row, **ranked})
-    return pa.Table.from_pylist(table, schema=features.arrow_schema)
+        ranked.append(row | columns)
+    return pa.Table.from_pylist(ranked, schema=features.arrow_schema)
 
 
 # Generators -----------------------------------------------------------------------------------------------------------
@@ -440,8 +428,8 @@ DEFAULT_GENERATORS = """
            call: {num_inference_steps: 20, guidance_scale: 4.0, height: 1024, width: 1024}}}
 """
 # What every call of a pipeline gets from this script: one picture for each prompt and seed.
-GIVEN_BY_SCRIPT = ("self", "prompt", "prompt_embeds", "generator", "latents", "num_images_per_prompt", "output_type")
-GIVEN_BY_SCRIPT += ("return_dict", "image_embeddings", "callback_on_step_end")
+GIVEN_BY_SCRIPT = """self prompt prompt_embeds generator latents num_images_per_prompt output_type return_dict
+    image_embeddings callback_on_step_end""".split()
 # What `load` may have besides the pipeline's components: of the options of from_pretrained, those about the files.
 LOAD_OPTIONS = ("dtype", "variant", "revision", "use_safetensors", "cache_dir", "token", "quantization_config")
 
@@ -457,11 +445,10 @@ def read_generators(file: str | None) -> list[dict]:
                 raise ValueError(f"unknown key {', '.join(unknown)}; the keys are {', '.join(sorted(known))}")
             if [type(part.get(key, {})) for key in ("model", "load", "call")] != [str, dict, dict]:
                 raise ValueError("model must be a folder or an id of the Hub, load and call hold `name: value`")
-        if not all(re.fullmatch(r"\w[\w.-]{,99}", name) for name in names):
-            raise ValueError(f"names {names}, which name folders: use letters, digits, '.', '_' and '-', at most 100")
-        if len(set(names)) < max(2, len(names)):
-            raise ValueError(f"a ranking needs at least 2 images per prompt, of generators with other names: {names}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        if not all(re.fullmatch(r"\w[\w.-]{,99}", name) for name in names) or len(set(names)) < max(2, len(names)):
+            rule = "at least 2, each another one of letters, digits, '.', '_' and '-', as they name folders"
+            raise ValueError(f"names {names}: they must be {rule}")
+    except Exception as error:
         problem = f"{type(error).__name__}: {one_line(error)}"
         raise SystemExit(f"--generators {file}: {problem}: a list of generators, each with name and model") from None
     return entries
@@ -641,22 +628,16 @@ def write_images(args: ScriptArguments, generator: str, shard: int, columns: dic
 
 
 def encode_image(image: PILImage.Image, image_format: str) -> bytes:
-    if image_format == "jpg":
-        image.convert("RGB").save(buffer := BytesIO(), "JPEG", quality=95)
-    else:
-        image.save(buffer := BytesIO(), "PNG")
+    kind, image = ("JPEG", image.convert("RGB")) if image_format == "jpg" else ("PNG", image)
+    image.save(buffer := BytesIO(), kind, quality=95)
     return buffer.getvalue()
-
-
-def device_name(state: PartialState) -> str:
-    return torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "CPU"
 
 
 # Card -----------------------------------------------------------------------------------------------------------------
 def dataset_statistics(files: list[Path], rewards: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Statistics over all rows. Reads no images. Returns win rates (n_rewards + 1, k): each generator's share of won
-    comparisons under each reward, and over all; tau (n_rewards, n_rewards): the mean of Kendall's tau-b between two
-    rewards' orders of a prompt's images, without the rows where one of them gives all images the same score."""
+    """Win rates (n_rewards + 1, k): each generator's share of won comparisons under each reward, and over all. Tau
+    (n_rewards, n_rewards): the mean over the rows of Kendall's tau-b between two rewards' orders of a prompt's images,
+    without the rows where one of them gives all images the same score. Reads no images."""
     shares, taus = [], []
     for file in files:
         table = pq.read_table(file, columns=["scores", "preference_probability"]).flatten()
@@ -700,9 +681,8 @@ def describe_work(args: ScriptArguments, names: list[str], n_prompts: int) -> tu
 
 def grid_picture(file: Path, names: list[str], rows: int = 6, cell: int = 256) -> PILImage.Image:
     """The first prompts' images side by side, with preference probabilities. The best one has a green frame."""
-    label = 22
     with pq.ParquetFile(file) as parquet:
-        table = [batch.to_pylist()[0] for batch in itertools.islice(parquet.iter_batches(1), rows)]
+        table, label = [batch.to_pylist()[0] for batch in itertools.islice(parquet.iter_batches(1), rows)], 22
     canvas = PILImage.new("RGB", (cell * len(names), label + (cell + label) * len(table)), "white")
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(names):
@@ -729,8 +709,8 @@ def write_card(args: ScriptArguments, n_prompts: int, generators: list[dict], co
     with replacing(output_dir / "grid.png") as temporary:
         grid_picture(files[0], names).save(temporary, "PNG")
     win_rates, taus = dataset_statistics(files, rewards)
-    win_labels = [*rewards, "all: preference probability"]
-    wins = [[label, *(f"{value:.3f}" for value in values)] for label, values in zip(win_labels, win_rates)]
+    labels = [*rewards, "all: preference probability"]
+    wins = [[label, *(f"{value:.3f}" for value in values)] for label, values in zip(labels, win_rates)]
     taus = [[label, *(f"{value:.2f}" for value in values)] for label, values in zip(rewards, taus)]
     times, remarks = describe_work(args, names, n_prompts)
     for remark in remarks:
@@ -796,18 +776,14 @@ and rewards: {made_of}.
 
 def write_tables(tables: Iterator[pa.Table], file: Path, facts: dict, row_group_size: int | None = None) -> None:
     """Writes tables of one schema, and `facts`, into a Parquet file with a page index and row groups of 100 rows and
-    64 MB at most: the Hub's viewer needs both. Memory holds one table, and what did not fill a row group."""
+    64 MB at most: the Hub's viewer needs both. Memory holds one table at a time."""
     with replacing(file) as temporary:
-        left = next(tables)
-        size = row_group_size or min(max(64_000_000 * len(left) // max(left.nbytes, 1), 1), 100)
-        schema = left.schema.with_metadata({**(left.schema.metadata or {}), b"synpic": json.dumps(facts)})
+        first = next(tables)
+        size = row_group_size or min(max(64_000_000 * len(first) // max(first.nbytes, 1), 1), 100)
+        schema = first.schema.with_metadata({**(first.schema.metadata or {}), b"synpic": json.dumps(facts)})
         with pq.ParquetWriter(temporary, schema, write_page_index=True) as writer:
-            for table in tables:
-                while len(left) >= size:
-                    writer.write_table(left.slice(0, size))
-                    left = left.slice(size)
-                left = pa.concat_tables([left, table])
-            writer.write_table(left, row_group_size=size)
+            for table in itertools.chain([first], tables):
+                writer.write_table(table, row_group_size=size)
 
 
 def config_metadata(output_dir: Path, configs: dict[str, tuple[str, Features]]) -> dict:
@@ -821,8 +797,8 @@ def config_metadata(output_dir: Path, configs: dict[str, tuple[str, Features]]) 
         metadata = [pq.read_metadata(file) for file in files]
         size = sum(m.row_group(i).total_byte_size for m in metadata for i in range(m.num_row_groups))
         split = {"name": "train", "num_bytes": size, "num_examples": sum(m.num_rows for m in metadata)}
-        info = {"config_name": config, "features": features._to_yaml_list(), "splits": [split]}
-        infos.append(info | {"download_size": sum(file.stat().st_size for file in files), "dataset_size": size})
+        sizes = {"download_size": sum(file.stat().st_size for file in files), "dataset_size": size}
+        infos.append({"config_name": config, "features": features._to_yaml_list(), "splits": [split], **sizes})
     return {"configs": entries, "dataset_info": infos}
 
 
@@ -855,8 +831,7 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     CARD_FACTS are replaced, and what is lacking is added."""
     licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
     for name, value in mine.data.to_dict().items():
-        lacks = name not in theirs.data and not (licensed and name.startswith("license_"))
-        if lacks or name in CARD_FACTS:
+        if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
             theirs.data[name] = value
     marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
     block, old = re.fullmatch(marked, mine.text, re.S)[2], re.fullmatch(marked, theirs.text, re.S)
@@ -867,29 +842,31 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
 def prepare_repository(args: "ScriptArguments") -> None:
     """Creates the repository unless it exists. Exits with one line if the token cannot write to it, or if publishing
     would replace data that this script has not written."""
+    private, kind = args.hub_private_repo or None, "dataset"
     try:
-        options = {"repo_type": "dataset", "private": args.hub_private_repo or None, "exist_ok": True}
-        args.hub_dataset_id = HfApi().create_repo(args.hub_dataset_id, **options).repo_id
-        HfApi().auth_check(args.hub_dataset_id, repo_type="dataset", write=True)
+        url = HfApi().create_repo(args.hub_dataset_id, repo_type=kind, private=private, exist_ok=True)
+        args.hub_dataset_id = url.repo_id
+        HfApi().auth_check(url.repo_id, repo_type=kind, write=True)
     except Exception as error:
         problem = f"the dataset repository {args.hub_dataset_id} cannot be written to: {one_line(error)}"
         raise SystemExit(f"--push_to_hub: {problem} (hf auth login, or HF_TOKEN with write access)") from None
-    card, files = earlier_card(args, on_hub=True), HfApi().list_repo_files(args.hub_dataset_id, repo_type="dataset")
+    card, files = earlier_card(args, on_hub=True), HfApi().list_repo_files(url.repo_id, repo_type=kind)
     foreign = [name for name in files if any(fnmatch(name, pattern) for pattern in DATA_FILES)]
     if foreign and not (card and CARD_BEGIN in card.text):
         problem = f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}), which would be replaced"
         raise SystemExit(f"{problem}: choose another name")
 
 
-def publish(args: "ScriptArguments") -> None:
-    """Uploads the card and the files. Run again, it sends only what is missing."""
+def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
+    """Uploads the card and the files of these patterns; others on the Hub that match `replaced` go. Run again, it sends
+    only what is missing."""
     file, name = Path(args.output_dir, "README.md"), args.hub_dataset_id
     # The card of a dataset that was built without --push_to_hub names its folder.
     card = RepoCard(re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{name}"', file.read_text()))
     if theirs := earlier_card(args, on_hub=True):
         card = merge_cards(card, theirs)
     write_bytes(file, str(card).encode())
-    options = {"allow_patterns": PUBLISHED, "delete_patterns": DATA_FILES, "folder_path": args.output_dir}
+    options = {"allow_patterns": published, "delete_patterns": replaced, "folder_path": args.output_dir}
     HfApi().upload_folder(repo_id=name, repo_type="dataset", **options)
     print(f"published: {HfApi().endpoint}/datasets/{name}")
 
@@ -1040,13 +1017,10 @@ def public_text(text: str) -> str:
 
 
 def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32) -> "RewardModel":
-    """Loads a reward model: an object with `.score(images, prompts) -> list[float]`, batched inside.
-
-    Args:
-        name: one of REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or a Hub
-            id) loads another checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class.
-        dtype: by default float32 on a CPU and half precision on a GPU.
-    """
+    """Loads a reward model: an object with `.score(images, prompts) -> list[float]`, batched inside. `name`: one of
+    REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or Hub id) loads another
+    checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class. `dtype`: by default
+    float32 on a CPU and half precision on a GPU."""
     reward_class = REWARD_MODELS.get(name.partition("=")[0], (FunctionReward,))[0]
     return reward_class(name, device, dtype, batch_size)
 
@@ -1309,23 +1283,7 @@ def import_file(file: str):
     return module
 
 
-class CLIPReward(RewardModel):
-    """The cosine of an image and a prompt in a CLIP model. A subclass gives `tokenize`: prompts → rows of tokens."""
-
-    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
-
-    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
-        # Attention is causal and the feature is that of the first end token, so padding to its right has no effect.
-        rows = [torch.tensor(row) for row in self.tokenize(prompts)]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return unit(self.model.get_text_features(tokens.to(self.device)).pooler_output)
-
-    def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
-        return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
-
-
-class HPSReward(CLIPReward):
+class HPSReward(RewardModel):
     """HPSv2 and v2.1 (Wu et al., 2023): the cosine of CLIP ViT-H/14, about 0.2 to 0.35, as `hpsv2.score` gives it
     (`hpsv2.evaluate` shows it times 100)."""
 
@@ -1354,6 +1312,18 @@ class HPSReward(CLIPReward):
         pixels = pad(pixels, [wide // 2, high // 2, wide - wide // 2, high - high // 2])
         return normalize(pixels, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
+
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        # Attention is causal and the feature is that of the first end token, so padding to its right has no effect.
+        rows = [torch.tensor(row) for row in self.tokenize(prompts)]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return unit(self.model.get_text_features(tokens.to(self.device)).pooler_output)
+
+    def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
+        return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
+
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": True, "max_length": 76}
@@ -1370,7 +1340,7 @@ class HPSReward(CLIPReward):
         return rows
 
 
-class PickScoreReward(CLIPReward):
+class PickScoreReward(HPSReward):
     """PickScore (Kirstain et al., 2023): exp(logit scale) · cosine of CLIP ViT-H/14, about 20 to 23."""
 
     def load(self):
@@ -1494,8 +1464,10 @@ def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
     return clip, layers
 
 
-class CLIPScoreReward(CLIPReward):
+class CLIPScoreReward(HPSReward):
     """CLIPScore as Hessel et al. (2021) define it: 2.5 · max(cosine, 0) of CLIP ViT-B/32, "A photo depicts" first."""
+
+    prepare = RewardModel.prepare
 
     def load(self):
         self.model = self.load_model(transformers.CLIPModel, self.checkpoint)
@@ -1874,8 +1846,7 @@ def batches(items, size: int) -> Iterator:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Gives the name of a temporary file, which takes the place of `file` when the block has ended without an error: a
-    killed run leaves no half file under its name."""
+    """A name to write to, which becomes `file` when the block has ended without an error: there is no half file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.urandom(4).hex()}.tmp")
     yield temporary
