@@ -1307,8 +1307,7 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     CARD_FACTS are replaced, and what is lacking is added."""
     licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
     for name, value in mine.data.to_dict().items():
-        lacks = name not in theirs.data and not (licensed and name.startswith("license_"))
-        if lacks or name in CARD_FACTS:
+        if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
             theirs.data[name] = value
     marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
     block, old = re.fullmatch(marked, mine.text, re.S)[2], re.fullmatch(marked, theirs.text, re.S)
@@ -1494,13 +1493,10 @@ def public_text(text: str) -> str:
 
 
 def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32) -> "RewardModel":
-    """Loads a reward model: an object with `.score(images, prompts) -> list[float]`, batched inside.
-
-    Args:
-        name: one of REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or a Hub
-            id) loads another checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class.
-        dtype: by default float32 on a CPU and half precision on a GPU.
-    """
+    """Loads a reward model: an object with `.score(images, prompts) -> list[float]`, batched inside. `name`: one of
+    REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or Hub id) loads another
+    checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class. `dtype`: by default
+    float32 on a CPU and half precision on a GPU."""
     reward_class = REWARD_MODELS.get(name.partition("=")[0], (FunctionReward,))[0]
     return reward_class(name, device, dtype, batch_size)
 
@@ -1763,23 +1759,7 @@ def import_file(file: str):
     return module
 
 
-class CLIPReward(RewardModel):
-    """The cosine of an image and a prompt in a CLIP model. A subclass gives `tokenize`: prompts → rows of tokens."""
-
-    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
-
-    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
-        # Attention is causal and the feature is that of the first end token, so padding to its right has no effect.
-        rows = [torch.tensor(row) for row in self.tokenize(prompts)]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return unit(self.model.get_text_features(tokens.to(self.device)).pooler_output)
-
-    def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
-        return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
-
-
-class HPSReward(CLIPReward):
+class HPSReward(RewardModel):
     """HPSv2 and v2.1 (Wu et al., 2023): the cosine of CLIP ViT-H/14, about 0.2 to 0.35, as `hpsv2.score` gives it
     (`hpsv2.evaluate` shows it times 100)."""
 
@@ -1808,6 +1788,18 @@ class HPSReward(CLIPReward):
         pixels = pad(pixels, [wide // 2, high // 2, wide - wide // 2, high - high // 2])
         return normalize(pixels, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
+
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        # Attention is causal and the feature is that of the first end token, so padding to its right has no effect.
+        rows = [torch.tensor(row) for row in self.tokenize(prompts)]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return unit(self.model.get_text_features(tokens.to(self.device)).pooler_output)
+
+    def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
+        return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
+
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": True, "max_length": 76}
@@ -1824,7 +1816,7 @@ class HPSReward(CLIPReward):
         return rows
 
 
-class PickScoreReward(CLIPReward):
+class PickScoreReward(HPSReward):
     """PickScore (Kirstain et al., 2023): exp(logit scale) · cosine of CLIP ViT-H/14, about 20 to 23."""
 
     def load(self):
@@ -1948,8 +1940,10 @@ def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
     return clip, layers
 
 
-class CLIPScoreReward(CLIPReward):
+class CLIPScoreReward(HPSReward):
     """CLIPScore as Hessel et al. (2021) define it: 2.5 · max(cosine, 0) of CLIP ViT-B/32, "A photo depicts" first."""
+
+    prepare = RewardModel.prepare
 
     def load(self):
         self.model = self.load_model(transformers.CLIPModel, self.checkpoint)
@@ -2302,8 +2296,8 @@ def plain_path(path: str) -> Iterator[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is not the user's: hidden, or of those that operating systems put into folders."""
-    return bool(re.search(r"(^|/)(\.|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini)", name, re.I))
+    """Whether a file is not the user's: hidden, or of those that operating systems put into folders. "." is a path itself."""
+    return bool(re.search(r"(^|/)(\.(?!$)|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini)", name, re.I))
 
 
 def one_line(error: BaseException | str) -> str:
@@ -2328,8 +2322,7 @@ def batches(items, size: int) -> Iterator:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Gives the name of a temporary file, which takes the place of `file` when the block has ended without an error: a
-    killed run leaves no half file under its name."""
+    """A name to write to, which becomes `file` when the block has ended without an error: there is no half file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.urandom(4).hex()}.tmp")
     yield temporary
