@@ -422,7 +422,7 @@ def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
 
     wrong = {
         ",chanel=1": "no setting chanel; its settings are device, batch_size, channel, mode, weights",
-        ",channel=x": "setting channel 'x': it must be like its default, 0",
+        ",channel=x": "channel 'x': it must be like its default",
         ",weights=none": "metric Red_weights=none: there are no such weights",
         ",channel": "file.py:Class,key=value",
         "?channel=1": "file.py:Class,key=value",
