@@ -101,7 +101,7 @@ def test_geneval_dpg_and_qalign(tmp_path, metrics):
     assert f"{name} as the benchmark reports it" in table
 
     command = ["evaluate.py", *BASE, *flags, "--output_dir", tmp_path / "killed"]
-    run_until(tmp_path / "killed" / "scores" / name / "base.json", *command)
+    run_until(tmp_path / "killed" / "scores" / name / "base" / "00000.json", *command)
     assert not (tmp_path / "killed" / "results.json").exists()
     drawn = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed" / "images").rglob("*.png")}
     call("evaluate", *command[1:])
