@@ -28,8 +28,10 @@ later, it computes the new shards and ranks everything again.
 """
 
 import argparse
+import codecs
 import csv
 import difflib
+import glob
 import hashlib
 import html
 import importlib.util
@@ -46,16 +48,18 @@ import signal
 import sys
 import time
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from fnmatch import fnmatch
 from functools import cache, partial
 from importlib.metadata import version
 from io import BytesIO, StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -85,7 +89,7 @@ from huggingface_hub import CardData, HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session
 from PIL import Image as PILImage
-from PIL import ImageDraw
+from PIL import ImageDraw, PngImagePlugin
 from safetensors.torch import load_file
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, normalize, pad, resize, to_tensor
@@ -99,6 +103,7 @@ from trl import TrlParser
 STAGES = ("generate", "score", "rank", "publish")
 DATA_FILES = ["data/train-*-of-*.parquet", "scores/train-*-of-*.parquet"]
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
+PUBLISHED = [*DATA_FILES, "README.md", "grid.png"]
 CARD_BEGIN = "<!-- build_synpic.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what build_synpic.py wrote. -->"
 # The paper's five. VQAScore has 11 billion parameters: recipes/synpic_24gb.yaml is for one small GPU.
@@ -145,11 +150,6 @@ class ScriptArguments:
     hub_private_repo: bool = flag(False, "Make a new repository private.")
 
     def __post_init__(self):
-        for spec in fields(self):
-            value = getattr(self, spec.name)
-            for words, limit in spec.metadata["limits"].items():
-                if None not in (value, limit) and not COMPARE[words](value, limit):
-                    raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
         if not self.prompts:
             raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
@@ -263,7 +263,7 @@ def plan_shards(args: ScriptArguments, file: Path) -> dict:
     earlier = {"source": None, "shards": []} | (json.loads(file.read_text()) if file.exists() else {})
     if earlier["source"] == source and not os.path.exists(args.prompts):
         return earlier
-    prompts = [row["prompt"] for row in read_prompts(*source)]
+    prompts = [row["prompt"] for row in read_prompts(*source)[0]]
     shards, known = earlier["shards"], [row["prompt"] for shard in earlier["shards"] for row in shard]
     if prompts[: len(known)] != known:
         problem = "other prompts" if prompts != known[: len(prompts)] else f"{len(known)} prompts: it can only grow"
@@ -319,8 +319,8 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
         rewards = {name: load_reward_model(name, **options) for name in needed}
         total = sum(len(shards[s]) * len(lacking) for (_, s), lacking in todo.items())
         begun = (begin_shard(image_file(args, *job), {r: rewards[r] for r in todo[job]}) for job in todo)
-        with tqdm(total=total, desc="score", unit="image", disable=hidden) as bar, ThreadPoolExecutor(1) as pool:
-            for (generator, s), images in zip(todo, one_ahead(begun, pool)):
+        with tqdm(total=total, desc="score", unit="image", disable=hidden) as bar:
+            for (generator, s), images in zip(todo, read_ahead(begun)):
                 for name in images:
                     started = time.time()
                     scores = rewards[name].score(images[name], [row["prompt"] for row in shards[s]])
@@ -330,6 +330,16 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
                     bar.update(len(scores))
         del rewards
         free_memory()
+
+
+# Copied from train_rankdpo_sdxl.read_ahead
+def read_ahead(items: Iterator) -> Iterator:
+    """The same items. A thread reads the next one while the caller works with this one."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = thread.submit(next, items, None)
+            yield item
 
 
 def begin_shard(file: Path, rewards: dict[str, "RewardModel"]) -> dict[str, list[Future]]:
@@ -485,8 +495,13 @@ def generator_parts(entry: dict) -> list[dict]:
 
 def generator_settings(entry: dict) -> dict:
     """A generator's recipe, and of local folders what tells a model from one that was trained again into its folder."""
-    keys = [content_key(part["model"]) for part in generator_parts(entry) if os.path.isdir(part["model"])]
+    keys = [path_key(part["model"]) for part in generator_parts(entry) if os.path.isdir(part["model"])]
     return {**entry, "files": keys} if keys else entry
+
+
+# Copied from train_rankdpo_sdxl.file_of
+def file_of(model: str, file: str, revision: str | None = None) -> Path:
+    return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
 
 
 def check_generator(entry: dict) -> None:
@@ -611,6 +626,34 @@ def image_hash(args: ScriptArguments, generator: str, shard: int, rows: list[dic
 def score_hash(args: ScriptArguments, reward: str, generator: str, shard: int) -> str | None:
     """The hash of the images that a shard's scores belong to; None if there are none."""
     return shard_facts(score_file(args, reward, generator, shard)).get("images")
+
+
+def write_shard(file: Path, columns: dict, facts: dict) -> None:
+    """Writes a shard of work, whole or not at all. `facts`: recorded in the file; `shard_facts` reads them."""
+    write_tables(iter([pa.table(columns)]), file, facts)
+
+
+def shard_facts(file: Path) -> dict:
+    """What was recorded with a file; {} if there is none, or it cannot be read."""
+    try:
+        return json.loads(pq.read_metadata(file).metadata[b"synpic"])
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return {}
+
+
+def path_key(path: str) -> str:
+    """Identifies a local file or model, wherever it lies, by the names and sizes of its files and 32 blocks of each."""
+    files = [path] if os.path.isfile(path) else sorted(file for file in Path(path).rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in map(Path, files):
+        name = f"/{file.relative_to(path)}"
+        if re.search(r"/\.[^/]|\.md$", name) or not file.stat().st_size:  # hidden files and cards are no part of it
+            continue
+        content = np.memmap(file, mode="r")
+        digest.update(f"{name}:{len(content)}".encode())
+        for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
+            digest.update(content[start : start + 2**16])
+    return digest.hexdigest()[:16]
 
 
 def write_images(file: Path, columns: dict, facts: dict, image_format: str) -> None:
@@ -765,14 +808,29 @@ and rewards: {made_of}.
         "tags": ["synpic", "rankdpo", "preference", "synthetic"],
         **config_metadata(output_dir, configs),
     }
-    block = f"{CARD_BEGIN}\n{body.strip().replace('<!--', '<! --')}\n{CARD_END}\n"  # a prompt may hold a mark
-    card, theirs = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{block}"), earlier_card(args)
-    write_bytes(output_dir / "README.md", str(merge_cards(card, theirs) if theirs else card).encode())
+    write_dataset_card(args, front, body)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Shared: dataset card and repository (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# Shared: dataset files, card and repository (build_synpic.py; `make fix-copies` writes it into the other scripts)
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_tables(tables: Iterator[pa.Table], file: Path, facts: dict, row_group_size: int | None = None) -> None:
+    """Writes tables of one schema into a Parquet file with a page index and small row groups, by default of at most 100
+    rows and 64 MB: the Hub's viewer needs both. Memory holds one table, and those that did not fill a row group.
+    `facts` are recorded in the file."""
+    with replacing(file) as temporary:
+        left = next(tables)
+        size = row_group_size or min(max(64_000_000 * len(left) // max(left.nbytes, 1), 1), 100)
+        schema = left.schema.with_metadata({**(left.schema.metadata or {}), b"synpic": json.dumps(facts)})
+        with pq.ParquetWriter(temporary, schema, write_page_index=True) as writer:
+            for table in tables:
+                while len(left) >= size:
+                    writer.write_table(left.slice(0, size))
+                    left = left.slice(size)
+                left = pa.concat_tables([left, table])
+            writer.write_table(left, row_group_size=size)
 
 
 def config_metadata(output_dir: Path, configs: dict[str, tuple[str, Features]]) -> dict:
@@ -805,24 +863,28 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (cells[0], ["---"] * len(header), *cells[1:]))
 
 
-def earlier_card(args: ScriptArguments, on_hub: bool = False) -> RepoCard | None:
-    """The card as people may have edited it, in the folder or on the Hub. Exits with one line if it cannot be read."""
-    file = Path(args.output_dir, "README.md")
-    if on_hub:
-        there = HfApi().file_exists(args.hub_dataset_id, file.name, repo_type="dataset")
-        file = Path(hf_hub_download(args.hub_dataset_id, file.name, repo_type="dataset")) if there else Path()
-    try:
-        return RepoCard(file.read_text(), ignore_metadata_errors=False) if file.is_file() else None
-    except (ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise SystemExit(f"{file} is no card that can be kept: {one_line(error)}: mend or remove it") from None
+def write_dataset_card(args: "ScriptArguments", front: dict, body: str) -> None:
+    """Writes README.md, between its marks; what people wrote into an earlier one stays."""
+    block = f"{CARD_BEGIN}\n{body.strip().replace('<!--', '<! --')}\n{CARD_END}\n"  # a prompt may hold a mark
+    card, theirs = RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{block}"), earlier_card(args)
+    write_bytes(Path(args.output_dir, "README.md"), str(merge_cards(card, theirs) if theirs else card).encode())
+
+
+def earlier_card(args: "ScriptArguments", on_hub: bool = False) -> RepoCard | None:
+    """The card as people may have edited it, in the folder or on the Hub."""
+    file, options = Path(args.output_dir, "README.md"), {"repo_type": "dataset"}
+    exists = HfApi().file_exists(args.hub_dataset_id, file.name, **options) if on_hub else file.exists()
+    source = args.hub_dataset_id if on_hub else file
+    return RepoCard.load(source, ignore_metadata_errors=False, **options) if exists else None
 
 
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
-    """The card of this run with what people wrote into an earlier one. CARD_FACTS and the text between the marks are
-    this run's; of its other metadata only what the earlier card lacks is added."""
+    """This run's card with what people wrote into an earlier one: text outside the marks, and the metadata, in which
+    CARD_FACTS are replaced, and what is lacking is added."""
     licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
     for name, value in mine.data.to_dict().items():
-        if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
+        lacks = name not in theirs.data and not (licensed and name.startswith("license_"))
+        if lacks or name in CARD_FACTS:
             theirs.data[name] = value
     marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
     block, old = re.fullmatch(marked, mine.text, re.S)[2], re.fullmatch(marked, theirs.text, re.S)
@@ -830,36 +892,33 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     return theirs
 
 
-def prepare_repository(args: ScriptArguments) -> None:
-    """Creates the repository unless it exists. Exits with one line if the token cannot write to it, if its card cannot
-    be read, or if publishing would replace data that this script has not written."""
+def prepare_repository(args: "ScriptArguments") -> None:
+    """Creates the repository unless it exists. Exits with one line if the token cannot write to it, or if publishing
+    would replace data that this script has not written."""
     try:
         options = {"repo_type": "dataset", "private": args.hub_private_repo or None, "exist_ok": True}
         args.hub_dataset_id = HfApi().create_repo(args.hub_dataset_id, **options).repo_id
         HfApi().auth_check(args.hub_dataset_id, repo_type="dataset", write=True)
-        files, card = HfApi().list_repo_files(args.hub_dataset_id, repo_type="dataset"), earlier_card(args, on_hub=True)
     except Exception as error:
         problem = f"the dataset repository {args.hub_dataset_id} cannot be written to: {one_line(error)}"
         raise SystemExit(f"--push_to_hub: {problem} (hf auth login, or HF_TOKEN with write access)") from None
-    foreign = [name for name in files if re.fullmatch(r"(data|scores)/train-.*\.parquet", name)]
+    card, files = earlier_card(args, on_hub=True), HfApi().list_repo_files(args.hub_dataset_id, repo_type="dataset")
+    foreign = [name for name in files if any(fnmatch(name, pattern) for pattern in DATA_FILES)]
     if foreign and not (card and CARD_BEGIN in card.text):
         problem = f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}), which would be replaced"
         raise SystemExit(f"{problem}: choose another name")
 
 
-def publish(args: ScriptArguments) -> None:
-    """Sends the card and the files. Run again, it sends only what is missing."""
+def publish(args: "ScriptArguments") -> None:
+    """Uploads the card and the files. Run again, it sends only what is missing."""
     file, name = Path(args.output_dir, "README.md"), args.hub_dataset_id
     # The card of a dataset that was built without --push_to_hub names its folder.
     card = RepoCard(re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{name}"', file.read_text()))
-    try:
-        theirs = earlier_card(args, on_hub=True)
-        write_bytes(file, str(merge_cards(card, theirs) if theirs else card).encode())
-        patterns = {"allow_patterns": [*DATA_FILES, "README.md", "grid.png"], "delete_patterns": DATA_FILES}
-        HfApi().upload_folder(repo_id=name, repo_type="dataset", folder_path=args.output_dir, **patterns)
-    except Exception as error:
-        problem = f"upload to {name} failed: {one_line(error)}"
-        raise SystemExit(f"{problem}; the same command uploads what is missing") from None
+    if theirs := earlier_card(args, on_hub=True):
+        card = merge_cards(card, theirs)
+    write_bytes(file, str(card).encode())
+    patterns = {"allow_patterns": PUBLISHED, "delete_patterns": DATA_FILES}
+    HfApi().upload_folder(repo_id=name, repo_type="dataset", folder_path=args.output_dir, **patterns)
     print(f"published: {HfApi().endpoint}/datasets/{name}")
 
 
@@ -888,20 +947,30 @@ def complete_prompt_flags(args: "ScriptArguments") -> None:
             setattr(args, name, value)
 
 
-def read_prompts(source: str, column: str, split: str | None, max_prompts: int | None, keep=(), whole_rows=False):
-    """Reads prompts in order and drops duplicates. Of a dataset it reads no more than it needs. Returns one dict per
-    prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no images. Exits with
-    one line that names the row if a prompt is empty, or the column that is missing."""
-    shown, prompts, columns = public_text(source), {}, list(dict.fromkeys((column, *keep)))
+def read_prompts(
+    source: str, column: str, split: str | None, max_prompts: int | None, keep: tuple = (), whole_rows: bool = False
+) -> tuple[list[dict], list[dict[str, int]]]:
+    """Reads prompts in order and drops duplicates. Of a dataset it reads no more than it needs.
+
+    Returns:
+        one dict per prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no
+        images. One dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0,
+        and for each column to `keep`, how many rows before it have the same value there. Exits with one line that names
+        the row if a prompt is empty, or the column that is missing.
+    """
+    shown, columns = public_text(source), list(dict.fromkeys((column, *keep)))
+    prompts, places, counts = {}, {}, Counter()
     try:
         rows = tqdm(prompt_rows(source, split, columns, whole_rows), desc="prompts", unit=" rows", delay=10)
-        for number, row in enumerate(rows, 1):
+        for index, row in enumerate(rows):
             if missing := [name for name in columns if name not in row]:
                 raise ValueError(f"no column {missing[0]!r}; it has {', '.join(map(str, row))}")
             if not isinstance(row[column], str) or not (prompt := row[column].strip()):
-                raise ValueError(f"row {number}: the prompt is empty or no text: remove the row")
-            kept = row if whole_rows else {name: row[name] for name in keep}
-            prompts.setdefault(prompt, {**kept, "prompt": prompt})
+                raise ValueError(f"row {index + 1}: the prompt is empty or no text: remove the row")
+            values = {name: (name, str(row[name])) for name in keep}
+            places.setdefault(prompt, {"index": index} | {name: counts[value] for name, value in values.items()})
+            prompts.setdefault(prompt, {**row, "prompt": prompt})
+            counts.update(values.values())
             if max_prompts and len(prompts) == max_prompts:
                 break
     except Exception as error:
@@ -909,13 +978,15 @@ def read_prompts(source: str, column: str, split: str | None, max_prompts: int |
         raise SystemExit(f"--prompts {shown}: cannot be read: {public_text(one_line(error))}{known}") from None
     if not prompts:
         raise SystemExit(f"--prompts {shown}: holds no prompts")
-    return list(prompts.values())
+    if repeated := index + 1 - len(prompts):
+        warn(f"--prompts {shown}: {repeated} of {index + 1} rows repeat an earlier prompt and are left out")
+    return list(prompts.values()), list(places.values())
 
 
 def prompt_rows(source: str, split: str | None, columns: list[str], whole_rows: bool) -> Iterable[dict]:
     """The rows of a named set, file, URL or dataset. The first of these `columns` is the prompt."""
     known = PROMPT_SETS.get(source, {}).get("source", source)
-    suffix = Path(urlsplit(known).path if "://" in known else known).suffix
+    suffix = Path(urlsplit(known).path if "://" in known else known).suffix.lower()
     if source == "hpsv2":
         files = {s: hf_hub_download(known, f"benchmark/{s}.json", repo_type="dataset") for s in HPSV2_STYLES}
         return [row | {"style": style} for style in files for row in file_rows(files[style], ".json", columns[0])]
@@ -928,20 +999,17 @@ def prompt_rows(source: str, split: str | None, columns: list[str], whole_rows: 
 
 def file_rows(file: str, suffix: str, column: str) -> list[dict]:
     """The rows of a file or URL. A line of a text file, or a string in a JSON list, becomes a row with one `column`."""
-    if file.startswith(("http://", "https://")):
-        response = get_session().get(file, timeout=60)
-        response.raise_for_status()
-        if "html" in response.headers.get("Content-Type", ""):
-            raise ValueError("this is a web page, not a file of prompts: give the link to the raw file")
-        text = response.content.decode("utf-8-sig")
-    else:
-        text = Path(file).read_bytes().decode("utf-8-sig")
+    text = read_text(file)
     if suffix == ".txt":
-        return [{column: line} for line in text.removesuffix("\n").split("\n")] if text else []
+        return [{column: line} for line in text.rstrip("\n").split("\n")] if text else []
     if suffix in (".csv", ".tsv"):
         # Quotation marks in a .tsv are text, as in PartiPrompts, where a prompt begins with one.
-        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {"strict": True}
-        rows = list(csv.DictReader(StringIO(text, newline=""), **dialect))
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        if suffix == ".csv":  # the first of these that separates the names of the columns
+            header = text.partition("\n")[0]
+            found = (mark for mark in ",;\t|" if column in next(csv.reader([header], delimiter=mark), []))
+            options = {"delimiter": next(found, ","), "strict": True}
+        rows = list(csv.DictReader(StringIO(text, newline=""), **options))
         if long := [number for number, row in enumerate(rows, 1) if None in row]:
             raise ValueError(f"row {long[0]} has more fields than the header: quote a prompt that has commas")
         return rows
@@ -952,27 +1020,41 @@ def file_rows(file: str, suffix: str, column: str) -> list[dict]:
     return [value if isinstance(value, dict) else {column: value} for value in values]
 
 
-def stream_rows(source: str, split: str | None, columns: list[str], whole_rows: bool) -> Iterable[dict]:
+def read_text(file: str) -> str:
+    """The text of a file or URL: UTF-8, with or without a byte order mark, or UTF-16 with one; with any line ends."""
+    if file.startswith(("http://", "https://")):
+        response = get_session().get(file, timeout=60)
+        response.raise_for_status()
+        if "html" in response.headers.get("Content-Type", ""):
+            raise ValueError("this is a web page, not a file of prompts: give the link to the raw file")
+        content = response.content
+    else:
+        content = Path(file).read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return StringIO(content.decode("utf-16" if is_utf16 else "utf-8-sig"), newline=None).read()
+
+
+def stream_rows(source: str, split: str | None, columns: list[str], whole_rows: bool) -> Iterator[dict]:
     """The rows of a .parquet file, or of a dataset on the Hub or in a folder, while it reads them: nothing is
     downloaded as a whole. Of Parquet files, which most datasets with images are, only these `columns` are read."""
-    options = {"path": source}
-    if source.endswith(".parquet") and os.path.isfile(source):
-        options, split = {"path": "parquet", "data_files": source}, "train"
-    if HF_HUB_OFFLINE and not os.path.exists(source):  # what an earlier run downloaded
-        return load_dataset(**options, split=split)
-    builder = load_dataset_builder(**options)
-    rows = builder.as_streaming_dataset(split=split)
-    names = rows.column_names or list(next(iter(rows), {}))
-    if missing := [name for name in columns if name not in names]:
-        raise ValueError(f"no column {missing[0]!r}; it has {', '.join(names)}")
-    if whole_rows:
-        kinds = rows.features or dict.fromkeys(names, "")
-        columns = [name for name in names if not re.search(r"\bImage\b|binary", repr(kinds[name]))]
-    if hasattr(builder.config, "columns"):
-        # By default the client reads 5 MiB ahead with each small piece of a column: a tenth of the images.
-        options |= {"columns": columns, "storage_options": {"hf": {"block_size": 2**14}}}
-        rows = load_dataset(**options, split=split, streaming=True)
-    return rows.select_columns(columns)
+    with plain_path(source) as path:
+        options = {"path": path}
+        if path.endswith(".parquet") and os.path.isfile(path):
+            options, split = {"path": "parquet", "data_files": path}, "train"
+        offline = HF_HUB_OFFLINE and not os.path.exists(path)  # then it is what an earlier run downloaded
+        builder = None if offline else load_dataset_builder(**options)
+        rows = load_dataset(**options, split=split) if offline else builder.as_streaming_dataset(split=split)
+        names = rows.column_names or list(next(iter(rows), {}))
+        if missing := [name for name in columns if name not in names]:
+            raise ValueError(f"no column {missing[0]!r}; it has {', '.join(names)}")
+        if whole_rows:
+            kinds = rows.features or dict.fromkeys(names, "")
+            columns = [name for name in names if not re.search(r"\bImage\b|binary", repr(kinds[name]))]
+        if not offline and hasattr(builder.config, "columns"):
+            # By default the client reads 5 MiB ahead with each small piece of a column: a tenth of the images.
+            options |= {"columns": columns, "storage_options": {"hf": {"block_size": 2**14}}}
+            rows = load_dataset(**options, split=split, streaming=True)
+        yield from rows.select_columns(columns)
 
 
 def public_text(text: str) -> str:
@@ -1023,12 +1105,12 @@ def reward_settings(name: str) -> dict:
     kind, _, checkpoint = name.partition("=")
     if kind in REWARD_MODELS:
         checkpoint = checkpoint or REWARD_MODELS[kind][1]
-        files = {"files": content_key(checkpoint)} if os.path.isdir(checkpoint) else {}
+        files = {"files": path_key(checkpoint)} if os.path.isdir(checkpoint) else {}
         return {"reward": reward_name(name), "checkpoint": checkpoint, **files}
     own, (file, function, settings) = FunctionReward(name), split_function(name)
-    files = {key: content_key(path) for key, path in own.paths().items()}
-    found = {"reward": f"{Path(file).name}:{function}", "sha256": own.identity}
-    return found | ({"settings": settings} if settings else {}) | ({"files": files} if files else {})
+    parts = {"settings": settings, "files": {key: path_key(path) for key, path in own.paths().items()}}
+    known = {"reward": f"{Path(file).name}:{function}", "sha256": own.identity}
+    return known | {key: part for key, part in parts.items() if part}
 
 
 def check_rewards(names: list[str]) -> None:
@@ -1052,15 +1134,16 @@ def check_rewards(names: list[str]) -> None:
 class RewardModel:
     """A reward model. Worker threads decode and prepare images ahead of the device, which takes them in batches.
 
-    A subclass loads its weights in `load` and defines `compare` (n encoded images and prompts → n rewards). It may
-    override `prepare` (PIL image → model input, in a worker), `encode_images` and `encode_prompts` (one batch each).
-    """
+    To add one, write a subclass and name it in REWARD_MODELS. It loads its weights in `load` and defines `compare` (n
+    encoded images and n encoded prompts → n rewards). It may override `prepare` (PIL image → input of the model, in a
+    worker), `encode_images` and `encode_prompts` (one batch each, of images and prompts that differ)."""
 
     def __init__(self, name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32):
         self.name, self.device, self.batch_size = name, torch.device(device), batch_size
         self.kind, _, checkpoint = name.partition("=")
         _, published, self.base_model = REWARD_MODELS[self.kind]
         self.checkpoint = checkpoint or published
+        self.cut = set()  # prompts of the last `score` that are longer than the model reads
         # float16 is closer to float32 than bfloat16 is, but T5 and other language models overflow in it.
         half = torch.bfloat16 if self.kind.startswith("vqascore") else torch.float16
         self.dtype = dtype or (half if self.device.type == "cuda" else torch.float32)
@@ -1069,37 +1152,51 @@ class RewardModel:
         except torch.OutOfMemoryError:
             raise SystemExit(f"reward {name}: the device's memory does not hold it: give --rewards_at_once 1") from None
         except (OSError, LookupError, RuntimeError, ValueError) as error:
-            message = f"{type(error).__name__}: {one_line(error)}"
-            raise SystemExit(f"reward {name}: {self.checkpoint} cannot be loaded: {message}") from None
+            problem = f"{self.checkpoint} cannot be loaded: {type(error).__name__}: {one_line(error)}"
+            raise SystemExit(f"reward {name}: {problem}") from None
 
     @torch.no_grad()
     def score(self, images: list, prompts: list[str], rows: list[dict] | None = None, bad: dict | None = None) -> list:
-        """The reward of each image for its prompt, whatever else is in its batch.
+        """The reward of each image for its prompt, whatever else is in its batch. What occurs several times, an image,
+        a prompt or both together, is encoded and scored once.
 
         Args:
             images: PIL images, the bytes of their files, functions that return an image, or what `begin` returned.
-            rows: the whole row of each image's prompt, for the user's own metrics.
+            rows: the whole row of each prompt, for the user's own metrics.
             bad: takes position → reason of images that do not decode; they get NaN. Without it, the first is an error.
         """
-        prepared, rows, results = self.begin(images), rows or [{"prompt": prompt} for prompt in prompts], []
-        for numbers in batches(range(len(prompts)), self.batch_size):
-            inputs = {n: prepared[n].result() for n in numbers}
-            for n in [n for n, found in inputs.items() if isinstance(found, Exception)]:
+        self.cut, self.rows = set(), dict(zip(prompts, rows or []))
+        pairs = list(zip(self.begin(images), prompts, strict=True))
+        wanted = {}  # distinct image → its distinct prompts
+        for image, prompt in pairs:
+            wanted.setdefault(image, {})[prompt] = True
+        texts, results, scores, reasons = {}, [], {}, {}
+        for batch in batches(list(wanted), self.batch_size):
+            inputs = {image: image.result() for image in batch}
+            for image in [image for image in batch if isinstance(inputs[image], Exception)]:
+                reasons[image] = inputs.pop(image)
                 if bad is None:
-                    raise inputs[n]
-                bad[n] = re.sub(r" <[^>]*>", "", one_line(inputs.pop(n)))  # PIL names an object by its address
-            if inputs:
-                batch = (list(inputs.values()), [prompts[n] for n in inputs], [rows[n] for n in inputs])
-                results.append((list(inputs), self.rewards(*batch)))
-        scores = [math.nan for _ in zip(images, prompts, strict=True)]
-        for numbers, rewards in results:  # until here they stay on the device, which never waits
-            for n, reward in zip(numbers, rewards.tolist() if torch.is_tensor(rewards) else rewards, strict=True):
-                scores[n] = self.checked(reward, prompts[n])
-        return scores
+                    raise reasons[image]
+            encoded = dict(zip(inputs, self.encode_images(list(inputs.values())))) if inputs else {}
+            for part in batches([(image, prompt) for image in inputs for prompt in wanted[image]], self.batch_size):
+                new = list(dict.fromkeys(prompt for _, prompt in part if prompt not in texts))
+                texts.update(zip(new, self.encode_prompts(new) if new else []))
+                rewards = self.compare([encoded[image] for image, _ in part], [texts[prompt] for _, prompt in part])
+                results.append((part, rewards))
+        for part, rewards in results:  # until here they stay on the device, which never waits
+            scores.update(zip(part, rewards.tolist() if torch.is_tensor(rewards) else rewards, strict=True))
+        for position, (image, _) in enumerate(pairs if reasons else []):
+            if image in reasons:  # PIL names an object by its address
+                bad[position] = re.sub(r" <[^>]*>", "", one_line(reasons[image]))
+        return [self.checked(scores[pair], pair[1]) if pair in scores else math.nan for pair in pairs]
 
     def begin(self, images: list) -> list[Future]:
-        """Lets the workers prepare these images. `score` takes what this returns in place of them."""
-        return [image if isinstance(image, Future) else WORKERS.submit(self.prepare_image, image) for image in images]
+        """Lets the workers prepare these images, equal files once. `score` takes what this returns in place of them."""
+        keys, begun = [image if isinstance(image, bytes) else id(image) for image in images], {}
+        for key, image in zip(keys, images):
+            if key not in begun:
+                begun[key] = image if isinstance(image, Future) else WORKERS.submit(self.prepare_image, image)
+        return [begun[key] for key in keys]
 
     def prepare_image(self, image):
         """`prepare` of an image that may have to be decoded first; the error if it does not decode."""
@@ -1109,21 +1206,13 @@ class RewardModel:
             return error
         return self.prepare(image)
 
-    def rewards(self, images: list, prompts: list[str], rows: list[dict]) -> torch.Tensor:
-        """The rewards of one batch of prepared images. A prompt of several images is encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        texts = dict(zip(distinct, self.encode_prompts(distinct)))
-        return self.compare(self.encode_images(images), [texts[prompt] for prompt in prompts])
-
     def checked(self, value, prompt: str) -> float | dict[str, float]:
         """A score, or of the user's own metrics a dict of scores, in which a NaN means: does not apply."""
-        found = value.items() if isinstance(value, dict) else [("", value)]
-        numbers = {key: float(number) for key, number in found}
-        for key, number in numbers.items():
-            if not (np.isfinite(np.float32(number)) or key and math.isnan(number)):  # they are stored as float32
-                problem = f"the score of prompt {prompt!r} is {value}: it must be a finite number"
-                raise SystemExit(f"reward {self.name}: {problem}")
-        return numbers if isinstance(value, dict) else numbers[""]
+        if isinstance(value, dict):
+            return {key: math.nan if part != part else self.checked(part, prompt) for key, part in value.items()}
+        if not np.isfinite(np.float32(value)):  # they are stored as float32
+            raise SystemExit(f"reward {self.name}: the score of {prompt!r} is {value}: it must be a finite number")
+        return float(value)
 
     def prepare(self, image: PILImage.Image):
         """OpenAI CLIP's transform: PIL image → float32 (3, size, size)."""
@@ -1138,6 +1227,12 @@ class RewardModel:
 
     def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(pixels).to(self.device, self.dtype)
+
+    def tokens(self, texts: list[str], max_length: int, **options):
+        """The tokens of texts. What is longer is cut, and noted."""
+        tokens = self.tokenizer(texts, truncation=True, max_length=max_length, **options)
+        self.cut.update(text for text, found in zip(texts, tokens.encodings) if found.overflowing)
+        return tokens
 
     def source_of(self, *files: str) -> str:
         """The checkpoint if it is a folder that has one of these files, else the base model."""
@@ -1172,9 +1267,8 @@ class RewardModel:
 
 
 class FunctionReward(RewardModel):
-    """The user's own: `function(images, prompts)`, or a class that is made once with `device` and `batch_size` and has
-    such a `score`. If it has a parameter `rows`, that is the whole row of each image's prompt, as a dict. Settings of a
-    class are text if the default of its parameter is text, else what YAML reads in them."""
+    """The user's own: `function(images, prompts)`, or a class that is made once with `device`, `batch_size` and its
+    settings, and has such a `score`. If it has a parameter `rows`, that is the whole row of each prompt, as a dict."""
 
     def __init__(self, name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32):
         self.name, self.device, self.batch_size, self.made = name, torch.device(device), batch_size, None
@@ -1184,34 +1278,44 @@ class FunctionReward(RewardModel):
             self.function = getattr(import_file(os.path.abspath(file)), function)
             called = self.function.score if inspect.isclass(self.function) else self.function
             self.takes_rows = "rows" in inspect.signature(called).parameters
+            known = inspect.signature(self.function).parameters if inspect.isclass(self.function) else {}
         except (Exception, SystemExit) as error:  # the file may call sys.exit()
             raise SystemExit(f"reward {name}: cannot be imported: {type(error).__name__}: {one_line(error)}") from error
-        known = inspect.signature(self.function).parameters if inspect.isclass(self.function) else {}
         self.settings = {}
         for key, text in settings.items():
             if key not in known:
                 raise SystemExit(f"reward {name}: no setting {key}; its settings are {', '.join(known) or 'none'}")
-            default = known[key].default
-            self.settings[key] = value = text if isinstance(default, str) else yaml.safe_load(text)
-            kinds = (bool,) if isinstance(default, bool) else (int, float)
-            if isinstance(default, (bool, int, float)) and type(value) not in kinds:
-                raise SystemExit(f"reward {name}: setting {key} {text!r}: it must be like its default, {default}")
+            try:
+                self.settings[key] = typed_setting(text, known[key])
+            except (LookupError, ValueError):
+                raise SystemExit(f"reward {name}: {key} {text!r}: it must be like its default, {known[key]}") from None
 
     def paths(self) -> dict[str, str]:
         """The settings that name a file or a folder."""
         return {key: value for key, value in self.settings.items() if isinstance(value, str) and os.path.exists(value)}
 
     def prepare(self, image: PILImage.Image) -> PILImage.Image:
-        return image.copy()  # the function may draw on it, and another reward may need it, too
+        return image
 
-    def rewards(self, images: list, prompts: list[str], rows: list[dict]) -> list:
+    def compare(self, images: list[PILImage.Image], texts: list[str]) -> list:
         if inspect.isclass(self.function) and self.made is None:
             self.made = self.function(device=self.device, batch_size=self.batch_size, **self.settings)
         function = self.made.score if self.made else self.function
-        values = list(function(images, prompts, **({"rows": rows} if self.takes_rows else {})))
+        rows = {"rows": [self.rows.get(text, {"prompt": text}) for text in texts]} if self.takes_rows else {}
+        # The function may draw on its images, and another reward may need them, too.
+        values = list(function([image.copy() for image in images], texts, **rows))
         if len(values) != len(images):
             raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(images)} images")
         return values
+
+
+def typed_setting(text: str, parameter: inspect.Parameter) -> bool | int | float | str:
+    """A setting in the type of its parameter, by annotation or default: bool, int, float; everything else is text."""
+    no_annotation = parameter.annotation is parameter.empty
+    words = re.findall(r"\w+", str(type(parameter.default) if no_annotation else parameter.annotation))
+    if "bool" in words:
+        return {"true": True, "false": False}[text]
+    return int(text) if "int" in words else float(text) if "float" in words else text
 
 
 def source_files(file: Path) -> list[Path]:
@@ -1236,7 +1340,23 @@ def import_file(file: str):
     return module
 
 
-class HPSReward(RewardModel):
+class CLIPReward(RewardModel):
+    """The cosine of an image and a prompt in a CLIP model. A subclass gives `tokenize`: prompts → rows of tokens."""
+
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
+
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        # Attention is causal and the feature is that of the first end token, so padding to its right has no effect.
+        rows = [torch.tensor(row) for row in self.tokenize(prompts)]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return unit(self.model.get_text_features(tokens.to(self.device)).pooler_output)
+
+    def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
+        return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
+
+
+class HPSReward(CLIPReward):
     """HPSv2 and v2.1 (Wu et al., 2023): the cosine of CLIP ViT-H/14, about 0.2 to 0.35, as `hpsv2.score` gives it
     (`hpsv2.evaluate` shows it times 100)."""
 
@@ -1265,34 +1385,23 @@ class HPSReward(RewardModel):
         pixels = pad(pixels, [wide // 2, high // 2, wide - wide // 2, high - high // 2])
         return normalize(pixels, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
-    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
-
-    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
-        # Attention is causal and the feature is that of the first end token, so padding to its right has no effect.
-        rows = [torch.tensor(row) for row in self.tokenize(prompts)]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return unit(self.model.get_text_features(tokens.to(self.device)).pooler_output)
-
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": True, "max_length": 75}
+        options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": True, "max_length": 76}
         rows = []
-        for prompt in map(clean_text, prompts):
+        for prompt in prompts:
             row = []
-            for part in self.SPECIAL.split(prompt):
+            for part in self.SPECIAL.split(clean_text(prompt)):
                 if self.SPECIAL.fullmatch(part):
                     row += [start if word == "start" else end for word in re.findall("start|end", part)]
                 else:
                     row += self.tokenizer(part, **options).input_ids
             rows.append([start, *row[:75], end])
+            self.cut.update([prompt] if len(row) > 75 else [])
         return rows
 
-    def compare(self, images: torch.Tensor, texts: list[torch.Tensor]) -> torch.Tensor:
-        return (images * torch.stack(texts)).sum(dim=-1)
 
-
-class PickScoreReward(HPSReward):
+class PickScoreReward(CLIPReward):
     """PickScore (Kirstain et al., 2023): exp(logit scale) · cosine of CLIP ViT-H/14, about 20 to 23."""
 
     def load(self):
@@ -1304,9 +1413,8 @@ class PickScoreReward(HPSReward):
         self.model = self.ready(model, self.dtype)
         self.tokenizer = self.load_tokenizer()
         # The PIL backend is bit-exact with the transform that the published scores were made with.
-        self.image_processor = transformers.AutoImageProcessor.from_pretrained(
-            self.source_of("preprocessor_config.json"), backend="pil"
-        )
+        source = self.source_of("preprocessor_config.json")
+        self.image_processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil")
 
     def prepare(self, image) -> torch.Tensor:
         image = resize_shorter(image.convert("RGB"), self.image_processor.size["shortest_edge"])
@@ -1314,21 +1422,18 @@ class PickScoreReward(HPSReward):
         return self.image_processor(image, do_resize=False, return_tensors="pt").pixel_values[0]
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
-        return self.tokenizer(prompts, truncation=True, max_length=77).input_ids
+        return self.tokens(prompts, 77).input_ids
 
-    def compare(self, images: torch.Tensor, texts: list[torch.Tensor]) -> torch.Tensor:
+    def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
         return self.logit_scale * super().compare(images, texts)
 
 
 class MPSReward(PickScoreReward):
     """MPS (Zhang et al., 2024), the overall model: exp(logit scale) · cosine like PickScore, but the image's tokens
-    attend to the prompt's before they are compared with it.
-
-    They attend to those tokens that have to do with the condition, a list of what people judge. A token's similarity is
-    its largest dot product with a token of the condition; divided by the largest of the prompt (officially of the whole
-    batch, which in its evaluation is one prompt), it must be above a threshold: 0.3 in the official evaluation (`mps`),
-    0.01 in the official model class (`mps_t0.01`).
-    """
+    attend to the prompt's before they are compared with it: to those that have to do with the condition, a list of what
+    people judge. A token's similarity is its largest dot product with a token of the condition; divided by the largest
+    of the prompt (officially of the whole batch, which in its evaluation is one prompt), it must be above a threshold:
+    0.3 in the official evaluation (`mps`), 0.01 in the official model class (`mps_t0.01`)."""
 
     CONDITION = (
         "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
@@ -1350,7 +1455,7 @@ class MPSReward(PickScoreReward):
 
     def text_features(self, prompts: list[str]) -> list[torch.Tensor]:
         """Of all 77 tokens, padding included, (n, 77, dim); and of the end token, (n, dim)."""
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+        tokens = self.tokens(prompts, 77, padding="max_length", return_tensors="pt")
         output = self.model.text_model(tokens.input_ids.to(self.device))
         return [self.model.text_projection(part) for part in (output.last_hidden_state, output.pooler_output)]
 
@@ -1364,18 +1469,16 @@ class MPSReward(PickScoreReward):
         seen = similarity / similarity.amax(dim=-1, keepdim=True) > self.threshold
         return list(zip(tokens, seen, unit(end)))
 
-    def compare(self, images: torch.Tensor, texts: list) -> torch.Tensor:
-        tokens, seen, end = zip(*texts)
-        tokens, seen = torch.stack(tokens), torch.stack(seen)[:, None, None]
+    def compare(self, images: list[torch.Tensor], texts: list) -> torch.Tensor:
+        images, (tokens, seen, end) = torch.stack(images), map(torch.stack, zip(*texts))
         for text_block, image_block in self.layers:
-            images = image_block(text_block(images, tokens, seen))
-        return super().compare(unit(images[:, 0]), end)
+            images = image_block(text_block(images, tokens, seen[:, None, None]))
+        return self.logit_scale * (unit(images[:, 0]) * end).sum(dim=-1)
 
 
 class MPSBlock(torch.nn.Module):
     """Image tokens (n, positions, dim) attend to text tokens (n, t, dim) of which some are seen, or with `positions` to
-    each other with rotary positions; beside it goes a SwiGLU feed-forward. All heads, 64 wide, share one key and value.
-    """
+    each other with rotary positions, beside a SwiGLU feed-forward. All heads, 64 wide, share one key and value."""
 
     def __init__(self, dim: int, positions: int = 0):
         super().__init__()
@@ -1422,10 +1525,8 @@ def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
     return clip, layers
 
 
-class CLIPScoreReward(HPSReward):
+class CLIPScoreReward(CLIPReward):
     """CLIPScore as Hessel et al. (2021) define it: 2.5 · max(cosine, 0) of CLIP ViT-B/32, "A photo depicts" first."""
-
-    prepare = RewardModel.prepare
 
     def load(self):
         self.model = self.load_model(transformers.CLIPModel, self.checkpoint)
@@ -1434,9 +1535,9 @@ class CLIPScoreReward(HPSReward):
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
         texts = [clean_text(f"A photo depicts {prompt}") for prompt in prompts]
-        return self.tokenizer(texts, truncation=True, max_length=77).input_ids
+        return self.tokens(texts, 77).input_ids
 
-    def compare(self, images: torch.Tensor, texts: list[torch.Tensor]) -> torch.Tensor:
+    def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
         return 2.5 * super().compare(images, texts).clamp(min=0)
 
 
@@ -1454,8 +1555,8 @@ class AestheticReward(RewardModel):
     def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         return self.head(unit(self.model(self.stack(pixels)).image_embeds))[:, 0]
 
-    def compare(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        return images
+    def compare(self, images: list[torch.Tensor], texts: list[str]) -> torch.Tensor:
+        return torch.stack(images)
 
 
 class ImageRewardReward(RewardModel):
@@ -1485,13 +1586,14 @@ class ImageRewardReward(RewardModel):
         return self.vision(self.stack(pixels)).last_hidden_state
 
     def encode_prompts(self, prompts: list[str]) -> list:
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        tokens = self.tokens(prompts, 35, padding="max_length", return_tensors="pt")
         return list(zip(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)))
 
-    def compare(self, images: torch.Tensor, texts: list) -> torch.Tensor:
-        # The configuration names a decoder. It runs as an encoder, which sees the text in both directions.
+    def compare(self, images: list[torch.Tensor], texts: list) -> torch.Tensor:
         ids, mask = map(torch.stack, zip(*texts))
-        output = self.text(ids, attention_mask=mask, encoder_hidden_states=images, is_decoder=False)
+        # The configuration names a decoder. It runs as an encoder, which sees the text in both directions.
+        options = {"encoder_hidden_states": torch.stack(images), "is_decoder": False}
+        output = self.text(ids, attention_mask=mask, **options)
         return (self.head(output.last_hidden_state[:, 0].float())[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
@@ -1544,12 +1646,10 @@ class VQAScoreReward(RewardModel):
 
     def encode_prompts(self, prompts: list[str]) -> list:
         # The text before and the text after the image are tokenised apart, so an end token precedes the image too.
-        return [
-            [torch.tensor(self.tokenizer(text).input_ids, device=self.device) for text in (self.BEFORE, after)]
-            for after in map(self.AFTER.format, prompts)
-        ]
+        rows = [[self.tokenizer(text).input_ids for text in (self.BEFORE, self.AFTER.format(p))] for p in prompts]
+        return [[torch.tensor(tokens, device=self.device) for tokens in row] for row in rows]
 
-    def compare(self, images: torch.Tensor, texts: list) -> torch.Tensor:
+    def compare(self, images: list[torch.Tensor], texts: list) -> torch.Tensor:
         embed = self.t5.get_input_embeddings()
         rows = [torch.cat([embed(before), image, embed(after)]) for image, (before, after) in zip(images, texts)]
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
@@ -1576,11 +1676,9 @@ class VLMReward(RewardModel):
         return image.convert("RGB")
 
     def encode_prompts(self, prompts: list[str]) -> list[str]:
-        contents = [[{"type": "image"}, {"type": "text", "text": self.QUESTION.format(text)}] for text in prompts]
-        return [
-            self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            for content in contents
-        ]
+        contents = ([{"type": "image"}, {"type": "text", "text": self.QUESTION.format(text)}] for text in prompts)
+        chats = [[{"role": "user", "content": content}] for content in contents]
+        return [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
 
     def compare(self, images: list, texts: list[str]) -> torch.Tensor:
         images = [[image] for image in images]  # a flat list would be many images for the first text
@@ -1591,6 +1689,7 @@ class VLMReward(RewardModel):
 
 # The threads that decode and prepare images. Each has one core: teams of OpenMP's threads would be too many.
 WORKERS = ThreadPoolExecutor(min(16, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # a picture may hold the workflow that made it
 
 
 def decode_image(image) -> PILImage.Image:
@@ -1625,11 +1724,6 @@ def unit(features: torch.Tensor) -> torch.Tensor:
 def clean_text(text: str) -> str:
     """OpenAI CLIP's cleaning of a prompt, which transformers' tokenizer does not do."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
-
-
-def file_of(source: str, file: str, revision: str | None = None) -> Path:
-    """A file of a local folder, or of a repository on the Hub."""
-    return Path(source, file) if os.path.isdir(source) else Path(hf_hub_download(source, file, revision=revision))
 
 
 def checkpoint_weights(checkpoint: str, *patterns: str) -> dict[str, torch.Tensor]:
@@ -1697,7 +1791,6 @@ def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
     for prefix in ("blip.vision_proj.", "blip.text_proj."):  # of BLIP's pretraining; the reward does not use them
         split_keys(weights, prefix)
     refuse_unexpected(weights)
-    text.pop("embeddings.position_ids", None)
     renames = """.cls_token=.embeddings.class_embedding .pos_embed=.embeddings.position_embedding
         .patch_embed.proj.=.embeddings.patch_embedding. .blocks.=.encoder.layers. .norm1.=.layer_norm1.
         .norm2.=.layer_norm2. .norm.=.post_layernorm. .attn.qkv.=.self_attn.qkv. .attn.proj.=.self_attn.projection."""
@@ -1729,45 +1822,90 @@ REWARD_MODELS = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def one_ahead(items: Iterator, pool: ThreadPoolExecutor) -> Iterator:
-    """The items of an iterator. A thread makes the next one while the caller works on this one."""
-    coming = pool.submit(next, items, None)
-    while (item := coming.result()) is not None:
-        coming = pool.submit(next, items, None)
-        yield item
+class ArgumentParser(TrlParser):
+    """TrlParser that ends every usage error in one line, and knows the metadata of `flag`."""
+
+    group = None
+
+    def add_argument(self, *names, limits=None, group=None, **options):
+        self.group = self.add_argument_group(group) if group else self.group
+        return (self.group.add_argument if self.group else super().add_argument)(*names, **options)
+
+    def error(self, message: str):
+        # argparse names both spellings of a flag: --shard_size/--shard-size.
+        raise SystemExit(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", one_line(message)))
+
+
+def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
+    """Parses and checks the command line. `--config file.yaml` adds flags, which the command line overrides."""
+    words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
+    parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
+    given = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
+    del given["config"]
+    for spec in fields(ScriptArguments):
+        value = given[spec.name]
+        for phrase, limit in spec.metadata["limits"].items():
+            if None not in (value, limit) and not COMPARE[phrase](value, limit):
+                raise SystemExit(f"--{spec.name} {value}: must be {phrase} {limit}")
+        if isinstance(value, str):
+            given[spec.name] = with_home(value)
+        elif isinstance(value, list):
+            given[spec.name] = [with_home(word) for word in value]
+    return ScriptArguments(**given)
+
+
+def with_home(word: str) -> str:
+    """Expands `~/x` and `name=~/x`: the shell leaves it in --flag=~/x, and YAML has none."""
+    name, equals, path = word.rpartition("=")
+    return name + equals + os.path.expanduser(path) if path.startswith("~") else word
+
+
+# Copied from train_rankdpo_sdxl.config_words
+def config_words(file: str) -> list[str]:
+    """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
+    given = []
+    # BaseLoader leaves every value as text, so `no` stays `no`. A single one stands behind "=": it may begin with "-".
+    for name, value in dict(yaml.load(Path(file).expanduser().read_text(), Loader=yaml.BaseLoader) or {}).items():
+        words = value if isinstance(value, list) else [value]
+        if words and value not in ("", "~", "null", "Null", "NULL"):
+            given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
+    return given
+
+
+@contextmanager
+def plain_path(path: str) -> Iterator[str]:
+    """The path of a dataset for `datasets`, which takes * ? [ in one for a pattern, and would read another folder: such
+    a folder or file is linked under a plain name while the block lasts."""
+    if not os.path.exists(path) or not glob.has_magic(os.path.abspath(path)):
+        yield path
+        return
+    with TemporaryDirectory() as links:
+        if os.path.isdir(path):
+            yield shutil.copytree(os.path.abspath(path), f"{links}/data", copy_function=os.symlink)
+        else:
+            os.symlink(os.path.abspath(path), f"{links}/data{Path(path).suffix}")
+            yield f"{links}/data{Path(path).suffix}"
+
+
+def one_line(error: BaseException | str) -> str:
+    """An error's message on one line, whatever its class and length."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def warn(text: str) -> None:
+    """Says something on stderr, once for all processes of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+# Copied from train_rankdpo_sdxl.content_key with content_key->short_hash
+def short_hash(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
 def batches(items, size: int) -> Iterator:
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def write_shard(file: Path, columns: dict, facts: dict) -> None:
-    """Writes a shard of work, whole or not at all. `facts`: recorded in the file; `shard_facts` reads them."""
-    write_tables(iter([pa.table(columns)]), file, facts)
-
-
-def write_tables(tables: Iterator[pa.Table], file: Path, facts: dict, row_group_size: int | None = None) -> None:
-    """Writes tables of one schema into a Parquet file with a page index and small row groups, by default of at most 100
-    rows and 64 MB: the Hub's viewer needs both. Memory holds one table, and those that did not fill a row group."""
-    with replacing(file) as temporary:
-        left = next(tables)
-        size = row_group_size or min(max(64_000_000 * len(left) // max(left.nbytes, 1), 1), 100)
-        schema = left.schema.with_metadata({**(left.schema.metadata or {}), b"synpic": json.dumps(facts)})
-        with pq.ParquetWriter(temporary, schema, write_page_index=True) as writer:
-            for table in tables:
-                while len(left) >= size:
-                    writer.write_table(left.slice(0, size))
-                    left = left.slice(size)
-                left = pa.concat_tables([left, table])
-            writer.write_table(left, row_group_size=size)
-
-
-def shard_facts(file: Path) -> dict:
-    """What was recorded with a file; {} if there is none, or it cannot be read."""
-    try:
-        return json.loads(pq.read_metadata(file).metadata[b"synpic"])
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return {}
 
 
 @contextmanager
@@ -1781,74 +1919,8 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    if not file.exists() or file.read_bytes() != content:
-        with replacing(file) as temporary:
-            temporary.write_bytes(content)
-
-
-class ArgumentParser(TrlParser):
-    """TrlParser that ends every usage error in one line and knows the metadata of `flag`. Its own reading of --config
-    takes YAML's types (`no` becomes False) and checks no choices: see `config_words`."""
-
-    group = None
-
-    def add_argument(self, *names, limits=None, group=None, **options):
-        self.group = self.add_argument_group(group) if group else self.group
-        return (self.group.add_argument if self.group else super().add_argument)(*names, **options)
-
-    def error(self, message: str):
-        # argparse names both spellings of a flag: --shard_size/--shard-size.
-        raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
-
-
-def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
-    """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
-    words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
-    parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
-    arguments = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
-    return ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
-
-
-def config_words(file: str) -> list[str]:
-    """The flags of a YAML file as words of a command line, so that argparse checks their types and choices too."""
-    given, rule = [], "must hold lines of `flag: value` or `flag: [value, value]`, and no `config`"
-    try:
-        # BaseLoader leaves every value as text: argparse reads 1e-5 as a number, and `no` stays `no`.
-        for name, value in dict(yaml.load(Path(file).read_text(), Loader=yaml.BaseLoader) or {}).items():
-            words = value if isinstance(value, list) else [value]
-            if name == "config" or not all(isinstance(word, str) for word in words):
-                raise ValueError(f"{name} {value}")
-            if words and value not in ("", "~", "null"):  # a single value stands behind "=": it may begin with "-"
-                given += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise argparse.ArgumentTypeError(f"{file} cannot be read, or {rule}: {one_line(error)}") from None
-    return given
-
-
-def one_line(error: BaseException | str) -> str:
-    """An error's message on one line, whatever its class and length."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def short_hash(data: str | bytes) -> str:
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
-
-
-def content_key(path: str) -> str:
-    """Identifies a local file, model or dataset, wherever it lies, by the names, the sizes and the last 64 KB of its
-    files: weights, or Parquet's footer."""
-    root, digest = Path(path), hashlib.sha256()
-    files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*")) if file.is_file()}
-    # Cards and pictures are written again at every run; hidden files are other programs', work/ this script's.
-    files = {name: file for name, file in files.items() if not re.search(r"^work/|(^|/)\.|\.(md|png)$", name)}
-    for name, file in files.items() if root.is_dir() else [("", root), ("", root.with_name("config.json"))]:
-        with suppress(FileNotFoundError), open(file, "rb") as handle:  # beside weights, config.json says their sizes
-            size = handle.seek(0, os.SEEK_END)
-            digest.update(f"{name}:{size}".encode())
-            handle.seek(max(0, size - 2**16))
-            digest.update(handle.read())
-    return digest.hexdigest()[:16]
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from transformers import (
 )
 
 import build_synpic
-from build_synpic import BadImage, load_reward_model
+from build_synpic import load_reward_model
 
 
 PROMPTS = [
