@@ -208,7 +208,7 @@ def main(args: ScriptArguments) -> None:
             state.wait_for_everyone()
     if state.is_main_process:
         if "publish" in args.stages and args.push_to_hub:
-            publish(args)
+            publish(args, PUBLISHED, DATA_FILES)
         if args.num_tasks > 1:
             last = "--num_tasks 1 --stages rank publish"
             print(f"task {args.task_index} of {args.num_tasks} is done. After all of them: the same with {last}")
@@ -909,15 +909,16 @@ def prepare_repository(args: "ScriptArguments") -> None:
         raise SystemExit(f"{problem}: choose another name")
 
 
-def publish(args: "ScriptArguments") -> None:
-    """Uploads the card and the files. Run again, it sends only what is missing."""
+def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
+    """Uploads the card and the files of these patterns; others on the Hub that match `replaced` go. Run again, it sends
+    only what is missing."""
     file, name = Path(args.output_dir, "README.md"), args.hub_dataset_id
     # The card of a dataset that was built without --push_to_hub names its folder.
     card = RepoCard(re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{name}"', file.read_text()))
     if theirs := earlier_card(args, on_hub=True):
         card = merge_cards(card, theirs)
     write_bytes(file, str(card).encode())
-    patterns = {"allow_patterns": PUBLISHED, "delete_patterns": DATA_FILES}
+    patterns = {"allow_patterns": published, "delete_patterns": replaced}
     HfApi().upload_folder(repo_id=name, repo_type="dataset", folder_path=args.output_dir, **patterns)
     print(f"published: {HfApi().endpoint}/datasets/{name}")
 
