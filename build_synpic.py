@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "accelerate", "datasets", "diffusers", "filelock", "ftfy", "huggingface_hub", "numpy", "pillow",
+# dependencies = ["accelerate", "datasets", "diffusers", "filelock", "ftfy", "huggingface_hub", "numpy", "pillow",
 #     "protobuf", "pyarrow", "pyyaml", "safetensors", "sentencepiece", "torch", "torchvision", "tqdm", "transformers",
-#     "trl",
-# ]
+#     "trl"]
 # ///
 """Builds Syn-Pic, a ranked preference dataset, from prompts, generators and reward models (Karthik et al., 2024).
 
-The dataset needs no human labels: k text-to-image models draw each prompt, and each reward model scores the k images.
-An image's preference probability is the share of all comparisons that it wins (Algorithm 1 of the paper).
+No human labels: k text-to-image models draw each prompt, each reward model scores the k images, and an image's
+preference probability is the share of all comparisons that it wins (Algorithm 1 of the paper).
 
 The paper's four generators and its five reward models, for the first 1,000 prompts of a text file:
 
@@ -22,13 +20,11 @@ On several GPUs, with your own generators and reward, prompts of a dataset on th
         --generators recipes/synpic_sdxl.yaml --rewards pickscore my_rewards.py:sharpness \
         --output_dir outputs/synpic-sdxl --push_to_hub --hub_dataset_id user/synpic
 
-The script keeps its work in shards under `<output_dir>/work`: a shard that exists under its name is done. Killed at any
-moment, it goes on with the same command, which does only what is missing. If you add prompts, a generator or a reward
-later, it computes the new shards and ranks everything again.
+Its work lies in shards under `<output_dir>/work`: a shard that exists is done. Killed at any moment, the same command
+goes on and does only what is missing; so it does after you have added prompts, a generator or a reward.
 """
 
 import argparse
-import codecs
 import csv
 import difflib
 import glob
@@ -60,7 +56,6 @@ from importlib.metadata import version
 from io import BytesIO, StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 from urllib.parse import urlsplit
 
 
@@ -102,20 +97,20 @@ from trl import TrlParser
 
 STAGES = ("generate", "score", "rank", "publish")
 DATA_FILES = ["data/train-*-of-*.parquet", "scores/train-*-of-*.parquet"]
-CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
 PUBLISHED = [*DATA_FILES, "README.md", "grid.png"]
-CARD_BEGIN = "<!-- build_synpic.py writes from here to its second mark; text before and after is kept. -->"
-CARD_END = "<!-- End of what build_synpic.py wrote. -->"
+CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
+CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
+CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
 # The paper's five. VQAScore has 11 billion parameters: recipes/synpic_24gb.yaml is for one small GPU.
 DEFAULT_REWARDS = ("hpsv2.1", "mps", "pickscore", "vqascore", "imagereward")
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
 
 
-def flag(default, help: str, group: str | None = None, min=None, above=None, max=None, below=None, choices=None):
+def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    kind, limits = "default_factory" if callable(default) else "default", dict(zip(COMPARE, (min, above, max, below)))
-    choices = {"choices": choices} if choices else {}
-    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **choices})
+    limits = dict(zip(COMPARE, (min, above, max, below)))
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **options})
 
 
 @dataclass
@@ -124,19 +119,13 @@ class ScriptArguments:
     prompt_column: str | None = flag(None, "Column of the prompts. Default: prompt, or the named set's.")
     prompt_split: str | None = flag(None, "Split of a dataset. Default: train, or the named set's.")
     max_prompts: int | None = flag(None, "Use the first N distinct prompts.", min=1)
-    generators: str | None = flag(
-        None, "YAML list: name, model, load, call, prior of each. Default: the paper's four.", "Generators"
-    )
+    generators: str | None = flag(None, "YAML list of generators. Default: the paper's four.", "Generators")
     generation_batch_size: str = flag("4", "Images drawn together; auto: as many as fit, at most 32.")
     compile: bool = flag(False, "Compile the denoisers' blocks: faster drawing after a slow first batch.")
-    image_format: Literal["jpg", "png"] = flag("jpg", "jpg (quality 95, which the Hub's viewer shows) or png.")
+    image_format: str = flag("jpg", "jpg has quality 95, and the Hub's viewer shows it.", choices=("jpg", "png"))
     seed: int = flag(0, "Seeds the images, together with the prompt and the generator's name.", min=0, max=2**32 - 1)
-    rewards: list[str] = flag(
-        lambda: list(DEFAULT_REWARDS),
-        "hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, or a variant (REWARD_MODELS), "
-        "each also as name=checkpoint; file.py:function of your own.",
-        "Rewards",
-    )
+    # hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, or a variant: see REWARD_MODELS.
+    rewards: list[str] = flag(lambda: [*DEFAULT_REWARDS], "Name, name=checkpoint or file.py:function.", "Rewards")
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
     rewards_at_once: int | None = flag(None, "Reward models held at once. Default: all; images are read once.", min=1)
     output_dir: str = flag("outputs/synpic", "Folder for the dataset, its card, and the shards in work/.", "Work")
@@ -153,16 +142,18 @@ class ScriptArguments:
         if not self.prompts:
             raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
-        if not re.fullmatch(r"auto|[1-9]\d{0,8}", self.generation_batch_size):
-            raise SystemExit(f"--generation_batch_size {self.generation_batch_size}: must be a number from 1, or auto")
-        if self.task_index >= self.num_tasks:
-            raise SystemExit(f"--task_index {self.task_index}: must be less than --num_tasks {self.num_tasks}")
         if self.num_tasks > 1:  # a run of its own ranks and publishes after all tasks
             self.stages = [stage for stage in self.stages if stage in ("generate", "score")]
-        if not self.stages:
-            raise SystemExit("--stages rank publish: one run does this after all tasks: give --num_tasks 1")
-        if self.push_to_hub and not self.hub_dataset_id:
-            raise SystemExit("--push_to_hub needs --hub_dataset_id user/name")
+        size = self.generation_batch_size
+        for wrong, problem in (
+            (not re.fullmatch(r"auto|[1-9]\d{0,8}", size), f"--generation_batch_size {size}: a number from 1, or auto"),
+            (self.compile and size == "auto", "--generation_batch_size auto: with --compile, give a number"),
+            (self.task_index >= self.num_tasks, f"--task_index {self.task_index}: must be less than --num_tasks"),
+            (not self.stages, "--stages rank publish: one run does this after all tasks: give --num_tasks 1"),
+            (self.push_to_hub and not self.hub_dataset_id, "--push_to_hub needs --hub_dataset_id user/name"),
+        ):
+            if wrong:
+                raise SystemExit(problem)
 
 
 # Ranking --------------------------------------------------------------------------------------------------------------
@@ -190,12 +181,11 @@ def preference_rank(scores: np.ndarray) -> np.ndarray:
 # Stages: draw, score, rank --------------------------------------------------------------------------------------------
 def main(args: ScriptArguments) -> None:
     diffusers_logging.disable_progress_bar()  # of loading pipelines
+    diffusers_logging.set_verbosity_error()  # that a prompt is cut, prompt by prompt: the card counts them
     transformers_logging.disable_progress_bar()
-    # Without a GPU several processes talk through gloo. The first to finish a stage may wait hours for the last.
-    launched = "LOCAL_RANK" in os.environ
-    state = PartialState(
-        cpu=launched and not torch.cuda.is_available(), **({"timeout": timedelta(days=1)} if launched else {})
-    )
+    # Several processes talk through gloo if there is no GPU. The first to finish a stage may wait hours for the last.
+    several = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(days=1)}
+    state = PartialState(**(several if "LOCAL_RANK" in os.environ else {}))
     generators, output_dir = read_generators(args.generators), Path(args.output_dir)
     lock = FileLock(output_dir / (f".lock-{args.task_index}" if args.num_tasks > 1 else ".lock"))
     if state.is_main_process:  # what is wrong with flags, files and folders is found before a model is loaded
@@ -209,32 +199,30 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process:
         if "publish" in args.stages and args.push_to_hub:
             publish(args, PUBLISHED, DATA_FILES)
+        print(f"{sum(map(len, shards))} prompts x {len(generators)} images in {output_dir}")
         if args.num_tasks > 1:
-            last = "--num_tasks 1 --stages rank publish"
-            print(f"task {args.task_index} of {args.num_tasks} is done. After all of them: the same with {last}")
-        else:
-            print(f"{sum(map(len, shards))} prompts x {len(generators)} images in {output_dir}")
+            print(f"task {args.task_index} is done. After all tasks: the same with --num_tasks 1 --stages rank publish")
         lock.release()
 
 
 def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> None:
     """Checks what can be checked before the work, locks the folder, and records what the work is made with."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir, "work")
-    if output_dir.exists() and not work.is_dir() and any(path.name[0] != "." for path in output_dir.iterdir()):
+    if output_dir.exists() and not work.is_dir() and not all(is_hidden(path.name) for path in output_dir.iterdir()):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
-    if "publish" in args.stages and "rank" not in args.stages and not (output_dir / "data").exists():
-        raise SystemExit(f"--output_dir {output_dir} holds no dataset to publish: run the rank stage first")
     check_rewards(args.rewards)
     record = plan_shards(args, work / "prompts.json")
     settings = {work: {"seed": args.seed, "image_format": args.image_format}}
-    settings |= {work / "images" / entry["name"]: generator_settings(entry) for entry in generators}
+    for entry in generators:  # a local model by its content, which tells it from one trained again into its folder
+        files = [path_key(part["model"]) for part in generator_parts(entry) if os.path.isdir(part["model"])]
+        settings[work / "images" / entry["name"]] = {**entry, "files": files}
     settings |= {work / "scores" / reward_name(name): reward_settings(name) for name in args.rewards}
     for folder, wanted in settings.items():
         file = folder / "settings.json"
         earlier = json.loads(file.read_text()) if file.exists() else wanted
         for name in {**earlier, **wanted}:
-            if (was := earlier.get(name)) != (now := wanted.get(name)):
-                problem = f"{folder} was made with {name} {was}, not {now}"
+            if earlier.get(name) != wanted.get(name):
+                problem = f"{folder} was made with {name} {earlier.get(name)}, not {wanted.get(name)}"
                 raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
     if "generate" in args.stages:
         for entry in generators:
@@ -248,54 +236,55 @@ def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> 
         lock.acquire(timeout=0)
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
-    if args.num_tasks == 1:  # else they may be another task's
-        for file in list(work.rglob(".*.tmp")):
-            file.unlink()
-    records = {work / "prompts.json": record} | {folder / "settings.json": found for folder, found in settings.items()}
-    for file, content in records.items():
-        write_bytes(file, json.dumps(content, indent=1).encode())
+    for file in list(work.rglob(".*.tmp")):  # of killed runs; young ones may be another task's
+        with suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
+    write_bytes(work / "prompts.json", json.dumps(record, indent=1).encode())
+    for folder, wanted in settings.items():
+        write_bytes(folder / "settings.json", json.dumps(wanted, indent=1).encode())
 
 
 def plan_shards(args: ScriptArguments, file: Path) -> dict:
     """The prompts in shards. Those of an earlier run stay as they are, and new prompts make new shards, so a shard that
     is done is done for ever. Prompts from the Hub or the web are read once."""
     source = [args.prompts, args.prompt_column, args.prompt_split, args.max_prompts]
-    earlier = {"source": None, "shards": []} | (json.loads(file.read_text()) if file.exists() else {})
+    earlier = json.loads(file.read_text()) if file.exists() else {"source": None, "shards": []}
     if earlier["source"] == source and not os.path.exists(args.prompts):
         return earlier
     prompts = [row["prompt"] for row in read_prompts(*source)[0]]
-    shards, known = earlier["shards"], [row["prompt"] for shard in earlier["shards"] for row in shard]
+    known = [row["prompt"] for shard in earlier["shards"] for row in shard]
     if prompts[: len(known)] != known:
         problem = "other prompts" if prompts != known[: len(prompts)] else f"{len(known)} prompts: it can only grow"
         raise SystemExit(f"--output_dir {args.output_dir} holds a run on {problem}: choose another folder")
-    rows = [{"prompt_id": short_hash(prompt), "prompt": prompt} for prompt in prompts[len(known) :]]
-    return {"source": source, "shards": shards + list(batches(rows, args.shard_size))}
+    new = [{"prompt_id": short_hash(prompt), "prompt": prompt} for prompt in prompts[len(known) :]]
+    return {"source": source, "shards": earlier["shards"] + list(batches(new, args.shard_size))}
 
 
 def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
     """Draws the missing shards. Each generator is loaded once, draws its shards, and is freed."""
     own = range(args.task_index, len(shards), args.num_tasks)[state.process_index :: state.num_processes]
-    hidden = not state.is_local_main_process
+    device = torch.cuda.get_device_name() if state.device.type == "cuda" else "CPU"
     for entry in generators:
         name = entry["name"]
-        missing = [s for s in own if image_hash(args, name, s, shards[s]) is None]
+        missing = [s for s in own if not images_of(shard_file(args, "images", name, s))]
         if not missing:
             continue
         draw = Generator(entry, state.device, args)
-        # A thread encodes and writes a shard while the next one is drawn: at most two are in memory.
-        total, writing = sum(len(shards[s]) for s in missing), []
+        total, hidden = sum(len(shards[s]) for s in missing), not state.is_local_main_process
         with tqdm(total=total, desc=f"draw {name}", unit="image", disable=hidden) as bar, ThreadPoolExecutor(1) as pool:
+            writing = None
             for s in missing:
-                started, ids = time.time(), [row["prompt_id"] for row in shards[s]]
+                started = time.time()
+                ids, prompts = ([row[column] for row in shards[s]] for column in ("prompt_id", "prompt"))
                 # The run's seed, the prompt and the generator give every image a seed of its own.
                 seeds = [int(short_hash(f"{args.seed}|{id}|{name}")[:8], 16) for id in ids]
-                images = draw([row["prompt"] for row in shards[s]], seeds, bar)
-                facts = measured(time.time() - started, state) | {"prompts": short_hash("|".join(ids))}
-                for earlier in writing:
-                    earlier.result()
-                columns = {"prompt_id": ids, "image": images, "seed": seeds}
-                writing = [pool.submit(write_images, image_file(args, name, s), columns, facts, args.image_format)]
-            writing[0].result()
+                columns = {"prompt_id": ids, "image": draw(prompts, seeds, bar), "seed": seeds}
+                facts = {"seconds": time.time() - started, "device": device, "cut": draw.count_cut(prompts)}
+                if writing:  # a thread encodes and writes a shard while the next is drawn: at most two are in memory
+                    writing.result()
+                writing = pool.submit(write_images, args, name, s, columns, facts)
+            writing.result()
         del draw
         free_memory()
 
@@ -305,30 +294,26 @@ def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict
     score belongs to the images of its shard by their hash, so images that are drawn again are scored again."""
     own = range(args.task_index, len(shards), args.num_tasks)
     jobs = [(entry["name"], s) for entry in generators for s in own][state.process_index :: state.num_processes]
-    hashes = {(name, s): image_hash(args, name, s, shards[s]) for name, s in jobs}
-    if lost := [image_file(args, *job) for job in jobs if hashes[job] is None]:
-        raise SystemExit(f"{lost[0]} is missing: run the generate stage first")
-    hidden = not state.is_local_main_process
+    hashes = {job: images_of(shard_file(args, "images", *job), "generate") for job in jobs}
+    device = torch.cuda.get_device_name() if state.device.type == "cuda" else "CPU"
     for names in batches(args.rewards, args.rewards_at_once or len(args.rewards)):
-        todo = {job: [r for r in names if score_hash(args, r, *job) != hashes[job]] for job in jobs}
+        todo = {job: [r for r in names if images_of(score_file(args, r, *job)) != hashes[job]] for job in jobs}
         todo = {job: lacking for job, lacking in todo.items() if lacking}
-        if not todo:
-            continue
         needed = [name for name in names if any(name in lacking for lacking in todo.values())]
-        options = {"device": state.device, "batch_size": args.reward_batch_size}
-        rewards = {name: load_reward_model(name, **options) for name in needed}
-        total = sum(len(shards[s]) * len(lacking) for (_, s), lacking in todo.items())
-        begun = (begin_shard(image_file(args, *job), {r: rewards[r] for r in todo[job]}) for job in todo)
-        with tqdm(total=total, desc="score", unit="image", disable=hidden) as bar:
-            for (generator, s), images in zip(todo, read_ahead(begun)):
+        rewards = {name: load_reward_model(name, state.device, batch_size=args.reward_batch_size) for name in needed}
+        begun = (begin_shard(shard_file(args, "images", *job), {r: rewards[r] for r in todo[job]}) for job in todo)
+        total, hidden = sum(len(shards[s]) * len(todo[name, s]) for name, s in todo), not state.is_local_main_process
+        with tqdm(total=total, desc="score", unit="image", disable=hidden or not todo) as bar:
+            for job, images in zip(todo, read_ahead(begun)):
+                ids, prompts = ([row[column] for row in shards[job[1]]] for column in ("prompt_id", "prompt"))
                 for name in images:
                     started = time.time()
-                    scores = rewards[name].score(images[name], [row["prompt"] for row in shards[s]])
-                    columns = {"prompt_id": [row["prompt_id"] for row in shards[s]], "score": scores}
-                    facts = measured(time.time() - started, state) | {"images": hashes[generator, s]}
-                    write_shard(score_file(args, name, generator, s), columns, facts)
-                    bar.update(len(scores))
-        del rewards
+                    table = pa.table({"prompt_id": ids, "score": rewards[name].score(images[name], prompts)})
+                    facts = {"seconds": time.time() - started, "device": device, "images": hashes[job]}
+                    facts["cut"] = len(rewards[name].cut)
+                    write_tables(iter([table]), score_file(args, name, *job), facts)
+                    bar.update(len(ids))
+        del rewards, begun
         free_memory()
 
 
@@ -343,8 +328,8 @@ def read_ahead(items: Iterator) -> Iterator:
 
 
 def begin_shard(file: Path, rewards: dict[str, "RewardModel"]) -> dict[str, list[Future]]:
-    """For each reward the images of a shard, in preparation. An image is decoded once. The workers take their work in
-    order: an image's decoding has begun before another thread waits for it."""
+    """For each reward the images of a shard, in preparation. Each is decoded once. The workers take work in order, so
+    a decoding has begun before another thread waits for it."""
     images = pq.read_table(file, columns=["image"])["image"].to_pylist()
     decoded = [WORKERS.submit(decode_image, image) for image in images]
     return {name: reward.begin([image.result for image in decoded]) for name, reward in rewards.items()}
@@ -352,16 +337,10 @@ def begin_shard(file: Path, rewards: dict[str, "RewardModel"]) -> dict[str, list
 
 def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
     """Joins images and scores into the dataset's files, in a folder that takes its place when it is complete."""
-    features = Features(
-        prompt_id=Value("string"),
-        prompt=Value("string"),
-        images=List(Image()),
-        generators=List(Value("string")),
-        seeds=List(Value("int64")),
-        scores={reward_name(name): List(Value("float32")) for name in args.rewards},
-        preference_probability=List(Value("float32")),
-        rank=List(Value("int32")),
-    )
+    text, numbers = Value("string"), List(Value("float32"))
+    columns = {"prompt_id": text, "prompt": text, "images": List(Image()), "generators": List(text)}
+    columns |= {"seeds": List(Value("int64")), "scores": {reward_name(name): numbers for name in args.rewards}}
+    features = Features(columns | {"preference_probability": numbers, "rank": List(Value("int32"))})
     without_images = Features({name: feature for name, feature in features.items() if name != "images"})
     output_dir, building = Path(args.output_dir), Path(args.output_dir, "work", "building")
     names = [entry["name"] for entry in generators]
@@ -370,8 +349,7 @@ def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict]
     files = [f"data/train-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
     for number in range(state.process_index, len(parts), state.num_processes):
         tables = (ranked_table(args, s, shards[s], names, features) for s in parts[number])
-        key = made_of(args, {s: shards[s] for s in parts[number]}, names)
-        build_file(output_dir, files[number], key, tables)
+        build_file(output_dir, files[number], made_of(args, parts[number], names), tables)
     state.wait_for_everyone()
     if not state.is_main_process:
         return
@@ -389,17 +367,14 @@ def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict]
     write_card(args, sum(map(len, shards)), generators, configs)
 
 
-def made_of(args: ScriptArguments, shards: dict[int, list[dict]], names: list[str]) -> str:
+def made_of(args: ScriptArguments, shards: range, names: list[str]) -> str:
     """A hash of what a file of the dataset is made of. Exits with one line if a part of it is missing."""
     parts = [names, {reward_name(name): reward_settings(name) for name in args.rewards}]
-    for s, rows in shards.items():
-        for name in names:
-            if (images := image_hash(args, name, s, rows)) is None:
-                raise SystemExit(f"{image_file(args, name, s)} is missing: run the generate stage first")
-            for reward in args.rewards:
-                if score_hash(args, reward, name, s) != images:
-                    raise SystemExit(f"{score_file(args, reward, name, s)} is missing: run the score stage first")
-            parts.append(images)
+    for job in itertools.product(names, shards):
+        parts.append(images_of(shard_file(args, "images", *job), "generate"))
+        for reward in args.rewards:
+            if images_of(score_file(args, reward, *job), "score") != parts[-1]:
+                raise SystemExit(f"{score_file(args, reward, *job)} is of other images: run the score stage first")
     return short_hash(json.dumps(parts))
 
 
@@ -419,53 +394,42 @@ def build_file(output_dir: Path, name: str, key: str, tables: Iterator[pa.Table]
 
 def ranked_table(args: ScriptArguments, s: int, rows: list[dict], names: list[str], features: Features) -> pa.Table:
     """The rows of one shard with their images, scores, preferences and ranks."""
-    rewards = [reward_name(name) for name in args.rewards]
-    drawn = [pq.read_table(image_file(args, name, s)).to_pydict() for name in names]
+    drawn = [pq.read_table(shard_file(args, "images", name, s)).to_pydict() for name in names]
     files = [[score_file(args, reward, name, s) for name in names] for reward in args.rewards]
     scores = np.array([[pq.read_table(file)["score"].to_numpy() for file in row] for row in files])
-    table = []
+    ranked = []
     for i, row in enumerate(rows):
         matrix = np.ascontiguousarray(scores[:, :, i])  # (n_rewards, k)
         paths = [f"{row['prompt_id']}_{name}.{args.image_format}" for name in names]
-        ranked = {
-            "images": [{"bytes": columns["image"][i], "path": path} for columns, path in zip(drawn, paths)],
+        columns = {
+            "images": [{"bytes": images["image"][i], "path": path} for images, path in zip(drawn, paths)],
             "generators": names,
-            "seeds": [columns["seed"][i] for columns in drawn],
-            "scores": dict(zip(rewards, matrix.tolist())),
+            "seeds": [images["seed"][i] for images in drawn],
+            "scores": dict(zip(map(reward_name, args.rewards), matrix.tolist())),
             "preference_probability": preference_probability(matrix).tolist(),
             "rank": preference_rank(matrix).tolist(),
         }
-        table.append({**row, **ranked})
-    return pa.Table.from_pylist(table, schema=features.arrow_schema)
+        ranked.append(row | columns)
+    return pa.Table.from_pylist(ranked, schema=features.arrow_schema)
 
 
 # Generators -----------------------------------------------------------------------------------------------------------
 # The paper's generators, with the settings of their model cards.
 DEFAULT_GENERATORS = """
-- name: sdxl
-  model: stabilityai/stable-diffusion-xl-base-1.0
-  load: {variant: fp16, dtype: float16}
-  call: {num_inference_steps: 50, guidance_scale: 5.0, height: 1024, width: 1024}
-- name: sd3-medium
-  model: stabilityai/stable-diffusion-3-medium-diffusers
-  load: {dtype: float16}
-  call: {num_inference_steps: 28, guidance_scale: 7.0, height: 1024, width: 1024}
-- name: pixart-sigma
-  model: PixArt-alpha/PixArt-Sigma-XL-2-1024-MS
-  load: {dtype: float16}
-  call: {num_inference_steps: 20, guidance_scale: 4.5, height: 1024, width: 1024, clean_caption: false}
-- name: stable-cascade
-  model: stabilityai/stable-cascade
-  load: {variant: bf16, dtype: bfloat16}
-  call: {num_inference_steps: 10, guidance_scale: 0.0}
-  prior:
-    model: stabilityai/stable-cascade-prior
-    load: {variant: bf16, dtype: bfloat16}
-    call: {num_inference_steps: 20, guidance_scale: 4.0, height: 1024, width: 1024}
+- {name: sdxl, model: stabilityai/stable-diffusion-xl-base-1.0, load: {variant: fp16, dtype: float16},
+   call: {num_inference_steps: 50, guidance_scale: 5.0, height: 1024, width: 1024}}
+- {name: sd3-medium, model: stabilityai/stable-diffusion-3-medium-diffusers, load: {dtype: float16},
+   call: {num_inference_steps: 28, guidance_scale: 7.0, height: 1024, width: 1024}}
+- {name: pixart-sigma, model: PixArt-alpha/PixArt-Sigma-XL-2-1024-MS, load: {dtype: float16},
+   call: {num_inference_steps: 20, guidance_scale: 4.5, height: 1024, width: 1024, clean_caption: false}}
+- {name: stable-cascade, model: stabilityai/stable-cascade, load: {variant: bf16, dtype: bfloat16},
+   call: {num_inference_steps: 10, guidance_scale: 0.0},
+   prior: {model: stabilityai/stable-cascade-prior, load: {variant: bf16, dtype: bfloat16},
+           call: {num_inference_steps: 20, guidance_scale: 4.0, height: 1024, width: 1024}}}
 """
 # What every call of a pipeline gets from this script: one picture for each prompt and seed.
-GIVEN_BY_SCRIPT = ("self", "prompt", "prompt_embeds", "generator", "latents", "num_images_per_prompt", "output_type")
-GIVEN_BY_SCRIPT += ("return_dict", "image_embeddings", "callback_on_step_end")
+GIVEN_BY_SCRIPT = """self prompt prompt_embeds generator latents num_images_per_prompt output_type return_dict
+    image_embeddings callback_on_step_end""".split()
 # What `load` may have besides the pipeline's components: of the options of from_pretrained, those about the files.
 LOAD_OPTIONS = ("dtype", "variant", "revision", "use_safetensors", "cache_dir", "token", "quantization_config")
 
@@ -475,88 +439,80 @@ def read_generators(file: str | None) -> list[dict]:
     try:
         entries = yaml.safe_load(Path(file).read_text() if file else DEFAULT_GENERATORS)
         names = [str(entry["name"]) for entry in entries]
-        for part in (part for entry in entries for part in generator_parts(entry)):
-            if unknown := sorted(set(part) - {"name", "model", "load", "call", "prior"}):
-                raise ValueError(f"unknown key {', '.join(unknown)}; the keys are name, model, load, call, prior")
-        if not all(re.fullmatch(r"\w[\w.-]{,99}", name) for name in names):
-            raise ValueError(f"names {names}, which name folders: use letters, digits, '.', '_' and '-', at most 100")
-        if len(set(names)) < max(2, len(names)):
-            raise ValueError(f"a ranking needs at least 2 images per prompt, of generators with other names: {names}")
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        for part in (part for entry in entries for part in (entry, entry.get("prior")) if part):
+            known = {"model", "load", "call"} | ({"name", "prior"} if "name" in part else set())  # not of a prior
+            if unknown := sorted(set(part) - known):
+                raise ValueError(f"unknown key {', '.join(unknown)}; the keys are {', '.join(sorted(known))}")
+            if [type(part.get(key, {})) for key in ("model", "load", "call")] != [str, dict, dict]:
+                raise ValueError("model must be a folder or an id of the Hub, load and call hold `name: value`")
+        if not all(re.fullmatch(r"\w[\w.-]{,99}", name) for name in names) or len(set(names)) < max(2, len(names)):
+            rule = "at least 2, each another one of letters, digits, '.', '_' and '-', as they name folders"
+            raise ValueError(f"names {names}: they must be {rule}")
+    except Exception as error:
         problem = f"{type(error).__name__}: {one_line(error)}"
         raise SystemExit(f"--generators {file}: {problem}: a list of generators, each with name and model") from None
     return entries
 
 
 def generator_parts(entry: dict) -> list[dict]:
-    """A generator and its prior, if it has one."""
-    return [entry, entry["prior"]] if "prior" in entry else [entry]
-
-
-def generator_settings(entry: dict) -> dict:
-    """A generator's recipe, and of local folders what tells a model from one that was trained again into its folder."""
-    keys = [path_key(part["model"]) for part in generator_parts(entry) if os.path.isdir(part["model"])]
-    return {**entry, "files": keys} if keys else entry
-
-
-# Copied from train_rankdpo_sdxl.file_of
-def file_of(model: str, file: str, revision: str | None = None) -> Path:
-    return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
+    """A generator, and its prior if it has one."""
+    return [{"load": {}, "call": {}} | part for part in (entry, entry.get("prior")) if part]
 
 
 def check_generator(entry: dict) -> None:
     """Exits with one line unless each model can be read (a gated one needs `hf auth login`), is a text-to-image
     pipeline of diffusers, and takes what `load` and `call` name. Reads `model_index.json` only."""
     for part in generator_parts(entry):
-        model, load, where = part["model"], part.get("load", {}), f"generator {entry['name']}: {part['model']}"
+        load, where = part["load"], f"generator {entry['name']}: {part['model']}"
         try:
-            index = file_of(model, "model_index.json", revision=load.get("revision"))
-            class_name = json.loads(index.read_text())["_class_name"]
+            class_name = DiffusionPipeline.load_config(part["model"], revision=load.get("revision"))["_class_name"]
         except Exception as error:
             raise SystemExit(f"{where} is no diffusers pipeline that can be read: {one_line(error)}") from None
-        kind = getattr(diffusers, class_name, None)
-        takes = set(inspect.signature(kind.__call__).parameters) if kind else set()
+        kind = getattr(diffusers, class_name, DiffusionPipeline)
+        takes, components = (set(inspect.signature(function).parameters) for function in (kind.__call__, kind))
         others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
         if "prompt" not in takes or kind in others:
             raise SystemExit(f"{where} is a {class_name}: no pipeline of diffusers that draws from a prompt alone")
-        known = {"call": takes - set(GIVEN_BY_SCRIPT), "load": {*LOAD_OPTIONS, *inspect.signature(kind).parameters}}
-        for kind, names in known.items():
-            for name in set(part.get(kind, {})) - names:
-                guess = difflib.get_close_matches(name, names, 1)
-                hint = f"do you mean {guess[0]}?" if guess else "or the script gives it itself"
-                raise SystemExit(f"{where}: `{kind}` has {name}, which {class_name} does not take: {hint}")
-        dtypes = load.get("dtype", "float32")
-        if not {*(dtypes.values() if isinstance(dtypes, dict) else [dtypes])} <= {"float32", "float16", "bfloat16"}:
-            raise SystemExit(f"{where}: dtype {dtypes}: choose from float32, float16, bfloat16")
+        dtype = load.get("dtype", "float32")
+        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
+        for key, given, known in (
+            ("call", part["call"], takes - set(GIVEN_BY_SCRIPT)),
+            ("load", load, components | set(LOAD_OPTIONS)),
+            ("dtype", dtypes, components | {"default"}),
+        ):
+            for name in set(given) - known:
+                guess = "".join(f": do you mean {close}?" for close in difflib.get_close_matches(name, known, 1))
+                raise SystemExit(f"{where}: `{key}` has {name}, which {class_name} does not take from a recipe{guess}")
+        if not {*dtypes.values()} <= {"float32", "float16", "bfloat16"}:
+            raise SystemExit(f"{where}: dtype {dtype}: choose from float32, float16, bfloat16")
 
 
 def probe_rewards(names: list[str], entry: dict, rows: list[dict]) -> None:
     """Tries the user's functions on two pictures of noise, of the size that the generator will draw, if the recipe says
     it: an error or a NaN shows before hours of drawing. Not classes, which may load a large model."""
-    call = generator_parts(entry)[-1].get("call", {})
-    for name in (name for name in names if name.partition("=")[0] not in REWARD_MODELS):
-        reward = FunctionReward(name)
-        if {"width", "height"} <= set(call) and not inspect.isclass(reward.function):
-            noise = np.random.default_rng(0).integers(0, 256, (2, call["height"], call["width"], 3), dtype=np.uint8)
-            reward.score([PILImage.fromarray(pixels) for pixels in noise], [row["prompt"] for row in (rows * 2)[:2]])
+    call, prompts = generator_parts(entry)[-1]["call"], [row["prompt"] for row in (rows * 2)[:2]]
+    if {"width", "height"} <= set(call):
+        noise = np.random.default_rng(0).integers(0, 256, (2, call["height"], call["width"], 3), dtype=np.uint8)
+        own = [FunctionReward(name) for name in names if name.partition("=")[0] not in REWARD_MODELS]
+        for reward in (reward for reward in own if not inspect.isclass(reward.function)):
+            reward.score([PILImage.fromarray(pixels) for pixels in noise], prompts)
 
 
 class Generator:
     """A text-to-image pipeline with its recipe. Pipelines like Stable Cascade have a second one in front, the prior."""
 
     def __init__(self, entry: dict, device: torch.device, args: ScriptArguments):
-        self.entry, self.compile = entry, args.compile
+        self.where, self.compile = f"generator {entry['name']}", args.compile
         self.batch_size = 32 if args.generation_batch_size == "auto" else int(args.generation_batch_size)
-        self.pipeline, *self.priors = [self.load(part, device) for part in generator_parts(entry)]
+        self.parts = [(self.load(part, device), part["call"]) for part in generator_parts(entry)]
 
     def load(self, part: dict, device: torch.device) -> DiffusionPipeline:
         if not hasattr(diffusers.pipelines, "wuerstchen"):
             # diffusers 0.42 moved this module. Stable Cascade's model_index.json names its old place.
             diffusers.pipelines.wuerstchen = importlib.import_module("diffusers.pipelines.deprecated.wuerstchen")
-        options = dict(part.get("load", {}))
-        dtype = "float32" if device.type == "cpu" else options.get("dtype", "float32")  # half is slow on a CPU
+        dtype = "float32" if device.type == "cpu" else part["load"].get("dtype", "float32")  # half is slow on a CPU
         by_component = {name: getattr(torch, kind) for name, kind in dtype.items()} if isinstance(dtype, dict) else None
-        options["dtype"] = by_component or getattr(torch, dtype)
+        options = part["load"] | {"dtype": by_component or getattr(torch, dtype)}
         pipeline = DiffusionPipeline.from_pretrained(part["model"], **options).to(device)
         pipeline.set_progress_bar_config(disable=True)
         if getattr(pipeline, "safety_checker", None) is not None:
@@ -575,62 +531,68 @@ class Generator:
     def __call__(self, prompts: list[str], seeds: list[int], bar: tqdm) -> list[PILImage.Image]:
         """The images of these prompts and seeds. Where the device's memory runs out, half as many are drawn at once."""
         images = []
-        while todo := prompts[len(images) : len(images) + self.batch_size]:
-            with suppress(torch.OutOfMemoryError):
-                images += self.draw(todo, seeds[len(images) :][: len(todo)])
+        while todo := prompts[len(images) :][: self.batch_size]:
+            try:
+                images += self.draw(todo, seeds[len(images) :][: self.batch_size])
                 bar.update(len(todo))
-                continue
-            if len(todo) == 1:
-                raise SystemExit(f"generator {self.entry['name']}: the device's memory does not hold a single image")
-            self.batch_size = len(todo) // 2
-            tqdm.write(f"generator {self.entry['name']}: out of memory: goes on with {self.batch_size} at once")
-            free_memory()
+            except torch.OutOfMemoryError:
+                if len(todo) == 1:
+                    raise SystemExit(f"{self.where}: the device's memory does not hold a single image") from None
+                self.batch_size = len(todo) // 2
+                warn(f"{self.where}: the device's memory does not hold {len(todo)} images at once: half as many")
+                free_memory()
         return images
 
     @torch.no_grad()
     def draw(self, prompts: list[str], seeds: list[int]) -> list[PILImage.Image]:
-        count, size = len(prompts), self.batch_size if self.compile else len(prompts)
-        prompts, seeds = prompts + prompts[-1:] * (size - count), seeds + seeds[-1:] * (size - count)  # one graph
+        count = len(prompts)
+        if self.compile:  # one graph for all batches: a smaller one is filled up with its last prompt
+            missing = self.batch_size - count
+            prompts, seeds = prompts + prompts[-1:] * missing, seeds + seeds[-1:] * missing
         # One generator per image, on the CPU: an image does not depend on its batch or on the kind of GPU.
-        noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        call = self.settings(self.entry, size)
-        for prior in self.priors:
-            found = prior(prompt=prompts, generator=noise, **self.settings(self.entry["prior"], size))
-            call["image_embeddings"] = found.image_embeddings.to(self.pipeline.decoder.dtype)
-        return self.pipeline(prompt=prompts, generator=noise, **call).images[:count]
+        options = {"prompt": prompts, "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds]}
+        (pipeline, call), *priors = self.parts
+        for prior, settings in priors:
+            found = prior(**options, **for_each(settings, len(prompts)))
+            call = call | {"image_embeddings": found.image_embeddings.to(pipeline.decoder.dtype)}
+        return pipeline(**options, **for_each(call, len(prompts))).images[:count]
 
-    @staticmethod
-    def settings(part: dict, count: int) -> dict:
-        """The settings of a call; a negative prompt is one text in the recipe, and some pipelines want one for each."""
-        call = part.get("call", {})
-        texts = [name for name in call if name.startswith("negative_prompt") and isinstance(call[name], str)]
-        return {**call, **{name: [call[name]] * count for name in texts}}
+    def count_cut(self, prompts: list[str]) -> int:
+        """How many of these prompts are longer than each of the text encoders reads."""
+        pipeline, call = self.parts[-1]
+        parameter = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+        longest = call.get("max_sequence_length", parameter and parameter.default) or math.inf
+        longer = []  # of each tokenizer: is it so, prompt by prompt?
+        for part in pipeline.components.values():
+            if isinstance(part, transformers.PreTrainedTokenizerBase):
+                rows, limit = part(prompts, verbose=False).input_ids, min(part.model_max_length, longest)
+                longer.append([len(row) > limit for row in rows])
+        return sum(map(all, zip(*longer)))
+
+
+def for_each(call: dict, count: int) -> dict:
+    """A negative prompt is one text in the recipe, and some pipelines want one for each prompt."""
+    texts = {name for name in call if "negative_prompt" in name and isinstance(call[name], str)}
+    return {name: [value] * count if name in texts else value for name, value in call.items()}
 
 
 # Work on disk ---------------------------------------------------------------------------------------------------------
-def image_file(args: ScriptArguments, generator: str, shard: int) -> Path:
-    return Path(args.output_dir, "work", "images", generator, f"{shard:05d}.parquet")
+def shard_file(args: ScriptArguments, *folders_and_shard) -> Path:
+    *folders, shard = folders_and_shard
+    return Path(args.output_dir, "work", *folders, f"{shard:05d}.parquet")
 
 
 def score_file(args: ScriptArguments, reward: str, generator: str, shard: int) -> Path:
-    return Path(args.output_dir, "work", "scores", reward_name(reward), generator, f"{shard:05d}.parquet")
+    return shard_file(args, "scores", reward_name(reward), generator, shard)
 
 
-def image_hash(args: ScriptArguments, generator: str, shard: int, rows: list[dict]) -> str | None:
-    """The hash of a shard's images; None if they are not drawn yet."""
-    facts = shard_facts(image_file(args, generator, shard))
-    drawn = facts.get("prompts") == short_hash("|".join(row["prompt_id"] for row in rows))
-    return facts["images"] if drawn else None
-
-
-def score_hash(args: ScriptArguments, reward: str, generator: str, shard: int) -> str | None:
-    """The hash of the images that a shard's scores belong to; None if there are none."""
-    return shard_facts(score_file(args, reward, generator, shard)).get("images")
-
-
-def write_shard(file: Path, columns: dict, facts: dict) -> None:
-    """Writes a shard of work, whole or not at all. `facts`: recorded in the file; `shard_facts` reads them."""
-    write_tables(iter([pa.table(columns)]), file, facts)
+def images_of(file: Path, stage: str = "") -> str | None:
+    """The hash of the images in a shard, or of those that its scores belong to. None if there is no shard; if `stage`
+    had to make it, this exits with one line."""
+    images = shard_facts(file).get("images")
+    if stage and not images:
+        raise SystemExit(f"{file} is missing: run the {stage} stage first")
+    return images
 
 
 def shard_facts(file: Path) -> dict:
@@ -643,52 +605,46 @@ def shard_facts(file: Path) -> dict:
 
 def path_key(path: str) -> str:
     """Identifies a local file or model, wherever it lies, by the names and sizes of its files and 32 blocks of each."""
-    files = [path] if os.path.isfile(path) else sorted(file for file in Path(path).rglob("*") if file.is_file())
     digest = hashlib.sha256()
-    for file in map(Path, files):
-        name = f"/{file.relative_to(path)}"
-        if re.search(r"/\.[^/]|\.md$", name) or not file.stat().st_size:  # hidden files and cards are no part of it
-            continue
-        content = np.memmap(file, mode="r")
-        digest.update(f"{name}:{len(content)}".encode())
-        for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
-            digest.update(content[start : start + 2**16])
+    for file in sorted(Path(path).rglob("*")) or [Path(path)]:
+        name = file.relative_to(path).as_posix()
+        # A card is no part of a model.
+        if file.is_file() and file.stat().st_size and not is_hidden(name) and not name.endswith(".md"):
+            content = np.memmap(file, mode="r")
+            digest.update(f"{name}:{len(content)}".encode())
+            for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
+                digest.update(content[start : start + 2**16])
     return digest.hexdigest()[:16]
 
 
-def write_images(file: Path, columns: dict, facts: dict, image_format: str) -> None:
-    columns["image"] = list(WORKERS.map(partial(encode_image, image_format=image_format), columns["image"]))
-    facts["images"] = short_hash(b"|".join([facts["prompts"].encode(), *columns["image"]]))
-    write_shard(file, columns | {"image": pa.array(columns["image"], pa.large_binary())}, facts)
+def write_images(args: ScriptArguments, generator: str, shard: int, columns: dict, facts: dict) -> None:
+    images = columns["image"]
+    if black := sum(image.convert("L").getbbox() is None for image in images):
+        warn(f"generator {generator}: {black} images are black all over: an overflow in half precision?")
+    files = list(WORKERS.map(partial(encode_image, image_format=args.image_format), images))
+    facts |= {"black": black, "images": short_hash(b"|".join([*map(str.encode, columns["prompt_id"]), *files]))}
+    table = pa.table(columns | {"image": pa.array(files, pa.large_binary())})
+    write_tables(iter([table]), shard_file(args, "images", generator, shard), facts)
 
 
 def encode_image(image: PILImage.Image, image_format: str) -> bytes:
-    buffer = BytesIO()
-    if image_format == "jpg":
-        image.convert("RGB").save(buffer, "JPEG", quality=95)
-    else:
-        image.save(buffer, "PNG")
+    kind, image = ("JPEG", image.convert("RGB")) if image_format == "jpg" else ("PNG", image)
+    image.save(buffer := BytesIO(), kind, quality=95)
     return buffer.getvalue()
-
-
-def measured(seconds: float, state: PartialState) -> dict:
-    """What a shard records for the card."""
-    on_gpu = state.device.type == "cuda"
-    return {"seconds": seconds, "device": torch.cuda.get_device_name(state.device) if on_gpu else "CPU"}
 
 
 # Card -----------------------------------------------------------------------------------------------------------------
 def dataset_statistics(files: list[Path], rewards: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Statistics over all rows. Reads no images. Returns win rates (n_rewards + 1, k): each generator's share of won
-    comparisons under each reward, and over all; tau (n_rewards, n_rewards): the mean of Kendall's tau-b between two
-    rewards' orders of a prompt's images, without the rows where one of them gives all images the same score."""
+    """Win rates (n_rewards + 1, k): each generator's share of won comparisons under each reward, and over all. Tau
+    (n_rewards, n_rewards): the mean over the rows of Kendall's tau-b between two rewards' orders of a prompt's images,
+    without the rows where one of them gives all images the same score. Reads no images."""
     shares, taus = [], []
     for file in files:
         table = pq.read_table(file, columns=["scores", "preference_probability"]).flatten()
         scores = np.array([table[f"scores.{reward}"].to_pylist() for reward in rewards])  # (n_rewards, rows, k)
         order = np.sign(scores[..., :, None] - scores[..., None, :])  # 1: the first image is better, 0: equal
         won = (order > 0).sum(axis=-1) / (scores.shape[-1] - 1)
-        shares.append(np.concatenate([won, np.array(table["preference_probability"].to_pylist())[None]]))
+        shares.append([*won, np.array(table["preference_probability"].to_pylist())])
         flat = order.reshape(*order.shape[:2], -1)
         products = np.einsum("arp,brp->rab", flat, flat)
         length = np.einsum("raa->ra", products)
@@ -700,22 +656,27 @@ def dataset_statistics(files: list[Path], rewards: list[str]) -> tuple[np.ndarra
     return np.concatenate(shares, axis=1).mean(axis=1), tau
 
 
-def time_table(args: ScriptArguments, n_prompts: int, names: list[str]) -> str:
-    """Time, speed and cost of all images and scores, from what was recorded with their shards."""
-    rate, rows = args.gpu_hourly_cost, []
-    jobs = [(f"images of {name}", n_prompts, ("images", name)) for name in names]
-    for reward in map(reward_name, args.rewards):
-        jobs.append((f"scores of {reward}", n_prompts * len(names), ("scores", reward)))
-    for label, images, folders in jobs:
-        facts = [shard_facts(file) for file in Path(args.output_dir, "work", *folders).rglob("*.parquet")]
+def describe_work(args: ScriptArguments, names: list[str], n_prompts: int) -> tuple[str, list[str]]:
+    """From what was recorded with the shards: a table of time, speed and cost, and what a user should know."""
+    rate, rows, remarks = args.gpu_hourly_cost, [], []
+    work = [("images", name, n_prompts) for name in names]
+    work += [("scores", reward_name(name), n_prompts * len(names)) for name in args.rewards]
+    for kind, name, images in work:
+        folder = Path(args.output_dir, "work", kind, name)
+        facts = [shard_facts(file) for file in folder.rglob("[0-9]*.parquet")]
         seconds = sum(fact["seconds"] for fact in facts)
         speed = np.format_float_positional(images / seconds, 3, fractional=False, trim="-") if seconds else ""
-        rows.append([label, images, speed, seconds / 3600, ", ".join(sorted({fact["device"] for fact in facts}))])
+        devices = ", ".join(sorted({fact["device"] for fact in facts}))
+        rows.append([f"{kind} of {name}", images, speed, seconds / 3600, devices])
+        if cut := sum(fact["cut"] for fact in facts) * n_prompts // images:
+            remarks.append(f"{name} reads only the beginning of {cut} of the {n_prompts} prompts.")
+        if black := sum(fact.get("black", 0) for fact in facts):
+            remarks.append(f"{black} of the {n_prompts} images of {name} are black all over.")
     rows.append(["total", "", "", sum(row[3] for row in rows), ""])
-    for row in rows:
-        row[3:4] = [f"{row[3]:.3f}", *([f"{row[3] * rate:.2f}"] if rate else [])]
-    cost = [f"cost in $ (at {rate} an hour)"] if rate else []
-    return markdown_table(["work", "images", "images/s of a process", "hours x processes", *cost, "device"], rows)
+    header = ["work", "images", "images/s of a process", "hours x processes", "device"]
+    for row in [header, *rows] if rate else []:
+        row.insert(4, f"cost in $ (at {rate} an hour)" if row is header else f"{row[3] * rate:.2f}")
+    return markdown_table(header, [[*row[:3], f"{row[3]:.3f}", *row[4:]] for row in rows]), remarks
 
 
 def grid_picture(file: Path, names: list[str], rows: int = 6, cell: int = 256) -> PILImage.Image:
@@ -736,21 +697,24 @@ def grid_picture(file: Path, names: list[str], rows: int = 6, cell: int = 256) -
             if row["rank"][column] == 1:
                 draw.rectangle((left + 1, top + 1, left + cell - 2, top + cell - 2), outline=(0, 200, 0), width=4)
             draw.text((left + cell - 30, top + cell + 4), f"{row['preference_probability'][column]:.2f}", fill="black")
-        draw.text((4, top + cell + 4), row["prompt"][: 40 * len(names) - 10], fill="black")
+        draw.text((4, top + cell + 4), " ".join(row["prompt"].split())[: 40 * len(names) - 10], fill="black")
     return canvas
 
 
 def write_card(args: ScriptArguments, n_prompts: int, generators: list[dict], configs: dict) -> None:
     """Writes README.md and grid.png."""
     output_dir = Path(args.output_dir)
-    files = sorted((output_dir / "data").glob("*.parquet"))
+    files = sorted((output_dir / "data").glob("train-*.parquet"))
     names, rewards = [entry["name"] for entry in generators], [reward_name(name) for name in args.rewards]
     with replacing(output_dir / "grid.png") as temporary:
         grid_picture(files[0], names).save(temporary, "PNG")
     win_rates, taus = dataset_statistics(files, rewards)
-    win_labels = [*rewards, "all: preference probability"]
-    wins = [[label, *(f"{value:.3f}" for value in values)] for label, values in zip(win_labels, win_rates)]
+    labels = [*rewards, "all: preference probability"]
+    wins = [[label, *(f"{value:.3f}" for value in values)] for label, values in zip(labels, win_rates)]
     taus = [[label, *(f"{value:.2f}" for value in values)] for label, values in zip(rewards, taus)]
+    times, remarks = describe_work(args, names, n_prompts)
+    for remark in remarks:
+        warn(remark)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "datasets"))
     dataset, title = args.hub_dataset_id or output_dir, output_dir.resolve().name
     made_of = short_hash("".join(shard_facts(file)["key"] for file in files))
@@ -758,7 +722,7 @@ def write_card(args: ScriptArguments, n_prompts: int, generators: list[dict], co
 
 {len(names)} text-to-image models drew each of {n_prompts} prompts, and {len(rewards)} reward models ranked the images:
 a fully synthetic preference dataset for RankDPO, built with [Syn-Pic](https://arxiv.org/abs/2410.18013).
-
+{" ".join(remarks)}{chr(10) * bool(remarks)}
 ![Images of the first prompts. The best one has a frame. Below each: its preference probability](grid.png)
 
 | column | type | |
@@ -789,7 +753,7 @@ scores = load_dataset("{dataset}", "scores", split="train")  # all columns but t
 
 ## Time and cost
 
-{time_table(args, n_prompts, names)}
+{times}
 
 ## How it was made
 
@@ -800,15 +764,9 @@ scores = load_dataset("{dataset}", "scores", split="train")  # all columns but t
 Rewards: {", ".join(f"`{reward}`" for reward in args.rewards)}. Seed {args.seed}. {libraries}. Hash of prompts, images
 and rewards: {made_of}.
 """
-    front = {
-        "pretty_name": title,
-        "language": ["en"],
-        "task_categories": ["text-to-image"],
-        "size_categories": [size_category(n_prompts)],
-        "tags": ["synpic", "rankdpo", "preference", "synthetic"],
-        **config_metadata(output_dir, configs),
-    }
-    write_dataset_card(args, front, body)
+    front = {"pretty_name": title, "language": ["en"], "task_categories": ["text-to-image"]}
+    front |= {"size_categories": [size_category(n_prompts)], "tags": ["synpic", "rankdpo", "preference", "synthetic"]}
+    write_dataset_card(args, front | config_metadata(output_dir, configs), body)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -817,39 +775,30 @@ and rewards: {made_of}.
 
 
 def write_tables(tables: Iterator[pa.Table], file: Path, facts: dict, row_group_size: int | None = None) -> None:
-    """Writes tables of one schema into a Parquet file with a page index and small row groups, by default of at most 100
-    rows and 64 MB: the Hub's viewer needs both. Memory holds one table, and those that did not fill a row group.
-    `facts` are recorded in the file."""
+    """Writes tables of one schema, and `facts`, into a Parquet file with a page index and row groups of 100 rows and
+    64 MB at most: the Hub's viewer needs both. Memory holds one table at a time."""
     with replacing(file) as temporary:
-        left = next(tables)
-        size = row_group_size or min(max(64_000_000 * len(left) // max(left.nbytes, 1), 1), 100)
-        schema = left.schema.with_metadata({**(left.schema.metadata or {}), b"synpic": json.dumps(facts)})
+        first = next(tables)
+        size = row_group_size or min(max(64_000_000 * len(first) // max(first.nbytes, 1), 1), 100)
+        schema = first.schema.with_metadata({**(first.schema.metadata or {}), b"synpic": json.dumps(facts)})
         with pq.ParquetWriter(temporary, schema, write_page_index=True) as writer:
-            for table in tables:
-                while len(left) >= size:
-                    writer.write_table(left.slice(0, size))
-                    left = left.slice(size)
-                left = pa.concat_tables([left, table])
-            writer.write_table(left, row_group_size=size)
+            for table in itertools.chain([first], tables):
+                writer.write_table(table, row_group_size=size)
 
 
 def config_metadata(output_dir: Path, configs: dict[str, tuple[str, Features]]) -> dict:
-    """The card's `configs` and `dataset_info`: configuration → its folder and features. `load_dataset` without a name
-    takes the configuration called default.
-
-    Without the sizes in `dataset_info`, `load_dataset` on a folder that was built again would serve the rows it cached
-    before: its key is made of the card, not of the files.
-    """
+    """The card's `configs` and `dataset_info`: configuration → its folder and features. Without a name, `load_dataset`
+    takes the one called default; without the sizes, it would serve the rows of an earlier build from its cache."""
     entries, infos = [], []
     for config, (folder, features) in configs.items():
-        data_files = [{"split": "train", "path": f"{folder}/train-*.parquet"}]
-        entries.append({"config_name": config, "data_files": data_files})
-        files = sorted((output_dir / folder).glob("*.parquet"))
+        paths = [{"split": "train", "path": f"{folder}/train-*.parquet"}]
+        entries.append({"config_name": config, "data_files": paths})
+        files = sorted((output_dir / folder).glob("train-*.parquet"))
         metadata = [pq.read_metadata(file) for file in files]
         size = sum(m.row_group(i).total_byte_size for m in metadata for i in range(m.num_row_groups))
         split = {"name": "train", "num_bytes": size, "num_examples": sum(m.num_rows for m in metadata)}
-        info = {"config_name": config, "features": features._to_yaml_list(), "splits": [split]}
-        infos.append(info | {"download_size": sum(file.stat().st_size for file in files), "dataset_size": size})
+        sizes = {"download_size": sum(file.stat().st_size for file in files), "dataset_size": size}
+        infos.append({"config_name": config, "features": features._to_yaml_list(), "splits": [split], **sizes})
     return {"configs": entries, "dataset_info": infos}
 
 
@@ -872,10 +821,9 @@ def write_dataset_card(args: "ScriptArguments", front: dict, body: str) -> None:
 
 def earlier_card(args: "ScriptArguments", on_hub: bool = False) -> RepoCard | None:
     """The card as people may have edited it, in the folder or on the Hub."""
-    file, options = Path(args.output_dir, "README.md"), {"repo_type": "dataset"}
-    exists = HfApi().file_exists(args.hub_dataset_id, file.name, **options) if on_hub else file.exists()
-    source = args.hub_dataset_id if on_hub else file
-    return RepoCard.load(source, ignore_metadata_errors=False, **options) if exists else None
+    file, name, kind = Path(args.output_dir, "README.md"), args.hub_dataset_id, "dataset"
+    exists = HfApi().file_exists(name, file.name, repo_type=kind) if on_hub else file.exists()
+    return RepoCard.load(name if on_hub else file, repo_type=kind, ignore_metadata_errors=False) if exists else None
 
 
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
@@ -883,8 +831,7 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     CARD_FACTS are replaced, and what is lacking is added."""
     licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
     for name, value in mine.data.to_dict().items():
-        lacks = name not in theirs.data and not (licensed and name.startswith("license_"))
-        if lacks or name in CARD_FACTS:
+        if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
             theirs.data[name] = value
     marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
     block, old = re.fullmatch(marked, mine.text, re.S)[2], re.fullmatch(marked, theirs.text, re.S)
@@ -895,14 +842,15 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
 def prepare_repository(args: "ScriptArguments") -> None:
     """Creates the repository unless it exists. Exits with one line if the token cannot write to it, or if publishing
     would replace data that this script has not written."""
+    private, kind = args.hub_private_repo or None, "dataset"
     try:
-        options = {"repo_type": "dataset", "private": args.hub_private_repo or None, "exist_ok": True}
-        args.hub_dataset_id = HfApi().create_repo(args.hub_dataset_id, **options).repo_id
-        HfApi().auth_check(args.hub_dataset_id, repo_type="dataset", write=True)
+        url = HfApi().create_repo(args.hub_dataset_id, repo_type=kind, private=private, exist_ok=True)
+        args.hub_dataset_id = url.repo_id
+        HfApi().auth_check(url.repo_id, repo_type=kind, write=True)
     except Exception as error:
         problem = f"the dataset repository {args.hub_dataset_id} cannot be written to: {one_line(error)}"
         raise SystemExit(f"--push_to_hub: {problem} (hf auth login, or HF_TOKEN with write access)") from None
-    card, files = earlier_card(args, on_hub=True), HfApi().list_repo_files(args.hub_dataset_id, repo_type="dataset")
+    card, files = earlier_card(args, on_hub=True), HfApi().list_repo_files(url.repo_id, repo_type=kind)
     foreign = [name for name in files if any(fnmatch(name, pattern) for pattern in DATA_FILES)]
     if foreign and not (card and CARD_BEGIN in card.text):
         problem = f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}), which would be replaced"
@@ -918,8 +866,8 @@ def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) 
     if theirs := earlier_card(args, on_hub=True):
         card = merge_cards(card, theirs)
     write_bytes(file, str(card).encode())
-    patterns = {"allow_patterns": published, "delete_patterns": replaced}
-    HfApi().upload_folder(repo_id=name, repo_type="dataset", folder_path=args.output_dir, **patterns)
+    options = {"allow_patterns": published, "delete_patterns": replaced, "folder_path": args.output_dir}
+    HfApi().upload_folder(repo_id=name, repo_type="dataset", **options)
     print(f"published: {HfApi().endpoint}/datasets/{name}")
 
 
@@ -1031,8 +979,8 @@ def read_text(file: str) -> str:
         content = response.content
     else:
         content = Path(file).read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return StringIO(content.decode("utf-16" if is_utf16 else "utf-8-sig"), newline=None).read()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return StringIO(content.decode(encoding), newline=None).read()
 
 
 def stream_rows(source: str, split: str | None, columns: list[str], whole_rows: bool) -> Iterator[dict]:
@@ -1069,13 +1017,10 @@ def public_text(text: str) -> str:
 
 
 def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32) -> "RewardModel":
-    """Loads a reward model: an object with `.score(images, prompts) -> list[float]`, batched inside.
-
-    Args:
-        name: one of REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or a Hub
-            id) loads another checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class.
-        dtype: by default float32 on a CPU and half precision on a GPU.
-    """
+    """Loads a reward model: an object with `.score(images, prompts) -> list[float]`, batched inside. `name`: one of
+    REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or Hub id) loads another
+    checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class. `dtype`: by default
+    float32 on a CPU and half precision on a GPU."""
     reward_class = REWARD_MODELS.get(name.partition("=")[0], (FunctionReward,))[0]
     return reward_class(name, device, dtype, batch_size)
 
@@ -1223,8 +1168,7 @@ class RewardModel:
     def encode_images(self, images: list):
         return images
 
-    def encode_prompts(self, prompts: list[str]):
-        return prompts
+    encode_prompts = encode_images
 
     def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(pixels).to(self.device, self.dtype)
@@ -1312,11 +1256,9 @@ class FunctionReward(RewardModel):
 
 def typed_setting(text: str, parameter: inspect.Parameter) -> bool | int | float | str:
     """A setting in the type of its parameter, by annotation or default: bool, int, float; everything else is text."""
-    no_annotation = parameter.annotation is parameter.empty
-    words = re.findall(r"\w+", str(type(parameter.default) if no_annotation else parameter.annotation))
-    if "bool" in words:
-        return {"true": True, "false": False}[text]
-    return int(text) if "int" in words else float(text) if "float" in words else text
+    kind = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
+    readers = {"bool": {"true": True, "false": False}.__getitem__, "int": int, "float": float}
+    return next((read for name, read in readers.items() if re.search(rf"\b{name}\b", str(kind))), str)(text)
 
 
 def source_files(file: Path) -> list[Path]:
@@ -1341,23 +1283,7 @@ def import_file(file: str):
     return module
 
 
-class CLIPReward(RewardModel):
-    """The cosine of an image and a prompt in a CLIP model. A subclass gives `tokenize`: prompts → rows of tokens."""
-
-    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
-
-    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
-        # Attention is causal and the feature is that of the first end token, so padding to its right has no effect.
-        rows = [torch.tensor(row) for row in self.tokenize(prompts)]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return unit(self.model.get_text_features(tokens.to(self.device)).pooler_output)
-
-    def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
-        return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
-
-
-class HPSReward(CLIPReward):
+class HPSReward(RewardModel):
     """HPSv2 and v2.1 (Wu et al., 2023): the cosine of CLIP ViT-H/14, about 0.2 to 0.35, as `hpsv2.score` gives it
     (`hpsv2.evaluate` shows it times 100)."""
 
@@ -1386,6 +1312,18 @@ class HPSReward(CLIPReward):
         pixels = pad(pixels, [wide // 2, high // 2, wide - wide // 2, high - high // 2])
         return normalize(pixels, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
+
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        # Attention is causal and the feature is that of the first end token, so padding to its right has no effect.
+        rows = [torch.tensor(row) for row in self.tokenize(prompts)]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return unit(self.model.get_text_features(tokens.to(self.device)).pooler_output)
+
+    def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
+        return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
+
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": True, "max_length": 76}
@@ -1402,7 +1340,7 @@ class HPSReward(CLIPReward):
         return rows
 
 
-class PickScoreReward(CLIPReward):
+class PickScoreReward(HPSReward):
     """PickScore (Kirstain et al., 2023): exp(logit scale) · cosine of CLIP ViT-H/14, about 20 to 23."""
 
     def load(self):
@@ -1526,8 +1464,10 @@ def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
     return clip, layers
 
 
-class CLIPScoreReward(CLIPReward):
+class CLIPScoreReward(HPSReward):
     """CLIPScore as Hessel et al. (2021) define it: 2.5 · max(cosine, 0) of CLIP ViT-B/32, "A photo depicts" first."""
+
+    prepare = RewardModel.prepare
 
     def load(self):
         self.model = self.load_model(transformers.CLIPModel, self.checkpoint)
@@ -1593,8 +1533,7 @@ class ImageRewardReward(RewardModel):
     def compare(self, images: list[torch.Tensor], texts: list) -> torch.Tensor:
         ids, mask = map(torch.stack, zip(*texts))
         # The configuration names a decoder. It runs as an encoder, which sees the text in both directions.
-        options = {"encoder_hidden_states": torch.stack(images), "is_decoder": False}
-        output = self.text(ids, attention_mask=mask, **options)
+        output = self.text(ids, attention_mask=mask, encoder_hidden_states=torch.stack(images), is_decoder=False)
         return (self.head(output.last_hidden_state[:, 0].float())[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
@@ -1809,8 +1748,7 @@ REWARD_MODELS = {
     "aesthetic": (AestheticReward, "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", None),
     "clipscore": (CLIPScoreReward, "openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     "vqascore": (VQAScoreReward, "zhiqiulin/clip-flant5-xxl", "google/flan-t5-xxl"),
-    # Variants, under names of their own: HPSv2 with an antialiased resize, MPS with the threshold of its model class,
-    # VQAScore's question to another model.
+    # Variants: HPSv2 with an antialiased resize, MPS with its model class's threshold, VQAScore's question to a VLM.
     "hpsv2_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
     "hpsv2.1_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
     "mps_t0.01": (MPSReward, "RE-N-Y/mpsv1", VIT_H),
@@ -1842,24 +1780,16 @@ def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
-    given = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
+    words = [*parser.parse_known_args(words)[0].config, *words]
+    # The shell leaves ~/x in --flag=~/x and in name=~/x, and YAML has none.
+    given = vars(parser.parse_args([re.sub(r"(^|=)~/", rf"\1{Path.home()}/", word) for word in words]))
     del given["config"]
     for spec in fields(ScriptArguments):
         value = given[spec.name]
         for phrase, limit in spec.metadata["limits"].items():
             if None not in (value, limit) and not COMPARE[phrase](value, limit):
                 raise SystemExit(f"--{spec.name} {value}: must be {phrase} {limit}")
-        if isinstance(value, str):
-            given[spec.name] = with_home(value)
-        elif isinstance(value, list):
-            given[spec.name] = [with_home(word) for word in value]
     return ScriptArguments(**given)
-
-
-def with_home(word: str) -> str:
-    """Expands `~/x` and `name=~/x`: the shell leaves it in --flag=~/x, and YAML has none."""
-    name, equals, path = word.rpartition("=")
-    return name + equals + os.path.expanduser(path) if path.startswith("~") else word
 
 
 # Copied from train_rankdpo_sdxl.config_words
@@ -1889,6 +1819,11 @@ def plain_path(path: str) -> Iterator[str]:
             yield f"{links}/data{Path(path).suffix}"
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file is not the user's: hidden, or of those that operating systems put into folders."""
+    return bool(re.search(r"(^|/)(\.|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini)", name, re.I))
+
+
 def one_line(error: BaseException | str) -> str:
     """An error's message on one line, whatever its class and length."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -1911,8 +1846,7 @@ def batches(items, size: int) -> Iterator:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Gives the name of a temporary file, which takes the place of `file` when the block has ended without an error: a
-    killed run leaves no half file under its name."""
+    """A name to write to, which becomes `file` when the block has ended without an error: there is no half file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.urandom(4).hex()}.tmp")
     yield temporary

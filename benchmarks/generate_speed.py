@@ -6,7 +6,7 @@
 Both draw the same prompts with the same seeds, in batches of the same size, with the same pipeline, in turn, A B A B:
 
 - bare: `pipeline(prompt=…, generator=…)`, batch after batch; the pictures are dropped;
-- ours: the stage as it is, from the list of missing images to complete shards on disk, JPEGs and checksums included.
+- ours: the stage as it is, from the list of missing images to complete shards on disk, JPEGs included.
 
 The weights are random: full size on a GPU, 1024², SDXL and SD3-Medium; on a CPU a UNet of a fifth of SDXL's width with
 its depth, at 256². Not timed: making and freeing the models, and one batch of each way to warm up. Prints images/s, the
@@ -25,6 +25,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 import train_speed
 from accelerate import PartialState
@@ -75,7 +76,8 @@ def timed_bare(pipeline, *arguments) -> tuple[list, np.ndarray]:
 
 def timed_ours(generator, rows: list[dict], entry: dict, flags: list[str]) -> tuple[list, list[int], np.ndarray]:
     """The images as files' bytes, their seeds, and the seconds of the stage without loading and freeing the model."""
-    build_synpic.prepare_pipeline(generator.pipeline)
+    (pipeline, _), *_ = generator.parts
+    pipeline.vae.enable_slicing()  # as build_synpic.py has loaded it; the bare pipeline is without
     with tempfile.TemporaryDirectory(prefix="generate-speed-") as folder:
         args = build_synpic.parse_arguments(["--prompts", "none", "--output_dir", folder, *flags])
         shards = [rows[start : start + args.shard_size] for start in range(0, len(rows), args.shard_size)]
@@ -84,7 +86,7 @@ def timed_ours(generator, rows: list[dict], entry: dict, flags: list[str]) -> tu
             started = clock()
             build_synpic.generate(args, shards, [entry], PartialState())
             seconds = clock() - started
-        tables = [build_synpic.read_table(file) for file in sorted(Path(folder).rglob("images/*/*.parquet"))]
+        tables = [pq.read_table(file) for file in sorted(Path(folder).rglob("images/*/*.parquet"))]
         images, seeds = (sum((table[name].to_pylist() for table in tables), []) for name in ("image", "seed"))
     return images, seeds, seconds
 
@@ -103,12 +105,12 @@ def measure(options, family: str, found: dict) -> None:
     call["guidance_scale"] = 5.0 if family == "sdxl" else 7.0
     entry, flags = {"name": family, "model": family, "call": call}, ["--generation_batch_size", str(options.batch)]
     flags += shlex.split(options.ours)
-    compiled = build_synpic.parse_arguments(["--prompts", "none", *flags]).compile
+    args = build_synpic.parse_arguments(["--prompts", "none", *flags])
     pipeline = train_speed.make_pipeline(family, options.size, DTYPE)
     pipeline.set_progress_bar_config(disable=True)
     found["tflop_per_image"][family] = tflop = tflop_per_image(pipeline, call)
     with mock.patch.object(build_synpic.DiffusionPipeline, "from_pretrained", lambda *_, **__: pipeline):
-        generator = build_synpic.Generator(entry, "cuda" if CUDA else "cpu", compiled)
+        generator = build_synpic.Generator(entry, torch.device("cuda" if CUDA else "cpu"), args)
     rows = [{"prompt_id": f"{n}", "prompt": f"a red circle and {n} squares"} for n in range(options.images)]
     _, seeds, _ = timed_ours(generator, rows[: options.batch], entry, flags)  # to warm up
     timed_bare(pipeline, rows[: options.batch], seeds, call, options.batch)

@@ -4,7 +4,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import sys
 import time
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,15 +20,16 @@ import torch
 import yaml
 from conftest import ROOT, call, check_card, make_tiny_pickscore, make_tiny_sdxl, refused, run, torchrun
 from datasets import Image, List, Value, load_dataset
-from diffusers import StableCascadeUNet
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 from scipy import stats
 from torch._dynamo.utils import counters
+from tqdm import tqdm
 
 import build_synpic
 
 
+GENERATOR = {"name": "a"}
 REWARDS = ["shapes/world.py:color_reward", "shapes/world.py:shape_reward", "shapes/world.py:clean_reward"]
 CALL = {"num_inference_steps": 1, "height": 32, "width": 32}
 
@@ -75,6 +74,19 @@ def built(prompts, recipe, tmp_path_factory):
     output = tmp_path_factory.mktemp("built") / "synpic"
     call("build_synpic", *flags(prompts, recipe, output, gpu_hourly_cost=1.5))
     return output
+
+
+class Painter:
+    """A generator that draws nothing: an image tells its seed and the number in its prompt."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __call__(self, prompts, seeds, bar):
+        return [PILImage.new("RGB", (8, 8), (s % 256, 0, int(p[1:]) % 256)) for p, s in zip(prompts, seeds)]
+
+    def count_cut(self, prompts):
+        return 0
 
 
 def snapshot(folder: Path) -> dict:
@@ -145,7 +157,10 @@ def test_card_tells_what_was_built(built):
     line = next(line for line in card.text.splitlines() if line.startswith("| color_reward | 0"))
     assert [float(cell) for cell in line.split("|")[2:4]] == pytest.approx(wins, abs=6e-4)
     assert [info["splits"][0]["num_examples"] for info in card.data.dataset_info] == [10, 10]
-    assert PILImage.open(built / "grid.png").width == 512
+    grid = np.asarray(PILImage.open(built / "grid.png"))
+    row = pq.read_table(built / "data" / "train-00000-of-00003.parquet").slice(0, 1).to_pylist()[0]
+    assert grid.shape[1] == 512
+    assert grid[22 + 2, row["rank"].index(1) * 256 + 100].tolist() == [0, 200, 0]  # the frame of the best image
 
 
 def test_scores_are_a_configuration_without_images(built):
@@ -170,13 +185,6 @@ def test_what_people_wrote_on_the_card_stays(built, prompts, recipe, tmp_path):
 
 def test_many_shards_make_few_files(recipe, tmp_path, monkeypatch):
     """What the Hub takes in one commit: at most 200 files; every prompt once, in order, with its own images."""
-
-    class Painter:
-        def __init__(self, *arguments):
-            pass
-
-        def __call__(self, batch):
-            return [PILImage.new("RGB", (8, 8), (seed % 256, 0, int(row["prompt"][1:]) % 256)) for row, seed in batch]
 
     monkeypatch.setattr(build_synpic, "Generator", Painter)
     (tmp_path / "prompts.txt").write_text("\n".join(f"p{i}" for i in range(405)) + "\n")
@@ -237,7 +245,7 @@ def test_new_generator_and_new_reward_cost_only_themselves(built, prompts, recip
     assert len(load_dataset(str(output), split="train")[0]["scores"]) == 4
 
 
-def test_more_prompts_keep_the_full_shards(built, prompts, recipe, tmp_path, monkeypatch):
+def test_more_prompts_cost_only_themselves(built, prompts, recipe, tmp_path, monkeypatch):
     output = copy(built, tmp_path / "more")
     before = snapshot(output)
     assert len(load_dataset(str(output), split="train")) == 10  # and is in the cache of datasets now
@@ -246,16 +254,16 @@ def test_more_prompts_keep_the_full_shards(built, prompts, recipe, tmp_path, mon
     drawn, scored = [], []
     generator, function = build_synpic.Generator.__call__, build_synpic.FunctionReward.score
     monkeypatch.setattr(
-        build_synpic.Generator, "__call__", lambda self, batch: drawn.append(len(batch)) or generator(self, batch)
+        build_synpic.Generator, "__call__", lambda self, p, *more: drawn.append(len(p)) or generator(self, p, *more)
     )
     monkeypatch.setattr(
-        build_synpic.FunctionReward, "score", lambda self, i, p: scored.extend([1] * len(p)) or function(self, i, p)
+        build_synpic.FunctionReward, "score", lambda self, i, p: scored.append(len(p)) or function(self, i, p)
     )
     monkeypatch.setattr(build_synpic, "probe_rewards", lambda *a: None)
     call("build_synpic", *flags(longer, recipe, output))
     made = [name for name in written(before, snapshot(output)) if name.startswith("work/images")]
-    assert sorted(made) == [f"work/images/{g}/{s}.parquet" for g in ("one", "two") for s in ("00002", "00003")]
-    assert sum(drawn) == 2 * 3 and scored == [1] * 6 * 3  # what the last, unfilled shard held is kept
+    assert made == [f"work/images/{name}/00003.parquet" for name in ("one", "two")]  # a shard never changes
+    assert drawn == 2 * [3] and scored == 3 * 2 * [3]
     assert len(load_dataset(str(output), split="train")) == 13
     assert "only grow" in refused("build_synpic", *flags(prompts, recipe, output))
 
@@ -305,35 +313,6 @@ def test_stages_can_be_run_one_by_one(built, prompts, recipe, tmp_path):
         call("build_synpic", *flags(prompts, recipe, output), "--stages", stage)
     whole, again = (load_dataset(str(folder), split="train").remove_columns("images") for folder in (built, output))
     assert list(whole) == list(again)
-
-
-def test_person_s_edits_of_the_card_stay(built, prompts, recipe, tmp_path):
-    output = copy(built, tmp_path / "edited")
-    card = DatasetCard.load(output / "README.md")
-    card.data.license = "cc-by-4.0"
-    card.data.tags.append("mine")
-    card.save(output / "README.md")
-    call("build_synpic", *flags(prompts, recipe, output))
-    data = DatasetCard.load(output / "README.md").data
-    assert data.license == "cc-by-4.0" and "mine" in data.tags
-
-
-def test_prompts_from_every_source(tmp_path):
-    from datasets import Dataset
-
-    rows = [{"caption": "a cat", "tag": "x"}, {"caption": " a dog ", "tag": "y"}, {"caption": "a cat", "tag": "z"}]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Dataset.from_list(rows).to_parquet(str(tmp_path / "p.parquet"))
-    (tmp_path / "folder").mkdir()
-    Dataset.from_list(rows).to_parquet(str(tmp_path / "folder" / "train.parquet"))
-    for name in ("p.jsonl", "p.parquet", "folder"):
-        found = build_synpic.read_prompts(str(tmp_path / name), "caption", "train", None, ("tag",))[0]
-        assert [(row["prompt"], row["tag"]) for row in found] == [("a cat", "x"), ("a dog", "y")]
-    (tmp_path / "p.txt").write_text("a cat\na cat\na dog\na bird\n")
-    assert [row["prompt"] for row in build_synpic.read_prompts(str(tmp_path / "p.txt"), "prompt", "train", 2)[0]] == [
-        "a cat",
-        "a dog",
-    ]
 
 
 def test_stable_cascade_draws_with_its_prior(tmp_path):
@@ -408,9 +387,11 @@ def test_stable_cascade_draws_with_its_prior(tmp_path):
             "call": {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 128, "width": 128},
         },
     }
-    draw = build_synpic.Generator(entry, "cpu")
-    rows = [{"prompt": "a red circle"}, {"prompt": "a blue cross"}]
-    images, again = (draw(list(zip(rows, seeds))) for seeds in ([1, 2], [1, 3]))
+    arguments = build_synpic.ScriptArguments(prompts="p.txt")
+    draw = build_synpic.Generator(entry, torch.device("cpu"), arguments)
+    prompts = ["a red circle", "a blue cross"]
+    images, again = (draw(prompts, seeds, tqdm(disable=True)) for seeds in ([1, 2], [1, 3]))
+    assert draw.count_cut(prompts) == 0 and draw.count_cut(["a red circle " * 10, *prompts]) == 1
     assert len(images) == 2 and images[0].size[0] >= 32
     assert np.array_equal(np.asarray(images[0]), np.asarray(again[0]))
     assert not np.array_equal(np.asarray(images[1]), np.asarray(again[1]))
@@ -419,15 +400,14 @@ def test_stable_cascade_draws_with_its_prior(tmp_path):
 def test_default_generators_are_the_papers_four():
     entries = build_synpic.read_generators(None)
     assert [entry["name"] for entry in entries] == ["sdxl", "sd3-medium", "pixart-sigma", "stable-cascade"]
-    assert entries[3]["prior"]["model"] == "stabilityai/stable-cascade-prior"
+    assert entries == yaml.safe_load((ROOT / "recipes" / "synpic_paper.yaml").read_text())
 
 
 BAD_REWARDS = {
     "nan": ("def f(images, prompts):\n    return [float('nan')] * len(images)\n", ["nan", "finite"]),
     "count": ("def f(images, prompts):\n    return [1.0]\n", ["1 scores for 2 images"]),
-    "raises": ("def f(images, prompts):\n    raise KeyError('weights')\n", ["fails: KeyError", "KeyError"]),
     "import": ("import no_such_module\n", ["cannot be imported", "no_such_module"]),
-    "name": ("def g(images, prompts):\n    return []\n", ["no function 'f'"]),
+    "name": ("def g(images, prompts):\n    return []\n", ["no attribute 'f'"]),
 }
 
 
@@ -444,7 +424,7 @@ def test_bad_reward_functions_are_refused_before_anything_is_drawn(prompts, reci
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"--prompts": "no/such.txt"}, ["no/such.txt", "no such file"]),
+        ({"--prompts": "no/such.txt"}, ["no/such.txt", "No such file"]),
         ({"--prompts": "{tmp}/rows.jsonl"}, ["no column 'prompt'", "text"]),
         ({"--prompts": "{tmp}/gap.txt"}, ["gap.txt", "row 2", "empty"]),
         ({"--prompts": "{tmp}/nothing.txt"}, ["nothing.txt", "no prompts"]),
@@ -454,17 +434,35 @@ def test_bad_reward_functions_are_refused_before_anything_is_drawn(prompts, reci
         ({"--generators": "{tmp}/single.yaml"}, ["single.yaml", "at least 2"]),
         ({"--generators": "{tmp}/broken.yaml"}, ["broken.yaml", "unknown key speed", "model"]),
         ({"--generators": "{tmp}/missing.yaml"}, ["generator a", "no/model"]),
+        ({"--generators": "{tmp}/load.yaml"}, ["`load` has torch_dtype", "do you mean dtype?"]),
+        ({"--generators": "{tmp}/call.yaml"}, ["`call` has num_inference_step", "do you mean num_inference_steps?"]),
+        ({"--generators": "{tmp}/dtype.yaml"}, ["`dtype` has unnet, which StableDiffusionXLPipeline", "unet?"]),
+        ({"--generators": "{tmp}/prior.yaml"}, ["unknown key cal; the keys are call, load, model"]),
+        ({"--generators": "{tmp}/text.yaml"}, ["load and call hold `name: value`"]),
+        ({"--generation_batch_size": "0"}, ["--generation_batch_size 0: a number from 1, or auto"]),
+        ({"--task_index": "3", "--num_tasks": "3"}, ["--task_index 3: must be less than --num_tasks"]),
+        ({"--stages": "rank", "--num_tasks": "3"}, ["give --num_tasks 1"]),
         ({"--max_prompts": "0"}, ["--max_prompts 0"]),
         ({"--max_prompts": "few"}, ["--max_prompts", "invalid int value: 'few'"]),
         ({"--stages": "draw"}, ["--stages", "invalid choice: 'draw'", "generate"]),
     ],
 )
-def test_bad_flags_are_named(prompts, recipe, tmp_path, monkeypatch, capsys, change, words):
+def test_bad_flags_are_named(prompts, recipe, tiny_sdxl, tmp_path, monkeypatch, capsys, change, words):
     (tmp_path / "rows.jsonl").write_text('{"text": "a cat"}\n')
     (tmp_path / "gap.txt").write_text("a cat\n\na dog\n")
     (tmp_path / "nothing.txt").write_text("")
     (tmp_path / "single.yaml").write_text("[{name: a, model: x}]")
     (tmp_path / "broken.yaml").write_text("[{name: a, model: x, speed: 3}, {name: b, model: y}]")
+    recipes = {
+        "load": [{**GENERATOR, "load": {"torch_dtype": "float16"}}],
+        "call": [{**GENERATOR, "call": {"num_inference_step": 3}}],
+        "dtype": [{**GENERATOR, "load": {"dtype": {"unnet": "float16", "default": "float32"}}}],
+        "prior": [{**GENERATOR, "prior": {"model": "x", "cal": {}}}],
+        "text": [{**GENERATOR, "call": "fast"}],
+    }
+    for name, entries in recipes.items():
+        entries = [{**entry, "model": str(tiny_sdxl)} for entry in (*entries, {"name": "b"})]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(entries))
     (tmp_path / "missing.yaml").write_text("[{name: a, model: no/model}, {name: b, model: no/model}]")
     monkeypatch.setattr(build_synpic, "Generator", lambda *a: pytest.fail("a generator was loaded"))
     found = flags(prompts, recipe, tmp_path / "out")
@@ -483,27 +481,17 @@ def test_output_folder_of_another_run_is_refused(built, prompts, recipe, tmp_pat
     entries = yaml.safe_load((recipe / "two.yaml").read_text())
     entries[0]["call"]["num_inference_steps"] = 2
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(entries))
-    assert "images of one" in refused("build_synpic", *flags(prompts, tmp_path, built))
+    message = refused("build_synpic", *flags(prompts, tmp_path, built))
+    assert "images/one was made with call {" in message and "delete that folder" in message
     assert snapshot(built) == before
-
-
-def test_grid_marks_the_best_image(built):
-    grid = np.asarray(PILImage.open(built / "grid.png"))
-    row = pq.read_table(built / "data" / "train-00000-of-00003.parquet").slice(0, 1).to_pylist()[0]
-    best = row["rank"].index(1)
-    assert grid[22 + 2, best * 256 + 100].tolist() == [0, 200, 0]
-    assert PILImage.open(BytesIO(row["images"][0]["bytes"])).size == (32, 32)
 
 
 def test_three_tasks_at_once_with_one_killed_make_the_same_dataset(built, prompts, recipe, tmp_path):
     """Independent tasks on a new shared folder, a rerun of the one that died, and one run for the last stages."""
     command = ["build_synpic.py", *flags(prompts, recipe, tmp_path / "out")]
     start = [sys.executable, *map(str, command)]
-    slurm = {"ID": "3", "MIN": "1", "MAX": "3", "COUNT": "3"}
-    slurm = {**os.environ, **{f"SLURM_ARRAY_TASK_{name}": value for name, value in slurm.items()}}
     quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    tasks = [subprocess.Popen([*start, "--num_tasks", "3", "--task_index", n], **quiet) for n in ("0", "1")]
-    tasks.append(subprocess.Popen(start, env=slurm, **quiet))
+    tasks = [subprocess.Popen([*start, "--num_tasks", "3", "--task_index", n], **quiet) for n in ("0", "1", "2")]
     first = tmp_path / "out" / "work" / "images" / "one" / "00001.parquet"
     while not first.exists():
         assert tasks[1].poll() is None
@@ -522,47 +510,18 @@ def test_three_tasks_at_once_with_one_killed_make_the_same_dataset(built, prompt
     assert contents(tmp_path / "out") == contents(built)
 
 
-def test_task_flags_come_from_a_scheduler_or_are_refused(prompts, recipe, tmp_path, monkeypatch):
-    def parsed(*more):
-        found = build_synpic.parse_arguments([str(flag) for flag in (*flags(prompts, recipe, tmp_path), *more)])
-        return found.task_index, found.num_tasks, found.stages
-
-    assert parsed() == (0, 1, ["generate", "score", "rank", "publish"])
-    assert parsed("--task_index", 2, "--num_tasks", 3) == (2, 3, ["generate", "score"])
-    for given, problem in [
-        (("--task_index", 3, "--num_tasks", 3), "must be less than --num_tasks 3"),
-        (("--task_index", 3), "belong together"),
-        (("--num_tasks", 3), "belong together"),
-        (("--num_tasks", "many"), "must be a whole number, or auto"),
-        (("--num_tasks", 3, "--task_index", 0, "--stages", "rank"), "give --num_tasks 1"),
-    ]:
-        with pytest.raises(SystemExit, match=problem):
-            parsed(*given)
-    monkeypatch.setenv("JOB_COMPLETION_INDEX", "4")
-    assert parsed()[:2] == (0, 1)  # Kubernetes does not give the count
-    monkeypatch.setenv("JOB_COMPLETIONS", "6")
-    assert parsed()[:2] == (4, 6) and parsed("--num_tasks", 1)[:2] == (0, 1)
-    for name, value in {"ID": "7", "MIN": "3", "MAX": "8", "COUNT": "6"}.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    assert parsed()[:2] == (4, 6) and parsed("--num_tasks", 100)[:2] == (7, 100)  # one task of an array, run again
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
-    with pytest.raises(SystemExit, match="the array has gaps"):
-        parsed()
-
-
 def test_out_of_memory_halves_the_batch_and_draws_the_same(built, prompts, recipe, tmp_path, monkeypatch, capsys):
-    drawn, draw = [], build_synpic.Generator.__call__
+    drawn, draw = [], build_synpic.Generator.draw
 
-    def small_gpu(self, batch, limit=2):
-        drawn.append(len(batch))
-        if len(batch) > limit:
+    def small_gpu(self, texts, seeds, limit=2):
+        drawn.append(len(texts))
+        if len(texts) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return draw(self, batch)
+        return draw(self, texts, seeds)
 
-    monkeypatch.setattr(build_synpic.Generator, "__call__", small_gpu)
-    monkeypatch.setattr(build_synpic, "warned", set())
+    monkeypatch.setattr(build_synpic.Generator, "draw", small_gpu)
     call("build_synpic", *flags(prompts, recipe, tmp_path / "out"))
-    warning = "warning: generator one: the device's memory does not hold 4 images at once: goes on with 2\n"
+    warning = "warning: generator one: the device's memory does not hold 4 images at once: half as many\n"
     assert capsys.readouterr().err.count(warning) == 1
     assert drawn == 2 * [4, 2, 2, 2, 2, 2]  # each generator tries the full batch once
     rows, expected = (load_dataset(str(folder), split="train") for folder in (tmp_path / "out", built))
@@ -570,14 +529,9 @@ def test_out_of_memory_halves_the_batch_and_draws_the_same(built, prompts, recip
     for row, other in zip(rows, expected):
         for image, same in zip(row["images"], other["images"]):
             assert np.abs(np.asarray(image).astype(int) - np.asarray(same).astype(int)).max() <= 1
-
-    drawn.clear()
-    monkeypatch.setattr(build_synpic.Generator, "__call__", lambda self, batch: small_gpu(self, batch, limit=0))
+    monkeypatch.setattr(build_synpic.Generator, "draw", lambda self, *batch: small_gpu(self, *batch, limit=0))
     message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "none", generation_batch_size="auto"))
-    assert message == "generator one: the device's memory does not hold it with a single image" and drawn == [4, 2, 1]
-    for size in ("0", "many"):
-        message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "no", generation_batch_size=size))
-        assert message == f"--generation_batch_size {size}: must be a whole number, at least 1, or auto"
+    assert message == "generator one: the device's memory does not hold a single image"
 
 
 def test_an_error_in_encoding_or_writing_beside_the_drawing_ends_the_run(prompts, recipe, tmp_path, monkeypatch):
@@ -598,13 +552,13 @@ def test_an_error_in_encoding_or_writing_beside_the_drawing_ends_the_run(prompts
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
-def test_compiled_generators_draw_the_same_images(built, prompts, recipe, tmp_path, monkeypatch, capsys):
+def test_compiled_generators_draw_the_same_images(built, prompts, recipe, tmp_path, monkeypatch):
     """But for rounding. One size of batch is compiled: the last batch of a shard, which is smaller, adds no graph."""
     graphs, draw = [], build_synpic.Generator.draw
 
-    def counted(self, batch):
-        images = draw(self, batch)
-        graphs.append((len(batch), counters["stats"]["unique_graphs"]))
+    def counted(self, texts, seeds):
+        images = draw(self, texts, seeds)
+        graphs.append((len(texts), counters["stats"]["unique_graphs"]))
         return images
 
     torch._dynamo.reset()
@@ -614,32 +568,16 @@ def test_compiled_generators_draw_the_same_images(built, prompts, recipe, tmp_pa
     call("build_synpic", *given, "--compile")
     sizes, found = zip(*graphs)
     assert sizes == 2 * (3, 1, 3, 1, 2) and found[0] > 0 and len(set(found[:5])) == len(set(found[5:])) == 1
-    said = capsys.readouterr().out
-    for name in ("one", "two"):
-        assert re.search(rf"^generator {name}: the first batch of 3 took \d+ s, with its compilation$", said, re.M)
     for file in sorted((tmp_path / "out").rglob("work/images/*/*.parquet")):
         table, other = (pq.read_table(path) for path in (file, built / file.relative_to(tmp_path / "out")))
         assert table["seed"] == other["seed"]
         for image, same in zip(table["image"].to_pylist(), other["image"].to_pylist()):
             image, same = (np.asarray(PILImage.open(BytesIO(item))).astype(int) for item in (image, same))
             assert np.abs(image - same).max() <= 2
-    for name in ("CXX", "CC"):
-        monkeypatch.setenv(name, "no-such-compiler")
-    message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "none"), "--compile")
-    assert message.startswith("--compile needs a C++ compiler")
     message = refused(
         "build_synpic", *flags(prompts, recipe, tmp_path / "none"), "--compile", "--generation_batch_size", "auto"
     )
     assert message == "--generation_batch_size auto: with --compile, give a number"
-
-
-def test_a_denoiser_without_named_blocks_is_drawn_uncompiled(monkeypatch, capsys):
-    pipeline = SimpleNamespace(decoder=StableCascadeUNet.__new__(StableCascadeUNet))
-    torch.nn.Module.__init__(pipeline.decoder)
-    monkeypatch.setattr(build_synpic, "warned", set())
-    build_synpic.compile_blocks("cascade", pipeline)
-    words = "warning: generator cascade: --compile: diffusers names no blocks of StableCascadeUNet: drawn without\n"
-    assert capsys.readouterr().err == words
 
 
 def test_rewards_at_once_decode_once_and_give_the_same_bytes(built, prompts, recipe, tmp_path, monkeypatch):
@@ -660,7 +598,8 @@ def test_rewards_at_once_decode_once_and_give_the_same_bytes(built, prompts, rec
         subprocess.run(["cp", "-a", str(built / "work"), str(output / "work")], check=True)
         given = flags(prompts, recipe, output, rewards, rewards_at_once=number, reward_batch_size=3)
         call("build_synpic", *given)
-        assert len(decoded) == (2 if number == 2 else 3) * 20 + 2  # and two of noise to try the function
+        # Each once for all rewards that are held, and passed on to each; and two of noise, to try the function.
+        assert len(decoded) == (2 if number == 2 else 3) * 20 + 3 * 20 + 2
     assert contents(outputs[1]) == contents(outputs[2]) and len(contents(outputs[1])) == 4
 
     lost = outputs[2] / "work" / "scores" / "clipscore" / "two" / "00001.parquet"
@@ -678,9 +617,7 @@ def test_a_model_that_does_not_fit_beside_others_says_what_to_do(prompts, recipe
 
     monkeypatch.setattr(build_synpic.CLIPScoreReward, "load", full)
     rewards = [f"pickscore={clip}", f"clipscore={clip}"]
-    line = f"reward clipscore={clip}: the device's memory does not hold it"
-    message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "out", rewards, rewards_at_once=2))
-    assert message == f"{line}, beside 1 more: give a smaller --rewards_at_once"
+    line = f"reward clipscore={clip}: the device's memory does not hold it: give --rewards_at_once 1"
     assert refused("build_synpic", *flags(prompts, recipe, tmp_path / "out", rewards)) == line
 
 
@@ -696,7 +633,7 @@ def test_statistics_are_those_of_scipy(tmp_path):
             for i in range(60)[part]
         ]
         files.append(tmp_path / f"{number}.parquet")
-        build_synpic.write_table(pa.Table.from_pylist(rows), files[-1], {})
+        build_synpic.write_tables(iter([pa.Table.from_pylist(rows)]), files[-1], {})
     wins, taus = build_synpic.dataset_statistics(files, rewards)
     expected = np.nanmean([stats.kendalltau(*scores[:2, i]).statistic for i in range(60)])
     assert taus == pytest.approx(np.array([[1, expected, 0], [expected, 1, 0], [0, 0, 1]]))
@@ -707,7 +644,7 @@ def test_statistics_are_those_of_scipy(tmp_path):
 
 
 def test_a_file_of_many_shards_needs_the_memory_of_one(tmp_path):
-    """Or of a few: what does not fill a row group waits for the next. Row groups go on across shards."""
+    """And small row groups, which the Hub's viewer needs."""
     held, size = [], 64 * 40_000
 
     def tables():
@@ -716,9 +653,90 @@ def test_a_file_of_many_shards_needs_the_memory_of_one(tmp_path):
             images = [os.urandom(40_000) for _ in range(64)]
             yield pa.table({"number": range(64 * shard, 64 * shard + 64), "image": images})
 
-    build_synpic.write_tables(tables(), 64 * 24, tmp_path / "many.parquet", {"a": 1})
+    build_synpic.write_tables(tables(), tmp_path / "many.parquet", {"a": 1})
     assert max(held) - held[0] < 6 * size
     metadata = pq.read_metadata(tmp_path / "many.parquet")
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [100] * 15 + [36]
-    assert build_synpic.read_table(tmp_path / "many.parquet")["number"].to_pylist() == list(range(64 * 24))
-    assert build_synpic.is_usable(tmp_path / "many.parquet")
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [64] * 24
+    assert pq.read_table(tmp_path / "many.parquet")["number"].to_pylist() == list(range(64 * 24))
+    assert build_synpic.shard_facts(tmp_path / "many.parquet") == {"a": 1}
+
+
+def test_what_no_drawing_should_do_to_a_dataset(tiny_sd, tmp_path, capsys):
+    """A safety checker, which replaces images by black ones, does not draw; one text is the negative prompt of all; and
+    what is black, or is read in part only, is said and stands on the card."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config={**tower, "vocab_size": 100}, vision_config=vision, projection_dim=24)
+    checker = StableDiffusionSafetyChecker(config)
+    checker.concept_embeds_weights.data[:] = -1.0  # every image has all concepts
+    checker.concept_embeds.data = torch.randn_like(checker.concept_embeds)
+    size = {"height": 32, "width": 32}
+    parts = StableDiffusionPipeline.from_pretrained(tiny_sd).components | {"safety_checker": checker}
+    parts["feature_extractor"] = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+    StableDiffusionPipeline(**parts, requires_safety_checker=True).save_pretrained(tmp_path / "checked")
+    dark = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    dark.vae.decoder.conv_out.weight.data.zero_()
+    dark.vae.decoder.conv_out.bias.data.fill_(-1.0)
+    dark.save_pretrained(tmp_path / "dark")
+    prompts = ["a red circle", "a blue square", "a " + "red " * 30 + "circle"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    (tmp_path / "mine.py").write_text(
+        "def light(images, prompts):\n    return [sum(i.getpixel((9, 9))) for i in images]\n"
+    )
+    negative = {**CALL, "negative_prompt": "blurry", "guidance_scale": 3.0}
+    entries = [{"name": name, "model": str(tmp_path / name), "call": negative} for name in ("checked", "dark")]
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(entries))
+    call(
+        "build_synpic", *flags(tmp_path / "prompts.txt", tmp_path, tmp_path / "out", [f"{tmp_path / 'mine.py'}:light"])
+    )
+    for row in load_dataset(str(tmp_path / "out"), split="train"):
+        light, black = (np.asarray(image).max() for image in row["images"])
+        assert light > 0 and black == 0 and row["preference_probability"] == [1.0, 0.0]
+    said, card = capsys.readouterr().err, check_card(tmp_path / "out")
+    for line in [
+        "3 of the 3 images of dark are black all over.",
+        "checked reads only the beginning of 1 of the 3 prompts.",
+    ]:
+        assert said.count(f"warning: {line}") == 1 and line in card
+    assert "images of checked are black" not in said
+
+
+def test_files_that_systems_put_beside_others(built, prompts, recipe, tmp_path):
+    """In a new output folder, in the folders of models, and beside the shards and the dataset's files."""
+    litter = {".DS_Store": b"x", "Thumbs.db": b"x", "desktop.ini": b"x"}
+    (tmp_path / "out").mkdir()
+    entries = yaml.safe_load((recipe / "two.yaml").read_text())
+    shutil.copytree(entries[0]["model"], tmp_path / "model")
+    entries[0]["model"] = str(tmp_path / "model")
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(entries))
+    given = flags(prompts, tmp_path, tmp_path / "out")
+    for folder in (tmp_path / "out", tmp_path / "model"):
+        for name, content in litter.items():
+            (folder / name).write_bytes(content)
+    call("build_synpic", *given)
+    (tmp_path / "model" / "Thumbs.db").write_bytes(b"other")
+    for file in list((tmp_path / "out").rglob("*.parquet")):
+        file.with_name(f"._{file.name}").write_bytes(b"x")
+    call("build_synpic", *given)
+    assert contents(tmp_path / "out") == contents(built)
+
+
+def test_scores_of_any_size_make_a_card(recipe, tmp_path, monkeypatch):
+    """Constant, tiny and huge scores, a prompt in several lines and scripts: all is written."""
+    (tmp_path / "mine.py").write_text(
+        "def constant(images, prompts):\n    return [1] * len(images)\n\n\n"
+        "def huge(images, prompts):\n    return [3e38 * (-1) ** i.getpixel((0, 0))[0] for i in images]\n\n\n"
+        "def tiny(images, prompts):\n    return [1e-45 * i.getpixel((0, 0))[0] for i in images]\n"
+    )
+    monkeypatch.setattr(build_synpic, "Generator", Painter)
+    (tmp_path / "p.json").write_text(json.dumps(["p1", "p2", "p3"]))
+    rewards = [f"{tmp_path / 'mine.py'}:{name}" for name in ("constant", "huge", "tiny")]
+    call("build_synpic", *flags(tmp_path / "p.json", recipe, tmp_path / "out", rewards))
+    check_card(tmp_path / "out")
+    call("build_synpic", *flags(tmp_path / "p.json", recipe, tmp_path / "one", rewards[:1]))
+    rows = load_dataset(str(tmp_path / "one"), split="train")
+    assert rows["rank"][:] == [[1, 2]] * 3 and "| constant | 0.000 | 0.000 |" in check_card(tmp_path / "one")

@@ -20,18 +20,26 @@ ROWS = [
     {"caption": "a dog, a bird", "tag": "y"},
     {"caption": '"a" cat', "tag": ""},
 ]
+# With any line ends, byte order marks and separators.
 FILES = {
-    "p.jsonl": "\n".join(json.dumps(row) + "\n" for row in ROWS),  # with empty lines
-    "p.json": "\ufeff" + json.dumps(ROWS, indent=2),
-    "p.csv": 'tag,caption\r\nx," ""a"" cat "\r\ny,"a dog, a bird"\r\n,"""a"" cat"\r\n',
-    "p.tsv": 'caption\ttag\n "a" cat \tx\na dog, a bird\ty\n"a" cat\t\n',
+    "p.jsonl": "\n".join(json.dumps(row) + "\r\n" for row in ROWS).encode(),  # with empty lines
+    "p.json": ("\ufeff" + json.dumps(ROWS, indent=2)).encode(),
+    "p.csv": b'tag,caption\r\nx," ""a"" cat "\r\ny,"a dog, a bird"\r\n,"""a"" cat"\r\n',
+    "P.CSV": '\ufefftag;caption\rx;" ""a"" cat "\ry;a dog, a bird\r;"""a"" cat"\r'.encode(),
+    "excel.csv": 'tag\tcaption\r\nx\t" ""a"" cat "\r\ny\ta dog, a bird\r\n'.encode("utf-16"),
+    "p.tsv": b'caption\ttag\n "a" cat \tx\na dog, a bird\ty\n"a" cat\t\n',
+    "excel.tsv": 'caption\ttag\r\n "a" cat \tx\r\na dog, a bird\ty\r\n'.encode("utf-16"),
 }
+LINES = {"p.txt": b"a cat\na | dog\na cat", "P.TXT": b"\xef\xbb\xbfa cat\r\na | dog\r\n\r\n"}
+LINES |= {"mac.txt": b"a cat\ra | dog\r", "notepad.txt": "a cat\r\na | dog\r\n".encode("utf-16")}
+LINES |= {"p.json": b'["a cat", "a | dog", "a cat"]', "p.csv": b"caption\na cat\na | dog\n"}
 BAD_FILES = {
     "p.jsonl": ('{"caption": "a cat"}\n{"caption": "a\n', ["line 2 column"]),
     "p.json": ('["a cat", 3]', ["row 2: the prompt is empty or no text"]),
     "p.csv": ("caption,tag\na cat,x\na dog, a bird,y\n", ["row 2 has more fields than the header"]),
     "p.tsv": ("Caption\ttag\na cat\tx\n", ["no column 'caption'; it has Caption, tag"]),
     "p.txt": ("a cat\n \na dog\n", ["row 2: the prompt is empty"]),
+    "caf\xe9.txt": ("caf\xe9", ["'utf-8' codec can't decode"]),
 }
 
 
@@ -49,32 +57,53 @@ def error(source, column="caption", split="train") -> str:
 
 @pytest.mark.parametrize("name", FILES)
 def test_files(tmp_path, name):
-    (tmp_path / name).write_bytes(FILES[name].encode())
+    (tmp_path / name).write_bytes(FILES[name])
     assert read(tmp_path / name) == [('"a" cat', "x"), ("a dog, a bird", "y")]
 
 
-def test_a_list_of_strings_has_no_columns(tmp_path):
-    (tmp_path / "p.json").write_text('["a cat", "a dog", "a cat"]')
-    assert read(tmp_path / "p.json", keep=()) == [("a cat",), ("a dog",)]
+@pytest.mark.parametrize("name", LINES)
+def test_files_without_columns(tmp_path, name):
+    (tmp_path / name).write_bytes(LINES[name])
+    assert read(tmp_path / name, keep=()) == [("a cat",), ("a | dog",)]
+
+
+def test_rows_have_places_and_repeats_are_said(tmp_path, capsys):
+    """Where pictures of the source's rows lie: counted over all rows, and within a value of a column."""
+    (tmp_path / "p.csv").write_text("caption,tag\na,x\nb,y\na,x\nc,x\nd,y\n")
+    rows, places = build_synpic.read_prompts(str(tmp_path / "p.csv"), "caption", "train", None, ("tag",))
+    assert [row["prompt"] for row in rows] == ["a", "b", "c", "d"]
+    assert [(place["index"], place["tag"]) for place in places] == [(0, 0), (1, 0), (3, 2), (4, 1)]
+    said = f"warning: --prompts {tmp_path / 'p.csv'}: 1 of 5 rows repeat an earlier prompt and are left out\n"
+    assert capsys.readouterr().err == said
+
+
+def test_names_with_brackets_are_no_patterns(tmp_path):
+    """Of a folder, and of one .parquet file in it; `run 1` is what the pattern `run [12]` would find."""
+    for folder in ("run [12]", "run 1"):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        file = tmp_path / folder / "data" / "train-00000-of-00001.parquet"
+        Dataset.from_list([{"caption": folder, "tag": "x"}, {"caption": "b", "tag": "y"}]).to_parquet(file)
+    for source in (tmp_path / "run [12]", tmp_path / "run [12]" / "data" / file.name):
+        assert read(source) == [("run [12]", "x"), ("b", "y")]
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_files_are_named(tmp_path, name):
     text, words = BAD_FILES[name]
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="latin-1")
     message = error(tmp_path / name)
     assert all(word in message for word in [f"--prompts {tmp_path / name}: ", *words]), message
 
 
 class Web(BaseHTTPRequestHandler):
-    """A web server with FILES; /busy/… answers 503 the first time."""
+    """A web server with FILES."""
 
     seen = []
 
     def do_GET(self):
         name = self.path.partition("?")[0].rpartition("/")[2]
         self.seen.append(self.path)
-        status = 503 if "busy" in self.path and self.seen.count(self.path) == 1 else 200 if name in self.pages else 404
+        status = 200 if name in self.pages else 404
         kind, body = self.pages.get(name, ("text/plain", b""))
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -86,7 +115,7 @@ class Web(BaseHTTPRequestHandler):
         pass
 
 
-Web.pages = {name: ("text/plain; charset=utf-8", text.encode()) for name, text in FILES.items()}
+Web.pages = {name: ("text/plain; charset=utf-8", content) for name, content in FILES.items()}
 Web.pages |= {"p.txt": ("application/octet-stream", b"a cat\r\na dog\r\n"), "page.txt": ("text/html", b"<html>")}
 Web.pages |= {"image.txt": ("image/png", b"\x89PNG\r\n")}
 
@@ -94,7 +123,6 @@ Web.pages |= {"image.txt": ("image/png", b"\x89PNG\r\n")}
 @pytest.fixture
 def web(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(build_synpic, "HUB_PAUSES", (0, 0))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -104,7 +132,7 @@ def web(monkeypatch):
 
 def test_urls(web, monkeypatch):
     for name in FILES:
-        assert read(f"{web}/busy/{name}?token=secret") == [('"a" cat', "x"), ("a dog, a bird", "y")]
+        assert read(f"{web}/{name}?token=secret") == [('"a" cat', "x"), ("a dog, a bird", "y")]
     assert read(f"{web}/p.txt", max_prompts=1, keep=()) == [("a cat",)]
     for path, words in {
         "gone.txt?token=secret": "404 Not Found",
@@ -159,7 +187,7 @@ def test_a_folder_s_captions_cost_no_images(pairs):
 
 @pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.csv"])
 def test_datasets_of_other_files_are_streamed_too(tmp_path, name):
-    (tmp_path / name).write_bytes(FILES[name].removeprefix("\ufeff").encode())
+    (tmp_path / name).write_bytes(FILES[name].removeprefix(b"\xef\xbb\xbf"))
     assert [row[0] for row in read(tmp_path)] == ['"a" cat', "a dog, a bird"]
     assert "no column 'prompt'; it has" in error(tmp_path, "prompt")
 
@@ -247,7 +275,7 @@ def test_a_card_names_the_prompts_and_no_secret(prompts, wanted):
     settings = dict.fromkeys(("prompts", "seed", *evaluate.DRAWING_FLAGS), 1) | {"models": {"mine": "x"}}
     figures = {f"clipscore{name}": 0.5 for name in ("", "_lift", "_win_rate")}
     record = {"n_prompts": 3, "settings": settings, "mine": figures, "pairwise": {"clipscore": {}}}
-    card = evaluate.results_card(args, "mine", "user/lora", record, "")
+    card = str(evaluate.results_card(args, "mine", "user/lora", record, ""))
     assert "key" not in card
     ((result,),) = (model["results"] for model in huggingface_hub.RepoCard(card).data["model-index"])
     dataset = result["dataset"]

@@ -4,13 +4,9 @@ import copy
 import functools
 import hashlib
 import json
-import os
-import pickle
 import re
-import sys
 import types
-import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from io import BytesIO
 from pathlib import Path
 
@@ -19,6 +15,7 @@ import official
 import pytest
 import torch
 from PIL import Image as PILImage
+from PIL import PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -444,24 +441,9 @@ class OfficialMPS(torch.nn.Module):
         return (self.model.logit_scale.exp() * cosine).item(), seen
 
 
-MPS_FILE = "MPS_overall_checkpoint.pth"
-PICKLED_AS = {kind: f"trainer.models.{kind.__name__.lower()}" for kind in (OfficialMPS, Holder, Scale)}
-
-
-def save_module(model: torch.nn.Module, file: Path) -> None:
-    """Pickles a module of classes that nobody can import when it is read."""
-    with pytest.MonkeyPatch.context() as patch:
-        for parent in ("trainer", "trainer.models"):
-            patch.setitem(sys.modules, parent, types.ModuleType(parent))
-        for kind, module in PICKLED_AS.items():
-            patch.setitem(sys.modules, module, types.SimpleNamespace(**{kind.__name__: kind}))
-            patch.setattr(kind, "__module__", module)
-        torch.save(model, file)
-
-
 @pytest.fixture(scope="module")
 def mps(tmp_path_factory, pickscore):
-    """The small model, and a folder with its pickled module, as MPS is published."""
+    """The small model, and a folder with its weights as the copy on the Hub has them."""
     config = CLIPConfig.from_pretrained(pickscore, projection_dim=128)
     model = official.seeded(OfficialMPS(config))
     with torch.no_grad():
@@ -472,10 +454,16 @@ def mps(tmp_path_factory, pickscore):
         model.model.text_projection.weight.copy_(directions[0, :, :2] @ directions[1, :2] / 12)
     folder = tmp_path_factory.mktemp("mps")
     with_files(folder, pickscore)
-    (folder / "model.safetensors").unlink()
     config.save_pretrained(folder)
-    save_module(model, folder / MPS_FILE)
+    publish_mps(model.state_dict(), folder, folder)
     return model, folder
+
+
+def publish_mps(weights: dict, source: Path, folder: Path) -> str:
+    with_files(folder, source)
+    weights = {f"mps.{key}": value.clone() for key, value in weights.items()}
+    save_file(weights, folder / "model.safetensors")
+    return f"mps={folder}"
 
 
 @pytest.fixture(scope="module")
@@ -508,37 +496,23 @@ def test_mps_is_the_official_score(name, mps, mps_scores):
     assert np.std(expected[name]) > 1 and np.ptp(np.subtract(*expected.values())) > 0.1
 
 
-def publish_mps(weights: dict, source: Path, folder: Path, pickled: bool) -> str:
-    """A folder with these weights: a pickled state dict, or safetensors as the Hub's copy has them."""
-    with_files(folder, source)
-    (folder / MPS_FILE).unlink()
-    if pickled:
-        torch.save(weights, folder / MPS_FILE)
-    else:
-        weights = {f"mps.{key}": value.clone() for key, value in weights.items()}
-        save_file(weights, folder / "model.safetensors")
-    return f"mps={folder}"
-
-
-@pytest.mark.parametrize("pickled", [True, False])
-def test_mps_from_other_files(pickled, mps, mps_scores, tmp_path):
+def test_mps_from_the_official_names_in_a_pickle(mps, mps_scores, tmp_path):
     images, prompts, expected, _ = mps_scores
     weights = {**mps[0].state_dict(), "model.text_model.embeddings.position_ids": torch.arange(77)[None]}
-    found = load_reward_model(publish_mps(weights, mps[1], tmp_path, pickled)).score(images, prompts)
+    with_files(tmp_path, mps[1])
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    found = load_reward_model(f"mps={tmp_path}").score(images, prompts)
     np.testing.assert_allclose(found, expected["mps"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_mps_turns_by_float16_angles(kept, mps, tmp_path):
+def test_mps_turns_by_float16_angles(mps, tmp_path):
     """The angles of a float16 checkpoint are those of the official code in float16, on a CPU in float32 too."""
     half = copy.deepcopy(mps[0]).half()
     for _, image in half.cross_model.layers:
         frequencies = image.fn.rotary_emb.inv_freq.mul_(30)  # as far apart at 17 tokens as at 257 and more
         image.fn.pos_emb = torch.outer(torch.arange(17, dtype=torch.float16), frequencies).repeat(1, 2)
-    if kept:
-        save_module(half, with_files(tmp_path, mps[1]) / MPS_FILE)
-    else:
-        publish_mps(half.state_dict(), mps[1], tmp_path, pickled=False)
+    publish_mps(half.state_dict(), mps[1], tmp_path)
     single = half.float()
     image, prompt = pictures()["large"], "a red bicycle"
     ids = AutoTokenizer.from_pretrained(tmp_path)(
@@ -558,83 +532,14 @@ def test_all_keys_of_the_full_size_mps(prefix):
     with torch.device("meta"):
         official_model = OfficialMPS(CLIPConfig(**official.VIT_H))
         weights = {f"{prefix}{key}": value for key, value in official_model.state_dict().items()}
-        clip, head = build_synpic.mps_weights(weights, 257)
+        clip, layers = build_synpic.mps_weights(weights, 257)
         assert shapes(clip) == shapes(CLIPModel(CLIPConfig(**official.VIT_H)).state_dict())
-        assert shapes(head) == shapes(build_synpic.MPSHead(1024, 257).state_dict())
+        blocks = ([build_synpic.MPSBlock(1024), build_synpic.MPSBlock(1024, 257)] for _ in range(4))
+        blocks = torch.nn.ModuleList(torch.nn.ModuleList(pair) for pair in blocks)
+        assert shapes(layers) == shapes(blocks.state_dict())
     # As many as in the official module.
     assert sum(parameter.numel() for parameter in official_model.parameters()) == 1_104_606_721
     assert official_model.heads == 16
-
-
-class Call:
-    """A pickle that calls a function."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-class Reference:
-    """Stands where a pickle refers to a storage of the archive."""
-
-    def __init__(self, *reference):
-        self.reference = reference
-
-
-def save_archive(content, file: Path) -> None:
-    """As torch.save, but the references are free."""
-    buffer = BytesIO()
-    pickler = pickle.Pickler(buffer)
-    pickler.persistent_id = lambda value: value.reference if isinstance(value, Reference) else None
-    pickler.dump(content)
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", buffer.getvalue())
-        archive.writestr("archive/data/0", pickle.dumps(Call(os.system, "touch victim")).ljust(400))
-
-
-ATTACKS = ["call", "in a dict", "in a module", "eval", "getattr", "partial", "reference", "storage class", "storage"]
-
-
-@pytest.mark.parametrize("attack", [*ATTACKS, "nested", "trainer", "old format"])
-def test_mps_pickle_runs_nothing(attack, mps, tmp_path, monkeypatch):
-    """One line, and no file of the name `victim`: what a pickle names is never called, wherever it stands."""
-    monkeypatch.chdir(tmp_path)
-    with_files(tmp_path, mps[1])
-    trainer = types.ModuleType("trainer")
-    exec("def attack():\n    open('victim', 'w')", vars(trainer))
-    monkeypatch.setitem(sys.modules, "trainer", trainer)
-    evil, module = Call(os.system, "touch victim"), torch.nn.Linear(2, 2)
-    module._buffers["evil"] = evil
-    inner = BytesIO()
-    torch.save(evil, inner)
-    content, words = {
-        "call": (evil, "system, which no network needs"),
-        "in a dict": ({"logit_scale": evil}, "system, which"),
-        "in a module": (module, "system, which"),
-        "eval": (Call(eval, "open('victim', 'w')"), "builtin\\w*.eval, which"),
-        "getattr": (Call(getattr, "victim", "upper"), "builtin\\w*.getattr, which"),
-        "partial": (functools.partial(print), "functools.partial, which"),
-        "reference": (Reference(evil), "system, which"),
-        "storage class": (Reference("storage", evil, "0", "cpu", 1), "system, which"),
-        "storage": ({"x": Reference("storage", torch.FloatStorage, "0", "cpu", 1)}, "1 unexpected keys: x"),
-        "nested": ({"x": Call(torch.storage._load_from_bytes, inner.getvalue())}, "missing keys"),
-        "trainer": ({"x": Call(trainer.attack)}, "missing keys"),
-        "old format": ({"x": evil}, "not a zip file"),
-    }[attack]
-    if attack in ("in a module", "old format"):
-        torch.save(content, tmp_path / MPS_FILE, _use_new_zipfile_serialization=attack != "old format")
-    else:
-        save_archive(content, tmp_path / MPS_FILE)
-    with pytest.raises(SystemExit) as stopped:
-        load_reward_model(f"mps={tmp_path}")
-    message = str(stopped.value)
-    assert "\n" not in message and re.search(words, message), message
-    assert not (tmp_path / "victim").exists()
-    if attack in ("call", "nested", "trainer"):  # the attack is one
-        pickle.loads(zipfile.ZipFile(tmp_path / MPS_FILE).read("archive/data.pkl"))
-        assert (tmp_path / "victim").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1043,7 +948,7 @@ def checkpoint_of(name: str, request, folder: Path) -> str:
         return f"{name}={folder}"
     if name == "mps":
         model, source = request.getfixturevalue(name)
-        return publish_mps(model.state_dict(), source, folder, pickled=False)
+        return publish_mps(model.state_dict(), source, folder)
     source = request.getfixturevalue({"hpsv2": "hps", "imagereward": "image_reward"}.get(name, name))
     return f"{name}={source if isinstance(source, Path) else source[-1]}"
 
@@ -1097,8 +1002,8 @@ KEYS = {
     },
     "pickscore": CLIP_KEYS,
     "mps": {
-        "middle": ("mps.cross_model.layers.2.0.fn.ff.0.weight", "layers.2.text.ff_in.weight"),
-        "last layer": ("mps.cross_model.layers.3.", "layers.3.text.norm.weight"),
+        "middle": ("mps.cross_model.layers.2.0.fn.ff.0.weight", "2.0.ff_in.weight"),
+        "last layer": ("mps.cross_model.layers.3.", "3.0.norm.weight"),
         **{change: (f"mps.model.{CLIP_KEYS[change][0]}", CLIP_KEYS[change][1]) for change in ("row", "positions")},
     },
     "imagereward": {
@@ -1163,7 +1068,7 @@ def test_checkpoint_without_config_must_have_the_published_sizes(name, request, 
         config["text_config"]["num_hidden_layers"] += 1
         base.mkdir()
         (base / "config.json").write_text(json.dumps(config))
-        monkeypatch.setitem(build_synpic.REWARD_MODELS, name, (build_synpic.REWARD_MODELS[name][0], str(base)))
+        monkeypatch.setitem(build_synpic.REWARD_MODELS, name, (*build_synpic.REWARD_MODELS[name][:2], str(base)))
     with pytest.raises(SystemExit, match=r"missing keys: (text_model\.)?encoder\.layers\.\d+\.\S+, "):
         load_reward_model(f"{name}={tmp_path}")
 
@@ -1183,50 +1088,51 @@ def test_high_images_are_resized_as_before_pillow_13(mode, width, height):
     assert hashlib.sha256(resized.tobytes()).hexdigest()[:16] == GOLDEN[mode, width, height]
 
 
-def test_each_prompt_is_encoded_once(hps, monkeypatch):
-    reward = load_reward_model(f"hpsv2={hps[2]}", batch_size=4)
-    images = [noise(60, 60, seed=seed) for seed in range(6)]
-    prompts = ["x", "y", "y", "x", "x", "y"]
-    alone = [reward.score([image], [prompt])[0] for image, prompt in zip(images, prompts)]
-    batches = {"encode_images": [], "encode_prompts": []}
+def png(seed: int, text: int = 0) -> bytes:
+    """A file, with so many letters of metadata, as of a workflow."""
+    info, buffer = PngImagePlugin.PngInfo(), BytesIO()
+    info.add_text("workflow", "x" * text, zip=True)
+    noise(60, 60, seed=seed).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
 
-    def spy(name):
-        encode = getattr(reward, name)
-        monkeypatch.setattr(reward, name, lambda batch: batches[name].append(batch) or encode(batch))
 
-    for name in batches:
-        spy(name)
-    np.testing.assert_allclose(reward.score(images, prompts), alone, atol=1e-6)
-    assert [len(batch) for batch in batches["encode_images"]] == [4, 2] and batches["encode_prompts"] == [["x", "y"]]
+@pytest.mark.parametrize("kind", ["hpsv2", "function"])
+def test_equal_images_prompts_and_pairs_are_taken_once(kind, hps, tmp_path, monkeypatch):
+    """Files that hold the same bytes, wherever they stand; and each gets its own score."""
+    (tmp_path / "mine.py").write_text(
+        "seen = []\ndef mine(images, prompts):\n    seen.extend(prompts)\n"
+        "    colors = [image.getpixel((5, 5)) for image in images]\n"
+        "    for image in images:\n        image.paste('black', (0, 0, *image.size))\n"
+        "    return [red + len(prompt) for (red, _, _), prompt in zip(colors, prompts)]\n"
+    )
+    name = f"hpsv2={hps[2]}" if kind == "hpsv2" else f"{tmp_path}/mine.py:mine"
+    reward = load_reward_model(name, batch_size=4)
+    files, prompts = [png(seed) for seed in (0, 1, 2, 0, 3, 4, 0, 1)], ["x", "y", "y", "yy", "x", "x", "x", "y"]
+    alone = [reward.score([file], [prompt])[0] for file, prompt in zip(files, prompts)]
+    encoded = {"encode_images": [], "encode_prompts": []}
+
+    def spy(part):
+        encode = getattr(reward, part)
+        monkeypatch.setattr(reward, part, lambda batch: encoded[part].append(len(batch)) or encode(batch))
+
+    for part in encoded:
+        spy(part)
+    np.testing.assert_allclose(reward.score(files, prompts), alone, atol=1e-6)
+    assert len({*alone}) == 6 and sum(encoded["encode_images"]) == 5 and sum(encoded["encode_prompts"]) == 3
+    if kind == "function":
+        assert len(reward.function.__globals__["seen"]) == 8 + 6
     assert reward.score([], []) == []
 
 
-@pytest.mark.parametrize("name", ["hpsv2", "function"])
-def test_out_of_memory_halves_the_batch_and_scores_the_same(hps, tmp_path, monkeypatch, capsys, name):
-    """Rewards of our own, and the user's: on five images, where two fit."""
-    code = "import torch\nlimit, seen = 5, []\ndef mine(images, prompts):\n    seen.append(len(images))\n"
-    code += "    if len(images) > limit:\n        raise torch.OutOfMemoryError('out of memory')\n"
-    (tmp_path / "mine.py").write_text(code + "    return [image.getpixel((5, 5))[0] / 255 for image in images]\n")
-    reward = load_reward_model(f"hpsv2={hps[2]}" if name == "hpsv2" else f"{tmp_path}/mine.py:mine", batch_size=5)
-    images, prompts = [noise(60, 60, seed=seed) for seed in range(7)], list("xyyxxyz")
-    expected = reward.score(images, prompts)
-    if name == "hpsv2":
-        seen, encode = [], reward.encode_images
-
-        def small_gpu(batch):
-            seen.append(len(batch))
-            if len(batch) > 2:
-                raise torch.OutOfMemoryError("out of memory")
-            return encode(batch)
-
-        monkeypatch.setattr(reward, "encode_images", small_gpu)
-    else:
-        seen = reward.function.__globals__["seen"]
-        seen.clear()
-        reward.function.__globals__["limit"] = 2
-    np.testing.assert_allclose(reward.score(images, prompts), expected, atol=1e-6)
-    assert seen == [5, 2, 2, 1, 2] and reward.batch_size == 2
-    assert "does not hold 5 images at once: goes on with 2\n" in capsys.readouterr().err
+@pytest.mark.parametrize("kind, read", [("hpsv2", 75), ("pickscore", 75), ("mps", 75), ("imagereward", 33)])
+def test_longer_prompts_are_counted(kind, read, request, tmp_path):
+    """A tokenizer's start and end tokens count. VQAScore reads all."""
+    reward = load_reward_model(checkpoint_of(kind, request, tmp_path))
+    prompts = ["a " * (read + more) for more in (-1, 0, 1, 9)]
+    reward.score([noise(60, 60)] * 4, prompts)
+    assert reward.cut == set(prompts[2:])
+    reward.score([noise(60, 60)], prompts[:1])
+    assert not reward.cut
 
 
 def test_the_next_shard_is_read_and_decoded_while_this_one_is_scored(hps):
@@ -1237,37 +1143,47 @@ def test_the_next_shard_is_read_and_decoded_while_this_one_is_scored(hps):
             read.append(number)
             yield reward.begin([noise(60, 60, seed=10 * number + seed) for seed in range(5)])
 
-    with ThreadPoolExecutor(1) as pool:
-        for number, begun in enumerate(build_synpic.one_ahead(shards(), pool)):
-            assert [isinstance(image, Future) for image in begun] == [True] * 4 + [False]
-            expected = reward.score([noise(60, 60, seed=10 * number + seed) for seed in range(5)], ["x"] * 5)
-            np.testing.assert_allclose(reward.score(begun, ["x"] * 5), expected, atol=1e-6)
-            pool.submit(int).result()  # what was submitted before it is done
-            assert read == list(range(min(number + 2, 3)))
+    for number, begun in enumerate(build_synpic.read_ahead(shards())):
+        assert all(isinstance(image, Future) for image in begun)
+        expected = reward.score([noise(60, 60, seed=10 * number + seed) for seed in range(5)], ["x"] * 5)
+        np.testing.assert_allclose(reward.score(begun, ["x"] * 5), expected, atol=1e-6)
+        assert read == list(range(min(number + 2, 3)))
 
 
-@pytest.mark.parametrize("name", ["hpsv2", "function"])
-def test_bad_images(hps, tmp_path, name):
-    """Skipped ones give NaN and leave the others' scores as they are."""
+@pytest.mark.parametrize("kind", ["hpsv2", "function"])
+def test_bad_images(hps, tmp_path, kind):
+    """They give NaN and a reason, and leave the others' scores as they are; without `bad`, the first is an error. Large
+    metadata makes no image bad."""
     (tmp_path / "mine.py").write_text(
         "def bright(images, prompts):\n    return [im.getpixel((0, 0))[0] for im in images]\n"
     )
-    name = f"hpsv2={hps[2]}" if name == "hpsv2" else f"{tmp_path}/mine.py:bright"
-    reward = load_reward_model(name, batch_size=3)
-    buffer = BytesIO()
-    noise(400, 400).save(buffer, "JPEG")
+    name = f"hpsv2={hps[2]}" if kind == "hpsv2" else f"{tmp_path}/mine.py:bright"
+    reward, cut, bad = load_reward_model(name, batch_size=3), png(9)[:5000], {}
+    expected = reward.score([noise(60, 60, seed=seed) for seed in range(4)], ["x"] * 4)
+    found = reward.score([png(0), cut, png(1), b"no image", png(2, text=2**22), png(3), cut], ["x"] * 7, bad=bad)
+    assert sorted(bad) == [1, 3, 6] and bad[1] == bad[6] and "truncated" in bad[1]
+    assert bad[3] == "cannot identify image file" and np.isnan([found[n] for n in bad]).all()
+    np.testing.assert_allclose(np.delete(found, list(bad)), expected, atol=1e-6)
+    with pytest.raises(OSError, match="truncated"):
+        reward.score([png(0), cut], ["x"] * 2)
+    assert all(np.isnan(reward.score([cut, cut], ["x", "y"], bad={})))
 
-    def cut():
-        return PILImage.open(BytesIO(buffer.getvalue()[:9000]))
 
-    good = [noise(60, 60, seed=seed) for seed in range(4)]
-    expected = reward.score(good, ["x"] * 4)
-    found = reward.score([good[0], cut(), *good[1:]], ["x"] * 5, skip_bad=True)
-    assert np.isnan(found[1])
-    np.testing.assert_allclose(np.delete(found, 1), expected, atol=1e-6)
-    with pytest.raises(BadImage, match="truncated"):
-        reward.score([good[0], cut()], ["x"] * 2)
-    assert all(np.isnan(reward.score([cut(), cut()], ["x", "y"], skip_bad=True)))
+def test_settings_of_a_class_have_the_types_of_its_parameters(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n    def __init__(self, device, batch_size, size=3, rate: float = 1, on=False, model=None):\n"
+        "        pass\n\n    def score(self, images, prompts):\n        return [0.0] * len(images)\n"
+    )
+    name = f"{tmp_path}/mine.py:Mine"
+    words = "size=5,rate=1e-5,on=true,model=user/x"
+    assert load_reward_model(f"{name},{words}").settings == {"size": 5, "rate": 1e-5, "on": True, "model": "user/x"}
+    for setting, problem in {
+        "size=many": "like its default, size=3",
+        "on=1": "on=False",
+        "sise=3": "no setting sise",
+    }.items():
+        with pytest.raises(SystemExit, match=problem):
+            load_reward_model(f"{name},{setting}")
 
 
 def stays_near(name: str, **half) -> None:
