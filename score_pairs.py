@@ -61,7 +61,6 @@ from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Literal
 
 
@@ -121,11 +120,11 @@ LOGIT_SCALES |= dict.fromkeys(("aesthetic", "vqascore", "vqascore_vlm"))
 
 
 # Copied from build_synpic.flag
-def flag(default, help: str, group: str | None = None, min=None, above=None, max=None, below=None, choices=None):
+def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    kind, limits = "default_factory" if callable(default) else "default", dict(zip(COMPARE, (min, above, max, below)))
-    choices = {"choices": choices} if choices else {}
-    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **choices})
+    limits = dict(zip(COMPARE, (min, above, max, below)))
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **options})
 
 
 @dataclass
@@ -276,10 +275,10 @@ def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
 def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", shard: "Shard", work: "Work") -> None:
     """Scores the images of one shard, and writes its rows without images, with the rewards of both: NaN where a pair is
     not ranked or an image does not decode."""
-    scores, bad, cut, begun = [], {}, set(), work.begun
-    for start in range(0, len(work.images), len(work.begun)):
-        unreadable, end = {}, start + len(work.begun)
-        coming = reward.begin(work.images[end : end + len(work.begun)])  # prepared while these are scored
+    scores, bad, cut, begun, size = [], {}, set(), work.begun, len(work.begun) or 1
+    for start in range(0, len(work.images), size):
+        unreadable, end = {}, start + size
+        coming = reward.begin(work.images[end : end + size])  # prepared while these are scored
         scores += reward.score(begun, work.prompts[start:end], bad=unreadable)
         bad |= {start + number: reason for number, reason in unreadable.items()}
         cut, begun = cut | reward.cut, coming
@@ -432,14 +431,16 @@ def fill_buckets(args: ScriptArguments, pairs: "Pairs", ranking: dict, size: int
     shards = [
         shard for shard in pairs.shards if not rank.keys().isdisjoint(range(shard.first, shard.first + shard.rows))
     ]
+    shown, writers = {*ranking["row"][: args.num_examples], *ranking["row"][::-1][: args.num_examples]}, {}
     with ExitStack() as stack, tqdm(total=len(rank), desc="sort", unit="pair", disable=not rank) as bar:
-        writers = {}
         for shard, rows in read_shards(pairs, shards, pairs.images):
-            for place, found in ((rank.get(row), found) for row, found in enumerate(rows, shard.first)):
-                if place is not None:
+            for row, found in enumerate(rows, shard.first):
+                if row in shown:
+                    pairs.examples[row] = (0, [pairs.bytes_of(found[name][0].as_py()) for name in pairs.images])
+                if row in rank:
                     images = [pairs.stored(found[name]) for name in pairs.images]
-                    batch = pa.record_batch([*images, pa.array([place])], ["0", "1", "rank"])
-                    bucket = buckets[place // size]
+                    batch = pa.record_batch([*images, pa.array([rank[row]])], ["0", "1", "rank"])
+                    bucket = buckets[rank[row] // size]
                     if bucket not in writers:
                         bucket.parent.mkdir(parents=True, exist_ok=True)
                         sink = stack.enter_context(pa.OSFile(str(bucket), "wb"))
@@ -531,16 +532,16 @@ def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle, pre_buffer=False) as parquet:
         features = Features.from_arrow_schema(parquet.schema_arrow)
         types = {field.name: str(field.type) for field in features.arrow_schema}
-        numbers, images = "u?int|halffloat|float|double|bool|null", "(large_)?(binary|string)$|struct<bytes: "
-        kinds = {args.prompt_column: "(large_)?string$", args.image_0_column: images, args.image_1_column: images}
-        kinds |= {} if args.label_0_column == "none" else {args.label_0_column: numbers}
-        kinds |= {args.has_label_column: numbers} if args.has_label_column in types else {}
-        for name, kind in kinds.items():
+        images = (args.image_0_column, args.image_1_column)
+        labels = [args.label_0_column] * (args.label_0_column != "none")
+        labels += [args.has_label_column] * (args.has_label_column in types)
+        kinds = [(name, "bytes, Image or paths", "(large_)?(binary|string)$|struct<bytes: ") for name in images]
+        kinds += [(args.prompt_column, "text", "(large_)?string$")]
+        kinds += [(name, "numbers", "u?int|halffloat|float|double|bool|null") for name in labels]
+        for name, what, kind in kinds:
             if not re.match(kind, found := types.get(name, "absent")):
-                what = {images: "bytes, Image or paths", numbers: "numbers"}.get(kind, "text")
                 raise SystemExit(f"{args.where}: column {name!r} is {found}, not {what}; it has {', '.join(types)}")
-        del kinds[args.image_0_column], kinds[args.image_1_column]
-        table = parquet.read([*kinds][int("://" in file) :], use_threads=False)
+        table = parquet.read(labels if "://" in file else [*labels, args.prompt_column], use_threads=False)
         parquet.metadata.write_metadata_file(footer := BytesIO())
         groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     for row, label in enumerate(pair_label(args, values) for values in table.to_pylist()):
@@ -552,55 +553,38 @@ def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
 
 
 def stream_files(args: ScriptArguments) -> list[str]:
-    """The Parquet files of the pairs. Two folders, and a JSON file, become a folder of their own in work/datasets."""
-    name, source = args.dataset_name, SimpleNamespace(**vars(args), cache_dir=f"{args.output_dir}/work")
-    if args.winner_dir or os.path.isfile(name) and not name.endswith(".parquet"):
-        file = Path(args.output_dir, "work", "datasets", "json", "pairs.jsonl").absolute()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if args.winner_dir:
-            content = "\n".join(map(json.dumps, folder_pairs(args)))
-            if not file.exists() or file.read_text() != content:
-                write_bytes(file, content.encode())
-        elif not name.endswith((".jsonl", ".json")):
-            raise ValueError("a file must be .parquet, .jsonl or .json")
-        elif not file.exists():
-            file.symlink_to(os.path.abspath(name))
-        source.dataset_name, source.dataset_split = str(file.parent), "train"
-    return find_files(source)
-
-
-# Copied from train_rankdpo_sdxl.find_files with content_key->short_hash
-def find_files(args: ScriptArguments) -> list[str]:
-    """The Parquet files of the split, where they lie, locally or on the Hub. Datasets of other formats that `datasets`
-    knows, save_to_disk's included, are copied, once, into a Parquet file in the cache."""
-    name, split, folder, found = args.dataset_name, args.dataset_split, args.dataset_name, {}
-    if os.path.isfile(name):  # one .parquet file
-        return [name]
-    if os.path.exists(f"{name}/UNFINISHED"):
-        raise SystemExit(f"--dataset_name {name} is unfinished: run the command that wrote it again")
+    """The Parquet files of the pairs, where they lie, locally or on the Hub. Two folders, JSON and other formats that
+    `datasets` knows, save_to_disk's included, are copied, once, into a Parquet file in work/datasets."""
+    name, split = args.dataset_name or "", args.dataset_split
     options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
-    with TemporaryDirectory() as links:
-        if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
-            # `datasets` takes * ? [ in a path for a pattern, and would read another folder.
-            folder = shutil.copytree(os.path.abspath(name), f"{links}/data", copy_function=os.symlink)
-        on_disk = any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json"))
-        if not on_disk:
-            found = load_dataset_builder(folder, **options).config.data_files or {}
-            if found and re.split(r"[\[+]", split)[0] not in found:
-                raise SystemExit(f"--dataset_name {name}: no split {split!r}; it has {', '.join(found)}")
-        files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
-        if files and all(file.endswith(".parquet") for file in files):
-            return files
-        stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]
-        facts = [options, split, str(found), *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
-        copy = Path(args.cache_dir, "datasets", f"{short_hash(str(facts))}.parquet")
+    with plain_path(name) as path, TemporaryDirectory() as cache:
+        if args.winner_dir:
+            facts = folder_pairs(args)
+            read = partial(Dataset.from_list, facts)
+        elif name.endswith(".parquet") and os.path.isfile(name):
+            return [name]
+        elif os.path.isfile(name):
+            if not name.endswith((".jsonl", ".json")):
+                raise ValueError("a file must be .parquet, .jsonl or .json")
+            read = partial(load_dataset, "json", data_files=path, split="train", cache_dir=cache)
+        elif any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json")):
+            read = partial(load_from_disk, path)
+        else:
+            found = load_dataset_builder(path, **options).config.data_files or {}
+            if found and split not in found:
+                raise ValueError(f"no split {split!r}; it has {', '.join(found)}")
+            files = [str(file) for file in found.get(split, [])]
+            if files and all(file.endswith(".parquet") for file in files):
+                return [file.replace(f"{path}/", f"{name}/") for file in files] if path != name else files
+            read = partial(load_dataset, path, split=split, cache_dir=cache, **options)
+        if not args.winner_dir:
+            files = [Path(name)] if os.path.isfile(name) else sorted(Path(name).rglob("*"))
+            facts = [options, split, [[str(file), file_facts(file)] for file in files]]
+        copy = Path(args.output_dir, "work", "datasets", f"{short_hash(json.dumps(facts))}.parquet")
         if not copy.exists():
-            options |= {"split": split, "cache_dir": f"{links}/arrow"}
-            dataset = load_from_disk(folder) if on_disk else load_dataset(folder, **options)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            temporary = f"{copy}.{os.getpid()}.tmp"
-            (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(temporary)
-            os.replace(temporary, copy)
+            dataset = read()
+            with replacing(copy) as temporary:
+                (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(temporary)
     return [str(copy)]
 
 
@@ -816,16 +800,15 @@ def score_file(args: ScriptArguments, shard: Shard) -> Path:
 # Copied from build_synpic.path_key
 def path_key(path: str) -> str:
     """Identifies a local file or model, wherever it lies, by the names and sizes of its files and 32 blocks of each."""
-    files = [path] if os.path.isfile(path) else sorted(file for file in Path(path).rglob("*") if file.is_file())
     digest = hashlib.sha256()
-    for file in map(Path, files):
-        name = f"/{file.relative_to(path)}"
-        if re.search(r"/\.[^/]|\.md$", name) or not file.stat().st_size:  # hidden files and cards are no part of it
-            continue
-        content = np.memmap(file, mode="r")
-        digest.update(f"{name}:{len(content)}".encode())
-        for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
-            digest.update(content[start : start + 2**16])
+    for file in sorted(Path(path).rglob("*")) or [Path(path)]:
+        name = file.relative_to(path).as_posix()
+        # A card is no part of a model.
+        if file.is_file() and file.stat().st_size and not is_hidden(name) and not name.endswith(".md"):
+            content = np.memmap(file, mode="r")
+            digest.update(f"{name}:{len(content)}".encode())
+            for start in np.linspace(0, max(0, len(content) - 2**16), 32).astype(int):
+                digest.update(content[start : start + 2**16])
     return digest.hexdigest()[:16]
 
 
@@ -998,39 +981,30 @@ Reward `{args.reward}`{f", pairs at commit {args.dataset_revision}" if args.data
 
 
 def write_tables(tables: Iterator[pa.Table], file: Path, facts: dict, row_group_size: int | None = None) -> None:
-    """Writes tables of one schema into a Parquet file with a page index and small row groups, by default of at most 100
-    rows and 64 MB: the Hub's viewer needs both. Memory holds one table, and those that did not fill a row group.
-    `facts` are recorded in the file."""
+    """Writes tables of one schema, and `facts`, into a Parquet file with a page index and row groups of 100 rows and
+    64 MB at most: the Hub's viewer needs both. Memory holds one table at a time."""
     with replacing(file) as temporary:
-        left = next(tables)
-        size = row_group_size or min(max(64_000_000 * len(left) // max(left.nbytes, 1), 1), 100)
-        schema = left.schema.with_metadata({**(left.schema.metadata or {}), b"synpic": json.dumps(facts)})
+        first = next(tables)
+        size = row_group_size or min(max(64_000_000 * len(first) // max(first.nbytes, 1), 1), 100)
+        schema = first.schema.with_metadata({**(first.schema.metadata or {}), b"synpic": json.dumps(facts)})
         with pq.ParquetWriter(temporary, schema, write_page_index=True) as writer:
-            for table in tables:
-                while len(left) >= size:
-                    writer.write_table(left.slice(0, size))
-                    left = left.slice(size)
-                left = pa.concat_tables([left, table])
-            writer.write_table(left, row_group_size=size)
+            for table in itertools.chain([first], tables):
+                writer.write_table(table, row_group_size=size)
 
 
 def config_metadata(output_dir: Path, configs: dict[str, tuple[str, Features]]) -> dict:
-    """The card's `configs` and `dataset_info`: configuration → its folder and features. `load_dataset` without a name
-    takes the configuration called default.
-
-    Without the sizes in `dataset_info`, `load_dataset` on a folder that was built again would serve the rows it cached
-    before: its key is made of the card, not of the files.
-    """
+    """The card's `configs` and `dataset_info`: configuration → its folder and features. Without a name, `load_dataset`
+    takes the one called default; without the sizes, it would serve the rows of an earlier build from its cache."""
     entries, infos = [], []
     for config, (folder, features) in configs.items():
-        data_files = [{"split": "train", "path": f"{folder}/train-*.parquet"}]
-        entries.append({"config_name": config, "data_files": data_files})
-        files = sorted((output_dir / folder).glob("*.parquet"))
+        paths = [{"split": "train", "path": f"{folder}/train-*.parquet"}]
+        entries.append({"config_name": config, "data_files": paths})
+        files = sorted((output_dir / folder).glob("train-*.parquet"))
         metadata = [pq.read_metadata(file) for file in files]
         size = sum(m.row_group(i).total_byte_size for m in metadata for i in range(m.num_row_groups))
         split = {"name": "train", "num_bytes": size, "num_examples": sum(m.num_rows for m in metadata)}
-        info = {"config_name": config, "features": features._to_yaml_list(), "splits": [split]}
-        infos.append(info | {"download_size": sum(file.stat().st_size for file in files), "dataset_size": size})
+        sizes = {"download_size": sum(file.stat().st_size for file in files), "dataset_size": size}
+        infos.append({"config_name": config, "features": features._to_yaml_list(), "splits": [split], **sizes})
     return {"configs": entries, "dataset_info": infos}
 
 
@@ -1053,10 +1027,9 @@ def write_dataset_card(args: "ScriptArguments", front: dict, body: str) -> None:
 
 def earlier_card(args: "ScriptArguments", on_hub: bool = False) -> RepoCard | None:
     """The card as people may have edited it, in the folder or on the Hub."""
-    file, options = Path(args.output_dir, "README.md"), {"repo_type": "dataset"}
-    exists = HfApi().file_exists(args.hub_dataset_id, file.name, **options) if on_hub else file.exists()
-    source = args.hub_dataset_id if on_hub else file
-    return RepoCard.load(source, ignore_metadata_errors=False, **options) if exists else None
+    file, name, kind = Path(args.output_dir, "README.md"), args.hub_dataset_id, "dataset"
+    exists = HfApi().file_exists(name, file.name, repo_type=kind) if on_hub else file.exists()
+    return RepoCard.load(name if on_hub else file, repo_type=kind, ignore_metadata_errors=False) if exists else None
 
 
 def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
@@ -1064,8 +1037,7 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     CARD_FACTS are replaced, and what is lacking is added."""
     licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
     for name, value in mine.data.to_dict().items():
-        lacks = name not in theirs.data and not (licensed and name.startswith("license_"))
-        if lacks or name in CARD_FACTS:
+        if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
             theirs.data[name] = value
     marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
     block, old = re.fullmatch(marked, mine.text, re.S)[2], re.fullmatch(marked, theirs.text, re.S)
@@ -1076,30 +1048,32 @@ def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
 def prepare_repository(args: "ScriptArguments") -> None:
     """Creates the repository unless it exists. Exits with one line if the token cannot write to it, or if publishing
     would replace data that this script has not written."""
+    private, kind = args.hub_private_repo or None, "dataset"
     try:
-        options = {"repo_type": "dataset", "private": args.hub_private_repo or None, "exist_ok": True}
-        args.hub_dataset_id = HfApi().create_repo(args.hub_dataset_id, **options).repo_id
-        HfApi().auth_check(args.hub_dataset_id, repo_type="dataset", write=True)
+        url = HfApi().create_repo(args.hub_dataset_id, repo_type=kind, private=private, exist_ok=True)
+        args.hub_dataset_id = url.repo_id
+        HfApi().auth_check(url.repo_id, repo_type=kind, write=True)
     except Exception as error:
         problem = f"the dataset repository {args.hub_dataset_id} cannot be written to: {one_line(error)}"
         raise SystemExit(f"--push_to_hub: {problem} (hf auth login, or HF_TOKEN with write access)") from None
-    card, files = earlier_card(args, on_hub=True), HfApi().list_repo_files(args.hub_dataset_id, repo_type="dataset")
+    card, files = earlier_card(args, on_hub=True), HfApi().list_repo_files(url.repo_id, repo_type=kind)
     foreign = [name for name in files if any(fnmatch(name, pattern) for pattern in DATA_FILES)]
     if foreign and not (card and CARD_BEGIN in card.text):
         problem = f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}), which would be replaced"
         raise SystemExit(f"{problem}: choose another name")
 
 
-def publish(args: "ScriptArguments", published: list[str] = PUBLISHED, replaced: list[str] = DATA_FILES) -> None:
-    """Uploads the files of these patterns, `replaced` instead of what is there. Run again, it sends what is missing."""
+def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
+    """Uploads the card and the files of these patterns; others on the Hub that match `replaced` go. Run again, it sends
+    only what is missing."""
     file, name = Path(args.output_dir, "README.md"), args.hub_dataset_id
     # The card of a dataset that was built without --push_to_hub names its folder.
     card = RepoCard(re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{name}"', file.read_text()))
     if theirs := earlier_card(args, on_hub=True):
         card = merge_cards(card, theirs)
     write_bytes(file, str(card).encode())
-    patterns = {"allow_patterns": published, "delete_patterns": replaced}
-    HfApi().upload_folder(repo_id=name, repo_type="dataset", folder_path=args.output_dir, **patterns)
+    options = {"allow_patterns": published, "delete_patterns": replaced, "folder_path": args.output_dir}
+    HfApi().upload_folder(repo_id=name, repo_type="dataset", **options)
     print(f"published: {HfApi().endpoint}/datasets/{name}")
 
 
@@ -1109,13 +1083,10 @@ def publish(args: "ScriptArguments", published: list[str] = PUBLISHED, replaced:
 
 
 def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32) -> "RewardModel":
-    """Loads a reward model: an object with `.score(images, prompts) -> list[float]`, batched inside.
-
-    Args:
-        name: one of REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or a Hub
-            id) loads another checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class.
-        dtype: by default float32 on a CPU and half precision on a GPU.
-    """
+    """Loads a reward model: an object with `.score(images, prompts) -> list[float]`, batched inside. `name`: one of
+    REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or Hub id) loads another
+    checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class. `dtype`: by default
+    float32 on a CPU and half precision on a GPU."""
     reward_class = REWARD_MODELS.get(name.partition("=")[0], (FunctionReward,))[0]
     return reward_class(name, device, dtype, batch_size)
 
@@ -1263,8 +1234,7 @@ class RewardModel:
     def encode_images(self, images: list):
         return images
 
-    def encode_prompts(self, prompts: list[str]):
-        return prompts
+    encode_prompts = encode_images
 
     def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(pixels).to(self.device, self.dtype)
@@ -1352,11 +1322,9 @@ class FunctionReward(RewardModel):
 
 def typed_setting(text: str, parameter: inspect.Parameter) -> bool | int | float | str:
     """A setting in the type of its parameter, by annotation or default: bool, int, float; everything else is text."""
-    no_annotation = parameter.annotation is parameter.empty
-    words = re.findall(r"\w+", str(type(parameter.default) if no_annotation else parameter.annotation))
-    if "bool" in words:
-        return {"true": True, "false": False}[text]
-    return int(text) if "int" in words else float(text) if "float" in words else text
+    kind = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
+    readers = {"bool": {"true": True, "false": False}.__getitem__, "int": int, "float": float}
+    return next((read for name, read in readers.items() if re.search(rf"\b{name}\b", str(kind))), str)(text)
 
 
 def source_files(file: Path) -> list[Path]:
@@ -1381,23 +1349,7 @@ def import_file(file: str):
     return module
 
 
-class CLIPReward(RewardModel):
-    """The cosine of an image and a prompt in a CLIP model. A subclass gives `tokenize`: prompts → rows of tokens."""
-
-    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
-
-    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
-        # Attention is causal and the feature is that of the first end token, so padding to its right has no effect.
-        rows = [torch.tensor(row) for row in self.tokenize(prompts)]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return unit(self.model.get_text_features(tokens.to(self.device)).pooler_output)
-
-    def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
-        return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
-
-
-class HPSReward(CLIPReward):
+class HPSReward(RewardModel):
     """HPSv2 and v2.1 (Wu et al., 2023): the cosine of CLIP ViT-H/14, about 0.2 to 0.35, as `hpsv2.score` gives it
     (`hpsv2.evaluate` shows it times 100)."""
 
@@ -1426,6 +1378,18 @@ class HPSReward(CLIPReward):
         pixels = pad(pixels, [wide // 2, high // 2, wide - wide // 2, high - high // 2])
         return normalize(pixels, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        return unit(self.model.get_image_features(self.stack(pixels)).pooler_output)
+
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        # Attention is causal and the feature is that of the first end token, so padding to its right has no effect.
+        rows = [torch.tensor(row) for row in self.tokenize(prompts)]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return unit(self.model.get_text_features(tokens.to(self.device)).pooler_output)
+
+    def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
+        return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
+
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": True, "max_length": 76}
@@ -1442,7 +1406,7 @@ class HPSReward(CLIPReward):
         return rows
 
 
-class PickScoreReward(CLIPReward):
+class PickScoreReward(HPSReward):
     """PickScore (Kirstain et al., 2023): exp(logit scale) · cosine of CLIP ViT-H/14, about 20 to 23."""
 
     def load(self):
@@ -1566,8 +1530,10 @@ def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
     return clip, layers
 
 
-class CLIPScoreReward(CLIPReward):
+class CLIPScoreReward(HPSReward):
     """CLIPScore as Hessel et al. (2021) define it: 2.5 · max(cosine, 0) of CLIP ViT-B/32, "A photo depicts" first."""
+
+    prepare = RewardModel.prepare
 
     def load(self):
         self.model = self.load_model(transformers.CLIPModel, self.checkpoint)
@@ -1633,8 +1599,7 @@ class ImageRewardReward(RewardModel):
     def compare(self, images: list[torch.Tensor], texts: list) -> torch.Tensor:
         ids, mask = map(torch.stack, zip(*texts))
         # The configuration names a decoder. It runs as an encoder, which sees the text in both directions.
-        options = {"encoder_hidden_states": torch.stack(images), "is_decoder": False}
-        output = self.text(ids, attention_mask=mask, **options)
+        output = self.text(ids, attention_mask=mask, encoder_hidden_states=torch.stack(images), is_decoder=False)
         return (self.head(output.last_hidden_state[:, 0].float())[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
@@ -1849,8 +1814,7 @@ REWARD_MODELS = {
     "aesthetic": (AestheticReward, "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", None),
     "clipscore": (CLIPScoreReward, "openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     "vqascore": (VQAScoreReward, "zhiqiulin/clip-flant5-xxl", "google/flan-t5-xxl"),
-    # Variants, under names of their own: HPSv2 with an antialiased resize, MPS with the threshold of its model class,
-    # VQAScore's question to another model.
+    # Variants: HPSv2 with an antialiased resize, MPS with its model class's threshold, VQAScore's question to a VLM.
     "hpsv2_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
     "hpsv2.1_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
     "mps_t0.01": (MPSReward, "RE-N-Y/mpsv1", VIT_H),
@@ -1882,24 +1846,16 @@ def parse_arguments(words: list[str] | None = None) -> "ScriptArguments":
     words, layout = sys.argv[1:] if words is None else words, argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(ScriptArguments, allow_abbrev=False, description=__doc__, formatter_class=layout)
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
-    given = vars(parser.parse_args([*parser.parse_known_args(words)[0].config, *words]))
+    words = [*parser.parse_known_args(words)[0].config, *words]
+    # The shell leaves ~/x in --flag=~/x and in name=~/x, and YAML has none.
+    given = vars(parser.parse_args([re.sub(r"(^|=)~/", rf"\1{Path.home()}/", word) for word in words]))
     del given["config"]
     for spec in fields(ScriptArguments):
         value = given[spec.name]
         for phrase, limit in spec.metadata["limits"].items():
             if None not in (value, limit) and not COMPARE[phrase](value, limit):
                 raise SystemExit(f"--{spec.name} {value}: must be {phrase} {limit}")
-        if isinstance(value, str):
-            given[spec.name] = with_home(value)
-        elif isinstance(value, list):
-            given[spec.name] = [with_home(word) for word in value]
     return ScriptArguments(**given)
-
-
-def with_home(word: str) -> str:
-    """Expands `~/x` and `name=~/x`: the shell leaves it in --flag=~/x, and YAML has none."""
-    name, equals, path = word.rpartition("=")
-    return name + equals + os.path.expanduser(path) if path.startswith("~") else word
 
 
 # Copied from train_rankdpo_sdxl.config_words
@@ -1929,6 +1885,11 @@ def plain_path(path: str) -> Iterator[str]:
             yield f"{links}/data{Path(path).suffix}"
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file is not the user's: hidden, or of those that operating systems put into folders."""
+    return bool(re.search(r"(^|/)(\.|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini)", name, re.I))
+
+
 def one_line(error: BaseException | str) -> str:
     """An error's message on one line, whatever its class and length."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -1951,8 +1912,7 @@ def batches(items, size: int) -> Iterator:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Gives the name of a temporary file, which takes the place of `file` when the block has ended without an error: a
-    killed run leaves no half file under its name."""
+    """A name to write to, which becomes `file` when the block has ended without an error: there is no half file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.urandom(4).hex()}.tmp")
     yield temporary
