@@ -1820,8 +1820,8 @@ def plain_path(path: str) -> Iterator[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is not the user's: hidden, or of those that operating systems put into folders."""
-    return bool(re.search(r"(^|/)(\.|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini)", name, re.I))
+    """Whether a file is not the user's: hidden ("." is not), or of those that operating systems put into folders."""
+    return bool(re.search(r"(^|/)(\.(?!$)|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini)", name, re.I))
 
 
 def one_line(error: BaseException | str) -> str:

@@ -1186,6 +1186,23 @@ def test_settings_of_a_class_have_the_types_of_its_parameters(tmp_path):
             load_reward_model(f"{name},{setting}")
 
 
+def test_a_file_or_folder_that_a_setting_names_is_part_of_what_scores_depend_on(tmp_path):
+    """By its content: in a copy it is the same."""
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n    def __init__(self, device, batch_size, path='x'):\n        pass\n"
+    )
+    (tmp_path / "mine.py").open("a").write(
+        "\n    def score(self, images, prompts):\n        return [0.0] * len(images)\n"
+    )
+    keys = []
+    for folder, content in {"a": "one", "b": "one", "c": "two"}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "weights.bin").write_text(content)
+        for path in (tmp_path / folder, tmp_path / folder / "weights.bin"):
+            keys.append(build_synpic.reward_settings(f"{tmp_path}/mine.py:Mine,path={path}")["files"]["path"])
+    assert keys[:2] == keys[2:4] and len({*keys}) == 4
+
+
 def stays_near(name: str, **half) -> None:
     images = list(pictures().values())
     prompts = [PROMPTS[2 + i % 3] for i in range(len(images))]
