@@ -200,15 +200,8 @@ def pair_quality(p_w: np.ndarray, p_l: np.ndarray) -> np.ndarray:
 
 
 def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean: float, std: float) -> np.ndarray:
-    """ψ in [0, 1] from raw rewards (DPO-QSD, sections 3.2 and 5.2).
-
-    Args:
-        reward: its name; normalization: auto, standardize, softmax or none.
-        rewards: float array (n, 2), a pair a row; mean, std: of the rewards of all ranked pairs.
-
-    Returns:
-        float64 array of the same shape. Exits with one line if `none` finds a reward outside [0, 1].
-    """
+    """ψ in [0, 1], float64 (n, 2), from raw rewards (n, 2), a pair a row (DPO-QSD, sections 3.2 and 5.2). mean, std: of
+    the rewards of all ranked pairs. Exits with one line if `none` finds a reward outside [0, 1]."""
     rewards = np.asarray(rewards, dtype=np.float64)
     kind = reward.partition("=")[0]
     if normalization == "auto":
@@ -235,9 +228,8 @@ def main(args: ScriptArguments) -> None:
     transformers_logging.disable_progress_bar()
     # Without a GPU several processes talk through gloo. The first to finish its share may wait hours for the last.
     launched = "LOCAL_RANK" in os.environ
-    state = PartialState(
-        cpu=launched and not torch.cuda.is_available(), **({"timeout": timedelta(days=1)} if launched else {})
-    )
+    waiting = {"timeout": timedelta(days=1)} if launched else {}
+    state = PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
     lock = FileLock(Path(args.output_dir, f".lock-{args.task_index}" if args.num_tasks > 1 else ".lock"))
     if state.is_main_process:  # what is wrong with flags, columns and labels is found before a model is loaded
         begin_run(args, lock)
@@ -362,21 +354,15 @@ def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> dict:
     for name, values in zip(NEW_COLUMNS, [*psi.T, quality, np.arange(len(row)) + 1]):
         table = table.append_column(name, pa.array(values))
     made = content_hash(np.concatenate([row[:kept].astype(float), psi[:kept].ravel()]).tobytes())
-    reward = reward_settings(args.reward)
-    return {
-        "table": table,
-        "row": row,
-        "winner": winner,
-        "difference": np.where(winner == 0, psi[:, 0] - psi[:, 1], psi[:, 1] - psi[:, 0]),
-        "kept": kept,
-        "counts": counts,
-        "summary": summary,
-        "statistics": {"reward": reward, "normalization": args.normalization, "mean": mean, "std": std},
-        "errors": errors,
-        "cut": sum(shard["cut"] for shard in facts),
-        "hash": made,
-        "key": short_hash(json.dumps([made, reward, pairs.identity, [shard["files"] for shard in facts]])),
-    }
+    reward, difference = (
+        reward_settings(args.reward),
+        np.where(winner == 0, psi[:, 0] - psi[:, 1], psi[:, 1] - psi[:, 0]),
+    )
+    ranking = {"table": table, "row": row, "winner": winner, "difference": difference, "kept": kept, "counts": counts}
+    ranking |= {"summary": summary, "errors": errors, "cut": sum(shard["cut"] for shard in facts), "hash": made}
+    ranking["statistics"] = {"reward": reward, "normalization": args.normalization, "mean": mean, "std": std}
+    ranking["key"] = short_hash(json.dumps([made, reward, pairs.identity, [shard["files"] for shard in facts]]))
+    return ranking
 
 
 def rate(args: ScriptArguments, rewards: np.ndarray, winner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -499,9 +485,9 @@ def begin_run(args: ScriptArguments, lock: FileLock) -> None:
     if args.num_tasks == 1:  # else they may be another task's
         for file in list(output_dir.rglob(".*.tmp")):
             file.unlink()
-    records = {work / "stream.json": stream} | {folder / "settings.json": found for folder, found in settings.items()}
-    for file, content in records.items():
-        write_bytes(file, json.dumps(content, indent=1).encode())
+    write_bytes(work / "stream.json", json.dumps(stream).encode())
+    for folder, found in settings.items():
+        write_bytes(folder / "settings.json", json.dumps(found, indent=1).encode())
 
 
 def plan_stream(args: ScriptArguments, file: Path) -> dict:
@@ -645,17 +631,9 @@ def image_root(args: ScriptArguments) -> str:
 Shard = namedtuple("Shard", "file number start rows first")
 
 
-@dataclass
-class Work:
-    """What is read of a shard: its rows without images; each distinct image and prompt of its ranked pairs, the first
-    ones also in preparation; where the images of each row are among them, or −1; files that hold images."""
-
-    rows: list[dict] = field(default_factory=list)
-    images: list[bytes] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
-    begun: list[Future] = field(default_factory=list)
-    places: list[list[int]] = field(default_factory=list)
-    files: dict[str, list[int] | None] = field(default_factory=dict)
+# What is read of a shard: its rows without images; each distinct image and prompt of its ranked pairs; where the images
+# of each row are among them, or −1; the files that hold images, with size and date; the first images in preparation.
+Work = namedtuple("Work", "rows images prompts places files begun")
 
 
 class Pairs:
@@ -731,7 +709,7 @@ def read_rows(part: dict, start: int, columns: list[str]) -> Iterator[pa.RecordB
 def read_to_score(args: ScriptArguments, pairs: Pairs, reward: "RewardModel", shards: list[Shard]) -> Iterator[tuple]:
     """Yields each shard with the work on it."""
     for shard, batches_of_one in read_shards(pairs, shards, [*pairs.read, *pairs.images]):
-        work, known = Work(), {}
+        rows, images, prompts, all_places, files, known = [], [], [], [], {}, {}
         for batch in batches_of_one:
             row = {name: batch[name][0].as_py() for name in pairs.read}
             label, prompt, places = pair_label(args, row), row[args.prompt_column], [-1, -1]
@@ -747,21 +725,21 @@ def read_to_score(args: ScriptArguments, pairs: Pairs, reward: "RewardModel", sh
             for side in (0, 1) if status == RANKED else ():
                 value, uid = batch[pairs.images[side]][0].as_py(), row.get(pairs.uids[side])
                 if path := pairs.path_of(value):
-                    work.files[str(path)] = facts = file_facts(path)  # before it is read
+                    files[str(path)] = facts = file_facts(path)  # before it is read
                 if uid in (None, ""):  # made of path, size and date where the column holds paths, else of the content
                     is_path = path and isinstance(value, str)
                     uid = content_hash(f"{value}|{facts and (*facts,)}" if is_path else pairs.bytes_of(value))
                     row.setdefault(pairs.uids[side], uid)
                 if (uid, prompt) not in known:
-                    known[uid, prompt] = len(work.images)
-                    work.images.append(pairs.bytes_of(value))
-                    work.prompts.append(prompt)
+                    known[uid, prompt] = len(images)
+                    images.append(pairs.bytes_of(value))
+                    prompts.append(prompt)
                 places[side] = known[uid, prompt]
-            work.rows.append(row | {"_status": status, "_winner": int(label != 1)})
-            work.places.append(places)
+            rows.append(row | {"_status": status, "_winner": int(label != 1)})
+            all_places.append(places)
         # A few batches at once: all decoded images of a shard may be gigabytes.
-        work.begun = reward.begin(work.images[: 4 * args.reward_batch_size])
-        yield shard, work
+        begun = reward.begin(images[: 4 * args.reward_batch_size])
+        yield shard, Work(rows, images, prompts, all_places, files, begun)
 
 
 # Copied from train_rankdpo_sdxl.read_ahead
@@ -911,7 +889,8 @@ The worst pairs, those of the smallest Q:
     rows = [["rows read", counts["rows"]]]
     rows += [[f"{what}, left out" if kind != RANKED else what, counts[name]] for name, (kind, what) in COUNTS.items()]
     rows += [[f"kept (`--top_fraction {args.top_fraction:g}`)", kept]]
-    body = f"""# {output_dir.resolve().name}
+    title = output_dir.resolve().name
+    body = f"""# {title}
 
 Preference pairs of `{source}`, sorted by their quality Q under a reward model: a Quality Sorted Dataset for
 DPO-QSD. Row 1 is the best pair: train in this order, without shuffling.{images}
@@ -961,15 +940,10 @@ Reward `{args.reward}`{f", pairs at commit {args.dataset_revision}" if args.data
         for folder in args.folders
     }
     is_hub = args.dataset_name and not os.path.exists(args.dataset_name)
-    front = {
-        "pretty_name": output_dir.resolve().name,
-        "language": ["en"],
-        "task_categories": ["text-to-image"],
-        "size_categories": [size_category(kept)],
-        "tags": ["dpo-qsd", "preference", "dpo"],
-        **({"source_datasets": [args.dataset_name]} if is_hub else {}),
-        **config_metadata(output_dir, configs),
-    }
+    front = {"pretty_name": title, "language": ["en"], "task_categories": ["text-to-image"]}
+    front |= {"size_categories": [size_category(kept)], "tags": ["dpo-qsd", "preference", "dpo"]}
+    front |= {"source_datasets": [args.dataset_name]} if is_hub else {}
+    front |= config_metadata(output_dir, configs)
     write_dataset_card(args, front, body)
     statistics = json.dumps({**statistics, **counts, "kept": kept}, indent=2) + "\n"
     write_bytes(output_dir / "statistics.json", statistics.encode())
@@ -1886,8 +1860,8 @@ def plain_path(path: str) -> Iterator[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is not the user's: hidden, or of those that operating systems put into folders."""
-    return bool(re.search(r"(^|/)(\.|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini)", name, re.I))
+    """Whether a file is not the user's: hidden ("." is not), or of those that operating systems put into folders."""
+    return bool(re.search(r"(^|/)(\.(?!$)|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini)", name, re.I))
 
 
 def one_line(error: BaseException | str) -> str:
