@@ -506,6 +506,9 @@ def plan_stream(args: ScriptArguments, file: Path) -> dict:
         raise SystemExit(f"{args.where}: cannot be read: {one_line(error)}") from None
     with ThreadPoolExecutor(8) as pool:
         files = list(pool.map(partial(inspect_file, args), range(len(names)), names))
+    for found in files:
+        if lacking := sorted({*files[0]["columns"]} - {*found["columns"]}):
+            raise SystemExit(f"{args.where}: {found['file']} has no column {lacking[0]!r}, which {names[0]} has")
     if not any(sum(found["groups"]) for found in files):
         raise SystemExit(f"{args.where}: split {args.dataset_split!r} has no rows")
     return {"source": source, "identity": short_hash(json.dumps([found["facts"] for found in files])), "files": files}
@@ -881,11 +884,9 @@ The worst pairs, those of the smallest Q:
 """
     errors = "".join(f"\n- {error}" for error in ranking["errors"][:20])
     errors += f"\n- and {len(ranking['errors']) - 20} more" if len(ranking["errors"]) > 20 else ""
-    cut = (
-        f"\n\nOf {ranking['cut']} pairs the reward model reads only the beginning of the prompt."
-        if ranking["cut"]
-        else ""
-    )
+    if ranking["cut"]:
+        warn(too_long := f"of {ranking['cut']} pairs the reward model reads only the beginning of the prompt")
+        errors += f"\n\n{too_long.capitalize()}."
     rows = [["rows read", counts["rows"]]]
     rows += [[f"{what}, left out" if kind != RANKED else what, counts[name]] for name, (kind, what) in COUNTS.items()]
     rows += [[f"kept (`--top_fraction {args.top_fraction:g}`)", kept]]
@@ -914,7 +915,7 @@ split="train")
 
 {markdown_table(["", "pairs"], rows)}
 
-In {contradicted:.1%} of the ranked pairs the reward model rates the loser at least as high as the winner.{errors}{cut}
+In {contradicted:.1%} of the ranked pairs the reward model rates the loser at least as high as the winner.{errors}
 
 ## Reward
 

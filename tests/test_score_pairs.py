@@ -811,6 +811,14 @@ def test_tables_of_other_libraries_and_saved_datasets(tmp_path, reward):
     np.testing.assert_allclose(qualities(tmp_path / "b" / "out"), expected, rtol=1e-6)
 
 
+def test_a_column_that_one_file_lacks_is_named_first(tmp_path, reward):
+    rows = pick_a_pic(24)
+    source = write(tmp_path / "pairs", rows, files=1)
+    Dataset.from_list(rows).remove_columns("ranking_id").to_parquet(str(source / "data" / "train-1.parquet"))
+    message = refused("score_pairs", *flags(source, reward, tmp_path / "out"))
+    assert "train-1.parquet has no column 'ranking_id'" in message and not scored(reward)
+
+
 def test_a_reward_that_is_no_probability_is_refused_after_the_first_shard(tmp_path, reward):
     source = write(tmp_path / "pairs", pick_a_pic(200), files=1)
     mine = Path(reward.partition(":")[0])
