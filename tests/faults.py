@@ -703,7 +703,7 @@ sdxl sd3 qsd: report_to foo, proportion_empty_prompts 2, loss_type foo, resume_f
 sdxl sd3 qsd build pairs evaluate serve: config nowhere.yaml, learning_rat 1
 build: shard_size 0, generation_batch_size 0, generation_batch_size many, max_prompts 0, stages paint, image_format gif
 build: num_tasks 0, task_index 1, gpu_hourly_cost nan, reward_batch_size 0, rewards nosuch, generators nowhere.yaml
-build evaluate: prompts nowhere.txt, prompt_column text
+build evaluate: prompts nowhere.txt
 pairs: shard_size 0, top_fraction nan, top_fraction 0, top_fraction 2, reward nosuch, normalization foo, num_examples -1
 evaluate: batch_size 0, num_inference_steps 0, metrics nosuch, loras nonsense, loras a=nowhere, baseline nobody
 serve: port 0, num_prompts 0, num_prompts 5, votes_per_comparison 0, picture_size 0, images one, questions foo
@@ -765,7 +765,8 @@ for name, text in {
     late = name not in ("does not parse", "exits at import")
     for job, flag in {"build": "rewards", "pairs": "reward", "evaluate": "metrics"}.items():
         if (job, name) != ("evaluate", "returns NaN"):  # there it means: does not apply
-            malformed(f"reward {name}", job, written(flag, "mine.py", text, ":bad"), "mine.py", raises=late, late=late)
+            prepare = written(flag, "mine.py", text, ":bad")
+            malformed(f"reward {name}", job, prepare, "mine.py|bad|good", raises=late, late=late)
 
 
 def rows_of(kind: str, change: dict | Callable, at: int | None = None) -> Callable:
@@ -792,7 +793,6 @@ for name, change, at, *words in (
     ("phi all equal", {PHI: [0.5] * 3, "rank": [1, 2, 3]}, None, "equal"),
     ("phi NaN", {PHI: [0.5, float("nan"), 0.0]}, 2, "row 2"),
     ("phi above 1", {PHI: [0.5, 1.5, 0.0]}, 2, "row 2"),
-    ("phi of two", {PHI: [0.5, 0.4]}, 2, "row 2"),
     ("rank twice", {"rank": [1, 1, 2]}, 2, "row 2", "rank"),
     ("id twice", {"prompt_id": "p0"}, 2, "row 2", "id"),
     ("empty prompt", {"prompt": " "}, 2, "row 2", "prompt"),
