@@ -1361,7 +1361,6 @@ PROMPT_SETS = {
     "hpsv2": {"source": "zhwang/HPDv2", "prompt_column": "prompt", "category_column": "style"},
     "parti": {"source": PARTI_URL, "prompt_column": "Prompt", "category_column": "Category"},
 }
-HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 TEXT_FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 
 
@@ -1380,8 +1379,7 @@ def read_prompts(
     Returns:
         one dict per prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no
         images. One dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0,
-        and for each column to `keep`, how many rows before it have the same value there. Exits with one line that names
-        the row if a prompt is empty, or the column that is missing.
+        and for each column to `keep`, how many rows before it have the same value there.
     """
     shown, columns = public_text(source), list(dict.fromkeys((column, *keep)))
     prompts, places, counts = {}, {}, Counter()
@@ -1413,7 +1411,8 @@ def prompt_rows(source: str, split: str | None, columns: list[str], whole_rows: 
     known = PROMPT_SETS.get(source, {}).get("source", source)
     suffix = Path(urlsplit(known).path if "://" in known else known).suffix.lower()
     if source == "hpsv2":
-        files = {s: hf_hub_download(known, f"benchmark/{s}.json", repo_type="dataset") for s in HPSV2_STYLES}
+        styles = ("anime", "concept-art", "paintings", "photo")
+        files = {s: hf_hub_download(known, f"benchmark/{s}.json", repo_type="dataset") for s in styles}
         return [row | {"style": style} for style in files for row in file_rows(files[style], ".json", columns[0])]
     if "://" in known and suffix not in TEXT_FILES:
         raise ValueError(f"the name of a file on the web must end in {', '.join(TEXT_FILES)}")
@@ -1462,6 +1461,7 @@ def read_text(file: str) -> str:
 def stream_rows(source: str, split: str | None, columns: list[str], whole_rows: bool) -> Iterator[dict]:
     """The rows of a .parquet file, or of a dataset on the Hub or in a folder, while it reads them: nothing is
     downloaded as a whole. Of Parquet files, which most datasets with images are, only these `columns` are read."""
+
     with plain_path(source) as path:
         options = {"path": path}
         if path.endswith(".parquet") and os.path.isfile(path):
@@ -1470,7 +1470,7 @@ def stream_rows(source: str, split: str | None, columns: list[str], whole_rows: 
         builder = None if offline else load_dataset_builder(**options)
         rows = load_dataset(**options, split=split) if offline else builder.as_streaming_dataset(split=split)
         names = rows.column_names or list(next(iter(rows), {}))
-        if missing := [name for name in columns if name not in names]:
+        if missing := sorted({*columns} - {*names}):
             raise ValueError(f"no column {missing[0]!r}; it has {', '.join(names)}")
         if whole_rows:
             kinds = rows.features or dict.fromkeys(names, "")
@@ -1493,9 +1493,8 @@ def public_text(text: str) -> str:
 
 
 def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32) -> "RewardModel":
-    """Loads a reward model: an object with `.score(images, prompts) -> list[float]`, batched inside. `name`: one of
-    REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or Hub id) loads another
-    checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class. `dtype`: by default
+    """Loads a reward: an object with `.score(images, prompts) -> list[float]`. `name`: one of REWARD_MODELS, if need be
+    with `=checkpoint`, a folder or Hub id; or `file.py:function`, or `file.py:Class,key=value,…`. `dtype`: by default
     float32 on a CPU and half precision on a GPU."""
     reward_class = REWARD_MODELS.get(name.partition("=")[0], (FunctionReward,))[0]
     return reward_class(name, device, dtype, batch_size)
@@ -1724,9 +1723,9 @@ class FunctionReward(RewardModel):
         function = self.made.score if self.made else self.function
         rows = {"rows": [self.rows.get(text, {"prompt": text}) for text in texts]} if self.takes_rows else {}
         # The function may draw on its images, and another reward may need them, too.
-        values = list(function([image.copy() for image in images], texts, **rows))
-        if len(values) != len(images):
-            raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(images)} images")
+        values = function([image.copy() for image in images], texts, **rows)
+        if isinstance(values, dict) or len(values := list(values)) != len(images):
+            raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(images)} images: a list of one each")
         return values
 
 
@@ -2237,9 +2236,7 @@ REWARD_MODELS = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class ArgumentParser(TrlParser):
-    """TrlParser that ends every usage error in one line, and knows the metadata of `flag`."""
-
+class ArgumentParser(TrlParser):  # ends every usage error in one line, and knows the metadata of `flag`
     group = None
 
     def add_argument(self, *names, limits=None, group=None, **options):

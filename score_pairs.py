@@ -795,7 +795,7 @@ def path_key(path: str) -> str:
 
 # Copied from build_synpic.shard_facts
 def shard_facts(file: Path) -> dict:
-    """What was recorded with a file; {} if there is none, or it cannot be read."""
+    """What was recorded with a file; {} if there is none, or it is no whole file."""
     try:
         return json.loads(pq.read_metadata(file).metadata[b"synpic"])
     except (FileNotFoundError, pa.ArrowInvalid):
@@ -1058,9 +1058,8 @@ def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) 
 
 
 def load_reward_model(name: str, device="cpu", dtype: torch.dtype | None = None, batch_size: int = 32) -> "RewardModel":
-    """Loads a reward model: an object with `.score(images, prompts) -> list[float]`, batched inside. `name`: one of
-    REWARD_MODELS, or path/to/file.py:name of a function or class. `name=checkpoint` (a folder or Hub id) loads another
-    checkpoint than the published one; `file.py:Class,key=value,…` sets parameters of a class. `dtype`: by default
+    """Loads a reward: an object with `.score(images, prompts) -> list[float]`. `name`: one of REWARD_MODELS, if need be
+    with `=checkpoint`, a folder or Hub id; or `file.py:function`, or `file.py:Class,key=value,…`. `dtype`: by default
     float32 on a CPU and half precision on a GPU."""
     reward_class = REWARD_MODELS.get(name.partition("=")[0], (FunctionReward,))[0]
     return reward_class(name, device, dtype, batch_size)
@@ -1289,9 +1288,9 @@ class FunctionReward(RewardModel):
         function = self.made.score if self.made else self.function
         rows = {"rows": [self.rows.get(text, {"prompt": text}) for text in texts]} if self.takes_rows else {}
         # The function may draw on its images, and another reward may need them, too.
-        values = list(function([image.copy() for image in images], texts, **rows))
-        if len(values) != len(images):
-            raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(images)} images")
+        values = function([image.copy() for image in images], texts, **rows)
+        if isinstance(values, dict) or len(values := list(values)) != len(images):
+            raise SystemExit(f"reward {self.name}: {len(values)} scores for {len(images)} images: a list of one each")
         return values
 
 
@@ -1802,9 +1801,7 @@ REWARD_MODELS = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class ArgumentParser(TrlParser):
-    """TrlParser that ends every usage error in one line, and knows the metadata of `flag`."""
-
+class ArgumentParser(TrlParser):  # ends every usage error in one line, and knows the metadata of `flag`
     group = None
 
     def add_argument(self, *names, limits=None, group=None, **options):

@@ -1402,7 +1402,6 @@ PROMPT_SETS = {
     "hpsv2": {"source": "zhwang/HPDv2", "prompt_column": "prompt", "category_column": "style"},
     "parti": {"source": PARTI_URL, "prompt_column": "Prompt", "category_column": "Category"},
 }
-HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 TEXT_FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 
 
@@ -1421,8 +1420,7 @@ def read_prompts(
     Returns:
         one dict per prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no
         images. One dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0,
-        and for each column to `keep`, how many rows before it have the same value there. Exits with one line that names
-        the row if a prompt is empty, or the column that is missing.
+        and for each column to `keep`, how many rows before it have the same value there.
     """
     shown, columns = public_text(source), list(dict.fromkeys((column, *keep)))
     prompts, places, counts = {}, {}, Counter()
@@ -1454,7 +1452,8 @@ def prompt_rows(source: str, split: str | None, columns: list[str], whole_rows: 
     known = PROMPT_SETS.get(source, {}).get("source", source)
     suffix = Path(urlsplit(known).path if "://" in known else known).suffix.lower()
     if source == "hpsv2":
-        files = {s: hf_hub_download(known, f"benchmark/{s}.json", repo_type="dataset") for s in HPSV2_STYLES}
+        styles = ("anime", "concept-art", "paintings", "photo")
+        files = {s: hf_hub_download(known, f"benchmark/{s}.json", repo_type="dataset") for s in styles}
         return [row | {"style": style} for style in files for row in file_rows(files[style], ".json", columns[0])]
     if "://" in known and suffix not in TEXT_FILES:
         raise ValueError(f"the name of a file on the web must end in {', '.join(TEXT_FILES)}")
@@ -1513,7 +1512,7 @@ def stream_rows(source: str, split: str | None, columns: list[str], whole_rows: 
         builder = None if offline else load_dataset_builder(**options)
         rows = load_dataset(**options, split=split) if offline else builder.as_streaming_dataset(split=split)
         names = rows.column_names or list(next(iter(rows), {}))
-        if missing := [name for name in columns if name not in names]:
+        if missing := sorted({*columns} - {*names}):
             raise ValueError(f"no column {missing[0]!r}; it has {', '.join(names)}")
         if whole_rows:
             kinds = rows.features or dict.fromkeys(names, "")
