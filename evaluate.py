@@ -72,7 +72,6 @@ import transformers
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import load_dataset, load_dataset_builder
 from datasets.config import HF_HUB_OFFLINE
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
@@ -1461,6 +1460,7 @@ def read_text(file: str) -> str:
 def stream_rows(source: str, split: str | None, columns: list[str], whole_rows: bool) -> Iterator[dict]:
     """The rows of a .parquet file, or of a dataset on the Hub or in a folder, while it reads them: nothing is
     downloaded as a whole. Of Parquet files, which most datasets with images are, only these `columns` are read."""
+    from datasets import load_dataset, load_dataset_builder  # here: a user study's Space has no `datasets`
 
     with plain_path(source) as path:
         options = {"path": path}
