@@ -577,8 +577,7 @@ def score_file(args: ScriptArguments, reward: str, generator: str, shard: int) -
 
 
 def images_of(file: Path, stage: str = "") -> str | None:
-    """The hash of the images in a shard, or of those that its scores belong to. None if there is no shard; if `stage`
-    had to make it, this exits with one line."""
+    """The hash of a shard's images, or of those that its scores are of; None without one. `stage` had to make it."""
     images = shard_facts(file).get("images")
     if stage and not images:
         raise SystemExit(f"{file} is missing: run the {stage} stage first")
