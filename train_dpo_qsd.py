@@ -494,6 +494,8 @@ def select_pairs(args: ScriptArguments, table: pa.Table) -> dict:
     no tie. Returns `id`, Arrow's row of the table, `winner`, 0 or 1, `images`, both, and `settings`, the identity."""
     where, names = args.scores_dataset_name or args.dataset_name, [args.label_0_column, args.has_label_column]
     names += [args.quality_column] * needs_quality(args)
+    if text := [name for name in names if "string" in str(table[name].type if name in table.column_names else "")]:
+        raise SystemExit(f"{where}: column {text[0]!r} is text, not numbers or true and false")
     columns = {name: table[name].cast(pa.float64()).to_numpy() for name in names if name in table.column_names}
     label, has_label, *_ = (columns.get(name, np.ones(len(table))) for name in names)  # null: NaN
     unlabelled = np.isnan(label) | (has_label != 1)
@@ -755,7 +757,7 @@ def find_files(args: ScriptArguments) -> list[str]:
             found = load_dataset_builder(folder, **options).config.data_files or {}
             if found and re.split(r"[\[+]", split)[0] not in found:
                 raise SystemExit(f"--dataset_name {name}: no split {split!r}; it has {', '.join(found)}")
-        files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
+        files = [str(file).replace(f"{folder}/", f"{name}/") for file in found.get(split, [])]
         if files and all(file.endswith(".parquet") for file in files):
             return files
         stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]

@@ -755,7 +755,7 @@ def find_files(args: ScriptArguments) -> list[str]:
             found = load_dataset_builder(folder, **options).config.data_files or {}
             if found and re.split(r"[\[+]", split)[0] not in found:
                 raise SystemExit(f"--dataset_name {name}: no split {split!r}; it has {', '.join(found)}")
-        files = [os.path.realpath(file) if os.path.isdir(name) else str(file) for file in found.get(split, [])]
+        files = [str(file).replace(f"{folder}/", f"{name}/") for file in found.get(split, [])]
         if files and all(file.endswith(".parquet") for file in files):
             return files
         stats = [(str(file), file.stat()) for file in sorted(Path(name).rglob("*"))]

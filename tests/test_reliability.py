@@ -267,6 +267,25 @@ def test_a_write_that_fails_leaves_nothing_half_written(flags, finished, tmp_pat
 # Trainers: inputs ----------------------------------------------------------------------------------------------------
 
 
+def test_files_that_are_links_are_read_in_place(flags, tmp_path):
+    """As in a snapshot of the Hub's cache: names that end in .parquet, of files that do not."""
+    for file in Path(flags[3]).rglob("*.parquet"):
+        link = tmp_path / "run [12]" / file.relative_to(flags[3])
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "blob")
+        link.symlink_to(tmp_path / "blob")
+    more = [
+        "--dataset_name",
+        tmp_path / "run [12]",
+        "--cache_dir",
+        tmp_path / "cache",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    call("train_rankdpo_sdxl", *flags, *more, "--max_train_steps", 1)
+    assert not (tmp_path / "cache" / "datasets").exists() and len(logged(tmp_path / "out")) == 1
+
+
 @pytest.mark.parametrize("name", ["train_rankdpo_sdxl", "train_rankdpo_sd3"])
 def test_a_dataset_without_any_order_is_refused(trainer_flags, tmp_path, capsys, name):
     rows, command = ranked_rows(n=6), [*trainer_flags(name), "--max_train_steps", 1, "--dataset_name"]
