@@ -86,7 +86,7 @@ coverage: .venv/ready-test
 	$(BIN)/python -m coverage json --quiet -o .coverage.json
 	$(BIN)/python tests/coverage_report.py .coverage.json
 
-# Faults injected into tiny runs; the last line counts what was lost, silently wrong, or a traceback.
+# Faults injected into tiny runs; the last line counts what was lost or silently wrong.
 test-faults: .venv/ready
 	$(BIN)/python tests/faults.py --seed 0 --jobs 2
 
