@@ -1084,7 +1084,9 @@ class RewardModel:
         try:
             self.load()
         except torch.OutOfMemoryError:
-            raise SystemExit(f"reward {name}: the device's memory does not hold it: give --rewards_at_once 1") from None
+            raise SystemExit(
+                f"reward {name}: the device's memory does not hold it: hold fewer at once, or a smaller one"
+            ) from None
         except (OSError, LookupError, RuntimeError, ValueError) as error:
             problem = f"{self.checkpoint} cannot be loaded: {type(error).__name__}: {one_line(error)}"
             raise SystemExit(f"reward {name}: {problem}") from None
