@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate", "datasets", "diffusers", "filelock", "ftfy", "huggingface_hub", "matplotlib", "numpy", "peft",
-#     "pillow", "protobuf", "pyarrow", "pyyaml", "safetensors", "scipy", "sentencepiece", "torch", "torchvision",
+#     "pillow", "protobuf", "pyyaml", "safetensors", "scipy", "sentencepiece", "torch", "torchvision",
 #     "tqdm", "transformers", "trl",
 # ]
 # ///
@@ -374,6 +374,7 @@ def main(args: ScriptArguments) -> None:
         print(f"task {args.task_index} of {args.num_tasks} is done. After all of them: the same with {last}")
     elif state.is_main_process and "report" in args.stages:
         report(args, rows, models)
+    lock.release()
 
 
 def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tuple[list[dict], dict[str, dict]]:

