@@ -14,6 +14,8 @@ import hashlib
 import io
 import json
 import re
+import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -383,14 +385,15 @@ def is_lfs(path: str) -> bool:
 
 
 def xet_contents(folder: Path) -> dict[str, bytes]:
-    """SHA-256 → content of every file that the xet client has kept in a folder."""
+    """SHA-256 → content of every file that the xet client has kept in a folder, which it may hold open: read a copy."""
     contents = {}
-    for shard in folder.glob("xet/xorbs/shards/*.mdb"):
-        for sha256, xet_hash, size in shard_files(shard.read_bytes()):
-            target = folder / sha256
-            file = hf_xet.PyXetDownloadInfo(str(target), xet_hash, size)
-            hf_xet.download_files([file], f"local://{folder}", ("xet", 4_000_000_000), None, None)
-            contents[sha256] = target.read_bytes()
+    with tempfile.TemporaryDirectory() as place:
+        copy = shutil.copytree(folder, f"{place}/xet-copy")
+        for shard in folder.glob("xet/xorbs/shards/*.mdb"):
+            for sha256, xet_hash, size in shard_files(shard.read_bytes()):
+                file = hf_xet.PyXetDownloadInfo(f"{place}/{sha256}", xet_hash, size)
+                hf_xet.download_files([file], f"local://{copy}", ("xet", 4_000_000_000), None, None)
+                contents[sha256] = Path(place, sha256).read_bytes()
     return contents
 
 
