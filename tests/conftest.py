@@ -58,7 +58,7 @@ def torchrun(processes: int, script) -> list:
 def call(script: str, *flags) -> None:
     """The same inside this process: parse the flags, run the script's main."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a process may hold one kind of run only
-    gc.collect()  # and the lock of a run that was refused goes with its traceback
+    gc.collect()  # and the lock of a run that failed goes with its traceback
     module = importlib.import_module(script)
     module.main(module.parse_arguments([str(flag) for flag in flags]))
 
@@ -68,6 +68,8 @@ def refused(script: str, *flags) -> str:
     with pytest.raises(SystemExit) as stopped:
         call(script, *flags)
     message = stopped.value.code
+    del stopped
+    gc.collect()  # the lock of the refused run goes with its traceback
     assert isinstance(message, str) and "\n" not in message.strip(), message
     return message
 
