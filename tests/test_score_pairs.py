@@ -464,6 +464,7 @@ BAD = {
         "column 'label_0' is string, not numbers",
     ),
     "no labels": (lambda rows: [row.update(label_0=0.5) for row in rows], {}, "keeps none of 24 pairs: "),
+    "no prompts": (lambda rows: [row.update(caption=" ") for row in rows], {}, "keeps none of 24 pairs: "),
     "no column": (
         lambda rows: None,
         {"prompt_column": "prompt"},
@@ -508,7 +509,7 @@ def test_bad_input_is_one_line(tmp_path, reward, name):
     given = {"dataset_name": source, "reward": reward, "output_dir": tmp_path / "out", **given}
     message = refused("score_pairs", *(item for k, v in given.items() for item in (f"--{k}", v)))
     assert words in message, message
-    if not name.startswith(("no labels", "too small")):
+    if not name.startswith(("no labels", "no prompts", "too small")):
         assert not scored(reward), "it scored before it looked"
 
 
