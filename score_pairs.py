@@ -20,10 +20,6 @@ The best tenth of your own pairs, in which the first image is always the better 
         --image_1_column rejected --label_0_column none --reward pickscore --top_fraction 0.1 --include_images \
         --output_dir outputs/my-qsd --push_to_hub --hub_dataset_id user/my-qsd
 
-Two folders that hold images of the same names, with a caption in a text file beside each winner:
-
-    python score_pairs.py --winner_dir pairs/better --loser_dir pairs/worse --output_dir outputs/folders-qsd
-
 Its work lies in shards under `<output_dir>/work`: a shard that exists is done. Killed at any moment, the same command
 goes on, on any number of processes, and does only what is missing.
 """
@@ -250,7 +246,7 @@ def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", sh
         bad |= {start + number: reason for number, reason in unreadable.items()}
         cut |= reward.cut
         begun = coming
-    places, errors = np.array(work.places), []
+    places, errors = np.array([row["_places"] for row in work.rows]), []
     for number, reason in sorted(bad.items()):
         row, side = np.argwhere(places == number)[0].tolist()
         where = f"row {shard.start + row} of file {shard.file}: {pairs.images[side]}"
@@ -262,7 +258,7 @@ def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", sh
     for row, values in zip(work.rows, rewards.tolist()):
         row |= {"_reward_0": values[0], "_reward_1": values[1]}
     table = pa.Table.from_pylist(work.rows, schema=pairs.shard_schema)
-    too_long = sum(work.prompts[place] in cut for place, _ in work.places if place >= 0)
+    too_long = sum(work.prompts[place] in cut for place in places[:, 0] if place >= 0)
     facts = {"files": work.files, "errors": errors, "cut": too_long}
     write_tables(iter([table]), shard.scores, facts, row_group_size=len(table))
     keep_examples(args, pairs, shard, work, rewards)
@@ -271,12 +267,12 @@ def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", sh
 def keep_examples(args: ScriptArguments, pairs: "Pairs", shard: "Shard", work: "Work", rewards: np.ndarray) -> None:
     """Keeps the images of a few of the best and the worst pairs so far, so that the figures need not read them again.
     Which pairs they will show is not known yet: the shard's mean and deviation stand for the dataset's."""
-    ranked, count = np.flatnonzero(np.isfinite(rewards).all(axis=1)), 4 * args.num_examples
-    if not count or len(ranked) < 2 or not rewards[ranked].std() > 0:
+    ranked, count = np.flatnonzero(np.isfinite(rewards).all(axis=1)).tolist(), 4 * args.num_examples
+    if not count or not ranked or not rewards[ranked].std() > 0:
         return
     quality, _ = rate(args, rewards[ranked], np.array([work.rows[row]["_winner"] for row in ranked]))
-    for value, row in zip(quality, ranked.tolist()):
-        pairs.examples[shard.first + row] = (value, [work.images[place] for place in work.places[row]])
+    for value, row in zip(quality, ranked):
+        pairs.examples[shard.first + row] = (value, [work.images[place] for place in work.rows[row]["_places"]])
     by_quality = sorted(pairs.examples, key=lambda row: pairs.examples[row][0])
     for row in by_quality[count:-count]:
         del pairs.examples[row]
@@ -366,7 +362,7 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: Ranking) -> No
     buckets = {start: folder / str(start) for kind, start in missing.values() if kind == "data"}
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir()
-    places = fill_buckets(pairs, ranking, size, buckets)
+    places = fill_buckets(args, pairs, ranking, size, buckets)
     draw_figures(args, pairs, ranking, building / "figures")
     for file, (folder, start) in missing.items():
         part, schema = ranking.table.slice(start, min(size, ranking.kept - start)), schemas[folder]
@@ -381,17 +377,20 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: Ranking) -> No
             os.rename(building / folder, output_dir / folder)
 
 
-def fill_buckets(pairs: "Pairs", ranking: Ranking, size: int, buckets: dict[int, Path]) -> np.ndarray:
+def fill_buckets(args: ScriptArguments, pairs: "Pairs", ranking: Ranking, size: int, buckets: dict) -> np.ndarray:
     """Sorts images on disk: in one pass over the stream those of each kept pair go into the bucket of its output file,
     of `size` rows. Returns where each pair begins in its bucket. The disk holds the kept images twice for a while."""
     places, ranks = np.zeros(ranking.kept, dtype=np.int64), np.full(pairs.rows, -1)
     ranks[ranking.row[: ranking.kept]] = np.arange(ranking.kept)
     ranks[~np.isin(ranks // size * size, list(buckets))] = -1  # their files are there
+    shown = {*ranking.row[: args.num_examples], *ranking.row[::-1][: args.num_examples]}
     shards = [shard for shard in pairs.shards if ranks[shard.first :][: shard.rows].max() >= 0]
     with tqdm(total=int((ranks >= 0).sum()), desc="sort", unit="pair", disable=not buckets) as bar:
         for shard, rows in read_shards(pairs, shards, pairs.images):
-            for rank, found in zip(ranks[shard.first :][: shard.rows].tolist(), rows):
-                if rank >= 0:
+            for row, found in enumerate(rows, shard.first):
+                if row in shown:
+                    pairs.examples[row] = (0, [pairs.bytes_of(found[name][0].as_py()) for name in pairs.images])
+                if (rank := ranks[row]) >= 0:
                     with open(buckets[rank // size * size], "ab") as bucket:
                         places[rank] = bucket.tell()
                         pickle.dump([pairs.stored(found[name][0].as_py()) for name in pairs.images], bucket)
@@ -591,9 +590,9 @@ def image_root(args: ScriptArguments) -> str:
 # The stream of pairs --------------------------------------------------------------------------------------------------
 # Rows of a file: its number, the first row there, how many, and the first row in the dataset; the file of their scores.
 Shard = namedtuple("Shard", "file start rows first scores")
-# What is read of a shard: its rows without images; each distinct image and prompt of its ranked pairs; where the images
-# of each row are among them, or −1; the files that hold images, with size and date; the first images in preparation.
-Work = namedtuple("Work", "rows images prompts places files begun")
+# What is read of a shard: its rows without images; each distinct image and prompt of its ranked pairs, among which each
+# row has two places, or −1; the files that hold images, with size and date; the first images in preparation.
+Work = namedtuple("Work", "rows images prompts files begun")
 
 
 class Pairs:
@@ -670,7 +669,7 @@ def read_rows(part: dict, start: int, columns: list[str]) -> Iterator[pa.RecordB
 def read_to_score(args: ScriptArguments, pairs: Pairs, reward: "RewardModel", shards: list[Shard]) -> Iterator[tuple]:
     """Yields each shard with the work on it."""
     for shard, batches_of_one in read_shards(pairs, shards, [*pairs.read, *pairs.images]):
-        rows, images, all_places, files, known = [], [], [], {}, {}
+        rows, images, files, known = [], [], {}, {}
         for batch in batches_of_one:
             row = {name: batch[name][0].as_py() for name in pairs.read}
             label, prompt, places = pair_label(args, row), row[args.prompt_column], [-1, -1]
@@ -687,11 +686,10 @@ def read_to_score(args: ScriptArguments, pairs: Pairs, reward: "RewardModel", sh
                 places[side] = known.setdefault((uid, prompt), len(known))
                 if places[side] == len(images):
                     images.append(pairs.bytes_of(value))
-            rows.append(row | {"_status": status, "_winner": int(label != 1)})
-            all_places.append(places)
+            rows.append(row | {"_status": status, "_winner": int(label != 1), "_places": places})
         # A few batches at once: all decoded images of a shard may be gigabytes.
         begun = reward.begin(images[: 4 * args.reward_batch_size])
-        yield shard, Work(rows, images, [prompt for _, prompt in known], all_places, files, begun)
+        yield shard, Work(rows, images, [prompt for _, prompt in known], files, begun)
 
 
 # Copied from train_rankdpo_sdxl.read_ahead
@@ -751,8 +749,7 @@ def is_scored(shard: Shard) -> bool:
 
 # Figures and card -----------------------------------------------------------------------------------------------------
 def draw_figures(args: ScriptArguments, pairs: Pairs, ranking: Ranking, folder: Path) -> None:
-    """Figures 1a and 1b of the paper, the distribution of ψ_w − ψ_l and Q over the sorted index; the best and the worst
-    pairs."""
+    """Figures 1a and 1b of the paper: the distribution of ψ_w − ψ_l, and Q over the ranks; the best and worst pairs."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {name: Figure(figsize=(6, 4), dpi=100, layout="tight") for name in ("difference", "quality")}
     title = {"title": f"reward: {reward_name(args.reward)}"}
@@ -774,7 +771,7 @@ def draw_figures(args: ScriptArguments, pairs: Pairs, ranking: Ranking, folder: 
         draw_examples(args, pairs, ranking, places[::-1][: args.num_examples]).save(folder / "worst.png")
 
 
-def draw_examples(args, pairs: Pairs, ranking: Ranking, places: list[int], cell: int = 224) -> PILImage.Image:
+def draw_examples(args: ScriptArguments, pairs: Pairs, ranking: Ranking, places: list, cell: int = 224):
     """A strip of pairs: winners above, losers below, in squares of `cell` pixels."""
     canvas = PILImage.new("RGB", (cell * len(places), 2 * cell + 22), "white")
     drawing = ImageDraw.Draw(canvas)
@@ -797,7 +794,7 @@ def draw_examples(args, pairs: Pairs, ranking: Ranking, places: list[int], cell:
 
 def write_card(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
     """Writes README.md and statistics.json."""
-    output_dir, facts, name = Path(args.output_dir), ranking.statistics, reward_name(args.reward)
+    output_dir, facts = Path(args.output_dir), ranking.statistics
     title, source = output_dir.resolve().name, args.dataset_name or f"{args.winner_dir} and {args.loser_dir}"
     quality, shares = ranking.table["quality"].to_numpy(), (0, 0.01, 0.0533, 0.1, 0.25, 0.5, 0.75, 1)
     quality_at = ", ".join(f"{quality[round(share * (len(quality) - 1))]:.4f}" for share in shares)
@@ -817,7 +814,6 @@ def write_card(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
         warn(remarks[-1].strip())
     rows = [[words if key == "ranked" else f"{words}, left out", facts[key]] for key, words in COUNTS.items()]
     rows = [["rows read", facts["rows"]], *rows, [f"kept (`--top_fraction {args.top_fraction:g}`)", ranking.kept]]
-    checkpoint = f" with the checkpoint `{facts['reward']['checkpoint']}`" if "checkpoint" in facts["reward"] else ""
     commit = f", pairs at commit {args.dataset_revision}" if args.dataset_revision else ""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets"))
     body = f"""# {title}
@@ -825,13 +821,8 @@ def write_card(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
 Preference pairs of `{source}`, sorted by their quality Q under a reward model: a Quality Sorted Dataset for
 DPO-QSD. Row 1 is the best pair: train in this order, without shuffling.{images}
 
-| column | type | |
-|---|---|---|
-| `score_0`, `score_1` | float64 | ψ of the first and the second image, in [0, 1], by {name} |
-| `quality` | float64 | Q = ψ(winner) · (1 − ψ(loser)) |
-| `quality_rank` | int64 | 1 = best |
-
-All other columns are those of the original dataset.
+`score_0` and `score_1` are ψ of the first and the second image, in [0, 1], by {reward_name(args.reward)}. `quality` is
+Q = ψ(winner) · (1 − ψ(loser)), and `quality_rank` is 1 for the best. All other columns are the original dataset's.
 
 ```python
 from datasets import load_dataset
@@ -849,8 +840,9 @@ winner.{"".join(remarks)}
 
 ## Reward
 
-ψ is made from the reward `{facts["reward"]["reward"]}`{checkpoint} (`--normalization {args.normalization}`). Over the
-images of all ranked pairs, the raw reward has mean {facts["mean"]:.6g} and standard deviation {facts["std"]:.6g}.
+ψ is made from {", ".join(f"{key} `{value}`" for key, value in facts["reward"].items())}, with
+`--normalization {args.normalization}`. Over the images of all ranked pairs, the raw reward has mean {facts["mean"]:.6g}
+and standard deviation {facts["std"]:.6g}.
 
 Q at the first rank, at 1 %, 5.33 %, 10 %, 25 %, 50 % and 75 % of the ranks, and at the last: {quality_at}.
 
