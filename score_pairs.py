@@ -260,7 +260,7 @@ def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", sh
     table = pa.Table.from_pylist(work.rows, schema=pairs.shard_schema)
     too_long = sum(work.prompts[place] in cut for place in places[:, 0] if place >= 0)
     facts = {"files": work.files, "errors": errors, "cut": too_long}
-    write_tables(iter([table]), shard.scores, facts, row_group_size=len(table))
+    write_tables(iter([table]), shard.scores, facts, len(table))
     keep_examples(args, pairs, shard, work, rewards)
 
 
@@ -517,6 +517,8 @@ def stream_files(args: ScriptArguments) -> list[str]:
     options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
     if os.path.isfile(name) and name.endswith(".parquet"):
         return [name]
+    if os.path.isfile(name) and not name.endswith((".jsonl", ".json")):
+        raise ValueError("a file must be .parquet, .jsonl or .json")
     with plain_path(name) as path, TemporaryDirectory() as cache:
         if args.winner_dir:
             rows = folder_pairs(args)
@@ -524,8 +526,8 @@ def stream_files(args: ScriptArguments) -> list[str]:
         elif any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json")):
             read = partial(load_from_disk, path)
         else:
-            is_json = os.path.isfile(name) and name.endswith((".jsonl", ".json"))
-            where = {"path": "json", "data_files": {split: path}} if is_json else {"path": path, **options}
+            as_json = {"path": "json", "data_files": {split: path}}
+            where = as_json if os.path.isfile(name) else {"path": path, **options}
             found = load_dataset_builder(**where).config.data_files or {}
             if found and split not in found:
                 raise ValueError(f"no split {split!r}; it has {', '.join(found)}")

@@ -815,9 +815,11 @@ def test_tables_of_other_libraries_and_saved_datasets(tmp_path, reward):
 def test_a_column_that_one_file_lacks_is_named_first(tmp_path, reward):
     rows = pick_a_pic(24)
     source = write(tmp_path / "pairs", rows, files=1)
-    Dataset.from_list(rows).remove_columns("ranking_id").to_parquet(str(source / "data" / "train-1.parquet"))
+    Dataset.from_list(rows).remove_columns("ranking_id").to_parquet(
+        str(source / "data" / "train-00001-of-00001.parquet")
+    )
     message = refused("score_pairs", *flags(source, reward, tmp_path / "out"))
-    assert "train-1.parquet has no column 'ranking_id'" in message and not scored(reward)
+    assert "train-00001-of-00001.parquet has no column 'ranking_id'" in message and not scored(reward)
 
 
 def test_a_reward_that_is_no_probability_is_refused_after_the_first_shard(tmp_path, reward):
