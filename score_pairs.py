@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "accelerate", "datasets", "filelock", "fsspec", "ftfy", "huggingface_hub", "matplotlib", "numpy", "pillow",
-#     "protobuf", "pyarrow", "pyyaml", "safetensors", "sentencepiece", "torch", "torchvision", "tqdm", "transformers",
-#     "trl",
-# ]
+# dependencies = ["accelerate", "datasets", "filelock", "fsspec", "ftfy", "huggingface_hub", "matplotlib", "numpy",
+#     "pillow", "protobuf", "pyarrow", "pyyaml", "safetensors", "sentencepiece", "torch", "torchvision", "tqdm",
+#     "transformers", "trl"]
 # ///
 """Scores preference pairs and sorts them by quality: the Quality Sorted Dataset of DPO-QSD.
 
@@ -14,22 +12,16 @@ The paper reports better models from the best 5.33 % of the pairs, best first, t
 
 Pick-a-Pic from the Hub, streamed, with HPSv2 as in the paper:
 
-    accelerate launch score_pairs.py --dataset_name liuhuohuo2/pick-a-pic-v2 --reward hpsv2 \
-        --output_dir outputs/pickapic-qsd
+    accelerate launch score_pairs.py --dataset_name liuhuohuo2/pick-a-pic-v2 --output_dir outputs/pickapic-qsd
 
-Your own pairs, in a folder of Parquet files with other column names, where the first image is always the better one.
-This keeps the best tenth with its images, and publishes it:
+The best tenth of your own pairs, in which the first image is always the better one, with images, and published:
 
     python score_pairs.py --dataset_name my_pairs --prompt_column prompt --image_0_column chosen \
         --image_1_column rejected --label_0_column none --reward pickscore --top_fraction 0.1 --include_images \
         --output_dir outputs/my-qsd --push_to_hub --hub_dataset_id user/my-qsd
 
-Two folders that hold images of the same names, with a caption in a text file beside each winner:
-
-    python score_pairs.py --winner_dir pairs/better --loser_dir pairs/worse --output_dir outputs/folders-qsd
-
-The work is cut into shards under `<output_dir>/work`: a shard that exists under its name is done. Killed at any moment,
-the script goes on with the same command, on any number of processes, and does only what is missing.
+Its work lies in shards under `<output_dir>/work`: a shard that exists is done. Killed at any moment, the same command
+goes on, on any number of processes, and does only what is missing.
 """
 
 import argparse
@@ -44,6 +36,7 @@ import logging
 import math
 import operator
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -52,7 +45,7 @@ import zipfile
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -61,7 +54,6 @@ from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 
 if not sys.stderr.isatty():  # in a file of output all progress bars write a line every 30 seconds, not ten a second
@@ -84,7 +76,7 @@ from huggingface_hub import CardData, HfApi, RepoCard
 from huggingface_hub.errors import HFValidationError
 from matplotlib.figure import Figure
 from PIL import Image as PILImage
-from PIL import ImageDraw, PngImagePlugin, UnidentifiedImageError
+from PIL import ImageDraw, PngImagePlugin
 from safetensors.torch import load_file
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, normalize, pad, resize, to_tensor
@@ -96,27 +88,21 @@ from trl import TrlParser
 
 
 STAGES = ("score", "sort")
+NORMALIZATIONS = ("auto", "standardize", "softmax", "none")
 DATA_FILES = ["scores/train-*-of-*.parquet"]
-WITH_IMAGES = ["data/train-*-of-*.parquet"]  # of --include_images, as the strips of examples
+WITH_IMAGES = ["data/train-*-of-*.parquet", "figures/*.png"]  # published with --include_images
 PUBLISHED = [*DATA_FILES, "README.md", "statistics.json", "figures/difference.png", "figures/quality.png"]
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
 CARD_BEGIN = "<!-- score_pairs.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what score_pairs.py wrote. -->"
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
-RANKED, TIE, UNLABELLED, BLANK, BAD = range(5)  # status of a pair; a label comes before prompt and images
-COUNTS = {"ties": (TIE, "ties"), "without_label": (UNLABELLED, "without a label")}
-COUNTS |= {"with_blank_prompt": (BLANK, "with a blank prompt")}
-COUNTS |= {"with_bad_image": (BAD, "with an image that does not decode"), "ranked": (RANKED, "ranked")}
+# What becomes of a pair; a label comes before prompt and images. In this order: names in statistics.json, and words.
+TIE, UNLABELLED, BLANK, BAD, RANKED = range(5)
+COUNTS = {"ties": "ties", "without_label": "without a label", "with_blank_prompt": "with a blank prompt"}
+COUNTS |= {"with_bad_image": "with an image that does not decode", "ranked": "ranked"}
 ROWS_WITH_IMAGES = 20  # of a row group with images
-# What identifies the work in a folder, besides the dataset.
-SETTINGS = ("dataset_name", "dataset_config_name", "dataset_revision", "dataset_split", "winner_dir", "loser_dir")
-SETTINGS += ("prompt_column", "image_0_column", "image_1_column", "label_0_column", "has_label_column")
-SETTINGS += ("image_0_uid_column", "image_1_uid_column", "shard_size")
 NEW_COLUMNS = {"score_0": "float64", "score_1": "float64", "quality": "float64", "quality_rank": "int64"}
-# For --normalization softmax: what turns the scores of a model into logits. CLIP's cosines have a temperature of 0.01.
-# PickScore, MPS, ImageReward and your own functions give logits already; the others compare no two images.
-LOGIT_SCALES = dict.fromkeys(("hpsv2", "hpsv2.1", "hpsv2_antialias", "hpsv2.1_antialias", "clipscore"), 100)
-LOGIT_SCALES |= dict.fromkeys(("aesthetic", "vqascore", "vqascore_vlm"))
+ONE_IMAGE = ("aesthetic", "vqascore", "vqascore_vlm")  # rewards that compare no two images
 
 
 # Copied from build_synpic.flag
@@ -142,20 +128,13 @@ class ScriptArguments:
     has_label_column: str = flag("has_label", "Where this column exists and is false, a pair is unlabelled.")
     image_0_uid_column: str = flag("image_0_uid", "Id of the first image. Without it, ids are made from the content.")
     image_1_uid_column: str = flag("image_1_uid", "Id of the second image.")
-    on_bad_image: Literal["skip", "fail"] = flag("skip", "Broken images: skip their pairs, or fail.")
-    reward: str = flag(
-        "hpsv2",
-        "hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, or a variant (REWARD_MODELS), "
-        "each also as name=checkpoint; file.py:function of your own.",
-        "Quality",
-    )
+    on_bad_image: str = flag("skip", "Broken images: skip their pairs, or fail.", choices=("skip", "fail"))
+    # hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, or a variant: see REWARD_MODELS.
+    reward: str = flag("hpsv2", "Name, name=checkpoint or file.py:function.", "Quality")
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
-    normalization: Literal["auto", "standardize", "softmax", "none"] = flag(
-        "auto",
-        "How a reward becomes ψ in [0, 1]. auto: as in the paper, standardize for your own functions; standardize: "
-        "over the dataset, clipped at 3 deviations; softmax: the model's probability that it is the better of the two; "
-        "none: it is a probability already.",
-    )
+    # auto: as in the paper, standardize for your own functions; standardize: over the dataset, clipped at 3 deviations;
+    # softmax: the model's probability that it is the better of the two; none: it is a probability already.
+    normalization: str = flag("auto", "How a reward becomes ψ in [0, 1].", choices=NORMALIZATIONS)
     top_fraction: float = flag(1.0, "Share of the ranked pairs to keep, the best.", above=0, max=1)
     output_dir: str = flag("outputs/qsd", "Folder for the dataset, figures, card, and the shards in work/.", "Work")
     include_images: bool = flag(False, "Write, and push, the images too, not only other columns.")
@@ -169,28 +148,22 @@ class ScriptArguments:
     hub_private_repo: bool = flag(False, "Make a new repository private.")
 
     def __post_init__(self):
-        if self.task_index >= self.num_tasks:
-            raise SystemExit(f"--task_index {self.task_index}: must be less than --num_tasks {self.num_tasks}")
         if self.num_tasks > 1:  # a run of its own sorts after all tasks
             self.stages = [stage for stage in self.stages if stage == "score"]
-        if not self.stages:
-            raise SystemExit("--stages sort: one run does this after all tasks: give --num_tasks 1")
-        if (self.winner_dir is None) != (self.loser_dir is None):
-            raise SystemExit("--winner_dir and --loser_dir belong together")
-        if (self.dataset_name is None) == (self.winner_dir is None):
-            raise SystemExit("--dataset_name is missing: a Hub id, a folder or a file; or --winner_dir and --loser_dir")
-        if self.push_to_hub and not self.hub_dataset_id:
-            raise SystemExit("--push_to_hub needs --hub_dataset_id user/name")
-        if self.normalization == "softmax" and LOGIT_SCALES.get(self.reward.partition("=")[0], 1) is None:
-            raise SystemExit(f"--normalization softmax: {self.reward} does not compare two images: choose another")
+        missing = "--dataset_name is missing: a Hub id, a folder or a file; or --winner_dir and --loser_dir"
+        one_image = self.normalization == "softmax" and self.reward.partition("=")[0] in ONE_IMAGE
+        for wrong, problem in (
+            (self.task_index >= self.num_tasks, f"--task_index {self.task_index}: must be less than --num_tasks"),
+            (not self.stages, "--stages sort: one run does this after all tasks: give --num_tasks 1"),
+            ((self.winner_dir is None) != (self.loser_dir is None), "--winner_dir and --loser_dir belong together"),
+            ((self.dataset_name is None) == (self.winner_dir is None), missing),
+            (self.push_to_hub and not self.hub_dataset_id, "--push_to_hub needs --hub_dataset_id user/name"),
+            (one_image, f"--normalization softmax: {self.reward} does not compare two images: choose another"),
+        ):
+            if wrong:
+                raise SystemExit(problem)
 
-    @property
-    def folders(self) -> list[str]:  # of the configurations of the dataset: `data` has the images
-        return ["data", "scores"] if self.include_images else ["scores"]
-
-    @property
-    def where(self) -> str:  # for messages
-        return f"--dataset_name {self.dataset_name}" if self.dataset_name else f"--winner_dir {self.winner_dir}"
+        self.where = f"--dataset_name {self.dataset_name}" if self.dataset_name else f"--winner_dir {self.winner_dir}"
 
 
 # Quality --------------------------------------------------------------------------------------------------------------
@@ -204,16 +177,17 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
     the rewards of all ranked pairs. Exits with one line if `none` finds a reward outside [0, 1]."""
     rewards = np.asarray(rewards, dtype=np.float64)
     kind = reward.partition("=")[0]
+    is_cosine = kind in REWARD_MODELS and kind.startswith(("hpsv2", "clipscore"))
     if normalization == "auto":
-        # The first condition excludes a user's file whose name starts like one of these rewards.
-        if kind in REWARD_MODELS and kind.startswith(("hpsv2", "clipscore", "vqascore")):
+        if is_cosine or kind in ("vqascore", "vqascore_vlm"):
             return rewards.clip(0, 1)
         if kind == "imagereward":
             return (rewards.clip(-3, 3) + 3) / 6
         if kind == "aesthetic":
             return (rewards / 10).clip(0, 1)
     if normalization == "softmax":
-        logits = LOGIT_SCALES.get(kind, 1) * (rewards - rewards[:, ::-1])
+        scale = 100 if is_cosine else 1  # CLIP's temperature is 0.01; the other models' scores are logits already
+        logits = scale * (rewards - rewards[:, ::-1])
         return 0.5 * (1 + np.tanh(logits / 2))  # the sigmoid, without overflow
     if normalization == "none":
         if rewards.size and not (rewards.min() >= 0 and rewards.max() <= 1):
@@ -227,9 +201,8 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
 def main(args: ScriptArguments) -> None:
     transformers_logging.disable_progress_bar()
     # Without a GPU several processes talk through gloo. The first to finish its share may wait hours for the last.
-    launched = "LOCAL_RANK" in os.environ
-    waiting = {"timeout": timedelta(days=1)} if launched else {}
-    state = PartialState(cpu=launched and not torch.cuda.is_available(), **waiting)
+    several = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(days=1)}
+    state = PartialState(**(several if "LOCAL_RANK" in os.environ else {}))
     lock = FileLock(Path(args.output_dir, f".lock-{args.task_index}" if args.num_tasks > 1 else ".lock"))
     if state.is_main_process:  # what is wrong with flags, columns and labels is found before a model is loaded
         begin_run(args, lock)
@@ -241,8 +214,7 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process and "sort" in args.stages:
         sort(args, pairs)
     if args.num_tasks > 1:
-        last = "After all of them: the same with --num_tasks 1 --stages sort"
-        state.print(f"task {args.task_index} of {args.num_tasks} is done. {last}")
+        state.print(f"task {args.task_index} is done. After all tasks: the same with --num_tasks 1 --stages sort")
     lock.release()
     state.wait_for_everyone()
 
@@ -252,13 +224,12 @@ def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
     its own part of the dataset, once."""
     own = np.array_split(np.arange(len(pairs.shards)), args.num_tasks)[args.task_index]
     own = np.array_split(own, state.num_processes)[state.process_index]
-    missing = [pairs.shards[i] for i in own if not is_scored(args, pairs.shards[i])]
+    missing = [pairs.shards[i] for i in own if not is_scored(pairs.shards[i])]
     if not missing:
         return
     reward = load_reward_model(args.reward, state.device, batch_size=args.reward_batch_size)
-    name, total = reward_name(args.reward), sum(shard.rows for shard in missing)
-    hidden = not state.is_local_main_process
-    with tqdm(total=total, desc=f"score {name}", unit="pair", disable=hidden) as bar:
+    total, hidden = sum(shard.rows for shard in missing), not state.is_local_main_process
+    with tqdm(total=total, desc=f"score {reward_name(args.reward)}", unit="pair", disable=hidden) as bar:
         for shard, work in read_ahead(read_to_score(args, pairs, reward, missing)):
             score_shard(args, pairs, reward, shard, work)
             bar.update(shard.rows)
@@ -267,41 +238,41 @@ def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
 def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", shard: "Shard", work: "Work") -> None:
     """Scores the images of one shard, and writes its rows without images, with the rewards of both: NaN where a pair is
     not ranked or an image does not decode."""
-    scores, bad, cut, begun, size = [], {}, set(), work.begun, len(work.begun) or 1
-    for start in range(0, len(work.images), size):
-        unreadable, end = {}, start + size
-        coming = reward.begin(work.images[end : end + size])  # prepared while these are scored
+    scores, bad, cut, begun = [], {}, set(), work.begun
+    while begun:
+        start, end, unreadable = len(scores), len(scores) + len(begun), {}
+        coming = reward.begin(work.images[end : end + len(begun)])  # prepared while these are scored
         scores += reward.score(begun, work.prompts[start:end], bad=unreadable)
         bad |= {start + number: reason for number, reason in unreadable.items()}
-        cut, begun = cut | reward.cut, coming
-    places = np.array(work.places)
-    errors = []
+        cut |= reward.cut
+        begun = coming
+    places, errors = np.array([row["_places"] for row in work.rows]), []
     for number, reason in sorted(bad.items()):
         row, side = np.argwhere(places == number)[0].tolist()
         where = f"row {shard.start + row} of file {shard.file}: {pairs.images[side]}"
         errors.append(f"{where}: {reason if work.images[number] else 'no such file, or an empty one'}")
         if args.on_bad_image == "fail":
-            raise SystemExit(f"{args.where}: {errors[-1]}; --on_bad_image skip leaves its pairs out")
+            raise SystemExit(f"{args.where}: {errors[0]}; --on_bad_image skip leaves its pairs out")
         tqdm.write(f"skipped: {errors[-1]}", file=sys.stderr)
     rewards = np.array([*scores, np.nan], dtype=np.float32)[places]  # −1 is the last: not scored
+    for row, values in zip(work.rows, rewards.tolist()):
+        row |= {"_reward_0": values[0], "_reward_1": values[1]}
     table = pa.Table.from_pylist(work.rows, schema=pairs.shard_schema)
-    for side in (0, 1):
-        table = table.append_column(f"_reward_{side}", pa.array(rewards[:, side]))
-    too_long = sum(work.prompts[place] in cut for place, _ in work.places if place >= 0)
+    too_long = sum(work.prompts[place] in cut for place in places[:, 0] if place >= 0)
     facts = {"files": work.files, "errors": errors, "cut": too_long}
-    write_tables(iter([table]), score_file(args, shard), facts, row_group_size=len(table))
+    write_tables(iter([table]), shard.scores, facts, len(table))
     keep_examples(args, pairs, shard, work, rewards)
 
 
 def keep_examples(args: ScriptArguments, pairs: "Pairs", shard: "Shard", work: "Work", rewards: np.ndarray) -> None:
     """Keeps the images of a few of the best and the worst pairs so far, so that the figures need not read them again.
     Which pairs they will show is not known yet: the shard's mean and deviation stand for the dataset's."""
-    ranked, count = np.flatnonzero(np.isfinite(rewards).all(axis=1)), 4 * args.num_examples
-    if not count or len(ranked) < 2 or not rewards[ranked].std() > 0:
+    ranked, count = np.flatnonzero(np.isfinite(rewards).all(axis=1)).tolist(), 4 * args.num_examples
+    if not count or not ranked or not rewards[ranked].std() > 0:
         return
     quality, _ = rate(args, rewards[ranked], np.array([work.rows[row]["_winner"] for row in ranked]))
-    for value, row in zip(quality, ranked.tolist()):
-        pairs.examples[shard.first + row] = (value, [work.images[place] for place in work.places[row]])
+    for value, row in zip(quality, ranked):
+        pairs.examples[shard.first + row] = (value, [work.images[place] for place in work.rows[row]["_places"]])
     by_quality = sorted(pairs.examples, key=lambda row: pairs.examples[row][0])
     for row in by_quality[count:-count]:
         del pairs.examples[row]
@@ -309,36 +280,36 @@ def keep_examples(args: ScriptArguments, pairs: "Pairs", shard: "Shard", work: "
 
 def sort(args: ScriptArguments, pairs: "Pairs") -> None:
     """Ranks the pairs, writes the dataset with figures and card, and publishes it."""
-    if missing := sum(not is_scored(args, shard) for shard in pairs.shards):
-        problem = f"{missing} of {len(pairs.shards)} shards lack scores: run the score stage first"
-        raise SystemExit(f"{args.output_dir}: {problem}")
+    if missing := sum(not is_scored(shard) for shard in pairs.shards):
+        total = len(pairs.shards)
+        raise SystemExit(f"{args.output_dir}: {missing} of {total} shards lack scores: run the score stage first")
     ranking = rank_pairs(args, pairs)
     write_dataset(args, pairs, ranking)
     write_card(args, pairs, ranking)
     if args.push_to_hub:
-        images = [*WITH_IMAGES, "figures/*.png"] if args.include_images else []
+        images = WITH_IMAGES if args.include_images else []
         publish(args, [*PUBLISHED, *images], [*DATA_FILES, *images])
-    print(f"{ranking['summary']}; the best {ranking['kept']} of them, sorted, in {args.output_dir}")
+    print(f"{ranking.summary}; the best {ranking.kept} of them, sorted, in {args.output_dir}")
 
 
-def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> dict:
-    """Computes Q of every ranked pair, and the order. Reads no images.
+# The ranked pairs without images, best first, with ψ, Q and rank; of each its row in the dataset, the winner, 0 or 1,
+# and ψ_w − ψ_l. How many of them to keep. For the card: statistics.json, the counts in words, bad images, prompts that
+# are too long, a hash of the kept pairs, their order and ψ. `key`: of all that the dataset is made of.
+Ranking = namedtuple("Ranking", "table row winner difference kept statistics summary errors cut hash key")
 
-    Returns:
-        "table": the ranked pairs without images, best first, with ψ, Q and rank; "row", "winner": of each its row in
-        the dataset and 0 or 1; "difference": ψ_w − ψ_l; "kept": how many of them to keep; "counts", "summary",
-        "statistics", "errors", "cut" for the card; "hash" of the kept pairs, their order and ψ; "key" of all that the
-        dataset is made of.
-    """
-    files = [score_file(args, shard) for shard in pairs.shards]
+
+def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> Ranking:
+    """Computes Q of every ranked pair, and the order. Reads no images."""
+    files = [shard.scores for shard in pairs.shards]
     facts, table = [shard_facts(file) for file in files], pa.concat_tables(map(pq.read_table, files))
     errors = [error for shard in facts for error in shard["errors"]]
     if errors and args.on_bad_image == "fail":
         raise SystemExit(f"{args.where}: {errors[0]}; --on_bad_image skip leaves its pairs out")
     rewards = np.stack([table[f"_reward_{side}"].to_numpy() for side in (0, 1)], axis=1).astype(np.float64)
-    status = np.where(np.isnan(rewards).any(axis=1) & (table["_status"].to_numpy() == RANKED), BAD, table["_status"])
-    counts = {"rows": len(table)} | {name: int((status == kind).sum()) for name, (kind, _) in COUNTS.items()}
-    summary = f"{len(table)} pairs: {', '.join(f'{counts[name]} {what}' for name, (_, what) in COUNTS.items())}"
+    status = table["_status"].to_numpy()
+    status = np.where(np.isnan(rewards).any(axis=1) & (status == RANKED), BAD, status)
+    counts = dict(zip(COUNTS, np.bincount(status, minlength=len(COUNTS)).tolist()))
+    summary = f"{len(table)} pairs: {', '.join(f'{counts[name]} {words}' for name, words in COUNTS.items())}"
     kept = round(args.top_fraction * counts["ranked"])
     if kept == 0:
         raise SystemExit(f"{args.where}: --top_fraction {args.top_fraction} keeps none of {summary}")
@@ -353,16 +324,14 @@ def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> dict:
     table = table.drop_columns([name for name in table.column_names if name in NEW_COLUMNS]).take(pa.array(row))
     for name, values in zip(NEW_COLUMNS, [*psi.T, quality, np.arange(len(row)) + 1]):
         table = table.append_column(name, pa.array(values))
+    difference = np.where(winner == 0, 1, -1) * (psi[:, 0] - psi[:, 1])
+    reward = reward_settings(args.reward)
+    statistics = {"reward": reward, "normalization": args.normalization, "mean": mean, "std": std}
+    statistics |= {"rows": sum(counts.values()), **counts, "kept": kept}
     made = content_hash(np.concatenate([row[:kept].astype(float), psi[:kept].ravel()]).tobytes())
-    reward, difference = (
-        reward_settings(args.reward),
-        np.where(winner == 0, psi[:, 0] - psi[:, 1], psi[:, 1] - psi[:, 0]),
-    )
-    ranking = {"table": table, "row": row, "winner": winner, "difference": difference, "kept": kept, "counts": counts}
-    ranking |= {"summary": summary, "errors": errors, "cut": sum(shard["cut"] for shard in facts), "hash": made}
-    ranking["statistics"] = {"reward": reward, "normalization": args.normalization, "mean": mean, "std": std}
-    ranking["key"] = short_hash(json.dumps([made, reward, pairs.identity, [shard["files"] for shard in facts]]))
-    return ranking
+    key = short_hash(json.dumps([made, reward, pairs.identity, [shard["files"] for shard in facts]]))
+    cut = sum(shard["cut"] for shard in facts)
+    return Ranking(table, row, winner, difference, kept, statistics, summary, errors, cut, made, key)
 
 
 def rate(args: ScriptArguments, rewards: np.ndarray, winner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -372,33 +341,34 @@ def rate(args: ScriptArguments, rewards: np.ndarray, winner: np.ndarray) -> tupl
     return pair_quality(psi[rows, winner], psi[rows, 1 - winner]), psi
 
 
-def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: dict) -> None:
+def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: Ranking) -> None:
     """Writes figures and the kept pairs, best first, unless an earlier run has written the same. The folders are built
     in work/building, where complete files outlive a crash, and take their places when all are whole."""
-    output_dir, building, kept = Path(args.output_dir), Path(args.output_dir, "work", "building"), ranking["kept"]
+    output_dir, building = Path(args.output_dir), Path(args.output_dir, "work", "building")
     # At most 120 files with images and as many without: one commit takes them all.
-    size = max(500, math.ceil(kept / 120)) if args.include_images else 100_000
-    starts = range(0, kept, size)
-    names = {
-        (f, n): f"{f}/train-{n:05d}-of-{len(starts):05d}.parquet" for f in args.folders for n in range(len(starts))
-    }
-    key = {"key": f"{ranking['key']} {args.num_examples}"}
-    there = {file.relative_to(output_dir).as_posix() for file in output_dir.glob("*/*.parquet")}
-    if there == {*names.values()} and all(shard_facts(output_dir / name) == key for name in there):
+    size = max(500, math.ceil(ranking.kept / 120)) if args.include_images else 100_000
+    starts = range(0, ranking.kept, size)
+    schemas = {folder: features.arrow_schema for folder, features in configurations(args, pairs).values()}
+    names = {start: f"train-{n:05d}-of-{len(starts):05d}.parquet" for n, start in enumerate(starts)}
+    plan = {f"{folder}/{name}": (folder, start) for folder in schemas for start, name in names.items()}
+    key = {"key": f"{ranking.key} {args.num_examples} {args.include_images}"}
+    there = {file.relative_to(output_dir).as_posix(): shard_facts(file) for file in output_dir.glob("*/*.parquet")}
+    if there == dict.fromkeys(plan, key):
         return
-    for file in list(building.rglob("*.parquet")):  # of a run that was killed here
-        if file.relative_to(building).as_posix() not in names.values() or shard_facts(file) != key:
-            file.unlink()
-    missing = {place: building / name for place, name in names.items() if not (building / name).exists()}
-    buckets = {n: Path(args.output_dir, "work", "buckets", f"{n}.arrow") for folder, n in missing if folder == "data"}
-    fill_buckets(args, pairs, ranking, size, buckets)
+    if any(shard_facts(file) != key for file in building.rglob("*.parquet")):  # of another run that was killed here
+        shutil.rmtree(building)
+    missing = {building / name: place for name, place in plan.items() if not (building / name).exists()}
+    folder = Path(args.output_dir, "work", "buckets")
+    buckets = {start: folder / str(start) for kind, start in missing.values() if kind == "data"}
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir()
+    places = fill_buckets(args, pairs, ranking, size, buckets)
     draw_figures(args, pairs, ranking, building / "figures")
-    for (folder, n), file in missing.items():
-        part = ranking["table"].slice(starts[n], min(size, kept - starts[n]))
-        schema = output_features(args, pairs, folder).arrow_schema
+    for file, (folder, start) in missing.items():
+        part, schema = ranking.table.slice(start, min(size, ranking.kept - start)), schemas[folder]
         if folder == "data":
-            write_tables(with_images(pairs, part, buckets[n], schema), file, key, ROWS_WITH_IMAGES)
-            buckets[n].unlink()
+            write_tables(with_images(pairs, part, buckets[start], places, schema), file, key, ROWS_WITH_IMAGES)
+            buckets[start].unlink()
         else:
             write_tables(iter([part.select(schema.names).cast(schema)]), file, key, 1000)
     for folder in ("figures", "data", "scores"):  # data/ of an earlier run with images would not fit this one
@@ -407,52 +377,50 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: dict) -> None:
             os.rename(building / folder, output_dir / folder)
 
 
-def fill_buckets(args: ScriptArguments, pairs: "Pairs", ranking: dict, size: int, buckets: dict[int, Path]) -> None:
-    """Sorts images on disk: in one pass over the stream those of each kept pair go, with its rank, into the bucket of
-    its output file, of `size` rows. Memory holds a few rows; the disk holds the kept images twice for a while."""
-    shutil.rmtree(Path(args.output_dir, "work", "buckets"), ignore_errors=True)  # of a run that was killed
-    rank = {
-        row: place for place, row in enumerate(ranking["row"][: ranking["kept"]].tolist()) if place // size in buckets
-    }
-    shards = [
-        shard for shard in pairs.shards if not rank.keys().isdisjoint(range(shard.first, shard.first + shard.rows))
-    ]
-    shown, writers = {*ranking["row"][: args.num_examples], *ranking["row"][::-1][: args.num_examples]}, {}
-    with ExitStack() as stack, tqdm(total=len(rank), desc="sort", unit="pair", disable=not rank) as bar:
+def fill_buckets(args: ScriptArguments, pairs: "Pairs", ranking: Ranking, size: int, buckets: dict) -> np.ndarray:
+    """Sorts images on disk: in one pass over the stream those of each kept pair go into the bucket of its output file,
+    of `size` rows. Returns where each pair begins in its bucket. The disk holds the kept images twice for a while."""
+    places, ranks = np.zeros(ranking.kept, dtype=np.int64), np.full(pairs.rows, -1)
+    ranks[ranking.row[: ranking.kept]] = np.arange(ranking.kept)
+    ranks[~np.isin(ranks // size * size, list(buckets))] = -1  # their files are there
+    shown = {*ranking.row[: args.num_examples], *ranking.row[::-1][: args.num_examples]}
+    shards = [shard for shard in pairs.shards if ranks[shard.first :][: shard.rows].max() >= 0]
+    with tqdm(total=int((ranks >= 0).sum()), desc="sort", unit="pair", disable=not buckets) as bar:
         for shard, rows in read_shards(pairs, shards, pairs.images):
             for row, found in enumerate(rows, shard.first):
                 if row in shown:
                     pairs.examples[row] = (0, [pairs.bytes_of(found[name][0].as_py()) for name in pairs.images])
-                if row in rank:
-                    images = [pairs.stored(found[name]) for name in pairs.images]
-                    batch = pa.record_batch([*images, pa.array([rank[row]])], ["0", "1", "rank"])
-                    bucket = buckets[rank[row] // size]
-                    if bucket not in writers:
-                        bucket.parent.mkdir(parents=True, exist_ok=True)
-                        sink = stack.enter_context(pa.OSFile(str(bucket), "wb"))
-                        writers[bucket] = stack.enter_context(pa.ipc.new_stream(sink, batch.schema))
-                    writers[bucket].write_batch(batch)
+                if (rank := ranks[row]) >= 0:
+                    with open(buckets[rank // size * size], "ab") as bucket:
+                        places[rank] = bucket.tell()
+                        pickle.dump([pairs.stored(found[name][0].as_py()) for name in pairs.images], bucket)
                     bar.update()
+    return places
 
 
-def with_images(pairs: "Pairs", part: pa.Table, bucket: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    """The rows of one output file with their images, a few at a time. The bucket is mapped, not loaded, and never
-    joined into one column, which would overflow beyond 2 GiB."""
-    with pa.memory_map(str(bucket)) as source, pa.ipc.open_stream(source) as reader:
-        rows = sorted(reader, key=lambda batch: batch["rank"][0].as_py())
-        for start in range(0, len(rows), ROWS_WITH_IMAGES):
-            few = pa.Table.from_batches(rows[start : start + ROWS_WITH_IMAGES])
-            images, others = dict(zip(pairs.images, (few["0"], few["1"]))), part.slice(start, len(few))
-            columns = [images[name] if name in images else others[name] for name in schema.names]
-            yield pa.table(columns, names=schema.names).cast(schema)
+def with_images(pairs: "Pairs", part: pa.Table, bucket: Path, places: np.ndarray, schema: pa.Schema) -> Iterator:
+    """The rows of one output file with their images, a few at a time: one column of all would overflow beyond 2 GiB."""
+    with open(bucket, "rb") as images:
+        for start in range(0, len(part), ROWS_WITH_IMAGES):
+            few, values = part.slice(start, ROWS_WITH_IMAGES), []
+            for rank in few["quality_rank"].to_pylist():
+                images.seek(places[rank - 1])
+                values.append(pickle.load(images))
+            columns = dict(zip(few.column_names, few.columns))
+            for name, column in zip(pairs.images, zip(*values)):
+                columns[name] = pa.array(column, schema.field(name).type)
+            yield pa.table({name: columns[name] for name in schema.names}).cast(schema)
 
 
-def output_features(args: ScriptArguments, pairs: "Pairs", folder: str) -> Features:
-    """The dataset's own columns, ids, ψ of both images, Q and the rank. With images, these replace paths of images."""
-    features = dict(pairs.light)
-    for name in pairs.images if folder == "data" else ():
-        features[name] = pairs.features[name] if pairs.types[name].endswith("binary") else Image()
-    return Features(features | {name: Value(kind) for name, kind in NEW_COLUMNS.items()})
+def configurations(args: ScriptArguments, pairs: "Pairs") -> dict[str, tuple[str, Features]]:
+    """Of each configuration of the dataset its folder and its columns: the dataset's own, ids, ψ of both images, Q and
+    the rank. With images, these replace paths of images."""
+    images = {name: pairs.features[name] if pairs.types[name].endswith("binary") else Image() for name in pairs.images}
+    folders = {"default": ("data", pairs.light | images), "scores": ("scores", pairs.light)}
+    if not args.include_images:
+        del folders["default"]
+    added = {name: Value(kind) for name, kind in NEW_COLUMNS.items()}
+    return {config: (folder, Features(columns | added)) for config, (folder, columns) in folders.items()}
 
 
 # Start ----------------------------------------------------------------------------------------------------------------
@@ -460,20 +428,21 @@ def begin_run(args: ScriptArguments, lock: FileLock) -> None:
     """Checks what can be checked before the work, locks the folder, and records what the work is made of."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir, "work")
     check_rewards([args.reward])
-    if output_dir.exists() and not work.is_dir() and any(path.name[0] != "." for path in output_dir.iterdir()):
+    if output_dir.exists() and not work.is_dir() and not all(is_hidden(path.name) for path in output_dir.iterdir()):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
     if args.dataset_name and output_dir.resolve().is_relative_to(Path(args.dataset_name).resolve()):
         raise SystemExit(f"--output_dir {output_dir} is inside the dataset: choose another folder")
     stream = plan_stream(args, work / "stream.json")
-    settings = {work: {name: getattr(args, name) for name in SETTINGS} | {"files": stream["identity"]}}
-    settings[score_folder(args)] = reward_settings(args.reward)
+    pairs = re.compile("dataset_|winner_|loser_|.*_column$|shard_size")  # the flags that say what a shard holds
+    settings = {work / "scores" / reward_name(args.reward): reward_settings(args.reward)}
+    settings[work] = {name: value for name, value in vars(args).items() if pairs.match(name)}
+    settings[work]["files"] = stream["identity"]
     for folder, wanted in settings.items():
-        file = folder / "settings.json"
-        earlier = json.loads(file.read_text()) if file.exists() else wanted
-        if differ := [name for name in {**earlier, **wanted} if earlier.get(name) != wanted.get(name)]:
-            was, now = (found.get(differ[-1]) for found in (earlier, wanted))
-            problem = f"{folder} was made with {differ[-1]} {was}, not {now}"
-            raise SystemExit(f"{problem}: choose another --output_dir, or delete that folder")
+        earlier = json.loads(file.read_text()) if (file := folder / "settings.json").exists() else wanted
+        for name in {**earlier, **wanted}:
+            if earlier.get(name) != wanted.get(name):
+                problem = f"{folder} was made with {name} {earlier.get(name)}, not {wanted.get(name)}"
+                raise SystemExit(f"{problem}: choose another --output_dir, or delete that folder")
     earlier_card(args)
     if args.push_to_hub and "sort" in args.stages:  # a wrong token or name fails now, not after the work
         prepare_repository(args)
@@ -482,9 +451,8 @@ def begin_run(args: ScriptArguments, lock: FileLock) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
-    if args.num_tasks == 1:  # else they may be another task's
-        for file in list(output_dir.rglob(".*.tmp")):
-            file.unlink()
+    for file in list(output_dir.rglob(".*.tmp")) if args.num_tasks == 1 else ():  # else they may be another task's
+        file.unlink()
     write_bytes(work / "stream.json", json.dumps(stream).encode())
     for folder, found in settings.items():
         write_bytes(folder / "settings.json", json.dumps(found, indent=1).encode())
@@ -521,22 +489,23 @@ def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle, pre_buffer=False) as parquet:
         features = Features.from_arrow_schema(parquet.schema_arrow)
         types = {field.name: str(field.type) for field in features.arrow_schema}
-        images = (args.image_0_column, args.image_1_column)
         labels = [args.label_0_column] * (args.label_0_column != "none")
         labels += [args.has_label_column] * (args.has_label_column in types)
-        kinds = [(name, "bytes, Image or paths", "(large_)?(binary|string)$|struct<bytes: ") for name in images]
-        kinds += [(args.prompt_column, "text", "(large_)?string$")]
-        kinds += [(name, "numbers", "u?int|halffloat|float|double|bool|null") for name in labels]
-        for name, what, kind in kinds:
+        kinds = dict.fromkeys(labels, ("numbers", "u?int|halffloat|float|double|bool|null"))
+        kinds[args.prompt_column] = ("text", "(large_)?string$")
+        for name in (args.image_0_column, args.image_1_column):
+            kinds[name] = ("bytes, Image or paths", "(large_)?(binary|string)$|struct<bytes: ")
+        for name, (what, kind) in kinds.items():
             if not re.match(kind, found := types.get(name, "absent")):
                 raise SystemExit(f"{args.where}: column {name!r} is {found}, not {what}; it has {', '.join(types)}")
         table = parquet.read(labels if "://" in file else [*labels, args.prompt_column], use_threads=False)
         parquet.metadata.write_metadata_file(footer := BytesIO())
         groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-    for row, label in enumerate(pair_label(args, values) for values in table.to_pylist()):
+    for row, values in enumerate(table.to_pylist()):
+        label = pair_label(args, values)
         if not (math.isnan(label) or label in (0, 0.5, 1)):
-            where = f"{args.where}: row {row} of file {number}"
-            raise SystemExit(f"{where}: {args.label_0_column} is {label}: must be 0, 0.5 or 1")
+            problem = f"{args.label_0_column} is {label}: must be 0, 0.5 or 1"
+            raise SystemExit(f"{args.where}: row {row} of file {number}: {problem}")
     facts = [short_hash(footer.getvalue()), short_hash(json.dumps(table.to_pydict()))]
     return {"file": file, "groups": groups, "columns": features.to_dict(), "facts": facts}
 
@@ -544,31 +513,30 @@ def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
 def stream_files(args: ScriptArguments) -> list[str]:
     """The Parquet files of the pairs, where they lie, locally or on the Hub. Two folders, JSON and other formats that
     `datasets` knows, save_to_disk's included, are copied, once, into a Parquet file in work/datasets."""
-    name, split = args.dataset_name or "", args.dataset_split
+    name, split, rows = args.dataset_name or "", args.dataset_split, []
     options = {"name": args.dataset_config_name, "revision": args.dataset_revision}
+    if os.path.isfile(name) and name.endswith(".parquet"):
+        return [name]
+    if os.path.isfile(name) and not name.endswith((".jsonl", ".json")):
+        raise ValueError("a file must be .parquet, .jsonl or .json")
     with plain_path(name) as path, TemporaryDirectory() as cache:
         if args.winner_dir:
-            facts = folder_pairs(args)
-            read = partial(Dataset.from_list, facts)
-        elif name.endswith(".parquet") and os.path.isfile(name):
-            return [name]
-        elif os.path.isfile(name):
-            if not name.endswith((".jsonl", ".json")):
-                raise ValueError("a file must be .parquet, .jsonl or .json")
-            read = partial(load_dataset, "json", data_files=path, split="train", cache_dir=cache)
+            rows = folder_pairs(args)
+            read = partial(Dataset.from_list, rows)
         elif any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json")):
             read = partial(load_from_disk, path)
         else:
-            found = load_dataset_builder(path, **options).config.data_files or {}
+            as_json = {"path": "json", "data_files": {split: path}}
+            where = as_json if os.path.isfile(name) else {"path": path, **options}
+            found = load_dataset_builder(**where).config.data_files or {}
             if found and split not in found:
                 raise ValueError(f"no split {split!r}; it has {', '.join(found)}")
             files = [str(file) for file in found.get(split, [])]
             if files and all(file.endswith(".parquet") for file in files):
                 return [file.replace(f"{path}/", f"{name}/") for file in files] if path != name else files
-            read = partial(load_dataset, path, split=split, cache_dir=cache, **options)
-        if not args.winner_dir:
-            files = [Path(name)] if os.path.isfile(name) else sorted(Path(name).rglob("*"))
-            facts = [options, split, [[str(file), file_facts(file)] for file in files]]
+            read = partial(load_dataset, **where, split=split, cache_dir=cache)
+        files = [Path(name), *sorted(Path(name).rglob("*"))] if name else []
+        facts = [rows, options, split, [[str(file), file_facts(file)] for file in files]]
         copy = Path(args.output_dir, "work", "datasets", f"{short_hash(json.dumps(facts))}.parquet")
         if not copy.exists():
             dataset = read()
@@ -579,30 +547,32 @@ def stream_files(args: ScriptArguments) -> list[str]:
 
 def folder_pairs(args: ScriptArguments) -> list[dict]:
     """Pairs of images of the same name in two folders, as paths; captions from text files beside the winners."""
-    winners, losers = (pictures_of(folder) for folder in (args.winner_dir, args.loser_dir))
+    winners, losers = pictures_of(args.winner_dir), pictures_of(args.loser_dir)
     if alone := sorted({*winners} ^ {*losers}):
         raise ValueError(f"{len(alone)} images are in only one of the two folders: {', '.join(alone[:5])}")
     rows = []
     for stem, winner in winners.items():
         caption = winner.with_suffix(".txt").read_bytes()
         is_utf16 = caption[:2] in (b"\xff\xfe", b"\xfe\xff")  # as Windows saves "Unicode"
-        prompt = caption.decode("utf-16" if is_utf16 else "utf-8-sig").strip()
-        image_0, image_1 = (os.path.relpath(file.resolve(), image_root(args)) for file in (winner, losers[stem]))
-        images = {args.image_0_column: image_0, args.image_1_column: image_1}
-        rows.append({args.prompt_column: prompt, **images, args.label_0_column: 1.0})
+        row = {args.prompt_column: caption.decode("utf-16" if is_utf16 else "utf-8-sig").strip()}
+        for column, file in ((args.image_0_column, winner), (args.image_1_column, losers[stem])):
+            row[column] = os.path.relpath(file.resolve(), image_root(args))
+        rows.append(row | {args.label_0_column: 1.0})
     return rows
 
 
 def pictures_of(folder: str) -> dict[str, Path]:
     """The pictures in a folder, all that Pillow opens, by their names without ending. Says what else is there, except
     captions, and what an operating system puts beside pictures."""
-    PILImage.init()
     endings = {ending for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
     pictures, others = {}, []
     for file in sorted(Path(folder).iterdir()):
-        if re.search(r"^\.|^thumbs\.db$|^desktop\.ini$|\.txt$", file.name.lower()):
+        if is_hidden(file.name) or file.suffix.lower() == ".txt":
             continue
-        if not file.is_file() or file.suffix.lower() not in endings and not opens(file):
+        is_picture = file.is_file() and file.suffix.lower() in endings
+        with suppress(OSError):  # of what has another ending or none
+            is_picture = is_picture or bool(PILImage.open(file))
+        if not is_picture:
             others.append(file.name)
         elif (other := pictures.setdefault(file.stem, file)) != file:
             raise ValueError(f"{file} and {other} have the same name: remove one")
@@ -613,30 +583,18 @@ def pictures_of(folder: str) -> dict[str, Path]:
     return pictures
 
 
-def opens(file: Path) -> bool:
-    try:
-        PILImage.open(file).close()
-    except UnidentifiedImageError:
-        return False
-    return True
-
-
 def image_root(args: ScriptArguments) -> str:
     """The folder that relative paths of images start from."""
-    if args.winner_dir:
-        return os.path.commonpath([Path(args.winner_dir).resolve(), Path(args.loser_dir).resolve()])
-    name = args.dataset_name
+    name = args.dataset_name or os.path.commonpath([Path(args.winner_dir).resolve(), Path(args.loser_dir).resolve()])
     return os.path.dirname(name) if os.path.isfile(name) else name if os.path.isdir(name) else ""
 
 
 # The stream of pairs --------------------------------------------------------------------------------------------------
-# Rows of a file: its number, the shard's number in it, the first row there, how many, and the first row in the dataset.
-Shard = namedtuple("Shard", "file number start rows first")
-
-
-# What is read of a shard: its rows without images; each distinct image and prompt of its ranked pairs; where the images
-# of each row are among them, or −1; the files that hold images, with size and date; the first images in preparation.
-Work = namedtuple("Work", "rows images prompts places files begun")
+# Rows of a file: its number, the first row there, how many, and the first row in the dataset; the file of their scores.
+Shard = namedtuple("Shard", "file start rows first scores")
+# What is read of a shard: its rows without images; each distinct image and prompt of its ranked pairs, among which each
+# row has two places, or −1; the files that hold images, with size and date; the first images in preparation.
+Work = namedtuple("Work", "rows images prompts files begun")
 
 
 class Pairs:
@@ -644,6 +602,7 @@ class Pairs:
 
     def __init__(self, args: ScriptArguments):
         stream = json.loads(Path(args.output_dir, "work", "stream.json").read_text())
+        folder = Path(args.output_dir, "work", "scores", reward_name(args.reward))
         self.files, self.identity, self.root = stream["files"], stream["identity"], image_root(args)
         self.images = [args.image_0_column, args.image_1_column]
         self.uids = [args.image_0_uid_column, args.image_1_uid_column]
@@ -651,16 +610,17 @@ class Pairs:
         self.types = {field.name: str(field.type) for field in self.features.arrow_schema}
         # The columns without images, which are read together with them, and ids, which are made where there are none.
         self.read = [name for name in self.types if "binary" not in self.types[name]]
-        self.light = {name: self.features[name] for name in self.read}
-        self.light |= {name: Value("string") for name in self.uids if name not in self.read}
-        own = {"_status": Value("int8"), "_winner": Value("int8")}
-        self.shard_schema = Features(self.light | own).arrow_schema
-        self.shards, self.examples = [], {}  # row → its quality, about, and the files of its images, to be shown
-        first = 0
+        names = dict.fromkeys([*self.read, *self.uids])
+        self.light = {name: self.features[name] if name in self.read else Value("string") for name in names}
+        own = {"_status": "int8", "_winner": "int8", "_reward_0": "float32", "_reward_1": "float32"}
+        self.shard_schema = Features(self.light | {name: Value(kind) for name, kind in own.items()}).arrow_schema
+        self.shards, self.rows = [], 0
+        self.examples = {}  # row → its quality, about, and the files of its images, to be shown
         for file, groups in enumerate(found["groups"] for found in self.files):
             for number, start in enumerate(range(0, sum(groups), args.shard_size)):
-                self.shards.append(Shard(file, number, start, min(args.shard_size, sum(groups) - start), first))
-                first += self.shards[-1].rows
+                rows, scores = min(args.shard_size, sum(groups) - start), f"{file:05d}-{number:05d}.parquet"
+                self.shards.append(Shard(file, start, rows, self.rows, folder / scores))
+                self.rows += rows
 
     def path_of(self, value) -> Path | None:
         """The file of an image that the dataset only names."""
@@ -674,13 +634,12 @@ class Pairs:
             return path.read_bytes() if path.is_file() else b""  # any other trouble with it ends the run
         return (value["bytes"] if isinstance(value, dict) else value) or b""
 
-    def stored(self, column: pa.Array) -> pa.Array:
+    def stored(self, value) -> bytes | dict:
         """An image as the dataset with images holds it: bytes, or for paths and Images an Image with its bytes."""
-        value = column[0].as_py()
+        if isinstance(value, bytes):
+            return value
         path = value["path"] if isinstance(value, dict) else value
-        if isinstance(path, bytes):
-            return column
-        return pa.array([{"bytes": self.bytes_of(value), "path": path and os.path.basename(path)}], Image().pa_type)
+        return {"bytes": self.bytes_of(value), "path": path and os.path.basename(path)}
 
 
 def read_shards(pairs: Pairs, shards: list[Shard], columns: list[str]) -> Iterator[tuple[Shard, Iterator]]:
@@ -712,19 +671,12 @@ def read_rows(part: dict, start: int, columns: list[str]) -> Iterator[pa.RecordB
 def read_to_score(args: ScriptArguments, pairs: Pairs, reward: "RewardModel", shards: list[Shard]) -> Iterator[tuple]:
     """Yields each shard with the work on it."""
     for shard, batches_of_one in read_shards(pairs, shards, [*pairs.read, *pairs.images]):
-        rows, images, prompts, all_places, files, known = [], [], [], [], {}, {}
+        rows, images, files, known = [], [], {}, {}
         for batch in batches_of_one:
             row = {name: batch[name][0].as_py() for name in pairs.read}
             label, prompt, places = pair_label(args, row), row[args.prompt_column], [-1, -1]
-            status = (
-                UNLABELLED
-                if math.isnan(label)
-                else TIE
-                if label == 0.5
-                else RANKED
-                if (prompt or "").strip()
-                else BLANK
-            )
+            blank = not (prompt or "").strip()
+            status = UNLABELLED if math.isnan(label) else TIE if label == 0.5 else BLANK if blank else RANKED
             for side in (0, 1) if status == RANKED else ():
                 value, uid = batch[pairs.images[side]][0].as_py(), row.get(pairs.uids[side])
                 if path := pairs.path_of(value):
@@ -733,16 +685,13 @@ def read_to_score(args: ScriptArguments, pairs: Pairs, reward: "RewardModel", sh
                     is_path = path and isinstance(value, str)
                     uid = content_hash(f"{value}|{facts and (*facts,)}" if is_path else pairs.bytes_of(value))
                     row.setdefault(pairs.uids[side], uid)
-                if (uid, prompt) not in known:
-                    known[uid, prompt] = len(images)
+                places[side] = known.setdefault((uid, prompt), len(known))
+                if places[side] == len(images):
                     images.append(pairs.bytes_of(value))
-                    prompts.append(prompt)
-                places[side] = known[uid, prompt]
-            rows.append(row | {"_status": status, "_winner": int(label != 1)})
-            all_places.append(places)
+            rows.append(row | {"_status": status, "_winner": int(label != 1), "_places": places})
         # A few batches at once: all decoded images of a shard may be gigabytes.
         begun = reward.begin(images[: 4 * args.reward_batch_size])
-        yield shard, Work(rows, images, prompts, all_places, files, begun)
+        yield shard, Work(rows, images, [prompt for _, prompt in known], files, begun)
 
 
 # Copied from train_rankdpo_sdxl.read_ahead
@@ -770,14 +719,6 @@ def content_hash(content: str | bytes) -> str:
     return hashlib.blake2b(content.encode() if isinstance(content, str) else content, digest_size=16).hexdigest()
 
 
-def score_folder(args: ScriptArguments) -> Path:
-    return Path(args.output_dir, "work", "scores", reward_name(args.reward))
-
-
-def score_file(args: ScriptArguments, shard: Shard) -> Path:
-    return score_folder(args) / f"{shard.file:05d}-{shard.number:05d}.parquet"
-
-
 # Copied from build_synpic.path_key
 def path_key(path: str) -> str:
     """Identifies a local file or model, wherever it lies, by the names and sizes of its files and 32 blocks of each."""
@@ -802,107 +743,88 @@ def shard_facts(file: Path) -> dict:
         return {}
 
 
-def is_scored(args: ScriptArguments, shard: Shard) -> bool:
+def is_scored(shard: Shard) -> bool:
     """Whether a shard has its scores, and the files that it names have not been drawn anew."""
-    files = shard_facts(score_file(args, shard)).get("files")
+    files = shard_facts(shard.scores).get("files")
     return files is not None and all(file_facts(Path(path)) == facts for path, facts in files.items())
 
 
 # Figures and card -----------------------------------------------------------------------------------------------------
-def draw_figures(args: ScriptArguments, pairs: Pairs, ranking: dict, folder: Path) -> None:
-    """Figures 1a and 1b of the paper, the distribution of ψ_w − ψ_l and Q over the sorted index; the best and the worst
-    pairs."""
+def draw_figures(args: ScriptArguments, pairs: Pairs, ranking: Ranking, folder: Path) -> None:
+    """Figures 1a and 1b of the paper: the distribution of ψ_w − ψ_l, and Q over the ranks; the best and worst pairs."""
     folder.mkdir(parents=True, exist_ok=True)
-    quality, kept = ranking["table"]["quality"].to_numpy(), ranking["kept"]
-    for name in ("difference", "quality"):
-        figure = Figure(figsize=(6, 4), dpi=100, layout="tight")
-        axes = figure.subplots(subplot_kw={"title": f"reward: {reward_name(args.reward)}"})
-        if name == "difference":
-            axes.hist(ranking["difference"], bins=100, color="tab:blue")
-            axes.axvline(0, color="black", linewidth=0.8)
-            axes.set(xlabel="ψ(winner) − ψ(loser)", ylabel="number of pairs")
-        else:
-            positions = np.unique(np.linspace(0, len(quality) - 1, 2000).astype(int))
-            axes.plot(positions + 1, quality[positions], color="tab:blue")
-            axes.axvspan(0, kept, color="tab:green", alpha=0.2, label=f"kept: {kept}")
-            axes.set(xlabel="rank of the pair", ylabel="quality Q")
-            axes.legend()
+    figures = {name: Figure(figsize=(6, 4), dpi=100, layout="tight") for name in ("difference", "quality")}
+    title = {"title": f"reward: {reward_name(args.reward)}"}
+    bars, curve = (figure.subplots(subplot_kw=title) for figure in figures.values())
+    bars.hist(ranking.difference, bins=100, color="tab:blue")
+    bars.axvline(0, color="black", linewidth=0.8)
+    bars.set(xlabel="ψ(winner) − ψ(loser)", ylabel="number of pairs")
+    quality = ranking.table["quality"].to_numpy()
+    positions = np.unique(np.linspace(0, len(quality) - 1, 2000).astype(int))
+    curve.plot(positions + 1, quality[positions], color="tab:blue")
+    curve.axvspan(0, ranking.kept, color="tab:green", alpha=0.2, label=f"kept: {ranking.kept}")
+    curve.set(xlabel="rank of the pair", ylabel="quality Q")
+    curve.legend()
+    for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png")
+    places = list(range(len(quality)))
     if args.num_examples:
-        places = np.arange(len(quality))
         draw_examples(args, pairs, ranking, places[: args.num_examples]).save(folder / "best.png")
         draw_examples(args, pairs, ranking, places[::-1][: args.num_examples]).save(folder / "worst.png")
 
 
-def draw_examples(args: ScriptArguments, pairs: Pairs, ranking: dict, places, cell: int = 224) -> PILImage.Image:
+def draw_examples(args: ScriptArguments, pairs: Pairs, ranking: Ranking, places: list, cell: int = 224):
     """A strip of pairs: winners above, losers below, in squares of `cell` pixels."""
     canvas = PILImage.new("RGB", (cell * len(places), 2 * cell + 22), "white")
     drawing = ImageDraw.Draw(canvas)
-    for left, place in zip(range(0, canvas.width, cell), places.tolist()):
-        row, winner = int(ranking["row"][place]), ranking["winner"][place]
+    for left, place in zip(range(0, canvas.width, cell), places):
+        row = int(ranking.row[place])
         images = pairs.examples.get(row, (0, None))[1]
         if images is None:  # scored by another process, or earlier
             shard = next(shard for shard in pairs.shards if row < shard.first + shard.rows)
             found = next(read_rows(pairs.files[shard.file], shard.start + row - shard.first, pairs.images))
             images = [pairs.bytes_of(found[name][0].as_py()) for name in pairs.images]
-        for top, side in ((0, winner), (cell, 1 - winner)):
+        for top, side in ((0, ranking.winner[place]), (cell, 1 - ranking.winner[place])):
             image = decode_image(images[side]).convert("RGB")
             resample = PILImage.NEAREST if max(image.size) < cell else PILImage.LANCZOS
-            scale = cell / max(image.size)
-            size = [max(1, round(length * scale)) for length in image.size]
+            size = [max(1, round(length * (cell / max(image.size)))) for length in image.size]
             canvas.paste(image.resize(size, resample), (left, top))
-        text = ranking["table"][args.prompt_column][place].as_py()[: cell // 7]
+        text = ranking.table[args.prompt_column][place].as_py()[: cell // 7]
         drawing.text((left + 4, 2 * cell + 5), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
     return canvas
 
 
-def write_card(args: ScriptArguments, pairs: Pairs, ranking: dict) -> None:
+def write_card(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
     """Writes README.md and statistics.json."""
-    output_dir, counts, statistics = Path(args.output_dir), ranking["counts"], ranking["statistics"]
-    name, kept, reward = reward_name(args.reward), ranking["kept"], statistics["reward"]
-    source = args.dataset_name or f"{args.winner_dir} and {args.loser_dir}"
-    contradicted = float((ranking["difference"] <= 0).mean())
-    quality, shares = ranking["table"]["quality"].to_numpy(), (0, 0.01, 0.0533, 0.1, 0.25, 0.5, 0.75, 1)
+    output_dir, facts = Path(args.output_dir), ranking.statistics
+    title, source = output_dir.resolve().name, args.dataset_name or f"{args.winner_dir} and {args.loser_dir}"
+    quality, shares = ranking.table["quality"].to_numpy(), (0, 0.01, 0.0533, 0.1, 0.25, 0.5, 0.75, 1)
     quality_at = ", ".join(f"{quality[round(share * (len(quality) - 1))]:.4f}" for share in shares)
-    images, examples = "", ""
+    images, figures = "", {"difference": "Distribution of ψ(winner) − ψ(loser)", "quality": "Q over the sorted pairs"}
     if not args.include_images:
-        uid_0, uid_1 = pairs.uids
-        images = f" The images are not in it: join them from `{source}` by `{uid_0}` and `{uid_1}`"
-        is_hash = uid_0 not in pairs.read and not pairs.types[args.image_0_column].endswith("string")
+        images = f" The images are not in it: join them from `{source}` by `{pairs.uids[0]}` and `{pairs.uids[1]}`"
+        is_hash = pairs.uids[0] not in pairs.read and not pairs.types[args.image_0_column].endswith("string")
         images += " (BLAKE2b of the image's file, 16 bytes in hexadecimal)." if is_hash else "."
     elif args.num_examples:
-        examples = """
-## Examples
-
-The best pairs, winners above losers:
-
-![The best pairs](figures/best.png)
-
-The worst pairs, those of the smallest Q:
-
-![The worst pairs](figures/worst.png)
-"""
-    errors = "".join(f"\n- {error}" for error in ranking["errors"][:20])
-    errors += f"\n- and {len(ranking['errors']) - 20} more" if len(ranking["errors"]) > 20 else ""
-    if ranking["cut"]:
-        warn(too_long := f"of {ranking['cut']} pairs the reward model reads only the beginning of the prompt")
-        errors += f"\n\n{too_long.capitalize()}."
-    rows = [["rows read", counts["rows"]]]
-    rows += [[f"{what}, left out" if kind != RANKED else what, counts[name]] for name, (kind, what) in COUNTS.items()]
-    rows += [[f"kept (`--top_fraction {args.top_fraction:g}`)", kept]]
-    title = output_dir.resolve().name
+        figures |= {"best": "The best pairs, winners above losers", "worst": "The worst pairs, of the smallest Q"}
+    figures = "\n\n".join(f"{text}:\n\n![{text}](figures/{file}.png)" for file, text in figures.items())
+    remarks = [f"\n- {error}" for error in ranking.errors[:20]]
+    if len(ranking.errors) > 20:
+        remarks.append(f"\n- and {len(ranking.errors) - 20} more")
+    if ranking.cut:
+        remarks.append(f"\n\nOf {ranking.cut} pairs the reward model reads only the beginning of the prompt.")
+        warn(remarks[-1].strip())
+    rows = [[words if key == "ranked" else f"{words}, left out", facts[key]] for key, words in COUNTS.items()]
+    rows = [["rows read", facts["rows"]], *rows, [f"kept (`--top_fraction {args.top_fraction:g}`)", ranking.kept]]
+    commit = f", pairs at commit {args.dataset_revision}" if args.dataset_revision else ""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets"))
     body = f"""# {title}
 
 Preference pairs of `{source}`, sorted by their quality Q under a reward model: a Quality Sorted Dataset for
 DPO-QSD. Row 1 is the best pair: train in this order, without shuffling.{images}
 
-| column | type | |
-|---|---|---|
-| `score_0`, `score_1` | float64 | ψ of the first and the second image, in [0, 1], by {name} |
-| `quality` | float64 | Q = ψ(winner) · (1 − ψ(loser)) |
-| `quality_rank` | int64 | 1 = best |
-
-All other columns are those of the original dataset.
+`score_0` and `score_1` are ψ of the first and the second image, in [0, 1], by {reward_name(args.reward)}. `quality` is
+Q = ψ(winner) · (1 − ψ(loser)), and `quality_rank` is 1 for the best. All other columns are the original dataset's.
 
 ```python
 from datasets import load_dataset
@@ -915,39 +837,29 @@ split="train")
 
 {markdown_table(["", "pairs"], rows)}
 
-In {contradicted:.1%} of the ranked pairs the reward model rates the loser at least as high as the winner.{errors}
+In {(ranking.difference <= 0).mean():.1%} of the ranked pairs the reward model rates the loser at least as high as the
+winner.{"".join(remarks)}
 
 ## Reward
 
-ψ is made from the reward `{reward["reward"]}`\
-{f" with the checkpoint `{reward['checkpoint']}`" if "checkpoint" in reward else ""} \
-(`--normalization {args.normalization}`). Over the images of all ranked pairs, the raw reward has mean
-{statistics["mean"]:.6g} and standard deviation {statistics["std"]:.6g}.
+ψ is made from {", ".join(f"{key} `{value}`" for key, value in facts["reward"].items())}, with
+`--normalization {args.normalization}`. Over the images of all ranked pairs, the raw reward has mean {facts["mean"]:.6g}
+and standard deviation {facts["std"]:.6g}.
 
 Q at the first rank, at 1 %, 5.33 %, 10 %, 25 %, 50 % and 75 % of the ranks, and at the last: {quality_at}.
 
-![Distribution of ψ(winner) − ψ(loser)](figures/difference.png)
+{figures}
 
-![Q over the sorted pairs](figures/quality.png)
-{examples}
 ## How it was made
 
-Reward `{args.reward}`{f", pairs at commit {args.dataset_revision}" if args.dataset_revision else ""}. \
-{", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets"))}. Hash of pairs, order and ψ:
-{ranking["hash"]}.
+Reward `{args.reward}`{commit}. {libraries}. Hash of pairs, order and ψ: {ranking.hash}.
 """
-    configs = {
-        "default" if folder == "data" else folder: (folder, output_features(args, pairs, folder))
-        for folder in args.folders
-    }
-    is_hub = args.dataset_name and not os.path.exists(args.dataset_name)
     front = {"pretty_name": title, "language": ["en"], "task_categories": ["text-to-image"]}
-    front |= {"size_categories": [size_category(kept)], "tags": ["dpo-qsd", "preference", "dpo"]}
-    front |= {"source_datasets": [args.dataset_name]} if is_hub else {}
-    front |= config_metadata(output_dir, configs)
-    write_dataset_card(args, front, body)
-    statistics = json.dumps({**statistics, **counts, "kept": kept}, indent=2) + "\n"
-    write_bytes(output_dir / "statistics.json", statistics.encode())
+    front |= {"size_categories": [size_category(ranking.kept)], "tags": ["dpo-qsd", "preference", "dpo"]}
+    if args.dataset_name and not os.path.exists(args.dataset_name):
+        front["source_datasets"] = [args.dataset_name]
+    write_dataset_card(args, front | config_metadata(output_dir, configurations(args, pairs)), body)
+    write_bytes(output_dir / "statistics.json", (json.dumps(facts, indent=2) + "\n").encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -464,6 +464,7 @@ BAD = {
         "column 'label_0' is string, not numbers",
     ),
     "no labels": (lambda rows: [row.update(label_0=0.5) for row in rows], {}, "keeps none of 24 pairs: "),
+    "no prompts": (lambda rows: [row.update(caption=" ") for row in rows], {}, "keeps none of 24 pairs: "),
     "no column": (
         lambda rows: None,
         {"prompt_column": "prompt"},
@@ -508,7 +509,7 @@ def test_bad_input_is_one_line(tmp_path, reward, name):
     given = {"dataset_name": source, "reward": reward, "output_dir": tmp_path / "out", **given}
     message = refused("score_pairs", *(item for k, v in given.items() for item in (f"--{k}", v)))
     assert words in message, message
-    if not name.startswith(("no labels", "too small")):
+    if not name.startswith(("no labels", "no prompts", "too small")):
         assert not scored(reward), "it scored before it looked"
 
 
@@ -814,9 +815,11 @@ def test_tables_of_other_libraries_and_saved_datasets(tmp_path, reward):
 def test_a_column_that_one_file_lacks_is_named_first(tmp_path, reward):
     rows = pick_a_pic(24)
     source = write(tmp_path / "pairs", rows, files=1)
-    Dataset.from_list(rows).remove_columns("ranking_id").to_parquet(str(source / "data" / "train-1.parquet"))
+    Dataset.from_list(rows).remove_columns("ranking_id").to_parquet(
+        str(source / "data" / "train-00001-of-00001.parquet")
+    )
     message = refused("score_pairs", *flags(source, reward, tmp_path / "out"))
-    assert "train-1.parquet has no column 'ranking_id'" in message and not scored(reward)
+    assert "train-00001-of-00001.parquet has no column 'ranking_id'" in message and not scored(reward)
 
 
 def test_a_reward_that_is_no_probability_is_refused_after_the_first_shard(tmp_path, reward):
