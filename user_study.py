@@ -520,7 +520,7 @@ def check_output_dir(folder: Path, name: str, mark: str) -> None:
     own = (folder / name).is_file() and mark in (folder / name).read_text()
     # Others' Parquet files would count as rows of the dataset, or be removed.
     foreign = [file for file in folder.glob("data/*.parquet") if not DATA_FILE.fullmatch(f"data/{file.name}")]
-    if folder.is_dir() and any(folder.iterdir()) and not own or foreign:
+    if any(folder.glob("[!.]*")) and not own or foreign:
         raise SystemExit(f"--output_dir {folder} holds other files: choose another folder")
 
 
