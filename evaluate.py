@@ -1572,9 +1572,7 @@ class RewardModel:
         try:
             self.load()
         except torch.OutOfMemoryError:
-            raise SystemExit(
-                f"reward {name}: the device's memory does not hold it: hold fewer at once, or a smaller one"
-            ) from None
+            raise SystemExit(f"reward {name}: the device's memory does not hold it: hold fewer at once") from None
         except (OSError, LookupError, RuntimeError, ValueError) as error:
             problem = f"{self.checkpoint} cannot be loaded: {type(error).__name__}: {one_line(error)}"
             raise SystemExit(f"reward {name}: {problem}") from None

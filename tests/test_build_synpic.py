@@ -617,7 +617,7 @@ def test_a_model_that_does_not_fit_beside_others_says_what_to_do(prompts, recipe
 
     monkeypatch.setattr(build_synpic.CLIPScoreReward, "load", full)
     rewards = [f"pickscore={clip}", f"clipscore={clip}"]
-    line = f"reward clipscore={clip}: the device's memory does not hold it: hold fewer at once, or a smaller one"
+    line = f"reward clipscore={clip}: the device's memory does not hold it: hold fewer at once"
     assert refused("build_synpic", *flags(prompts, recipe, tmp_path / "out", rewards)) == line
 
 
