@@ -707,7 +707,7 @@ class Study:
         self.pictures: dict[str, Path] = {}  # name in the page → file
         self.lock = threading.RLock()
         # Every server has a log of its own, so two of them never write into one file.
-        self.log = folder / VOTES / f"{time.time():.0f}-{secrets.token_hex(4)}.jsonl"
+        self.log = folder / VOTES / f"{time.time_ns()}-{secrets.token_hex(4)}.jsonl"
         files = map(self.picture_file, picture_keys(self.record))
         if missing := [file for file in files if not file.exists()]:
             raise SystemExit(f"{missing[0]} is missing: restore it, or begin a new study")
