@@ -207,7 +207,7 @@ def main(args: ScriptArguments) -> None:
 def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> None:
     """Checks what can be checked before the work, locks the folder, and records what the work is made with."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir, "work")
-    if output_dir.exists() and not work.is_dir() and not all(is_hidden(path.name) for path in output_dir.iterdir()):
+    if not (work / "settings.json").exists() and any(p != work and not is_hidden(p.name) for p in output_dir.glob("*")):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
     check_rewards(args.rewards)
     record = plan_shards(args, work / "prompts.json")
