@@ -951,9 +951,10 @@ def prepare_repository(args: "ScriptArguments") -> None:
 
 
 def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
-    """Uploads the card and the files of these patterns; others on the Hub that match `replaced` go. Run again, it sends
-    only what is missing."""
+    """Uploads the files of these patterns; others on the Hub that match `replaced` go. Sends only what is missing."""
     file, name = Path(args.output_dir, "README.md"), args.hub_dataset_id
+    if not all(any(Path(args.output_dir).glob(pattern)) for pattern in replaced):
+        raise SystemExit(f"--output_dir {args.output_dir} holds no whole dataset: rank, or sort, before you publish")
     # The card of a dataset that was built without --push_to_hub names its folder.
     card = RepoCard(re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{name}"', file.read_text()))
     if theirs := earlier_card(args, on_hub=True):
