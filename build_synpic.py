@@ -97,7 +97,6 @@ from trl import TrlParser
 
 STAGES = ("generate", "score", "rank", "publish")
 DATA_FILES = ["data/train-*-of-*.parquet", "scores/train-*-of-*.parquet"]
-PUBLISHED = [*DATA_FILES, "README.md", "grid.png"]
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
 CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
 CARD_END = f"<!-- End of what {Path(__file__).name} wrote. -->"
@@ -197,7 +196,7 @@ def main(args: ScriptArguments) -> None:
             state.wait_for_everyone()
     if state.is_main_process:
         if "publish" in args.stages and args.push_to_hub:
-            publish(args, PUBLISHED, DATA_FILES)
+            publish(args, [*DATA_FILES, "README.md", "grid.png"], DATA_FILES)
         print(f"{sum(map(len, shards))} prompts x {len(generators)} images in {output_dir}")
         if args.num_tasks > 1:
             print(f"task {args.task_index} is done. After all tasks: the same with --num_tasks 1 --stages rank publish")
@@ -207,7 +206,7 @@ def main(args: ScriptArguments) -> None:
 def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> None:
     """Checks what can be checked before the work, locks the folder, and records what the work is made with."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir, "work")
-    if output_dir.exists() and not work.is_dir() and not all(is_hidden(path.name) for path in output_dir.iterdir()):
+    if not (work / "settings.json").exists() and any(p != work and not is_hidden(p.name) for p in output_dir.glob("*")):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
     check_rewards(args.rewards)
     record = plan_shards(args, work / "prompts.json")
@@ -257,11 +256,15 @@ def plan_shards(args: ScriptArguments, file: Path) -> dict:
 
 def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
     """Draws the missing shards. Each generator is loaded once, draws its shards, and is freed."""
-    own = range(args.task_index, len(shards), args.num_tasks)[state.process_index :: state.num_processes]
+    own = range(args.task_index, len(shards), args.num_tasks)
+    todo = {
+        entry["name"]: [s for s in own if not images_of(image_file(args, entry["name"], s))] for entry in generators
+    }
+    state.wait_for_everyone()  # now all processes know of the same missing shards, which they share out
     device = torch.cuda.get_device_name() if state.device.type == "cuda" else "CPU"
     for entry in generators:
         name = entry["name"]
-        missing = [s for s in own if not images_of(image_file(args, name, s))]
+        missing = todo[name][state.process_index :: state.num_processes]
         if not missing:
             continue
         draw = Generator(entry, state.device, args)
@@ -424,14 +427,14 @@ DEFAULT_GENERATORS = """
 GIVEN_BY_SCRIPT = """self prompt prompt_embeds generator latents num_images_per_prompt output_type return_dict
     image_embeddings callback_on_step_end""".split()
 # What `load` may have besides the pipeline's components: of the options of from_pretrained, those about the files.
-LOAD_OPTIONS = ("dtype", "variant", "revision", "use_safetensors", "cache_dir", "token", "quantization_config")
+LOAD_OPTIONS = ("dtype", "variant", "revision", "use_safetensors", "cache_dir")
 
 
 def read_generators(file: str | None) -> list[dict]:
     """Reads the recipe. Exits with one line that names what is wrong."""
     try:
         entries = yaml.safe_load(Path(file).read_text() if file else DEFAULT_GENERATORS)
-        names = [str(entry["name"]) for entry in entries]
+        names = [entry["name"] for entry in entries]
         for part in (part for entry in entries for part in (entry, entry.get("prior")) if part):
             known = {"model", "load", "call"} | ({"name", "prior"} if "name" in part else set())  # not of a prior
             if unknown := sorted(set(part) - known):
@@ -624,9 +627,8 @@ def encode_image(image: PILImage.Image, image_format: str) -> bytes:
 
 # Card -----------------------------------------------------------------------------------------------------------------
 def dataset_statistics(files: list[Path], rewards: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Win rates (n_rewards + 1, k): each generator's share of won comparisons under each reward, and over all. Tau
-    (n_rewards, n_rewards): the mean over the rows of Kendall's tau-b between two rewards' orders of a prompt's images,
-    without the rows where one of them gives all images the same score. Reads no images."""
+    """Win rates (n_rewards + 1, k): each generator's share of won comparisons, by reward and over all. Tau (n_rewards,
+    n_rewards): the mean of Kendall's tau-b between two rewards over the rows where neither gives equal scores only."""
     shares, taus = [], []
     for file in files:
         table = pq.read_table(file, columns=["scores", "preference_probability"]).flatten()
@@ -846,9 +848,10 @@ def prepare_repository(args: "ScriptArguments") -> None:
 
 
 def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
-    """Uploads the card and the files of these patterns; others on the Hub that match `replaced` go. Run again, it sends
-    only what is missing."""
+    """Uploads the files of these patterns; others on the Hub that match `replaced` go. Sends only what is missing."""
     file, name = Path(args.output_dir, "README.md"), args.hub_dataset_id
+    if not all(any(Path(args.output_dir).glob(pattern)) for pattern in replaced):
+        raise SystemExit(f"--output_dir {args.output_dir} holds no whole dataset: rank, or sort, before you publish")
     # The card of a dataset that was built without --push_to_hub names its folder.
     card = RepoCard(re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{name}"', file.read_text()))
     if theirs := earlier_card(args, on_hub=True):
@@ -886,13 +889,10 @@ def complete_prompt_flags(args: "ScriptArguments") -> None:
 def read_prompts(
     source: str, column: str, split: str | None, max_prompts: int | None, keep: tuple = (), whole_rows: bool = False
 ) -> tuple[list[dict], list[dict[str, int]]]:
-    """Reads prompts in order and drops duplicates. Of a dataset it reads no more than it needs.
-
-    Returns:
-        one dict per prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no
-        images. One dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0,
-        and for each column to `keep`, how many rows before it have the same value there.
-    """
+    """Reads prompts in order and drops duplicates. Of a dataset it reads no more than it needs. Returns one dict per
+    prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no images. And one
+    dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0, and for each
+    column to `keep`, how many rows before it have the same value there."""
     shown, columns = public_text(source), list(dict.fromkeys((column, *keep)))
     prompts, places, counts = {}, {}, Counter()
     try:

@@ -405,8 +405,6 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
         lock.acquire(timeout=0)
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
-    for file in list(output_dir.rglob(".*.tmp")) if args.num_tasks == 1 else ():  # else they may be another task's
-        file.unlink()
     with FileLock(output_dir / ".lock-images"):  # of tasks that start at once, one removes what is outdated
         for name, model in models.items():
             begin_images(args, name, model)
@@ -432,8 +430,9 @@ def begin_images(args: ScriptArguments, name: str, model: dict) -> None:
             raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
     if changed:
         print(f"{folder} was drawn with another model of this name: its images are drawn anew")
-        shutil.rmtree(folder)
-    if model["kind"] != "images":
+        for file in list(folder.glob("*.png")):  # settings.json stays: killed here, the next run goes on
+            file.unlink()
+    if model["kind"] != "images" and "draw" in args.stages:
         write_bytes(folder / "settings.json", json.dumps(wanted, indent=2).encode())
 
 
@@ -554,6 +553,8 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     """Writes the results, the table and the pictures, and the LoRAs' cards on the Hub."""
     results, keys = collect_scores(args, rows, models)
     output_dir, metrics, prompts = Path(args.output_dir), list(results), [row["prompt"] for row in rows]
+    for file in [*output_dir.rglob(".*.tmp"), output_dir / "curves.png"]:  # of killed runs; of earlier checkpoints
+        file.unlink(missing_ok=True)
     categories = [str(row[args.category_column]) for row in rows] if args.category_column else None
     groups, (compared, pictured) = training_seeds(models), shown_models(models)
     stacked = {}  # several trainings as one model, in front, and every model alone
@@ -595,7 +596,7 @@ def report_settings(args: ScriptArguments, prompts: list[str], models: dict) -> 
     settings = {"prompts": short_hash("\n".join(prompts)), "seed": args.seed}
     if drawn := [model["settings"] for model in models.values() if model["kind"] != "images"]:
         settings = {key: value for key, value in drawn[0].items() if key not in IDENTITY}
-        settings["model"] = public_name(args.pretrained_model_name_or_path)
+        settings["model"] = public_name(drawn[0]["model"])
     shown = {name: public_name(model["source"], model["kind"] == "images") for name, model in models.items()}
     settings["loras"] = {name: shown[name] for name, model in models.items() if model["kind"] == "lora"}
     settings["models"] = {name: f"{model['kind']} {shown[name]}" for name, model in models.items()}
@@ -1031,7 +1032,8 @@ def image_settings(args: ScriptArguments, rows: list, places: list, name: str, m
     # A folder keeps the type that it was begun with, for models that are added, and where only the report is written.
     half = model["half"] if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float16"
     default = half if device.type == "cuda" else "float32"
-    earlier = {"dtype": default} | earlier_settings(args, BASE) | earlier_settings(args, name)
+    of_base = {} if is_pipeline else earlier_settings(args, BASE)
+    earlier = {"dtype": default} | of_base | earlier_settings(args, name)
     dtype = args.dtype or earlier["dtype"]
     settings |= {"prompts": prompts, **{flag: getattr(args, flag) for flag in DRAWING_FLAGS}, "dtype": dtype}
     rare = {"max_sequence_length": None, "use_text_encoder_3": True, "image_seeds": "own"}
@@ -1374,13 +1376,10 @@ def complete_prompt_flags(args: "ScriptArguments") -> None:
 def read_prompts(
     source: str, column: str, split: str | None, max_prompts: int | None, keep: tuple = (), whole_rows: bool = False
 ) -> tuple[list[dict], list[dict[str, int]]]:
-    """Reads prompts in order and drops duplicates. Of a dataset it reads no more than it needs.
-
-    Returns:
-        one dict per prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no
-        images. One dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0,
-        and for each column to `keep`, how many rows before it have the same value there.
-    """
+    """Reads prompts in order and drops duplicates. Of a dataset it reads no more than it needs. Returns one dict per
+    prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no images. And one
+    dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0, and for each
+    column to `keep`, how many rows before it have the same value there."""
     shown, columns = public_text(source), list(dict.fromkeys((column, *keep)))
     prompts, places, counts = {}, {}, Counter()
     try:

@@ -89,9 +89,8 @@ from trl import TrlParser
 
 STAGES = ("score", "sort")
 NORMALIZATIONS = ("auto", "standardize", "softmax", "none")
-DATA_FILES = ["scores/train-*-of-*.parquet"]
-WITH_IMAGES = ["data/train-*-of-*.parquet", "figures/*.png"]  # published with --include_images
-PUBLISHED = [*DATA_FILES, "README.md", "statistics.json", "figures/difference.png", "figures/quality.png"]
+DATA_FILES = ["data/train-*-of-*.parquet", "scores/train-*-of-*.parquet"]
+PUBLISHED = ["scores/*.parquet", "README.md", "statistics.json", "figures/difference.png", "figures/quality.png"]
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
 CARD_BEGIN = "<!-- score_pairs.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what score_pairs.py wrote. -->"
@@ -186,7 +185,8 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
         if kind == "aesthetic":
             return (rewards / 10).clip(0, 1)
     if normalization == "softmax":
-        scale = 100 if is_cosine else 1  # CLIP's temperature is 0.01; the other models' scores are logits already
+        # CLIP's temperature is 0.01, and CLIPScore is 2.5 cosines. The other models' scores are logits already.
+        scale = 40 if kind == "clipscore" else 100 if is_cosine else 1
         logits = scale * (rewards - rewards[:, ::-1])
         return 0.5 * (1 + np.tanh(logits / 2))  # the sigmoid, without overflow
     if normalization == "none":
@@ -283,12 +283,14 @@ def sort(args: ScriptArguments, pairs: "Pairs") -> None:
     if missing := sum(not is_scored(shard) for shard in pairs.shards):
         total = len(pairs.shards)
         raise SystemExit(f"{args.output_dir}: {missing} of {total} shards lack scores: run the score stage first")
+    for file in list(Path(args.output_dir).rglob(".*.tmp")):  # of runs that were killed; all tasks have ended
+        file.unlink()
     ranking = rank_pairs(args, pairs)
     write_dataset(args, pairs, ranking)
     write_card(args, pairs, ranking)
     if args.push_to_hub:
-        images = WITH_IMAGES if args.include_images else []
-        publish(args, [*PUBLISHED, *images], [*DATA_FILES, *images])
+        images = ["data/*.parquet", "figures/*.png"] if args.include_images else []
+        publish(args, [*PUBLISHED, *images], DATA_FILES if args.include_images else DATA_FILES[1:])
     print(f"{ranking.summary}; the best {ranking.kept} of them, sorted, in {args.output_dir}")
 
 
@@ -428,7 +430,7 @@ def begin_run(args: ScriptArguments, lock: FileLock) -> None:
     """Checks what can be checked before the work, locks the folder, and records what the work is made of."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir, "work")
     check_rewards([args.reward])
-    if output_dir.exists() and not work.is_dir() and not all(is_hidden(path.name) for path in output_dir.iterdir()):
+    if not (work / "settings.json").exists() and any(p != work and not is_hidden(p.name) for p in output_dir.glob("*")):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
     if args.dataset_name and output_dir.resolve().is_relative_to(Path(args.dataset_name).resolve()):
         raise SystemExit(f"--output_dir {output_dir} is inside the dataset: choose another folder")
@@ -451,8 +453,6 @@ def begin_run(args: ScriptArguments, lock: FileLock) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
-    for file in list(output_dir.rglob(".*.tmp")) if args.num_tasks == 1 else ():  # else they may be another task's
-        file.unlink()
     write_bytes(work / "stream.json", json.dumps(stream).encode())
     for folder, found in settings.items():
         write_bytes(folder / "settings.json", json.dumps(found, indent=1).encode())
@@ -951,9 +951,10 @@ def prepare_repository(args: "ScriptArguments") -> None:
 
 
 def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
-    """Uploads the card and the files of these patterns; others on the Hub that match `replaced` go. Run again, it sends
-    only what is missing."""
+    """Uploads the files of these patterns; others on the Hub that match `replaced` go. Sends only what is missing."""
     file, name = Path(args.output_dir, "README.md"), args.hub_dataset_id
+    if not all(any(Path(args.output_dir).glob(pattern)) for pattern in replaced):
+        raise SystemExit(f"--output_dir {args.output_dir} holds no whole dataset: rank, or sort, before you publish")
     # The card of a dataset that was built without --push_to_hub names its folder.
     card = RepoCard(re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{name}"', file.read_text()))
     if theirs := earlier_card(args, on_hub=True):

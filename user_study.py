@@ -1415,13 +1415,10 @@ def complete_prompt_flags(args: "ScriptArguments") -> None:
 def read_prompts(
     source: str, column: str, split: str | None, max_prompts: int | None, keep: tuple = (), whole_rows: bool = False
 ) -> tuple[list[dict], list[dict[str, int]]]:
-    """Reads prompts in order and drops duplicates. Of a dataset it reads no more than it needs.
-
-    Returns:
-        one dict per prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no
-        images. One dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0,
-        and for each column to `keep`, how many rows before it have the same value there.
-    """
+    """Reads prompts in order and drops duplicates. Of a dataset it reads no more than it needs. Returns one dict per
+    prompt: "prompt", stripped, and the columns to `keep`; with `whole_rows` all columns that hold no images. And one
+    dict per prompt of where it first stood in the source, duplicates counted: "index", its row, from 0, and for each
+    column to `keep`, how many rows before it have the same value there."""
     shown, columns = public_text(source), list(dict.fromkeys((column, *keep)))
     prompts, places, counts = {}, {}, Counter()
     try:

@@ -235,6 +235,10 @@ def test_sorted_pairs_are_published_and_the_next_fraction_replaces_them(server, 
     pairs = write_pairs(tmp_path / "pairs", pair_rows(24))
     score = ["score_pairs.py", "--dataset_name", pairs, "--reward", "shapes/world.py:clean_reward", "--include_images"]
     score += ["--output_dir", tmp_path / "qsd", "--push_to_hub", "--hub_dataset_id", "user/qsd"]
+    server.commit("datasets", "user/qsd", {"data/train-00000-of-00001.parquet": b"somebody's"})
+    line = last_line(client(server, tmp_path / "home", *score, check=False))
+    assert "user/qsd holds other data (data/train-00000-of-00001.parquet)" in line and not (tmp_path / "qsd").exists()
+    server.clear()
     client(server, tmp_path / "home", *score, "--top_fraction", 1)
     assert int(client(server, tmp_path / "a", "-c", LOAD_PAIRS).stdout.split()[0]) > 10
     client(server, tmp_path / "home", *score, "--top_fraction", 0.2)

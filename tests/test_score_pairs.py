@@ -145,7 +145,7 @@ def test_what_quality_follows():
     by_cosine = score_pairs.preference_score("hpsv2", "auto", cosines, 0.27, 0.02)
     quality = score_pairs.pair_quality(*by_cosine.T)
     assert quality[0] > quality[1] and np.corrcoef(quality, cosines[:, 0])[0, 1] > 0.9
-    for name, scale in {"hpsv2": 100, "hpsv2.1=folder": 100, "pickscore": 1, "mine.py:f": 1}.items():
+    for name, scale in {"hpsv2": 100, "hpsv2.1=folder": 100, "clipscore": 40, "pickscore": 1, "mine.py:f": 1}.items():
         psi = score_pairs.preference_score(name, "softmax", cosines, 0.27, 0.02)
         weights = np.exp(scale * cosines)
         np.testing.assert_allclose(psi, weights / weights.sum(axis=1, keepdims=True), atol=1e-12)
