@@ -355,10 +355,9 @@ def best_checkpoints(summary: dict, checkpoints: dict[str, dict], metrics: list[
 def main(args: ScriptArguments) -> None:
     diffusers_logging.disable_progress_bar()  # of loading pipelines
     transformers_logging.disable_progress_bar()
-    # Without a GPU several processes talk through gloo. The first to finish a stage may wait hours for the last.
-    launched = "LOCAL_RANK" in os.environ
-    options = {"timeout": timedelta(days=1)} if launched else {}
-    state = PartialState(cpu=launched and not torch.cuda.is_available(), **options)
+    # Several processes talk through gloo if there is no GPU. The first to finish a stage may wait hours for the last.
+    several = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(days=1)}
+    state = PartialState(**(several if "LOCAL_RANK" in os.environ else {}))
     lock = FileLock(Path(args.output_dir, f".lock-{args.task_index}" if args.num_tasks > 1 else ".lock"))
     # What is wrong with flags, files and folders is found before a model is loaded, by the main process alone.
     plan = [begin_run(args, state, lock) if state.is_main_process else None]
