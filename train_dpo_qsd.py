@@ -67,7 +67,7 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed, tqdm
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
-from diffusers import AutoPipelineForText2Image, BitsAndBytesConfig, DDPMScheduler, StableDiffusionPipeline
+from diffusers import BitsAndBytesConfig, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -88,8 +88,7 @@ from trl import TrlParser
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "orpo", "orpo_diff")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 WITHOUT_REFERENCE = ("orpo", "orpo_diff")
-# The objectives that an option has no meaning for.
-UNUSED_BY = dict.fromkeys(("sft_weight", "safeguard", "precompute_ref"), WITHOUT_REFERENCE)
+UNUSED_BY = dict.fromkeys(("sft_weight", "safeguard", "precompute_ref"), WITHOUT_REFERENCE)  # what ignores an option
 # The paper's beta and learning rate for each family.
 DEFAULTS = {"sd": {"beta_dpo": 2000.0, "learning_rate": 1e-4}, "sdxl": {"beta_dpo": 5000.0, "learning_rate": 1e-5}}
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
@@ -105,6 +104,7 @@ stop_signals: list[tuple[int, float]] = []  # that this process has received whi
 # Copied from train_rankdpo_sdxl.flag
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, free=False):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
+    help += "" if default in (None, MISSING) else f" Default: {default}."
     limits = dict(zip(COMPARE, (min, above, max, below)))
     return field(default=default, metadata={"help": help, "group": group, "limits": limits, "free": free})
 
@@ -620,7 +620,7 @@ def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool =
     names = json.loads(file_of(model, "model_index.json", args.revision).read_text())
     options |= {"vae": vae.requires_grad_(False), **{name: None for name in names if name.startswith(absent)}}
     options |= {} if is_sdxl(args) else {"requires_safety_checker": False}
-    pipeline = AutoPipelineForText2Image.from_pretrained(model, dtype=args.weight_dtype, **options)
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

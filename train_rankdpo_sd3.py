@@ -100,6 +100,7 @@ stop_signals: list[tuple[int, float]] = []  # that this process has received whi
 # Copied from train_rankdpo_sdxl.flag
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, free=False):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
+    help += "" if default in (None, MISSING) else f" Default: {default}."
     limits = dict(zip(COMPARE, (min, above, max, below)))
     return field(default=default, metadata={"help": help, "group": group, "limits": limits, "free": free})
 
