@@ -44,8 +44,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
-from importlib.util import find_spec
 from io import BytesIO, StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -195,7 +193,7 @@ def final_votes(log: Iterable[dict]) -> list[dict]:
     return [vote | {"chosen": vote.get(vote["answer"], "tie")} for vote in votes.values()]
 
 
-def failed_checks(votes: Iterable[dict]) -> Counter[str]:
+def failed_checks(votes: list[dict]) -> Counter[str]:
     """Rater → test pairs with a wrong answer: the noise was chosen, or one of two equal pictures."""
     wrong = set()
     for vote in filter(is_check, votes):
@@ -230,14 +228,12 @@ def fleiss_kappa(counts: np.ndarray) -> float | None:
 
 
 def bootstrap(first: np.ndarray, second: np.ndarray, votes: np.ndarray, seed: int, resamples: int = 10_000):
-    """95 % intervals of two figures: of the share of comparisons that the first model wins by majority (undecided ones
-    count half), and of its share of the votes (a tie counts half). Takes the votes for the first model, for the second,
-    and all of them, each (n_prompts, n_raters).
-
-    This is the cluster bootstrap over prompts and raters, drawn with replacement: a vote counts as often as its prompt
-    was drawn, times as often as its rater was. Every resample decides by majority anew. Its raters are fewer than there
-    were (some are drawn twice), so its majorities are closer to one half; the spread of the resamples is therefore laid
-    around the figure itself."""
+    """95 % intervals of the share of comparisons that the first model wins by majority (undecided ones count half), and
+    of its share of the votes (a tie counts half). Takes the votes for the first model, for the second, and all of them,
+    each (n_prompts, n_raters). The cluster bootstrap over prompts and raters, drawn with replacement: a vote counts as
+    often as its prompt was drawn, times as often as its rater was. Every resample decides by majority anew. Its raters
+    are fewer than there were (some are drawn twice), so its majorities are closer to one half; the spread of the
+    resamples is therefore laid around the figure itself."""
     rng, won, shares = np.random.default_rng(seed), [], []
     wins = first + 0.5 * (votes - first - second)
     for _ in range(0, resamples, 500):
@@ -351,8 +347,6 @@ def main(args: ScriptArguments) -> None:
 
 def serve(args: ScriptArguments) -> None:
     """Shows the page until a signal ends it. Makes the study first, unless it exists."""
-    if not find_spec("gradio") or [int(part) for part in version("gradio").split(".")[:2]] < [6, 31]:
-        raise SystemExit(f"serve needs Gradio, 6.31 or newer: pip install '{GRADIO}'")
     folder, signals, scheduler = Path(args.study_dir), [], None
     if args.push_to_hub:
         args.hub_dataset_id = open_repository(args.hub_dataset_id, "dataset", private=True, only_private=True)
@@ -386,7 +380,6 @@ def serve(args: ScriptArguments) -> None:
     print(f"all votes are in {folder / VOTES}: the same command goes on", file=sys.stderr)
     if scheduler:
         scheduler.trigger().result()
-    lock.release()
     raise SystemExit(128 + signals[0] if signals else 1)
 
 
@@ -421,18 +414,21 @@ def export(args: ScriptArguments) -> None:
     if question not in record["questions"]:
         raise SystemExit(f"--question {question}: the study asks {', '.join(record['questions'])}")
     check_output_dir(output_dir, "README.md", CARD_BEGIN)
+    card = RepoCard.load(output_dir / "README.md") if (output_dir / "README.md").exists() else None
     if args.push_to_hub:
         args.hub_dataset_id = open_repository(args.hub_dataset_id, "dataset", args.hub_private_repo)
-        names, card = HfApi().list_repo_files(args.hub_dataset_id, repo_type="dataset"), hub_card(args.hub_dataset_id)
-        if any(map(DATA_FILE.fullmatch, names)) and not (card and CARD_BEGIN in card.text):
+        names = HfApi().list_repo_files(args.hub_dataset_id, repo_type="dataset")
+        theirs = RepoCard.load(args.hub_dataset_id, repo_type="dataset") if "README.md" in names else None
+        if any(map(DATA_FILE.fullmatch, names)) and not (theirs and CARD_BEGIN in theirs.text):
             raise SystemExit(f"--hub_dataset_id {args.hub_dataset_id} holds other data: choose another name")
+        card = theirs or card
     most = record["max_failed_checks"] if args.max_failed_checks is None else args.max_failed_checks
     votes, _ = kept_votes(final_votes(read_votes(folder)), most)
     make = pair_rows if args.export_format == "pairs" else ranked_rows
     rows, left_out = make(record, folder, [vote for vote in votes if vote["question"] == question])
     if not rows:
         raise SystemExit(f"{folder / VOTES}: no {args.export_format} to export for --question {question}: {left_out}")
-    write_dataset(args, rows, record["questions"][question], left_out)
+    write_dataset(args, rows, record["questions"][question], left_out, card)
     if args.push_to_hub:
         patterns = {"allow_patterns": ["data/*.parquet", "README.md"], "delete_patterns": "data/train-*.parquet"}
         HfApi().upload_folder(repo_id=args.hub_dataset_id, repo_type="dataset", folder_path=output_dir, **patterns)
@@ -474,9 +470,7 @@ def parse_questions(items: list[str]) -> dict[str, str]:
         name, _, text = item.partition("=")
         text = text.strip() or QUESTIONS.get(name)
         if not re.fullmatch(r"\w{1,40}", name) or not text or name in found:
-            raise SystemExit(
-                f"--questions {item!r}: must be one of {', '.join(QUESTIONS)}, or name=text, and come once"
-            )
+            raise SystemExit(f"--questions {item!r}: must be one of {', '.join(QUESTIONS)}, or name=text, each once")
         found[name] = text
     return found
 
@@ -593,7 +587,7 @@ def picture_keys(record: dict) -> list[tuple[int, str]]:
 
 
 def picture_file(folder: Path, record: dict, number: int, name: str) -> Path:
-    """A picture as raters see it. The file's name says nothing about its model."""
+    """A picture as raters see it, filled up with zeros. The file's name says nothing about its model."""
     return folder / PICTURES / (keyed(record["secret"], "file", number, name) + ".jpg")
 
 
@@ -619,8 +613,7 @@ def write_pictures(record: dict, folder: Path, number: int, files: dict[str, Pat
 def read_picture(name: str, file: Path) -> PILImage.Image:
     """A picture as 8-bit RGB: 16 bits keep their brightness, what is transparent becomes white."""
     try:
-        with PILImage.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened)
+        picture = ImageOps.exif_transpose(PILImage.open(file))
         if picture.mode[0] in "IF":
             if picture.mode == "F" or max(picture.getextrema()) > 65535:
                 raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
@@ -651,8 +644,9 @@ class Study:
         items = itertools.product(range(len(self.record["prompts"])), enumerate(self.record["pairs"]))
         self.comparisons = {f"{number}-{n}": tuple(models) for number, (n, models) in items}  # item → two models
         self.limit = min(self.record["comparisons_per_rater"] or len(self.comparisons), len(self.comparisons))
-        self.shown: dict[str, list[dict]] = {}  # rater → what it was shown, in order
-        self.answers: dict[tuple, dict] = {}  # (rater, item, question) → the last answer
+        self.prompt_of = {item: int(item.split("-")[0]) for item in self.comparisons}  # item → number of its prompt
+        self.prompt_of |= {f"check{n}": check["prompt"] for n, check in enumerate(self.record["checks"])}
+        self.shown: dict[str, dict[str, dict]] = {}  # rater → item, in order → line of the log, with the last answers
         self.pictures: dict[str, Path] = {}  # name in the page → file
         self.lock = threading.RLock()
         # Every server has a log of its own, so two of them never write into one file.
@@ -665,14 +659,12 @@ class Study:
 
     def take(self, line: dict) -> None:
         """Takes a line of a log into account."""
-        shown = self.shown.setdefault(line["rater"], [])
-        if all(earlier["item"] != line["item"] for earlier in shown):
-            shown.append(line)
-            for side in ("left", "right"):
-                file = picture_file(self.folder, self.record, self.prompt_of(line), line[side])
-                self.pictures[self.picture_name(line, side)] = file
+        shown = self.shown.setdefault(line["rater"], {}).setdefault(line["item"], line | {"answers": {}})
+        for side in ("left", "right"):
+            file = picture_file(self.folder, self.record, self.prompt_of[line["item"]], line[side])
+            self.pictures[self.picture_name(line, side)] = file
         if "answer" in line:
-            self.answers[line["rater"], line["item"], line["question"]] = line
+            shown["answers"][line["question"]] = line["answer"]
 
     def write(self, line: dict) -> None:
         """Appends a line to this server's log, whole or not at all: it is on the disk when this returns."""
@@ -697,13 +689,13 @@ class Study:
         if answer not in ["left", "right"] + ["tie"] * self.record["allow_ties"]:
             raise ValueError(f"no such answer: {answer}")
         with self.lock:
-            shown = self.shown.get(rater, [])
+            shown = list(self.shown.get(rater, {}).values())
             if not 0 <= position < len(shown) or picture != self.picture_name(shown[position], "left"):
                 return self.view(rater)
             vote = {name: shown[position][name] for name in ("rater", "item", "left", "right")}
             vote |= {"question": question, "answer": answer}
             vote |= {"seconds": round(min(max(float(seconds), 0.0), 3600.0), 1), "time": round(time.time(), 1)}
-            if self.answers.get((rater, vote["item"], question), {}).get("answer") != answer:
+            if shown[position]["answers"].get(question) != answer:
                 self.write(vote)
             return self.view(rater, position, asked) if asked < len(self.questions) else self.view(rater, position + 1)
 
@@ -713,32 +705,32 @@ class Study:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", rater):  # a random number from the page, or a word from a link
             raise ValueError("a rater's id has 1 to 64 letters, digits, - or _")
         with self.lock:
-            shown, loads = self.shown.setdefault(rater, []), self.loads()
+            shown, loads = self.shown.setdefault(rater, {}), self.loads()
             # `asked` is given for what was shown before; else the page goes on, as far as the last one is answered.
             if position is None or position >= len(shown) or asked is None and position == len(shown) - 1:
-                self.show_next(rater, loads)
-                position = len(shown) - bool(shown and not self.is_done(shown[-1]))
-            state = {"position": position, "done": sum(map(self.is_done, shown)), "total": self.total(rater, loads)}
-            if position == len(shown):
+                is_open = self.show_next(rater, loads)
+                position = len(shown) - is_open
+            lines = list(shown.values())
+            state = {"position": position, "done": sum(map(self.is_done, lines)), "total": self.total(rater, loads)}
+            if position == len(lines):
                 return state | {"finished": True}
-            line = shown[position]
-            answers = {name: self.answers.get((rater, line["item"], name), {}).get("answer") for name in self.questions}
+            line = lines[position]
+            answers = {name: line["answers"].get(name) for name in self.questions}
             if asked is None:
                 asked = next((n for n, answer in enumerate(answers.values()) if not answer), 0)
             state |= {"finished": False, "asked": asked, "ties": self.record["allow_ties"], "answers": answers}
             state |= {"questions": list(self.questions.items())}
             state |= {"hides_prompt": list(self.questions.values())[asked] == QUESTIONS["appeal"]}
             state |= {"pictures": [self.picture_name(line, side) for side in ("left", "right")]}
-            return state | {"prompt": self.record["prompts"][self.prompt_of(line)]["prompt"]}
+            return state | {"prompt": self.record["prompts"][self.prompt_of[line["item"]]]["prompt"]}
 
-    def show_next(self, rater: str, loads: dict[str, int]) -> None:
-        """Gives a rater the next test pair or comparison, unless one is not answered yet, or none is left."""
-        shown, item = self.shown[rater], None
-        if shown and not self.is_done(shown[-1]):
-            return
-        seen, n_checks = {line["item"] for line in shown}, self.record["n_checks"]
-        checks = sum(map(is_check, shown))
-        mine = len(shown) - checks
+    def show_next(self, rater: str, loads: dict[str, int]) -> bool:
+        """Gives a rater the next test pair or comparison, unless one is not answered yet. False if none is left."""
+        seen, n_checks, item = self.shown[rater], self.record["n_checks"], None
+        if seen and not self.is_done(list(seen.values())[-1]):
+            return True
+        checks = sum(map(is_check, seen.values()))
+        mine = len(seen) - checks
         if mine < self.limit:
             item = next_comparison(loads, seen, self.record["votes_per_comparison"], self.secret, rater)
         # Test pairs are spread evenly over what a rater may see, but no wider than CHECK_SPACING, since most end before
@@ -754,36 +746,32 @@ class Study:
             number = sum(self.comparisons.get(other) == sides for other in seen)
             turned = not first_goes_left(self.secret, rater, sides, number)
         else:
-            return
+            return False
         left, right = reversed(sides) if turned else sides
         self.write({"rater": rater, "item": item, "left": left, "right": right, "time": round(time.time(), 1)})
+        return True
 
     def loads(self) -> dict[str, int]:
         """Comparison → raters who have answered it, or were shown it and may still answer; without excluded ones."""
         since, loads = time.time() - 60 * HELD_MINUTES, dict.fromkeys(self.comparisons, 0)
-        failed = failed_checks(self.answers.values())
-        for rater, shown in self.shown.items():
-            if failed[rater] <= self.record["max_failed_checks"]:
-                loads_of = [line["item"] for line in shown if line["time"] > since or self.is_done(line)]
-                for item in loads.keys() & loads_of:
-                    loads[item] += 1
+        lines = [line for shown in self.shown.values() for line in shown.values()]
+        checks = [line | {"answer": answer} for line in filter(is_check, lines) for answer in line["answers"].values()]
+        failed = failed_checks(checks)
+        for line in lines:
+            if failed[line["rater"]] <= self.record["max_failed_checks"] and line["item"] in loads:
+                loads[line["item"]] += line["time"] > since or self.is_done(line)
         return loads
 
     def total(self, rater: str, loads: dict[str, int]) -> int:
         """How much there is to do for a rater, as far as can be seen now."""
-        seen = {line["item"] for line in self.shown[rater]}
-        mine, wanted = len(seen & self.comparisons.keys()), self.record["votes_per_comparison"]
+        seen, wanted = self.shown[rater], self.record["votes_per_comparison"]
+        mine = len(seen.keys() & self.comparisons.keys())
         left = sum(load < wanted and item not in seen for item, load in loads.items())
         comparisons = min(mine + left, max(self.limit, mine))
         return comparisons + self.record["n_checks"] * (comparisons > 0)
 
     def is_done(self, line: dict) -> bool:
-        return all((line["rater"], line["item"], question) in self.answers for question in self.questions)
-
-    def prompt_of(self, line: dict) -> int:
-        """The number of the prompt of a comparison or test pair."""
-        first, _, _ = line["item"].partition("-")
-        return self.record["checks"][int(first[5:])]["prompt"] if is_check(line) else int(first)
+        return len(line["answers"]) == len(self.questions)
 
     def picture_name(self, line: dict, side: str) -> str:
         """The name of a picture in a rater's page: another one for every rater, comparison and side."""
@@ -907,11 +895,10 @@ function isReady() { return !busy && loaded >= 2 && performance.now() - drawn >=
 function enable() { for (const button of buttons) button.disabled = !isReady(); }
 
 function load(image, name) {
-  const again = () => { if (image.dataset.name === name) image.src = `picture/${name}?${Date.now()}`; };
   image.removeAttribute("src");
   image.dataset.name = name;
   image.onload = () => { loaded += 1; since = performance.now(); enable(); };
-  image.onerror = () => wait(1500).then(again);
+  image.onerror = async () => { await wait(1500); if (image.dataset.name === name) load(image, name); };
   image.src = `picture/${name}`;
 }
 
@@ -1088,11 +1075,6 @@ def draw_chart(results: dict, file: Path) -> None:
 
 
 # The votes as a preference dataset -----------------------------------------------------------------------------------
-def picture_bytes(*picture) -> bytes:
-    """A picture as raters saw it, without what fills its file up."""
-    return picture_file(*picture).read_bytes().rstrip(b"\0")
-
-
 def pair_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dict], str]:
     """A row for every comparison with votes, in Pick-a-Pic's columns; and what is left out, in words. label_0 is 1, 0,
     or 0.5 where no picture has more than half of the votes."""
@@ -1102,7 +1084,7 @@ def pair_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dict]
         counted = [counts[f"{number}-{pair}", name] for name in (*names, "tie")]
         if not any(counted):
             continue
-        pictures = [picture_bytes(folder, record, number, name) for name in names]
+        pictures = [picture_file(folder, record, number, name).read_bytes().rstrip(b"\0") for name in names]
         uids = [short_hash(picture) for picture in pictures]
         label = float(majority(counted[0], counted[1], sum(counted)))
         row = {"caption": prompt["prompt"], "jpg_0": pictures[0], "jpg_1": pictures[1]}
@@ -1118,9 +1100,8 @@ def pair_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dict]
 def ranked_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dict], str]:
     """A row for every prompt whose pairs of models all have votes, in Syn-Pic's columns; and what is left out.
 
-    The preference probability of a picture is the mean, over the others, of the share of votes that it gets against
-    each; as in Syn-Pic, a tie counts for neither.
-    """
+    The preference probability of a picture is the mean, over the others, of its share of the votes against each; as in
+    Syn-Pic, a tie counts for neither."""
     names, pairs, rows = record["models"], list(enumerate(record["pairs"])), []
     if len(pairs) < len(names) * (len(names) - 1) // 2:
         raise SystemExit("--export_format ranked needs votes on every two models: this study has a --baseline")
@@ -1135,7 +1116,7 @@ def ranked_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dic
         # Equal ones in an order that favours no model; rounded, since equal shares may differ in their last bit.
         tied = [(-round(value, 9), short_hash(f"{prompt['prompt']}|{name}")) for name, value in zip(names, phi)]
         order = sorted(range(len(names)), key=tied.__getitem__)
-        pictures = [picture_bytes(folder, record, number, name) for name in names]
+        pictures = [picture_file(folder, record, number, name).read_bytes().rstrip(b"\0") for name in names]
         row = {"prompt_id": short_hash(prompt["prompt"]), "prompt": prompt["prompt"]}
         row |= {"images": [{"bytes": picture, "path": None} for picture in pictures]}
         row |= {"generators": names, "seeds": [0] * len(names)}  # the seeds are not known here
@@ -1147,8 +1128,8 @@ def ranked_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dic
     return rows, f"{left_out} of {len(record['prompts'])} prompts lack votes on a pair of models"
 
 
-def write_dataset(args: ScriptArguments, rows: list[dict], question: str, left_out: str) -> None:
-    """Writes the rows as Parquet, and the card."""
+def write_dataset(args: ScriptArguments, rows: list, question: str, left_out: str, card: RepoCard | None) -> None:
+    """Writes the rows as Parquet, and the card; what people wrote on `card` stays."""
     from datasets import Dataset, Features, Image, List, Value
 
     text, number, share = Value("string"), Value("int32"), Value("float32")
@@ -1159,7 +1140,7 @@ def write_dataset(args: ScriptArguments, rows: list[dict], question: str, left_o
     # A column of each of the two pictures has the type of its name without the number.
     features = Features({name: kinds.get(re.sub(r"_[01]$", "", name), text) for name in rows[0]})
     output_dir = Path(args.output_dir)
-    data, building, card = output_dir / "data", output_dir / ".data.tmp", output_dir / "README.md"
+    data, building = output_dir / "data", output_dir / ".data.tmp"
     title = output_dir.resolve().name
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -1192,9 +1173,7 @@ dataset = load_dataset("{args.hub_dataset_id or output_dir}", split="train")
     info = {"splits": [{"name": "train", "num_bytes": n_bytes, "num_examples": len(rows)}], "dataset_size": n_bytes}
     info |= {"download_size": sum(file.stat().st_size for file in building.iterdir())}
     front |= {"dataset_info": [{"config_name": "default", "features": features._to_yaml_list(), **info}]}
-    theirs = hub_card(args.hub_dataset_id) if args.push_to_hub else None
-    mine = RepoCard.load(card) if card.exists() else None
-    write_text(card, str(fill_card(theirs or mine, front, body)))  # first: a killed run goes on in its folder
+    write_text(output_dir / "README.md", str(fill_card(card, front, body)))  # first: a killed run goes on in its folder
     shutil.rmtree(data, ignore_errors=True)
     building.rename(data)
     print(f"{len(rows)} rows, {n_votes} votes; {left_out}: {output_dir}")
@@ -1252,11 +1231,6 @@ def open_repository(name: str, kind: str, private: bool, only_private: bool = Fa
     return repo_id
 
 
-def hub_card(repo_id: str, kind: str = "dataset") -> RepoCard | None:
-    there = HfApi().file_exists(repo_id, "README.md", repo_type=kind)
-    return RepoCard.load(repo_id, repo_type=kind) if there else None
-
-
 def fill_card(card: RepoCard | None, front: dict, body: str) -> RepoCard:
     """A new card, or one with what people wrote into it: text outside our marks, and metadata that we only add to, but
     for CARD_FACTS."""
@@ -1275,7 +1249,8 @@ def publish_results(args: ScriptArguments, settings: dict, results: dict, table:
     """Puts the results into the card of a model. Other results there stay; those of an earlier tally are replaced."""
     body = f"## User study\n\n{table}\n![What people preferred](user_study/chart.png)\n\n"
     body += "All figures are in [user_study/results.json](user_study/results.json).\n"
-    card = fill_card(hub_card(args.hub_model_id, "model"), {}, body)
+    has_card = HfApi().file_exists(args.hub_model_id, "README.md")
+    card = fill_card(RepoCard.load(args.hub_model_id) if has_card else None, {}, body)
     first, *others = card.data.get("model-index") or [{"name": args.hub_model_id.split("/")[-1], "results": []}]
     is_ours = re.compile("user study,").match
     kept = [found for found in first.get("results") or [] if not is_ours(str(found.get("dataset", {}).get("name", "")))]
