@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "datasets", "fastapi", "filelock", "gradio", "huggingface_hub", "matplotlib", "numpy", "pillow", "pyyaml",
+#     "datasets", "fastapi", "filelock", "gradio>=6.31", "huggingface_hub", "matplotlib", "numpy", "pillow", "pyyaml",
 #     "scipy", "tqdm", "uvicorn",
 # ]
 # ///
@@ -12,16 +12,11 @@
 
 This takes the images that evaluate.py drew (or any: --images), samples prompts, and shows a page at
 http://127.0.0.1:7860: a prompt, two pictures, three questions. Raters do not see which model drew what. After a crash,
-`serve --study_dir outputs/study` goes on. Then majorities, win rates with intervals, agreement, a table and a chart;
-the votes as preference pairs, or with `--export_format ranked` as rankings, to train on:
+`serve --study_dir outputs/study` goes on. `space` makes the page a Space on the Hub. Then majorities, win rates with
+intervals, agreement, a table and a chart; and the votes as preference pairs, or as rankings, to train on:
 
     python user_study.py tally --study_dir outputs/study
     python user_study.py export --study_dir outputs/study --output_dir outputs/people-pairs
-
-The page as a Space on the Hub, with the votes in a private dataset:
-
-    python user_study.py space --study_dir outputs/study --hub_dataset_id user/votes --hub_space_id user/study \
-        --push_to_hub
 """
 
 import argparse
@@ -75,7 +70,6 @@ STUDY, VOTES, PICTURES = "study.json", "votes", "pictures"  # what a study's fol
 MAKING = """evaluation_dir images prompts num_prompts per_category seed questions allow_ties category_column models
 baseline votes_per_comparison comparisons_per_rater attention_checks max_failed_checks picture_size consent""".split()
 HELD_MINUTES = 60  # a comparison that was shown and not answered goes to somebody else after this time
-PUBLISH_MINUTES = 1  # between two commits of votes
 FEW_PROMPTS, FEW_RATERS = 25, 5  # an interval over fewer prompts or raters carries a warning
 DATA_FILE = re.compile(r"data/train-\d{5}-of-\d{5}\.parquet")
 CHECK_SPACING = 10  # a test pair comes after so many comparisons, or sooner where a rater sees few
@@ -137,8 +131,7 @@ class ScriptArguments:
                     raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
         if self.command == "serve" and self.output_dir:
             raise SystemExit("--output_dir is for the other commands: serve writes to --study_dir")
-        if self.prompts:
-            complete_prompt_flags(self)
+        complete_prompt_flags(self)
         parse_questions(self.questions)
         folders = {"serve": "", "space": "space", "tally": "tally", "export": self.export_format}
         self.output_dir = self.output_dir or str(Path(self.study_dir, folders[self.command]))
@@ -158,8 +151,7 @@ def sample_prompts(categories: list[str], num_prompts: int, per_category: int | 
     wanted, flag_name = (per_category, "--per_category") if per_category else (num_prompts, "--num_prompts")
     for name, members in groups.items():
         if len(members) < wanted:
-            where = f"category {name!r} has" if name else "there are"
-            raise SystemExit(f"{flag_name} {wanted}: {where} only {len(members)} prompts: choose fewer")
+            raise SystemExit(f"{flag_name} {wanted}: {name or 'the source'} has {len(members)} prompts: choose fewer")
     return sorted(int(i) for members in groups.values() for i in rng.choice(members, wanted, replace=False))
 
 
@@ -178,8 +170,7 @@ def next_comparison(loads: dict[str, int], seen: set[str], wanted: int, secret: 
 def first_goes_left(secret: str, rater: str, pair: tuple[str, str], number: int) -> bool:
     """Whether the first model of a pair stands on the left, the `number`-th time that a rater sees this pair of models:
     once in every two times, at random. So nobody sees a model on one side more often."""
-    first = int(keyed(secret, "side", rater, *pair, number // 2), 16) % 2 == 0
-    return first == (number % 2 == 0)
+    return (int(keyed(secret, "side", rater, *pair, number // 2), 16) + number) % 2 == 0
 
 
 # What the votes say --------------------------------------------------------------------------------------------------
@@ -370,12 +361,10 @@ def serve(args: ScriptArguments) -> None:
         signal.signal(number, lambda number, frame: signals.append(number))
     server, listening = page_server(study, args.host, args.port)
     if args.push_to_hub:  # the study, and this server's log every minute in which it has grown
-        where = {"repo_id": args.hub_dataset_id, "repo_type": "dataset", "folder_path": folder}
-        patterns = [STUDY, f"{VOTES}/{study.log.name}"]
-        scheduler = CommitScheduler(**where, every=PUBLISH_MINUTES, allow_patterns=patterns)
-    host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
+        where = {"repo_id": args.hub_dataset_id, "repo_type": "dataset", "folder_path": folder, "every": 1}
+        scheduler = CommitScheduler(**where, allow_patterns=[STUDY, f"{VOTES}/{study.log.name}"])
     print(f"{len(study.comparisons)} comparisons, {study.record['votes_per_comparison']} raters each", flush=True)
-    print(f"the page is at http://{host}:{args.port}: Ctrl-C ends it, and the same command goes on", flush=True)
+    print(f"the page is at http://{args.host}:{args.port}: Ctrl-C ends it, and the same command goes on", flush=True)
     server.run(sockets=[listening])
     print(f"all votes are in {folder / VOTES}: the same command goes on", file=sys.stderr)
     if scheduler:
@@ -445,7 +434,7 @@ def write_space(args: ScriptArguments) -> None:
         args.hub_space_id = open_repository(args.hub_space_id, "space", args.hub_private_repo, space_sdk="gradio")
         args.hub_dataset_id = open_repository(args.hub_dataset_id, "dataset", private=True, only_private=True)
     write_text(output_dir / "app.py", SPACE_APP.format(dataset=args.hub_dataset_id))
-    write_text(output_dir / "requirements.txt", "\n".join([GRADIO, *SPACE_PACKAGES, ""]))
+    write_text(output_dir / "requirements.txt", "\n".join([*SPACE_PACKAGES, ""]))
     write_text(output_dir / "README.md", SPACE_CARD.format(dataset=args.hub_dataset_id))
     write_text(output_dir / script.name, script.read_text())
     (output_dir / PICTURES).mkdir(exist_ok=True)
@@ -458,8 +447,7 @@ def write_space(args: ScriptArguments) -> None:
         names = ["app.py", "requirements.txt", "README.md", script.name, *(f"{PICTURES}/{f.name}" for f in pictures)]
         patterns = {"allow_patterns": names, "delete_patterns": f"{PICTURES}/*"}
         HfApi().upload_folder(repo_id=args.hub_space_id, repo_type="space", folder_path=output_dir, **patterns)
-        link = f"{HfApi().endpoint}/spaces/{args.hub_space_id}"
-        print(f"published: {link}; now add the secret HF_TOKEN in its settings")
+        print(f"published: {HfApi().endpoint}/spaces/{args.hub_space_id}; now add the secret HF_TOKEN in its settings")
 
 
 # The study's folder --------------------------------------------------------------------------------------------------
@@ -597,11 +585,10 @@ def write_pictures(record: dict, folder: Path, number: int, files: dict[str, Pat
     pictures = {name: read_picture(name, file) for name, file in files.items()}
     size = np.array([picture.size for picture in pictures.values()]).min(axis=0)
     size = tuple(int(side) for side in np.maximum(size * min(1, longest_side / size.max()), 1).round())
-    resample = PILImage.Resampling.LANCZOS
-    pictures = {name: ImageOps.pad(picture, size, resample, "grey") for name, picture in pictures.items()}
+    pictures = {name: ImageOps.pad(picture, size, PILImage.LANCZOS, "grey") for name, picture in pictures.items()}
     if (number, "noise") in picture_keys(record):
         squares = np.random.default_rng([record["seed"], number]).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        pictures["noise"] = PILImage.fromarray(squares).resize(size, PILImage.Resampling.NEAREST)
+        pictures["noise"] = PILImage.fromarray(squares).resize(size, PILImage.NEAREST)
     buffers = {picture_file(folder, record, number, name): BytesIO() for name in pictures}
     for picture, buffer in zip(pictures.values(), buffers.values()):
         PILImage.fromarray(np.asarray(picture)).save(buffer, "JPEG", quality=95, subsampling=0)
@@ -682,12 +669,9 @@ class Study:
         self.take(line)
 
     def answer(self, rater: str, position: int, question: str, answer: str, seconds: float, picture: str) -> dict:
-        """Records an answer, unless it is the last one given: a second click or a second try changes nothing. An answer
-        to something else than what stands at this position is not recorded: the page then goes on where the rater is.
-        `picture`: the left picture, as `view` gave it to the page."""
+        """Records an answer, unless it is the last one given, or something else stands at this position than in the page
+        (`picture`: its left one): then nothing changes, and the page goes on where the rater is."""
         asked = list(self.questions).index(question) + 1
-        if answer not in ["left", "right"] + ["tie"] * self.record["allow_ties"]:
-            raise ValueError(f"no such answer: {answer}")
         with self.lock:
             shown = list(self.shown.get(rater, {}).values())
             if not 0 <= position < len(shown) or picture != self.picture_name(shown[position], "left"):
@@ -702,14 +686,11 @@ class Study:
     def view(self, rater: str, position: int | None = None, asked: int | None = None) -> dict:
         """What the page shows at a position, by default where the rater is: the question number `asked`, or the first
         one without an answer. After all that was shown comes the next comparison, or the end."""
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", rater):  # a random number from the page, or a word from a link
-            raise ValueError("a rater's id has 1 to 64 letters, digits, - or _")
         with self.lock:
             shown, loads = self.shown.setdefault(rater, {}), self.loads()
             # `asked` is given for what was shown before; else the page goes on, as far as the last one is answered.
             if position is None or position >= len(shown) or asked is None and position == len(shown) - 1:
-                is_open = self.show_next(rater, loads)
-                position = len(shown) - is_open
+                position = len(shown) - 1 if self.show_next(rater, loads) else len(shown)
             lines = list(shown.values())
             state = {"position": position, "done": sum(map(self.is_done, lines)), "total": self.total(rater, loads)}
             if position == len(lines):
@@ -845,7 +826,7 @@ PAGE = """
   <p>You have answered <span data-part="answered"></span>. Nothing is left for you. You can close this page.</p>
   <button data-part="again">&#8592; Back</button>
 </section>
-<p class="notice" role="status" data-part="notice" hidden></p>
+<p class="notice" data-part="notice" hidden>The server does not answer. Your answers are safe. Trying again&#8230;</p>
 <div class="zoom" data-part="zoom" hidden><img alt="zoomed picture"><span></span></div>
 """
 
@@ -885,7 +866,6 @@ async function ask(name, request = {}) {  // the server may be gone for a moment
     const answer = await server[name]({rater, ...request}).catch(error => console.warn(error));
     part("notice").hidden = Boolean(answer);
     if (answer) return answer;
-    part("notice").textContent = "The server does not answer. Your answers so far are safe. Trying again…";
     await wait(1500);
   }
 }
@@ -988,8 +968,7 @@ document.addEventListener("keydown", event => {
   part("consent").textContent = consent;
   show("welcome");
   part("start").addEventListener("click", () => {
-    const random = [...crypto.getRandomValues(new Uint8Array(8))].map(n => n.toString(16).padStart(2, "0")).join("");
-    const id = /^[A-Za-z0-9_-]{1,64}$/.test(linked || "") ? linked : random;
+    const id = linked || crypto.getRandomValues(new Uint32Array(2)).join("-");
     try { localStorage.setItem(kept, id); } catch {}
     begin(id);
   });
@@ -1023,10 +1002,8 @@ def markdown_report(record: dict, results: dict, max_failed_checks: int) -> str:
     header += ["win rate by majority", "share of votes", "kappa"]
     who = f"{raters['n_raters'] - raters['n_excluded']} raters, {raters['n_votes']} votes."
     if record["n_checks"]:
-        failed = f"failed more than {max_failed_checks} test pairs and are left out"
-        who += (
-            f" {raters['n_excluded']} of {raters['n_raters']} raters {failed}, with {raters['n_votes_excluded']} votes."
-        )
+        failed = f"raters failed more than {max_failed_checks} test pairs and are left out, with"
+        who += f" {raters['n_excluded']} of {raters['n_raters']} {failed} {raters['n_votes_excluded']} votes."
     return f"""{who}
 
 {markdown_table(header, rows)}
@@ -1053,11 +1030,9 @@ def draw_chart(results: dict, file: Path) -> None:
     figure = Figure(figsize=(8, 1.2 + 0.6 * len(bars)), layout="constrained")
     axes, single = figure.subplots(), len({row[:2] for row in bars}) == 1
     for place, (*_, found) in enumerate(bars):
-        start = 0.0
-        for key, colour in (("wins", "#2a7de1"), ("undecided", "#cccccc"), ("losses", "#e18b2a")):
-            width = found[key] / found["n_comparisons"]
-            axes.barh(place, width, left=start, color=colour, height=0.6)
-            start += width
+        widths = np.array([found[key] for key in ("wins", "undecided", "losses")]) / found["n_comparisons"]
+        colours = ("#2a7de1", "#cccccc", "#e18b2a")
+        axes.barh([place] * 3, widths, left=widths.cumsum() - widths, color=colours, height=0.6)
         rate, (low, high) = found["win_rate"], found["win_rate_ci95"]
         spread = [[max(rate - low, 0)], [max(high - rate, 0)]]
         axes.errorbar(rate, place, xerr=spread, color="black", capsize=4, fmt="o", markersize=4)
@@ -1089,8 +1064,8 @@ def pair_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dict]
         label = float(majority(counted[0], counted[1], sum(counted)))
         row = {"caption": prompt["prompt"], "jpg_0": pictures[0], "jpg_1": pictures[1]}
         row |= {"image_0_uid": uids[0], "image_1_uid": uids[1], "label_0": label, "label_1": 1 - label}
-        row |= {"has_label": True, "are_different": label != 0.5}
-        row |= {"best_image_uid": "" if label == 0.5 else uids[0 if label else 1]}
+        best = "" if label == 0.5 else uids[0 if label else 1]
+        row |= {"has_label": True, "are_different": label != 0.5, "best_image_uid": best}
         row |= {"model_0": names[0], "model_1": names[1], "category": prompt["category"]}
         row |= {"num_votes": sum(counted), "votes_0": counted[0], "votes_1": counted[1]}
         rows.append(row | {"agreement": max(counted) / sum(counted)})
@@ -1099,7 +1074,6 @@ def pair_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dict]
 
 def ranked_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dict], str]:
     """A row for every prompt whose pairs of models all have votes, in Syn-Pic's columns; and what is left out.
-
     The preference probability of a picture is the mean, over the others, of its share of the votes against each; as in
     Syn-Pic, a tie counts for neither."""
     names, pairs, rows = record["models"], list(enumerate(record["pairs"])), []
@@ -1166,8 +1140,8 @@ dataset = load_dataset("{args.hub_dataset_id or output_dir}", split="train")
 ```
 """
     front = {"pretty_name": title, "task_categories": ["text-to-image"], "size_categories": [size_category(len(rows))]}
-    data_files = [{"split": "train", "path": "data/train-*.parquet"}]
     front |= {"tags": ["preference", "human-feedback"]}
+    data_files = [{"split": "train", "path": "data/train-*.parquet"}]
     front |= {"configs": [{"config_name": "default", "data_files": data_files}]}
     # Without its size, `load_dataset` on a folder that was written again would serve the rows that it cached before.
     info = {"splits": [{"name": "train", "num_bytes": n_bytes, "num_examples": len(rows)}], "dataset_size": n_bytes}
@@ -1192,8 +1166,7 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
 
 
 # The Hub -------------------------------------------------------------------------------------------------------------
-GRADIO = "gradio>=6.31,<7"
-SPACE_PACKAGES = ("filelock", "huggingface_hub", "numpy", "pillow", "pyyaml", "tqdm")  # what `serve` imports beside it
+SPACE_PACKAGES = "gradio>=6.31,<7 filelock huggingface_hub numpy pillow pyyaml tqdm".split()  # what `serve` imports
 SPACE_APP = '''"""Serves the study. Votes and the record of the study are in the private dataset {dataset}."""
 
 import user_study
@@ -1220,8 +1193,7 @@ def open_repository(name: str, kind: str, private: bool, only_private: bool = Fa
     """Creates the repository unless it exists, and returns its id with the namespace. Exits with one line if the token
     cannot write to it, or if others could read what is `only_private`: it says which model drew which picture."""
     try:
-        options |= {"repo_type": kind, "private": private or None, "exist_ok": True}
-        repo_id = HfApi().create_repo(name, **options).repo_id
+        repo_id = HfApi().create_repo(name, repo_type=kind, private=private or None, exist_ok=True, **options).repo_id
         HfApi().auth_check(repo_id, repo_type=kind, write=True)
     except Exception as error:
         problem = f"--push_to_hub: the {kind} repository {name} cannot be written to: {one_line(error)}"
@@ -1232,8 +1204,7 @@ def open_repository(name: str, kind: str, private: bool, only_private: bool = Fa
 
 
 def fill_card(card: RepoCard | None, front: dict, body: str) -> RepoCard:
-    """A new card, or one with what people wrote into it: text outside our marks, and metadata that we only add to, but
-    for CARD_FACTS."""
+    """The card with our text in it. What people wrote stays: text outside our marks, and metadata but CARD_FACTS."""
     card = card or RepoCard("---\n{}\n---\n")
     for name, value in front.items():
         if name in CARD_FACTS or name not in card.data:
@@ -1278,9 +1249,8 @@ def sync_study(repo_id: str, folder: Path) -> None:
     here = [path.relative_to(folder).as_posix() for path in folder.rglob("*.json*")]
     for name in sorted({*there, *here}):
         if re.fullmatch(rf"{STUDY}|{VOTES}/[^/]+\.jsonl", name):
-            mine, theirs = (folder / name).read_bytes() if name in here else b"", b""
-            if name in there:
-                theirs = Path(hf_hub_download(repo_id, name, repo_type="dataset")).read_bytes()
+            mine = (folder / name).read_bytes() if name in here else b""
+            theirs = Path(hf_hub_download(repo_id, name, repo_type="dataset")).read_bytes() if name in there else b""
             if name == STUDY and mine and theirs and mine != theirs:
                 raise SystemExit(f"--hub_dataset_id {repo_id} holds another study: choose another name")
             if len(theirs) > len(mine):
@@ -1433,20 +1403,14 @@ def public_text(text: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Ends every usage error in one line. It needs no other package: a Space installs none for it."""
-
-    def error(self, message: str):
-        # argparse names both spellings of a flag: --study_dir/--study-dir.
-        raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
-
-
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
     words, layout = list(sys.argv[1:] if words is None else words), argparse.RawDescriptionHelpFormatter
     if words and not words[0].startswith("-"):
         words[0] = f"--command={words[0]}"
-    group = parser = ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=layout)
+    group = parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=layout)
+    # Every usage error in one line. argparse names both spellings of a flag: --study_dir/--study-dir.
+    parser.error = lambda text: sys.exit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", text)))
     for spec in fields(ScriptArguments):
         group = parser.add_argument_group(spec.metadata["group"]) if spec.metadata["group"] else group
         kind, *_ = get_args(spec.type) or [spec.type]  # of str | None, it is str
