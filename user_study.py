@@ -669,7 +669,7 @@ class Study:
         self.take(line)
 
     def answer(self, rater: str, position: int, question: str, answer: str, seconds: float, picture: str) -> dict:
-        """Records an answer, unless it is the last one given, or something else stands at this position than in the page
+        """Records an answer, unless it is the last one given or something else stands at this position than in the page
         (`picture`: its left one): then nothing changes, and the page goes on where the rater is."""
         asked = list(self.questions).index(question) + 1
         with self.lock:
