@@ -841,7 +841,7 @@ header, .answers { display: flex; gap: 12px; align-items: center; }
 .pair img { width: 100%; aspect-ratio: 1; max-height: 62vh; object-fit: contain; cursor: zoom-in; margin: 0; }
 .question { font-weight: 600; margin: 12px 0 8px; }
 button { margin: 0 !important; padding: 8px 14px; border: 1px solid #8888; border-radius: 8px; background: #8881; }
-.answers button { flex: 1; padding: 14px 4px; }
+.answers button { flex: 1; align-self: stretch; padding: 14px 4px; }
 button:disabled { opacity: 0.45; }
 button.chosen { outline: 3px solid #2a7de1; }
 button.main { background: #2a7de1; color: white; font-size: 1.1em; }
@@ -851,7 +851,7 @@ kbd { border: 1px solid #8888; border-radius: 4px; padding: 0 5px; font-size: 0.
 .zoom { position: fixed; inset: 0; z-index: 1000; background: #000e; cursor: zoom-out; }
 .zoom img { width: 100vw; height: 100vh; padding: 2vmin; object-fit: contain; margin: 0; }
 .zoom span { position: absolute; top: 8px; left: 14px; color: white; }
-@media (max-width: 600px) { kbd, .hint { display: none; } .pair { gap: 4px; } }
+@media (max-width: 600px) { kbd, .hint { display: none; } .pair { gap: 4px; margin: 0 -36px; } }
 """
 
 SCRIPT = r"""
