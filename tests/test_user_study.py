@@ -285,12 +285,6 @@ def test_test_pairs_come_to_every_rater(tmp_path):
     assert sum(checks("second")) == 4 and study.view("third")["finished"] and not checks("third")
 
 
-def test_majorities_by_hand():
-    first, second, ties = np.array([[3, 2, 2, 2, 2, 0, 1, 3], [2, 3, 2, 1, 2, 0, 0, 1], [0, 0, 1, 2, 0, 5, 0, 1]])
-    decided = user_study.majority(first, second, first + second + ties)
-    assert decided.tolist() == [1, 0, 0.5, 0.5, 0.5, 0.5, 1, 1]
-
-
 def test_fleiss_kappa_of_the_textbook():
     """Fleiss' example of 14 raters, 10 subjects and 5 categories: kappa 0.210."""
     table = [[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1], [7, 7, 0, 0, 0]]
@@ -453,9 +447,8 @@ def test_images_of_evaluate(tmp_path):
     user_study.make_study(user_study.parse_arguments([str(flag) for flag in (*flags, tmp_path / "study", *more)]))
     study = user_study.Study(tmp_path / "study")
     assert study.record["pairs"] == [["tuned", "base"]] and len(study.record["prompts"]) == 6
-    red, green, _ = np.asarray(Image.open(user_study.picture_file(study.folder, study.record, 2, "tuned"))).mean(
-        axis=(0, 1)
-    )
+    picture = Image.open(user_study.picture_file(study.folder, study.record, 2, "tuned"))
+    red, green, _ = np.asarray(picture).mean(axis=(0, 1))
     assert abs(red - study.record["prompts"][2]["index"]) < 4 and abs(green - 100) < 4
     assert "made with all_prompts" in refused(*flags, tmp_path / "study", *more, "--max_prompts", 5)
     assert "was drawn from other prompts" in refused(*flags, tmp_path / "new", "--max_prompts", 5)

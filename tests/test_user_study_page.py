@@ -133,54 +133,73 @@ def browser(tmp_path_factory):
         context.close()
 
 
-def wait_for_text(page, part: str, start: str) -> None:
-    page.wait_for_function(f"document.querySelector('[data-part={part}]').textContent.startsWith('{start}')")
+def wait_for_task(page, place: str = "") -> None:
+    """Until the page takes an answer, at "comparison/question". It asks at every frame: a selector would be asked for
+    every half second."""
+    page.wait_for_function(
+        """place => {
+            const text = name => parseInt(document.querySelector(`[data-part=${name}]`)?.textContent);
+            const button = document.querySelector('[data-answer=left]');
+            const there = !place || `${text("count")}/${text("question")}` === place;
+            return there && button && !button.disabled && button.offsetParent;
+        }""",
+        arg=place,
+    )
 
 
-def wait_for_task(page) -> None:
-    """Until the page takes an answer. It asks at every frame: a selector would be asked for every half second."""
-    page.wait_for_function("(b => b && !b.disabled && b.offsetParent)(document.querySelector('[data-answer=left]'))")
+# Two clicks, of which the second one comes when the next question is drawn.
+DOUBLE_CLICK = """() => new Promise(done => {
+    const button = document.querySelector('[data-answer="right"]');
+    const text = document.querySelector('[data-part="question"]');
+    new MutationObserver(() => setTimeout(() => { button.click(); done(); }, 20)).observe(
+        text, {childList: true, characterData: true, subtree: true});
+    button.click();
+})"""
 
 
-def test_a_rater_goes_through_eight_comparisons(browser, tmp_path):
+def test_a_rater_goes_through_four_comparisons(browser, tmp_path):
     """By keyboard and mouse, with a reload in the middle, a step back, a restart of the server, at phone width, too."""
-    flags = ["--allow_ties", "--questions", "overall", "--consent", "My own consent.", "--comparisons_per_rater", 8]
-    study, port = make_study(tmp_path, *flags, models=("tuned", "base")), free_port()
-    page, requests, dialogs = browser.new_page(), [], []
+    flags = ["--allow_ties", "--questions", "overall", "appeal", "--consent", "My own consent."]
+    study = make_study(tmp_path, *flags, "--comparisons_per_rater", 4, models=("tuned", "base"))
+    page, port, requests, dialogs = browser.new_page(), free_port(), [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
-    count = lambda: page.inner_text('[data-part="count"]')  # noqa: E731
 
     def answer(act, expected: str):
         wait_for_task(page)
-        assert_no_model_in(page)
+        assert not re.search(r"tuned|\bbase\b|noise", page.inner_text("body"))
+        assert not re.search(r"tuned|noise|[\"'/]base[\"'/]", page.inner_html("#study"))
+        if "alert" in (prompt := page.inner_text('[data-part="prompt"]')):
+            assert prompt == HARD and page.get_attribute('[data-part="prompt"]', "dir") == "auto"
         act()
-        wait_for_text(page, "count", f"{expected} of")
+        wait_for_task(page, expected)
+        assert page.is_visible('[data-part="prompt"]') == expected.endswith("/1")  # "appeal" hides it
 
     with served(study, port):
         page.goto(f"http://127.0.0.1:{port}/?rater=ann")
         page.wait_for_selector('[data-part="start"]:visible')
         assert "My own consent." == page.inner_text('[data-part="consent"]')
         page.click('[data-part="start"]')
-        answer(lambda: page.keyboard.press("ArrowLeft"), "2")
-        answer(lambda: page.keyboard.press("2"), "3")
-        answer(lambda: page.keyboard.press("t"), "4")
-        answer(lambda: page.click('[data-answer="right"]'), "5")
+        answer(lambda: page.keyboard.press("ArrowLeft"), "1/2")
+        answer(lambda: page.keyboard.press("2"), "2/1")
+        answer(lambda: page.keyboard.press("t"), "2/2")
+        answer(lambda: page.evaluate(DOUBLE_CLICK), "3/1")
+        page.dispatch_event(LEFT, "click", {"detail": 2})
+        page.wait_for_timeout(100)
         page.reload()
-        wait_for_task(page)
-        assert count() == "5 of 8" and "rater=ann" in page.url
+        wait_for_task(page, "3/1")
+        assert "rater=ann" in page.url
         page.keyboard.press("Backspace")
-        page.wait_for_selector('[data-answer="right"].chosen')
-        assert count() == "4 of 8"
-        answer(lambda: page.keyboard.press("1"), "5")
+        page.wait_for_selector('[data-answer="tie"].chosen')
+        answer(lambda: page.keyboard.press("1"), "2/2")
+        answer(lambda: page.keyboard.press("2"), "3/1")
         page.click('[data-part="left"]')
         assert page.is_visible('[data-part="zoom"]')
         page.keyboard.press("ArrowRight")  # the other picture, and no vote
         assert page.inner_text('[data-part="zoom"] span') == "right"
         page.keyboard.press("Escape")
-        assert not page.is_visible('[data-part="zoom"]') and count() == "5 of 8"
-        answer(lambda: page.click(LEFT), "6")
-        wait_for_task(page)
+        assert not page.is_visible('[data-part="zoom"]')
+        answer(lambda: page.click(LEFT), "3/2")
 
     # The server is gone: the page keeps the answer, and goes on by itself.
     page.keyboard.press("1")
@@ -189,9 +208,8 @@ def test_a_rater_goes_through_eight_comparisons(browser, tmp_path):
     again = user_study.Study(tmp_path / "study")
     gradio.context.Context.id = 0  # a new process counts its components from 0
     with served(again, port):
-        wait_for_text(page, "count", "7 of")
+        wait_for_task(page, "4/1")
         page.set_viewport_size({"width": 390, "height": 800})
-        wait_for_task(page)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         for name in ("left", "right", "tie"):
             box = page.locator(f'[data-answer="{name}"]').bounding_box()
@@ -200,58 +218,16 @@ def test_a_rater_goes_through_eight_comparisons(browser, tmp_path):
         page.click(LEFT)
         page.wait_for_selector('[data-part="notice"]:visible')
         page.unroute("**/component_server/**")
-        wait_for_text(page, "count", "8 of")
-        wait_for_task(page)
+        wait_for_task(page, "4/2")
         page.click(LEFT)
         page.wait_for_selector('[data-part="end"]:visible')
-        assert "8 comparisons" in page.inner_text('[data-part="answered"]')
+        assert "4 comparisons" in page.inner_text('[data-part="answered"]')
 
     lines = user_study.read_votes(tmp_path / "study")
     given = [line["answer"] for line in lines if "answer" in line]
-    assert given == ["left", "right", "tie", "right", "left", *["left"] * 4]
+    assert given == ["left", "right", "tie", "right", *["left"] * 5]
     assert len(user_study.final_votes(lines)) == 8 and {line["rater"] for line in lines} == {"ann"}
     assert not dialogs and not any(re.search("tuned|base", url) for url in requests)
-
-
-def test_a_double_click_answers_one_question(browser, tmp_path):
-    study, port = make_study(tmp_path, models=("tuned", "base")), free_port()
-    page = browser.new_page()
-    with served(study, port):
-        page.goto(f"http://127.0.0.1:{port}/?rater=ann")
-        page.click('[data-part="start"]')
-        wait_for_task(page)
-        # The next question is drawn before the second half of the click comes.
-        page.evaluate("""() => new Promise(done => {
-            const button = document.querySelector('[data-answer="left"]');
-            const text = document.querySelector('[data-part="question"]');
-            new MutationObserver(() => setTimeout(() => { button.click(); done(); }, 20)).observe(
-                text, {childList: true, characterData: true, subtree: true});
-            button.click();
-        })""")
-        wait_for_task(page)
-        page.dispatch_event(LEFT, "click", {"detail": 2})
-        page.wait_for_timeout(100)
-        assert page.inner_text('[data-part="question"]').startswith("2 of 3")
-        assert [vote["question"] for vote in user_study.final_votes(user_study.read_votes(study.folder))] == ["general"]
-        # The second question hides the prompt; back at the first one it is there again.
-        assert not page.is_visible('[data-part="prompt"]')
-        page.keyboard.press("Backspace")
-        wait_for_text(page, "question", "1 of 3")
-        assert page.is_visible('[data-part="prompt"]')
-        wait_for_task(page)
-        page.click(LEFT)
-        wait_for_text(page, "question", "2 of 3")
-        wait_for_task(page)
-        page.click(LEFT)
-        wait_for_text(page, "question", "3 of")
-
-
-def assert_no_model_in(page) -> None:
-    assert not re.search(r"tuned|\bbase\b|noise", page.inner_text("body"))
-    assert not re.search(r"tuned|noise|[\"'/]base[\"'/]", page.inner_html("#study"))
-    prompt = page.inner_text('[data-part="prompt"]')
-    if "alert" in prompt:
-        assert prompt == HARD and page.get_attribute('[data-part="prompt"]', "dir") == "auto"
 
 
 def test_answers_and_headers_of_the_server_name_no_model(tmp_path):
@@ -270,16 +246,11 @@ def test_answers_and_headers_of_the_server_name_no_model(tmp_path):
             state, count = rater.answer(state, "left"), count + 1
         assert count == 3 * 13
         form = {"Content-Type": "multipart/form-data; boundary=x"}
-        part = (
-            b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + b"a" * 99 + b"\r\n--x--\r\n"
-        )
-        for status, path, data, kind in (
-            ("404", "picture/none", None, {}),  # at once: the server is there
-            ("404", "picture/study.json", None, {}),
-            ("413", "gradio_api/upload", part, form),
-        ):
+        head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+        upload = Request(f"{rater.url}/gradio_api/upload", head + b"a" * 99 + b"\r\n--x--\r\n", form)
+        for status, request in (("404", f"{rater.url}/picture/study.json"), ("413", upload)):
             with pytest.raises(HTTPError, match=status):
-                urlopen(Request(f"{rater.url}/{path}", data, kind))
+                urlopen(request)
     assert list(study.shown) == ["r"]
 
 
@@ -302,11 +273,10 @@ def test_the_space_serves_and_sends_its_votes(tmp_path, online):  # noqa: F811
     assert not any(secret in content for content in files.values())
 
     port, log = free_port(), tmp_path / "log"
+    files["app.py"] = files["app.py"].replace(b"7860", str(port).encode())
     for name, content in files.items():
         (tmp_path / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "hf" / name).write_bytes(
-            content.replace(b"7860", str(port).encode()) if name == "app.py" else content
-        )
+        (tmp_path / "hf" / name).write_bytes(content)
 
     def app():
         sys.path.insert(0, os.getcwd())
