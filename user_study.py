@@ -671,7 +671,7 @@ class Study:
     def answer(self, rater: str, position: int, question: str, answer: str, seconds: float, picture: str) -> dict:
         """Records an answer, unless it is the last one given or something else stands at this position than in the page
         (`picture`: its left one): then nothing changes, and the page goes on where the rater is."""
-        asked = list(self.questions).index(question) + 1
+        asked, _ = list(self.questions).index(question) + 1, ("left", "right", "tie").index(answer)  # or a ValueError
         with self.lock:
             shown = list(self.shown.get(rater, {}).values())
             if not 0 <= position < len(shown) or picture != self.picture_name(shown[position], "left"):
@@ -686,6 +686,8 @@ class Study:
     def view(self, rater: str, position: int | None = None, asked: int | None = None) -> dict:
         """What the page shows at a position, by default where the rater is: the question number `asked`, or the first
         one without an answer. After all that was shown comes the next comparison, or the end."""
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", rater):  # a random number from the page, or a word from a link
+            raise ValueError("a rater's id has 1 to 64 letters, digits, - or _")
         with self.lock:
             shown, loads = self.shown.setdefault(rater, {}), self.loads()
             # `asked` is given for what was shown before; else the page goes on, as far as the last one is answered.
@@ -968,7 +970,7 @@ document.addEventListener("keydown", event => {
   part("consent").textContent = consent;
   show("welcome");
   part("start").addEventListener("click", () => {
-    const id = linked || crypto.getRandomValues(new Uint32Array(2)).join("-");
+    const id = /^[\w-]{1,64}$/.test(linked || "") ? linked : crypto.getRandomValues(new Uint32Array(2)).join("-");
     try { localStorage.setItem(kept, id); } catch {}
     begin(id);
   });
@@ -1031,8 +1033,7 @@ def draw_chart(results: dict, file: Path) -> None:
     axes, single = figure.subplots(), len({row[:2] for row in bars}) == 1
     for place, (*_, found) in enumerate(bars):
         widths = np.array([found[key] for key in ("wins", "undecided", "losses")]) / found["n_comparisons"]
-        colours = ("#2a7de1", "#cccccc", "#e18b2a")
-        axes.barh([place] * 3, widths, left=widths.cumsum() - widths, color=colours, height=0.6)
+        axes.barh([place] * 3, widths, 0.6, widths.cumsum() - widths, color=["#2a7de1", "#cccccc", "#e18b2a"])
         rate, (low, high) = found["win_rate"], found["win_rate_ci95"]
         spread = [[max(rate - low, 0)], [max(high - rate, 0)]]
         axes.errorbar(rate, place, xerr=spread, color="black", capsize=4, fmt="o", markersize=4)

@@ -208,6 +208,9 @@ def test_what_counts_as_an_answer(tmp_path):
     assert [line["answer"] for line in lines_of(study) if "answer" in line] == ["left", "right"]
     (final,) = user_study.final_votes(lines_of(study))
     assert final["answer"] == "right" and final["chosen"] == final["right"]
+    for rater, answer in (("r", "item"), ("../x", "left")):
+        with pytest.raises(ValueError):
+            reply(study, rater, state, answer)
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
