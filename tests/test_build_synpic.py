@@ -512,18 +512,6 @@ def test_rewards_at_once_decode_once_and_give_the_same_bytes(built, prompts, rec
     assert written(before, snapshot(outputs[2])) == [str(lost.relative_to(outputs[2]))]
 
 
-def test_a_model_that_does_not_fit_beside_others_says_what_to_do(prompts, recipe, tmp_path, monkeypatch):
-    clip = make_tiny_pickscore(tmp_path / "clip")
-
-    def full(self):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(build_synpic.CLIPScoreReward, "load", full)
-    rewards = [f"pickscore={clip}", f"clipscore={clip}"]
-    line = f"reward clipscore={clip}: the device's memory does not hold it: hold fewer at once"
-    assert refused(*flags(prompts, recipe, tmp_path / "out", rewards)) == line
-
-
 def test_statistics_are_those_of_scipy(tmp_path):
     """Over two files: tau-b with ties, and a reward that orders nothing in some rows, or in all."""
     rng, rewards = np.random.default_rng(0), ["a", "b.1", "constant"]
