@@ -6,10 +6,11 @@ import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import datasets
 import huggingface_hub
 import pytest
 from datasets import Dataset, Features, Image, Value
-from test_hub import client
+from test_user_study import online  # noqa: F401
 
 import build_synpic
 import evaluate
@@ -186,57 +187,47 @@ def test_datasets_of_other_files_are_streamed_too(tmp_path):
         assert "no column 'prompt'; it has" in error(tmp_path / name, "prompt")
 
 
-# What a client of this Hub does, and prints.
-CLIENT = """
-import json
-import sys
-import build_synpic
-from build_synpic import PROMPT_SETS, parse_arguments, read_prompts
-PROMPT_SETS["parti"]["source"] = sys.argv[1]
-found = {}
-for name in sys.argv[2:]:
-    args = parse_arguments(["--prompts", name, "--max_prompts", "500"])
-    category = PROMPT_SETS.get(name, {}).get("category_column")
+def rows_of(name: str) -> list[list] | str:
+    """(prompt, category) and the places of a set with a short name; or what is refused."""
+    args = build_synpic.parse_arguments(["--prompts", name, "--max_prompts", "500"])
+    category = build_synpic.PROMPT_SETS.get(name, {}).get("category_column")
+    source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
     try:
-        keep = (category,) if category else ()
-        rows, places = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep)
-        found[name] = [[row["prompt"], row.get(category)] for row in rows]
-        found[f"places of {name}"] = [list(place.values()) for place in places]
+        rows, places = build_synpic.read_prompts(*source, (category,) if category else ())
     except SystemExit as stopped:
-        found[name] = stopped.code
-print(json.dumps(found))
-"""
+        return stopped.code
+    return [[row["prompt"], row.get(category), *place.values()] for row, place in zip(rows, places)]
 
 
-def test_sets_with_a_short_name_come_from_the_hub_without_images(pairs, server, web, tmp_path):
+def test_sets_with_a_short_name_come_from_the_hub_without_images(pairs, online, web, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Through the real client: the bytes of all answers to its requests for 500 captions."""
+    for module, name in ((datasets.config, "HF_HUB_OFFLINE"), (build_synpic, "HF_HUB_OFFLINE")):
+        monkeypatch.setattr(module, name, False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", online.url)
+    monkeypatch.setitem(build_synpic.PROMPT_SETS["parti"], "source", f"{web}/parti.tsv")
     files = {f"data/{file.name}": file.read_bytes() for file in sorted(pairs.rglob("*.parquet"))}
     first, size = next(iter(files.values())), sum(map(len, files.values()))
-    server.commit("datasets", "liuhuohuo2/pick-a-pic-v2", {**files, "data/train-00000-of-00001.parquet": first})
+    online.commit("datasets", "liuhuohuo2/pick-a-pic-v2", {**files, "data/train-00000-of-00001.parquet": first})
     known = ("anime", "concept-art", "paintings", "photo")
     styles = {f"benchmark/{style}.json": json.dumps([style, "both"]).encode() for style in known}
-    server.commit("datasets", "zhwang/HPDv2", {**styles, "train.json": b"{}"})
+    online.commit("datasets", "zhwang/HPDv2", {**styles, "train.json": b"{}"})
     Web.pages["parti.tsv"] = ("text/plain", b'Prompt\tCategory\n"42"\tAbstract\na dog\tAnimals\n')
 
-    names = ["pickapic-val", "pickapic-train", "hpsv2", "parti", "pickapic", "hpsv2.1"]
-    result = client(server, tmp_path / "home", "-c", CLIENT, f"{web}/parti.tsv", *names)
-    pairs_paths = [path for path in server.served if "pick-a-pic" in path and "train-" not in path]
-    served = sum(server.served[path] for path in pairs_paths)
+    assert rows_of("pickapic-val") == [[f"caption {i}", None, 2 * i] for i in range(500)]
+    assert rows_of("pickapic-train") == [[f"caption {i}", None, 2 * i] for i in range(300)]
+    pairs_paths = [path for path in online.served if "pick-a-pic" in path and "train-" not in path]
+    served = sum(online.served[path] for path in pairs_paths)
     print(f"Hub: {served:,} of {size:,} bytes for 500 captions")
     assert served < size / 100
-    assert not list((tmp_path / "home").rglob("*.parquet"))
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert found["pickapic-val"] == [[f"caption {i}", None] for i in range(500)]
-    assert found["pickapic-train"] == [[f"caption {i}", None] for i in range(300)]
-    others = [[style, style] for style in known[1:]]
-    assert found["hpsv2"] == [["anime", "anime"], ["both", "anime"], *others]
+    assert not list((tmp_path / "cache").rglob("*.parquet"))
     # As the benchmark numbers its pictures, anime/00001.jpg: repeats count, over all rows and within a style.
-    assert found["places of hpsv2"] == [[0, 0], [1, 1], [2, 0], [4, 0], [6, 0]]
-    assert "--prompts hpsv2: 3 of 8 rows repeat an earlier prompt and are left out" in result.stderr
-    assert found["parti"] == [['"42"', "Abstract"], ["a dog", "Animals"]]
+    others = [[style, style, 2 * i, 0] for i, style in enumerate(known) if i]
+    assert rows_of("hpsv2") == [["anime", "anime", 0, 0], ["both", "anime", 1, 1], *others]
+    assert "--prompts hpsv2: 3 of 8 rows repeat an earlier prompt and are left out" in capsys.readouterr().err
+    assert [row[:2] for row in rows_of("parti")] == [['"42"', "Abstract"], ["a dog", "Animals"]]
     for name in ("pickapic", "hpsv2.1"):
-        assert found[name].startswith(f"--prompts {name}: cannot be read: ")
-        assert found[name].endswith("; the sets with a short name are pickapic-train, pickapic-val, hpsv2, parti")
+        assert rows_of(name).startswith(f"--prompts {name}: cannot be read: ")
+        assert rows_of(name).endswith("; the sets with a short name are pickapic-train, pickapic-val, hpsv2, parti")
 
 
 def test_flags_that_are_given_win_over_those_of_a_set():
