@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "datasets", "fastapi", "filelock", "gradio>=6.31", "huggingface_hub", "matplotlib", "numpy", "pillow", "pyyaml",
+#     "datasets", "fastapi", "filelock", "gradio", "huggingface_hub", "matplotlib", "numpy", "pillow", "pyyaml",
 #     "scipy", "tqdm", "uvicorn",
 # ]
 # ///
