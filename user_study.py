@@ -849,7 +849,7 @@ button.chosen { outline: 3px solid #2a7de1; }
 button.main { background: #2a7de1; color: white; font-size: 1.1em; }
 kbd { border: 1px solid #8888; border-radius: 4px; padding: 0 5px; font-size: 0.8em; }
 .hint { opacity: 0.65; font-size: 0.85em; margin-top: 10px; }
-.notice { background: #f7d774; color: black; padding: 8px 12px; border-radius: 6px; }
+.notice { background: #f7d774; color: black; margin: 8px 0; padding: 8px 12px; border-radius: 6px; }
 .zoom { position: fixed; inset: 0; z-index: 1000; background: #000e; cursor: zoom-out; }
 .zoom img { width: 100vw; height: 100vh; padding: 2vmin; object-fit: contain; margin: 0; }
 .zoom span { position: absolute; top: 8px; left: 14px; color: white; }
