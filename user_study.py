@@ -8,30 +8,15 @@
 # ///
 """A blinded user study: people say which of two pictures is better, and their votes become figures and data.
 
-    python user_study.py serve --study_dir outputs/study --evaluation_dir outputs/evaluation --prompts heldout.txt \
-        --num_prompts 100 --attention_checks 4
+    python user_study.py serve --study_dir outputs/study --evaluation_dir outputs/evaluation --prompts heldout.txt
 
-This takes the images that evaluate.py drew, samples prompts, and shows a page at http://127.0.0.1:7860: a prompt, two
-pictures, three questions (`--questions overall` asks one, as the RankDPO paper does). Raters do not see which model
-drew what. After a crash, `serve --study_dir outputs/study` goes on. Images of any models:
-
-    python user_study.py serve --study_dir outputs/study --images ours=/data/ours/{index:05d}.png \
-        theirs=/data/theirs/{index:05d}.png --prompts hpsv2 --per_category 25
-
-Majorities, win rates with intervals, agreement, a table and a chart; and into the card of a LoRA on the Hub:
+This takes the images that evaluate.py drew (or any: --images), samples prompts, and shows a page at
+http://127.0.0.1:7860: a prompt, two pictures, three questions. Raters do not see which model drew what. After a crash,
+`serve --study_dir outputs/study` goes on. `space` makes the page a Space on the Hub. Then majorities, win rates with
+intervals, agreement, a table and a chart; and the votes as preference pairs, or as rankings, to train on:
 
     python user_study.py tally --study_dir outputs/study
-    python user_study.py tally --study_dir outputs/study --push_to_hub --hub_model_id user/rankdpo-sdxl
-
-The votes as preference pairs, for score_pairs.py and train_dpo_qsd.py, or as rankings, for train_rankdpo_*.py:
-
     python user_study.py export --study_dir outputs/study --output_dir outputs/people-pairs
-    python user_study.py export --study_dir outputs/study --export_format ranked --output_dir outputs/people-ranked
-
-The page as a Space on the Hub, with the votes in a private dataset:
-
-    python user_study.py space --study_dir outputs/study --hub_dataset_id user/votes --hub_space_id user/study \
-        --push_to_hub
 """
 
 import argparse
@@ -54,8 +39,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
-from importlib.util import find_spec
 from io import BytesIO, StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,7 +70,6 @@ STUDY, VOTES, PICTURES = "study.json", "votes", "pictures"  # what a study's fol
 MAKING = """evaluation_dir images prompts num_prompts per_category seed questions allow_ties category_column models
 baseline votes_per_comparison comparisons_per_rater attention_checks max_failed_checks picture_size consent""".split()
 HELD_MINUTES = 60  # a comparison that was shown and not answered goes to somebody else after this time
-PUBLISH_MINUTES = 1  # between two commits of votes
 FEW_PROMPTS, FEW_RATERS = 25, 5  # an interval over fewer prompts or raters carries a warning
 DATA_FILE = re.compile(r"data/train-\d{5}-of-\d{5}\.parquet")
 CHECK_SPACING = 10  # a test pair comes after so many comparisons, or sooner where a rater sees few
@@ -108,9 +90,7 @@ def flag(default, help: str, group: str | None = None, *, min=None, above=None, 
 
 @dataclass
 class ScriptArguments:
-    command: Literal["serve", "space", "tally", "export"] = flag(
-        "serve", "What to do; stands as the first word.", "Study"
-    )
+    command: Literal["serve", "space", "tally", "export"] = flag("serve", "What to do: the first word.", "Study")
     study_dir: str = flag("outputs/study", "Folder of the study: prompts, pictures and votes.")
     output_dir: str | None = flag(None, "Folder that tally, export or space writes. Default: in --study_dir.")
     seed: int = flag(0, "Seeds the sample and the bootstrap.", min=0, max=2**32 - 1)
@@ -125,9 +105,7 @@ class ScriptArguments:
     max_prompts: int | None = flag(None, "The images are of the first N distinct prompts.", min=1)
     num_prompts: int = flag(100, "Prompts to sample.", min=1)
     per_category: int | None = flag(None, "Prompts to sample from each category, instead of --num_prompts.", min=1)
-    questions: list[str] = flag(
-        lambda: list(QUESTIONS)[:3], f"{', '.join(QUESTIONS)}, or name=text; asks what is better."
-    )
+    questions: list[str] = flag(lambda: list(QUESTIONS)[:3], f"{', '.join(QUESTIONS)}, or name=text: what is better?")
     allow_ties: bool = flag(False, "Raters may answer that they see no difference.")
     votes_per_comparison: int = flag(5, "Raters who see each comparison.", min=1)
     comparisons_per_rater: int | None = flag(None, "At most so many comparisons for one rater. Default: all.", min=1)
@@ -153,8 +131,7 @@ class ScriptArguments:
                     raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
         if self.command == "serve" and self.output_dir:
             raise SystemExit("--output_dir is for the other commands: serve writes to --study_dir")
-        if self.prompts:
-            complete_prompt_flags(self)
+        complete_prompt_flags(self)
         parse_questions(self.questions)
         folders = {"serve": "", "space": "space", "tally": "tally", "export": self.export_format}
         self.output_dir = self.output_dir or str(Path(self.study_dir, folders[self.command]))
@@ -174,8 +151,7 @@ def sample_prompts(categories: list[str], num_prompts: int, per_category: int | 
     wanted, flag_name = (per_category, "--per_category") if per_category else (num_prompts, "--num_prompts")
     for name, members in groups.items():
         if len(members) < wanted:
-            where = f"category {name!r} has" if name else "there are"
-            raise SystemExit(f"{flag_name} {wanted}: {where} only {len(members)} prompts: choose fewer")
+            raise SystemExit(f"{flag_name} {wanted}: {name or 'the source'} has {len(members)} prompts: choose fewer")
     return sorted(int(i) for members in groups.values() for i in rng.choice(members, wanted, replace=False))
 
 
@@ -194,15 +170,7 @@ def next_comparison(loads: dict[str, int], seen: set[str], wanted: int, secret: 
 def first_goes_left(secret: str, rater: str, pair: tuple[str, str], number: int) -> bool:
     """Whether the first model of a pair stands on the left, the `number`-th time that a rater sees this pair of models:
     once in every two times, at random. So nobody sees a model on one side more often."""
-    first = int(keyed(secret, "side", rater, *pair, number // 2), 16) % 2 == 0
-    return first == (number % 2 == 0)
-
-
-def check_is_due(comparisons: int, checks: int, limit: int, all_checks: int) -> bool:
-    """Whether a test pair comes next, after so many comparisons and test pairs: they are spread evenly, and no wider
-    than CHECK_SPACING, since most raters end before the limit of what one may see."""
-    spread = min(limit, CHECK_SPACING * (all_checks + 1))
-    return checks < all_checks and comparisons >= (checks + 1) * spread // (all_checks + 1)
+    return (int(keyed(secret, "side", rater, *pair, number // 2), 16) + number) % 2 == 0
 
 
 # What the votes say --------------------------------------------------------------------------------------------------
@@ -232,11 +200,10 @@ def kept_votes(votes: list[dict], max_failed_checks: int) -> tuple[list[dict], l
     return [vote for vote in votes if vote["rater"] not in excluded and not is_check(vote)], excluded
 
 
-def majority(counts: np.ndarray) -> np.ndarray:
+def majority(first: np.ndarray, second: np.ndarray, votes: np.ndarray) -> np.ndarray:
     """The decision of each comparison, the option with more than half of its votes: 1 the first model, 0 the second,
-    0.5 neither: an even split, or a tie. `counts`: (n, 3), votes for the first model, for the second, for a tie."""
-    more_than_half = 2 * counts > counts.sum(axis=1, keepdims=True)
-    return np.where(more_than_half[:, 0], 1.0, np.where(more_than_half[:, 1], 0.0, 0.5))
+    0.5 neither: an even split, or ties. Takes the votes for the first model, for the second, and all of them."""
+    return 0.5 + 0.5 * (2 * first > votes) - 0.5 * (2 * second > votes)
 
 
 def fleiss_kappa(counts: np.ndarray) -> float | None:
@@ -251,42 +218,26 @@ def fleiss_kappa(counts: np.ndarray) -> float | None:
     return float((agreement - chance) / (1 - chance)) if chance < 1 else None
 
 
-def resampled(shape: tuple[int, int], seed: int, resamples: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """How often each prompt, and each rater, was drawn in each of 500 resamples, with replacement: the cluster
-    bootstrap, in which a vote counts as often as its prompt was drawn, times as often as its rater was."""
-    rng = np.random.default_rng(seed)
+def bootstrap(first: np.ndarray, second: np.ndarray, votes: np.ndarray, seed: int, resamples: int = 10_000):
+    """95 % intervals of the share of comparisons that the first model wins by majority (undecided ones count half), and
+    of its share of the votes (a tie counts half). Takes the votes for the first model, for the second, and all of them,
+    each (n_prompts, n_raters). The cluster bootstrap over prompts and raters, drawn with replacement: a vote counts as
+    often as its prompt was drawn, times as often as its rater was. Every resample decides by majority anew. Its raters
+    are fewer than there were (some are drawn twice), so its majorities are closer to one half; the spread of the
+    resamples is therefore laid around the figure itself."""
+    rng, won, shares = np.random.default_rng(seed), [], []
+    wins = first + 0.5 * (votes - first - second)
     for _ in range(0, resamples, 500):
-        yield tuple(rng.multinomial(n, np.full(n, 1 / n), size=500).astype(np.float64) for n in shape)
-
-
-def bootstrap_share(wins: np.ndarray, votes: np.ndarray, seed: int, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the share of votes. `wins` of the first model (a tie is half a win) and all `votes`:
-    (n_prompts, n_raters)."""
-    shares = []
-    for prompts, raters in resampled(votes.shape, seed, resamples):
-        with np.errstate(invalid="ignore"):  # no vote was drawn: only with very few votes
-            shares.append(((prompts @ wins) * raters).sum(axis=1) / ((prompts @ votes) * raters).sum(axis=1))
-    low, high = np.nanpercentile(np.concatenate(shares), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def bootstrap_majority(
-    first: np.ndarray, second: np.ndarray, votes: np.ndarray, seed: int, resamples: int = 10_000
-) -> tuple[float, float]:
-    """95 % interval of the share of comparisons that the first model wins by majority; undecided ones count half. Every
-    resample decides anew. Its raters are fewer than there were (some are drawn twice), so its majorities are closer to
-    one half; the spread of the resamples is therefore laid around the figure itself."""
-    shares = []
-    for prompts, raters in resampled(votes.shape, seed, resamples):
+        prompts, raters = (rng.multinomial(n, np.full(n, 1 / n), size=500).astype(np.float64) for n in votes.shape)
         all_votes = raters @ votes.T
-        decisions = 0.5 + 0.5 * (2 * raters @ first.T > all_votes) - 0.5 * (2 * raters @ second.T > all_votes)
         weights = prompts * (all_votes > 0)
-        with np.errstate(invalid="ignore"):
-            shares.append((weights * decisions).sum(axis=1) / weights.sum(axis=1))
-    shares, ties = np.concatenate(shares), votes - first - second
-    figure = majority(np.stack([kind.sum(axis=1) for kind in (first, second, ties)], axis=1)).mean()
-    low, high = np.nanpercentile(shares - np.nanmean(shares) + figure, [2.5, 97.5])
-    return float(max(low, 0.0)), float(min(high, 1.0))
+        decisions = majority(raters @ first.T, raters @ second.T, all_votes)
+        with np.errstate(invalid="ignore"):  # no vote was drawn: only with very few votes
+            won.append((weights * decisions).sum(axis=1) / weights.sum(axis=1))
+            shares.append(((prompts @ wins) * raters).sum(axis=1) / ((prompts @ votes) * raters).sum(axis=1))
+    won, figure = np.concatenate(won), majority(*(kind.sum(axis=1) for kind in (first, second, votes))).mean()
+    of_won = np.nanpercentile(won - np.nanmean(won) + figure, [2.5, 97.5]).clip(0, 1)
+    return of_won.tolist(), np.nanpercentile(np.concatenate(shares), [2.5, 97.5]).tolist()
 
 
 def agreement_with_others(votes: list[dict]) -> dict[str, float]:
@@ -310,11 +261,10 @@ def tally(record: dict, log: Iterable[dict], max_failed_checks: int, seed: int) 
     checks = {(vote["rater"], vote["item"]) for vote in everything if is_check(vote)}
     failed, seen = failed_checks(everything), Counter(rater for rater, _ in checks)
     agreement, counts = agreement_with_others(kept), Counter(vote["rater"] for vote in kept)
-    each = {
-        rater: {"votes": counts[rater], "checks": seen[rater], "failed_checks": failed[rater]}
-        | {"agreement": agreement.get(rater)}
-        for rater in sorted(counts)
-    }
+    each = {}
+    for rater in sorted(counts):
+        each[rater] = {"votes": counts[rater], "checks": seen[rater], "failed_checks": failed[rater]}
+        each[rater]["agreement"] = agreement.get(rater)
     n_votes = sum(not is_check(vote) for vote in everything)
     raters = {"n_raters": len({vote["rater"] for vote in everything}), "n_excluded": len(excluded)}
     raters |= {"n_votes": len(kept), "n_votes_excluded": n_votes - len(kept), "excluded": excluded, "each": each}
@@ -337,26 +287,28 @@ def pair_figures(votes: list[dict], name: str, other: str, seed: int) -> dict:
     answers = np.zeros((3, len(items), len(raters)))
     for vote in votes:
         answers[(name, other, "tie").index(vote["chosen"]), items.index(vote["item"]), raters.index(vote["rater"])] = 1
-    counts, all_votes = answers.sum(axis=2).T, answers.sum(axis=0)
-    decisions, wins = majority(counts), answers[0] + 0.5 * answers[2]
+    (first, second, ties), counts = answers, answers.sum(axis=2)
+    n_each = counts.sum(axis=0)
+    decisions = majority(counts[0], counts[1], n_each)
     decided = decisions[decisions != 0.5]
     n_wins, sides = int(decided.sum()), [vote["answer"] for vote in votes if vote["answer"] != "tie"]
+    of_wins, of_votes = bootstrap(first, second, answers.sum(axis=0), seed)
     figures = {
         "n_comparisons": len(items),
         "n_votes": len(votes),
         "n_raters": len(raters),
-        "votes_per_comparison": [int(counts.sum(axis=1).min()), int(counts.sum(axis=1).max())],
+        "votes_per_comparison": [int(n_each.min()), int(n_each.max())],
         "wins": n_wins,
         "losses": len(decided) - n_wins,
         "undecided": len(items) - len(decided),
         "win_rate": float(decisions.mean()),
-        "win_rate_ci95": bootstrap_majority(answers[0], answers[1], all_votes, seed),
+        "win_rate_ci95": of_wins,
         "win_rate_decided": float(decided.mean()) if len(decided) else None,
         "sign_test_p": float(binomtest(n_wins, len(decided)).pvalue) if len(decided) else None,
-        "vote_share": float(wins.sum() / all_votes.sum()),
-        "vote_share_ci95": bootstrap_share(wins, all_votes, seed),
-        "tie_share": float(answers[2].sum() / all_votes.sum()),
-        "fleiss_kappa": fleiss_kappa(counts),
+        "vote_share": float((first + 0.5 * ties).sum() / len(votes)),
+        "vote_share_ci95": of_votes,
+        "tie_share": float(ties.sum() / len(votes)),
+        "fleiss_kappa": fleiss_kappa(counts.T),
         "left_share": sides.count("left") / len(sides) if sides else 0.5,
     }
     return figures | {"verdict": verdict(name, other, figures)}
@@ -386,8 +338,6 @@ def main(args: ScriptArguments) -> None:
 
 def serve(args: ScriptArguments) -> None:
     """Shows the page until a signal ends it. Makes the study first, unless it exists."""
-    if not find_spec("gradio") or [int(part) for part in version("gradio").split(".")[:2]] < [6, 31]:
-        raise SystemExit(f"serve needs Gradio, 6.31 or newer: pip install '{GRADIO}'")
     folder, signals, scheduler = Path(args.study_dir), [], None
     if args.push_to_hub:
         args.hub_dataset_id = open_repository(args.hub_dataset_id, "dataset", private=True, only_private=True)
@@ -411,17 +361,14 @@ def serve(args: ScriptArguments) -> None:
         signal.signal(number, lambda number, frame: signals.append(number))
     server, listening = page_server(study, args.host, args.port)
     if args.push_to_hub:  # the study, and this server's log every minute in which it has grown
-        where = {"repo_id": args.hub_dataset_id, "repo_type": "dataset", "folder_path": folder}
-        patterns = [STUDY, f"{VOTES}/{study.log.name}"]
-        scheduler = CommitScheduler(**where, every=PUBLISH_MINUTES, allow_patterns=patterns)
-    host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
+        where = {"repo_id": args.hub_dataset_id, "repo_type": "dataset", "folder_path": folder, "every": 1}
+        scheduler = CommitScheduler(**where, allow_patterns=[STUDY, f"{VOTES}/{study.log.name}"])
     print(f"{len(study.comparisons)} comparisons, {study.record['votes_per_comparison']} raters each", flush=True)
-    print(f"the page is at http://{host}:{args.port}: Ctrl-C ends it, and the same command goes on", flush=True)
+    print(f"the page is at http://{args.host}:{args.port}: Ctrl-C ends it, and the same command goes on", flush=True)
     server.run(sockets=[listening])
     print(f"all votes are in {folder / VOTES}: the same command goes on", file=sys.stderr)
     if scheduler:
         scheduler.trigger().result()
-    lock.release()
     raise SystemExit(128 + signals[0] if signals else 1)
 
 
@@ -432,7 +379,7 @@ def report(args: ScriptArguments) -> None:
     check_output_dir(output_dir, "results.json", '"votes_per_comparison"')
     if args.push_to_hub:
         args.hub_model_id = open_repository(args.hub_model_id, "model", args.hub_private_repo)
-    most = max_failed_checks(args, record)
+    most = record["max_failed_checks"] if args.max_failed_checks is None else args.max_failed_checks
     results = tally(record, read_votes(folder), most, args.seed)
     if not results["raters"]["n_votes"]:
         raise SystemExit(f"{folder / VOTES}: no votes to count ({results['raters']['n_excluded']} raters left out)")
@@ -456,17 +403,21 @@ def export(args: ScriptArguments) -> None:
     if question not in record["questions"]:
         raise SystemExit(f"--question {question}: the study asks {', '.join(record['questions'])}")
     check_output_dir(output_dir, "README.md", CARD_BEGIN)
+    card = RepoCard.load(output_dir / "README.md") if (output_dir / "README.md").exists() else None
     if args.push_to_hub:
         args.hub_dataset_id = open_repository(args.hub_dataset_id, "dataset", args.hub_private_repo)
-        names, card = HfApi().list_repo_files(args.hub_dataset_id, repo_type="dataset"), hub_card(args.hub_dataset_id)
-        if any(map(DATA_FILE.fullmatch, names)) and not (card and CARD_BEGIN in card.text):
+        names = HfApi().list_repo_files(args.hub_dataset_id, repo_type="dataset")
+        theirs = RepoCard.load(args.hub_dataset_id, repo_type="dataset") if "README.md" in names else None
+        if any(map(DATA_FILE.fullmatch, names)) and not (theirs and CARD_BEGIN in theirs.text):
             raise SystemExit(f"--hub_dataset_id {args.hub_dataset_id} holds other data: choose another name")
-    votes, _ = kept_votes(final_votes(read_votes(folder)), max_failed_checks(args, record))
+        card = theirs or card
+    most = record["max_failed_checks"] if args.max_failed_checks is None else args.max_failed_checks
+    votes, _ = kept_votes(final_votes(read_votes(folder)), most)
     make = pair_rows if args.export_format == "pairs" else ranked_rows
     rows, left_out = make(record, folder, [vote for vote in votes if vote["question"] == question])
     if not rows:
         raise SystemExit(f"{folder / VOTES}: no {args.export_format} to export for --question {question}: {left_out}")
-    write_dataset(args, rows, record["questions"][question], left_out)
+    write_dataset(args, rows, record["questions"][question], left_out, card)
     if args.push_to_hub:
         patterns = {"allow_patterns": ["data/*.parquet", "README.md"], "delete_patterns": "data/train-*.parquet"}
         HfApi().upload_folder(repo_id=args.hub_dataset_id, repo_type="dataset", folder_path=output_dir, **patterns)
@@ -483,21 +434,20 @@ def write_space(args: ScriptArguments) -> None:
         args.hub_space_id = open_repository(args.hub_space_id, "space", args.hub_private_repo, space_sdk="gradio")
         args.hub_dataset_id = open_repository(args.hub_dataset_id, "dataset", private=True, only_private=True)
     write_text(output_dir / "app.py", SPACE_APP.format(dataset=args.hub_dataset_id))
-    write_text(output_dir / "requirements.txt", "\n".join([GRADIO, *SPACE_PACKAGES, ""]))
+    write_text(output_dir / "requirements.txt", "\n".join([*SPACE_PACKAGES, ""]))
     write_text(output_dir / "README.md", SPACE_CARD.format(dataset=args.hub_dataset_id))
     write_text(output_dir / script.name, script.read_text())
     (output_dir / PICTURES).mkdir(exist_ok=True)
-    names = {file_name(record, key) for key in picture_keys(record)}
-    for name in names:
-        shutil.copyfile(folder / PICTURES / name, output_dir / PICTURES / name)
+    pictures = {picture_file(folder, record, *key) for key in picture_keys(record)}
+    for file in pictures:
+        shutil.copyfile(file, output_dir / PICTURES / file.name)
     print(f"the Space is in {output_dir}")
     if args.push_to_hub:
         sync_study(args.hub_dataset_id, folder)
-        names = ["app.py", "requirements.txt", "README.md", script.name, *(f"{PICTURES}/{name}" for name in names)]
+        names = ["app.py", "requirements.txt", "README.md", script.name, *(f"{PICTURES}/{f.name}" for f in pictures)]
         patterns = {"allow_patterns": names, "delete_patterns": f"{PICTURES}/*"}
         HfApi().upload_folder(repo_id=args.hub_space_id, repo_type="space", folder_path=output_dir, **patterns)
-        link = f"{HfApi().endpoint}/spaces/{args.hub_space_id}"
-        print(f"published: {link}; now add the secret HF_TOKEN in its settings")
+        print(f"published: {HfApi().endpoint}/spaces/{args.hub_space_id}; now add the secret HF_TOKEN in its settings")
 
 
 # The study's folder --------------------------------------------------------------------------------------------------
@@ -507,10 +457,8 @@ def parse_questions(items: list[str]) -> dict[str, str]:
     for item in items:
         name, _, text = item.partition("=")
         text = text.strip() or QUESTIONS.get(name)
-        if not re.fullmatch(r"\w{1,40}", name) or not text:
-            raise SystemExit(f"--questions {item!r}: must be one of {', '.join(QUESTIONS)}, or name=text")
-        if name in found:
-            raise SystemExit(f"--questions: {name} is named twice")
+        if not re.fullmatch(r"\w{1,40}", name) or not text or name in found:
+            raise SystemExit(f"--questions {item!r}: must be one of {', '.join(QUESTIONS)}, or name=text, each once")
         found[name] = text
     return found
 
@@ -522,10 +470,6 @@ def check_output_dir(folder: Path, name: str, mark: str) -> None:
     foreign = [file for file in folder.glob("data/*.parquet") if not DATA_FILE.fullmatch(f"data/{file.name}")]
     if any(folder.glob("[!.]*")) and not own or foreign:
         raise SystemExit(f"--output_dir {folder} holds other files: choose another folder")
-
-
-def max_failed_checks(args: ScriptArguments, record: dict) -> int:
-    return record.get("max_failed_checks", 0) if args.max_failed_checks is None else args.max_failed_checks
 
 
 def read_study(folder: Path) -> dict:
@@ -551,10 +495,7 @@ def make_study(args: ScriptArguments) -> None:
     settings = {name: getattr(args, name) for name in MAKING} | {"all_prompts": digest}
     if (folder / STUDY).exists():
         return check_settings(folder, settings)
-    named = [
-        {"prompt": row["prompt"], "row": row, "category": name, "number": 0} for row, name in zip(rows, categories)
-    ]
-    sources = find_images(args, [values | place for values, place in zip(named, places)], digest)
+    sources = find_images(args, rows, places, digest)
     models = list(sources)
     if args.baseline and args.baseline not in models:
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(models)}")
@@ -587,13 +528,14 @@ def check_settings(folder: Path, settings: dict) -> None:
             raise SystemExit(f"{problem}: choose another --study_dir, or leave the flags out to go on with it")
 
 
-def find_images(args: ScriptArguments, fields_of: list[dict], digest: str) -> dict[str, list[Path]]:
+def find_images(args: ScriptArguments, rows: list[dict], places: list[dict], digest: str) -> dict[str, list[Path]]:
     """Model → the file of every prompt's picture, the first one of several. Exits with one line if a model is not there
-    or its images belong to other prompts.
-
-    Args:
-        fields_of: what --images may name of each prompt, and {index+1} counts from 1.
-    """
+    or its images belong to other prompts. The fields of a template are those of evaluate.py."""
+    fields_of, column = [], args.category_column
+    for row, place in zip(rows, places):
+        counted = {"index": place["index"], "category_index": place.get(column, place["index"]), "number": 0}
+        counted |= {f"{name}+1": value + 1 for name, value in counted.items()}
+        fields_of.append(counted | {"prompt": row["prompt"], "row": row, "category": str(row.get(column, ""))})
     found = {}
     if args.evaluation_dir:
         folder = Path(args.evaluation_dir, "images")
@@ -604,20 +546,21 @@ def find_images(args: ScriptArguments, fields_of: list[dict], digest: str) -> di
                 raise SystemExit(f"--models {name}: {folder} holds images of {', '.join(names) or 'none'}")
             if json.loads((folder / name / "settings.json").read_text()).get("prompts") != digest:
                 raise SystemExit(f"{folder / name} was drawn from other prompts: give evaluate.py's --prompts")
-            found[name] = [folder / name / f"{i:05d}_0.png" for i in range(len(fields_of))]
+            found[name] = [folder / name / f"{i:05d}_0.png" for i in range(len(rows))]
     for item in args.images:
         name, _, template = item.partition("=")
         if not re.fullmatch(r"[\w.@-]{1,60}", name) or not template or name in found:
             raise SystemExit(f"--images {item}: must be name=TEMPLATE, with a name of its own")
-        beyond = fields_of[-1] | {"index": fields_of[-1]["index"] + 1}
+        from_one = re.sub(r"\{((category_)?index)\b(?!\+)", r"{\1+1", template)
         try:
-            files = [Path(template.format(**v, **{"index+1": v["index"] + 1})) for v in (*fields_of, beyond)]
+            files = [Path(template.format(**values)) for values in fields_of]
+            beyond = Path(from_one.format(**fields_of[-1]))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            names = "{index}, {index+1}, {number} (0), {prompt}, {row[COLUMN]} and {category}"
+            names = "{index}, {category_index}, {number} (0), with +1 from 1, {prompt}, {row[COLUMN]} and {category}"
             raise SystemExit(f"--images {item}: wrong template: {one_line(error)}; its fields are {names}") from None
-        if files[-1].exists() and not files[0].exists():
-            raise SystemExit(f"--images {item}: the pictures are counted from 1: write {{index+1}} for {{index}}")
-        found[name] = files[:-1]
+        if beyond.exists() and not files[0].exists():
+            raise SystemExit(f"--images {item}: the pictures are counted from 1: write {from_one}")
+        found[name] = files
     if taken := {"noise", "tie"} & set(found):
         raise SystemExit(f"a model may not be called {min(taken)}: give it another name, with --images name=TEMPLATE")
     if len(found) < 2:
@@ -631,9 +574,9 @@ def picture_keys(record: dict) -> list[tuple[int, str]]:
     return keys + sorted({(check["prompt"], "noise") for check in record["checks"] if check["kind"] == "noise"})
 
 
-def file_name(record: dict, key: tuple[int, str]) -> str:
-    """The name of a picture's file, which says nothing about its model."""
-    return keyed(record["secret"], "file", *key) + ".jpg"
+def picture_file(folder: Path, record: dict, number: int, name: str) -> Path:
+    """A picture as raters see it, filled up with zeros. The file's name says nothing about its model."""
+    return folder / PICTURES / (keyed(record["secret"], "file", number, name) + ".jpg")
 
 
 def write_pictures(record: dict, folder: Path, number: int, files: dict[str, Path], longest_side: int) -> None:
@@ -642,12 +585,11 @@ def write_pictures(record: dict, folder: Path, number: int, files: dict[str, Pat
     pictures = {name: read_picture(name, file) for name, file in files.items()}
     size = np.array([picture.size for picture in pictures.values()]).min(axis=0)
     size = tuple(int(side) for side in np.maximum(size * min(1, longest_side / size.max()), 1).round())
-    resample = PILImage.Resampling.LANCZOS
-    pictures = {name: ImageOps.pad(picture, size, resample, "grey") for name, picture in pictures.items()}
+    pictures = {name: ImageOps.pad(picture, size, PILImage.LANCZOS, "grey") for name, picture in pictures.items()}
     if (number, "noise") in picture_keys(record):
         squares = np.random.default_rng([record["seed"], number]).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        pictures["noise"] = PILImage.fromarray(squares).resize(size, PILImage.Resampling.NEAREST)
-    buffers = {folder / PICTURES / file_name(record, (number, name)): BytesIO() for name in pictures}
+        pictures["noise"] = PILImage.fromarray(squares).resize(size, PILImage.NEAREST)
+    buffers = {picture_file(folder, record, number, name): BytesIO() for name in pictures}
     for picture, buffer in zip(pictures.values(), buffers.values()):
         PILImage.fromarray(np.asarray(picture)).save(buffer, "JPEG", quality=95, subsampling=0)
     length = max(buffer.tell() for buffer in buffers.values())
@@ -658,8 +600,7 @@ def write_pictures(record: dict, folder: Path, number: int, files: dict[str, Pat
 def read_picture(name: str, file: Path) -> PILImage.Image:
     """A picture as 8-bit RGB: 16 bits keep their brightness, what is transparent becomes white."""
     try:
-        with PILImage.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened)
+        picture = ImageOps.exif_transpose(PILImage.open(file))
         if picture.mode[0] in "IF":
             if picture.mode == "F" or max(picture.getextrema()) > 65535:
                 raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
@@ -676,19 +617,8 @@ def read_picture(name: str, file: Path) -> PILImage.Image:
 def read_votes(folder: Path) -> list[dict]:
     """The lines of all logs, one server's after the other's: what was shown to a rater, and what was answered. A last
     line without its end, which a killed server leaves, was never confirmed, and is not among them."""
-    lines, sides = [], {}
-    for file in [folder / "votes.jsonl", *sorted((folder / VOTES).glob("*.jsonl"))]:
-        content = file.read_bytes() if file.exists() else b""
-        for number, text in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
-            try:
-                line = json.loads(text)
-                key = line["rater"], line["item"]
-            except (ValueError, LookupError, TypeError):
-                raise SystemExit(f"{file}: line {number} is damaged: mend or remove it") from None
-            if "left" in line:
-                sides[key] = {side: line[side] for side in ("left", "right")}
-            lines.append(sides.get(key, {}) | line)  # votes.jsonl, of earlier versions, has answers without sides
-    return lines
+    logs = [file.read_bytes() for file in sorted((folder / VOTES).glob("*.jsonl"))]
+    return [json.loads(line) for log in logs for line in log[: log.rfind(b"\n") + 1].splitlines()]
 
 
 class Study:
@@ -698,17 +628,17 @@ class Study:
     def __init__(self, folder: Path):
         self.folder, self.record = folder, read_study(folder)
         self.secret, self.questions = self.record["secret"], self.record["questions"]
-        self.id = keyed(self.secret, "study")[:12]
         items = itertools.product(range(len(self.record["prompts"])), enumerate(self.record["pairs"]))
         self.comparisons = {f"{number}-{n}": tuple(models) for number, (n, models) in items}  # item → two models
         self.limit = min(self.record["comparisons_per_rater"] or len(self.comparisons), len(self.comparisons))
-        self.shown: dict[str, list[dict]] = {}  # rater → what it was shown, in order
-        self.answers: dict[tuple, dict] = {}  # (rater, item, question) → the last answer
+        self.prompt_of = {item: int(item.split("-")[0]) for item in self.comparisons}  # item → number of its prompt
+        self.prompt_of |= {f"check{n}": check["prompt"] for n, check in enumerate(self.record["checks"])}
+        self.shown: dict[str, dict[str, dict]] = {}  # rater → item, in order → line of the log, with the last answers
         self.pictures: dict[str, Path] = {}  # name in the page → file
         self.lock = threading.RLock()
         # Every server has a log of its own, so two of them never write into one file.
         self.log = folder / VOTES / f"{time.time_ns()}-{secrets.token_hex(4)}.jsonl"
-        files = map(self.picture_file, picture_keys(self.record))
+        files = [picture_file(folder, self.record, *key) for key in picture_keys(self.record)]
         if missing := [file for file in files if not file.exists()]:
             raise SystemExit(f"{missing[0]} is missing: restore it, or begin a new study")
         for line in read_votes(folder):
@@ -716,13 +646,12 @@ class Study:
 
     def take(self, line: dict) -> None:
         """Takes a line of a log into account."""
-        shown = self.shown.setdefault(line["rater"], [])
-        if all(earlier["item"] != line["item"] for earlier in shown):
-            shown.append(line)
-            for side in ("left", "right"):
-                self.pictures[self.picture_name(line, side)] = self.picture_file((self.prompt_of(line), line[side]))
+        shown = self.shown.setdefault(line["rater"], {}).setdefault(line["item"], line | {"answers": {}})
+        for side in ("left", "right"):
+            file = picture_file(self.folder, self.record, self.prompt_of[line["item"]], line[side])
+            self.pictures[self.picture_name(line, side)] = file
         if "answer" in line:
-            self.answers[line["rater"], line["item"], line["question"]] = line
+            shown["answers"][line["question"]] = line["answer"]
 
     def write(self, line: dict) -> None:
         """Appends a line to this server's log, whole or not at all: it is on the disk when this returns."""
@@ -740,25 +669,19 @@ class Study:
         self.take(line)
 
     def answer(self, rater: str, position: int, question: str, answer: str, seconds: float, picture: str) -> dict:
-        """Records an answer, unless it is the last one given: a second click or a second try changes nothing. An answer
-        to something else than what stands at this position is not recorded: the page then goes on where the rater is.
-        `picture`: the left picture, as `view` gave it to the page."""
-        allowed = ("left", "right", "tie") if self.record["allow_ties"] else ("left", "right")
-        if question not in self.questions or answer not in allowed:
-            raise ValueError(f"no such question or answer: {question}, {answer}")
+        """Records an answer, unless it is the last one given or something else stands at this position than in the page
+        (`picture`: its left one): then nothing changes, and the page goes on where the rater is."""
+        asked, _ = list(self.questions).index(question) + 1, ("left", "right", "tie").index(answer)  # or a ValueError
         with self.lock:
-            shown = self.shown.get(rater, [])
+            shown = list(self.shown.get(rater, {}).values())
             if not 0 <= position < len(shown) or picture != self.picture_name(shown[position], "left"):
                 return self.view(rater)
             vote = {name: shown[position][name] for name in ("rater", "item", "left", "right")}
             vote |= {"question": question, "answer": answer}
             vote |= {"seconds": round(min(max(float(seconds), 0.0), 3600.0), 1), "time": round(time.time(), 1)}
-            if self.answers.get((rater, vote["item"], question), {}).get("answer") != answer:
+            if shown[position]["answers"].get(question) != answer:
                 self.write(vote)
-            asked = list(self.questions).index(question) + 1
-            if asked < len(self.questions):
-                return self.view(rater, position, asked)
-            return self.view(rater, position + 1)
+            return self.view(rater, position, asked) if asked < len(self.questions) else self.view(rater, position + 1)
 
     def view(self, rater: str, position: int | None = None, asked: int | None = None) -> dict:
         """What the page shows at a position, by default where the rater is: the question number `asked`, or the first
@@ -766,36 +689,38 @@ class Study:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", rater):  # a random number from the page, or a word from a link
             raise ValueError("a rater's id has 1 to 64 letters, digits, - or _")
         with self.lock:
-            shown, loads = self.shown.setdefault(rater, []), self.loads()
+            shown, loads = self.shown.setdefault(rater, {}), self.loads()
             # `asked` is given for what was shown before; else the page goes on, as far as the last one is answered.
             if position is None or position >= len(shown) or asked is None and position == len(shown) - 1:
-                self.show_next(rater, loads)
-                position = len(shown) - bool(shown and not self.is_done(shown[-1]))
-            state = {"position": position, "done": sum(map(self.is_done, shown)), "total": self.total(rater, loads)}
-            if position == len(shown):
+                position = len(shown) - 1 if self.show_next(rater, loads) else len(shown)
+            lines = list(shown.values())
+            state = {"position": position, "done": sum(map(self.is_done, lines)), "total": self.total(rater, loads)}
+            if position == len(lines):
                 return state | {"finished": True}
-            line = shown[position]
-            answers = {name: self.answers.get((rater, line["item"], name), {}).get("answer") for name in self.questions}
+            line = lines[position]
+            answers = {name: line["answers"].get(name) for name in self.questions}
             if asked is None:
                 asked = next((n for n, answer in enumerate(answers.values()) if not answer), 0)
             state |= {"finished": False, "asked": asked, "ties": self.record["allow_ties"], "answers": answers}
             state |= {"questions": list(self.questions.items())}
             state |= {"hides_prompt": list(self.questions.values())[asked] == QUESTIONS["appeal"]}
             state |= {"pictures": [self.picture_name(line, side) for side in ("left", "right")]}
-            return state | {"prompt": self.record["prompts"][self.prompt_of(line)]["prompt"]}
+            return state | {"prompt": self.record["prompts"][self.prompt_of[line["item"]]]["prompt"]}
 
-    def show_next(self, rater: str, loads: dict[str, int]) -> None:
-        """Gives a rater the next test pair or comparison, unless one is not answered yet, or none is left."""
-        shown, item = self.shown[rater], None
-        if shown and not self.is_done(shown[-1]):
-            return
-        seen, n_checks = {line["item"] for line in shown}, self.record["n_checks"]
-        checks = sum(map(is_check, shown))
-        mine = len(shown) - checks
+    def show_next(self, rater: str, loads: dict[str, int]) -> bool:
+        """Gives a rater the next test pair or comparison, unless one is not answered yet. False if none is left."""
+        seen, n_checks, item = self.shown[rater], self.record["n_checks"], None
+        if seen and not self.is_done(list(seen.values())[-1]):
+            return True
+        checks = sum(map(is_check, seen.values()))
+        mine = len(seen) - checks
         if mine < self.limit:
             item = next_comparison(loads, seen, self.record["votes_per_comparison"], self.secret, rater)
-        # Where no comparison is left, the other test pairs come before the end.
-        if check_is_due(mine, checks, self.limit, n_checks) or item is None and mine and checks < n_checks:
+        # Test pairs are spread evenly over what a rater may see, but no wider than CHECK_SPACING, since most end before
+        # the limit. Where no comparison is left, those that have not come yet come before the end.
+        spread = min(self.limit, CHECK_SPACING * (n_checks + 1))
+        due = mine >= (checks + 1) * spread // (n_checks + 1) or item is None and mine
+        if checks < n_checks and due:
             item, check = f"check{checks}", self.record["checks"][checks]
             sides = [check["model"], check["model"] if check["kind"] == "same" else "noise"]
             turned = int(keyed(self.secret, "side", rater, item), 16) % 2
@@ -804,64 +729,48 @@ class Study:
             number = sum(self.comparisons.get(other) == sides for other in seen)
             turned = not first_goes_left(self.secret, rater, sides, number)
         else:
-            return
+            return False
         left, right = reversed(sides) if turned else sides
         self.write({"rater": rater, "item": item, "left": left, "right": right, "time": round(time.time(), 1)})
+        return True
 
     def loads(self) -> dict[str, int]:
         """Comparison → raters who have answered it, or were shown it and may still answer; without excluded ones."""
         since, loads = time.time() - 60 * HELD_MINUTES, dict.fromkeys(self.comparisons, 0)
-        for rater, shown in self.shown.items():
-            keys = itertools.product([rater], [line["item"] for line in shown if is_check(line)], self.questions)
-            failed = failed_checks([self.answers[key] for key in keys if key in self.answers])[rater]
-            if failed <= self.record.get("max_failed_checks", 0):
-                loads_of = [line["item"] for line in shown if line["time"] > since or self.is_done(line)]
-                for item in loads.keys() & loads_of:
-                    loads[item] += 1
+        lines = [line for shown in self.shown.values() for line in shown.values()]
+        checks = [line | {"answer": answer} for line in filter(is_check, lines) for answer in line["answers"].values()]
+        failed = failed_checks(checks)
+        for line in lines:
+            if failed[line["rater"]] <= self.record["max_failed_checks"] and line["item"] in loads:
+                loads[line["item"]] += line["time"] > since or self.is_done(line)
         return loads
 
     def total(self, rater: str, loads: dict[str, int]) -> int:
         """How much there is to do for a rater, as far as can be seen now."""
-        seen = {line["item"] for line in self.shown[rater]}
-        mine, wanted = len(seen & self.comparisons.keys()), self.record["votes_per_comparison"]
+        seen, wanted = self.shown[rater], self.record["votes_per_comparison"]
+        mine = len(seen.keys() & self.comparisons.keys())
         left = sum(load < wanted and item not in seen for item, load in loads.items())
         comparisons = min(mine + left, max(self.limit, mine))
         return comparisons + self.record["n_checks"] * (comparisons > 0)
 
     def is_done(self, line: dict) -> bool:
-        return all((line["rater"], line["item"], question) in self.answers for question in self.questions)
-
-    def prompt_of(self, line: dict) -> int:
-        """The number of the prompt of a comparison or test pair."""
-        return (
-            self.record["checks"][int(line["item"][5:])]["prompt"]
-            if is_check(line)
-            else int(line["item"].split("-")[0])
-        )
+        return len(line["answers"]) == len(self.questions)
 
     def picture_name(self, line: dict, side: str) -> str:
         """The name of a picture in a rater's page: another one for every rater, comparison and side."""
         return keyed(self.secret, "page", line["rater"], line["item"], side, line[side])
 
-    def picture_file(self, key: tuple[int, str]) -> Path:
-        return self.folder / PICTURES / file_name(self.record, key)
-
 
 # The page ------------------------------------------------------------------------------------------------------------
-def make_app(study: Study):
-    """The page as a FastAPI application: Gradio's page with one component of our own, and the pictures."""
+def page_server(study: Study, host: str, port: int):
+    """The server of the page, not yet running, and its socket. The page is Gradio's with one component of our own."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
+    import uvicorn
     from fastapi import FastAPI, Response
 
-    def welcome(request: dict) -> dict:
-        return {"study": study.id, "consent": study.record["consent"]}
-
-    def enter(request: dict) -> dict:
-        return study.view(request["rater"])
-
     def look(request: dict) -> dict:
-        return study.view(request["rater"], request["position"], request["asked"])
+        return study.view(request["rater"], request.get("position"), request.get("asked"))
 
     def answer(request: dict) -> dict:
         return study.answer(*(request[key] for key in "rater position question answer seconds picture".split()))
@@ -876,19 +785,14 @@ def make_app(study: Study):
         return Response(study.pictures[name].read_bytes(), media_type="image/jpeg", headers=headers)
 
     with gr.Blocks(title="Which picture is better?", analytics_enabled=False) as blocks:
-        functions = [welcome, enter, look, answer]
-        gr.HTML(html_template=PAGE, css_template=STYLE, js_on_load=SCRIPT, server_functions=functions, elem_id="study")
+        value = {"study": keyed(study.secret, "study")[:12], "consent": study.record["consent"]}
+        parts = {"html_template": PAGE, "css_template": STYLE, "js_on_load": SCRIPT, "server_functions": [look, answer]}
+        gr.HTML(value, **parts, elem_id="study")
     options = {"footer_links": [], "ssr_mode": False, "show_error": False}
-    return gr.mount_gradio_app(app, blocks, path="", max_file_size=1, **options)  # nobody uploads files here
-
-
-def page_server(study: Study, host: str, port: int):
-    """The server of the page, not yet running, and its socket."""
-    import uvicorn
-
+    app = gr.mount_gradio_app(app, blocks, path="", max_file_size=1, **options)  # nobody uploads files here
     # Open pages hold a connection: without a limit, the end would wait for them.
     options = {"log_level": "error", "access_log": False, "timeout_graceful_shutdown": 1}
-    config = uvicorn.Config(make_app(study), host=host, port=port, **options)
+    config = uvicorn.Config(app, host=host, port=port, **options)
     listening = config.bind_socket()  # if the port is taken, uvicorn says so and ends
     listening.listen()  # who comes before the server runs waits for it
     return uvicorn.Server(config), listening
@@ -924,7 +828,7 @@ PAGE = """
   <p>You have answered <span data-part="answered"></span>. Nothing is left for you. You can close this page.</p>
   <button data-part="again">&#8592; Back</button>
 </section>
-<p class="notice" role="status" data-part="notice" hidden></p>
+<p class="notice" data-part="notice" hidden>The server does not answer. Your answers are safe. Trying again&#8230;</p>
 <div class="zoom" data-part="zoom" hidden><img alt="zoomed picture"><span></span></div>
 """
 
@@ -939,17 +843,17 @@ header, .answers { display: flex; gap: 12px; align-items: center; }
 .pair img { width: 100%; aspect-ratio: 1; max-height: 62vh; object-fit: contain; cursor: zoom-in; margin: 0; }
 .question { font-weight: 600; margin: 12px 0 8px; }
 button { margin: 0 !important; padding: 8px 14px; border: 1px solid #8888; border-radius: 8px; background: #8881; }
-.answers button { flex: 1; padding: 14px 4px; }
+.answers button { flex: 1; align-self: stretch; padding: 14px 4px; }
 button:disabled { opacity: 0.45; }
 button.chosen { outline: 3px solid #2a7de1; }
 button.main { background: #2a7de1; color: white; font-size: 1.1em; }
 kbd { border: 1px solid #8888; border-radius: 4px; padding: 0 5px; font-size: 0.8em; }
 .hint { opacity: 0.65; font-size: 0.85em; margin-top: 10px; }
-.notice { background: #f7d774; color: black; padding: 8px 12px; border-radius: 6px; }
+.notice { background: #f7d774; color: black; margin: 8px 0; padding: 8px 12px; border-radius: 6px; }
 .zoom { position: fixed; inset: 0; z-index: 1000; background: #000e; cursor: zoom-out; }
 .zoom img { width: 100vw; height: 100vh; padding: 2vmin; object-fit: contain; margin: 0; }
 .zoom span { position: absolute; top: 8px; left: 14px; color: white; }
-@media (max-width: 600px) { kbd, .hint { display: none; } .pair { gap: 4px; } }
+@media (max-width: 600px) { kbd, .hint { display: none; } .pair { gap: 4px; margin: 0 -36px; } }
 """
 
 SCRIPT = r"""
@@ -964,7 +868,6 @@ async function ask(name, request = {}) {  // the server may be gone for a moment
     const answer = await server[name]({rater, ...request}).catch(error => console.warn(error));
     part("notice").hidden = Boolean(answer);
     if (answer) return answer;
-    part("notice").textContent = "The server does not answer. Your answers so far are safe. Trying again…";
     await wait(1500);
   }
 }
@@ -974,11 +877,10 @@ function isReady() { return !busy && loaded >= 2 && performance.now() - drawn >=
 function enable() { for (const button of buttons) button.disabled = !isReady(); }
 
 function load(image, name) {
-  const again = () => { if (image.dataset.name === name) image.src = `picture/${name}?${Date.now()}`; };
   image.removeAttribute("src");
   image.dataset.name = name;
   image.onload = () => { loaded += 1; since = performance.now(); enable(); };
-  image.onerror = () => wait(1500).then(again);
+  image.onerror = async () => { await wait(1500); if (image.dataset.name === name) load(image, name); };
   image.src = `picture/${name}`;
 }
 
@@ -1053,27 +955,26 @@ document.addEventListener("keydown", event => {
   event.preventDefault();
 });
 
-(async () => {
-  const hello = await ask("welcome");
-  const link = new URL(window.location.href), kept = `user-study-${hello.study}`;
+{
+  const {study, consent} = props.value;
+  const link = new URL(window.location.href), kept = `user-study-${study}`;
   const begin = async id => {
     rater = id;
     link.searchParams.set("rater", id);
     history.replaceState(null, "", link);
-    draw(await ask("enter"));
+    draw(await ask("look"));
   };
   const linked = link.searchParams.get("rater");
   const stored = (() => { try { return localStorage.getItem(kept); } catch { return null; } })();
   if (stored && (!linked || linked === stored)) return begin(stored);
-  part("consent").textContent = hello.consent;
+  part("consent").textContent = consent;
   show("welcome");
   part("start").addEventListener("click", () => {
-    const random = [...crypto.getRandomValues(new Uint8Array(8))].map(n => n.toString(16).padStart(2, "0")).join("");
-    const id = /^[A-Za-z0-9_-]{1,64}$/.test(linked || "") ? linked : random;
+    const id = /^[\w-]{1,64}$/.test(linked || "") ? linked : crypto.getRandomValues(new Uint32Array(2)).join("-");
     try { localStorage.setItem(kept, id); } catch {}
     begin(id);
   });
-})();
+}
 """
 
 
@@ -1103,10 +1004,8 @@ def markdown_report(record: dict, results: dict, max_failed_checks: int) -> str:
     header += ["win rate by majority", "share of votes", "kappa"]
     who = f"{raters['n_raters'] - raters['n_excluded']} raters, {raters['n_votes']} votes."
     if record["n_checks"]:
-        failed = (
-            f"{raters['n_excluded']} of {raters['n_raters']} raters failed more than {max_failed_checks} test pairs"
-        )
-        who += f" {failed} and are left out, with {raters['n_votes_excluded']} votes."
+        failed = f"raters failed more than {max_failed_checks} test pairs and are left out, with"
+        who += f" {raters['n_excluded']} of {raters['n_raters']} {failed} {raters['n_votes_excluded']} votes."
     return f"""{who}
 
 {markdown_table(header, rows)}
@@ -1122,8 +1021,7 @@ def all_figures(results: dict) -> Iterator[tuple[str, str, str, dict]]:
     """(model, other, question, figures) of every row."""
     for name, others in results["pairs"].items():
         for other, questions in others.items():
-            for question, figures in questions.items():
-                yield name, other, question, figures
+            yield from ((name, other, question, figures) for question, figures in questions.items())
 
 
 def draw_chart(results: dict, file: Path) -> None:
@@ -1134,11 +1032,8 @@ def draw_chart(results: dict, file: Path) -> None:
     figure = Figure(figsize=(8, 1.2 + 0.6 * len(bars)), layout="constrained")
     axes, single = figure.subplots(), len({row[:2] for row in bars}) == 1
     for place, (*_, found) in enumerate(bars):
-        start = 0.0
-        for key, colour in (("wins", "#2a7de1"), ("undecided", "#cccccc"), ("losses", "#e18b2a")):
-            width = found[key] / found["n_comparisons"]
-            axes.barh(place, width, left=start, color=colour, height=0.6)
-            start += width
+        widths = np.array([found[key] for key in ("wins", "undecided", "losses")]) / found["n_comparisons"]
+        axes.barh([place] * 3, widths, 0.6, widths.cumsum() - widths, color=["#2a7de1", "#cccccc", "#e18b2a"])
         rate, (low, high) = found["win_rate"], found["win_rate_ci95"]
         spread = [[max(rate - low, 0)], [max(high - rate, 0)]]
         axes.errorbar(rate, place, xerr=spread, color="black", capsize=4, fmt="o", markersize=4)
@@ -1156,11 +1051,6 @@ def draw_chart(results: dict, file: Path) -> None:
 
 
 # The votes as a preference dataset -----------------------------------------------------------------------------------
-def picture_bytes(record: dict, folder: Path, number: int, name: str) -> bytes:
-    """A picture as raters saw it, without what fills its file up."""
-    return (folder / PICTURES / file_name(record, (number, name))).read_bytes().rstrip(b"\0")
-
-
 def pair_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dict], str]:
     """A row for every comparison with votes, in Pick-a-Pic's columns; and what is left out, in words. label_0 is 1, 0,
     or 0.5 where no picture has more than half of the votes."""
@@ -1170,13 +1060,13 @@ def pair_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dict]
         counted = [counts[f"{number}-{pair}", name] for name in (*names, "tie")]
         if not any(counted):
             continue
-        pictures = [picture_bytes(record, folder, number, name) for name in names]
+        pictures = [picture_file(folder, record, number, name).read_bytes().rstrip(b"\0") for name in names]
         uids = [short_hash(picture) for picture in pictures]
-        label = float(majority(np.array([counted]))[0])
+        label = float(majority(counted[0], counted[1], sum(counted)))
         row = {"caption": prompt["prompt"], "jpg_0": pictures[0], "jpg_1": pictures[1]}
         row |= {"image_0_uid": uids[0], "image_1_uid": uids[1], "label_0": label, "label_1": 1 - label}
-        row |= {"has_label": True, "are_different": label != 0.5}
-        row |= {"best_image_uid": "" if label == 0.5 else uids[0 if label else 1]}
+        best = "" if label == 0.5 else uids[0 if label else 1]
+        row |= {"has_label": True, "are_different": label != 0.5, "best_image_uid": best}
         row |= {"model_0": names[0], "model_1": names[1], "category": prompt["category"]}
         row |= {"num_votes": sum(counted), "votes_0": counted[0], "votes_1": counted[1]}
         rows.append(row | {"agreement": max(counted) / sum(counted)})
@@ -1185,10 +1075,8 @@ def pair_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dict]
 
 def ranked_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dict], str]:
     """A row for every prompt whose pairs of models all have votes, in Syn-Pic's columns; and what is left out.
-
-    The preference probability of a picture is the mean, over the others, of the share of votes that it gets against
-    each; as in Syn-Pic, a tie counts for neither.
-    """
+    The preference probability of a picture is the mean, over the others, of its share of the votes against each; as in
+    Syn-Pic, a tie counts for neither."""
     names, pairs, rows = record["models"], list(enumerate(record["pairs"])), []
     if len(pairs) < len(names) * (len(names) - 1) // 2:
         raise SystemExit("--export_format ranked needs votes on every two models: this study has a --baseline")
@@ -1203,7 +1091,7 @@ def ranked_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dic
         # Equal ones in an order that favours no model; rounded, since equal shares may differ in their last bit.
         tied = [(-round(value, 9), short_hash(f"{prompt['prompt']}|{name}")) for name, value in zip(names, phi)]
         order = sorted(range(len(names)), key=tied.__getitem__)
-        pictures = [picture_bytes(record, folder, number, name) for name in names]
+        pictures = [picture_file(folder, record, number, name).read_bytes().rstrip(b"\0") for name in names]
         row = {"prompt_id": short_hash(prompt["prompt"]), "prompt": prompt["prompt"]}
         row |= {"images": [{"bytes": picture, "path": None} for picture in pictures]}
         row |= {"generators": names, "seeds": [0] * len(names)}  # the seeds are not known here
@@ -1215,34 +1103,26 @@ def ranked_rows(record: dict, folder: Path, votes: list[dict]) -> tuple[list[dic
     return rows, f"{left_out} of {len(record['prompts'])} prompts lack votes on a pair of models"
 
 
-def write_dataset(args: ScriptArguments, rows: list[dict], question: str, left_out: str) -> None:
-    """Writes the rows as Parquet, and the card."""
+def write_dataset(args: ScriptArguments, rows: list, question: str, left_out: str, card: RepoCard | None) -> None:
+    """Writes the rows as Parquet, and the card; what people wrote on `card` stays."""
     from datasets import Dataset, Features, Image, List, Value
 
-    kinds = {
-        "jpg": Value("binary"),
-        "label": Value("float64"),
-        "agreement": Value("float32"),
-        "seeds": List(Value("int64")),
-    }
-    kinds |= {"has_label": Value("bool"), "are_different": Value("bool"), "generators": List(Value("string"))}
-    kinds |= {"images": List(Image()), "scores": {"people": List(Value("float32"))}, "rank": List(Value("int32"))}
-    kinds |= {"preference_probability": List(Value("float32")), "num_votes": Value("int32"), "votes": Value("int32")}
+    text, number, share = Value("string"), Value("int32"), Value("float32")
+    kinds = {"jpg": Value("binary"), "label": Value("float64"), "images": List(Image()), "seeds": List(Value("int64"))}
+    kinds |= {"has_label": Value("bool"), "are_different": Value("bool"), "generators": List(text), "votes": number}
+    kinds |= {"scores": {"people": List(share)}, "preference_probability": List(share), "rank": List(number)}
+    kinds |= {"num_votes": number, "agreement": share}
     # A column of each of the two pictures has the type of its name without the number.
-    features = Features({name: kinds.get(re.sub(r"_[01]$", "", name), Value("string")) for name in rows[0]})
+    features = Features({name: kinds.get(re.sub(r"_[01]$", "", name), text) for name in rows[0]})
     output_dir = Path(args.output_dir)
-    data, building, card = output_dir / "data", output_dir / ".data.tmp", output_dir / "README.md"
+    data, building = output_dir / "data", output_dir / ".data.tmp"
     title = output_dir.resolve().name
-    if not card.exists():  # a killed run goes on in its folder
-        write_text(card, str(fill_card(None, {"pretty_name": title}, "This dataset is not complete.")))
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
+    building.mkdir(parents=True)
     parts, n_bytes = [rows[start : start + 250] for start in range(0, len(rows), 250)], 0
     for number, part in enumerate(parts):
         table, name = Dataset.from_list(part, features=features), f"train-{number:05d}-of-{len(parts):05d}.parquet"
         n_bytes += table.to_parquet(building / name, batch_size=32)  # the Hub's viewer reads as much at once
-    shutil.rmtree(data, ignore_errors=True)
-    building.rename(data)
     kind, n_votes = "pairs" if args.export_format == "pairs" else "prompts", sum(row["num_votes"] for row in rows)
     read_by = "The columns are Syn-Pic's: `train_rankdpo_sdxl.py` and `train_rankdpo_sd3.py` read them."
     if args.export_format == "pairs":
@@ -1261,15 +1141,16 @@ dataset = load_dataset("{args.hub_dataset_id or output_dir}", split="train")
 ```
 """
     front = {"pretty_name": title, "task_categories": ["text-to-image"], "size_categories": [size_category(len(rows))]}
-    data_files = [{"split": "train", "path": "data/train-*.parquet"}]
     front |= {"tags": ["preference", "human-feedback"]}
+    data_files = [{"split": "train", "path": "data/train-*.parquet"}]
     front |= {"configs": [{"config_name": "default", "data_files": data_files}]}
     # Without its size, `load_dataset` on a folder that was written again would serve the rows that it cached before.
     info = {"splits": [{"name": "train", "num_bytes": n_bytes, "num_examples": len(rows)}], "dataset_size": n_bytes}
-    info |= {"download_size": sum(file.stat().st_size for file in data.iterdir())}
+    info |= {"download_size": sum(file.stat().st_size for file in building.iterdir())}
     front |= {"dataset_info": [{"config_name": "default", "features": features._to_yaml_list(), **info}]}
-    theirs = hub_card(args.hub_dataset_id) if args.push_to_hub else None
-    write_text(card, str(fill_card(theirs or RepoCard.load(card), front, body)))
+    write_text(output_dir / "README.md", str(fill_card(card, front, body)))  # first: a killed run goes on in its folder
+    shutil.rmtree(data, ignore_errors=True)
+    building.rename(data)
     print(f"{len(rows)} rows, {n_votes} votes; {left_out}: {output_dir}")
 
 
@@ -1286,8 +1167,7 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
 
 
 # The Hub -------------------------------------------------------------------------------------------------------------
-GRADIO = "gradio>=6.31,<7"
-SPACE_PACKAGES = ("filelock", "huggingface_hub", "numpy", "pillow", "pyyaml", "tqdm")  # what `serve` imports beside it
+SPACE_PACKAGES = "gradio>=6.31,<7 filelock huggingface_hub numpy pillow pyyaml tqdm".split()  # what `serve` imports
 SPACE_APP = '''"""Serves the study. Votes and the record of the study are in the private dataset {dataset}."""
 
 import user_study
@@ -1314,8 +1194,7 @@ def open_repository(name: str, kind: str, private: bool, only_private: bool = Fa
     """Creates the repository unless it exists, and returns its id with the namespace. Exits with one line if the token
     cannot write to it, or if others could read what is `only_private`: it says which model drew which picture."""
     try:
-        options |= {"repo_type": kind, "private": private or None, "exist_ok": True}
-        repo_id = HfApi().create_repo(name, **options).repo_id
+        repo_id = HfApi().create_repo(name, repo_type=kind, private=private or None, exist_ok=True, **options).repo_id
         HfApi().auth_check(repo_id, repo_type=kind, write=True)
     except Exception as error:
         problem = f"--push_to_hub: the {kind} repository {name} cannot be written to: {one_line(error)}"
@@ -1325,14 +1204,8 @@ def open_repository(name: str, kind: str, private: bool, only_private: bool = Fa
     return repo_id
 
 
-def hub_card(repo_id: str, kind: str = "dataset") -> RepoCard | None:
-    there = HfApi().file_exists(repo_id, "README.md", repo_type=kind)
-    return RepoCard.load(repo_id, repo_type=kind) if there else None
-
-
 def fill_card(card: RepoCard | None, front: dict, body: str) -> RepoCard:
-    """A new card, or one with what people wrote into it: text outside our marks, and metadata that we only add to, but
-    for CARD_FACTS."""
+    """The card with our text in it. What people wrote stays: text outside our marks, and metadata but CARD_FACTS."""
     card = card or RepoCard("---\n{}\n---\n")
     for name, value in front.items():
         if name in CARD_FACTS or name not in card.data:
@@ -1348,7 +1221,8 @@ def publish_results(args: ScriptArguments, settings: dict, results: dict, table:
     """Puts the results into the card of a model. Other results there stay; those of an earlier tally are replaced."""
     body = f"## User study\n\n{table}\n![What people preferred](user_study/chart.png)\n\n"
     body += "All figures are in [user_study/results.json](user_study/results.json).\n"
-    card = fill_card(hub_card(args.hub_model_id, "model"), {}, body)
+    has_card = HfApi().file_exists(args.hub_model_id, "README.md")
+    card = fill_card(RepoCard.load(args.hub_model_id) if has_card else None, {}, body)
     first, *others = card.data.get("model-index") or [{"name": args.hub_model_id.split("/")[-1], "results": []}]
     is_ours = re.compile("user study,").match
     kept = [found for found in first.get("results") or [] if not is_ours(str(found.get("dataset", {}).get("name", "")))]
@@ -1375,10 +1249,9 @@ def sync_study(repo_id: str, folder: Path) -> None:
     there = HfApi().list_repo_files(repo_id, repo_type="dataset")
     here = [path.relative_to(folder).as_posix() for path in folder.rglob("*.json*")]
     for name in sorted({*there, *here}):
-        if re.fullmatch(rf"{STUDY}|{VOTES}(/[^/]+)?\.jsonl", name):
-            mine, theirs = (folder / name).read_bytes() if name in here else b"", b""
-            if name in there:
-                theirs = Path(hf_hub_download(repo_id, name, repo_type="dataset")).read_bytes()
+        if re.fullmatch(rf"{STUDY}|{VOTES}/[^/]+\.jsonl", name):
+            mine = (folder / name).read_bytes() if name in here else b""
+            theirs = Path(hf_hub_download(repo_id, name, repo_type="dataset")).read_bytes() if name in there else b""
             if name == STUDY and mine and theirs and mine != theirs:
                 raise SystemExit(f"--hub_dataset_id {repo_id} holds another study: choose another name")
             if len(theirs) > len(mine):
@@ -1531,20 +1404,14 @@ def public_text(text: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Ends every usage error in one line. It needs no other package: a Space installs none for it."""
-
-    def error(self, message: str):
-        # argparse names both spellings of a flag: --study_dir/--study-dir.
-        raise SystemExit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", message)))
-
-
 def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     """Parses the command line. `--config file.yaml` adds flags from a file, which the command line overrides."""
     words, layout = list(sys.argv[1:] if words is None else words), argparse.RawDescriptionHelpFormatter
     if words and not words[0].startswith("-"):
         words[0] = f"--command={words[0]}"
-    group = parser = ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=layout)
+    group = parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=layout)
+    # Every usage error in one line. argparse names both spellings of a flag: --study_dir/--study-dir.
+    parser.error = lambda text: sys.exit(one_line(re.sub(r"^argument |(?<=\w)/--[\w-]+", "", text)))
     for spec in fields(ScriptArguments):
         group = parser.add_argument_group(spec.metadata["group"]) if spec.metadata["group"] else group
         kind, *_ = get_args(spec.type) or [spec.type]  # of str | None, it is str

@@ -64,9 +64,8 @@ def coverage(world: tuple, studies: int, seed: int) -> list[float]:
         first, second = (votes * answers for answers in draw(rng, mean + effects, ties))
         decisions = decide(first, second, n_votes)
         plain = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=1000) @ decisions / n_prompts
-        intervals = [user_study.bootstrap_share(first + (votes - first - second) / 2, votes, study, 1000)]
-        intervals += [user_study.bootstrap_majority(first, second, votes, study, 1000)]
-        intervals += [np.percentile(plain, [2.5, 97.5])]
+        of_wins, of_votes = user_study.bootstrap(first, second, votes, study, 1000)
+        intervals = [of_votes, of_wins, np.percentile(plain, [2.5, 97.5])]
         held += [low <= truth[min(n, 1)] <= high for n, (low, high) in enumerate(intervals)]
     return (held / studies).tolist()
 

@@ -42,7 +42,7 @@ class Rater:
     def fetch(self, path: str, body: dict | None = None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"})
-        for _ in range(300):
+        for _ in range(1800):  # three minutes: a server that imports much starts again in one
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
                     return answer.read()
@@ -64,7 +64,7 @@ class Rater:
 
     def work(self, limit: int | None = None) -> int:
         """Answers until nothing is left, or `limit` answers are given; returns their number."""
-        state, answers = self.ask("enter"), 0
+        state, answers = self.ask("look"), 0
         while not state["finished"] and answers != limit:
             state = self.answer(state, self.judge(state))
             answers += 1

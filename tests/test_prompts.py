@@ -6,10 +6,11 @@ import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import datasets
 import huggingface_hub
 import pytest
 from datasets import Dataset, Features, Image, Value
-from test_hub import client
+from test_user_study import online  # noqa: F401
 
 import build_synpic
 import evaluate
@@ -34,12 +35,12 @@ LINES = {"p.txt": b"a cat\na | dog\na cat", "P.TXT": b"\xef\xbb\xbfa cat\r\na | 
 LINES |= {"mac.txt": b"a cat\ra | dog\r", "notepad.txt": "a cat\r\na | dog\r\n".encode("utf-16")}
 LINES |= {"p.json": b'["a cat", "a | dog", "a cat"]', "p.csv": b"caption\na cat\na | dog\n"}
 BAD_FILES = {
-    "p.jsonl": ('{"caption": "a cat"}\n{"caption": "a\n', ["line 2 column"]),
-    "p.json": ('["a cat", 3]', ["row 2: the prompt is empty or no text"]),
-    "p.csv": ("caption,tag\na cat,x\na dog, a bird,y\n", ["row 2 has more fields than the header"]),
-    "p.tsv": ("Caption\ttag\na cat\tx\n", ["no column 'caption'; it has Caption, tag"]),
-    "p.txt": ("a cat\n \na dog\n", ["row 2: the prompt is empty"]),
-    "caf\xe9.txt": ("caf\xe9", ["'utf-8' codec can't decode"]),
+    "p.jsonl": ('{"caption": "a cat"}\n{"caption": "a\n', "line 2 column"),
+    "p.json": ('["a cat", 3]', "row 2: the prompt is empty or no text"),
+    "p.csv": ("caption,tag\na cat,x\na dog, a bird,y\n", "row 2 has more fields than the header"),
+    "p.tsv": ("Caption\ttag\na cat\tx\n", "no column 'caption'; it has Caption, tag"),
+    "p.txt": ("a cat\n \na dog\n", "row 2: the prompt is empty"),
+    "caf\xe9.txt": ("caf\xe9", "'utf-8' codec can't decode"),
 }
 
 
@@ -55,16 +56,17 @@ def error(source, column="caption", split="train") -> str:
     return stopped.value.code
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_files(tmp_path, name):
-    (tmp_path / name).write_bytes(FILES[name])
-    assert read(tmp_path / name) == [('"a" cat', "x"), ("a dog, a bird", "y")]
-
-
-@pytest.mark.parametrize("name", LINES)
-def test_files_without_columns(tmp_path, name):
-    (tmp_path / name).write_bytes(LINES[name])
-    assert read(tmp_path / name, keep=()) == [("a cat",), ("a | dog",)]
+def test_files(tmp_path):
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+        assert read(tmp_path / name) == [('"a" cat', "x"), ("a dog, a bird", "y")], name
+    for name, content in LINES.items():
+        (tmp_path / name).write_bytes(content)
+        assert read(tmp_path / name, keep=()) == [("a cat",), ("a | dog",)], name
+    for name, (text, words) in BAD_FILES.items():
+        (tmp_path / name).write_text(text, encoding="latin-1")
+        message = error(tmp_path / name)
+        assert message.startswith(f"--prompts {tmp_path / name}: ") and words in message, message
 
 
 def test_rows_have_places_and_repeats_are_said(tmp_path, capsys):
@@ -85,14 +87,6 @@ def test_names_with_brackets_are_no_patterns(tmp_path):
         Dataset.from_list([{"caption": folder, "tag": "x"}, {"caption": "b", "tag": "y"}]).to_parquet(file)
     for source in (tmp_path / "run [12]", tmp_path / "run [12]" / "data" / file.name):
         assert read(source) == [("run [12]", "x"), ("b", "y")]
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files_are_named(tmp_path, name):
-    text, words = BAD_FILES[name]
-    (tmp_path / name).write_text(text, encoding="latin-1")
-    message = error(tmp_path / name)
-    assert all(word in message for word in [f"--prompts {tmp_path / name}: ", *words]), message
 
 
 class Web(BaseHTTPRequestHandler):
@@ -185,64 +179,55 @@ def test_a_folder_s_captions_cost_no_images(pairs):
     assert "train" in error(pairs, "caption", "train")
 
 
-@pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.csv"])
-def test_datasets_of_other_files_are_streamed_too(tmp_path, name):
-    (tmp_path / name).write_bytes(FILES[name].removeprefix(b"\xef\xbb\xbf"))
-    assert [row[0] for row in read(tmp_path)] == ['"a" cat', "a dog, a bird"]
-    assert "no column 'prompt'; it has" in error(tmp_path, "prompt")
+def test_datasets_of_other_files_are_streamed_too(tmp_path):
+    for name in ("p.json", "p.jsonl", "p.csv"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_bytes(FILES[name].removeprefix(b"\xef\xbb\xbf"))
+        assert [row[0] for row in read(tmp_path / name, keep=())] == ['"a" cat', "a dog, a bird"]
+        assert "no column 'prompt'; it has" in error(tmp_path / name, "prompt")
 
 
-# What a client of this Hub does, and prints.
-CLIENT = """
-import json
-import sys
-import build_synpic
-from build_synpic import PROMPT_SETS, parse_arguments, read_prompts
-PROMPT_SETS["parti"]["source"] = sys.argv[1]
-found = {}
-for name in sys.argv[2:]:
-    args = parse_arguments(["--prompts", name, "--max_prompts", "500"])
-    category = PROMPT_SETS.get(name, {}).get("category_column")
+def rows_of(name: str) -> list[list] | str:
+    """(prompt, category) and the places of a set with a short name; or what is refused."""
+    args = build_synpic.parse_arguments(["--prompts", name, "--max_prompts", "500"])
+    category = build_synpic.PROMPT_SETS.get(name, {}).get("category_column")
+    source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
     try:
-        keep = (category,) if category else ()
-        rows, places = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep)
-        found[name] = [[row["prompt"], row.get(category)] for row in rows]
-        found[f"places of {name}"] = [list(place.values()) for place in places]
+        rows, places = build_synpic.read_prompts(*source, (category,) if category else ())
     except SystemExit as stopped:
-        found[name] = stopped.code
-print(json.dumps(found))
-"""
+        return stopped.code
+    return [[row["prompt"], row.get(category), *place.values()] for row, place in zip(rows, places)]
 
 
-def test_sets_with_a_short_name_come_from_the_hub_without_images(pairs, server, web, tmp_path):
+def test_sets_with_a_short_name_come_from_the_hub_without_images(pairs, online, web, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Through the real client: the bytes of all answers to its requests for 500 captions."""
+    for module, name in ((datasets.config, "HF_HUB_OFFLINE"), (build_synpic, "HF_HUB_OFFLINE")):
+        monkeypatch.setattr(module, name, False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", online.url)
+    monkeypatch.setitem(build_synpic.PROMPT_SETS["parti"], "source", f"{web}/parti.tsv")
     files = {f"data/{file.name}": file.read_bytes() for file in sorted(pairs.rglob("*.parquet"))}
     first, size = next(iter(files.values())), sum(map(len, files.values()))
-    server.commit("datasets", "liuhuohuo2/pick-a-pic-v2", {**files, "data/train-00000-of-00001.parquet": first})
+    online.commit("datasets", "liuhuohuo2/pick-a-pic-v2", {**files, "data/train-00000-of-00001.parquet": first})
     known = ("anime", "concept-art", "paintings", "photo")
     styles = {f"benchmark/{style}.json": json.dumps([style, "both"]).encode() for style in known}
-    server.commit("datasets", "zhwang/HPDv2", {**styles, "train.json": b"{}"})
+    online.commit("datasets", "zhwang/HPDv2", {**styles, "train.json": b"{}"})
     Web.pages["parti.tsv"] = ("text/plain", b'Prompt\tCategory\n"42"\tAbstract\na dog\tAnimals\n')
 
-    names = ["pickapic-val", "pickapic-train", "hpsv2", "parti", "pickapic", "hpsv2.1"]
-    result = client(server, tmp_path / "home", "-c", CLIENT, f"{web}/parti.tsv", *names)
-    pairs_paths = [path for path in server.served if "pick-a-pic" in path and "train-" not in path]
-    served = sum(server.served[path] for path in pairs_paths)
+    assert rows_of("pickapic-val") == [[f"caption {i}", None, 2 * i] for i in range(500)]
+    assert rows_of("pickapic-train") == [[f"caption {i}", None, 2 * i] for i in range(300)]
+    pairs_paths = [path for path in online.served if "pick-a-pic" in path and "train-" not in path]
+    served = sum(online.served[path] for path in pairs_paths)
     print(f"Hub: {served:,} of {size:,} bytes for 500 captions")
     assert served < size / 100
-    assert not list((tmp_path / "home").rglob("*.parquet"))
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert found["pickapic-val"] == [[f"caption {i}", None] for i in range(500)]
-    assert found["pickapic-train"] == [[f"caption {i}", None] for i in range(300)]
-    others = [[style, style] for style in known[1:]]
-    assert found["hpsv2"] == [["anime", "anime"], ["both", "anime"], *others]
+    assert not list((tmp_path / "cache").rglob("*.parquet"))
     # As the benchmark numbers its pictures, anime/00001.jpg: repeats count, over all rows and within a style.
-    assert found["places of hpsv2"] == [[0, 0], [1, 1], [2, 0], [4, 0], [6, 0]]
-    assert "--prompts hpsv2: 3 of 8 rows repeat an earlier prompt and are left out" in result.stderr
-    assert found["parti"] == [['"42"', "Abstract"], ["a dog", "Animals"]]
+    others = [[style, style, 2 * i, 0] for i, style in enumerate(known) if i]
+    assert rows_of("hpsv2") == [["anime", "anime", 0, 0], ["both", "anime", 1, 1], *others]
+    assert "--prompts hpsv2: 3 of 8 rows repeat an earlier prompt and are left out" in capsys.readouterr().err
+    assert [row[:2] for row in rows_of("parti")] == [['"42"', "Abstract"], ["a dog", "Animals"]]
     for name in ("pickapic", "hpsv2.1"):
-        assert found[name].startswith(f"--prompts {name}: cannot be read: ")
-        assert found[name].endswith("; the sets with a short name are pickapic-train, pickapic-val, hpsv2, parti")
+        assert rows_of(name).startswith(f"--prompts {name}: cannot be read: ")
+        assert rows_of(name).endswith("; the sets with a short name are pickapic-train, pickapic-val, hpsv2, parti")
 
 
 def test_flags_that_are_given_win_over_those_of_a_set():
@@ -257,28 +242,24 @@ def test_flags_that_are_given_win_over_those_of_a_set():
     assert flags("hpsv2", "--category_column", "prompt") == ("prompt", None, "prompt")
 
 
-@pytest.mark.parametrize(
-    "prompts, wanted",
-    [
-        ("hpsv2", {"type": "zhwang/HPDv2", "name": "hpsv2, 3 prompts"}),
-        ("parti", {"type": build_synpic.PARTI_URL, "name": "parti, 3 prompts"}),
-        ("user/prompts", {"type": "user/prompts", "name": "prompts, 3 prompts", "split": "train"}),
-        (
-            "pickapic-val",
-            {"type": "liuhuohuo2/pick-a-pic-v2", "name": "pickapic-val, 3 prompts", "split": "validation_unique"},
-        ),
-        ("https://me:key@host:1/a/p.txt?token=key#x", {"type": "https://host:1/a/p.txt", "name": "p.txt, 3 prompts"}),
-        (__file__, {"type": "prompts", "name": "test_prompts.py, 3 prompts"}),
-    ],
-)
-def test_a_card_names_the_prompts_and_no_secret(prompts, wanted):
-    args = evaluate.parse_arguments(["--prompts", prompts, "--metrics", "clipscore"])
+CARDS = {
+    "hpsv2": {"type": "zhwang/HPDv2", "name": "hpsv2, 3 prompts"},
+    "parti": {"type": build_synpic.PARTI_URL, "name": "parti, 3 prompts"},
+    "user/prompts": {"type": "user/prompts", "name": "prompts, 3 prompts", "split": "train"},
+    "https://me:key@host:1/a/p.txt?token=key#x": {"type": "https://host:1/a/p.txt", "name": "p.txt, 3 prompts"},
+    __file__: {"type": "prompts", "name": "test_prompts.py, 3 prompts"},
+}
+
+
+def test_a_card_names_the_prompts_and_no_secret():
     settings = dict.fromkeys(("prompts", "seed", *evaluate.DRAWING_FLAGS), 1) | {"models": {"mine": "x"}}
     figures = {f"clipscore{name}": 0.5 for name in ("", "_lift", "_win_rate")}
     record = {"n_prompts": 3, "settings": settings, "mine": figures, "pairwise": {"clipscore": {}}}
-    card = str(evaluate.results_card(args, "mine", "user/lora", record, ""))
-    assert "key" not in card
-    ((result,),) = (model["results"] for model in huggingface_hub.RepoCard(card).data["model-index"])
-    dataset = result["dataset"]
-    del dataset["args"]
-    assert dataset == wanted
+    for prompts, wanted in CARDS.items():
+        args = evaluate.parse_arguments(["--prompts", prompts, "--metrics", "clipscore"])
+        card = str(evaluate.results_card(args, "mine", "user/lora", record, ""))
+        assert "key" not in card
+        ((result,),) = (model["results"] for model in huggingface_hub.RepoCard(card).data["model-index"])
+        dataset = result["dataset"]
+        del dataset["args"]
+        assert dataset == wanted

@@ -10,12 +10,14 @@ from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import world
 import yaml
-from conftest import call, refused, run
-from datasets import load_dataset
+from conftest import write_dataset, write_pairs
+from datasets import List, load_dataset
 from PIL import Image, PngImagePlugin
 
 import user_study
@@ -29,6 +31,20 @@ MODELS = ("tuned", "other", "base")
 def quick_disk(monkeypatch):
     """Thousands of votes, and nobody pulls the plug here. tests/test_user_study_page.py syncs as users do."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def main(*words) -> None:
+    user_study.main(user_study.parse_arguments([str(word) for word in words]))
+
+
+def refused(*words) -> str:
+    """The one line of a command that must refuse."""
+    try:
+        main(*words)
+    except SystemExit as stopped:
+        assert isinstance(stopped.code, str) and "\n" not in stopped.code, stopped.code
+        return stopped.code
+    pytest.fail(f"not refused: {words}")
 
 
 def make_prompts(tmp_path, n: int = 12) -> Path:
@@ -60,11 +76,16 @@ def study_flags(tmp_path, *more, models=MODELS) -> list:
 
 
 def make_study(tmp_path, *more, models=MODELS) -> user_study.Study:
-    flags = study_flags(tmp_path, *more, models=models)
+    flags = [str(flag) for flag in study_flags(tmp_path, *more, models=models)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(user_study.secrets, "token_hex", lambda length: "0" * 64)  # the same orders in every run
-        user_study.make_study(user_study.parse_arguments([str(flag) for flag in flags]))
+        user_study.make_study(user_study.parse_arguments(flags))
     return user_study.Study(tmp_path / "study")
+
+
+def shown(study, rater: str) -> list[dict]:
+    """What a rater was shown, in order."""
+    return list(study.shown[rater].values())
 
 
 def vote(study, rater: str, choose, limit: int = 10_000) -> int:
@@ -73,7 +94,7 @@ def vote(study, rater: str, choose, limit: int = 10_000) -> int:
     while not state["finished"] and count < limit:
         question = state["questions"][state["asked"]][0]
         assert state["hides_prompt"] == (question == "appeal")
-        state = reply(study, rater, state, choose(study.shown[rater][state["position"]], question))
+        state = reply(study, rater, state, choose(shown(study, rater)[state["position"]], question))
         count += 1
     return count
 
@@ -92,6 +113,10 @@ def side_of(line: dict, model: str) -> str:
     return "left" if line["left"] == model else "right"
 
 
+def left(line: dict, question: str) -> str:
+    return "left"
+
+
 def test_the_papers_samples():
     """QSD: 25 prompts of each of four styles. RankDPO: a number of prompts. The seed decides."""
     styles = [("photo", "anime", "paintings", "concept-art")[i % 4] for i in range(400)]
@@ -100,37 +125,33 @@ def test_the_papers_samples():
     assert chosen == user_study.sample_prompts(styles, 100, 25, seed=1) == sorted(chosen)
     assert chosen != user_study.sample_prompts(styles, 100, 25, seed=2)
     assert len(set(user_study.sample_prompts(styles, 300, None, seed=0))) == 300
-    with pytest.raises(SystemExit, match="category 'photo' has only 100 prompts"):
+    with pytest.raises(SystemExit, match="--per_category 101: photo has 100 prompts"):
         user_study.sample_prompts(styles, 1, 101, seed=0)
 
 
-def test_pictures_are_numbered_by_the_rows_of_the_source(tmp_path):
-    """As in evaluate.py: a prompt that occurs twice does not shift the pictures of those after it. Files that count
-    from 1 are seen."""
-    for first, field in ((0, "index"), (1, "index+1")):
-        folder = tmp_path / field
-        folder.mkdir()
-        for i in range(4):
-            Image.new("RGB", (16, 16), (60 * i,) * 3).save(folder / f"{first + i}.png")
-        (folder / "p.txt").write_text("cat\ndog\ncat\nbird\n")
-        flags = [
-            "serve",
-            "--study_dir",
-            folder / "study",
-            "--prompts",
-            folder / "p.txt",
-            "--num_prompts",
-            3,
-            "--images",
-        ]
-        if first:
-            message = refused("user_study", *flags, *(f"{name}={folder}/{{index}}.png" for name in "ab"))
-            assert "counted from 1: write {index+1} for {index}" in message
-        flags += [f"{name}={folder}/{{{field}}}.png" for name in "ab"]
-        user_study.make_study(user_study.parse_arguments([str(flag) for flag in flags]))
-        study = user_study.Study(folder / "study")
-        greys = [np.asarray(Image.open(study.picture_file((number, "b")))).mean().round() for number in range(3)]
-        assert [row["prompt"] for row in study.record["prompts"]] == ["cat", "dog", "bird"] and greys == [0, 60, 180]
+@pytest.mark.parametrize("first, template", [(0, "{index}"), (1, "{index+1}"), (0, "{category}-{category_index}")])
+def test_pictures_are_numbered_by_the_rows_of_the_source(tmp_path, first, template):
+    """As in evaluate.py: a prompt that occurs twice does not shift the pictures of those after it, neither over all
+    rows nor within a category. Files that count from 1 are seen."""
+    rows = [("cat", "pet"), ("dog", "pet"), ("cat", "pet"), ("bird", "wild"), ("fish", "pet")]
+    (tmp_path / "p.csv").write_text("prompt,category\n" + "".join(f"{prompt},{kind}\n" for prompt, kind in rows))
+    places = Counter()
+    for i, (_, kind) in enumerate(rows):
+        name = f"{kind}-{places[kind]}" if "category" in template else first + i
+        Image.new("RGB", (16, 16), (60 * i,) * 3).save(tmp_path / f"{name}.png")
+        places[kind] += 1
+    flags = ["serve", "--study_dir", tmp_path / "study", "--prompts", tmp_path / "p.csv", "--num_prompts", 4]
+    flags += ["--category_column", "category", "--images"]
+    if first:
+        message = refused(*flags, *(f"{name}={tmp_path}/{{index}}.png" for name in "ab"))
+        assert message.endswith(f"counted from 1: write {tmp_path}/{{index+1}}.png")
+    flags += [f"{name}={tmp_path}/{template}.png" for name in "ab"]
+    user_study.make_study(user_study.parse_arguments([str(flag) for flag in flags]))
+    study = user_study.Study(tmp_path / "study")
+    files = [user_study.picture_file(study.folder, study.record, number, "b") for number in range(4)]
+    greys = [np.asarray(Image.open(file)).mean().round() for file in files]
+    assert [row["prompt"] for row in study.record["prompts"]] == ["cat", "dog", "bird", "fish"]
+    assert greys == [0, 60, 180, 240]
 
 
 def test_every_comparison_gets_its_votes_and_sides_are_balanced(tmp_path):
@@ -153,36 +174,24 @@ def test_every_comparison_gets_its_votes_and_sides_are_balanced(tmp_path):
 def test_what_a_rater_left_open_goes_to_somebody_else_later(tmp_path, monkeypatch):
     study = make_study(tmp_path, "--questions", "overall", "--votes_per_comparison", 1, models=("tuned", "base"))
     study.view("idle")
-    assert vote(study, "busy", lambda line, question: "left") == 11
+    assert vote(study, "busy", left) == 11
     now = user_study.time.time()
     monkeypatch.setattr(user_study.time, "time", lambda: now + 61 * 60)
-    assert vote(study, "busy", lambda line, question: "left") == 1
+    assert vote(study, "busy", left) == 1
 
 
 def test_a_restart_changes_nothing(tmp_path):
-    """Also if the server was killed within a line, and of what the earlier version of the script wrote."""
+    """Also if the server was killed within a line."""
     study = make_study(tmp_path, "--attention_checks", 2, "--allow_ties")
     for i in range(4):
-        vote(study, f"r{i}", lambda line, question: "left", limit=10 + i)
+        vote(study, f"r{i}", left, limit=10 + i)
     before = [study.view(f"r{i}") for i in range(4)]
     assert before[1]["asked"] == 2 and before[0]["asked"] == 1  # within a comparison, too
     with open(study.log, "ab") as file:
         file.write('{"rater": "r0", "item": "\u05e9'.encode()[:-1])
-    results = user_study.tally(study.record, lines_of(study), 0, 0)
     again = user_study.Study(tmp_path / "study")
     assert [again.view(f"r{i}") for i in range(4)] == before
     assert again.pictures == study.pictures and again.loads() == study.loads()
-    vote(again, "r4", lambda line, question: "left", limit=1)
-    old = [
-        {k: v for k, v in line.items() if k not in ("left", "right") or "answer" not in line}
-        for line in lines_of(study)[:-2]
-    ]
-    shutil.rmtree(tmp_path / "study" / "votes")
-    (tmp_path / "study" / "votes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
-    assert [user_study.Study(tmp_path / "study").view(f"r{i}") for i in range(4)] == before
-    assert user_study.tally(study.record, lines_of(study), 0, 0) == results
-    (tmp_path / "study" / "votes.jsonl").write_text('{"rater": "r", "itim": "0-0"}\n')
-    assert "line 1 is damaged" in refused("user_study", "tally", "--study_dir", tmp_path / "study")
 
 
 def test_what_counts_as_an_answer(tmp_path):
@@ -199,17 +208,9 @@ def test_what_counts_as_an_answer(tmp_path):
     assert [line["answer"] for line in lines_of(study) if "answer" in line] == ["left", "right"]
     (final,) = user_study.final_votes(lines_of(study))
     assert final["answer"] == "right" and final["chosen"] == final["right"]
-
-
-def test_two_servers_lose_nothing(tmp_path):
-    """A Space's old server goes on for a moment when the new one has begun; each has a log of its own."""
-    one = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
-    two = user_study.Study(tmp_path / "study")
-    for study, limit in ((one, 3), (two, 5)):
-        vote(study, "r", lambda line, question: side_of(line, "tuned"), limit=limit)
-    assert one.log != two.log and len(user_study.final_votes(lines_of(one))) == 5
-    figures = user_study.tally(one.record, lines_of(one), 0, 0)["pairs"]["tuned"]["base"]["overall"]
-    assert figures["wins"] == figures["n_votes"] == 5
+    for rater, answer in (("r", "item"), ("../x", "left")):
+        with pytest.raises(ValueError):
+            reply(study, rater, state, answer)
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
@@ -227,7 +228,7 @@ def test_pictures_do_not_give_the_model_away(tmp_path):
     """The models drew in three sizes, with metadata. Raters see one size, format and length; names say nothing."""
     study = make_study(tmp_path, "--attention_checks", 2)
     for number in range(12):
-        files = [study.picture_file((number, model)) for model in MODELS]
+        files = [user_study.picture_file(study.folder, study.record, number, model) for model in MODELS]
         pictures, contents = [Image.open(file) for file in files], [file.read_bytes() for file in files]
         assert len({picture.size for picture in pictures}) == len({len(content) for content in contents}) == 1
         for file, content, picture in zip(files, contents, pictures):
@@ -246,8 +247,8 @@ def test_pictures_do_not_give_the_model_away(tmp_path):
 
 
 def test_test_pairs(tmp_path):
-    """Noise must lose, the same picture twice is a tie; who fails is left out, and counted."""
-    flags = ["--attention_checks", 4, "--allow_ties", "--questions", "overall"]
+    """Noise must lose, the same picture twice is a tie; who fails is left out, and others get the comparisons."""
+    flags = ["--attention_checks", 4, "--allow_ties", "--questions", "overall", "--votes_per_comparison", 1]
     study = make_study(tmp_path, *flags, models=("tuned", "base"))
 
     def careful(line, question):
@@ -255,45 +256,36 @@ def test_test_pairs(tmp_path):
             return side_of(line, "tuned")
         return "tie" if line["left"] == line["right"] else "right" if line["left"] == "noise" else "left"
 
-    vote(study, "careful", careful)
-    vote(study, "fast", lambda line, question: "left")
-    places = [i for i, line in enumerate(study.shown["careful"]) if line["item"].startswith("check")]
-    kinds = [study.shown["careful"][i]["left"] == study.shown["careful"][i]["right"] for i in places]
-    assert np.diff(places).min() >= 2 and kinds == [False, True, False, True]
-    results = user_study.tally(study.record, lines_of(study), 0, 0)
-    assert results["raters"]["excluded"] == ["fast"] and results["raters"]["n_votes_excluded"] == 12
-    assert set(results["raters"]["each"]) == {"careful"} and results["pairs"]["tuned"]["base"]["overall"]["wins"] == 12
+    vote(study, "fast", left)
+    assert set(study.loads().values()) == {0} and vote(study, "careful", careful) == 16
+    assert study.view("late")["finished"]
+    lines = shown(study, "careful")
+    places = [i for i, line in enumerate(lines) if line["item"].startswith("check")]
+    assert np.diff(places).min() >= 2
+    assert [lines[i]["left"] == lines[i]["right"] for i in places] == [False, True, False, True]
+    main("tally", "--study_dir", tmp_path / "study")
+    results = json.loads((tmp_path / "study" / "tally" / "results.json").read_text())
+    assert results["settings"]["max_failed_checks"] == 0 and results["raters"]["excluded"] == ["fast"]
+    assert results["raters"]["n_votes_excluded"] == 12 and set(results["raters"]["each"]) == {"careful"}
+    assert results["pairs"]["tuned"]["base"]["overall"]["wins"] == 12
     lenient = user_study.tally(study.record, lines_of(study), 4, 0)["raters"]
     assert lenient["n_excluded"] == 0 and lenient["each"]["fast"]["failed_checks"] >= 2
 
 
 def test_test_pairs_come_to_every_rater(tmp_path):
     """Also to who ends early, and to who finds few comparisons left."""
-    assert [n for n in range(60) if user_study.check_is_due(n, 0, 450, 4)][0] == 10
-    flags = ["--attention_checks", 4, "--questions", "overall", "--votes_per_comparison", 1]
-    study = make_study(tmp_path, *flags)
-    seen = lambda rater: [line["item"].startswith("check") for line in study.shown[rater]]  # noqa: E731
-    honest = lambda line, _: side_of(line, line["right"] if line["left"] == "noise" else line["left"])  # noqa: E731
-    assert vote(study, "first", honest, limit=30) == 30 and sum(seen("first")) >= 3
-    assert study.view("second")["total"] == len(study.comparisons) - 27 + 4 + sum(seen("first")[:30]) - 4
+    study = make_study(tmp_path, "--attention_checks", 4, "--questions", "overall", "--votes_per_comparison", 1)
+
+    def honest(line, question):
+        return "right" if line["left"] == "noise" else "left"
+
+    def checks(rater):
+        return [line["item"].startswith("check") for line in shown(study, rater)]
+
+    assert vote(study, "first", honest, limit=30) == 30 and checks("first").index(True) == 7
+    assert study.view("second")["total"] == len(study.comparisons) - 27 + 4 + sum(checks("first")[:30]) - 4
     vote(study, "second", honest)
-    assert sum(seen("second")) == 4 and study.view("third")["finished"] and not seen("third")
-
-
-def test_votes_of_raters_who_fail_are_asked_of_others(tmp_path):
-    flags = ["--attention_checks", 1, "--questions", "overall", "--votes_per_comparison", 1]
-    study = make_study(tmp_path, *flags, models=("tuned", "base"))
-    assert vote(study, "fast", lambda line, _: side_of(line, "noise"), limit=10) == 10
-    assert set(study.loads().values()) == {0}
-    assert vote(study, "good", lambda line, _: side_of(line, "tuned" if "tuned" in line.values() else "base")) == 13
-    call("user_study", "tally", "--study_dir", tmp_path / "study")
-    results = json.loads((tmp_path / "study" / "tally" / "results.json").read_text())
-    assert results["settings"]["max_failed_checks"] == 0 and results["raters"]["excluded"] == ["fast"]
-
-
-def test_majorities_by_hand():
-    counts = np.array([[3, 2, 0], [2, 3, 0], [2, 2, 1], [2, 1, 2], [2, 2, 0], [0, 0, 5], [1, 0, 0], [3, 1, 1]])
-    assert user_study.majority(counts).tolist() == [1, 0, 0.5, 0.5, 0.5, 0.5, 1, 1]
+    assert sum(checks("second")) == 4 and study.view("third")["finished"] and not checks("third")
 
 
 def test_fleiss_kappa_of_the_textbook():
@@ -342,8 +334,7 @@ def test_intervals_cover_what_they_should():
         prompts, raters = rng.normal(size=(n_prompts, 1)), 0.5 * rng.normal(size=n_raters)
         votes = rng.permuted(np.tile([1.0, 0.0], (n_prompts, n_raters // 2)), axis=1)
         first = votes * (rng.random(votes.shape) < chance(0.4 + prompts + raters))
-        found = {"share": user_study.bootstrap_share(first, votes, seed, 500)}
-        found["majority"] = user_study.bootstrap_majority(first, votes - first, votes, seed, 500)
+        found = dict(zip(("majority", "share"), user_study.bootstrap(first, votes - first, votes, seed, 500)))
         for name, (low, high) in found.items():
             covered[name] += low <= truth[name] <= high
     assert min(covered.values()) >= 54, covered
@@ -367,7 +358,7 @@ def finished(tmp_path_factory) -> Path:
 
 def test_tally_writes_tables_a_chart_and_results(finished, tmp_path, capsys):
     flags = ["tally", "--study_dir", finished, "--output_dir", tmp_path / "tally"]
-    call("user_study", *flags)
+    main(*flags)
     results = json.loads((tmp_path / "tally" / "results.json").read_text())
     figures = results["pairs"]["tuned"]["base"]["overall"]
     low, high = figures["win_rate_ci95"]
@@ -377,18 +368,18 @@ def test_tally_writes_tables_a_chart_and_results(finished, tmp_path, capsys):
     assert "People prefer tuned to base" in text and text in capsys.readouterr().out
     assert Image.open(tmp_path / "tally" / "chart.png").size[0] > 500
     # Again into the same folder, but never over the results of evaluate.py.
-    call("user_study", *flags)
+    main(*flags)
     (tmp_path / "tally" / "results.json").write_text("{}")
-    assert "holds other files: choose another folder" in refused("user_study", *flags)
+    assert "holds other files: choose another folder" in refused(*flags)
     # What the Hub has of a study is enough.
     shutil.copy(finished / "study.json", tmp_path)
     shutil.copytree(finished / "votes", tmp_path / "votes")
-    call("user_study", "tally", "--study_dir", tmp_path, "--output_dir", tmp_path / "tally2")
+    main("tally", "--study_dir", tmp_path, "--output_dir", tmp_path / "tally2")
     assert json.loads((tmp_path / "tally2" / "results.json").read_text()) == results
 
 
-def test_pairs_go_through_score_pairs_into_train_dpo_qsd(finished, tmp_path, tiny_sd):
-    call("user_study", "export", "--study_dir", finished, "--output_dir", tmp_path / "pairs")
+def test_pairs_have_the_columns_of_pick_a_pic(finished, tmp_path):
+    main("export", "--study_dir", finished, "--output_dir", tmp_path / "pairs")
     rows = load_dataset(str(tmp_path / "pairs"), split="train")
     votes = user_study.final_votes(user_study.read_votes(finished))
     counts = Counter((vote["item"], vote["chosen"]) for vote in votes if vote["question"] == "overall")
@@ -401,31 +392,23 @@ def test_pairs_go_through_score_pairs_into_train_dpo_qsd(finished, tmp_path, tin
     card = (tmp_path / "pairs" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["configs"][0]["data_files"][0]["path"] == "data/train-*.parquet" and "better overall" in card
-    code = "import numpy as np\ndef bright(images, prompts):\n    return [np.asarray(i).mean() / 255 for i in images]\n"
-    (tmp_path / "reward.py").write_text(code)
-    flags = ["--reward", f"{tmp_path}/reward.py:bright", "--normalization", "none", "--include_images"]
-    call("score_pairs", "--dataset_name", tmp_path / "pairs", *flags, "--output_dir", tmp_path / "qsd")
-    flags = ["--pretrained_model_name_or_path", tiny_sd, "--dataset_name", tmp_path / "qsd", "--top_fraction", 1]
-    train("train_dpo_qsd", tmp_path, *flags)
+    same = write_pairs(tmp_path / "same", rows.to_list(), drop=("quality",))  # as in the tests of score_pairs.py
+    wanted = load_dataset(str(same), split="train").features
+    assert {name: rows.features[name] for name in wanted} == wanted
 
 
-def train(script: str, folder: Path, *flags) -> None:
-    more = "--resolution 32 --max_train_steps 1 --report_to none --validation_num_inference_steps 1".split()
-    call(script, *flags, *more, "--cache_dir", folder / "cache", "--output_dir", folder / "lora")
-    assert (folder / "lora" / "pytorch_lora_weights.safetensors").exists()
-
-
-def test_rankings_go_into_train_rankdpo(finished, tmp_path, tiny_sdxl):
+def test_rankings_have_the_columns_of_synpic(finished, tmp_path):
     flags = ["--study_dir", finished, "--export_format", "ranked", "--question", "appeal"]
-    call("user_study", "export", *flags, "--output_dir", tmp_path / "ranked")
+    main("export", *flags, "--output_dir", tmp_path / "ranked")
     rows = load_dataset(str(tmp_path / "ranked"), split="train")
+    raw = rows.cast_column("images", List(datasets.Image(decode=False))).to_list()
+    wanted = load_dataset(str(write_dataset(tmp_path / "same", raw)), split="train").features
+    assert {name: rows.features[name] for name in wanted} == wanted  # as in the tests of the trainers
     assert len(rows) == 12 and set(rows["num_votes"]) == {15}
     for row in rows:
         phi = np.array(row["preference_probability"])
         assert row["generators"] == list(MODELS) and sorted(row["rank"]) == [1, 2, 3]
         assert phi.sum() == pytest.approx(1.5) and phi[row["rank"].index(1)] == phi.max()
-    flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", tmp_path / "ranked"]
-    train("train_rankdpo_sdxl", tmp_path, *flags)
 
 
 def test_equal_models_are_ranked_without_favour(finished):
@@ -441,20 +424,19 @@ def test_files_of_others_stay(command, name, finished, tmp_path):
     mine = tmp_path / "out" / name
     mine.parent.mkdir(parents=True)
     mine.touch()
-    assert "holds other files: choose another folder" in refused("user_study", *flags) and mine.exists()
+    assert "holds other files: choose another folder" in refused(*flags) and mine.exists()
     shutil.rmtree(tmp_path / "out")
-    call("user_study", *flags)
+    main(*flags)
     (tmp_path / "out" / "data").mkdir(exist_ok=True)
     (tmp_path / "out" / "data" / "train-00001-of-00002.parquet").touch()
-    call("user_study", *flags)  # again into the same folder: what stood there goes
+    main(*flags)  # again into the same folder: what stood there goes
     assert command == "space" or len(list((tmp_path / "out" / "data").iterdir())) == 1
     mine.touch()
-    if command == "export":
-        assert "holds other files" in refused("user_study", *flags)
+    assert command == "space" or "holds other files" in refused(*flags)
     assert mine.exists()
 
 
-def test_images_of_evaluate(tmp_path, monkeypatch):
+def test_images_of_evaluate(tmp_path):
     """The first image of each prompt, in the layout of evaluate.py, whose settings name the prompts."""
     prompts, images = make_prompts(tmp_path), tmp_path / "evaluation" / "images"
     digest = user_study.short_hash("\n".join(json.loads(line)["prompt"] for line in prompts.open()))
@@ -468,16 +450,13 @@ def test_images_of_evaluate(tmp_path, monkeypatch):
     user_study.make_study(user_study.parse_arguments([str(flag) for flag in (*flags, tmp_path / "study", *more)]))
     study = user_study.Study(tmp_path / "study")
     assert study.record["pairs"] == [["tuned", "base"]] and len(study.record["prompts"]) == 6
-    red, green, _ = np.asarray(Image.open(study.picture_file((2, "tuned")))).mean(axis=(0, 1))
+    picture = Image.open(user_study.picture_file(study.folder, study.record, 2, "tuned"))
+    red, green, _ = np.asarray(picture).mean(axis=(0, 1))
     assert abs(red - study.record["prompts"][2]["index"]) < 4 and abs(green - 100) < 4
-    message = refused("user_study", *flags, tmp_path / "study", *more, "--max_prompts", 5)
-    assert "holds a study made with all_prompts" in message
-    message = refused("user_study", *flags, tmp_path / "new", "--max_prompts", 5)
-    assert "was drawn from other prompts" in message
+    assert "made with all_prompts" in refused(*flags, tmp_path / "study", *more, "--max_prompts", 5)
+    assert "was drawn from other prompts" in refused(*flags, tmp_path / "new", "--max_prompts", 5)
     (images / "base").rename(images / "noise")
-    assert "may not be called noise" in refused("user_study", *flags, tmp_path / "new")
-    monkeypatch.setattr(user_study, "version", lambda name: "5.49.1")
-    assert "newer: pip install 'gradio>=6.31,<7'" in refused("user_study", *flags, tmp_path / "study")
+    assert "may not be called noise" in refused(*flags, tmp_path / "new")
 
 
 # The command, what is refused. NEW and the like are paths.
@@ -489,12 +468,12 @@ REFUSALS = {
     "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE b={here}": "wrong template",
     "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE b=none{index}": "cannot be read",
     "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE tie=x": "may not be called tie",
-    "serve --study_dir NEW --num_prompts 13 --prompts PROMPTS --images ONE TWO": "only 12",
+    "serve --study_dir NEW --num_prompts 13 --prompts PROMPTS --images ONE TWO": "the source has 12 prompts",
     "serve --study_dir NEW --per_category 2 --prompts PROMPTS --images ONE TWO": "needs --cat",
     "serve --study_dir DONE --votes_per_comparison 3": "made with votes_per_comparison 5, not 3",
     "serve --study_dir FILES --prompts PROMPTS": "holds other files",
     "serve --questions beauty": "must be one of general, appeal",
-    "serve --questions overall overall=x": "named twice",
+    "serve --questions overall overall=x": "each once",
     "serve --port 0": "--port 0: must be at least 1",
     "serve --allow_ties maybe": "--allow_ties: invalid choice: 'maybe'",
     "serve --output_dir NEW": "is for the other commands",
@@ -502,22 +481,19 @@ REFUSALS = {
     "server": "invalid choice: 'server'",
     "space --study_dir DONE": "--hub_dataset_id is missing",
     "tally --study_dir DONE --push_to_hub": "--hub_model_id is missing",
+    "tally --study_dir EMPTY": "no votes to count",
+    "export --study_dir EMPTY": "no pairs to export",
 }
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory, finished) -> dict:
-    folder = tmp_path_factory.mktemp("places")
-    one, two = make_images(folder, ("one", "two"))
-    (folder / "files").mkdir()
-    (folder / "files" / "thesis.tex").touch()
-    return {"PROMPTS": make_prompts(folder), "ONE": one, "TWO": two, "DONE": finished, "FILES": folder / "files"}
-
-
-@pytest.mark.parametrize("command", REFUSALS)
-def test_refusals(command, tmp_path, places):
-    words = [{**places, "NEW": tmp_path / "new"}.get(word, word) for word in command.split()]
-    assert REFUSALS[command] in refused("user_study", *words)
+def test_refusals(finished, tmp_path):
+    one, two = make_images(tmp_path, ("one", "two"))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "thesis.tex").touch()
+    places = {"PROMPTS": make_prompts(tmp_path), "ONE": one, "TWO": two, "DONE": finished, "NEW": tmp_path / "new"}
+    places |= {"FILES": tmp_path / "files", "EMPTY": make_study(tmp_path).folder}
+    for command, message in REFUSALS.items():
+        assert message in refused(*(places.get(word, word) for word in command.split())), command
 
 
 def test_flags_of_a_file(tmp_path):
@@ -527,25 +503,30 @@ def test_flags_of_a_file(tmp_path):
     assert args.output_dir == os.path.expanduser("~/x/tally") and args.votes_per_comparison == 5
 
 
-def test_an_empty_log_is_refused(tmp_path):
-    make_study(tmp_path)
-    assert "no votes to count" in refused("user_study", "tally", "--study_dir", tmp_path / "study")
-    assert "no pairs to export" in refused("user_study", "export", "--study_dir", tmp_path / "study")
+@pytest.fixture
+def online(server, tmp_path, monkeypatch):
+    """This process as a client of the Hub."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    values = {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    values["HUGGINGFACE_CO_URL_TEMPLATE"] = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    values["HF_HUB_CACHE"] = str(tmp_path / "cache")
+    for name, value in values.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    return server
 
 
-def test_results_and_data_on_the_hub(finished, tmp_path, server):
+def test_results_and_data_on_the_hub(finished, tmp_path, online):
     """Also what people wrote into a card, and other results, stay; an earlier tally's are replaced."""
     other = {"task": {"type": "text-to-image"}, "dataset": {"type": "prompts", "name": "heldout"}}
     other["metrics"] = [{"type": "win_rate", "value": 0.5}]
     front = yaml.safe_dump({"license": "mit", "model-index": [{"name": "mine", "results": [other]}]})
-    server.commit("models", "user/lora", {"README.md": f"---\n{front}---\n\n# My LoRA\n".encode()})
+    online.commit("models", "user/lora", {"README.md": f"---\n{front}---\n\n# My LoRA\n".encode()})
     flags = ["--study_dir", finished, "--push_to_hub", "--output_dir"]
-    commands = [["tally", *flags, tmp_path / "tally", "--hub_model_id", "user/lora"]] * 2
-    commands += [["export", *flags, tmp_path / "pairs", "--hub_dataset_id", "user/people"]] * 2
-    code = "import sys, user_study as u\nfor words in eval(sys.argv[1]): u.main(u.parse_arguments(words))"
-    words = repr([list(map(str, command)) for command in commands])
-    run("-c", code, words, env={**os.environ, **server.environment()})  # one process: the imports take longer
-    files = server.files("models", "user/lora")
+    for _ in range(2):
+        main("tally", *flags, tmp_path / "tally", "--hub_model_id", "user/lora")
+        main("export", *flags, tmp_path / "pairs", "--hub_dataset_id", "user/people")
+    files = online.files("models", "user/lora")
     card = files["README.md"].decode()
     assert "# My LoRA" in card and card.count("## User study") == 1 and "license: mit" in card
     (model,) = yaml.safe_load(card.split("---\n")[1])["model-index"]
@@ -554,5 +535,5 @@ def test_results_and_data_on_the_hub(finished, tmp_path, server):
     assert "overall, people's win rate of tuned over base" in [metric["name"] for metric in result["metrics"]]
     assert {"user_study/results.json", "user_study/chart.png"} <= files.keys()
     assert not any(re.search(rb"\br[0-4]\b", files[name]) for name in ("user_study/results.json", "README.md"))
-    files = server.files("datasets", "user/people")
+    files = online.files("datasets", "user/people")
     assert "data/train-00000-of-00001.parquet" in files and b'load_dataset("user/people"' in files["README.md"]

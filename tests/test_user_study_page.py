@@ -2,14 +2,14 @@
 """The page of user_study.py: in a real browser, and under eight raters while its server is killed."""
 
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -20,8 +20,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 import yaml
-from conftest import ROOT, refused, run
-from test_user_study import HARD, make_study, study_flags, vote
+from conftest import ROOT
+from test_user_study import HARD, left, main, make_study, online, refused, study_flags, vote  # noqa: F401
 
 import user_study
 
@@ -42,13 +42,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(script: str, flags: list, log: Path, folder: Path = ROOT, **options) -> subprocess.Popen:
-    """A server in a process of its own, as soon as it answers."""
-    with open(log, "w") as output:
-        command = [sys.executable, script, *map(str, flags)]
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, **options)
-    wait_until(lambda: process.poll() is not None or "the page is at" in log.read_text())
-    assert process.poll() is None, log.read_text()
+def start(log: Path, folder: Path, work, *arguments) -> multiprocessing.Process:
+    """A server in a process of its own, as soon as it answers. It is a fork, so nothing is imported again."""
+
+    def begin():
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1)
+        os.chdir(folder)
+        work(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=begin, daemon=True)
+    process.start()
+    wait_until(lambda: process.exitcode is not None or log.exists() and "the page is at" in log.read_text())
+    assert process.exitcode is None, log.read_text()
     return process
 
 
@@ -72,15 +79,15 @@ def wait_until(condition, seconds: float = 120) -> None:
 
 
 def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
-    """8 raters give 200 answers each, at once. The server is killed with -9 on the way, with a half-written line."""
-    flags = study_flags(tmp_path, "--votes_per_comparison", 8, "--questions", *(f"q{i}=Which?" for i in range(17)))
+    """8 raters give 50 answers each, at once. The server is killed with -9 on the way, with a half-written line."""
+    flags = study_flags(tmp_path, "--votes_per_comparison", 8)
     port, given = free_port(), [[] for _ in range(8)]
-    server = start("user_study.py", [*flags, "--port", port], tmp_path / "log")
+    server = start(tmp_path / "log", ROOT, main, *flags, "--port", port)
     people = [raters.Rater(f"http://127.0.0.1:{port}", f"r{i}", 0.0, 0) for i in range(8)]
 
     def work(person, answers):
-        state = person.ask("enter")
-        for _ in range(200):
+        state = person.ask("look")
+        for _ in range(50):
             question = state["questions"][state["asked"]][0]
             answers.append((state["position"], question, person.rng.choice(["left", "right"])))
             state = person.answer(state, answers[-1][-1])
@@ -88,19 +95,20 @@ def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
     threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(people, given)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: sum(map(len, given)) >= 800)
-    assert "is served by another process" in refused("user_study", "serve", "--study_dir", tmp_path / "study")
-    server.send_signal(signal.SIGKILL)
-    server.wait()
+    wait_until(lambda: sum(map(len, given)) >= 150)
+    assert "is served by another process" in refused("serve", "--study_dir", tmp_path / "study")
+    server.kill()
+    server.join()
     assert all(thread.is_alive() for thread in threads)
     (log,) = (tmp_path / "study" / "votes").iterdir()
     with open(log, "ab") as file:
         file.write(b'{"rater": "r0", "ite')
-    server = start("user_study.py", ["serve", "--study_dir", tmp_path / "study", "--port", port], tmp_path / "log2")
+    server = start(tmp_path / "log2", ROOT, main, "serve", "--study_dir", tmp_path / "study", "--port", port)
     for thread in threads:
         thread.join(120)
-    server.send_signal(signal.SIGINT)
-    assert server.wait(30) == 128 + signal.SIGINT and "all votes are in" in (tmp_path / "log2").read_text()
+    os.kill(server.pid, signal.SIGINT)
+    server.join(30)
+    assert server.exitcode == 128 + signal.SIGINT and "all votes are in" in (tmp_path / "log2").read_text()
 
     lines = user_study.read_votes(tmp_path / "study")
     shown = {}
@@ -108,71 +116,90 @@ def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
         shown.setdefault(line["rater"], []).extend([] if "answer" in line else [line["item"]])
     logged = [(line["rater"], line["item"], line["question"], line["answer"]) for line in lines if "answer" in line]
     told = [(f"r{i}", shown[f"r{i}"][place], *rest) for i in range(8) for place, *rest in given[i]]
-    assert len(told) == 1600 and sorted(logged) == sorted(told)
+    assert len(told) == 400 and sorted(logged) == sorted(told)
     assert all(len(items) == len(set(items)) for items in shown.values())
 
 
-@pytest.fixture
-def browser():
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: see requirements-test.txt")
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt-get install chromium (.ci/run does it where it may)")
     options = {"executable_path": CHROMIUM, "args": CHROMIUM_FLAGS.split(), "viewport": {"width": 1200, "height": 800}}
-    with playwright.sync_playwright() as driver, tempfile.TemporaryDirectory() as profile:
-        context = driver.chromium.launch_persistent_context(profile, **options)
+    with playwright.sync_playwright() as driver:
+        context = driver.chromium.launch_persistent_context(tmp_path_factory.mktemp("profile"), **options)
         context.set_default_timeout(30_000)
         yield context
         context.close()
 
 
-def wait_for_text(page, part: str, start: str) -> None:
-    page.wait_for_function(f"document.querySelector('[data-part={part}]').textContent.startsWith('{start}')")
+def wait_for_task(page, place: str = "") -> None:
+    """Until the page takes an answer, at "comparison/question". It asks at every frame: a selector would be asked for
+    every half second."""
+    page.wait_for_function(
+        """place => {
+            const text = name => parseInt(document.querySelector(`[data-part=${name}]`)?.textContent);
+            const button = document.querySelector('[data-answer=left]');
+            const there = !place || `${text("count")}/${text("question")}` === place;
+            return there && button && !button.disabled && button.offsetParent;
+        }""",
+        arg=place,
+    )
 
 
-def wait_for_task(page) -> None:
-    """Until the page takes an answer. It asks at every frame: a selector would be asked for every half second."""
-    page.wait_for_function("(b => b && !b.disabled && b.offsetParent)(document.querySelector('[data-answer=left]'))")
+# Two clicks, of which the second one comes when the next question is drawn.
+DOUBLE_CLICK = """() => new Promise(done => {
+    const button = document.querySelector('[data-answer="right"]');
+    const text = document.querySelector('[data-part="question"]');
+    new MutationObserver(() => setTimeout(() => { button.click(); done(); }, 20)).observe(
+        text, {childList: true, characterData: true, subtree: true});
+    button.click();
+})"""
 
 
-def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
+def test_a_rater_goes_through_four_comparisons(browser, tmp_path):
     """By keyboard and mouse, with a reload in the middle, a step back, a restart of the server, at phone width, too."""
-    flags = ["--allow_ties", "--questions", "overall", "--consent", "My own consent."]
-    study, port = make_study(tmp_path, *flags, models=("tuned", "base")), free_port()
-    page, requests, dialogs = browser.new_page(), [], []
+    flags = ["--allow_ties", "--questions", "overall", "appeal", "--consent", "My own consent."]
+    study = make_study(tmp_path, *flags, "--comparisons_per_rater", 4, models=("tuned", "base"))
+    page, port, requests, dialogs = browser.new_page(), free_port(), [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
-    count = lambda: page.inner_text('[data-part="count"]')  # noqa: E731
 
     def answer(act, expected: str):
         wait_for_task(page)
-        assert_no_model_in(page)
+        assert not re.search(r"tuned|\bbase\b|noise", page.inner_text("body"))
+        assert not re.search(r"tuned|noise|[\"'/]base[\"'/]", page.inner_html("#study"))
+        if "alert" in (prompt := page.inner_text('[data-part="prompt"]')):
+            assert prompt == HARD and page.get_attribute('[data-part="prompt"]', "dir") == "auto"
         act()
-        wait_for_text(page, "count", f"{expected} of")
+        wait_for_task(page, expected)
+        assert page.is_visible('[data-part="prompt"]') == expected.endswith("/1")  # "appeal" hides it
 
     with served(study, port):
         page.goto(f"http://127.0.0.1:{port}/?rater=ann")
         page.wait_for_selector('[data-part="start"]:visible')
         assert "My own consent." == page.inner_text('[data-part="consent"]')
         page.click('[data-part="start"]')
-        answer(lambda: page.keyboard.press("ArrowLeft"), "2")
-        answer(lambda: page.keyboard.press("2"), "3")
-        answer(lambda: page.keyboard.press("t"), "4")
-        answer(lambda: page.click('[data-answer="right"]'), "5")
+        answer(lambda: page.keyboard.press("ArrowLeft"), "1/2")
+        answer(lambda: page.keyboard.press("2"), "2/1")
+        answer(lambda: page.keyboard.press("t"), "2/2")
+        answer(lambda: page.evaluate(DOUBLE_CLICK), "3/1")
+        page.dispatch_event(LEFT, "click", {"detail": 2})
+        page.wait_for_timeout(100)
         page.reload()
-        wait_for_task(page)
-        assert count() == "5 of 12" and "rater=ann" in page.url
+        wait_for_task(page, "3/1")
+        assert "rater=ann" in page.url
         page.keyboard.press("Backspace")
-        page.wait_for_selector('[data-answer="right"].chosen')
-        assert count() == "4 of 12"
-        answer(lambda: page.keyboard.press("1"), "5")
+        page.wait_for_selector('[data-answer="tie"].chosen')
+        answer(lambda: page.keyboard.press("1"), "2/2")
+        answer(lambda: page.keyboard.press("2"), "3/1")
         page.click('[data-part="left"]')
         assert page.is_visible('[data-part="zoom"]')
         page.keyboard.press("ArrowRight")  # the other picture, and no vote
         assert page.inner_text('[data-part="zoom"] span') == "right"
         page.keyboard.press("Escape")
-        assert not page.is_visible('[data-part="zoom"]') and count() == "5 of 12"
-        answer(lambda: page.click(LEFT), "6")
-        wait_for_task(page)
+        assert not page.is_visible('[data-part="zoom"]')
+        answer(lambda: page.click(LEFT), "3/2")
 
     # The server is gone: the page keeps the answer, and goes on by itself.
     page.keyboard.press("1")
@@ -181,9 +208,8 @@ def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
     again = user_study.Study(tmp_path / "study")
     gradio.context.Context.id = 0  # a new process counts its components from 0
     with served(again, port):
-        wait_for_text(page, "count", "7 of")
+        wait_for_task(page, "4/1")
         page.set_viewport_size({"width": 390, "height": 800})
-        wait_for_task(page)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         for name in ("left", "right", "tie"):
             box = page.locator(f'[data-answer="{name}"]').bounding_box()
@@ -192,67 +218,24 @@ def test_a_rater_goes_through_twelve_comparisons(browser, tmp_path):
         page.click(LEFT)
         page.wait_for_selector('[data-part="notice"]:visible')
         page.unroute("**/component_server/**")
-        wait_for_text(page, "count", "8 of")
-        for number in range(9, 13):
-            answer(lambda: page.click(LEFT), str(number))
-        wait_for_task(page)
+        wait_for_task(page, "4/2")
         page.click(LEFT)
         page.wait_for_selector('[data-part="end"]:visible')
-        assert "12 comparisons" in page.inner_text('[data-part="answered"]')
+        assert "4 comparisons" in page.inner_text('[data-part="answered"]')
 
     lines = user_study.read_votes(tmp_path / "study")
     given = [line["answer"] for line in lines if "answer" in line]
-    assert given == ["left", "right", "tie", "right", "left", *["left"] * 8]
-    assert len(user_study.final_votes(lines)) == 12 and {line["rater"] for line in lines} == {"ann"}
+    assert given == ["left", "right", "tie", "right", *["left"] * 5]
+    assert len(user_study.final_votes(lines)) == 8 and {line["rater"] for line in lines} == {"ann"}
     assert not dialogs and not any(re.search("tuned|base", url) for url in requests)
 
 
-def test_a_double_click_answers_one_question(browser, tmp_path):
-    study, port = make_study(tmp_path, models=("tuned", "base")), free_port()
-    page = browser.new_page()
-    with served(study, port):
-        page.goto(f"http://127.0.0.1:{port}/?rater=ann")
-        page.click('[data-part="start"]')
-        wait_for_task(page)
-        # The next question is drawn before the second half of the click comes.
-        page.evaluate("""() => new Promise(done => {
-            const button = document.querySelector('[data-answer="left"]');
-            const text = document.querySelector('[data-part="question"]');
-            new MutationObserver(() => setTimeout(() => { button.click(); done(); }, 20)).observe(
-                text, {childList: true, characterData: true, subtree: true});
-            button.click();
-        })""")
-        wait_for_task(page)
-        page.dispatch_event(LEFT, "click", {"detail": 2})
-        page.wait_for_timeout(100)
-        assert page.inner_text('[data-part="question"]').startswith("2 of 3")
-        assert [question for *_, question in study.answers] == ["general"]
-        # The second question hides the prompt; back at the first one it is there again.
-        assert not page.is_visible('[data-part="prompt"]')
-        page.keyboard.press("Backspace")
-        wait_for_text(page, "question", "1 of 3")
-        assert page.is_visible('[data-part="prompt"]')
-        wait_for_task(page)
-        page.click(LEFT)
-        wait_for_text(page, "question", "2 of 3")
-        wait_for_task(page)
-        page.click(LEFT)
-        wait_for_text(page, "question", "3 of")
-
-
-def assert_no_model_in(page) -> None:
-    assert not re.search(r"tuned|\bbase\b|noise", page.inner_text("body"))
-    assert not re.search(r"tuned|noise|[\"'/]base[\"'/]", page.inner_html("#study"))
-    prompt = page.inner_text('[data-part="prompt"]')
-    if "alert" in prompt:
-        assert prompt == HARD and page.get_attribute('[data-part="prompt"]', "dir") == "auto"
-
-
 def test_answers_and_headers_of_the_server_name_no_model(tmp_path):
-    study, port = make_study(tmp_path, "--attention_checks", 1), free_port()
+    flags = ["--attention_checks", 1, "--comparisons_per_rater", 12]
+    study, port = make_study(tmp_path, *flags), free_port()
     with served(study, port):
         rater = raters.Rater(f"http://127.0.0.1:{port}", "r", 0.0, 0)
-        state, count = rater.ask("enter"), 0
+        state, count = rater.ask("look"), 0
         seen = rater.fetch("config").decode() + rater.fetch("").decode()
         assert not re.search(r"tuned|noise|" + re.escape(str(tmp_path)), seen)
         while not state["finished"]:
@@ -261,33 +244,23 @@ def test_answers_and_headers_of_the_server_name_no_model(tmp_path):
             assert left == right and not {"last-modified", "etag", "content-disposition"} & set(map(str.lower, left))
             assert len(pictures[0].read()) == len(pictures[1].read())
             state, count = rater.answer(state, "left"), count + 1
-        assert count == 3 * 37
-        json_type = {"Content-Type": "application/json"}
-        body = {"data": {"rater": "../x"}, "component_id": rater.component, "fn_name": "enter", "session_hash": "x"}
+        assert count == 3 * 13
         form = {"Content-Type": "multipart/form-data; boundary=x"}
-        part = (
-            b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + b"a" * 99 + b"\r\n--x--\r\n"
-        )
-        for status, path, data, kind in (
-            ("404", "picture/none", None, {}),  # at once: the server is there
-            ("404", "picture/study.json", None, {}),
-            ("413", "gradio_api/upload", part, form),
-            ("500", "gradio_api/component_server/", json.dumps(body).encode(), json_type),
-        ):
+        head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+        upload = Request(f"{rater.url}/gradio_api/upload", head + b"a" * 99 + b"\r\n--x--\r\n", form)
+        for status, request in (("404", f"{rater.url}/picture/study.json"), ("413", upload)):
             with pytest.raises(HTTPError, match=status):
-                urlopen(Request(f"{rater.url}/{path}", data, kind))
+                urlopen(request)
     assert list(study.shown) == ["r"]
 
 
-def test_the_space_serves_and_sends_its_votes(tmp_path, server):
+def test_the_space_serves_and_sends_its_votes(tmp_path, online):  # noqa: F811
     """The Space's folder by itself, as the Hub starts it: the study comes from the private dataset, votes go there."""
     study = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
-    vote(study, "early", lambda line, question: "left", limit=3)
-    flags = ["space", "--study_dir", tmp_path / "study", "--output_dir", tmp_path / "space", "--push_to_hub"]
-    environment = {**os.environ, **server.environment()}
-    ids = ["--hub_space_id", "user/study", "--hub_dataset_id", "user/votes"]
-    run("user_study.py", *flags, *ids, env=environment)
-    files = server.files("spaces", "user/study")
+    vote(study, "early", left, limit=3)
+    flags = ["--study_dir", tmp_path / "study", "--output_dir", tmp_path / "space", "--push_to_hub"]
+    main("space", *flags, "--hub_space_id", "user/study", "--hub_dataset_id", "user/votes")
+    files = online.files("spaces", "user/study")
     assert {"app.py", "user_study.py", "requirements.txt", "README.md"} <= files.keys() and "study.json" not in files
     assert sum(name.startswith("pictures/") for name in files) == 24
     packages = files["requirements.txt"].decode().splitlines()
@@ -295,27 +268,33 @@ def test_the_space_serves_and_sends_its_votes(tmp_path, server):
     card = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
     assert card["sdk"] == "gradio" and card["python_version"] == "3.11" and card["title"] == "User study"
     assert card["sdk_version"] == "6.31.0"  # one that requirements.txt allows
-    assert server.repos["datasets", "user/votes"].private
-    secret = json.loads(server.files("datasets", "user/votes")["study.json"])["secret"].encode()
+    assert online.repos["datasets", "user/votes"].private
+    secret = json.loads(online.files("datasets", "user/votes")["study.json"])["secret"].encode()
     assert not any(secret in content for content in files.values())
 
     port, log = free_port(), tmp_path / "log"
+    files["app.py"] = files["app.py"].replace(b"7860", str(port).encode())
     for name, content in files.items():
         (tmp_path / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "hf" / name).write_bytes(
-            content.replace(b"7860", str(port).encode()) if name == "app.py" else content
-        )
-    app = start("app.py", [], log, tmp_path / "hf", env=environment)
+        (tmp_path / "hf" / name).write_bytes(content)
+
+    def app():
+        sys.path.insert(0, os.getcwd())
+        del sys.modules["user_study"]  # the Space has its own
+        runpy.run_path("app.py", run_name="__main__")
+
+    process = start(log, tmp_path / "hf", app)
     person = raters.Rater(f"http://127.0.0.1:{port}", "ann", 0.0, 0)
     person.judge = lambda state: "left"
     assert person.work() == 12
     # Another server, about to end when this one began, sends the votes of its last minute into its own log.
-    old = {name: content for name, content in server.files("datasets", "user/votes").items() if "votes/" in name}
+    old = {name: content for name, content in online.files("datasets", "user/votes").items() if "votes/" in name}
     (name,) = [name for name, content in old.items() if b'"early"' in content]
-    server.commit("datasets", "user/votes", {name: old[name] + old[name].replace(b'"early"', b'"bob"')})
-    app.send_signal(signal.SIGTERM)
-    assert app.wait(60) == 128 + signal.SIGTERM
-    files = server.files("datasets", "user/votes")
+    online.commit("datasets", "user/votes", {name: old[name] + old[name].replace(b'"early"', b'"bob"')})
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    files = online.files("datasets", "user/votes")
     logs = [content.decode().splitlines() for name, content in files.items() if name.startswith("votes/")]
     lines = [line for log in logs for line in log]
     answers = Counter(json.loads(line)["rater"] for line in lines if '"answer"' in line)
