@@ -13,6 +13,7 @@ import importlib  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
+import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -26,11 +27,11 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from datasets import Dataset, Features, Image, List, Value  # noqa: E402
+from forks import ROOT, Process, zygote  # noqa: E402
 from PIL import Image as PILImage  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
 torch.set_num_threads(1)
 
@@ -40,11 +41,26 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_hub.py")
 
 
-def run(*command, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-    """Runs a script of the repository in a process of its own, as a user does."""
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600, **kwargs
-    )
+def start(*command, **options) -> list[Process]:
+    """A script of the repository in a process of its own, as a user starts it; with `torchrun` in several."""
+    words, together = list(map(str, command)), [{}]
+    if words[:2] == ["-m", "torch.distributed.run"]:
+        count, words = int(words[4]), words[5:]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        together = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [Process(zygote(), words, {**os.environ, **mine}, **options) for mine in together]
+
+
+def run(*command, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """Runs it to its end; with options of `subprocess.run` in a new interpreter."""
+    if options:
+        words = [sys.executable, *map(str, command)]
+        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, **options)
+    else:
+        processes = start(*command)
+        outputs = map("".join, zip(*(process.communicate() for process in processes)))
+        result = subprocess.CompletedProcess(command, max(process.returncode for process in processes), *outputs)
     if check and result.returncode:
         raise AssertionError(f"{command}: exit code {result.returncode}\n{result.stderr[-4000:]}")
     return result
@@ -53,6 +69,15 @@ def run(*command, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
 def torchrun(processes: int, script) -> list:
     """The start of a command for several processes; each run takes a free port, so that tests can run side by side."""
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script]
+
+
+def run_until(file: Path, *command) -> None:
+    """Runs a script as `run` does, and kills it with -9 as soon as the file is there."""
+    (process,) = start(*command)
+    while process.poll() is None and not file.exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
 
 def call(script: str, *flags) -> None:
@@ -72,17 +97,6 @@ def refused(script: str, *flags) -> str:
     gc.collect()  # the lock of the refused run goes with its traceback
     assert isinstance(message, str) and "\n" not in message.strip(), message
     return message
-
-
-def run_until(file: Path, *command) -> None:
-    """Runs a script as `run` does, and kills it with -9 as soon as the file is there."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not file.exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
 
 
 def check_card(folder: Path) -> str:
