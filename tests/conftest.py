@@ -445,6 +445,26 @@ def lora_difference(a: Path, b: Path) -> float:
     return torch.cat([(a[name] - b[name]).abs().flatten() for name in a]).mean().item()
 
 
+def check_gallery(pipeline, run: Path, prompts: list[str], files: list[Path], guidance_scale: float, **options) -> None:
+    """The gallery was drawn by the model in training; an ordinary pipeline draws the same pixels, without a LoRA and
+    with each of its files."""
+    options |= {"guidance_scale": guidance_scale, "num_inference_steps": 2, "height": 32, "width": 32}
+
+    def draw() -> list[np.ndarray]:
+        generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
+        drawn = [pipeline(prompt, generator=generator, **options) for prompt, generator in zip(prompts, generators)]
+        return [np.asarray(output.images[0]) for output in drawn]
+
+    def stored(ending: str) -> list[np.ndarray]:
+        return [np.asarray(PILImage.open(run / "images" / f"{i}{ending}")) for i in range(len(prompts))]
+
+    assert np.array_equal(draw(), stored("_base.png")) and not np.array_equal(stored("_base.png"), stored(".png"))
+    for file in files:
+        pipeline.load_lora_weights(file.parent, weight_name=file.name)
+        assert np.array_equal(draw(), stored(".png"))
+        pipeline.unload_lora_weights()
+
+
 @pytest.fixture
 def server(tmp_path):
     """A Hub; afterwards its token stands in no file, neither there nor on this machine."""

@@ -18,21 +18,22 @@ import sys
 import tempfile
 import threading
 import types
+from collections.abc import Iterable
 from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED_WITH = dict(os.environ)
-SCRIPTS = [file.name for file in sorted(ROOT.glob("*.py"))]
+SCRIPTS = [file.name for file in ROOT.glob("*.py")]
 # Packages that scripts load parts of when they need them.
 LAZY = "accelerate datasets diffusers fastapi gradio huggingface_hub matplotlib peft torch transformers uvicorn".split()
 codes: dict[str, types.CodeType] = {}  # of the scripts
 
 
 # In the process that is forked ----------------------------------------------------------------------------------------
-def import_libraries(scripts: list[str]) -> None:
+def import_libraries(scripts: Iterable[str]) -> None:
     """What the scripts import at their top, in this process; and the scripts' code."""
-    for script in scripts:
+    for script in sorted(scripts):
         tree = ast.parse((ROOT / script).read_text())
         imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         exec(compile(ast.Module(imports, []), script, "exec"), {"__name__": script})

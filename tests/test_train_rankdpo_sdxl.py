@@ -15,6 +15,7 @@ import torch
 from conftest import (
     call,
     check_card,
+    check_gallery,
     encoded,
     logged,
     lora_difference,
@@ -77,26 +78,12 @@ def test_files_of_a_run(trained):
 
 
 def test_lora_changes_the_images_exactly_as_the_trained_model_does(trained, tiny_sdxl):
-    """The gallery was drawn by the model in training; an ordinary pipeline draws the same pixels from the files."""
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
     prompts = [row["prompt"] for row in ranked_rows(n=10)[:4]]
-    size = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 32, "width": 32}
-
-    def draw() -> list[np.ndarray]:
-        generators = [torch.Generator("cpu").manual_seed(i) for i in range(4)]
-        drawn = [pipeline(prompt, generator=generator, **size) for prompt, generator in zip(prompts, generators)]
-        return [np.asarray(output.images[0]) for output in drawn]
-
-    base, tuned = (
-        [np.asarray(Image.open(trained / "images" / f"{i}{end}.png")) for i in range(4)] for end in ("_base", "")
-    )
-    assert np.array_equal(draw(), base) and not np.array_equal(base, tuned)
-    for folder, options in ((trained, {}), (trained / "comfyui", {"weight_name": "trained.safetensors"})):
-        pipeline.load_lora_weights(folder, **options)
-        assert np.array_equal(draw(), tuned)
-        pipeline.unload_lora_weights()
+    files = [trained / "pytorch_lora_weights.safetensors", trained / "comfyui" / "trained.safetensors"]
+    check_gallery(pipeline, trained, prompts, files, guidance_scale=5.0)
 
 
 def test_killed_and_resumed_run_gives_the_same_bits(flags, tmp_path):
@@ -141,61 +128,30 @@ def test_two_processes_agree_with_one(flags, tmp_path):
     assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-3
 
 
-def test_data_order_and_noise_do_not_depend_on_the_number_of_processes(tmp_path):
-    """Every optimizer step sees the same prompts, and an epoch sees each prompt once."""
-    length, seen = 10, {}
-    for processes, batch, accumulation in [(1, 4, 1), (2, 2, 1), (1, 2, 2), (4, 1, 1), (2, 1, 2)]:
-        args = script.ScriptArguments(
-            dataset_name="x", train_batch_size=batch, gradient_accumulation_steps=accumulation, seed=3
-        )
-        steps = [[] for _ in range(5)]
-        for process in range(processes):
-            sampler = script.micro_batches(args, length, process, processes, start_step=0)
-            for step in range(5):
-                for _ in range(accumulation):
-                    steps[step] += next(sampler)
-        seen[processes, batch, accumulation] = [sorted(step) for step in steps]
-    assert len({str(order) for order in seen.values()}) == 1
-    items = [item for step in seen[1, 4, 1] for item in step]
-    assert sorted(item[:2] for item in items) == [(epoch, row) for epoch in range(2) for row in range(length)]
-    assert sorted(item[2] for item in items) == list(range(2 * length))  # the places
-    args = script.ScriptArguments(dataset_name="x", train_batch_size=4, seed=3)
-    assert sorted(next(script.micro_batches(args, length, 0, 1, start_step=2))) == seen[4, 1, 1][2]
-
-
 def images_of(folder: Path) -> str:
     return json.loads((folder / "run.json").read_text())["images"]
 
 
-def test_a_dataset_built_again_in_its_folder_is_read_again(flags, tmp_path):
-    """datasets keys its cache of a folder by the card, not by the files; neither rows nor latents may be stale."""
-    data = tmp_path / "again"
-    for seed in (1, 2):
-        shutil.rmtree(data, ignore_errors=True)
-        write_dataset(data, ranked_rows(n=4, seed=seed))
-        card = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet"
-        (data / "README.md").write_text(f"---\n{card}\n---\n")
-        more = ["--dataset_name", data, "--output_dir", tmp_path / str(seed), "--max_train_steps", 1]
-        call("train_rankdpo_sdxl", *flags, *more)
-        assert ranked_rows(n=4, seed=seed)[0]["prompt"] in (tmp_path / str(seed) / "README.md").read_text()
-    assert images_of(tmp_path / "1") != images_of(tmp_path / "2")
-
-
-def test_pictures_behind_paths_that_are_drawn_anew_are_encoded_anew(flags, tmp_path):
-    rng, found = np.random.default_rng(0), []
-    data, rows = tmp_path / "data", ranked_rows(n=2)
-    for i, row in enumerate(rows):
+def test_pictures_that_change_are_encoded_anew(flags, tmp_path):
+    """In a dataset that is built again in its folder, which `datasets` knows by its card; and behind paths."""
+    rng, data, linked = np.random.default_rng(0), tmp_path / "data", ranked_rows(n=2)
+    for i, row in enumerate(linked):
         row["images"] = [str(tmp_path / f"{i}_{k}.png") for k in range(4)]
-    for name in ("a", "b", "c"):
-        for file in [file for row in rows for file in row["images"]] if name != "b" else []:
+
+    def train(name: str, draw: bool, table: Dataset) -> str:
+        for file in [file for row in linked for file in row["images"]] if draw else []:
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
         shutil.rmtree(data, ignore_errors=True)
         (data / "data").mkdir(parents=True)
-        table = Dataset.from_list(rows).cast_column("images", List(DatasetsImage()))
-        table.to_parquet(str(data / "data" / "train.parquet"))
+        (data / "README.md").write_text("---\nlicense: mit\n---\n")
+        table.cast_column("images", List(DatasetsImage())).to_parquet(str(data / "data" / "train.parquet"))
         more = ["--dataset_name", data, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / name]
         call("train_rankdpo_sdxl", *flags, *more, "--max_train_steps", 1)
-        found.append(images_of(tmp_path / name))
+        return images_of(tmp_path / name)
+
+    found = [train(f"built-{seed}", False, Dataset.from_list(ranked_rows(n=4, seed=seed))) for seed in (1, 2)]
+    assert found[0] != found[1]
+    found = [train(name, name != "same", Dataset.from_list(linked)) for name in ("drawn", "same", "anew")]
     assert found[0] == found[1] != found[2]
 
 
@@ -324,7 +280,7 @@ def test_variants_train(flags, tmp_path, more):
     assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-4
 
 
-def test_weighted_sft_weights_images_by_one_reward(tiny_sdxl, tmp_path):
+def test_weighted_sft_weights_images_by_one_reward(flags, tmp_path):
     """hpsv2.1, or the reward that --rank_by names, over the dataset's mean; computed here in Python floats."""
     rows = ranked_rows(n=6)
     for i, row in enumerate(rows):
@@ -340,14 +296,18 @@ def test_weighted_sft_weights_images_by_one_reward(tiny_sdxl, tmp_path):
         assert labels()["weight"][i].tolist() == pytest.approx([score / mean for score in row["scores"]["hpsv2.1"]])
         assert labels()["rank"][i].tolist() == row["rank"]  # the labels stay
     assert labels(rank_by="second")["weight"][0].tolist() == [1, 0, 0, 3]
-
-    where = ("--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", data, "--cache_dir", tmp_path / "cache")
-    call(
-        "train_rankdpo_sdxl",
-        *(*where, *FLAGS, "--loss_type", "weighted_sft", "--output_dir", tmp_path / "lora", "--max_train_steps", 2),
-    )
-    lora = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
-    assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-4
+    more = [
+        "--dataset_name",
+        data,
+        "--loss_type",
+        "weighted_sft",
+        "--max_train_steps",
+        2,
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    call("train_rankdpo_sdxl", *flags, *more)
+    assert logged(tmp_path / "o")[1]["loss"] != logged(tmp_path / "o")[0]["loss"]
 
 
 def test_noise_is_a_function_of_seed_epoch_and_prompt():
@@ -418,24 +378,9 @@ def test_yaml_settings_and_command_line_override(flags, ranked_dataset, tmp_path
     assert "a red circle" in (tmp_path / "lora" / "README.md").read_text() and (tmp_path / "cache").exists()
 
 
-WRONG_SETTINGS = {
-    "rank: 16.5": ["--rank", "invalid int value: '16.5'"],
-    "rank: 0": ["--rank 0", "at least 1"],
-    "loss_type: best": ["--loss_type", "invalid choice: 'best'", "rankdpo"],
-    "loss_typ: dpo": ["unrecognized arguments: --loss_typ"],  # no abbreviations: a later flag would break them
-    "use_8bit_adam: maybe": ["--use_8bit_adam", "maybe"],
-}
-
-
-def test_wrong_settings_of_a_file_are_named(tmp_path):
-    for text, words in WRONG_SETTINGS.items():
-        (tmp_path / "recipe.yaml").write_text(f"{text}\n")
-        message = refused("train_rankdpo_sdxl", "--dataset_name", "x", "--config", tmp_path / "recipe.yaml")
-        assert all(word in message for word in words), message
-
-
 def test_settings_of_a_file_mean_what_they_mean_on_the_command_line(tmp_path):
-    """Numbers, switches, lists, words that YAML would change, and a value that is left out."""
+    """Numbers, switches, lists, words that YAML would change, and a value that is left out. No abbreviations: a later
+    flag would break them."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "dataset_name: 123\nlearning_rate: 1e-3\nmixed_precision: no\nuse_8bit_adam: true\nvariant: null\nrevision: ~\n"
@@ -446,6 +391,10 @@ def test_settings_of_a_file_mean_what_they_mean_on_the_command_line(tmp_path):
     assert (args.use_8bit_adam, args.cache_text_embeddings, args.variant or args.revision) == (True, False, None)
     assert (args.validation_prompts, args.generators) == (["a red circle", "yes: no"], ["g0"])
     assert args.report_to == "all"
+    for text, word in {"rank: 16.5": "invalid int value: '16.5'", "loss_typ: dpo": "unrecognized arguments"}.items():
+        recipe.write_text(f"{text}\n")
+        message = refused("train_rankdpo_sdxl", "--dataset_name", "x", "--config", recipe)
+        assert word in message and f"--{text.split(':')[0]}" in message
 
 
 BAD_ROWS = {
