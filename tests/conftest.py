@@ -438,6 +438,14 @@ def same_lora(a: Path, b: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def learned(folder: Path) -> dict[str, torch.Tensor]:
+    """The LoRA of a run, which has learned something."""
+    lora = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in lora.values())
+    assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-4
+    return lora
+
+
 def lora_difference(a: Path, b: Path) -> float:
     """Mean difference of the weights. Sums in another order differ in the last digit, and Adam divides a gradient by
     its own size: where it is nearly 0, single weights of runs that see the same data differ more."""

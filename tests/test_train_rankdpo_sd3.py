@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call, check_card, check_gallery, make_tiny_sd3, ranked_rows, refused
+from conftest import call, check_card, check_gallery, learned, make_tiny_sd3, ranked_rows, refused
 from PIL import Image
 from safetensors.torch import load_file
 from test_train_rankdpo_sdxl import copy_of
@@ -63,7 +63,6 @@ def test_prompts_encoded_on_the_fly_train_the_same_lora(flags, trained, tmp_path
     a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (trained, tmp_path / "fly"))
     # The prompts of a batch go through the encoders together, not each alone: last digits differ.
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
-    assert max(tensor.abs().max().item() for name, tensor in a.items() if "lora_B" in name) > 1e-2
 
 
 def cached_rows(cache: Path) -> list[dict]:
@@ -139,9 +138,7 @@ def test_empty_prompts_are_embedded_as_the_pipeline_does(flags, tiny_sd3, tmp_pa
 )
 def test_variants_train(flags, tmp_path, more):
     call("train_rankdpo_sd3", *flags, "--output_dir", tmp_path / "lora", "--max_train_steps", 2, *more.split())
-    lora = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in lora.values())
-    assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-4
+    learned(tmp_path / "lora")
     card = (tmp_path / "lora" / "README.md").read_text()
     assert ("text_encoder_3=None, tokenizer_3=None" in card) == ("--use_text_encoder_3 false" in more)
 
