@@ -28,7 +28,6 @@ from conftest import (
 )
 from datasets import Image as ImageFeature
 from datasets import Value
-from safetensors.torch import load_file
 from test_train_rankdpo_sdxl import copy_of
 
 import train_dpo_qsd as script
