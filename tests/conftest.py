@@ -341,7 +341,7 @@ def _write(folder: Path, rows: list[dict], features: dict) -> Path:
     return folder
 
 
-def write_dataset(folder: Path, rows: list[dict], drop: tuple = (), prefix: str = "") -> Path:
+def write_dataset(folder: Path, rows: list[dict], drop: tuple = ()) -> Path:
     features = {
         "prompt_id": Value("string"),
         "prompt": Value("string"),

@@ -4,6 +4,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +15,6 @@ from conftest import (
     call,
     check_card,
     check_gallery,
-    encoded,
     learned,
     lora_difference,
     make_tiny_sd,
@@ -324,54 +324,42 @@ def test_top_fraction_and_min_quality_select_the_best(pair_dataset):
     assert found == [i for i in best if quality[i] >= 0.5]
 
 
-@pytest.fixture
-def work(monkeypatch):
-    """Counts what is done: images that are encoded, pairs whose images are read."""
-    counts, encode, read = {"encoded": 0, "read": 0}, script.rows_to_encode, script.read_images
-
-    def rows_to_encode(*arguments):
-        for row in encode(*arguments):
-            counts["encoded"] += 2
-            yield row
-
-    def read_pairs(*arguments):
-        for images in read(*arguments):
-            counts["read"] += 1
-            yield images
-
-    def done() -> tuple[int, int]:
-        found = (counts["encoded"], counts["read"])
-        counts.update(encoded=0, read=0)
-        return found
-
-    monkeypatch.setattr(script, "rows_to_encode", rows_to_encode)
-    monkeypatch.setattr(script, "read_images", read_pairs)
-    return done
-
-
-def test_only_what_is_trained_on_is_read_and_encoded_and_no_pair_twice(flags, tmp_path, work):
+def test_only_what_is_trained_on_is_read_and_encoded_and_no_pair_twice(flags, tmp_path, monkeypatch):
     """Row groups of other pairs are not read. Orders, seeds, shares, labels, files and other scores share the cache."""
-    rows = pair_rows()
+    rows, counts = pair_rows(), Counter()
     data = write_pairs(tmp_path / "data", rows)
     (file,) = data.rglob("*.parquet")
     pq.write_table(pq.read_table(file), file, row_group_size=1)
     common = [*flags, "--dataset_name", data, "--cache_dir", tmp_path / "cache", "--train_batch_size", 2]
 
-    def train(name, *more) -> tuple[int, int]:
-        call("train_dpo_qsd", *common, *more, "--output_dir", tmp_path / name)
-        return work()
+    def count(name: str) -> None:
+        original = getattr(script, name)
 
-    assert train("a", "--top_fraction", 0.36) == (2 * 8, 8)  # 8 of 22, an epoch
-    assert train("b", "--max_train_steps", 6) == (2 * 4, 4)  # 12 of 22
-    assert train("c", "--top_fraction", 0.5, "--max_train_steps", 2) == (0, 0)
-    assert train("d", "--order", "random", "--seed", 5, "--top_fraction", 0.5) == (0, 0)
+        def counted(*arguments):
+            for item in original(*arguments):
+                counts[name] += 1
+                yield item
+
+        monkeypatch.setattr(script, name, counted)
+
+    count("read_images")
+    count("rows_to_encode")
+
+    def train(name, *more) -> tuple[int, int]:
+        """Pairs that are encoded, and pairs whose images are read."""
+        counts.clear()
+        call("train_dpo_qsd", *common, *more, "--output_dir", tmp_path / name)
+        return counts["rows_to_encode"], counts["read_images"]
+
+    assert train("a", "--top_fraction", 0.36) == (8, 8)  # of 22, an epoch
+    assert train("b", "--max_train_steps", 6) == (4, 4)  # 12 of 22
+    assert train("c", "--order", "random", "--seed", 5, "--top_fraction", 0.5) == (0, 0)
     others = [{**row, "label_0": 1 - row["label_0"], "quality": 1 - row["quality"]} for row in reversed(rows)]
     others = write_pairs(tmp_path / "others", others)  # one row group, in the other order, other winners
-    assert train("e", "--dataset_name", others, "--max_train_steps", 20) == (2 * 10, 24)
-    assert train("f", "--dataset_name", others, "--order", "random", "--seed", 6) == (0, 0)
-    assert train("g", "--scores_dataset_name", others) == (0, 10)  # indices of row groups of which nothing was known
-    assert train("h") == (0, 0)
-    assert not same_lora(tmp_path / "g", tmp_path / "h")
+    assert train("d", "--dataset_name", others, "--max_train_steps", 20) == (10, 24)
+    assert train("e", "--scores_dataset_name", others) == (0, 10)  # indices of row groups of which nothing was known
+    assert train("f") == (0, 0)
+    assert not same_lora(tmp_path / "e", tmp_path / "f")
 
 
 def test_a_run_is_made_longer_but_not_with_other_images(flags, tmp_path):
@@ -424,23 +412,13 @@ def test_scores_without_images_are_joined_by_the_images_ids(flags, pair_dataset,
 
 def test_output_of_score_pairs_is_trained_on_as_it_is(tiny_sd, tmp_path):
     """The way of the README: score, then train, from the dataset with images and from the scores alone."""
-    rewards = tmp_path / "rewards.py"
+    rewards, qsd = tmp_path / "rewards.py", tmp_path / "qsd"
     rewards.write_text(
-        "import numpy as np\n\n\ndef brightness(images, prompts):\n"
-        "    return [float(np.asarray(image).mean()) for image in images]\n"
+        "import numpy as np\nbright = lambda images, prompts: [np.asarray(it).mean() for it in images]\n"
     )
-    rng = np.random.default_rng(0)
-    rows = pair_rows(12)
-    for row in rows:
-        for name in ("jpg_0", "jpg_1"):
-            row[name] = encoded(np.full((32, 32, 3), rng.integers(256), dtype=np.uint8))["bytes"]
-    source = write_pairs(tmp_path / "pairs", rows, drop=("quality",))
-    qsd = tmp_path / "qsd"
-    call(
-        "score_pairs",
-        *("--dataset_name", source, "--reward", f"{rewards}:brightness", "--output_dir", qsd, "--include_images"),
-        *("--num_examples", 0),
-    )
+    source = write_pairs(tmp_path / "pairs", pair_rows(12), drop=("quality",))
+    score = ["--dataset_name", source, "--reward", f"{rewards}:bright", "--include_images", "--num_examples", 0]
+    call("score_pairs", *score, "--output_dir", qsd)
     model = ["--pretrained_model_name_or_path", tiny_sd, "--cache_dir", tmp_path / "cache", *FLAGS]
     model += ["--max_train_steps", 3, "--train_batch_size", 2]
     call("train_dpo_qsd", *model, "--dataset_name", qsd, "--output_dir", tmp_path / "with-images")
