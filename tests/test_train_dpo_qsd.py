@@ -413,9 +413,7 @@ def test_scores_without_images_are_joined_by_the_images_ids(flags, pair_dataset,
 def test_output_of_score_pairs_is_trained_on_as_it_is(tiny_sd, tmp_path):
     """The way of the README: score, then train, from the dataset with images and from the scores alone."""
     rewards, qsd = tmp_path / "rewards.py", tmp_path / "qsd"
-    rewards.write_text(
-        "import numpy as np\nbright = lambda images, prompts: [np.asarray(it).mean() for it in images]\n"
-    )
+    rewards.write_text("import numpy as np\nbright = lambda images, prompts: [np.mean(image) for image in images]\n")
     source = write_pairs(tmp_path / "pairs", pair_rows(12), drop=("quality",))
     score = ["--dataset_name", source, "--reward", f"{rewards}:bright", "--include_images", "--num_examples", 0]
     call("score_pairs", *score, "--output_dir", qsd)
