@@ -3,10 +3,12 @@
 test_faults.py runs a share, injects many more faults into all scripts."""
 
 import os
+import re
 import shutil
 import signal
 import time
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,7 +91,14 @@ def test_a_second_signal_ends_at_once(flags, tmp_path):
     """Here the first one would wait for 100,000 forward passes of one step, had it more than one process."""
     more = ["--gradient_accumulation_steps", 100_000, "--max_train_steps", 2, "--output_dir", tmp_path / "out"]
     (process,) = start(f"{TRAINER}.py", *flags, *more)
-    wait_for(lambda: (tmp_path / "out" / "training_log.jsonl").exists(), process)
+    status = Path(f"/proc/{process.pid}/status")
+
+    def trains() -> bool:
+        """It has begun its log, and then to handle signals."""
+        handled = int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)
+        return (tmp_path / "out" / "training_log.jsonl").exists() and bool(handled >> (signal.SIGINT - 1) & 1)
+
+    wait_for(trains, process)
     for pause in (2.5, 0):
         process.send_signal(signal.SIGINT)
         time.sleep(pause)
