@@ -17,6 +17,8 @@ import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+from collections import Counter  # noqa: E402
+from functools import partial  # noqa: E402
 from io import BytesIO  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -451,6 +453,20 @@ def lora_difference(a: Path, b: Path) -> float:
     its own size: where it is nearly 0, single weights of runs that see the same data differ more."""
     a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (a, b))
     return torch.cat([(a[name] - b[name]).abs().flatten() for name in a]).mean().item()
+
+
+def count_items(monkeypatch, module, *names: str) -> Counter:
+    """How many items these generators of a script gave: name → number."""
+    counts = Counter()
+
+    def counted(name: str, original, *arguments):
+        for item in original(*arguments):
+            counts[name] += 1
+            yield item
+
+    for name in names:
+        monkeypatch.setattr(module, name, partial(counted, name, getattr(module, name)))
+    return counts
 
 
 def check_gallery(pipeline, run: Path, prompts: list[str], files: list[Path], guidance_scale: float, **options) -> None:

@@ -270,35 +270,3 @@ def test_step_passes_its_options_to_the_loss(lora_unet, time_ids):
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
-
-
-def test_step_shares_noise_and_timestep_and_uses_the_schedulers_formula(lora_unet):
-    """Errors of every image, recomputed alone with the textbook formula of the noisy latents."""
-    unet, scheduler = lora_unet
-    batch = make_batch(unet)
-    batch["noise"] = torch.randn(batch["latents"].shape)  # one for each image
-    batch["weight"] = torch.rand(2, 4)
-    args = ScriptArguments(dataset_name="x", loss_type="weighted_sft")
-    with torch.no_grad():
-        loss, _ = training_step(unet, unet, scheduler, batch, args)
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        alphas = torch.cumprod(1 - betas, 0)
-        total = 0.0
-        for i in range(2):
-            errors = []
-            for j in range(4):
-                a = alphas[batch["timesteps"][i]]
-                noisy = a.sqrt() * batch["latents"][i, j] + (1 - a).sqrt() * batch["noise"][i, j]
-                added = {
-                    "text_embeds": batch["pooled_prompt_embeds"][i : i + 1],
-                    "time_ids": batch["time_ids"][i, j][None],
-                }
-                prediction = unet(
-                    noisy[None].float(),
-                    batch["timesteps"][i : i + 1],
-                    batch["prompt_embeds"][i : i + 1],
-                    added_cond_kwargs=added,
-                ).sample
-                errors.append((prediction[0] - batch["noise"][i, j]).square().mean())
-            total += (torch.stack(errors) * batch["weight"][i]).mean()
-    assert loss.item() == pytest.approx(total.item() / 2, rel=1e-4)

@@ -4,7 +4,6 @@
 import json
 import math
 import shutil
-from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +14,7 @@ from conftest import (
     call,
     check_card,
     check_gallery,
+    count_items,
     learned,
     lora_difference,
     make_tiny_sd,
@@ -326,24 +326,11 @@ def test_top_fraction_and_min_quality_select_the_best(pair_dataset):
 
 def test_only_what_is_trained_on_is_read_and_encoded_and_no_pair_twice(flags, tmp_path, monkeypatch):
     """Row groups of other pairs are not read. Orders, seeds, shares, labels, files and other scores share the cache."""
-    rows, counts = pair_rows(), Counter()
+    rows, counts = pair_rows(), count_items(monkeypatch, script, "read_images", "rows_to_encode")
     data = write_pairs(tmp_path / "data", rows)
     (file,) = data.rglob("*.parquet")
     pq.write_table(pq.read_table(file), file, row_group_size=1)
     common = [*flags, "--dataset_name", data, "--cache_dir", tmp_path / "cache", "--train_batch_size", 2]
-
-    def count(name: str) -> None:
-        original = getattr(script, name)
-
-        def counted(*arguments):
-            for item in original(*arguments):
-                counts[name] += 1
-                yield item
-
-        monkeypatch.setattr(script, name, counted)
-
-    count("read_images")
-    count("rows_to_encode")
 
     def train(name, *more) -> tuple[int, int]:
         """Pairs that are encoded, and pairs whose images are read."""
@@ -473,28 +460,27 @@ def test_bad_flags_are_named(flags, tmp_path, monkeypatch, more):
     assert not (tmp_path / "out").exists()
 
 
-BAD_ROWS = {
-    "label 2": (lambda row: row.update(label_0=2.0), ["row 7", "label_0", "2.0", "0, 0.5 or 1"]),
-    "quality is nan": (lambda row: row.update(quality=float("nan")), ["row 7", "quality"]),
-    "quality is missing": (lambda row: row.update(quality=None), ["row 7", "quality"]),
-    "no prompt": (lambda row: row.update(caption=" "), ["row 7", "caption", "empty"]),
-    "image does not decode": (lambda row: row.update(jpg_1=row["jpg_1"][:200]), ["row 7", "image 1 does not decode"]),
-    "no image": (lambda row: row.update(jpg_0=None), ["row 7", "image 0 does not decode"]),
-}
+# The values of row 7 that are wrong, and words of the message.
+BAD_ROWS = [
+    ({"label_0": 2.0}, "label_0|2.0|0, 0.5 or 1"),
+    ({"quality": float("nan")}, "quality"),
+    ({"quality": None}, "quality"),
+    ({"caption": " "}, "caption|empty"),
+    ({"jpg_1": b"no picture"}, "image 1 does not decode"),
+    ({"jpg_0": None}, "image 0 does not decode"),
+]
 
 
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_bad_rows_are_named(flags, tmp_path, monkeypatch, name):
-    change, words = BAD_ROWS[name]
-    rows = pair_rows()
-    change(rows[7])
-    data = write_pairs(tmp_path / "pairs", rows)
-    if "image" not in name:  # images are read to be encoded, and no sooner
+@pytest.mark.parametrize("change, words", BAD_ROWS)
+def test_bad_rows_are_named(flags, tmp_path, monkeypatch, change, words):
+    if "image" not in words:  # images are read to be encoded, and no sooner
         monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
-    more = ["--dataset_name", data, "--output_dir", tmp_path / "out"]
+    rows = pair_rows()
+    rows[7] |= change
+    more = ["--dataset_name", write_pairs(tmp_path / "pairs", rows), "--output_dir", tmp_path / "out"]
     message = refused("train_dpo_qsd", *flags, *more)
-    assert all(word in message for word in words), message
-    assert "image" in name or not (tmp_path / "out").exists()
+    assert all(word in message for word in ["row 7", *words.split("|")]), message
+    assert "image" in words or not (tmp_path / "out").exists()
 
 
 def test_prompts_of_pairs_that_are_not_trained_on_may_be_blank(flags, tmp_path):

@@ -16,6 +16,7 @@ from conftest import (
     call,
     check_card,
     check_gallery,
+    count_items,
     encoded,
     learned,
     logged,
@@ -161,41 +162,29 @@ def latents(cache: Path) -> dict[str, int]:
     return {file.stem: file.stat().st_mtime_ns for file in files}
 
 
-class Reads:
-    """Bytes of images that the script reads: what `read_images` gives."""
-
-    def __init__(self, monkeypatch):
-        self.rows, original = 0, script.read_images
-
-        def counted(*arguments):
-            for images in original(*arguments):
-                self.rows += 1
-                yield images
-
-        monkeypatch.setattr(script, "read_images", counted)
-
-
 def test_the_cache_knows_rows_whatever_dataset_they_come_in(flags, tmp_path, monkeypatch):
     """A dataset that grew, moved, in another order and with other scores costs what it did not have; a second start
     reads no image; rows that are not needed are not encoded."""
-    rows, reads, cache = ranked_rows(n=8), Reads(monkeypatch), tmp_path / "cache"
+    rows, cache = ranked_rows(n=8), tmp_path / "cache"
+    reads = count_items(monkeypatch, script, "read_images")
 
     def train(name: str, rows: list, *more) -> int:
         data = write_dataset(tmp_path / f"data-{name}", rows) if rows else more[0]
-        before, reads.rows = latents(cache), 0
+        before = latents(cache)
+        reads.clear()
         more = [*more, "--cache_dir", cache, "--output_dir", tmp_path / name, "--max_train_steps", 1]
         call("train_rankdpo_sdxl", *flags, "--dataset_name", data, *map(str, more[not rows :]))
         after = latents(cache)
         assert before.items() <= after.items()  # nothing is written again
         return len(after) - len(before)
 
-    assert train("first", rows[:6], "--max_train_samples", 4) == 4 and reads.rows == 6
-    assert train("again", None, tmp_path / "data-first", "--max_train_samples", 4) == 0 and reads.rows == 0
-    assert train("labels", None, tmp_path / "data-first", "--rank_by", "first", "--seed", 3) == 2 and reads.rows == 6
+    assert train("first", rows[:6], "--max_train_samples", 4) == 4 and reads.total() == 6
+    assert train("again", None, tmp_path / "data-first", "--max_train_samples", 4) == 0 and reads.total() == 0
+    assert train("labels", None, tmp_path / "data-first", "--rank_by", "first", "--seed", 3) == 2 and reads.total() == 6
     shutil.move(tmp_path / "data-first", tmp_path / "elsewhere")
-    assert train("moved", None, tmp_path / "elsewhere", "--loss_type", "dpo") == 0 and reads.rows == 0
+    assert train("moved", None, tmp_path / "elsewhere", "--loss_type", "dpo") == 0 and reads.total() == 0
     scored = [{**row, "scores": {"first": [4.0, 3, 2, 1], "second": [1.0, 2, 3, 4]}} for row in reversed(rows)]
-    assert train("grown", scored) == 2 and reads.rows == 8
+    assert train("grown", scored) == 2 and reads.total() == 8
     assert train("some", None, tmp_path / "data-grown", "--rank_by", "first", "--generators", "g0", "g2") == 8
 
 
@@ -386,49 +375,41 @@ def test_settings_of_a_file_mean_what_they_mean_on_the_command_line(tmp_path):
         assert word in message and f"--{text.split(':')[0]}" in message
 
 
-BAD_ROWS = {
-    "empty prompt": (lambda row: row.update(prompt="  "), ["row 2", "p2", "prompt is empty"]),
-    "one image": (
-        lambda row: row.update(images=row["images"][:1], preference_probability=[1.0], rank=[1]),
-        ["row 2", "at least 2 images"],
-    ),
-    "phi missing": (lambda row: row.update(preference_probability=None), ["row 2", "preference_probability"]),
-    "phi of wrong length": (lambda row: row.update(preference_probability=[0.5, 0.5]), ["row 2"]),
-    "phi is nan": (lambda row: row.update(preference_probability=[0.5, 0.5, float("nan"), 0]), ["row 2"]),
-    "phi above 1": (lambda row: row.update(preference_probability=[1.5, 0.5, 0.2, 0]), ["row 2", "outside [0, 1]"]),
-    "ranks contradict phi": (
-        lambda row: row.update(preference_probability=[1.0, 0.5, 0.2, 0.0], rank=[4, 3, 2, 1]),
-        ["row 2", "contradicts"],
-    ),
-    "ranks no permutation": (lambda row: row.update(rank=[1, 1, 2, 3]), ["row 2", "permutation"]),
-    "image does not decode": (
-        lambda row: row["images"].__setitem__(1, {"bytes": row["images"][1]["bytes"][:300], "path": None}),
-        ["row 2", "p2", "image 1 does not decode"],
-    ),
-    "fewer images than the others": (
-        lambda row: row.update(
-            images=row["images"][:3], preference_probability=[1.0, 0.5, 0.0], rank=[1, 2, 3], generators=["a"] * 3
-        ),
-        ["row 2", "3 images", "row 0"],
-    ),
-    "the same id twice": (lambda row: row.update(prompt_id="p0"), ["row 2", "row 0"]),
-}
+PHI = "preference_probability"
+# The values of row 2 that are wrong, and words of the message.
+BAD_ROWS = [
+    ({"prompt": "  "}, "p2|prompt is empty"),
+    ({"images": slice(1), PHI: [1.0], "rank": [1]}, "at least 2 images"),
+    ({"images": slice(3), PHI: [1.0, 0.5, 0.0], "rank": [1, 2, 3], "generators": ["a"] * 3}, "3 images|row 0"),
+    ({PHI: None}, PHI),
+    ({PHI: [0.5, 0.5]}, "permutation"),
+    ({PHI: [0.5, 0.5, float("nan"), 0.0]}, PHI),
+    ({PHI: [1.5, 0.5, 0.2, 0.0]}, "outside [0, 1]"),
+    ({PHI: [1.0, 0.5, 0.2, 0.0], "rank": [4, 3, 2, 1]}, "contradicts"),
+    ({"rank": [1, 1, 2, 3]}, "permutation"),
+    ({"prompt_id": "p0"}, "row 0"),
+]
 
 
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_bad_rows_are_named(tiny_sdxl, tmp_path, monkeypatch, name):
-    (change, words), rows = BAD_ROWS[name], ranked_rows(n=4)
-    change(rows[2])
-    data = write_dataset(tmp_path / "data", rows)
-    if name != "image does not decode":  # images are read to be encoded, and no sooner
-        monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
-    message = refused(
-        "train_rankdpo_sdxl",
-        *("--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", data, "--cache_dir", tmp_path / "cache"),
-        *("--output_dir", tmp_path / "out", *FLAGS),
-    )
-    assert all(word in message for word in words), message
-    assert name == "image does not decode" or not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+@pytest.mark.parametrize("change, words", BAD_ROWS)
+def test_bad_rows_are_named(flags, tmp_path, monkeypatch, change, words):
+    """Before a model is loaded and an image is read."""
+    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    rows = ranked_rows(n=4)
+    for name, value in change.items():
+        rows[2][name] = rows[2][name][value] if isinstance(value, slice) else value
+    more = ["--dataset_name", write_dataset(tmp_path / "data", rows), "--output_dir", tmp_path / "out"]
+    message = refused("train_rankdpo_sdxl", *flags, *more, "--cache_dir", tmp_path / "cache")
+    assert all(word in message for word in ["row 2", *words.split("|")]), message
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_an_image_that_does_not_decode_is_named(flags, tmp_path):
+    rows = ranked_rows(n=4)
+    rows[2]["images"][1]["bytes"] = rows[2]["images"][1]["bytes"][:300]
+    more = ["--dataset_name", write_dataset(tmp_path / "data", rows), "--output_dir", tmp_path / "out"]
+    message = refused("train_rankdpo_sdxl", *flags, *more)
+    assert "row 2 (id 'p2'): image 1 does not decode" in message
 
 
 BAD_FLAGS = {
