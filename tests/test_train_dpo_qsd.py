@@ -35,7 +35,7 @@ from train_dpo_qsd import pair_loss
 
 
 FLAGS = (
-    "--rank 4 --learning_rate 1e-2 --beta_dpo 100 --validation_num_inference_steps 2 --report_to none --top_fraction 1"
+    "--rank 4 --learning_rate 1e-2 --beta_dpo 100 --validation_num_inference_steps 1 --report_to none --top_fraction 1"
 ).split()
 
 

@@ -16,7 +16,7 @@ import train_rankdpo_sd3 as script
 
 
 FLAGS = (
-    "--resolution 32 --rank 4 --learning_rate 1e-2 --beta_dpo 100 --validation_num_inference_steps 2 --report_to none "
+    "--resolution 32 --rank 4 --learning_rate 1e-2 --beta_dpo 100 --validation_num_inference_steps 1 --report_to none "
     "--max_sequence_length 20"
 ).split()
 
