@@ -8,30 +8,30 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # scripts under test run beside each other
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import gc  # noqa: E402
-import importlib  # noqa: E402
-import json  # noqa: E402
-import re  # noqa: E402
-import signal  # noqa: E402
-import socket  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from collections import Counter  # noqa: E402
-from functools import partial  # noqa: E402
-from io import BytesIO  # noqa: E402
-from pathlib import Path  # noqa: E402
+import gc
+import importlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+from io import BytesIO
+from pathlib import Path
 
-import hub  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
-from datasets import Dataset, Features, Image, List, Value  # noqa: E402
-from forks import ROOT, Process, zygote  # noqa: E402
-from PIL import Image as PILImage  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from datasets import Dataset, Features, Image, List, Value
+from forks import ROOT, Process, zygote
+from PIL import Image as PILImage
+from safetensors.torch import load_file
 
 
 sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
