@@ -8,29 +8,32 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # scripts under test run beside each other
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import gc  # noqa: E402
-import importlib  # noqa: E402
-import json  # noqa: E402
-import re  # noqa: E402
-import signal  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from io import BytesIO  # noqa: E402
-from pathlib import Path  # noqa: E402
+import gc
+import importlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+from io import BytesIO
+from pathlib import Path
 
-import hub  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
-from datasets import Dataset, Features, Image, List, Value  # noqa: E402
-from PIL import Image as PILImage  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from datasets import Dataset, Features, Image, List, Value
+from forks import ROOT, Process, zygote
+from PIL import Image as PILImage
+from safetensors.torch import load_file
 
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
 torch.set_num_threads(1)
 
@@ -40,11 +43,26 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_hub.py")
 
 
-def run(*command, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-    """Runs a script of the repository in a process of its own, as a user does."""
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600, **kwargs
-    )
+def start(*command, **options) -> list[Process]:
+    """A script of the repository in a process of its own, as a user starts it; with `torchrun` in several."""
+    words, together = list(map(str, command)), [{}]
+    if words[:2] == ["-m", "torch.distributed.run"]:
+        count, words = int(words[4]), words[5:]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        together = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [Process(zygote(), words, {**os.environ, **mine}, **options) for mine in together]
+
+
+def run(*command, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """Runs it to its end; with options of `subprocess.run` in a new interpreter."""
+    if options:
+        words = [sys.executable, *map(str, command)]
+        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, **options)
+    else:
+        processes = start(*command)
+        outputs = map("".join, zip(*(process.communicate() for process in processes)))
+        result = subprocess.CompletedProcess(command, max(process.returncode for process in processes), *outputs)
     if check and result.returncode:
         raise AssertionError(f"{command}: exit code {result.returncode}\n{result.stderr[-4000:]}")
     return result
@@ -53,6 +71,15 @@ def run(*command, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
 def torchrun(processes: int, script) -> list:
     """The start of a command for several processes; each run takes a free port, so that tests can run side by side."""
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script]
+
+
+def run_until(file: Path, *command) -> None:
+    """Runs a script as `run` does, and kills it with -9 as soon as the file is there."""
+    (process,) = start(*command)
+    while process.poll() is None and not file.exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
 
 def call(script: str, *flags) -> None:
@@ -72,17 +99,6 @@ def refused(script: str, *flags) -> str:
     gc.collect()  # the lock of the refused run goes with its traceback
     assert isinstance(message, str) and "\n" not in message.strip(), message
     return message
-
-
-def run_until(file: Path, *command) -> None:
-    """Runs a script as `run` does, and kills it with -9 as soon as the file is there."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not file.exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
 
 
 def check_card(folder: Path) -> str:
@@ -327,7 +343,7 @@ def _write(folder: Path, rows: list[dict], features: dict) -> Path:
     return folder
 
 
-def write_dataset(folder: Path, rows: list[dict], drop: tuple = (), prefix: str = "") -> Path:
+def write_dataset(folder: Path, rows: list[dict], drop: tuple = ()) -> Path:
     features = {
         "prompt_id": Value("string"),
         "prompt": Value("string"),
@@ -424,11 +440,53 @@ def same_lora(a: Path, b: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def learned(folder: Path) -> dict[str, torch.Tensor]:
+    """The LoRA of a run, which has learned something."""
+    lora = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in lora.values())
+    assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-4
+    return lora
+
+
 def lora_difference(a: Path, b: Path) -> float:
     """Mean difference of the weights. Sums in another order differ in the last digit, and Adam divides a gradient by
     its own size: where it is nearly 0, single weights of runs that see the same data differ more."""
     a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (a, b))
     return torch.cat([(a[name] - b[name]).abs().flatten() for name in a]).mean().item()
+
+
+def count_items(monkeypatch, module, *names: str) -> Counter:
+    """How many items these generators of a script gave: name → number."""
+    counts = Counter()
+
+    def counted(name: str, original, *arguments):
+        for item in original(*arguments):
+            counts[name] += 1
+            yield item
+
+    for name in names:
+        monkeypatch.setattr(module, name, partial(counted, name, getattr(module, name)))
+    return counts
+
+
+def check_gallery(pipeline, run: Path, prompts: list[str], files: list[Path], guidance_scale: float, **options) -> None:
+    """The gallery was drawn by the model in training; an ordinary pipeline draws the same pixels, without a LoRA and
+    with each of its files."""
+    options |= {"guidance_scale": guidance_scale, "num_inference_steps": 1, "height": 32, "width": 32}
+
+    def draw() -> list[np.ndarray]:
+        generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
+        drawn = [pipeline(prompt, generator=generator, **options) for prompt, generator in zip(prompts, generators)]
+        return [np.asarray(output.images[0]) for output in drawn]
+
+    def stored(ending: str) -> list[np.ndarray]:
+        return [np.asarray(PILImage.open(run / "images" / f"{i}{ending}")) for i in range(len(prompts))]
+
+    assert np.array_equal(draw(), stored("_base.png")) and not np.array_equal(stored("_base.png"), stored(".png"))
+    for file in files:
+        pipeline.load_lora_weights(file.parent, weight_name=file.name)
+        assert np.array_equal(draw(), stored(".png"))
+        pipeline.unload_lora_weights()
 
 
 @pytest.fixture

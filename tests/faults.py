@@ -9,17 +9,13 @@ of an undisturbed run. Its verdict is SILENT if a run exits with 0 and leaves ot
 refuse; LOST if the results are not reached, if something finished was destroyed, made again or is half-written, or if a
 refusal comes after the work or does not name what is wrong. A fault that came too late, after the run, does not count.
 
-Importing torch and its friends takes 10 seconds, a tiny run one. So this process imports them once, computes nothing
-with them (a fork of a process with threads may hang), and forks a child for each run of a script.
+As forks.py says, this process imports the scripts' libraries once, computes nothing with them, and forks a child for
+each run of a script.
 """
 
 import argparse
-import ast
-import contextlib
 import ctypes
-import gc
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -34,7 +30,6 @@ import tempfile
 import threading
 import time
 import traceback
-import types
 import zipfile
 from collections import Counter, namedtuple
 from collections.abc import Callable
@@ -42,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -49,11 +45,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # no pool of threads that a fork would lose
 os.environ["MPLBACKEND"] = "agg"
 
 import conftest
+import forks
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from conftest import ROOT
 from datasets import config as datasets_config
 from PIL import Image as PILImage
 from safetensors.numpy import load_file
@@ -67,7 +62,6 @@ CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncat
 Golden = namedtuple("Golden", "results seconds changes")  # of an undisturbed run
 world = Path()  # the folder of models, data, and undisturbed runs
 golden: dict[str, Golden] = {}
-codes: dict[str, types.CodeType] = {}  # of the scripts
 planted = ""  # a defect: code that runs before each script, to see whether it is found
 
 
@@ -164,40 +158,21 @@ class Run:
 
 def child(folder: Path, words: list[str], file: Callable, moment: Moment | None, environment: dict) -> None:
     """Runs the script as `python script.py ...` would, and ends the process with Python's exit code."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan stays if the harness is stopped
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for fd, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(file("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-        setattr(sys, name, os.fdopen(fd, "w", 1, closefd=False))
+    forks.die_with_parent()  # no orphan stays if the harness is stopped
+    log = os.open(file("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    forks.take_output(log, log)
     datasets_config.HF_DATASETS_CACHE = folder / "hf"
     os.environ |= environment
-    os.chdir(ROOT)
-    sys.argv, sys.path[0] = words, str(ROOT)
-    changes, exit_code = watch(folder, file, moment), 0
-    try:
-        main = types.ModuleType("__main__")
-        main.__dict__.update(__file__=str(ROOT / words[0]), __builtins__=__builtins__)
-        sys.modules["__main__"] = main
-        exec(planted, {})
-        file("began").touch()
-        exec(codes[words[0]], main.__dict__)
-    except SystemExit as stopped:
-        exit_code = stopped.code or 0
-        if not isinstance(exit_code, int):
-            print(exit_code, file=sys.stderr)
-            exit_code = 1
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
-    try:
-        threading._shutdown()  # waits for threads
-        sys.stdout.flush()
-        sys.stderr.flush()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-        file("changes").write_text(str(changes[0]))
-        file("modules").write_text("\n".join(sys.modules))
-    finally:
-        os._exit(exit_code & 255)
+    os.chdir(forks.ROOT)
+    changes = watch(folder, file, moment)
+    exec(planted, {})
+    file("began").touch()
+    code = forks.execute(words)
+    threading._shutdown()  # waits for threads
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    file("changes").write_text(str(changes[0]))
+    file("modules").write_text("\n".join(sys.modules))
+    forks.end(code)
 
 
 def watch(folder: Path, file: Callable, moment: Moment | None) -> list[int]:
@@ -228,25 +203,6 @@ def watch(folder: Path, file: Callable, moment: Moment | None) -> list[int]:
 
     sys.addaudithook(hook)
     return count
-
-
-def import_libraries(scripts: set[str]) -> None:
-    """What the scripts import at their top, in this process; and the scripts' code."""
-    for script in sorted(scripts):
-        tree = ast.parse((ROOT / script).read_text())
-        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        exec(compile(ast.Module(imports, []), script, "exec"), {"__name__": script})
-        codes[script] = compile(tree, str(ROOT / script), "exec")
-
-
-def import_modules(names: list[str]) -> None:
-    """What runs imported later: diffusers and transformers load a pipeline's classes when they are asked for."""
-    for name in names:
-        if name not in sys.modules and not name.startswith(("_", "synpic")):
-            with contextlib.suppress(BaseException):
-                importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # the collector of a child would otherwise write to, and so copy, every page
 
 
 def in_fork(function: Callable, *args, wait: bool = True) -> int:
@@ -383,8 +339,9 @@ def read(file: Path, root: Path) -> str:
 
 
 def final_files(root: Path, patterns: str) -> list[Path]:
-    """Files under their final names."""
+    """Files under their final names: figures in `building` have none yet, score_pairs.py draws them in every run."""
     files = [file for pattern in patterns.split() for file in sorted(root.glob(pattern)) if file.is_file()]
+    files = [file for file in files if "/building/figures/" not in str(file)]
     parts = [file.relative_to(root).parts for file in files]
     return [file for file, names in zip(files, parts) if not any(n.startswith(".") or ".tmp" in n for n in names)]
 
@@ -399,7 +356,7 @@ def make_golden(job: str, processes: int = 1) -> None:
     name = job if processes == 1 else f"{job}@{processes}"
     folder = world / "golden" / name
     if job == "serve":
-        import_modules(["gradio", "fastapi", "uvicorn"])
+        forks.import_modules(["gradio", "fastapi", "uvicorn"])
         votes(case := Case("golden/serve", 0, folder), job)
         if case.problems:
             raise RuntimeError(case.problems)
@@ -412,7 +369,7 @@ def make_golden(job: str, processes: int = 1) -> None:
         outcome, found = run.wait(), state(folder, RESULTS[job])
         if outcome.code or not found or any("unreadable" in value for value in found.values()):
             raise RuntimeError(f"the undisturbed {name} failed: {found}\n{outcome.tail}")
-        import_modules(run.file(0, "modules").read_text().split("\n"))
+        forks.import_modules(run.file(0, "modules").read_text().split("\n"))
     golden[name] = Golden(found, outcome.seconds, outcome.changes)
 
 
@@ -767,49 +724,6 @@ for name, text in {
             malformed(f"reward {name}", job, prepare, "mine.py|bad|good", raises=late, late=late)
 
 
-def rows_of(kind: str, change: dict | Callable, at: int | None = None) -> Callable:
-    """A dataset of the kind, of which one row, or each, is changed."""
-
-    def prepare(case: Case) -> dict:
-        rows = pq.read_table(world / kind, use_threads=False).to_pylist()
-        for row in rows if at is None else [rows[at]]:
-            row.update(change(row) if callable(change) else change)
-        (case.folder / "rows").mkdir()
-        pq.write_table(pa.Table.from_pylist(rows), case.folder / "rows" / "train.parquet")
-        return {"dataset_name": case.folder / "rows"}
-
-    return prepare
-
-
-PHI = "preference_probability"
-for name, change, at, *words in (
-    ("phi a number", {PHI: 0.5}, None, PHI),
-    ("phi text", {PHI: "high"}, None, PHI),
-    ("rank a number", {"rank": 1}, None, "rank|row 0"),
-    ("prompt a list", {"prompt": ["a cat"]}, None, "prompt"),
-    ("prompt a number", {"prompt": 5}, None, "prompt"),
-    ("phi all equal", {PHI: [0.5] * 3, "rank": [1, 2, 3]}, None, "equal"),
-    ("phi NaN", {PHI: [0.5, float("nan"), 0.0]}, 2, "row 2"),
-    ("phi above 1", {PHI: [0.5, 1.5, 0.0]}, 2, "row 2"),
-    ("rank twice", {"rank": [1, 1, 2]}, 2, "row 2", "rank"),
-    ("id twice", {"prompt_id": "p0"}, 2, "row 2", "id"),
-    ("empty prompt", {"prompt": " "}, 2, "row 2", "prompt"),
-    ("image cut off", lambda row: {"images": [{**it, "bytes": it["bytes"][:99]} for it in row["images"]]}, 2, "row 2"),
-    ("image missing", lambda row: {"images": row["images"][:2]}, 2, "row 2"),
-):
-    malformed(name, "sdxl sd3", rows_of("ranked", change, at), *words, late="image" in name)
-for name, jobs, change, *words in (
-    ("has_label text", "pairs qsd", {"has_label": "true"}, "has_label"),
-    ("label text", "pairs qsd", {"label_0": "left"}, "label_0"),
-    ("label 7", "pairs qsd", {"label_0": 7.0}, "label_0", "row"),
-    ("caption a list", "pairs qsd", {"caption": ["a cat"]}, "caption"),
-    ("empty caption", "pairs qsd", {"caption": ""}, "row|caption"),
-    ("quality NaN", "qsd", {"quality": float("nan")}, "quality"),
-    ("no labels", "qsd", {"has_label": False}, "label"),
-):
-    malformed(name, jobs, rows_of("pairs", change), *words, late="pairs" in jobs)
-
-
 # Main -----------------------------------------------------------------------------------------------------------------
 def run_case(name: str, seed: int, folder: Path) -> None:
     """One case, in a process of its own; its verdict goes into a file."""
@@ -859,7 +773,7 @@ def main() -> int:
     parser.add_argument("--planted", nargs="*", default=[], help="file=class: is this defect found?")
     args = parser.parse_args()
     names = [name for name in REGISTRY if any(fnmatch(name, f"{only}*") for only in args.only)]
-    if not importlib.util.find_spec("gradio"):
+    if not find_spec("gradio"):
         print("gradio is not installed: user_study.py is left out")
         names = [name for name in names if not name.endswith(STUDY)]
     shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -868,7 +782,7 @@ def main() -> int:
         asked = {name.rpartition("/")[2] for name in names}
         asked |= {needed for job in asked for needed in NEEDS.get(job, ())}
         jobs = [job for job in COMMANDS if job in asked]
-        import_libraries({COMMANDS[job].split()[0] for job in jobs})
+        forks.import_libraries({COMMANDS[job].split()[0] for job in jobs})
         in_fork(make_world)
         for job in jobs:
             make_golden(job)

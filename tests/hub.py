@@ -56,6 +56,8 @@ class Hub:
     all answers. `stall_after`: that many files are taken in, then uploads hang, until it is None again; what hung is
     lost."""
 
+    port = 0
+
     def __init__(self):
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
@@ -67,14 +69,15 @@ class Hub:
         self.xet: Path | None = None
         self.stalled = threading.Event()
         self.lock = threading.RLock()  # an answer counts its bytes, and may be given while it is held
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(("127.0.0.1", Hub.port), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        Hub.port = self.server.server_port  # the same for the next one: libraries read the address when imported
+        self.url = f"http://127.0.0.1:{Hub.port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def inject(self, fault: str | None, number: int = 1) -> None:
-        """`fault`: a status (502 as an HTML page), `drop` (the connection is closed, no answer), `lost` (the same, but
-        what was asked is done first) or `slow`; with `always-` in front, from the number-th request on."""
+        """`fault`: a status (502 as an HTML page), `drop` (the connection is closed, no answer) or `lost` (the same,
+        but what was asked is done first); with `always-` in front, from the number-th request on."""
         self.fault, self.number, self.requests = fault, number, 0
 
     def clear(self) -> None:
@@ -148,9 +151,6 @@ class Handler(BaseHTTPRequestHandler):
         if not due:
             return False
         fault = hub.fault.removeprefix("always-")
-        if fault == "slow":
-            time.sleep(1.6)  # a client that waits a second has gone by then; what it asked is done late
-            return False
         if fault == "lost":
             self.wfile = io.BytesIO()  # the answer goes nowhere; `finish` then closes the connection
             self.close_connection = True

@@ -1,39 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets, LoRAs and results on a Hub: real clients in processes of their own against tests/hub.py."""
 
-import importlib
 import json
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import hub
-import pytest
 import yaml
-from conftest import ROOT, TRAINERS, pair_rows, write_pairs
+from conftest import ROOT, pair_rows, write_pairs
+from forks import Process, zygote
 from huggingface_hub import RepoCard
+from safetensors.torch import load
+
+from train_rankdpo_sdxl import CARD_BEGIN, CARD_END, LORA_FILE, merge_cards
 
 
 PROMPTS = [f"a {color} {shape}" for shape in ("circle", "square") for color in ("red", "green", "blue")]
 
 
-def start(server, home, *command, token=hub.TOKEN, **options) -> subprocess.Popen:
+def start(server, home: Path, *command, token: str = hub.TOKEN, **options) -> Process:
     """A command as a user of this Hub gives it, with a cache of its own; it pauses a thousand times shorter."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= server.environment() | {"HF_TOKEN": token, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(ROOT / "tests" / "hurried")
-    command = [sys.executable, *map(str, command)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
+    link = Path(tempfile.gettempdir()) / f"hub-home-{os.getpid()}"  # libraries read where it is when they are imported
+    link.unlink(missing_ok=True)
+    link.symlink_to(home)
+    home.mkdir(exist_ok=True)
+    environment = server.environment() | {"HF_HOME": str(link), "PYTHONPATH": str(ROOT / "tests" / "hurried")}
+    first = environment | {"HF_HUB_DISABLE_XET": "1"}
+    return Process(zygote(*first.items()), command, {**os.environ, **environment, "HF_TOKEN": token}, **options)
 
 
-def client(server, home, *command, check=True, token=hub.TOKEN) -> subprocess.CompletedProcess:
+def client(server, home: Path, *command, check=True, token: str = hub.TOKEN) -> subprocess.CompletedProcess:
     """Runs it to its end. The token is never printed."""
-    process = start(server, home, *command, token=token, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    output, errors = process.communicate(timeout=600)
+    process = start(server, home, *command, token=token)
+    output, errors = process.communicate()
     assert token not in output + errors
     assert not check or process.returncode == 0, errors[-4000:]
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
@@ -65,6 +69,19 @@ def write_train(folder: Path, model: Path, dataset, *more) -> list:
     return [*train, "--push_to_hub", "--hub_model_id", "user/lora", *more]
 
 
+def write_evaluate(folder: Path, model, *more) -> list:
+    (folder / "prompts.txt").write_text("a red circle\n")
+    evaluate = ["evaluate.py", "--pretrained_model_name_or_path", model, "--prompts", folder / "prompts.txt"]
+    evaluate += ["--num_inference_steps", 1, "--resolution", 32, "--metrics", "shapes/world.py:clean_reward"]
+    return [*evaluate, "--output_dir", folder / "evaluation", "--push_to_hub", *more]
+
+
+def write_score(folder: Path, n: int) -> list:
+    pairs = write_pairs(folder / "pairs", pair_rows(n))
+    score = ["score_pairs.py", "--dataset_name", pairs, "--reward", "shapes/world.py:clean_reward", "--include_images"]
+    return [*score, "--output_dir", folder / "qsd", "--push_to_hub", "--hub_dataset_id", "user/qsd"]
+
+
 LOAD = """
 import sys
 from datasets import load_dataset
@@ -91,7 +108,7 @@ def test_from_a_prompt_list_to_a_lora_that_loads_from_the_hub(server, tiny_sdxl,
     and push every checkpoint; load_lora_weights."""
     build = write_build(tmp_path, tiny_sdxl)
     server.stall_after = 2
-    process = start(server, tmp_path / "home", *build, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(server, tmp_path / "home", *build)
     while process.poll() is None and not server.stalled.is_set():
         time.sleep(0.05)
     # The first files were sent while the others were made, and nobody sees a part of the dataset.
@@ -127,16 +144,10 @@ def test_from_a_prompt_list_to_a_lora_that_loads_from_the_hub(server, tiny_sdxl,
     assert 'load_lora_weights("user/lora", weight_name="pytorch_lora_weights.safetensors")' in card
     # A checkpoint's LoRA came before, and was another.
     earlier = [files for _, files in server.repos["models", "user/lora"].commits[:-1]]
-    earlier = [files["pytorch_lora_weights.safetensors"] for files in earlier if files]
-    assert earlier and files["pytorch_lora_weights.safetensors"] not in earlier
+    earlier = [files[LORA_FILE] for files in earlier if files]
+    assert earlier and files[LORA_FILE] not in earlier
     drawn = client(server, tmp_path / "third-home", "-c", DRAW, tiny_sdxl)
-    assert int(drawn.stdout.split()[-1]) == sum(key.endswith("lora_B.weight") for key in lora_keys(files))
-
-
-def lora_keys(files: dict[str, bytes]) -> list[str]:
-    from safetensors.torch import load
-
-    return list(load(files["pytorch_lora_weights.safetensors"]))
+    assert int(drawn.stdout.split()[-1]) == sum(key.endswith("lora_B.weight") for key in load(files[LORA_FILE]))
 
 
 def test_a_token_that_may_not_write_fails_before_any_work(server, tiny_sdxl, ranked_dataset, tmp_path):
@@ -154,6 +165,11 @@ def test_a_token_that_may_not_write_fails_before_any_work(server, tiny_sdxl, ran
     line = last_line(client(server, tmp_path / "home", *build, check=False))
     assert line.startswith("--hub_dataset_id user/synpic holds other data (data/train-00000-of-00002.parquet)"), line
     assert not (tmp_path / "synpic").exists()
+
+    evaluate = write_evaluate(tmp_path, tiny_sdxl)
+    line = last_line(client(server, tmp_path / "home", *evaluate, check=False))
+    assert line == "--push_to_hub: no LoRA in --loras is a Hub id: say with --hub_model_id where results go"
+    assert not (tmp_path / "evaluation").exists()
 
 
 OTHER_CARD = """---
@@ -191,11 +207,8 @@ def test_what_people_write_on_a_card_stays_and_a_grown_dataset_replaces_the_old_
     assert card == (tmp_path / "synpic" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_merged_card(name):
+def test_merged_card():
     """What becomes of the two sides of a card, key by key and mark by mark."""
-    script = importlib.import_module(name)
-    CARD_BEGIN, CARD_END, merge_cards = script.CARD_BEGIN, script.CARD_END, script.merge_cards
     block, old = f"{CARD_BEGIN}\nnew\n{CARD_END}", f"{CARD_BEGIN}\nold\n{CARD_END}"
     front = {"license": "other", "license_name": "sai", "tags": ["a"], "widget": [2]}
     mine = f"---\n{yaml.safe_dump(front)}---\n\n{block}\n"
@@ -232,9 +245,7 @@ print(len(whole), whole[0]["jpg_0"][:4] if isinstance(whole[0]["jpg_0"], bytes) 
 
 
 def test_sorted_pairs_are_published_and_the_next_fraction_replaces_them(server, tmp_path):
-    pairs = write_pairs(tmp_path / "pairs", pair_rows(24))
-    score = ["score_pairs.py", "--dataset_name", pairs, "--reward", "shapes/world.py:clean_reward", "--include_images"]
-    score += ["--output_dir", tmp_path / "qsd", "--push_to_hub", "--hub_dataset_id", "user/qsd"]
+    score = write_score(tmp_path, 24)
     server.commit("datasets", "user/qsd", {"data/train-00000-of-00001.parquet": b"somebody's"})
     line = last_line(client(server, tmp_path / "home", *score, check=False))
     assert "user/qsd holds other data (data/train-00000-of-00001.parquet)" in line and not (tmp_path / "qsd").exists()
@@ -251,9 +262,9 @@ def test_sorted_pairs_are_published_and_the_next_fraction_replaces_them(server, 
 def test_an_upload_that_fails_costs_no_weights_and_is_repeated(server, tiny_sdxl, ranked_dataset, tmp_path):
     """The Hub goes away after the training has begun; later the same command uploads the folder, without training."""
     train = write_train(tmp_path, tiny_sdxl, ranked_dataset, "--checkpointing_steps", 2, "--hub_strategy", "checkpoint")
-    process = start(server, tmp_path / "home", *train, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start(server, tmp_path / "home", *train)
     threading.Thread(target=break_down_after_creation, args=(server,), daemon=True).start()
-    output, errors = process.communicate(timeout=600)
+    output, errors = process.communicate()
     assert process.returncode == 1 and "503" in errors and hub.TOKEN not in output + errors
     assert server.files("models", "user/lora") == {}
     for name in ("pytorch_lora_weights.safetensors", "README.md", "comfyui/lora.safetensors"):
@@ -269,7 +280,7 @@ def test_an_upload_that_fails_costs_no_weights_and_is_repeated(server, tiny_sdxl
 
 def break_down_after_creation(server) -> None:
     while ("models", "user/lora") not in server.repos or len(server.log) < 3:
-        pass
+        time.sleep(0.001)
     server.inject("always-503")
 
 
@@ -290,10 +301,7 @@ def test_results_go_into_the_card_and_stay_there(server, tiny_sdxl, ranked_datas
     assert front["base_model"] == "user/base" and front["license"] == "openrail++"
     assert front["license_link"] == "https://huggingface.co/user/base/blob/main/LICENSE.md"
 
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
-    evaluate = ["evaluate.py", "--pretrained_model_name_or_path", "user/base", "--loras", "mine=user/lora"]
-    evaluate += ["--prompts", tmp_path / "prompts.txt", "--num_inference_steps", 1, "--resolution", 32]
-    evaluate += ["--metrics", "shapes/world.py:clean_reward", "--output_dir", tmp_path / "evaluation", "--push_to_hub"]
+    evaluate = write_evaluate(tmp_path, "user/base", "--loras", "mine=user/lora")
     client(server, tmp_path / "home", *evaluate)
     files = server.files("models", "user/lora")
     results = json.loads(files["results.json"])
@@ -317,12 +325,3 @@ def test_results_go_into_the_card_and_stay_there(server, tiny_sdxl, ranked_datas
     assert values["clean_reward"] == results["mine"]["clean_reward"] and "color_reward" in values
     check = "from huggingface_hub import ModelCard; print(ModelCard.load('user/lora').data.eval_results[0].metric_type)"
     assert client(server, tmp_path / "b", "-c", check).stdout.split()[-1] == "clean_reward"
-
-
-def test_where_results_should_go_is_asked_before_any_work(server, tiny_sdxl, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    evaluate = ["evaluate.py", "--pretrained_model_name_or_path", tiny_sdxl, "--prompts", tmp_path / "prompts.txt"]
-    evaluate += ["--metrics", "shapes/world.py:clean_reward", "--output_dir", tmp_path / "evaluation", "--push_to_hub"]
-    line = last_line(client(server, tmp_path / "home", *evaluate, check=False))
-    assert line == "--push_to_hub: no LoRA in --loras is a Hub id: say with --hub_model_id where results go"
-    assert not (tmp_path / "evaluation").exists()

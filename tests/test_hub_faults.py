@@ -2,53 +2,56 @@
 """Uploads to a Hub that answers badly: the client asks again, and the same command sends what is missing."""
 
 import json
-import subprocess
+import os
 from pathlib import Path
 
 import hub
 import pytest
-from conftest import pair_rows, write_pairs
-from test_hub import OTHER_CARD, client, start, write_build, write_train
+from test_hub import OTHER_CARD, client, start, write_build, write_evaluate, write_score, write_train
 
 
-# Runs a script's main again and again, the Hub behaving otherwise each time; one line in, one line of JSON out.
+# Runs a script's main again and again, the Hub behaving otherwise each time; a line in, a line of JSON out.
 DRIVER = """
-import gc, importlib, io, json, sys, traceback
+import gc, importlib, io, json, os, sys, traceback
 from contextlib import redirect_stderr, redirect_stdout
 from accelerate.state import AcceleratorState
-module = importlib.import_module(sys.argv[1])
-for line in sys.stdin:
+from huggingface_hub import constants
+constants.HF_HUB_DISABLE_XET = os.environ["HF_HUB_DISABLE_XET"] == "1"
+asked, script, *flags = sys.argv[1:]
+module = importlib.import_module(script)
+for line in open(asked):
     AcceleratorState._reset_state(reset_partial_state=True)
     gc.collect()  # the lock of a run that failed goes with its traceback
     text, code = io.StringIO(), 0
     with redirect_stdout(text), redirect_stderr(text):
         try:
-            module.main(module.parse_arguments(json.loads(line)))
+            module.main(module.parse_arguments(flags))
         except SystemExit as stopped:
             code = str(stopped.code)
         except BaseException:
             code = traceback.format_exc()
-    print(json.dumps([code, text.getvalue()]), flush=True)
+    print(json.dumps([code, text.getvalue()]))
 """
 
 
 class Driver:
-    def __init__(self, server, home: Path, script: str, flags: list):
-        self.flags = json.dumps([str(flag) for flag in flags]) + "\n"
-        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = start(server, home, "-c", DRIVER, script, **options)
+    def __init__(self, server, home: Path, script: str, *flags):
+        asked, (answers, end) = home / f"asked-{script}", os.pipe()
+        os.mkfifo(asked)
+        self.asked = os.fdopen(os.open(asked, os.O_RDWR), "w", 1)
+        self.process = start(server, home, "-c", DRIVER, asked, script.removesuffix(".py"), *flags, stdout=end)
+        os.close(end)
+        self.answers = os.fdopen(answers)
 
     def __call__(self) -> str | int:
         """0, or what the script ended with: a line or a traceback."""
-        self.process.stdin.write(self.flags)
-        self.process.stdin.flush()
-        code, printed = json.loads(self.process.stdout.readline())
+        self.asked.write("again\n")
+        code, printed = json.loads(self.answers.readline())
         assert hub.TOKEN not in f"{code}{printed}"
         return code
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.kill()
 
 
 def check_faults(server, run: Driver, before: dict, faults, wanted: tuple[str, str]) -> None:
@@ -87,7 +90,7 @@ def test_dataset_upload_under_faults(server, tiny_sdxl, tmp_path, xet):
     if xet:
         server.xet = tmp_path / "xet"
         server.xet.mkdir()
-    run = Driver(server, tmp_path / "home", "build_synpic", [*build[1:], "--stages", "publish"])
+    run = Driver(server, tmp_path / "home", *build, "--stages", "publish")
     faults = ("412", "always-503") if xet else ("409", "429", "502", "drop", "lost", "always-503")
     check_faults(server, run, {wanted: before}, faults, wanted)
     run.close()
@@ -97,11 +100,9 @@ def test_dataset_upload_under_faults(server, tiny_sdxl, tmp_path, xet):
 
 
 def test_sorted_pairs_upload_under_faults(server, tmp_path):
-    pairs = write_pairs(tmp_path / "pairs", pair_rows(8))
-    score = ["score_pairs.py", "--dataset_name", pairs, "--reward", "shapes/world.py:clean_reward", "--include_images"]
-    score += ["--output_dir", tmp_path / "qsd", "--push_to_hub", "--hub_dataset_id", "user/qsd"]
+    score = write_score(tmp_path, 8)
     client(server, tmp_path / "home", *score)
-    run = Driver(server, tmp_path / "home", "score_pairs", score[1:])
+    run = Driver(server, tmp_path / "home", *score)
     check_faults(server, run, {}, ("409", "always-503"), ("datasets", "user/qsd"))
     run.close()
 
@@ -110,12 +111,10 @@ def test_results_upload_under_faults(server, tiny_sdxl, ranked_dataset, tmp_path
     """Into the card of a LoRA that is on the Hub already."""
     client(server, tmp_path / "home", *write_train(tmp_path, tiny_sdxl, ranked_dataset))
     wanted = ("models", "user/lora")
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    evaluate = ["evaluate.py", "--pretrained_model_name_or_path", tiny_sdxl, "--loras", f"mine={tmp_path / 'lora'}"]
-    evaluate += ["--prompts", tmp_path / "prompts.txt", "--num_inference_steps", 1, "--resolution", 32]
-    evaluate += ["--metrics", "shapes/world.py:clean_reward", "--output_dir", tmp_path / "evaluation"]
-    evaluate += ["--push_to_hub", "--hub_model_id", "user/lora"]
+    evaluate = write_evaluate(
+        tmp_path, tiny_sdxl, "--loras", f"mine={tmp_path / 'lora'}", "--hub_model_id", "user/lora"
+    )
     before = server.files(*wanted)
-    run = Driver(server, tmp_path / "home", "evaluate", evaluate[1:])
+    run = Driver(server, tmp_path / "home", *evaluate)
     check_faults(server, run, {wanted: before}, ("412", "always-503"), wanted)
     run.close()

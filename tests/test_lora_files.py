@@ -15,7 +15,6 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_train_rankdpo_sd3 import SD3_MEDIUM
 
 import train_dpo_qsd
 import train_rankdpo_sd3
@@ -46,6 +45,35 @@ SD15_UNET = {
     "block_out_channels": [320, 640, 1280, 1280],
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
+}
+
+
+# What diffusers' SD3Transformer2DModel needs to become the published transformers (their config.json).
+SD3_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+    "pos_embed_max_size": 192,
+}
+SD35_MEDIUM = {
+    **SD3_MEDIUM,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": tuple(range(13)),
+}
+SD35_LARGE = {
+    **SD3_MEDIUM,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
 }
 
 
@@ -108,3 +136,24 @@ def test_sd3_lora_file_holds_the_golden_keys(tmp_path):
     with safe_open(tmp_path / train_rankdpo_sd3.LORA_FILE, framework="pt") as file:
         metadata = file.metadata()["lora_adapter_metadata"]
     assert f'"transformer.lora_alpha": {RANK}' in metadata and f'"transformer.r": {RANK}' in metadata
+
+
+SIZES = [(SD3_MEDIUM, 2_028_328_000, 191, 37_552_128), (SD35_MEDIUM, 2_243_171_520, 243, 47_775_744)]
+SIZES.append((SD35_LARGE, 8_056_627_520, 303, 94_322_688))
+
+
+@pytest.mark.parametrize(
+    "config, parameters, modules, trained", SIZES, ids=["sd3-medium", "sd3.5-medium", "sd3.5-large"]
+)
+def test_sd3_lora_is_on_every_attention(config, parameters, modules, trained):
+    """Every attention projection of image and text; the text's last output is thrown away."""
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**config)
+        assert sum(p.numel() for p in transformer.parameters()) == parameters
+        transformer.requires_grad_(False)
+        train_rankdpo_sd3.add_lora(transformer, rank=64)
+    assert sum(p.numel() for p in transformer.parameters() if p.requires_grad) == trained
+    lora = get_peft_model_state_dict(transformer)
+    assert len(lora) == 2 * modules
+    assert sum(".attn2." in name for name in lora) == 2 * 4 * len(config.get("dual_attention_layers", ()))
+    assert not any(f"transformer_blocks.{config['num_layers'] - 1}.attn.to_add_out" in name for name in lora)

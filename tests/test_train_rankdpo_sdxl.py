@@ -15,7 +15,10 @@ import torch
 from conftest import (
     call,
     check_card,
+    check_gallery,
+    count_items,
     encoded,
+    learned,
     logged,
     lora_difference,
     ranked_rows,
@@ -34,7 +37,7 @@ import train_rankdpo_sdxl as script
 
 
 FLAGS = (
-    "--resolution 32 --rank 4 --learning_rate 1e-2 --beta_dpo 100 --validation_num_inference_steps 2 --report_to none"
+    "--resolution 32 --rank 4 --learning_rate 1e-2 --beta_dpo 100 --validation_num_inference_steps 1 --report_to none"
 ).split()
 
 
@@ -47,10 +50,10 @@ def flags(tiny_sdxl, ranked_dataset, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(flags, tmp_path_factory):
-    """One run with checkpoints, a limit, validation and a tracker."""
+    """One run with checkpoints, a limit, validation, a tracker and a price."""
     folder = tmp_path_factory.mktemp("runs") / "trained"
     more = "--max_train_steps 6 --train_batch_size 2 --checkpointing_steps 2 --checkpoints_total_limit 2"
-    more += " --validation_steps 3 --report_to tensorboard"
+    more += " --validation_steps 3 --report_to tensorboard --gpu_hourly_cost 3600"
     call("train_rankdpo_sdxl", *flags, "--output_dir", folder, *more.split())
     return folder
 
@@ -58,11 +61,15 @@ def trained(flags, tmp_path_factory):
 def test_files_of_a_run(trained):
     assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     assert not list(trained.rglob("*tmp*"))
-    card = check_card(trained)
+    card, logs = check_card(trained), logged(trained)
     assert "library_name: diffusers" in card and "<Gallery />" in card
     facts = ["base", "objective | rankdpo, beta 100", "learning rate | 0.01", "LoRA rank | 4", "batch | 2 prompts x 4"]
     facts += ["steps | 6", "seed | 0", "time", "GPU hours", "speed", "peak memory", "hardware | 1 x CPU"]
-    assert all(f"| {fact}" in card for fact in facts) and "How it was made" in card and "| price |" not in card
+    facts.append(f"price | {sum(line['step_time'] for line in logs):.2f}")
+    assert all(f"| {fact}" in card for fact in facts) and "How it was made" in card
+    for line in logs:
+        assert 0 <= line["data_time"] < line["step_time"]
+        assert line["images_per_second"] == pytest.approx(8 / line["step_time"])
     for name in ("0.png", "0_base.png", "3.png"):
         assert Image.open(trained / "images" / name).size == (32, 32)
     assert list((trained / "logs").rglob("events.out.tfevents*"))
@@ -72,45 +79,19 @@ def test_files_of_a_run(trained):
     assert sum(name.endswith("pytorch_lora_weights.safetensors") for name in endings) == 1
 
 
-@pytest.mark.parametrize("which", ["diffusers", "comfyui"])
-def test_lora_changes_the_images_exactly_as_the_trained_model_does(trained, tiny_sdxl, ranked_dataset, which):
-    """The gallery was drawn by the model in training; an ordinary pipeline draws the same pixels from the files."""
+def test_lora_changes_the_images_exactly_as_the_trained_model_does(trained, tiny_sdxl):
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
     prompts = [row["prompt"] for row in ranked_rows(n=10)[:4]]
-
-    def draw(i):
-        image = pipeline(
-            prompts[i],
-            num_inference_steps=2,
-            guidance_scale=5.0,
-            height=32,
-            width=32,
-            generator=torch.Generator("cpu").manual_seed(i),
-        ).images[0]
-        return np.asarray(image)
-
-    for i in range(4):
-        assert np.array_equal(draw(i), np.asarray(Image.open(trained / "images" / f"{i}_base.png")))
-    if which == "diffusers":
-        pipeline.load_lora_weights(trained)
-    else:
-        pipeline.load_lora_weights(trained / "comfyui", weight_name="trained.safetensors")
-    changed = False
-    for i in range(4):
-        tuned = np.asarray(Image.open(trained / "images" / f"{i}.png"))
-        assert np.array_equal(draw(i), tuned)
-        changed |= not np.array_equal(tuned, np.asarray(Image.open(trained / "images" / f"{i}_base.png")))
-    assert changed
+    files = [trained / "pytorch_lora_weights.safetensors", trained / "comfyui" / "trained.safetensors"]
+    check_gallery(pipeline, trained, prompts, files, guidance_scale=5.0)
 
 
-@pytest.mark.parametrize("noise", ["prompt", "image"])
-def test_killed_and_resumed_run_gives_the_same_bits(flags, tmp_path, noise):
+def test_killed_and_resumed_run_gives_the_same_bits(flags, tmp_path):
     """12 steps straight against 6, kill -9, resume: the same LoRA, bit for bit, optimizer state and all."""
     more = "--max_train_steps 12 --train_batch_size 5 --gradient_accumulation_steps 6 --checkpointing_steps 6"
-    more += f" --lr_scheduler cosine --lr_warmup_steps 2 --noise {noise}"
-    more += " --proportion_empty_prompts 0.3" * (noise == "image")
+    more += " --lr_scheduler cosine --lr_warmup_steps 2 --noise image --proportion_empty_prompts 0.3"
     command = [*flags, *more.split(), "--output_dir"]
     call("train_rankdpo_sdxl", *command, tmp_path / "straight")
 
@@ -131,78 +112,47 @@ def test_killed_and_resumed_run_gives_the_same_bits(flags, tmp_path, noise):
 
 
 def test_two_processes_agree_with_one(flags, tmp_path):
-    # The cache of the other tests is complete, but has no empty prompt yet.
+    """Both encode, each its share of the row groups, here of one row each: the same cache, and the same LoRA."""
+    data = write_dataset(tmp_path / "data", ranked_rows(n=10))
+    (file,) = data.rglob("*.parquet")
+    pq.write_table(pq.read_table(file), file, row_group_size=1)
     more = "--max_train_steps 5 --learning_rate 1e-3 --proportion_empty_prompts 0.3".split()
-    call("train_rankdpo_sdxl", *flags, *more, "--train_batch_size", 4, "--output_dir", tmp_path / "one")
-    more += ["--cache_dir", tmp_path / "cache"]  # two processes encode, too
-    run(*torchrun(2, "train_rankdpo_sdxl.py"), *flags, *more, "--train_batch_size", 2, "--output_dir", tmp_path / "two")
+    for name, processes in (("one", 1), ("two", 2)):
+        launcher = torchrun(2, "train_rankdpo_sdxl.py") if processes == 2 else ["train_rankdpo_sdxl.py"]
+        here = ["--dataset_name", data, "--cache_dir", tmp_path / f"cache-{name}", "--output_dir", tmp_path / name]
+        run(*launcher, *flags, *more, *here, "--train_batch_size", 4 // processes)
+    assert latents(tmp_path / "cache-one").keys() == latents(tmp_path / "cache-two").keys()
+    assert len(latents(tmp_path / "cache-two")) == 10 and images_of(tmp_path / "one") == images_of(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "run.json").read_text())["global_batch_size"] == 4
     assert "2 x CPU" in (tmp_path / "two" / "README.md").read_text()
     assert lora_difference(tmp_path / "one", tmp_path / "two") < 1e-6
-    lora = load_file(tmp_path / "one" / "pytorch_lora_weights.safetensors")
-    assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-3
-
-
-def test_data_order_and_noise_do_not_depend_on_the_number_of_processes(tmp_path):
-    """Every optimizer step sees the same prompts, and an epoch sees each prompt once."""
-    length, seen = 10, {}
-    for processes, batch, accumulation in [(1, 4, 1), (2, 2, 1), (1, 2, 2), (4, 1, 1), (2, 1, 2)]:
-        args = script.ScriptArguments(
-            dataset_name="x", train_batch_size=batch, gradient_accumulation_steps=accumulation, seed=3
-        )
-        steps = [[] for _ in range(5)]
-        for process in range(processes):
-            sampler = script.micro_batches(args, length, process, processes, start_step=0)
-            for step in range(5):
-                for _ in range(accumulation):
-                    steps[step] += next(sampler)
-        seen[processes, batch, accumulation] = [sorted(step) for step in steps]
-    assert len({str(order) for order in seen.values()}) == 1
-    items = [item for step in seen[1, 4, 1] for item in step]
-    assert sorted(item[:2] for item in items) == [(epoch, row) for epoch in range(2) for row in range(length)]
-    assert sorted(item[2] for item in items) == list(range(2 * length))  # the places
-    args = script.ScriptArguments(dataset_name="x", train_batch_size=4, seed=3)
-    assert sorted(next(script.micro_batches(args, length, 0, 1, start_step=2))) == seen[4, 1, 1][2]
-
-
-def test_images_are_encoded_once_and_shared_by_every_later_run(flags, trained, tmp_path, capfd):
-    call("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "a", "--max_train_steps", 1, "--loss_type", "dpo")
-    assert "encode" not in capfd.readouterr().err
+    learned(tmp_path / "one")
 
 
 def images_of(folder: Path) -> str:
     return json.loads((folder / "run.json").read_text())["images"]
 
 
-def test_a_dataset_built_again_in_its_folder_is_read_again(flags, tmp_path):
-    """datasets keys its cache of a folder by the card, not by the files; neither rows nor latents may be stale."""
-    data = tmp_path / "again"
-    for seed in (1, 2):
-        shutil.rmtree(data, ignore_errors=True)
-        write_dataset(data, ranked_rows(n=4, seed=seed))
-        card = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet"
-        (data / "README.md").write_text(f"---\n{card}\n---\n")
-        more = ["--dataset_name", data, "--output_dir", tmp_path / str(seed), "--max_train_steps", 1]
-        call("train_rankdpo_sdxl", *flags, *more)
-        assert ranked_rows(n=4, seed=seed)[0]["prompt"] in (tmp_path / str(seed) / "README.md").read_text()
-    assert images_of(tmp_path / "1") != images_of(tmp_path / "2")
-
-
-def test_pictures_behind_paths_that_are_drawn_anew_are_encoded_anew(flags, tmp_path):
-    rng, found = np.random.default_rng(0), []
-    data, rows = tmp_path / "data", ranked_rows(n=2)
-    for i, row in enumerate(rows):
+def test_pictures_that_change_are_encoded_anew(flags, tmp_path):
+    """In a dataset that is built again in its folder, which `datasets` knows by its card; and behind paths."""
+    rng, data, linked = np.random.default_rng(0), tmp_path / "data", ranked_rows(n=2)
+    for i, row in enumerate(linked):
         row["images"] = [str(tmp_path / f"{i}_{k}.png") for k in range(4)]
-    for name in ("a", "b", "c"):
-        for file in [file for row in rows for file in row["images"]] if name != "b" else []:
+
+    def train(name: str, draw: bool, table: Dataset) -> str:
+        for file in [file for row in linked for file in row["images"]] if draw else []:
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
         shutil.rmtree(data, ignore_errors=True)
         (data / "data").mkdir(parents=True)
-        table = Dataset.from_list(rows).cast_column("images", List(DatasetsImage()))
-        table.to_parquet(str(data / "data" / "train.parquet"))
+        (data / "README.md").write_text("---\nlicense: mit\n---\n")
+        table.cast_column("images", List(DatasetsImage())).to_parquet(str(data / "data" / "train.parquet"))
         more = ["--dataset_name", data, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / name]
         call("train_rankdpo_sdxl", *flags, *more, "--max_train_steps", 1)
-        found.append(images_of(tmp_path / name))
+        return images_of(tmp_path / name)
+
+    found = [train(f"built-{seed}", False, Dataset.from_list(ranked_rows(n=4, seed=seed))) for seed in (1, 2)]
+    assert found[0] != found[1]
+    found = [train(name, name != "same", Dataset.from_list(linked)) for name in ("drawn", "same", "anew")]
     assert found[0] == found[1] != found[2]
 
 
@@ -212,62 +162,35 @@ def latents(cache: Path) -> dict[str, int]:
     return {file.stem: file.stat().st_mtime_ns for file in files}
 
 
-class Reads:
-    """Bytes of images that the script reads: what `read_images` gives."""
-
-    def __init__(self, monkeypatch):
-        self.rows, original = 0, script.read_images
-
-        def counted(*arguments):
-            for images in original(*arguments):
-                self.rows += 1
-                yield images
-
-        monkeypatch.setattr(script, "read_images", counted)
-
-
 def test_the_cache_knows_rows_whatever_dataset_they_come_in(flags, tmp_path, monkeypatch):
     """A dataset that grew, moved, in another order and with other scores costs what it did not have; a second start
     reads no image; rows that are not needed are not encoded."""
-    rows, reads, cache = ranked_rows(n=8), Reads(monkeypatch), tmp_path / "cache"
+    rows, cache = ranked_rows(n=8), tmp_path / "cache"
+    reads = count_items(monkeypatch, script, "read_images")
 
     def train(name: str, rows: list, *more) -> int:
         data = write_dataset(tmp_path / f"data-{name}", rows) if rows else more[0]
-        before, reads.rows = latents(cache), 0
+        before = latents(cache)
+        reads.clear()
         more = [*more, "--cache_dir", cache, "--output_dir", tmp_path / name, "--max_train_steps", 1]
         call("train_rankdpo_sdxl", *flags, "--dataset_name", data, *map(str, more[not rows :]))
         after = latents(cache)
         assert before.items() <= after.items()  # nothing is written again
         return len(after) - len(before)
 
-    assert train("first", rows[:6], "--max_train_samples", 4) == 4 and reads.rows == 6
-    assert train("again", None, tmp_path / "data-first", "--max_train_samples", 4) == 0 and reads.rows == 0
-    assert train("labels", None, tmp_path / "data-first", "--rank_by", "first", "--seed", 3) == 2 and reads.rows == 6
+    assert train("first", rows[:6], "--max_train_samples", 4) == 4 and reads.total() == 6
+    assert train("again", None, tmp_path / "data-first", "--max_train_samples", 4) == 0 and reads.total() == 0
+    assert train("labels", None, tmp_path / "data-first", "--rank_by", "first", "--seed", 3) == 2 and reads.total() == 6
     shutil.move(tmp_path / "data-first", tmp_path / "elsewhere")
-    assert train("moved", None, tmp_path / "elsewhere", "--loss_type", "dpo") == 0 and reads.rows == 0
+    assert train("moved", None, tmp_path / "elsewhere", "--loss_type", "dpo") == 0 and reads.total() == 0
     scored = [{**row, "scores": {"first": [4.0, 3, 2, 1], "second": [1.0, 2, 3, 4]}} for row in reversed(rows)]
-    assert train("grown", scored) == 2 and reads.rows == 8
+    assert train("grown", scored) == 2 and reads.total() == 8
     assert train("some", None, tmp_path / "data-grown", "--rank_by", "first", "--generators", "g0", "g2") == 8
 
 
-def test_row_groups_are_shared_out_and_read_once(flags, tmp_path):
-    """Two processes on 12 row groups of one row: the same rows in the cache as of one process, each row once."""
-    rows = ranked_rows(n=12)
-    for name in ("one", "two"):
-        (file,) = write_dataset(tmp_path / name, rows).rglob("*.parquet")
-        pq.write_table(pq.read_table(file), file, row_group_size=1)
-    more = ["--max_train_steps", 1, "--train_batch_size", 2]
-    for name, start in (("one", ["train_rankdpo_sdxl.py"]), ("two", torchrun(2, "train_rankdpo_sdxl.py"))):
-        here = ["--dataset_name", tmp_path / name, "--output_dir", tmp_path / f"out-{name}"]
-        run(*start, *flags, *more, *here, "--cache_dir", tmp_path / f"cache-{name}")
-    one, two = latents(tmp_path / "cache-one"), latents(tmp_path / "cache-two")
-    assert one.keys() == two.keys() and len(one) == 12
-    assert images_of(tmp_path / "out-one") == images_of(tmp_path / "out-two")
-
-
-def test_datasets_people_have(flags, tmp_path, monkeypatch):
-    """save_to_disk, one Parquet file, Parquet as pandas and polars write it, a folder whose name holds a pattern,
-    JSON lines: the same images, and so the same rows of the cache."""
+def test_datasets_people_have(flags, tmp_path):
+    """save_to_disk, one Parquet file, Parquet as pandas and polars write it, links in a folder whose name holds a
+    pattern, as in the Hub's cache, JSON lines: the same images, and so the same rows of the cache."""
     cache, rows = tmp_path / "cache", ranked_rows(n=4)
     plain = write_dataset(tmp_path / "plain", rows)
     (parquet,) = plain.rglob("*.parquet")
@@ -279,7 +202,9 @@ def test_datasets_people_have(flags, tmp_path, monkeypatch):
     pictures = pa.array([[image["bytes"] for image in row["images"]] for row in rows], pa.large_list(pa.large_binary()))
     table = table.set_column(table.column_names.index("images"), "images", pictures)
     pq.write_table(table, tmp_path / "polars" / "x.parquet", row_group_size=3)
-    shutil.copytree(plain, tmp_path / "run [12]")
+    (tmp_path / "run [12]").mkdir()
+    shutil.copy(parquet, tmp_path / "blob")
+    (tmp_path / "run [12]" / "train.parquet").symlink_to(tmp_path / "blob")
     write_dataset(tmp_path / "run 1", ranked_rows(n=3, seed=5))
     (tmp_path / "json").mkdir()
     for i, row in enumerate(rows):
@@ -319,38 +244,30 @@ def test_cached_rows_hold_what_the_pipeline_would_compute(flags, trained, tiny_s
     assert item["time_ids"][2].tolist() == [32, 32, 0, 0, 32, 32]
 
 
-@pytest.mark.parametrize(
-    "size, wanted",
-    [((64, 96), [96, 64, 8, 0, 32, 32]), ((100, 40), [40, 100, 0, 24, 32, 32]), ((8, 8), [8, 8, 0, 0, 32, 32])],
-)
-def test_micro_conditioning_is_original_size_crop_and_target(size, wanted):
+def test_micro_conditioning_is_original_size_crop_and_target():
     """(width, height) → [original height, width, crop top, left, target height, width]."""
-    picture = encoded(np.zeros((size[1], size[0], 3), dtype=np.uint8))
-    image = script.preprocess_image(picture, 32)
-    assert image["pixels"].shape == (3, 32, 32) and image["pixels"].dtype == torch.uint8
-    assert image["time_ids"].tolist() == wanted and image["time_ids"].dtype == torch.float32
+    sizes = {(64, 96): [96, 64, 8, 0, 32, 32], (100, 40): [40, 100, 0, 24, 32, 32], (8, 8): [8, 8, 0, 0, 32, 32]}
+    for (width, height), wanted in sizes.items():
+        image = script.preprocess_image(encoded(np.zeros((height, width, 3), dtype=np.uint8)), 32)
+        assert image["pixels"].shape == (3, 32, 32) and image["pixels"].dtype == torch.uint8
+        assert image["time_ids"].tolist() == wanted and image["time_ids"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        "--mixed_precision bf16 --gradient_checkpointing",
-        "--use_8bit_adam --rank_source predicted",
-        "--loss_type sft",
+        "--mixed_precision bf16 --gradient_checkpointing --use_8bit_adam --rank_source predicted",
         "--loss_type plackett_luce --sft_weight 0.5 --proportion_empty_prompts 0.5 --cache_text_embeddings false",
-        "--safeguard 0.5 --sft_weight 0.1 --noise image --time_ids image --proportion_empty_prompts 1",
-        "--loss_type dpo_gain --generators g0 g2 --rank_by second",
-        "--rank_by random --dataloader_num_workers 1 --max_train_samples 4",
+        "--safeguard 0.5 --sft_weight 0.1 --time_ids image --rank_by random --dataloader_num_workers 1",
+        "--loss_type dpo_gain --generators g0 g2 --rank_by second --max_train_samples 4",
     ],
 )
 def test_variants_train(flags, tmp_path, more):
     call("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "lora", "--max_train_steps", 2, *more.split())
-    lora = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in lora.values())
-    assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-4
+    learned(tmp_path / "lora")
 
 
-def test_weighted_sft_weights_images_by_one_reward(tiny_sdxl, tmp_path):
+def test_weighted_sft_weights_images_by_one_reward(flags, tmp_path):
     """hpsv2.1, or the reward that --rank_by names, over the dataset's mean; computed here in Python floats."""
     rows = ranked_rows(n=6)
     for i, row in enumerate(rows):
@@ -361,19 +278,14 @@ def test_weighted_sft_weights_images_by_one_reward(tiny_sdxl, tmp_path):
         args = script.ScriptArguments(dataset_name=str(data), loss_type="weighted_sft", **kwargs)
         return script.make_labels(args, script.load_ranked_dataset(args)[0])
 
-    mean = sum(score for row in rows for score in row["scores"]["hpsv2.1"]) / 24
+    mean, found = sum(score for row in rows for score in row["scores"]["hpsv2.1"]) / 24, labels()
     for i, row in enumerate(rows):
-        assert labels()["weight"][i].tolist() == pytest.approx([score / mean for score in row["scores"]["hpsv2.1"]])
-        assert labels()["rank"][i].tolist() == row["rank"]  # the labels stay
+        assert found["weight"][i].tolist() == pytest.approx([score / mean for score in row["scores"]["hpsv2.1"]])
+        assert found["rank"][i].tolist() == row["rank"]  # the labels stay
     assert labels(rank_by="second")["weight"][0].tolist() == [1, 0, 0, 3]
-
-    where = ("--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", data, "--cache_dir", tmp_path / "cache")
-    call(
-        "train_rankdpo_sdxl",
-        *(*where, *FLAGS, "--loss_type", "weighted_sft", "--output_dir", tmp_path / "lora", "--max_train_steps", 2),
-    )
-    lora = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
-    assert max(tensor.abs().max().item() for name, tensor in lora.items() if "lora_B" in name) > 1e-4
+    more = ["--dataset_name", data, "--loss_type", "weighted_sft", "--max_train_steps", 2]
+    call("train_rankdpo_sdxl", *flags, *more, "--output_dir", tmp_path / "lora")
+    learned(tmp_path / "lora")
 
 
 def test_noise_is_a_function_of_seed_epoch_and_prompt():
@@ -404,11 +316,11 @@ def test_empty_prompts_replace_their_share_of_the_prompts(flags, tmp_path, monke
         return original(model, reference, noise_scheduler, batch, args)
 
     monkeypatch.setattr(script, "training_step", spy)
-    more = "--max_train_steps 6 --train_batch_size 10 --proportion_empty_prompts 0.3 --cache_text_embeddings".split()
+    more = "--max_train_steps 3 --train_batch_size 10 --proportion_empty_prompts 0.3 --cache_text_embeddings".split()
     for cached in ("true", "false"):
         call("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / cached, *more, cached)
     empty = [not embeds.any() and not pooled.any() for embeds, pooled in seen]
-    assert empty[:60] == empty[60:] and 8 <= sum(empty[:60]) <= 30
+    assert empty[:30] == empty[30:] and 4 <= sum(empty[:30]) <= 15
 
 
 def test_labels_by_reward_and_by_generator(ranked_dataset):
@@ -430,37 +342,23 @@ def test_labels_by_reward_and_by_generator(ranked_dataset):
     assert random == labels(rank_by="random", seed=1)["rank"].tolist() and len(set(map(str, random))) > 3
 
 
-def test_yaml_settings_and_command_line_override(flags, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("rank: 2\nlearning_rate: 1e-3\nmax_train_steps: 1\nvalidation_prompts: a red circle\n")
-    keep = [
-        flag for pair in zip(flags[::2], flags[1::2]) if pair[0] not in ("--rank", "--learning_rate") for flag in pair
-    ]
-    call("train_rankdpo_sdxl", *keep, "--config", recipe, "--rank", 3, "--output_dir", tmp_path / "lora")
+def test_yaml_settings_and_command_line_override(flags, ranked_dataset, tmp_path, monkeypatch):
+    """Also with ~ for the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(ranked_dataset, tmp_path / "data")
+    recipe = "rank: 2\nlearning_rate: 1e-3\nmax_train_steps: 1\nvalidation_prompts: a red circle\n"
+    (tmp_path / "recipe.yaml").write_text(recipe + "dataset_name: ~/data\ncache_dir: ~/cache\n")
+    given = ("--rank", "--learning_rate", "--dataset_name", "--cache_dir")
+    keep = [word for pair in zip(flags[::2], flags[1::2]) if pair[0] not in given for word in pair]
+    call("train_rankdpo_sdxl", *keep, "--config=~/recipe.yaml", "--rank", 3, "--output_dir=~/lora")
     lora = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     assert {tensor.shape[0] for name, tensor in lora.items() if "lora_A" in name} == {3}
-    assert "a red circle" in (tmp_path / "lora" / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("rank: 16.5", ["--rank", "invalid int value: '16.5'"]),
-        ("rank: 0", ["--rank 0", "at least 1"]),
-        ("loss_type: best", ["--loss_type", "invalid choice: 'best'", "rankdpo"]),
-        ("loss_typ: dpo", ["unrecognized arguments: --loss_typ"]),  # no abbreviations: a later flag would break them
-        ("use_8bit_adam: maybe", ["--use_8bit_adam", "maybe"]),
-    ],
-)
-def test_wrong_settings_of_a_file_are_named(tmp_path, text, words):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"{text}\n")
-    message = refused("train_rankdpo_sdxl", "--dataset_name", "x", "--config", recipe)
-    assert all(word in message for word in words), message
+    assert "a red circle" in (tmp_path / "lora" / "README.md").read_text() and (tmp_path / "cache").exists()
 
 
 def test_settings_of_a_file_mean_what_they_mean_on_the_command_line(tmp_path):
-    """Numbers, switches, lists, words that YAML would change, and a value that is left out."""
+    """Numbers, switches, lists, words that YAML would change, and a value that is left out. No abbreviations: a later
+    flag would break them."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "dataset_name: 123\nlearning_rate: 1e-3\nmixed_precision: no\nuse_8bit_adam: true\nvariant: null\nrevision: ~\n"
@@ -471,86 +369,79 @@ def test_settings_of_a_file_mean_what_they_mean_on_the_command_line(tmp_path):
     assert (args.use_8bit_adam, args.cache_text_embeddings, args.variant or args.revision) == (True, False, None)
     assert (args.validation_prompts, args.generators) == (["a red circle", "yes: no"], ["g0"])
     assert args.report_to == "all"
+    for text, word in {"rank: 16.5": "invalid int value: '16.5'", "loss_typ: dpo": "unrecognized arguments"}.items():
+        recipe.write_text(f"{text}\n")
+        message = refused("train_rankdpo_sdxl", "--dataset_name", "x", "--config", recipe)
+        assert word in message and f"--{text.split(':')[0]}" in message
 
 
-def changed(tmp_path, change, drop=()):
-    """A dataset with one row changed."""
+PHI = "preference_probability"
+# The values of row 2 that are wrong, and words of the message.
+BAD_ROWS = [
+    ({"prompt": "  "}, "p2|prompt is empty"),
+    ({"images": slice(1), PHI: [1.0], "rank": [1]}, "at least 2 images"),
+    ({"images": slice(3), PHI: [1.0, 0.5, 0.0], "rank": [1, 2, 3], "generators": ["a"] * 3}, "3 images|row 0"),
+    ({PHI: None}, PHI),
+    ({PHI: [0.5, 0.5]}, "permutation"),
+    ({PHI: [0.5, 0.5, float("nan"), 0.0]}, PHI),
+    ({PHI: [1.5, 0.5, 0.2, 0.0]}, "outside [0, 1]"),
+    ({PHI: [1.0, 0.5, 0.2, 0.0], "rank": [4, 3, 2, 1]}, "contradicts"),
+    ({"rank": [1, 1, 2, 3]}, "permutation"),
+    ({"prompt_id": "p0"}, "row 0"),
+]
+
+
+@pytest.mark.parametrize("change, words", BAD_ROWS)
+def test_bad_rows_are_named(flags, tmp_path, monkeypatch, change, words):
+    """Before a model is loaded and an image is read."""
+    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
     rows = ranked_rows(n=4)
-    change(rows[2])
-    return write_dataset(tmp_path / "data", rows, drop=drop)
+    for name, value in change.items():
+        rows[2][name] = rows[2][name][value] if isinstance(value, slice) else value
+    more = ["--dataset_name", write_dataset(tmp_path / "data", rows), "--output_dir", tmp_path / "out"]
+    message = refused("train_rankdpo_sdxl", *flags, *more, "--cache_dir", tmp_path / "cache")
+    assert all(word in message for word in ["row 2", *words.split("|")]), message
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
-BAD_ROWS = {
-    "empty prompt": (lambda row: row.update(prompt="  "), ["row 2", "p2", "prompt is empty"]),
-    "one image": (
-        lambda row: row.update(images=row["images"][:1], preference_probability=[1.0], rank=[1]),
-        ["row 2", "at least 2 images"],
-    ),
-    "phi missing": (lambda row: row.update(preference_probability=None), ["row 2", "preference_probability"]),
-    "phi of wrong length": (lambda row: row.update(preference_probability=[0.5, 0.5]), ["row 2"]),
-    "phi is nan": (lambda row: row.update(preference_probability=[0.5, 0.5, float("nan"), 0]), ["row 2"]),
-    "phi above 1": (lambda row: row.update(preference_probability=[1.5, 0.5, 0.2, 0]), ["row 2", "outside [0, 1]"]),
-    "ranks contradict phi": (
-        lambda row: row.update(preference_probability=[1.0, 0.5, 0.2, 0.0], rank=[4, 3, 2, 1]),
-        ["row 2", "contradicts"],
-    ),
-    "ranks no permutation": (lambda row: row.update(rank=[1, 1, 2, 3]), ["row 2", "permutation"]),
-    "image does not decode": (
-        lambda row: row["images"].__setitem__(1, {"bytes": row["images"][1]["bytes"][:300], "path": None}),
-        ["row 2", "p2", "image 1 does not decode"],
-    ),
-    "fewer images than the others": (
-        lambda row: row.update(
-            images=row["images"][:3], preference_probability=[1.0, 0.5, 0.0], rank=[1, 2, 3], generators=["a"] * 3
-        ),
-        ["row 2", "3 images", "row 0"],
-    ),
-    "the same id twice": (lambda row: row.update(prompt_id="p0"), ["row 2", "row 0"]),
+def test_an_image_that_does_not_decode_is_named(flags, tmp_path):
+    rows = ranked_rows(n=4)
+    rows[2]["images"][1]["bytes"] = rows[2]["images"][1]["bytes"][:300]
+    more = ["--dataset_name", write_dataset(tmp_path / "data", rows), "--output_dir", tmp_path / "out"]
+    message = refused("train_rankdpo_sdxl", *flags, *more)
+    assert "row 2 (id 'p2'): image 1 does not decode" in message
+
+
+BAD_FLAGS = {
+    "--beta_dpo 0": "--beta_dpo 0|greater than 0",
+    "--learning_rate 0": "--learning_rate|greater than 0",
+    "--adam_weight_decay nan": "--adam_weight_decay|at least 0",
+    "--resolution 33": "--resolution 33|multiple of 8",
+    "--resolution 100000": "--resolution 100000|at most 8192",
+    "--train_batch_size 0": "--train_batch_size 0",
+    "--prompt_column caption": "column 'caption' is absent|text|prompt_id",
+    "--images_column prompt": "column 'prompt' is string|lists of images",
+    "--rank_by beauty": "--rank_by beauty|first, second",
+    "--loss_type weighted_sft": "hpsv2.1|first, second|--rank_by",
+    "--loss_type weighted_sft --rank_by first": "row 0|`first`|below 0|--rank_by",
+    "--loss_type plackett_luce --safeguard 0.5": "--safeguard|plackett_luce",
+    "--loss_type sft --sft_weight 1": "--sft_weight|--loss_type sft",
+    "--loss_type sft --precompute_ref": "--precompute_ref: --loss_type sft does not use it",
+    "--safeguard 1.5": "--safeguard 1.5|at most 1",
+    "--noise pixel": "--noise|invalid choice: 'pixel'",
+    "--report_to foo": "--report_to",
+    "--generators g0 flux": "--generators g0 flux|at least 2",
+    "--dataset_split validation": "--dataset_name|validation",
+    "--no_such_flag 5": "--no_such_flag",
+    "--resume_from_checkpoint no/checkpoint": "no/checkpoint",
 }
 
 
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_bad_rows_are_named(tiny_sdxl, tmp_path, monkeypatch, name):
-    change, words = BAD_ROWS[name]
-    data = changed(tmp_path, change)
-    if name != "image does not decode":  # images are read to be encoded, and no sooner
-        monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
-    message = refused(
-        "train_rankdpo_sdxl",
-        *("--pretrained_model_name_or_path", tiny_sdxl, "--dataset_name", data, "--cache_dir", tmp_path / "cache"),
-        *("--output_dir", tmp_path / "out", *FLAGS),
-    )
-    assert all(word in message for word in words), message
-    assert name == "image does not decode" or not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize(
-    "more, words",
-    [
-        (["--beta_dpo", 0], ["--beta_dpo 0", "greater than 0"]),
-        (["--beta_dpo", -5], ["--beta_dpo -5"]),
-        (["--learning_rate", 0], ["--learning_rate"]),
-        (["--resolution", 33], ["--resolution 33", "multiple of 8"]),
-        (["--train_batch_size", 0], ["--train_batch_size 0"]),
-        (["--prompt_column", "caption"], ["column 'caption' is absent", "text", "prompt_id"]),
-        (["--images_column", "prompt"], ["column 'prompt' is string", "lists of images"]),
-        (["--rank_by", "beauty"], ["--rank_by beauty", "first, second"]),
-        (["--loss_type", "weighted_sft"], ["hpsv2.1", "first, second", "--rank_by"]),
-        (["--loss_type", "weighted_sft", "--rank_by", "first"], ["row 0", "`first`", "below 0", "--rank_by"]),
-        (["--loss_type", "plackett_luce", "--safeguard", 0.5], ["--safeguard", "plackett_luce"]),
-        (["--loss_type", "sft", "--sft_weight", 1], ["--sft_weight", "--loss_type sft"]),
-        (["--safeguard", 1.5], ["--safeguard 1.5", "at most 1"]),
-        (["--noise", "pixel"], ["--noise", "invalid choice: 'pixel'"]),
-        (["--generators", "g0", "flux"], ["--generators g0 flux", "at least 2"]),
-        (["--dataset_split", "validation"], ["--dataset_name", "validation"]),
-        (["--no_such_flag", 5], ["--no_such_flag"]),
-        (["--resume_from_checkpoint", "no/checkpoint"], ["no/checkpoint"]),
-    ],
-)
-def test_bad_flags_are_named(flags, tmp_path, monkeypatch, more, words):
+@pytest.mark.parametrize("more", BAD_FLAGS)
+def test_bad_flags_are_named(flags, tmp_path, monkeypatch, more):
     monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
-    message = refused("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "out", *more)
-    assert all(word in message for word in words), message
+    message = refused("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "out", *more.split())
+    assert all(word in message for word in BAD_FLAGS[more].split("|")), message
     assert not (tmp_path / "out").exists()
 
 
@@ -560,28 +451,20 @@ def test_output_folder_of_another_run_is_refused(flags, trained, tmp_path):
     assert "beta_dpo 100" in refused("train_rankdpo_sdxl", *flags, *here, "--beta_dpo", 7)
     assert "--resume_from_checkpoint latest" in refused("train_rankdpo_sdxl", *flags, *here)
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
-    record = json.loads((trained / "run.json").read_text())
-    assert record["rewards"] == ["first", "second"]
-    older = tmp_path / "older"  # run.json of earlier versions had no version
-    shutil.copytree(trained, older)
-    (older / "run.json").write_text(json.dumps({name: value for name, value in record.items() if name != "version"}))
-    message = refused("train_rankdpo_sdxl", *flags, *here, "--output_dir", older, "--resume_from_checkpoint", "latest")
-    assert "a run with version None" in message
+    assert json.loads((trained / "run.json").read_text())["rewards"] == ["first", "second"]
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "love.txt").write_text("dear")
     assert "holds other files" in refused("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "letters")
     assert os.listdir(tmp_path / "letters") == ["love.txt"]
 
 
-@pytest.mark.parametrize("which", ["checkpoint-2", "latest", "path"])
-def test_checkpoints_are_named_as_people_name_them(flags, tmp_path, which, capfd):
-    out = tmp_path / "out"
-    more = ["--output_dir", out, "--checkpointing_steps", 2, "--max_train_steps"]
-    call("train_rankdpo_sdxl", *flags, *more, 4)
-    name = {"path": out / "checkpoint-2"}.get(which, which)
-    call("train_rankdpo_sdxl", *flags, *more, 5, "--resume_from_checkpoint", name)
-    steps = [line["step"] for line in logged(out)]
-    assert steps == [1, 2, 3, 4, 5] and (out / "checkpoint-5").exists()
+def test_checkpoints_are_named_as_people_name_them(flags, tmp_path):
+    more = ["--output_dir", tmp_path, "--checkpointing_steps", 1, "--max_train_steps"]
+    call("train_rankdpo_sdxl", *flags, *more, 2)
+    for steps, name in ((3, "checkpoint-1"), (4, tmp_path / "checkpoint-2"), (5, "latest")):
+        call("train_rankdpo_sdxl", *flags, *more, steps, "--resume_from_checkpoint", name)
+        assert [line["step"] for line in logged(tmp_path)] == [*range(1, steps + 1)]
+        assert (tmp_path / f"checkpoint-{steps}").exists()
 
 
 def copy_of(model: Path, folder: Path, **changes) -> Path:
@@ -658,36 +541,3 @@ def test_the_environment_does_not_change_what_flags_say(flags, tmp_path, monkeyp
     assert all(torch.equal(a[key], b[key]) for key in a)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
     assert "compile with INDUCTOR" in refused("train_rankdpo_sdxl", *flags, *more, tmp_path / "out")
-
-
-def test_a_tilde_is_the_home_folder_in_flags_and_settings(flags, ranked_dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(ranked_dataset, tmp_path / "data")
-    (tmp_path / "recipe.yaml").write_text("dataset_name: ~/data\nmax_train_steps: 1\ncache_dir: ~/cache\n")
-    keep = [
-        word
-        for pair in zip(flags[::2], flags[1::2])
-        if pair[0] not in ("--dataset_name", "--cache_dir")
-        for word in pair
-    ]
-    call("train_rankdpo_sdxl", *keep, "--config=~/recipe.yaml", "--output_dir=~/out")
-    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists() and (tmp_path / "cache").exists()
-
-
-def test_the_card_states_the_price(flags, tmp_path):
-    call(
-        "train_rankdpo_sdxl", *flags, "--max_train_steps", 1, "--gpu_hourly_cost", 3600, "--output_dir", tmp_path / "o"
-    )
-    (line,) = logged(tmp_path / "o")
-    assert f"| price | {line['step_time']:.2f}" in (tmp_path / "o" / "README.md").read_text()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_trains_in_bf16_on_a_gpu(flags, tmp_path):
-    call(
-        "train_rankdpo_sdxl",
-        *(*flags, "--output_dir", tmp_path / "lora", "--mixed_precision", "bf16", "--use_8bit_adam"),
-        *("--max_train_steps", 3, "--dataloader_num_workers", 2),
-    )
-    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
