@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # scripts under test run beside each other
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import functools
 import gc
 import importlib
 import json
@@ -82,23 +83,31 @@ def run_until(file: Path, *command) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
+@functools.cache
+def load(script: str):
+    """A script as a module. What it has imported stays, so the collector need not look at it again."""
+    module = importlib.import_module(script)
+    gc.collect()
+    gc.freeze()
+    return module
+
+
 def call(script: str, *flags) -> None:
     """The same inside this process: parse the flags, run the script's main."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a process may hold one kind of run only
-    gc.collect()  # and the lock of a run that failed goes with its traceback
-    module = importlib.import_module(script)
+    module = load(script)
+    gc.collect()  # the lock of a run that failed goes with its traceback
     module.main(module.parse_arguments([str(flag) for flag in flags]))
 
 
 def refused(script: str, *flags) -> str:
     """Runs a script that must refuse; returns its one line."""
-    with pytest.raises(SystemExit) as stopped:
+    try:
         call(script, *flags)
-    message = stopped.value.code
-    del stopped
-    gc.collect()  # the lock of the refused run goes with its traceback
-    assert isinstance(message, str) and "\n" not in message.strip(), message
-    return message
+    except SystemExit as stopped:
+        assert isinstance(stopped.code, str) and "\n" not in stopped.code.strip(), stopped.code
+        return stopped.code
+    pytest.fail(f"not refused: {flags}")
 
 
 def check_card(folder: Path) -> str:

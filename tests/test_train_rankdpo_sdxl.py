@@ -118,9 +118,12 @@ def test_two_processes_agree_with_one(flags, tmp_path):
     pq.write_table(pq.read_table(file), file, row_group_size=1)
     more = "--max_train_steps 5 --learning_rate 1e-3 --proportion_empty_prompts 0.3".split()
     for name, processes in (("one", 1), ("two", 2)):
-        launcher = torchrun(2, "train_rankdpo_sdxl.py") if processes == 2 else ["train_rankdpo_sdxl.py"]
         here = ["--dataset_name", data, "--cache_dir", tmp_path / f"cache-{name}", "--output_dir", tmp_path / name]
-        run(*launcher, *flags, *more, *here, "--train_batch_size", 4 // processes)
+        here += ["--train_batch_size", 4 // processes]
+        if processes == 1:
+            call("train_rankdpo_sdxl", *flags, *more, *here)
+        else:  # the real launcher, in new interpreters
+            run(*torchrun(2, "train_rankdpo_sdxl.py"), *flags, *more, *here, env=os.environ)
     assert latents(tmp_path / "cache-one").keys() == latents(tmp_path / "cache-two").keys()
     assert len(latents(tmp_path / "cache-two")) == 10 and images_of(tmp_path / "one") == images_of(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "run.json").read_text())["global_batch_size"] == 4
