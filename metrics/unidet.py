@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["huggingface_hub", "pillow", "torch", "torchvision", "tqdm"]
+# dependencies = ["huggingface_hub", "pillow", "torch", "torchvision"]
 # ///
 """UniDet (Zhou et al., 2022), the object detector of T2I-CompBench's spatial scores, in plain PyTorch and torchvision.
 A Cascade R-CNN on ResNeSt-200 with a feature pyramid, for one vocabulary of 722 labels that was learned from COCO,
@@ -28,13 +28,8 @@ Weights: `shikunl/prismer`, `expert_weights/Unified_learned_OCIM_RS200_6x+2x.pth
 after the published architecture: xingyizhou/UniDet with its ResNeSt, detectron2 (both Apache-2.0), T2I-CompBench (MIT).
 """
 
-import hashlib
 import json
 import math
-import os
-import pickle
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,7 +39,6 @@ from PIL import Image
 from torch import nn
 from torchvision.ops import batched_nms, roi_align
 from torchvision.transforms.functional import pil_to_tensor, resize
-from tqdm import tqdm
 
 
 OFFICIAL_WEIGHTS = ("shikunl/prismer", "expert_weights/Unified_learned_OCIM_RS200_6x+2x.pth")
@@ -52,7 +46,7 @@ OFFICIAL_LABELS = (
     "https://raw.githubusercontent.com/Karine-Huang/T2I-CompBench/1b7094991a57f3c22abdd4f6e8ba6c1a15517073/"
     "UniDet_eval/dataset/detection_features.pt"
 )
-LABELS_FILE, LABELS_SHA256 = "unidet_labels.pt", "c38ba9352b2a9f83"  # in torch.hub's folder; the first digits
+LABELS_FILE = "unidet_labels-c38ba9352b2a9f83.pt"  # in torch.hub's folder; the digits are those of its SHA-256
 
 # The sizes of Unified_learned_OCIM_RS200_6x+2x. A config.json beside other weights may replace them.
 PUBLISHED = {
@@ -90,7 +84,7 @@ class UniDet:
 
     Raises:
         FileNotFoundError: there is no such weights or labels file.
-        ValueError: the weights do not fit the architecture (names the key), or a file cannot be read.
+        RuntimeError: the weights do not fit the architecture (names the keys).
     """
 
     def __init__(self, device: torch.device, weights: str = "official", threshold: float = 0.1):
@@ -98,7 +92,7 @@ class UniDet:
         self.device, self.threshold = torch.device(device), threshold
         with torch.device("meta"):  # no time for initial values, no memory for a second copy
             self.model = UnifiedRCNN(**PUBLISHED | config, labels=len(self.labels))
-        load_strictly(self.model, read_weights(path))
+        self.model.load_state_dict(read_weights(path), assign=True)
         self.model.to(self.device, torch.float32).eval()
 
     @torch.inference_mode()
@@ -116,16 +110,6 @@ class UniDet:
                 names = [self.labels[index] for index in classes.tolist()]
                 results.append(list(zip(names, scores.tolist(), map(tuple, boxes.tolist()))))
         return results
-
-
-def find_files(weights: str) -> tuple[Path, dict, list[str]]:
-    """The file of the weights, the sizes that its config.json gives, and the labels' names. Downloads official ones."""
-    path = Path(hf_hub_download(*OFFICIAL_WEIGHTS) if weights == "official" else weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: pass the path of UniDet's weights, or `official`")
-    config = {} if weights == "official" else read_config(path.parent / "config.json")
-    labels = config.pop("labels", None)
-    return path, config, read_labels(path.parent / labels if labels else None)
 
 
 # Input
@@ -491,76 +475,32 @@ class UnifiedRCNN(nn.Module):
 # Files
 
 
-def read_json(path: Path) -> dict | list:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}")
-
-
-def read_config(path: Path) -> dict:
-    """The sizes in a config.json, or {} if there is none."""
-    config = read_json(path) if path.is_file() else {}
-    allowed = [*PUBLISHED, "labels"]
-    for key in config:
-        if key not in allowed:
-            raise ValueError(f"{path} has the unknown key {key}; the known ones are {', '.join(allowed)}")
-    return config
+def find_files(weights: str) -> tuple[Path, dict, list[str]]:
+    """The file of the weights, the sizes that its config.json gives, and the labels' names. Downloads official ones."""
+    path = Path(hf_hub_download(*OFFICIAL_WEIGHTS) if weights == "official" else weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: pass the path of UniDet's weights, or `official`")
+    beside = path.with_name("config.json")
+    config = json.loads(beside.read_text()) if weights != "official" and beside.is_file() else {}
+    labels = config.pop("labels", None)
+    return path, config, read_labels(path.with_name(labels) if labels else None)
 
 
 def read_labels(path: Path | None) -> list[str]:
     """The labels' names by class index: from a JSON list, or a .pt file like the official one, or the official one."""
     if path is None:
-        path = download(OFFICIAL_LABELS, Path(torch.hub.get_dir(), "checkpoints", LABELS_FILE), LABELS_SHA256)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: config.json names it as `labels`")
+        options = {"file_name": LABELS_FILE, "check_hash": True, "map_location": "cpu", "weights_only": True}
+        return torch.hub.load_state_dict_from_url(OFFICIAL_LABELS, **options)["labels"]
     if path.suffix == ".json":
-        return read_json(path)
-    return read_checkpoint(path)["labels"]
-
-
-# Copied from geneval.download
-def download(url: str, file: Path, sha256: str = "") -> Path:
-    """A file from the web, kept at `file`. Raises ValueError unless it arrives whole, with a digest that starts so."""
-    if file.exists():
-        return file
-    temporary, digest = file.with_name(f".{file.name}.{os.getpid()}.tmp"), hashlib.sha256()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as out:
-            length = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=length or None, desc=file.name, unit="B", unit_scale=True) as progress:
-                while block := response.read(2**20):
-                    out.write(block)
-                    digest.update(block)
-                    progress.update(len(block))
-        if length and temporary.stat().st_size != length or not digest.hexdigest().startswith(sha256):
-            raise ValueError("it did not arrive whole")
-        os.replace(temporary, file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{url} cannot be downloaded to {file}: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return file
+        return json.loads(path.read_text())
+    return torch.load(path, map_location="cpu", weights_only=True)["labels"]
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The model's weights in a detectron2 checkpoint, without what inference does not use."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     weights = {key.removeprefix("module."): value for key, value in checkpoint.get("model", checkpoint).items()}
     return {key: value for key, value in weights.items() if not is_unused(key)}
-
-
-def read_checkpoint(file: Path) -> dict:
-    """What torch.save wrote: tensors and plain values, nothing that runs code. Raises ValueError if it is no dict."""
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read as weights: {str(error).partition(chr(10))[0]}") from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{file} holds no weights by key")
-    return checkpoint
 
 
 def is_unused(key: str) -> bool:
@@ -570,17 +510,3 @@ def is_unused(key: str) -> bool:
         or key in ("pixel_mean", "pixel_std")
         or key.startswith("proposal_generator.anchor_generator.cell_anchors.")
     )
-
-
-def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Loads weights that must have exactly the model's keys and shapes; a ValueError names the first that does not."""
-    expected = model.state_dict()
-    for key in weights:
-        if key not in expected:
-            raise ValueError(f"the weights have the unknown key {key}")
-    for key, tensor in expected.items():
-        if key not in weights:
-            raise ValueError(f"the weights lack the key {key}")
-        if weights[key].shape != tensor.shape:
-            raise ValueError(f"{key} has the shape {tuple(weights[key].shape)}, not {tuple(tensor.shape)}")
-    model.load_state_dict(weights, assign=True)
