@@ -76,13 +76,7 @@ BLIP_WEIGHTS = (
     "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_base_vqa_capfilt_large.pth"
 )
 # What an image of a category is scored by; complex has parts for each prompt.
-PARTS = {
-    "color": ["blip_vqa"],
-    "shape": ["blip_vqa"],
-    "texture": ["blip_vqa"],
-    "spatial": ["unidet"],
-    "non_spatial": ["clip"],
-}
+PARTS = {**dict.fromkeys(("color", "shape", "texture"), ["blip_vqa"]), "spatial": ["unidet"], "non_spatial": ["clip"]}
 # The columns of the prompts file that a part needs, and their types.
 COLUMNS = {"blip_vqa": {"questions": list}, "unidet": {"objects": list, "relation": str}, "clip": {"clip_text": str}}
 
@@ -455,40 +449,36 @@ def checkpoint_folder(source: str, *patterns: str) -> str:
     return source if os.path.isdir(source) else snapshot_download(source, allow_patterns=[*patterns])
 
 
-def blip_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """BLIP's state dict under the names of transformers.BlipForQuestionAnswering. The text models' names are the same.
+# Regular expressions that turn BLIP's names of the image model into those of transformers, in turn. The text models'
+# names are the same.
+BLIP_NAMES = {
+    r"^visual_encoder\.cls_token": "vision_model.embeddings.class_embedding",
+    r"^visual_encoder\.pos_embed": "vision_model.embeddings.position_embedding",
+    r"^visual_encoder\.patch_embed\.proj\.": "vision_model.embeddings.patch_embedding.",
+    r"^visual_encoder\.blocks\.": "vision_model.encoder.layers.",
+    r"^visual_encoder\.norm\.": "vision_model.post_layernorm.",
+    r"^(vision_model\..*)\.norm(\d)\.": r"\1.layer_norm\2.",
+    r"^(vision_model\..*)\.attn\.qkv\.": r"\1.self_attn.qkv.",
+    r"^(vision_model\..*)\.attn\.proj\.": r"\1.self_attn.projection.",
+}
+ANSWER = "text_decoder.cls.predictions"
+# One tensor under two names; transformers shares it by itself.
+SHARED = {
+    f"{ANSWER}.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
+    f"{ANSWER}.decoder.bias": f"{ANSWER}.bias",
+}
 
-    Raises:
-        ValueError: the weights that the answer's words share are not shared.
-    """
-    renames = {
-        "visual_encoder.cls_token": "vision_model.embeddings.class_embedding",
-        "visual_encoder.pos_embed": "vision_model.embeddings.position_embedding",
-        "visual_encoder.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
-        "visual_encoder.blocks.": "vision_model.encoder.layers.",
-        "visual_encoder.norm.": "vision_model.post_layernorm.",
-    }
-    in_blocks = {".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.", ".attn.qkv.": ".self_attn.qkv."}
-    in_blocks[".attn.proj."] = ".self_attn.projection."
-    head = "text_decoder.cls.predictions"
-    same = {
-        f"{head}.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
-        f"{head}.decoder.bias": f"{head}.bias",
-    }
+
+def blip_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """BLIP's state dict under the names of transformers.BlipForQuestionAnswering."""
     converted = {}
     for key, value in weights.items():
-        if key.endswith(".position_ids"):  # 0, 1, 2, ...: no weights
+        if key in SHARED and not torch.equal(value, weights[SHARED[key]]):
+            raise ValueError(f"{key} differs from {SHARED[key]}")
+        if key in SHARED or key.endswith(".position_ids"):  # 0, 1, 2, ...: no weights
             continue
-        if key in same:  # one tensor under two names; transformers shares it by itself
-            if not torch.equal(value, weights.get(same[key], value)):
-                raise ValueError(f"{key} differs from {same[key]}")
-            continue
-        for old, new in renames.items():
-            if key.startswith(old):
-                key = new + key.removeprefix(old)
-        if key.startswith("vision_model."):
-            for old, new in in_blocks.items():
-                key = key.replace(old, new)
+        for pattern, name in BLIP_NAMES.items():
+            key = re.sub(pattern, name, key)
         converted[key] = value
     return converted
 

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import nn
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 
@@ -146,11 +146,6 @@ def apply_deltas(deltas: torch.Tensor, boxes: torch.Tensor, weights: tuple[float
     return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=1)
 
 
-def clip_boxes(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Cuts boxes off at the image's border."""
-    return torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
-
-
 def has_area(boxes: torch.Tensor) -> torch.Tensor:
     """Which boxes have a width and a height: (n,), bool."""
     return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
@@ -188,7 +183,7 @@ def choose_proposals(
     scores = torch.cat([top.values for top in best])
     level_of = torch.cat([torch.full_like(top.indices, level) for level, top in enumerate(best)])
     finite = boxes.isfinite().all(dim=1) & scores.isfinite()
-    boxes = clip_boxes(boxes, height, width)
+    boxes = clip_boxes_to_image(boxes, (height, width))
     use = finite & has_area(boxes)
     boxes, scores, level_of = boxes[use], scores[use], level_of[use]
     keep = batched_nms(boxes, scores, level_of, PROPOSAL_IOU)[:PROPOSALS]
@@ -219,24 +214,12 @@ def choose_detections(
 # The model. Module names are those of the published checkpoint.
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation with stored statistics; it never trains."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            self.register_buffer(name, torch.empty(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-5)
-
-
 class NormConv(nn.Conv2d):
     """A convolution without bias, "same" padding, batch normalisation."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
         super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-        self.norm = BatchNorm(outputs)
+        self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(super().forward(x))
@@ -249,9 +232,9 @@ class SplitAttention(nn.Module):
         super().__init__()
         hidden = max(channels // 2, 32)
         self.conv = nn.Conv2d(channels, 2 * channels, 3, padding=1, groups=2, bias=False)
-        self.bn0 = BatchNorm(2 * channels)
+        self.bn0 = nn.BatchNorm2d(2 * channels)
         self.fc1 = nn.Conv2d(channels, hidden, 1)
-        self.bn1 = BatchNorm(hidden)
+        self.bn1 = nn.BatchNorm2d(hidden)
         self.fc2 = nn.Conv2d(hidden, 2 * channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -352,34 +335,23 @@ class FeaturePyramid(nn.Module):
         return [self.fpn_output3(inner3), self.fpn_output4(inner4), p5, *self.top_block(p5)]
 
 
-class ProposalHead(nn.Module):
-    """Rates and moves a level's anchors. Returns scores (n,) and deltas (n, 4) in the order of `anchor_boxes`."""
+class ProposalNetwork(nn.Module):
+    """Proposes regions of the image that may hold an object: rates and moves the anchors of each level."""
 
     def __init__(self, channels: int):
         super().__init__()
         anchors = len(ANCHOR_SIZES[0]) * len(ANCHOR_RATIOS)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.objectness_logits = nn.Conv2d(channels, anchors, 1)
-        self.anchor_deltas = nn.Conv2d(channels, 4 * anchors, 1)
-
-    def forward(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self.conv(feature).relu()
-        scores = self.objectness_logits(hidden)[0].permute(1, 2, 0).flatten()
-        deltas = self.anchor_deltas(hidden)[0].permute(1, 2, 0).reshape(-1, 4)
-        return scores, deltas
-
-
-class ProposalNetwork(nn.Module):
-    """Proposes regions of the image that may hold an object."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.rpn_head = ProposalHead(channels)
+        self.rpn_head = nn.Module()
+        self.rpn_head.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.rpn_head.objectness_logits = nn.Conv2d(channels, anchors, 1)
+        self.rpn_head.anchor_deltas = nn.Conv2d(channels, 4 * anchors, 1)
 
     def forward(self, features: list[torch.Tensor], height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         levels = []
         for feature, stride, sizes in zip(features, STRIDES, ANCHOR_SIZES):
-            scores, deltas = self.rpn_head(feature)
+            hidden = self.rpn_head.conv(feature).relu()
+            scores = self.rpn_head.objectness_logits(hidden)[0].permute(1, 2, 0).flatten()
+            deltas = self.rpn_head.anchor_deltas(hidden)[0].permute(1, 2, 0).reshape(-1, 4)
             anchors = anchor_boxes(*feature.shape[-2:], stride, sizes).to(feature.device)
             levels.append((apply_deltas(deltas, anchors, (1.0, 1.0, 1.0, 1.0)), scores))
         return choose_proposals(levels, height, width)
@@ -391,9 +363,7 @@ class BoxHead(nn.Module):
     def __init__(self, inputs: int, channels: int, features: int):
         super().__init__()
         self.conv1 = NormConv(inputs, channels, 3)
-        self.conv2 = NormConv(channels, channels, 3)
-        self.conv3 = NormConv(channels, channels, 3)
-        self.conv4 = NormConv(channels, channels, 3)
+        self.conv2, self.conv3, self.conv4 = (NormConv(channels, channels, 3) for _ in range(3))
         self.fc1 = nn.Linear(channels * 7 * 7, features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -402,26 +372,18 @@ class BoxHead(nn.Module):
         return self.fc1(x.flatten(1)).relu()
 
 
-class BoxPredictor(nn.Module):
-    """Rates the labels (and, as the last one, the background) and moves the box, the same for all labels."""
-
-    def __init__(self, features: int, labels: int):
-        super().__init__()
-        self.cls_score = nn.Linear(features, labels + 1)
-        self.bbox_pred = nn.Linear(features, 4)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cls_score(x), self.bbox_pred(x)
-
-
 class CascadeHeads(nn.Module):
-    """Three stages. Each moves the boxes of the one before; the scores are the mean of all three."""
+    """Three stages. Each rates the labels (and, as the last one, the background) and moves the boxes of the one before,
+    the same for all labels. The scores are the mean of all three."""
 
     def __init__(self, inputs: int, channels: int, features: int, labels: int):
         super().__init__()
         stages = range(len(CASCADE_WEIGHTS))
         self.box_head = nn.ModuleList(BoxHead(inputs, channels, features) for _ in stages)
-        self.box_predictor = nn.ModuleList(BoxPredictor(features, labels) for _ in stages)
+        self.box_predictor = nn.ModuleList(
+            nn.ModuleDict({"cls_score": nn.Linear(features, labels + 1), "bbox_pred": nn.Linear(features, 4)})
+            for _ in stages
+        )
 
     def forward(
         self, features: list[torch.Tensor], boxes: torch.Tensor, height: int, width: int
@@ -429,10 +391,11 @@ class CascadeHeads(nn.Module):
         """Returns the moved boxes, clipped to the image, and their scores (n, labels), without the background."""
         scores = []
         for head, predictor, weights in zip(self.box_head, self.box_predictor, CASCADE_WEIGHTS):
-            logits, deltas = predictor(head(pool_regions(features, boxes)))
+            hidden = head(pool_regions(features, boxes))
             # A sigmoid, not a softmax: an object may be a bird and an animal.
-            scores.append(logits.sigmoid())
-            boxes = clip_boxes(apply_deltas(deltas, boxes, weights), height, width)
+            scores.append(predictor["cls_score"](hidden).sigmoid())
+            deltas = predictor["bbox_pred"](hidden)
+            boxes = clip_boxes_to_image(apply_deltas(deltas, boxes, weights), (height, width))
         return boxes, sum(scores)[:, :-1] * (1 / len(scores))
 
 
@@ -500,13 +463,6 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The model's weights in a detectron2 checkpoint, without what inference does not use."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     weights = {key.removeprefix("module."): value for key, value in checkpoint.get("model", checkpoint).items()}
-    return {key: value for key, value in weights.items() if not is_unused(key)}
-
-
-def is_unused(key: str) -> bool:
-    """Counters of training, and constants that older releases of detectron2 stored; they are constants here."""
-    return (
-        key.endswith(".num_batches_tracked")
-        or key in ("pixel_mean", "pixel_std")
-        or key.startswith("proposal_generator.anchor_generator.cell_anchors.")
-    )
+    # Constants that older releases of detectron2 stored; they are constants here.
+    constants = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.cell_anchors.")
+    return {key: value for key, value in weights.items() if not key.startswith(constants)}
