@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["huggingface_hub", "numpy", "pandas", "pillow", "pyyaml", "safetensors", "torch", "transformers"]
+# dependencies = [
+#     "huggingface_hub", "numpy", "pandas", "pillow", "pyyaml", "safetensors", "torch", "torchvision", "transformers",
+# ]
 # ///
 """DPG-Bench (Hu et al., 2024, "ELLA"): 1,065 long prompts. A question answering model, mPLUG-large, is asked about each
 proposition of a prompt. The score of an image is the share of questions it answers with yes.
@@ -40,7 +42,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,9 @@ import yaml
 from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.transforms.functional import normalize, to_tensor
 from transformers import BertTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
 CSV = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
@@ -59,32 +62,12 @@ CATEGORIES = ("global", "entity", "attribute", "relation", "other")  # the L1 ca
 COLUMNS = ("proposition_ids", "dependencies", "questions", "category_broad", "category_detailed", "csv_rows")
 MODELSCOPE = "https://modelscope.cn/api/v1/models/{}/repo?Revision=master&FilePath={}"
 # The published mPLUG-large for visual question answering, in the words of its config.yaml and its config_bert.json.
-MPLUG = {
-    "image_res": 504,
-    "clip_vision_layers": 24,
-    "clip_vision_width": 1024,
-    "clip_vision_patch_size": 14,
-    "beam_size": 5,
-    "max_length": 10,
-    "min_length": 1,
-    "bert_config": "config_bert.json",
-}
-BERT = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-    "text_encoder_layers": 6,
-    "fusion_layers": 6,
-    "text_decode_layers": 12,
-    "stride_layer": 100,  # every so many fusion layers take image and text as one sequence; here none does
-}
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MPLUG = {"image_res": 504, "clip_vision_layers": 24, "clip_vision_width": 1024, "clip_vision_patch_size": 14}
+MPLUG |= {"beam_size": 5, "max_length": 10, "min_length": 1}
+BERT = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+BERT |= {"intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
+BERT |= {"text_encoder_layers": 6, "fusion_layers": 6, "text_decode_layers": 12}
+BERT |= {"stride_layer": 100}  # every so many fusion layers take image and text as one sequence; here none does
 QUESTION_LENGTH = 25  # tokens: a longer question is cut, a shorter one padded
 START, END = 101, 102  # tokens of an answer, [CLS] and [SEP]
 
@@ -286,8 +269,7 @@ def prepare(image: Image.Image, size: int) -> torch.Tensor:
     # The width first, as Pillow did it in one call before 13.0; that rounds tall pictures in another way.
     image = image.convert("RGB").resize((size, image.height), Image.Resampling.BICUBIC)
     image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    return normalize(to_tensor(image), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
 class MPlug(torch.nn.Module):
@@ -372,16 +354,14 @@ class MPlug(torch.nn.Module):
 
     def answer(self, image: torch.Tensor, ids: torch.Tensor, seen: torch.Tensor) -> list[tuple[list[int], float]]:
         """Arguments as for `fuse`. The tokens and the score of each answer (see `beam_search`)."""
-        next_log_probs = partial(self.next_log_probs, self.contexts(*self.fuse(image, ids, seen), seen))
+        contexts = self.contexts(*self.fuse(image, ids, seen), seen)
+
+        def next_log_probs(sequences: torch.Tensor, questions: torch.Tensor) -> torch.Tensor:
+            of_questions = [[choose(part, questions) for part in context] for context in contexts]
+            return self.logits(sequences, of_questions).softmax(dim=-1).log()
+
         sizes = (self.config[name] for name in ("beam_size", "max_length", "min_length"))
         return beam_search(next_log_probs, len(ids), *sizes, device=ids.device)
-
-    def next_log_probs(
-        self, contexts: list[list[tuple]], sequences: torch.Tensor, questions: torch.Tensor
-    ) -> torch.Tensor:
-        """Log probabilities for `beam_search`, given the contexts of all questions."""
-        contexts = [[choose(part, questions) for part in context] for context in contexts]
-        return self.logits(sequences, contexts).softmax(dim=-1).log()
 
 
 def choose(part: tuple, questions: torch.Tensor) -> tuple:
@@ -472,15 +452,10 @@ def model_folder(model: str) -> Path:
     name = model.removeprefix("modelscope:")
     folder = Path(torch.hub.get_dir()) / "modelscope" / name.replace("/", "--")
     folder.mkdir(parents=True, exist_ok=True)
-    download(name, folder / "config.yaml")
-    for file in (load_config(folder)["bert_config"], "vocab.txt", "pytorch_model.bin"):
-        download(name, folder / file)
+    for file in ("config.yaml", "config_bert.json", "vocab.txt", "pytorch_model.bin"):
+        if not (folder / file).exists():
+            torch.hub.download_url_to_file(MODELSCOPE.format(name, file), str(folder / file))
     return folder
-
-
-def download(model: str, file: Path) -> None:
-    if not file.exists():
-        torch.hub.download_url_to_file(MODELSCOPE.format(model, file.name), str(file))
 
 
 def load_tokenizer(folder: Path) -> BertTokenizer:
@@ -494,15 +469,12 @@ def load_tokenizer(folder: Path) -> BertTokenizer:
 
 
 def load_config(folder: Path) -> dict:
-    """MPLUG and BERT, with what the folder's config.yaml and the JSON file that it names say instead."""
-    config = known_entries(folder / "config.yaml", yaml.safe_load, MPLUG)
-    return config | known_entries(folder / config["bert_config"], json.loads, BERT)
-
-
-def known_entries(file: Path, parse: Callable, known: dict) -> dict:
-    """The entries of `known`, with the values that a file gives them, if there is one."""
-    found = parse(file.read_text()) if file.is_file() else {}
-    return {key: found.get(key, value) for key, value in known.items()}
+    """MPLUG and BERT, with what the folder's config.yaml and config_bert.json say instead."""
+    config = {}
+    for file, parse, known in (("config.yaml", yaml.safe_load, MPLUG), ("config_bert.json", json.loads, BERT)):
+        found = parse((folder / file).read_text()) if (folder / file).is_file() else {}
+        config |= {key: found.get(key, value) for key, value in known.items()}
+    return config
 
 
 # Regular expressions that turn keys of MPlug into those of the official checkpoint, in turn.

@@ -415,27 +415,17 @@ def clip_input(image: PILImage.Image, size: int) -> torch.Tensor:
 
 
 # Of mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco. Transformers counts the decoder's first prediction as a layer.
-OFFICIAL_SIZES = {
-    "feature_size": 256,
-    "mask_feature_size": 256,
-    "hidden_dim": 256,
-    "encoder_layers": 6,
-    "encoder_feedforward_dim": 1024,
-    "decoder_layers": 10,
-    "dim_feedforward": 2048,
-    "num_attention_heads": 8,
-    "num_queries": 100,
-}
+OFFICIAL_SIZES = {"feature_size": 256, "mask_feature_size": 256, "hidden_dim": 256, "num_queries": 100}
+OFFICIAL_SIZES |= {"encoder_layers": 6, "encoder_feedforward_dim": 1024, "decoder_layers": 10}
+OFFICIAL_SIZES |= {"dim_feedforward": 2048, "num_attention_heads": 8}
 OFFICIAL_BACKBONE = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
 # MMDetection's keys → those of transformers' checkpoints on the Hub, each pattern in turn.
 BACKBONE, DECODER = "model.pixel_level_module.encoder.", "model.pixel_level_module.decoder."
+MASK_HEAD = "model.transformer_module.decoder.mask_predictor.mask_embedder."
 DETECTOR_KEYS = (
     (r"^backbone\.patch_embed\.projection\.", rf"{BACKBONE}embeddings.patch_embeddings.projection."),
     (r"^backbone\.patch_embed\.norm\.", rf"{BACKBONE}embeddings.norm."),
-    (r"^backbone\.norm0\.", rf"{BACKBONE}hidden_states_norms.stage1."),
-    (r"^backbone\.norm1\.", rf"{BACKBONE}hidden_states_norms.stage2."),
-    (r"^backbone\.norm2\.", rf"{BACKBONE}hidden_states_norms.stage3."),
-    (r"^backbone\.norm3\.", rf"{BACKBONE}hidden_states_norms.stage4."),
+    (r"^backbone\.norm(\d)\.", lambda match: f"{BACKBONE}hidden_states_norms.stage{int(match[1]) + 1}."),
     (r"^backbone\.stages\.", rf"{BACKBONE}encoder.layers."),
     (r"\.attn\.w_msa\.relative", ".attention.self.relative"),
     (r"\.attn\.w_msa\.qkv\.", ".attention.self.in_proj_"),
@@ -469,9 +459,7 @@ DETECTOR_KEYS = (
     (r"^panoptic_head\.query_feat\.", "model.transformer_module.queries_features."),
     (r"^panoptic_head\.level_embed\.", "model.transformer_module.level_embed."),
     (r"^panoptic_head\.cls_embed\.", "class_predictor."),
-    (r"^panoptic_head\.mask_embed\.0\.", "model.transformer_module.decoder.mask_predictor.mask_embedder.0.0."),
-    (r"^panoptic_head\.mask_embed\.2\.", "model.transformer_module.decoder.mask_predictor.mask_embedder.1.0."),
-    (r"^panoptic_head\.mask_embed\.4\.", "model.transformer_module.decoder.mask_predictor.mask_embedder.2.0."),
+    (r"^panoptic_head\.mask_embed\.(\d)\.", lambda match: f"{MASK_HEAD}{int(match[1]) // 2}.0."),
 )
 # Of transformers' model: no output depends on them, or, an index, they follow from the window's size.
 MODEL_FILES = ("*.json", "*.txt", "*.safetensors")  # of a model on the Hub

@@ -37,8 +37,8 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from huggingface_hub import snapshot_download
@@ -98,7 +98,8 @@ class QAlign:
         tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
         self.prompts = {name: prompt_tokens(tokenizer, word) for name, word in ASPECTS.items()}
         self.levels = level_tokens(tokenizer)
-        self.model = load_model(model, read_config(Path(folder, "config.json")), self.device, self.dtype)
+        config = make_config(json.loads(Path(folder, "config.json").read_text()))
+        self.model = load_model(model, config, self.device, self.dtype)
 
     @staticmethod
     def prepare(rows: list[dict], settings: dict) -> None:
@@ -124,68 +125,39 @@ class QAlign:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class VisionConfig:
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    image_size: int = 448
-    patch_size: int = 14
-    layer_norm_eps: float = 1e-6
+# The sizes that the official configuration classes have by default.
+LANGUAGE = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+LANGUAGE |= {"num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+VISION |= {"image_size": 448, "patch_size": 14, "layer_norm_eps": 1e-6}
+ABSTRACTOR = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16}
+ABSTRACTOR |= {"num_learnable_queries": 64, "grid_size": 32, "layer_norm_eps": 1e-6}
 
 
-@dataclass
-class AbstractorConfig:
-    hidden_size: int = 1024
-    intermediate_size: int = 2816
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 16
-    num_learnable_queries: int = 64
-    grid_size: int = 32
-    layer_norm_eps: float = 1e-6
-
-
-@dataclass
-class ModelConfig:
-    """The sizes of the model. The defaults are those of the official configuration classes."""
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    abstractor: AbstractorConfig = field(default_factory=AbstractorConfig)
-
-
-def read_config(file: Path) -> ModelConfig:
-    """Reads the official `config.json`. Raises ValueError if it names another model, or a variant not built here."""
-    values = json.loads(file.read_text())
+def make_config(values: dict) -> SimpleNamespace:
+    """The sizes that an official `config.json` holds. Raises ValueError if it says what is not built here."""
     visual = values.get("visual_config") or {}
-    config = take_fields(ModelConfig, values)
-    config.vision = take_fields(VisionConfig, visual.get("visual_model", {}))
-    config.abstractor = take_fields(AbstractorConfig, visual.get("visual_abstractor", {}))
+    config = take_sizes(LANGUAGE, values)
+    config.vision = take_sizes(VISION, visual.get("visual_model", {}))
+    config.abstractor = take_sizes(ABSTRACTOR, visual.get("visual_abstractor", {}))
     built = {"model_type": "mplug_owl2", "hidden_act": "silu", "rope_scaling": None, "attention_bias": False}
     built["num_key_value_heads"] = config.num_attention_heads
     for key, value in built.items():
         if values.get(key) not in (None, value):
-            raise ValueError(f"{file}: {key} is {values[key]!r}; only {value!r} is supported")
+            raise ValueError(f"config.json: {key} is {values[key]!r}; only {value!r} is supported")
     return config
 
 
-def take_fields(config_class, values: dict):
-    """A configuration from a dict that has more entries, or fewer. A null counts as missing, as it does officially."""
-    names = [each.name for each in fields(config_class)]
-    return config_class(**{name: values[name] for name in names if values.get(name) is not None})
+def take_sizes(default: dict, values: dict) -> SimpleNamespace:
+    """`default` with what `values` says instead. A null counts as missing, as it does officially."""
+    found = {key: values[key] for key in default if values.get(key) is not None}
+    return SimpleNamespace(**default | found)
 
 
 class QAlignModel(nn.Module):
     """mPLUG-Owl2, as far as one forward pass without cache or padding needs it."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
         self.vision = VisionTransformer(config.vision)
         self.abstractor = Abstractor(config.abstractor, config.hidden_size)
@@ -214,7 +186,7 @@ class QAlignModel(nn.Module):
 class VisionTransformer(nn.Module):
     """Pixels (images, 3, size, size) → features (images, 1 + patches, width); the class token is the first."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
@@ -235,7 +207,7 @@ class VisionTransformer(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.heads = config.num_attention_heads
@@ -257,7 +229,7 @@ class VisionLayer(nn.Module):
 class Abstractor(nn.Module):
     """Features of the patches (images, 1 + patches, width) → tokens (images, queries + 1, language width)."""
 
-    def __init__(self, config: AbstractorConfig, language_width: int):
+    def __init__(self, config: SimpleNamespace, language_width: int):
         super().__init__()
         self.query_embeds = nn.Parameter(torch.empty(1, config.num_learnable_queries, config.hidden_size))
         self.layers = nn.ModuleList(AbstractorLayer(config) for _ in range(config.num_hidden_layers))
@@ -272,7 +244,7 @@ class Abstractor(nn.Module):
 
 
 class AbstractorLayer(nn.Module):
-    def __init__(self, config: AbstractorConfig):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
         width, middle = config.hidden_size, config.intermediate_size
         self.heads = config.num_attention_heads
@@ -299,7 +271,7 @@ class AbstractorLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """A layer of LLaMA, whose norms, keys and values have other weights for the image's tokens than for text."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
         width, middle, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
         self.heads = config.num_attention_heads
@@ -391,7 +363,7 @@ def own_key(key: str) -> str:
     return key
 
 
-def load_model(source: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> QAlignModel:
+def load_model(source: str, config: SimpleNamespace, device: torch.device, dtype: torch.dtype) -> QAlignModel:
     """The model, ready for inference. Weights go to the device one by one, so that no second copy is ever in memory."""
     with torch.device("meta"):
         model = QAlignModel(config)

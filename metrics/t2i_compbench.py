@@ -103,11 +103,7 @@ PEOPLE = ("girl", "boy", "man", "woman")  # UniDet's label for them is "person"
 
 
 def prompt_row(prompt: str, category: str, parts: list[str], doc) -> dict:
-    """The row of a prompt in the prompts file: what each part of its score needs.
-
-    Args:
-        doc: the parsed prompt; None will do for non_spatial.
-    """
+    """The row of a prompt in the prompts file: what each part of its score needs. `doc` may be None for non_spatial."""
     row = {"prompt": prompt, "category": category, "parts": parts}
     if "blip_vqa" in parts:
         row["questions"] = noun_questions(doc)
@@ -206,12 +202,8 @@ def round4(value: float) -> float:
 
 
 def spatial_score(detections: list[Detection], objects: list[str], relation: str) -> float:
-    """UniDet's score of an image.
-
-    Args:
-        detections: in the detector's order, best first; of each label only the first counts.
-        objects: the labels of the two objects, or none. If they are the same, both are the same detection.
-    """
+    """UniDet's score of an image. Of the detections, the best first, only the first of each label counts. If the labels
+    of the two objects are the same, both are the same detection. Without objects, nothing is found."""
     first = {}
     for label, score, box in detections:
         first.setdefault(label, (score, box))
@@ -251,12 +243,8 @@ def intersection_over_union(box1: Box, box2: Box) -> float:
 
 
 class T2ICompBench:
-    """See the top of this file.
-
-    Args:
-        device, batch_size: images, and questions, that a model takes at once.
-        blip, tokenizer, clip, detector, unidet: see the top of this file.
-    """
+    """The scores of images, for `evaluate.py`. The settings are at the top of this file. `batch_size`: images, and
+    questions, that a model takes at once."""
 
     def __init__(
         self,
@@ -597,18 +585,11 @@ def pixel_digest(image: PILImage.Image) -> str:
 
 
 def make_rows(folder: str, categories: list[str], parse) -> list[dict]:
-    """The rows of the categories' official files, in their order.
-
-    Args:
-        folder: folder or URL of `color_val.txt` and so on.
-        parse: prompt → spaCy Doc.
-    """
+    """The rows of the categories' official files, in their order. `folder`: folder or URL of `color_val.txt` and so on;
+    `parse`: prompt → spaCy Doc."""
     rows = {}
-    lists = (
-        [read_lines(folder, f"complex_val_{kind}.txt") for kind in ("spatial", "action")]
-        if "complex" in categories
-        else []
-    )
+    subsets = ("spatial", "action") if "complex" in categories else ()
+    lists = [read_lines(folder, f"complex_val_{kind}.txt") for kind in subsets]
     for category in categories:
         for prompt in read_lines(folder, f"{category}_val.txt"):
             parts = complex_parts(prompt, *lists) if category == "complex" else PARTS[category]

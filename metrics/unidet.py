@@ -81,10 +81,6 @@ class UniDet:
             keys of `PUBLISHED`) and `labels`: the name of a file in that folder with the labels' names, either a JSON
             list or the official .pt file. What is missing there is as published.
         threshold: the score that a detection must exceed. 0.1 is the official value.
-
-    Raises:
-        FileNotFoundError: there is no such weights or labels file.
-        RuntimeError: the weights do not fit the architecture (names the keys).
     """
 
     def __init__(self, device: torch.device, weights: str = "official", threshold: float = 0.1):
@@ -152,11 +148,8 @@ def has_area(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def pool_regions(features: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
-    """Cuts a 7 × 7 patch out of p3, p4 or p5 for each box; larger boxes take coarser levels.
-
-    Returns:
-        (len(boxes), channels, 7, 7), in the features' dtype.
-    """
+    """Cuts a 7 × 7 patch out of p3, p4 or p5 for each box; larger boxes take coarser levels. Returns (len(boxes),
+    channels, 7, 7), in the features' dtype."""
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     levels = torch.floor(4 + torch.log2(side / 224 + 1e-8)).clamp(3, 5)
     patches = features[0].new_zeros(len(boxes), features[0].shape[1], 7, 7)
@@ -170,14 +163,8 @@ def pool_regions(features: list[torch.Tensor], boxes: torch.Tensor) -> torch.Ten
 def choose_proposals(
     levels: list[tuple[torch.Tensor, torch.Tensor]], height: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best regions of all pyramid levels.
-
-    Args:
-        levels: for each level its boxes and their scores (n,).
-
-    Returns:
-        At most 1000 boxes inside the image and their scores, by falling score.
-    """
+    """The best regions of all pyramid levels, each given as boxes and their scores (n,). Returns at most 1000 boxes
+    inside the image and their scores, by falling score."""
     best = [scores.topk(min(PROPOSALS, len(scores))) for _, scores in levels]
     boxes = torch.cat([boxes[top.indices] for (boxes, _), top in zip(levels, best)])
     scores = torch.cat([top.values for top in best])
@@ -193,15 +180,8 @@ def choose_proposals(
 def choose_detections(
     boxes: torch.Tensor, scores: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Detections above the threshold, without overlaps inside a class.
-
-    Args:
-        boxes: inside the image.
-        scores: (n, classes).
-
-    Returns:
-        At most 300 boxes, their scores (k,) and class indices (k,), by falling score.
-    """
+    """Detections above the threshold, without overlaps inside a class, of boxes inside the image and their scores (n,
+    classes). Returns at most 300 boxes, their scores (k,) and class indices (k,), by falling score."""
     finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
     boxes, scores = boxes[finite], scores[finite]
     rows, classes = (scores > threshold).nonzero(as_tuple=True)
@@ -302,21 +282,8 @@ class ResNeSt(nn.Module):
         return [res3, res4, self.res5(res4)]
 
 
-class TopBlock(nn.Module):
-    """Makes the pyramid's two coarsest levels, p6 and p7, from p5."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.p6 = nn.Conv2d(channels, channels, 3, 2, padding=1)
-        self.p7 = nn.Conv2d(channels, channels, 3, 2, padding=1)
-
-    def forward(self, p5: torch.Tensor) -> list[torch.Tensor]:
-        p6 = self.p6(p5)
-        return [p6, self.p7(p6.relu())]
-
-
 class FeaturePyramid(nn.Module):
-    """Returns p3 to p7, fine to coarse, all with the same number of channels."""
+    """Returns p3 to p7, fine to coarse, all with the same number of channels. p6 and p7 are made from p5."""
 
     def __init__(self, bottom_up: ResNeSt, res2_channels: int, channels: int):
         super().__init__()
@@ -324,7 +291,9 @@ class FeaturePyramid(nn.Module):
         for level in (3, 4, 5):
             self.add_module(f"fpn_lateral{level}", NormConv(res2_channels * 2 ** (level - 2), channels, 1))
             self.add_module(f"fpn_output{level}", NormConv(channels, channels, 3))
-        self.top_block = TopBlock(channels)
+        self.top_block = nn.Module()
+        self.top_block.p6 = nn.Conv2d(channels, channels, 3, 2, padding=1)
+        self.top_block.p7 = nn.Conv2d(channels, channels, 3, 2, padding=1)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         res3, res4, res5 = self.bottom_up(x)
@@ -332,7 +301,8 @@ class FeaturePyramid(nn.Module):
         inner4 = self.fpn_lateral4(res4) + F.interpolate(inner5, scale_factor=2.0)
         inner3 = self.fpn_lateral3(res3) + F.interpolate(inner4, scale_factor=2.0)
         p5 = self.fpn_output5(inner5)
-        return [self.fpn_output3(inner3), self.fpn_output4(inner4), p5, *self.top_block(p5)]
+        p6 = self.top_block.p6(p5)
+        return [self.fpn_output3(inner3), self.fpn_output4(inner4), p5, p6, self.top_block.p7(p6.relu())]
 
 
 class ProposalNetwork(nn.Module):
@@ -400,22 +370,11 @@ class CascadeHeads(nn.Module):
 
 
 class UnifiedRCNN(nn.Module):
-    """The whole detector, for one image. The arguments are the keys of `PUBLISHED`, and the number of labels."""
+    """The whole detector, for one image. The arguments are the number of labels, and the keys of `PUBLISHED`."""
 
-    def __init__(
-        self,
-        blocks: list[int],
-        stem_channels: int,
-        bottleneck_channels: int,
-        res2_channels: int,
-        fpn_channels: int,
-        head_channels: int,
-        head_features: int,
-        labels: int,
-    ):
+    def __init__(self, labels: int, fpn_channels: int, head_channels: int, head_features: int, **backbone):
         super().__init__()
-        bottom_up = ResNeSt(blocks, stem_channels, bottleneck_channels, res2_channels)
-        self.backbone = FeaturePyramid(bottom_up, res2_channels, fpn_channels)
+        self.backbone = FeaturePyramid(ResNeSt(**backbone), backbone["res2_channels"], fpn_channels)
         self.proposal_generator = ProposalNetwork(fpn_channels)
         self.roi_heads = CascadeHeads(fpn_channels, head_channels, head_features, labels)
 
