@@ -462,9 +462,7 @@ def load_tokenizer(folder: Path) -> BertTokenizer:
     """BERT's tokenizer. With fewer words than the model has, some would be read as unknown, without an error."""
     tokenizer, expected = BertTokenizer.from_pretrained(folder), load_config(folder)["vocab_size"]
     if len(tokenizer) != expected:
-        raise ValueError(
-            f"{folder / 'vocab.txt'}: {len(tokenizer)} words, not {expected}: incomplete or not the model's"
-        )
+        raise ValueError(f"{folder / 'vocab.txt'} has {len(tokenizer)} words, not {expected}: is the file whole?")
     return tokenizer
 
 
