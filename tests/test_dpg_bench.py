@@ -3,10 +3,8 @@
 
 import csv
 import io
-import itertools
 import json
 import math
-import random
 import shutil
 import sys
 from pathlib import Path
@@ -23,7 +21,7 @@ sys.path[:0] = [str(ROOT / "metrics"), str(Path(__file__).parent / "golden")]
 import dpg_bench  # noqa: E402
 import make_dpg_bench as inputs  # noqa: E402
 from double import in_float64  # noqa: E402
-from dpg_bench import DPGBench, Proposition  # noqa: E402
+from dpg_bench import DPGBench  # noqa: E402
 
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "dpg_bench.npz")
@@ -203,66 +201,6 @@ def test_other_weights_and_incomplete_files_are_an_error(tmp_path):
         (tmp_path / file).write_bytes(content)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_wide_beam_search_finds_the_best_of_all_answers(seed, monkeypatch):
-    """With as many beams as sequences, nothing is cut off. The search ends at the first length at which the best of all
-    sequences ends with END. The answer is the best of those, and of all shorter ones that end with END."""
-    vocabulary, longest, shortest = 3, 4, seed % 3
-    monkeypatch.setattr(dpg_bench, "START", 0)
-    monkeypatch.setattr(dpg_bench, "END", 1)
-    tables = [random.Random(f"{seed} {question}") for question in range(4)]
-    tables = [
-        {
-            prefix: torch.tensor([table.gauss(0, 2) for _ in range(vocabulary)]).log_softmax(0)
-            for length in range(longest)
-            for prefix in itertools.product(range(vocabulary), repeat=length)
-        }
-        for table in tables
-    ]
-
-    def next_log_probs(sequences, questions):
-        pairs = [(tables[q], beam[1:].tolist()) for beams, q in zip(sequences, questions) for beam in beams]
-        return torch.stack([table[tuple(prefix)] for table, prefix in pairs]).unflatten(0, sequences.shape[:2])
-
-    def score(question, answer):
-        total = sum(
-            -1e20 if token == 1 and i < shortest else tables[question][answer[:i]][token].item()
-            for i, token in enumerate(answer)
-        )
-        return total / ((5 + len(answer)) / 6) ** 0.6
-
-    found = dpg_bench.beam_search(next_log_probs, 4, vocabulary**longest, longest, shortest)
-    for question, (sequence, value) in enumerate(found):
-        candidates = {}
-        for length in range(1, longest + 1):
-            answers = {a: score(question, a) for a in itertools.product(range(vocabulary), repeat=length)}
-            best = max(answers, key=answers.get)
-            if best[-1] == 1 or length == longest:
-                candidates |= answers
-                break
-            candidates |= {a: answers[a] for a in answers if a[-1] == 1}
-        best = max(candidates, key=candidates.get)
-        assert tuple(sequence) == (0, *best) and abs(value - candidates[best]) < 1e-5
-
-
-def test_failures_pass_on_to_all_descendants():
-    """Random trees, and graphs with several parents, parents first: a question counts if it and all above it do."""
-    for seed in range(20):
-        rng = random.Random(seed)
-        numbers = rng.sample(range(1, 30), 12)
-        parents = {n: rng.sample(numbers[:i], min(i, rng.randint(1, 2))) or [0] for i, n in enumerate(numbers)}
-        asked = {number: Proposition(above, "?", ("entity", "entity_whole")) for number, above in parents.items()}
-        right = {number: rng.random() < 0.8 for number in numbers}
-        expected = {}
-        for number in numbers:
-            expected[number] = right[number] and all(expected[parent] for parent in parents[number] if parent)
-        assert dpg_bench.apply_dependencies(asked, right, quirks=bool(seed % 2)) == expected
-        scores = dpg_bench.image_scores(asked, right, quirks=False)
-        assert scores["score"] == pytest.approx(100 * sum(expected.values()) / 12)
-        assert scores["entity"] == pytest.approx(100 * sum(right.values()) / 12)  # without the dependencies
-        assert math.isnan(scores["global"])
-
-
 class Answers(DPGBench):
     """The metric with given answers. An image is (item, number)."""
 
@@ -321,38 +259,6 @@ def test_without_quirks(seed):
     expected = {name: 100 * np.mean(values) for name, values in categories.items()} | {"score": np.mean(totals)}
     found = DPGBench.official(*benchmark(seed, 4, quirks=False), {"quirks": False})
     assert found == pytest.approx(expected, abs=1e-9)
-
-
-def test_each_quirk_changes_what_it_should():
-    header = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple"
-    lines = [
-        "a,A,,1,0,,,entity - whole (x),yes",
-        "a,A,,2,1,,,entity - whole (x),yes",
-        "b,B,,1,0,,,global - (x),no",
-        "b,B,,2,1,,,global - (x),yes",
-        "a,A,,3,0,,,other - text (x),no",
-    ]
-
-    def scores(*numbers, quirks, item=0):
-        text = "\n".join([f"{header},question_natural_language", *(lines[n] for n in numbers)])
-        row = rows_of(text)[item]
-        asked = dpg_bench.propositions(row, quirks)
-        return dpg_bench.image_scores(asked, {n: p.question == "yes" for n, p in asked.items()}, quirks)
-
-    assert scores(0, 1, quirks=False)["score"] == 100
-    assert math.isnan(scores(0, 1, quirks=True)["score"])  # without its first row, the second has no parent
-    assert math.isnan(scores(0, quirks=True)["score"])  # nothing to ask
-    assert scores(2, 0, 1, quirks=True, item=1)["score"] == 100  # not the first row
-    assert scores(2, 3, quirks=False)["score"] == 0 and scores(2, 3, quirks=False)["global"] == 50
-    assert scores(0, 1, 2, 4, quirks=False)["score"] == pytest.approx(200 / 3)
-    assert scores(0, 1, 2, 4, quirks=True)["score"] == 0  # only the last place counts
-    last = {"score": np.array([[100.0, 0.0]]), "entity": np.array([[100.0, 0.0]])}
-    row = rows_of("\n".join([f"{header},question_natural_language", lines[2], *lines[:2]]))[1:]
-    assert DPGBench.official(row, last, {"quirks": False}) == {"score": 50, "entity": 50}
-    assert DPGBench.official(row, last, {"quirks": True}) == {"score": 50, "entity": 0}
-    dropped = {"score": np.array([[100.0, math.nan]]), "entity": np.array([[100.0, 100.0]])}
-    assert DPGBench.official(row, dropped, {"quirks": False}) == {"score": 100, "entity": 100}
-    assert DPGBench.official(row, dropped, {"quirks": True}) == {}
 
 
 def test_prompts_command(tmp_path, capsys):

@@ -90,15 +90,6 @@ def test_equals_the_official_scorers(golden, weights, folder, pictures, extensio
     assert metric.score([grey], [""], [{}]) == metric.score([grey.convert("RGB")], [""], [{}])
 
 
-def test_score_is_the_mean_level(golden):
-    logits = golden["quality_logits"][:, golden["levels"]].astype(np.float64)
-    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    expected = [sum(p * w for p, w in zip(row, (1, 0.75, 0.5, 0.25, 0))) for row in chances]
-    np.testing.assert_allclose(qalign.score_of_levels(torch.from_numpy(logits)), expected, rtol=1e-12)
-    certain = torch.eye(5, dtype=torch.float16) * 1000
-    assert qalign.score_of_levels(certain).tolist() == [1, 0.75, 0.5, 0.25, 0]
-
-
 def test_full_size_has_the_official_keys(golden):
     official = {qalign.own_key(key): shape for key, shape in json.loads(str(golden["full_keys"])).items()}
     assert len(official) == len(json.loads(str(golden["full_keys"])))  # no two keys became one

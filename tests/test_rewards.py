@@ -31,7 +31,6 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
-    CLIPVisionModelWithProjection,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -433,11 +432,9 @@ def mps(tmp_path_factory, pickscore):
     return model, folder
 
 
-def publish_mps(weights: dict, source: Path, folder: Path) -> str:
+def publish_mps(weights: dict, source: Path, folder: Path) -> None:
     with_files(folder, source)
-    weights = {f"mps.{key}": value.clone() for key, value in weights.items()}
-    save_file(weights, folder / "model.safetensors")
-    return f"mps={folder}"
+    save_file({f"mps.{key}": value.clone() for key, value in weights.items()}, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("name, threshold", [("mps", 0.3), ("mps_t0.01", 0.01)])
@@ -649,29 +646,6 @@ def test_all_keys_of_the_full_size_image_reward(monkeypatch):
     assert len(weights) - len(vision) - len(text) - len(head) == 4
 
 
-def test_all_keys_of_the_full_size_clipscore():
-    with torch.device("meta"):
-        model = official.clip().model.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
-        weights = build_synpic.hf_clip_weights(model.state_dict())
-        config = CLIPConfig()  # its defaults are the values of openai/clip-vit-base-patch32
-        assert shapes(weights) == shapes(CLIPModel(config).state_dict())
-    towers = config.vision_config, config.text_config
-    assert tuple(tower.num_attention_heads for tower in towers) == heads(model) == (12, 8)
-    assert config.vision_config.image_size == 224
-
-
-def test_all_keys_of_the_full_size_aesthetic():
-    with torch.device("meta"):
-        model = official.clip().model.CLIP(768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12)
-        weights = build_synpic.hf_clip_weights(model.state_dict())
-        vision = {key: weights[key] for key in weights if key.startswith(("vision_model.", "visual_projection."))}
-        config = CLIPVisionConfig(**{**VISION_336, "image_size": 224}, projection_dim=768)
-        assert shapes(vision) == shapes(CLIPVisionModelWithProjection(config).state_dict())
-        assert config.num_attention_heads == heads(model)[0] == 16
-        head = official.image_reward().AestheticScore.MLP(768).layers.state_dict()
-        build_synpic.linear_head(768, head)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # VQAScore
 # ----------------------------------------------------------------------------------------------------------------------
@@ -870,9 +844,6 @@ def checkpoint_of(name: str, request, folder: Path) -> str:
         head = official.seeded(official.image_reward().AestheticScore.MLP(64), seed=1)
         publish_aesthetic(request.getfixturevalue("openai_clip"), head, folder)
         return f"{name}={folder}"
-    if name == "mps":
-        model, source = request.getfixturevalue(name)
-        return publish_mps(model.state_dict(), source, folder)
     source = request.getfixturevalue({"hpsv2": "hps", "imagereward": "image_reward"}.get(name, name))
     return f"{name}={source if isinstance(source, Path) else source[-1]}"
 
@@ -1081,9 +1052,9 @@ def test_a_file_or_folder_that_a_setting_names_is_part_of_what_scores_depend_on(
 
 
 def stays_near(name: str, **half) -> None:
-    images = list(pictures().values())[:8]
+    images = list(pictures().values())[:6]
     prompts = [PROMPTS[2 + i % 3] for i in range(len(images))]
-    full = np.array(load_reward_model(name).score(images, prompts))
+    full = np.array(loaded(name).score(images, prompts))
     found = load_reward_model(name, **half).score(images, prompts)
     # bfloat16 has fewer bits than float16. In float16, MPS may leave out another token at its threshold.
     bits = 0.3 if name.startswith(("vqascore", "mps")) else 0.1

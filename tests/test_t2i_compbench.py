@@ -79,37 +79,6 @@ def test_positions_are_the_official_ones():
     assert min(ious) == 0 and max(ious) > 0.5 and 50 < sum(0 < score < 1 for score in scores)
 
 
-def test_spatial_edges():
-    """By hand: what counts as near, in line, touching, found."""
-
-    def box(x, y, side=20):
-        return (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
-
-    middle = box(200, 200)
-    for relation in ("next to", "near", "on side of"):
-        assert bench.position_score(relation, middle, box(349, 400)) == 1  # 149 on one axis is enough
-        assert bench.position_score(relation, middle, box(350, 350)) == 1  # 150 / 150
-        assert bench.position_score(relation, middle, box(350, 400)) == 150 / 200
-    for relation, x, y in (("left", 300, 200), ("right", 100, 200), ("top", 200, 300), ("bottom", 200, 100)):
-        words = f"on the {relation} of"
-        assert bench.position_score(words, middle, box(x, y)) == 1
-        assert bench.position_score(words, box(x, y), middle) == 0
-        assert bench.position_score(words, middle, box(2 * x - 200, 2 * y - 200, 30)) == 1
-    assert bench.position_score("on the left of", middle, box(300, 300)) == 0  # neither axis dominates
-    assert bench.position_score("on the left of", middle, middle) == 0
-    # 10 of 20 columns in common: IoU 200 / 600
-    assert bench.position_score("on the left of", middle, box(210, 200)) == pytest.approx(0.1 / (200 / 600))
-    assert {bench.position_score(words, middle, box(200, 300)) for words in ("on top of", "", "above")} == {0}
-
-    far = [("dog", 1.0, middle), ("cat", 1.0, box(300, 200)), ("dog", 0.5, box(400, 200))]
-    assert bench.spatial_score(far, ["dog", "cat"], "on the left of") == 1  # the second dog does not count
-    assert bench.spatial_score(far, ["cat", "dog"], "on the left of") == 0.5  # the threshold itself passes
-    assert bench.spatial_score(far[:1], ["dog", "cat"], "near") == 0  # one found: at most 0.25
-    assert bench.spatial_score([("dog", 0.9, middle), *far[1:]], ["dog", "cat"], "on the right of") == 0
-    assert bench.spatial_score(far, ["cat", "cat"], "near") == 1  # the same detection twice
-    assert bench.spatial_score(far, [], "near") == bench.spatial_score([], ["dog", "cat"], "near") == 0
-
-
 def test_three_in_one_and_text_of_complex_prompts(parsed):
     docs = [doc for _, doc in parsed["complex"]]
     assert [row_of(doc, "complex", ["clip"])["clip_text"] for doc in docs] == RULES["clip_text"]
