@@ -269,7 +269,7 @@ class T2ICompBench:
             needed = {column: kind for part in parts if part in COLUMNS for column, kind in COLUMNS[part].items()}
             wrong += [column for column, kind in needed.items() if not isinstance(row.get(column), kind)]
             if wrong:
-                problem = f"its {wrong[0]} is {row.get(wrong[0])!r}"
+                problem = f"column {wrong[0]} is {row.get(wrong[0])!r}"
                 make = "make the prompts file with `python metrics/t2i_compbench.py prompts`"
                 raise ValueError(f"row {number} ({row.get('prompt')!r}): {problem}: {make}")
 

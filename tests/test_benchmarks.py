@@ -169,4 +169,4 @@ def test_compbench(tmp_path, compbench_models):  # noqa: F811
     call("evaluate", *flags, "--baseline", "old")
     assert read_results(tmp_path / "again")["old"][key] == pytest.approx(figures, rel=1e-5)
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a dog", "category": "color"}) + "\n")
-    assert "row 1 ('a dog'): its parts are None" in refused("evaluate", *flags, "--baseline", "old")
+    assert "row 1 ('a dog'): column parts is None" in refused("evaluate", *flags, "--baseline", "old")

@@ -136,9 +136,7 @@ def loaded(name: str):
     return load_reward_model(name, batch_size=5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # HPSv2
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +238,7 @@ def test_all_keys_of_the_full_size_hps():
     assert heads(open_clip_model) == tuple(tower.num_attention_heads for tower in towers) == (16, 16)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # PickScore and CLIPScore
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -324,9 +320,7 @@ def test_clipscore_is_hessels(openai_clip, clip_tokenizer, tmp_path):
     assert expected.std() > 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # MPS
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Scale(torch.nn.Module):
@@ -499,9 +493,7 @@ def test_all_keys_of_the_full_size_mps():
     assert official_model.heads == 16
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # LAION aesthetic
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def publish_aesthetic(model, head, folder):
@@ -535,9 +527,7 @@ def test_aesthetic_is_the_official_score(openai_clip, tmp_path):
     assert np.std(expected) > 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # ImageReward
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 # Its med_config.json; dropout does nothing in evaluation.
@@ -646,9 +636,7 @@ def test_all_keys_of_the_full_size_image_reward(monkeypatch):
     assert len(weights) - len(vision) - len(text) - len(head) == 4
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # VQAScore
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def make_t5_tokenizer(folder) -> None:
@@ -676,14 +664,9 @@ def official_clip_t5(t5: dict, vision: dict, folder):
     """t2v-metrics' CLIPT5ForConditionalGeneration, and its weights under the names of its published checkpoints."""
     clip_t5 = official.clip_t5()
     CLIPVisionModel(CLIPVisionConfig(**vision)).save_pretrained(folder)
-    config = clip_t5.CLIPT5Config(
-        **t5,
-        mm_vision_tower=str(folder),
-        mm_vision_select_layer=-2,
-        mm_vision_select_feature="patch",
-        mm_projector_type="mlp2x_gelu",
-        mm_hidden_size=vision["hidden_size"],
-    )
+    tower = {"mm_vision_tower": str(folder), "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+    tower |= {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": vision["hidden_size"]}
+    config = clip_t5.CLIPT5Config(**t5, **tower)
     # transformers 5 ties and scales by itself what T5 1.1 and FLAN never did.
     config.tie_word_embeddings = config.scale_decoder_outputs = False
     return clip_t5.CLIPT5ForConditionalGeneration(config)
@@ -783,12 +766,8 @@ def test_all_keys_of_the_full_size_vqascore(tmp_path, monkeypatch):
         t5 = T5ForConditionalGeneration(T5Config(**T5_XXL)).state_dict()
         assert shapes({key: weights[key] for key in t5}) == shapes(t5)
         assert set(weights) - set(t5) <= {"embed_tokens.weight"}
-        assert shapes(projector) == {
-            "0.weight": (4096, 1024),
-            "0.bias": (4096,),
-            "2.weight": (4096, 4096),
-            "2.bias": (4096,),
-        }
+        sizes = {"0.weight": (4096, 1024), "0.bias": (4096,), "2.weight": (4096, 4096), "2.bias": (4096,)}
+        assert shapes(projector) == sizes
 
 
 def test_any_vlm_as_a_variant(tmp_path):
@@ -833,9 +812,7 @@ def test_any_vlm_as_a_variant(tmp_path):
     assert np.std(expected) > 0.05 * np.mean(expected)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Common behaviour
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_of(name: str, request, folder: Path) -> str:
@@ -860,7 +837,7 @@ KEYS = {
     "imagereward": (
         "ImageReward.pt",
         "blip.text_encoder.encoder.layer.1.output.dense.bias",
-        "encoder.layer.1.output.dense.bias",
+        "layer.1.output.dense.bias",
     ),
     "aesthetic": ("model.safetensors", "layers.2.bias", "2.bias"),
     "vqascore": ("pytorch_model.bin", *["encoder.block.1.layer.1.DenseReluDense.wo.weight"] * 2),
@@ -896,6 +873,8 @@ def test_other_weights_are_an_error(name, request, tmp_path):
     assert shown in changed({other: weights[other] for other in weights if other != key})
     assert shown in changed(weights | {f"{key}_ema": value.clone()})
     assert shown in changed(weights | {key: torch.zeros(len(value) + 1, *value.shape[1:])})
+    if name == "vqascore":  # whose words are counted before they are loaded
+        assert "shared.weight has" in changed(weights | {"shared.weight": weights["shared.weight"][1:].clone()})
     message = changed(weights | {key: torch.full_like(value, torch.nan)})
     assert shown in message and "not finite" in message
 
@@ -1027,11 +1006,8 @@ def test_settings_of_a_class_have_the_types_of_its_parameters(tmp_path):
     name = f"{tmp_path}/mine.py:Mine"
     words = "size=5,rate=1e-5,on=true,model=user/x"
     assert load_reward_model(f"{name},{words}").settings == {"size": 5, "rate": 1e-5, "on": True, "model": "user/x"}
-    for setting, problem in {
-        "size=many": "like its default, size=3",
-        "on=1": "on=False",
-        "sise=3": "no setting sise",
-    }.items():
+    wrong = {"size=many": "like its default, size=3", "on=1": "on=False", "sise=3": "no setting sise"}
+    for setting, problem in wrong.items():
         with pytest.raises(SystemExit, match=problem):
             load_reward_model(f"{name},{setting}")
 

@@ -97,9 +97,7 @@ def test_three_in_one_and_text_of_complex_prompts(parsed):
     assert all(math.isnan(value) for key, value in scores[0].items() if key != "complex")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Models
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -283,9 +281,7 @@ def test_other_detectors(tmp_path):
     assert 100 < max(box[2] for _, _, box in found) <= 720  # of 480, not of 90 or 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The prompts file
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_prompts_command(tmp_path, monkeypatch, parsed, capsys):
@@ -337,5 +333,5 @@ def test_rows_are_checked():
         ({"questions": None}, "questions is None"),
         ({"parts": ["unidet"], "objects": ["dog", "cat"]}, "relation is None"),
     ):
-        with pytest.raises(ValueError, match=rf"row 2 \('a'\): its {wrong}.*metrics/t2i_compbench.py prompts"):
+        with pytest.raises(ValueError, match=rf"row 2 \('a'\): column {wrong}.*metrics/t2i_compbench.py prompts"):
             bench.T2ICompBench.check_rows([good, good | change])
