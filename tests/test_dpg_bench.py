@@ -87,7 +87,7 @@ def test_answers_are_the_official_ones(mplug, monkeypatch):
     metric = load_exact(folder)
     answer = metric.model.answer
     sequences = [[token for token in row if token >= 0] for row in GOLDEN[f"{name}_sequences"].tolist()]
-    for metric.batch_size in (1, 3, 20):
+    for metric.batch_size in (3, 20):
         found = []
         metric.model.answer = lambda *arguments, found=found: [found.append(a) or a for a in answer(*arguments)]
         texts = [text for number in range(2) for text in metric.answer(inputs.picture(number), inputs.QUESTIONS)]
