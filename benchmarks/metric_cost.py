@@ -40,9 +40,13 @@ def unidet_image(model) -> None:
     """All but what depends on the picture: the pyramid, the proposals' scores, and 1000 proposals in three stages."""
     features = model.backbone(torch.empty(1, 3, 480, 480))
     for feature in features:
-        model.proposal_generator.rpn_head(feature)
-    for stage in range(3):
-        model.roi_heads.box_predictor[stage](model.roi_heads.box_head[stage](torch.empty(1000, 256, 7, 7)))
+        hidden = model.proposal_generator.rpn_head.conv(feature)
+        model.proposal_generator.rpn_head.objectness_logits(hidden)
+        model.proposal_generator.rpn_head.anchor_deltas(hidden)
+    for head, predictor in zip(model.roi_heads.box_head, model.roi_heads.box_predictor):
+        hidden = head(torch.empty(1000, 256, 7, 7))
+        for part in predictor.values():
+            part(hidden)
 
 
 def mplug_image(model, questions: int = 10) -> None:
@@ -83,7 +87,7 @@ MODELS = {
         lambda: dpg_bench.MPlug(dpg_bench.load_config(Path("no folder"))),
         mplug_image,
     ),
-    "Q-Align: OneAlign, both scores": ("meta", lambda: qalign.QAlignModel(qalign.ModelConfig()), qalign_image),
+    "Q-Align: OneAlign, both scores": ("meta", lambda: qalign.QAlignModel(qalign.make_config({})), qalign_image),
 }
 
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["huggingface_hub", "numpy", "pillow", "pyyaml", "safetensors", "torch", "tqdm", "transformers"]
+# dependencies = [
+#     "huggingface_hub", "numpy", "pandas", "pillow", "pyyaml", "safetensors", "torch", "torchvision", "transformers",
+# ]
 # ///
 """DPG-Bench (Hu et al., 2024, "ELLA"): 1,065 long prompts. A question answering model, mPLUG-large, is asked about each
 proposition of a prompt. The score of an image is the share of questions it answers with yes.
@@ -34,30 +36,25 @@ order a set of strings, so the scores that it prints for a category can be those
 """
 
 import argparse
-import csv
-import hashlib
-import io
 import json
 import math
 import os
-import pickle
 import re
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import load_file
-from tqdm import tqdm
+from torchvision.transforms.functional import normalize, to_tensor
 from transformers import BertTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
 CSV = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
@@ -65,32 +62,12 @@ CATEGORIES = ("global", "entity", "attribute", "relation", "other")  # the L1 ca
 COLUMNS = ("proposition_ids", "dependencies", "questions", "category_broad", "category_detailed", "csv_rows")
 MODELSCOPE = "https://modelscope.cn/api/v1/models/{}/repo?Revision=master&FilePath={}"
 # The published mPLUG-large for visual question answering, in the words of its config.yaml and its config_bert.json.
-MPLUG = {
-    "image_res": 504,
-    "clip_vision_layers": 24,
-    "clip_vision_width": 1024,
-    "clip_vision_patch_size": 14,
-    "beam_size": 5,
-    "max_length": 10,
-    "min_length": 1,
-    "bert_config": "config_bert.json",
-}
-BERT = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-    "text_encoder_layers": 6,
-    "fusion_layers": 6,
-    "text_decode_layers": 12,
-    "stride_layer": 100,  # every so many fusion layers take image and text as one sequence; here none does
-}
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MPLUG = {"image_res": 504, "clip_vision_layers": 24, "clip_vision_width": 1024, "clip_vision_patch_size": 14}
+MPLUG |= {"beam_size": 5, "max_length": 10, "min_length": 1}
+BERT = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+BERT |= {"intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
+BERT |= {"text_encoder_layers": 6, "fusion_layers": 6, "text_decode_layers": 12}
+BERT |= {"stride_layer": 100}  # every so many fusion layers take image and text as one sequence; here none does
 QUESTION_LENGTH = 25  # tokens: a longer question is cut, a shorter one padded
 START, END = 101, 102  # tokens of an answer, [CLS] and [SEP]
 
@@ -213,13 +190,7 @@ class DPGBench:
     ):
         folder = model_folder(model)
         self.device, self.batch_size, self.quirks = device, batch_size, quirks
-        if not (folder / "vocab.txt").is_file():
-            raise FileNotFoundError(f"{model} has no vocab.txt")
-        self.tokenizer = BertTokenizer.from_pretrained(folder)
-        self.model = load_mplug(folder).to(device)
-        if len(self.tokenizer) != self.model.config["vocab_size"]:  # words would be read as unknown, without an error
-            sizes = f"{len(self.tokenizer)} words, not {self.model.config['vocab_size']}"
-            raise ValueError(f"{folder / 'vocab.txt'} has {sizes}: it is damaged, or of another model")
+        self.tokenizer, self.model = load_tokenizer(folder), load_mplug(folder).to(device)
 
     @torch.inference_mode()
     def score(self, images: list, prompts: list[str], rows: list[dict]) -> list[dict[str, float]]:
@@ -252,20 +223,20 @@ class DPGBench:
 
     @staticmethod
     def prepare(rows: list[dict], settings: dict) -> None:
-        """Finds or downloads the model."""
-        model_folder(settings["model"])
+        """Finds or downloads the model, and reads it: an incomplete file ends the run now, not after the drawing."""
+        folder = model_folder(settings["model"])
+        load_tokenizer(folder)
+        read_weights(folder)
 
     @staticmethod
     def check_rows(rows: list[dict]) -> None:
         """Raises ValueError unless each row has what `prompts` writes."""
         for number, row in enumerate(rows, 1):
-            where = f"row {number}, prompt {row['prompt'][:60]!r}"
-            for column in COLUMNS:
-                if not isinstance(row.get(column), list) or not row[column]:
-                    mend = "make the file with `python metrics/dpg_bench.py prompts`"
-                    raise ValueError(f"{where}: it has no list {column}; {mend}")
-            if len({len(row[column]) for column in COLUMNS}) > 1:
-                raise ValueError(f"{where}: {', '.join(COLUMNS)} need one entry for each question")
+            lengths = {len(row[column]) if isinstance(row.get(column), list) else 0 for column in COLUMNS}
+            if len(lengths) > 1 or 0 in lengths:
+                problem = f"{', '.join(COLUMNS)} must be lists with one entry for each question"
+                mend = "make the file with `python metrics/dpg_bench.py prompts`"
+                raise ValueError(f"row {number}, prompt {row['prompt'][:60]!r}: {problem}; {mend}")
 
     @staticmethod
     def official(rows: list[dict], scores: dict[str, np.ndarray], settings: dict) -> dict[str, float]:
@@ -298,8 +269,7 @@ def prepare(image: Image.Image, size: int) -> torch.Tensor:
     # The width first, as Pillow did it in one call before 13.0; that rounds tall pictures in another way.
     image = image.convert("RGB").resize((size, image.height), Image.Resampling.BICUBIC)
     image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    return normalize(to_tensor(image), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
 class MPlug(torch.nn.Module):
@@ -384,16 +354,14 @@ class MPlug(torch.nn.Module):
 
     def answer(self, image: torch.Tensor, ids: torch.Tensor, seen: torch.Tensor) -> list[tuple[list[int], float]]:
         """Arguments as for `fuse`. The tokens and the score of each answer (see `beam_search`)."""
-        next_log_probs = partial(self.next_log_probs, self.contexts(*self.fuse(image, ids, seen), seen))
+        contexts = self.contexts(*self.fuse(image, ids, seen), seen)
+
+        def next_log_probs(sequences: torch.Tensor, questions: torch.Tensor) -> torch.Tensor:
+            of_questions = [[choose(part, questions) for part in context] for context in contexts]
+            return self.logits(sequences, of_questions).softmax(dim=-1).log()
+
         sizes = (self.config[name] for name in ("beam_size", "max_length", "min_length"))
         return beam_search(next_log_probs, len(ids), *sizes, device=ids.device)
-
-    def next_log_probs(
-        self, contexts: list[list[tuple]], sequences: torch.Tensor, questions: torch.Tensor
-    ) -> torch.Tensor:
-        """Log probabilities for `beam_search`, given the contexts of all questions."""
-        contexts = [[choose(part, questions) for part in context] for context in contexts]
-        return self.logits(sequences, contexts).softmax(dim=-1).log()
 
 
 def choose(part: tuple, questions: torch.Tensor) -> tuple:
@@ -476,69 +444,35 @@ class BertLayer(torch.nn.Module):
 
 def model_folder(model: str) -> Path:
     """The folder with a model's files, downloaded if `model` is none."""
+    if os.path.isdir(model):
+        return Path(model)
     if not model.startswith("modelscope:"):
-        return checkpoint_folder(model, "*.yaml", "*.json", "vocab.txt", "model.safetensors", "pytorch_model.bin")
+        files = ["*.yaml", "*.json", "vocab.txt", "model.safetensors", "pytorch_model.bin"]
+        return Path(snapshot_download(model, allow_patterns=files))
     name = model.removeprefix("modelscope:")
     folder = Path(torch.hub.get_dir()) / "modelscope" / name.replace("/", "--")
-    download(MODELSCOPE.format(name, "config.yaml"), folder / "config.yaml")
-    for file in (load_config(folder)["bert_config"], "vocab.txt", "pytorch_model.bin"):
-        download(MODELSCOPE.format(name, file), folder / file)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("config.yaml", "config_bert.json", "vocab.txt", "pytorch_model.bin"):
+        if not (folder / file).exists():
+            torch.hub.download_url_to_file(MODELSCOPE.format(name, file), str(folder / file))
     return folder
 
 
-# Copied from geneval.download
-def download(url: str, file: Path, sha256: str = "") -> Path:
-    """A file from the web, kept at `file`. Raises ValueError unless it arrives whole, with a digest that starts so."""
-    if file.exists():
-        return file
-    temporary, digest = file.with_name(f".{file.name}.{os.getpid()}.tmp"), hashlib.sha256()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as out:
-            length = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=length or None, desc=file.name, unit="B", unit_scale=True) as progress:
-                while block := response.read(2**20):
-                    out.write(block)
-                    digest.update(block)
-                    progress.update(len(block))
-        if length and temporary.stat().st_size != length or not digest.hexdigest().startswith(sha256):
-            raise ValueError("it did not arrive whole")
-        os.replace(temporary, file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{url} cannot be downloaded to {file}: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return file
-
-
-# Copied from qalign.checkpoint_folder
-def checkpoint_folder(source: str, *patterns: str) -> Path:
-    """The folder of a checkpoint. Of a repository on the Hub, it downloads the files that match these patterns."""
-    if os.path.isdir(source):
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, allow_patterns=[*patterns]))
-    except (OSError, ValueError) as error:
-        problem = f"no folder, and the Hub gives no such model ({type(error).__name__})"
-        raise FileNotFoundError(f"{source} is {problem}") from None
+def load_tokenizer(folder: Path) -> BertTokenizer:
+    """BERT's tokenizer. With fewer words than the model has, some would be read as unknown, without an error."""
+    tokenizer, expected = BertTokenizer.from_pretrained(folder), load_config(folder)["vocab_size"]
+    if len(tokenizer) != expected:
+        raise ValueError(f"{folder / 'vocab.txt'} has {len(tokenizer)} words, not {expected}: is the file whole?")
+    return tokenizer
 
 
 def load_config(folder: Path) -> dict:
-    """MPLUG and BERT, with what the folder's config.yaml and the file that it names say instead."""
-    config = read_config(folder / "config.yaml", MPLUG)
-    return config | read_config(folder / config["bert_config"], BERT)
-
-
-def read_config(file: Path, known: dict) -> dict:
-    """The known entries of a YAML or JSON file; those that it lacks, or all if there is no such file, as `known`."""
-    if not file.is_file():
-        return known
-    try:  # YAML would take JSON's 1e-12 for a text
-        found = json.loads(file.read_text()) if file.suffix == ".json" else yaml.safe_load(file.read_text())
-        return {key: found.get(key, value) for key, value in known.items()}
-    except (yaml.YAMLError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}") from None
+    """MPLUG and BERT, with what the folder's config.yaml and config_bert.json say instead."""
+    config = {}
+    for file, parse, known in (("config.yaml", yaml.safe_load, MPLUG), ("config_bert.json", json.loads, BERT)):
+        found = parse((folder / file).read_text()) if (folder / file).is_file() else {}
+        config |= {key: found.get(key, value) for key, value in known.items()}
+    return config
 
 
 # Regular expressions that turn keys of MPlug into those of the official checkpoint, in turn.
@@ -588,128 +522,86 @@ def official_key(key: str, first_fusion_layer: int) -> str:
 
 
 def convert_weights(weights: dict[str, torch.Tensor], model: MPlug) -> dict[str, torch.Tensor]:
-    """The official checkpoint's tensors under the keys of `model`. ValueError if one is missing or unknown."""
+    """The official checkpoint's tensors under the keys of `model`. Those that no key stands for keep their own."""
     first = max(0, model.config["num_hidden_layers"] - model.config["fusion_layers"])
-    converted, used = {}, set()
-    for key, expected in model.state_dict().items():
-        source = official_key(key, first)
-        used |= {source, TWINS.get(source)}
-        source = TWINS[source] if TWINS.get(source) in weights else source
-        if source not in weights:
-            raise ValueError(f"the checkpoint lacks {source}")
-        tensor = weights[source]
-        if ".in_proj_" in source and len(tensor) == 3 * len(expected):
-            tensor = tensor.chunk(3)["qkv".index(key.split("_proj.")[0][-1])]
-        if tensor.shape != expected.shape:
-            sizes = f"{tuple(tensor.shape)}, and the config says {tuple(expected.shape)}"
-            raise ValueError(f"{source} of the checkpoint has the size {sizes}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{source} of the checkpoint holds a value that is not finite")
-        converted[key] = tensor
     never_run = tuple(f"fusion_encoder.encoder.layer.{i}." for i in range(first))
-    for key in sorted(weights.keys() - used):
-        if not UNUSED.match(key) and not key.startswith(never_run):
-            raise ValueError(f"the checkpoint has an unknown key: {key}")
-    return converted
+    converted, used = {}, set()
+    for key in model.state_dict():
+        source = official_key(key, first)
+        twin = TWINS.get(source)
+        used |= {source, twin}
+        source = twin if twin in weights else source
+        if source in weights:
+            part = "qkv".index(key.split("_proj.")[0][-1]) if ".in_proj_" in source else None
+            converted[key] = weights[source] if part is None else weights[source].chunk(3)[part]
+    unknown = {key for key in weights.keys() - used if not UNUSED.match(key) and not key.startswith(never_run)}
+    return converted | {key: weights[key] for key in unknown}
 
 
 def load_mplug(folder: Path) -> MPlug:
     """mPLUG with the weights of a folder, float32, for inference."""
-    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if not safe.is_file() and not pickled.is_file():
-        raise FileNotFoundError(f"{folder} has no model.safetensors and no pytorch_model.bin")
-    weights = load_file(safe) if safe.is_file() else read_checkpoint(pickled)
-    for wrapper in ("model", "module"):
-        weights = weights.get(wrapper, weights)
     model = MPlug(load_config(folder))
-    model.load_state_dict(convert_weights({key.replace("model.", ""): weights[key] for key in weights}, model))
+    weights = convert_weights(read_weights(folder), model)
+    model.load_state_dict(weights)
+    if wrong := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"weights in {folder} are not finite: {', '.join(wrong[:3])}")
     return model.eval().requires_grad_(False)
 
 
-# Copied from unidet.read_checkpoint
-def read_checkpoint(file: Path) -> dict:
-    """What torch.save wrote: tensors and plain values, nothing that runs code. Raises ValueError if it is no dict."""
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read as weights: {str(error).partition(chr(10))[0]}") from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{file} holds no weights by key")
-    return checkpoint
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The official checkpoint's tensors by their keys."""
+    safe = folder / "model.safetensors"
+    if safe.is_file():
+        weights = load_file(safe)
+    else:
+        weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    for wrapper in ("model", "module"):
+        weights = weights.get(wrapper, weights)
+    return {key.replace("model.", ""): weights[key] for key in weights}
 
 
-def read_text(source: str) -> str:
-    """The text of a file or URL. Raises ValueError if it cannot be read."""
-    try:
-        if source.startswith(("http://", "https://")):
-            with urllib.request.urlopen(source, timeout=60) as response:
-                return response.read().decode("utf-8-sig")
-        return Path(source).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} cannot be read: {error}") from None
-
-
-def read_csv(text: str) -> list[dict]:
-    """Rows of a prompts file from the text of the official CSV, in its order. ValueError names what is wrong.
+def read_csv(source: str) -> list[dict]:
+    """Rows of a prompts file from the official CSV, a file or a URL, in its order.
 
     The categories are those of the column `tuple`, "attribute - color (ball, red)", as the official code takes them.
     `csv_rows` are numbers of the CSV's rows from 0.
     """
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    wanted = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
-    for column in wanted:
-        if column not in (reader.fieldnames or []):
-            raise ValueError(f"it has no column {column}")
-    rows = {}
-    for number, line in enumerate(reader):
-        for column in wanted:
-            # An item's text is read from its first row; the official code reads none.
-            if not (line[column] or "").strip() and (column != "text" or line["item_id"] not in rows):
-                raise ValueError(f"row {number + 1} has no {column}")
-        try:
-            proposition_id = int(line["proposition_id"])
-            parents = [int(parent) for parent in line["dependency"].split(",")]
-        except ValueError:
-            found = f"not {line['proposition_id']!r} and {line['dependency']!r}"
-            problem = f"proposition_id and dependency must be whole numbers, {found}"
-            raise ValueError(f"row {number + 1}: {problem}") from None
-        row = {"prompt": line["text"], "item_id": line["item_id"]} | {column: [] for column in COLUMNS}
-        row = rows.setdefault(line["item_id"], row)
-        detailed = line["tuple"].split("(")[0].strip()
-        entry = (proposition_id, parents, line["question_natural_language"])
-        entry += (detailed.split("-")[0].strip(), detailed, number)
-        for column, value in zip(COLUMNS, entry):
-            row[column].append(value)
-    if not rows:
-        raise ValueError("it has no rows")
-    return list(rows.values())
+    table = pd.read_csv(source, dtype=str, keep_default_na=False, encoding="utf-8-sig").fillna("")
+    rows = []
+    for item, lines in table.groupby("item_id", sort=False):
+        detailed = [text.split("(")[0].strip() for text in lines["tuple"]]
+        row = {
+            "prompt": lines["text"].iloc[0],
+            "item_id": item,
+            "proposition_ids": [int(number) for number in lines["proposition_id"]],
+            "dependencies": [[int(number) for number in text.split(",")] for text in lines["dependency"]],
+            "questions": lines["question_natural_language"].tolist(),
+            "category_broad": [name.split("-")[0].strip() for name in detailed],
+            "category_detailed": detailed,
+            "csv_rows": lines.index.tolist(),
+        }
+        if not all([row["prompt"], item, *row["questions"], *detailed]):
+            raise ValueError(f"item {item!r} has an empty text, tuple or question: is the file whole?")
+        rows.append(row)
+    return rows
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
-    """Writes a prompts file, whole or not at all; exits with one line if it cannot."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise SystemExit(f"--output {file} cannot be written: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    """Writes a prompts file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, file)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Prompts of DPG-Bench")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prompts", help="turn the official CSV into a prompts file for evaluate.py")
     command.add_argument("--csv", default=CSV, help="dpg_bench.csv, a file or a URL (default: the official one)")
     command.add_argument("--output", type=Path, required=True, help="the file to write, one JSON object per line")
-    args = parser.parse_args()
-    try:
-        rows = read_csv(read_text(args.csv))
-    except (ValueError, csv.Error) as error:
-        raise SystemExit(f"--csv {args.csv}: {error}") from None
+    args = parser.parse_args(words)
+    rows = read_csv(args.csv)
     write_rows(args.output, rows)
     print(f"{len(rows)} prompts with {sum(len(row['questions']) for row in rows)} questions: {args.output}")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["huggingface_hub", "numpy", "pillow", "scipy", "torch", "torchvision", "tqdm", "transformers"]
+# dependencies = ["huggingface_hub", "numpy", "pillow", "scipy", "torch", "torchvision", "transformers"]
 # ///
 """GenEval (Ghosh et al., NeurIPS 2023): does an image show the objects of its prompt, in number, colour and place?
 
@@ -31,15 +31,11 @@ training of the same architecture, with the official pre- and post-processing.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import pickle
 import re
-import sys
 import urllib.request
 from collections import defaultdict
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +49,6 @@ from PIL import ImageOps
 from torch.nn.functional import interpolate, pad
 from torch.nn.functional import normalize as unit
 from torchvision.transforms.functional import center_crop, normalize, to_tensor
-from tqdm import tqdm
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -181,7 +176,7 @@ class GenEval:
         self.max_objects, self.position_threshold = max_objects, position_threshold
         self.detector = load_detector(detector).to(self.device)
         self.clip = load_strictly(transformers.CLIPModel, clip).to(self.device)
-        self.tokenizer = load_tokenizer(clip)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(clip)
         self.classifiers = {}  # class → what `color_classifier` gives
 
     @torch.inference_mode()
@@ -197,7 +192,7 @@ class GenEval:
     @staticmethod
     def prepare(rows: list[dict], settings: dict) -> None:
         """Finds or downloads the weights."""
-        find_detector(settings["detector"])
+        read_detector(settings["detector"])
         checkpoint_folder(settings["clip"], *MODEL_FILES)
 
     @staticmethod
@@ -269,24 +264,19 @@ def row_problem(row: dict) -> str | None:
     """What is wrong with a line of GenEval's file, or None."""
     if row.get("tag") not in TAGS:
         return f"tag is {row.get('tag')!r}, not one of {', '.join(TAGS)}"
-    if not isinstance(row.get("include"), list) or not row["include"]:
-        return "include is no list of objects"
+    if not row.get("include"):
+        return "include names no object"
     for kind in ("include", "exclude"):
         for number, clause in enumerate(row.get(kind) or []):
-            if not isinstance(clause, dict) or clause.get("class") not in CLASSES:
-                return f"{kind} {number} has no class of COCO"
-            if type(clause.get("count")) is not int or clause["count"] < 1:
-                return f"{kind} {number} has no count of 1 or more"
-            if clause.get("color") not in (None, *COLORS):
-                return f"{kind} {number} has the color {clause['color']!r}, not one of {', '.join(COLORS)}"
-            position = clause.get("position")
-            if position and not (
-                isinstance(position, list | tuple)
-                and len(position) == 2
-                and position[0] in RELATIONS
-                and position[1] in range(number)
-            ):
-                return f"{kind} {number} has the position {position!r}, not [{'|'.join(RELATIONS)}, earlier object]"
+            relation, earlier = clause.get("position") or (None, 0)
+            known = {
+                "class": clause.get("class") in CLASSES,
+                "count": clause.get("count", 0) >= 1,
+                "color": clause.get("color") in (None, *COLORS),
+                "position": relation is None or (relation in RELATIONS and earlier in range(number)),
+            }
+            if wrong := [key for key, fits in known.items() if not fits]:
+                return f"the {wrong[0]} of {kind} {number} is {clause.get(wrong[0])!r}"
     return None
 
 
@@ -425,27 +415,17 @@ def clip_input(image: PILImage.Image, size: int) -> torch.Tensor:
 
 
 # Of mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco. Transformers counts the decoder's first prediction as a layer.
-OFFICIAL_SIZES = {
-    "feature_size": 256,
-    "mask_feature_size": 256,
-    "hidden_dim": 256,
-    "encoder_layers": 6,
-    "encoder_feedforward_dim": 1024,
-    "decoder_layers": 10,
-    "dim_feedforward": 2048,
-    "num_attention_heads": 8,
-    "num_queries": 100,
-}
+OFFICIAL_SIZES = {"feature_size": 256, "mask_feature_size": 256, "hidden_dim": 256, "num_queries": 100}
+OFFICIAL_SIZES |= {"encoder_layers": 6, "encoder_feedforward_dim": 1024, "decoder_layers": 10}
+OFFICIAL_SIZES |= {"dim_feedforward": 2048, "num_attention_heads": 8}
 OFFICIAL_BACKBONE = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
 # MMDetection's keys → those of transformers' checkpoints on the Hub, each pattern in turn.
 BACKBONE, DECODER = "model.pixel_level_module.encoder.", "model.pixel_level_module.decoder."
+MASK_HEAD = "model.transformer_module.decoder.mask_predictor.mask_embedder."
 DETECTOR_KEYS = (
     (r"^backbone\.patch_embed\.projection\.", rf"{BACKBONE}embeddings.patch_embeddings.projection."),
     (r"^backbone\.patch_embed\.norm\.", rf"{BACKBONE}embeddings.norm."),
-    (r"^backbone\.norm0\.", rf"{BACKBONE}hidden_states_norms.stage1."),
-    (r"^backbone\.norm1\.", rf"{BACKBONE}hidden_states_norms.stage2."),
-    (r"^backbone\.norm2\.", rf"{BACKBONE}hidden_states_norms.stage3."),
-    (r"^backbone\.norm3\.", rf"{BACKBONE}hidden_states_norms.stage4."),
+    (r"^backbone\.norm(\d)\.", lambda match: f"{BACKBONE}hidden_states_norms.stage{int(match[1]) + 1}."),
     (r"^backbone\.stages\.", rf"{BACKBONE}encoder.layers."),
     (r"\.attn\.w_msa\.relative", ".attention.self.relative"),
     (r"\.attn\.w_msa\.qkv\.", ".attention.self.in_proj_"),
@@ -479,86 +459,41 @@ DETECTOR_KEYS = (
     (r"^panoptic_head\.query_feat\.", "model.transformer_module.queries_features."),
     (r"^panoptic_head\.level_embed\.", "model.transformer_module.level_embed."),
     (r"^panoptic_head\.cls_embed\.", "class_predictor."),
-    (r"^panoptic_head\.mask_embed\.0\.", "model.transformer_module.decoder.mask_predictor.mask_embedder.0.0."),
-    (r"^panoptic_head\.mask_embed\.2\.", "model.transformer_module.decoder.mask_predictor.mask_embedder.1.0."),
-    (r"^panoptic_head\.mask_embed\.4\.", "model.transformer_module.decoder.mask_predictor.mask_embedder.2.0."),
+    (r"^panoptic_head\.mask_embed\.(\d)\.", lambda match: f"{MASK_HEAD}{int(match[1]) // 2}.0."),
 )
 # Of transformers' model: no output depends on them, or, an index, they follow from the window's size.
 MODEL_FILES = ("*.json", "*.txt", "*.safetensors")  # of a model on the Hub
-UNUSED = (r"\.swin\.layernorm\.", r"^criterion\.empty_weight$", r"\.relative_position_index$")
+UNUSED = (r"\.swin\.layernorm\.", r" criterion\.empty_weight$", r"\.relative_position_index$")
 
 
 def load_detector(source: str) -> Mask2FormerForUniversalSegmentation:
     """A Mask2Former for instances of the 80 classes, from what GenEval's `detector` may be."""
-    found = find_detector(source)
-    if found.is_dir():
-        model = load_strictly(Mask2FormerForUniversalSegmentation, str(found), UNUSED)
-        if model.config.num_labels != len(CLASSES):
-            raise ValueError(f"detector {source} has {model.config.num_labels} classes, not the {len(CLASSES)} of COCO")
-        return model
-    checkpoint, sizes = read_checkpoint(found), found.parent / "config.json"
-    config = Mask2FormerConfig.from_json_file(sizes) if sizes.exists() else official_config()
-    weights = detector_weights(checkpoint.get("state_dict", checkpoint))
-    return load_strictly(Mask2FormerForUniversalSegmentation, None, UNUSED, config=config, state_dict=weights)
+    found = read_detector(source)
+    if isinstance(found, dict):
+        sizes = Path(source).with_name("config.json")
+        beside = source != "official" and sizes.exists()
+        config = Mask2FormerConfig.from_json_file(sizes) if beside else official_config()
+        weights = detector_weights(found.get("state_dict", found))
+        return load_strictly(Mask2FormerForUniversalSegmentation, None, UNUSED, config=config, state_dict=weights)
+    model = load_strictly(Mask2FormerForUniversalSegmentation, found, UNUSED)
+    if model.config.num_labels != len(CLASSES):
+        raise ValueError(f"detector {source} has {model.config.num_labels} classes, not the {len(CLASSES)} of COCO")
+    return model
 
 
-def find_detector(source: str) -> Path:
-    """The detector's file (MMDetection's) or folder (that of transformers), downloaded if it is none here."""
+def read_detector(source: str) -> dict | str:
+    """What MMDetection's file holds, or the folder of a model of transformers; downloaded if it is none here."""
     if source == "official":
-        name = DETECTOR.rpartition("/")[2]
-        return download(DETECTOR, Path(torch.hub.get_dir(), "checkpoints", name), DETECTOR[-12:-4])
+        return torch.hub.load_state_dict_from_url(DETECTOR, map_location="cpu", check_hash=True, weights_only=True)
     if os.path.isfile(source):
-        return Path(source)
+        return torch.load(source, map_location="cpu", weights_only=True)
     return checkpoint_folder(HUB_DETECTOR if source == "hub" else source, *MODEL_FILES)
 
 
-def download(url: str, file: Path, sha256: str = "") -> Path:
-    """A file from the web, kept at `file`. Raises ValueError unless it arrives whole, with a digest that starts so."""
-    if file.exists():
-        return file
-    temporary, digest = file.with_name(f".{file.name}.{os.getpid()}.tmp"), hashlib.sha256()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as out:
-            length = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=length or None, desc=file.name, unit="B", unit_scale=True) as progress:
-                while block := response.read(2**20):
-                    out.write(block)
-                    digest.update(block)
-                    progress.update(len(block))
-        if length and temporary.stat().st_size != length or not digest.hexdigest().startswith(sha256):
-            raise ValueError("it did not arrive whole")
-        os.replace(temporary, file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{url} cannot be downloaded to {file}: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return file
-
-
-# Copied from unidet.read_checkpoint
-def read_checkpoint(file: Path) -> dict:
-    """What torch.save wrote: tensors and plain values, nothing that runs code. Raises ValueError if it is no dict."""
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read as weights: {str(error).partition(chr(10))[0]}") from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{file} holds no weights by key")
-    return checkpoint
-
-
 # Copied from qalign.checkpoint_folder
-def checkpoint_folder(source: str, *patterns: str) -> Path:
+def checkpoint_folder(source: str, *patterns: str) -> str:
     """The folder of a checkpoint. Of a repository on the Hub, it downloads the files that match these patterns."""
-    if os.path.isdir(source):
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, allow_patterns=[*patterns]))
-    except (OSError, ValueError) as error:
-        problem = f"no folder, and the Hub gives no such model ({type(error).__name__})"
-        raise FileNotFoundError(f"{source} is {problem}") from None
+    return source if os.path.isdir(source) else snapshot_download(source, allow_patterns=[*patterns])
 
 
 def official_config() -> Mask2FormerConfig:
@@ -592,23 +527,16 @@ def detector_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def load_strictly(
     model_class, source: str | None, unused: tuple[str, ...] = (), **options
 ) -> transformers.PreTrainedModel:
-    """A transformers model in float32 for inference. Raises ValueError that names a key which is missing, unknown or of
-    another size. `unused`: patterns of keys on which no output depends."""
-    verbosity = transformers.utils.logging.get_verbosity()
+    """A transformers model in float32 for inference. ValueError if a weight is missing, unknown or of another size.
+    `unused`: patterns of keys on which no output depends."""
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     transformers.utils.logging.set_verbosity_error()  # no report of the keys that differ: the error below names them
-    try:
-        options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = model_class.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:  # no such folder, no such repository, no network, no such kind of model
-        raise ValueError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-    info["mismatched_keys"] = [f"{key} {[*has]}, not {[*needs]}" for key, has, needs in info["mismatched_keys"]]
-    for what in ("missing", "unexpected", "mismatched"):
-        keys = sorted(key for key in info[f"{what}_keys"] if not any(re.search(known, key) for known in unused))
-        if keys:
-            where, more = source or "the weights", ", …" if keys[3:] else ""
-            raise ValueError(f"{where}: {len(keys)} {what} keys: {', '.join(keys[:3])}{more}")
+    model, info = model_class.from_pretrained(source, **options)
+    transformers.utils.logging.set_verbosity_warning()
+    wrong = [f"{kind} {key}" for kind in ("missing", "unexpected", "mismatched") for key in info[f"{kind}_keys"]]
+    wrong = sorted(text for text in wrong if not any(re.search(pattern, text) for pattern in unused))
+    if wrong:
+        raise ValueError(f"{source or 'the weights'}: {len(wrong)} keys do not fit: {', '.join(wrong[:3])}")
     # Copies the weights out of the mapped file. Weights that are not aligned to 64 bytes give, on a CPU, other last
     # digits from run to run.
     for tensor in (*model.parameters(), *model.buffers()):
@@ -616,52 +544,28 @@ def load_strictly(
     return model.eval().requires_grad_(False)
 
 
-def load_tokenizer(source: str):
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} has no tokenizer: {str(error).strip().splitlines()[0]}") from None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from dpg_bench.read_text
-def read_text(source: str) -> str:
-    """The text of a file or URL. Raises ValueError if it cannot be read."""
-    try:
-        if source.startswith(("http://", "https://")):
-            with urllib.request.urlopen(source, timeout=60) as response:
-                return response.read().decode("utf-8-sig")
-        return Path(source).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} cannot be read: {error}") from None
+def read_metadata(source: str) -> list[dict]:
+    """The rows of GenEval's metadata, a file or a URL. Raises ValueError that names what is wrong."""
+    url = source if "://" in source else Path(source).absolute().as_uri()
+    with urllib.request.urlopen(url, timeout=60) as response:
+        lines = response.read().decode("utf-8-sig").splitlines()
+    rows = [json.loads(line) for line in lines if line.strip()]
+    GenEval.check_rows(rows)
+    return rows
 
 
 # Copied from dpg_bench.write_rows
 def write_rows(file: Path, rows: list[dict]) -> None:
-    """Writes a prompts file, whole or not at all; exits with one line if it cannot."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise SystemExit(f"--output {file} cannot be written: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def read_metadata(source: str) -> list[dict]:
-    """The rows of GenEval's metadata, a file or a URL. Raises ValueError that names what is wrong."""
-    rows = [json.loads(line) for line in read_text(source).splitlines() if line.strip()]
-    if not rows or not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
-        raise ValueError("has lines without a prompt" if rows else "is empty")
-    GenEval.check_rows(rows)
-    return rows
+    """Writes a prompts file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -671,13 +575,10 @@ def main(words: list[str] | None = None) -> None:
     prompts.add_argument("--output", type=Path, required=True, help="JSON lines to write")
     prompts.add_argument("--metadata", default=METADATA, help="file or URL. Default: the official file")
     args = parser.parse_args(words)
-    try:
-        rows = read_metadata(args.metadata)
-    except ValueError as error:
-        raise SystemExit(f"--metadata {args.metadata}: {error}") from None
+    rows = read_metadata(args.metadata)
     write_rows(args.output, rows)
     print(f"{args.output}: {len(rows)} prompts")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

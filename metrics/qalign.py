@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "huggingface_hub", "numpy", "pillow", "protobuf", "safetensors", "sentencepiece", "torch", "transformers",
+#     "huggingface_hub", "pillow", "protobuf", "safetensors", "sentencepiece", "torch", "transformers",
 # ]
 # ///
 """Q-Align (Wu et al., ICML 2024): how good a picture's quality and aesthetics are, 0 (bad) to 1 (excellent), as the
@@ -36,12 +36,10 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image as PILImage
@@ -94,18 +92,19 @@ class QAlign:
     def __init__(self, device: torch.device, batch_size: int, model: str = "q-future/one-align"):
         self.device = torch.device(device)
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        folder = checkpoint_folder(model, "*.json", "tokenizer.model")
+        folder = checkpoint_folder(model, *MODEL_FILES)
         self.image_processor = CLIPImageProcessorPil.from_pretrained(folder)
         # The official tokenizer adds the start token by default; that of transformers 5 only if the files say so.
         tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
         self.prompts = {name: prompt_tokens(tokenizer, word) for name, word in ASPECTS.items()}
         self.levels = level_tokens(tokenizer)
-        self.model = load_model(model, read_config(folder / "config.json"), self.device, self.dtype)
+        config = make_config(json.loads(Path(folder, "config.json").read_text()))
+        self.model = load_model(model, config, self.device, self.dtype)
 
     @staticmethod
     def prepare(rows: list[dict], settings: dict) -> None:
         """Finds or downloads the model."""
-        checkpoint_folder(settings["model"], "*.json", "tokenizer.model")
+        checkpoint_folder(settings["model"], *MODEL_FILES)
         weight_files(settings["model"])
 
     @torch.inference_mode()
@@ -126,70 +125,39 @@ class QAlign:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class VisionConfig:
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    image_size: int = 448
-    patch_size: int = 14
-    layer_norm_eps: float = 1e-6
+# The sizes that the official configuration classes have by default.
+LANGUAGE = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+LANGUAGE |= {"num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+VISION |= {"image_size": 448, "patch_size": 14, "layer_norm_eps": 1e-6}
+ABSTRACTOR = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16}
+ABSTRACTOR |= {"num_learnable_queries": 64, "grid_size": 32, "layer_norm_eps": 1e-6}
 
 
-@dataclass
-class AbstractorConfig:
-    hidden_size: int = 1024
-    intermediate_size: int = 2816
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 16
-    num_learnable_queries: int = 64
-    grid_size: int = 32
-    layer_norm_eps: float = 1e-6
-
-
-@dataclass
-class ModelConfig:
-    """The sizes of the model. The defaults are those of the official configuration classes."""
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    abstractor: AbstractorConfig = field(default_factory=AbstractorConfig)
-
-
-def read_config(file: Path) -> ModelConfig:
-    """Reads the official `config.json`. Raises ValueError if it names another model, or a variant not built here."""
-    values = json.loads(file.read_text())
-    if values.get("model_type") != "mplug_owl2":
-        raise ValueError(f"{file} is of a model of type {values.get('model_type')}, not mplug_owl2")
+def make_config(values: dict) -> SimpleNamespace:
+    """The sizes that an official `config.json` holds. Raises ValueError if it says what is not built here."""
     visual = values.get("visual_config") or {}
-    config = take_fields(ModelConfig, values)
-    config.vision = take_fields(VisionConfig, visual.get("visual_model", {}))
-    config.abstractor = take_fields(AbstractorConfig, visual.get("visual_abstractor", {}))
-    built = {"hidden_act": "silu", "rope_scaling": None, "attention_bias": False}
+    config = take_sizes(LANGUAGE, values)
+    config.vision = take_sizes(VISION, visual.get("visual_model", {}))
+    config.abstractor = take_sizes(ABSTRACTOR, visual.get("visual_abstractor", {}))
+    built = {"model_type": "mplug_owl2", "hidden_act": "silu", "rope_scaling": None, "attention_bias": False}
     built["num_key_value_heads"] = config.num_attention_heads
     for key, value in built.items():
         if values.get(key) not in (None, value):
-            raise ValueError(f"{file}: {key} is {values[key]!r}; only {value!r} is supported")
+            raise ValueError(f"config.json: {key} is {values[key]!r}; only {value!r} is supported")
     return config
 
 
-def take_fields(config_class, values: dict):
-    """A configuration from a dict that has more entries, or fewer. A null counts as missing, as it does officially."""
-    names = [each.name for each in fields(config_class)]
-    return config_class(**{name: values[name] for name in names if values.get(name) is not None})
+def take_sizes(default: dict, values: dict) -> SimpleNamespace:
+    """`default` with what `values` says instead. A null counts as missing, as it does officially."""
+    found = {key: values[key] for key in default if values.get(key) is not None}
+    return SimpleNamespace(**default | found)
 
 
 class QAlignModel(nn.Module):
     """mPLUG-Owl2, as far as one forward pass without cache or padding needs it."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
         self.vision = VisionTransformer(config.vision)
         self.abstractor = Abstractor(config.abstractor, config.hidden_size)
@@ -218,7 +186,7 @@ class QAlignModel(nn.Module):
 class VisionTransformer(nn.Module):
     """Pixels (images, 3, size, size) → features (images, 1 + patches, width); the class token is the first."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
@@ -239,7 +207,7 @@ class VisionTransformer(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.heads = config.num_attention_heads
@@ -261,7 +229,7 @@ class VisionLayer(nn.Module):
 class Abstractor(nn.Module):
     """Features of the patches (images, 1 + patches, width) → tokens (images, queries + 1, language width)."""
 
-    def __init__(self, config: AbstractorConfig, language_width: int):
+    def __init__(self, config: SimpleNamespace, language_width: int):
         super().__init__()
         self.query_embeds = nn.Parameter(torch.empty(1, config.num_learnable_queries, config.hidden_size))
         self.layers = nn.ModuleList(AbstractorLayer(config) for _ in range(config.num_hidden_layers))
@@ -276,7 +244,7 @@ class Abstractor(nn.Module):
 
 
 class AbstractorLayer(nn.Module):
-    def __init__(self, config: AbstractorConfig):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
         width, middle = config.hidden_size, config.intermediate_size
         self.heads = config.num_attention_heads
@@ -303,7 +271,7 @@ class AbstractorLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """A layer of LLaMA, whose norms, keys and values have other weights for the image's tokens than for text."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
         width, middle, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
         self.heads = config.num_attention_heads
@@ -372,26 +340,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def sincos_positions(width: int, positions: np.ndarray) -> np.ndarray:
-    """Sines, then cosines, of positions (n,): float32 (n, width)."""
-    frequencies = 1 / 10000 ** (np.arange(width // 2, dtype=np.float32) / (width / 2))
-    angles = np.outer(positions.astype(np.float32), frequencies)
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
-
-
-def query_positions(width: int, queries: int) -> torch.Tensor:
-    """The abstractor's positions of its queries: (queries, width)."""
-    return torch.from_numpy(sincos_positions(width, np.arange(queries)))
-
-
-def grid_positions(width: int, grid: int) -> torch.Tensor:
-    """The abstractor's positions of the patches: (1 + grid², width); half for the column, half for the row; zeros for
-    the class token."""
-    row, column = np.divmod(np.arange(grid * grid), grid)
-    halves = [sincos_positions(width // 2, each) for each in (column, row)]
-    return F.pad(torch.from_numpy(np.concatenate(halves, axis=1)), (0, 0, 1, 0))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
@@ -404,6 +352,7 @@ RENAMES = {
     r"\.crossattention\.(attention\.|output\.)?": ".",
     r"\.(self_attn|mlp|multiway)\.": ".",
 }
+MODEL_FILES = ("*.json", "tokenizer.model")
 UNUSED = re.compile(r"\.rotary_emb\.inv_freq$")  # older versions of transformers saved it; it is no weight
 
 
@@ -414,35 +363,18 @@ def own_key(key: str) -> str:
     return key
 
 
-def load_model(source: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> QAlignModel:
-    """The model, ready for inference. Weights go to the device one by one, so that no second copy is ever in memory.
-    Raises ValueError if one is missing, unknown, of another shape, or not finite."""
+def load_model(source: str, config: SimpleNamespace, device: torch.device, dtype: torch.dtype) -> QAlignModel:
+    """The model, ready for inference. Weights go to the device one by one, so that no second copy is ever in memory."""
     with torch.device("meta"):
         model = QAlignModel(config)
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
     loaded = {}
     for key, tensor in checkpoint_tensors(weight_files(source)):
-        name = own_key(key)
         if UNUSED.search(key):
             continue
-        if name not in shapes:
-            raise ValueError(f"{source}: {key} is no weight of this model")
-        if tensor.shape != shapes[name]:
-            raise ValueError(f"{source}: {key} has the shape {[*tensor.shape]}, not {[*shapes[name]]}")
         # A copy: weights that lie unaligned in a mapped file give, on a CPU, other last digits from run to run.
-        loaded[name] = tensor.to(device, dtype, copy=True)
-        if not loaded[name].isfinite().all():
+        loaded[own_key(key)] = copied = tensor.to(device, dtype, copy=True)
+        if not copied.isfinite().all():
             raise ValueError(f"{source}: {key} holds a value that is not finite in {dtype}")
-    abstractor = config.abstractor
-    for index in range(abstractor.num_hidden_layers):  # the official code computes these if they are not stored
-        positions = {
-            "q_pos_embed": query_positions(abstractor.hidden_size, abstractor.num_learnable_queries),
-            "k_pos_embed": grid_positions(abstractor.hidden_size, abstractor.grid_size),
-        }
-        for name, value in positions.items():
-            loaded.setdefault(f"abstractor.layers.{index}.{name}", value.to(device, dtype))
-    if missing := sorted(shapes.keys() - loaded.keys()):
-        raise ValueError(f"{source}: {len(missing)} weights are missing: {', '.join(missing[:3])}")
     model.load_state_dict(loaded, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -460,20 +392,14 @@ def checkpoint_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 def weight_files(source: str) -> list[Path]:
     """The checkpoint's files of weights; a safe format first. Raises FileNotFoundError if there are none."""
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(checkpoint_folder(source, pattern).glob(pattern)):
+        if files := sorted(Path(checkpoint_folder(source, pattern)).glob(pattern)):
             return files
     raise FileNotFoundError(f"{source} has no weights: neither model*.safetensors nor pytorch_model*.bin")
 
 
-def checkpoint_folder(source: str, *patterns: str) -> Path:
+def checkpoint_folder(source: str, *patterns: str) -> str:
     """The folder of a checkpoint. Of a repository on the Hub, it downloads the files that match these patterns."""
-    if os.path.isdir(source):
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, allow_patterns=[*patterns]))
-    except (OSError, ValueError) as error:
-        problem = f"no folder, and the Hub gives no such model ({type(error).__name__})"
-        raise FileNotFoundError(f"{source} is {problem}") from None
+    return source if os.path.isdir(source) else snapshot_download(source, allow_patterns=[*patterns])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -481,30 +407,23 @@ def checkpoint_folder(source: str, *patterns: str) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def main():
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Prints each picture's file, quality and aesthetic score, 0 to 1.")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--model", default="q-future/one-align", help="folder, or id on the Hub")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    try:
-        metric = QAlign(torch.device(arguments.device), batch_size=1, model=arguments.model)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(" ".join(str(error).split())) from None
-    failed = False
+    arguments = parser.parse_args(words)
+    metric = QAlign(torch.device(arguments.device), batch_size=1, model=arguments.model)
     for file in arguments.images:
         try:
             image = PILImage.open(file)
-            image.load()
             if image.mode[0] in "FI":  # Pillow would cut their values off at 255
                 raise ValueError("its pixels are not of 8 bits: convert the image")
-        except Exception as error:  # PIL raises many kinds
-            print(f"{file} cannot be read: {type(error).__name__}: {error}", file=sys.stderr)
-            failed = True
+            scores = metric.score([image], [""], [{}])[0]
+        except (OSError, ValueError) as error:
+            print(f"{file}\tcannot be read: {error}", flush=True)
             continue
-        scores = metric.score([image], [""], [{}])[0]
         print(file, *(f"{name} {value:.4f}" for name, value in scores.items()), sep="\t", flush=True)
-    sys.exit(failed)
 
 
 if __name__ == "__main__":

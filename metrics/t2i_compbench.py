@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["ftfy", "huggingface_hub", "numpy", "pillow", "spacy", "torch", "torchvision", "tqdm", "transformers"]
+# dependencies = ["ftfy", "huggingface_hub", "numpy", "pillow", "spacy", "torch", "torchvision", "transformers"]
 # ///
 """T2I-CompBench (Huang et al., NeurIPS 2023): six categories of compositional prompts, 300 prompts each.
 
@@ -39,7 +39,7 @@ Settings (`metrics/t2i_compbench.py:T2ICompBench,key=value,…`):
   with published ones.
 - `unidet`: weights of UniDet, see `unidet.py`.
 
-A line of a `.jsonl` file of detections, the best detection first, boxes in pixels of the image that `detector_image`
+A line of a `.jsonl` file of detections, the best detection first, boxes in pixels of the image that `unidet.resized`
 makes (479 pixels high, if it is square), as the official detector sees it:
 
     {"image": "path/from/this/file.png", "detections": [["dog", 0.93, [12.5, 30.0, 200.1, 310.9]], ...]}
@@ -53,10 +53,8 @@ import html
 import json
 import math
 import os
-import pickle
 import re
 import urllib.request
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -69,7 +67,6 @@ from huggingface_hub import snapshot_download
 from PIL import Image as PILImage
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, normalize, resize, to_tensor
-from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
@@ -79,20 +76,14 @@ BLIP_WEIGHTS = (
     "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_base_vqa_capfilt_large.pth"
 )
 # What an image of a category is scored by; complex has parts for each prompt.
-PARTS = {
-    "color": ["blip_vqa"],
-    "shape": ["blip_vqa"],
-    "texture": ["blip_vqa"],
-    "spatial": ["unidet"],
-    "non_spatial": ["clip"],
-}
+PARTS = {**dict.fromkeys(("color", "shape", "texture"), ["blip_vqa"]), "spatial": ["unidet"], "non_spatial": ["clip"]}
 # The columns of the prompts file that a part needs, and their types.
 COLUMNS = {"blip_vqa": {"questions": list}, "unidet": {"objects": list, "relation": str}, "clip": {"clip_text": str}}
 
 TOKENIZER_FILES = ("*.json", "*.txt")  # of a model on the Hub
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of `detector_image`
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of `unidet.resized`
 Detection = tuple[str, float, Box]  # label, score, box
 
 
@@ -112,11 +103,7 @@ PEOPLE = ("girl", "boy", "man", "woman")  # UniDet's label for them is "person"
 
 
 def prompt_row(prompt: str, category: str, parts: list[str], doc) -> dict:
-    """The row of a prompt in the prompts file: what each part of its score needs.
-
-    Args:
-        doc: the parsed prompt; None will do for non_spatial.
-    """
+    """The row of a prompt in the prompts file: what each part of its score needs. `doc` may be None for non_spatial."""
     row = {"prompt": prompt, "category": category, "parts": parts}
     if "blip_vqa" in parts:
         row["questions"] = noun_questions(doc)
@@ -215,12 +202,8 @@ def round4(value: float) -> float:
 
 
 def spatial_score(detections: list[Detection], objects: list[str], relation: str) -> float:
-    """UniDet's score of an image.
-
-    Args:
-        detections: in the detector's order, best first; of each label only the first counts.
-        objects: the labels of the two objects, or none. If they are the same, both are the same detection.
-    """
+    """UniDet's score of an image. Of the detections, the best first, only the first of each label counts. If the labels
+    of the two objects are the same, both are the same detection. Without objects, nothing is found."""
     first = {}
     for label, score, box in detections:
         first.setdefault(label, (score, box))
@@ -260,12 +243,8 @@ def intersection_over_union(box1: Box, box2: Box) -> float:
 
 
 class T2ICompBench:
-    """See the top of this file.
-
-    Args:
-        device, batch_size: images, and questions, that a model takes at once.
-        blip, tokenizer, clip, detector, unidet: see the top of this file.
-    """
+    """The scores of images, for `evaluate.py`. The settings are at the top of this file. `batch_size`: images, and
+    questions, that a model takes at once."""
 
     def __init__(
         self,
@@ -284,26 +263,22 @@ class T2ICompBench:
     def check_rows(rows: list[dict]) -> None:
         """Raises ValueError that names the first row that lacks what it is scored by."""
         for number, row in enumerate(rows, 1):
-            category, parts = row.get("category"), row.get("parts")
-            problem = None
-            if category not in CATEGORIES:
-                problem = f"its category is {category!r}, not one of {', '.join(CATEGORIES)}"
-            elif not isinstance(parts, list) or not parts or not set(parts) <= set(COLUMNS):
-                problem = f"its parts are {parts!r}, not a list of {', '.join(COLUMNS)}"
-            else:
-                needed = {column: kind for part in parts for column, kind in COLUMNS[part].items()}
-                wrong = [column for column, kind in needed.items() if not isinstance(row.get(column), kind)]
-                problem = f"it has no {wrong[0]}" if wrong else None
-            if problem:
+            category, parts = row.get("category"), row.get("parts") or []
+            wrong = [] if category in CATEGORIES else ["category"]
+            wrong += [] if parts and set(parts) <= set(COLUMNS) else ["parts"]
+            needed = {column: kind for part in parts if part in COLUMNS for column, kind in COLUMNS[part].items()}
+            wrong += [column for column, kind in needed.items() if not isinstance(row.get(column), kind)]
+            if wrong:
+                problem = f"column {wrong[0]} is {row.get(wrong[0])!r}"
                 make = "make the prompts file with `python metrics/t2i_compbench.py prompts`"
                 raise ValueError(f"row {number} ({row.get('prompt')!r}): {problem}: {make}")
 
     @staticmethod
     def prepare(rows: list[dict], settings: dict) -> None:
-        """Finds or downloads the weights that these rows need."""
+        """Finds or downloads the weights that these rows need. Reads BLIP's: half a download ends the run now."""
         parts = {part for row in rows for part in row["parts"]}
         if "blip_vqa" in parts:
-            find_blip(settings["blip"])
+            read_weights(settings["blip"])
             checkpoint_folder(settings["tokenizer"], *TOKENIZER_FILES)
         if "clip" in parts:
             checkpoint_folder(settings["clip"], *MODEL_FILES)
@@ -451,105 +426,47 @@ def stretched_pixels(image: PILImage.Image, size: int) -> torch.Tensor:
 
 def read_weights(source: str) -> dict[str, torch.Tensor]:
     """The state dict of BLIP's checkpoint, a URL or a file."""
-    checkpoint = read_checkpoint(find_blip(source))
-    if "model" not in checkpoint:
-        raise ValueError(f"{source} has no entry 'model': it is no checkpoint of BLIP")
-    return checkpoint["model"]
-
-
-def find_blip(source: str) -> Path:
-    """The file of BLIP's weights, downloaded if `source` is a URL."""
-    if source.startswith(("https://", "http://")):
-        return download(source, Path(torch.hub.get_dir(), "checkpoints", source.rpartition("/")[2]))
-    if not os.path.isfile(source):
-        raise FileNotFoundError(f"setting blip: no file {source}")
-    return Path(source)
-
-
-# Copied from geneval.download
-def download(url: str, file: Path, sha256: str = "") -> Path:
-    """A file from the web, kept at `file`. Raises ValueError unless it arrives whole, with a digest that starts so."""
-    if file.exists():
-        return file
-    temporary, digest = file.with_name(f".{file.name}.{os.getpid()}.tmp"), hashlib.sha256()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as out:
-            length = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=length or None, desc=file.name, unit="B", unit_scale=True) as progress:
-                while block := response.read(2**20):
-                    out.write(block)
-                    digest.update(block)
-                    progress.update(len(block))
-        if length and temporary.stat().st_size != length or not digest.hexdigest().startswith(sha256):
-            raise ValueError("it did not arrive whole")
-        os.replace(temporary, file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{url} cannot be downloaded to {file}: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return file
-
-
-# Copied from unidet.read_checkpoint
-def read_checkpoint(file: Path) -> dict:
-    """What torch.save wrote: tensors and plain values, nothing that runs code. Raises ValueError if it is no dict."""
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read as weights: {str(error).partition(chr(10))[0]}") from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{file} holds no weights by key")
-    return checkpoint
+    if "://" in source:
+        return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)["model"]
+    return torch.load(source, map_location="cpu", weights_only=True)["model"]
 
 
 # Copied from qalign.checkpoint_folder
-def checkpoint_folder(source: str, *patterns: str) -> Path:
+def checkpoint_folder(source: str, *patterns: str) -> str:
     """The folder of a checkpoint. Of a repository on the Hub, it downloads the files that match these patterns."""
-    if os.path.isdir(source):
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, allow_patterns=[*patterns]))
-    except (OSError, ValueError) as error:
-        problem = f"no folder, and the Hub gives no such model ({type(error).__name__})"
-        raise FileNotFoundError(f"{source} is {problem}") from None
+    return source if os.path.isdir(source) else snapshot_download(source, allow_patterns=[*patterns])
+
+
+# Regular expressions that turn BLIP's names of the image model into those of transformers, in turn. The text models'
+# names are the same.
+BLIP_NAMES = {
+    r"^visual_encoder\.cls_token": "vision_model.embeddings.class_embedding",
+    r"^visual_encoder\.pos_embed": "vision_model.embeddings.position_embedding",
+    r"^visual_encoder\.patch_embed\.proj\.": "vision_model.embeddings.patch_embedding.",
+    r"^visual_encoder\.blocks\.": "vision_model.encoder.layers.",
+    r"^visual_encoder\.norm\.": "vision_model.post_layernorm.",
+    r"^(vision_model\..*)\.norm(\d)\.": r"\1.layer_norm\2.",
+    r"^(vision_model\..*)\.attn\.qkv\.": r"\1.self_attn.qkv.",
+    r"^(vision_model\..*)\.attn\.proj\.": r"\1.self_attn.projection.",
+}
+ANSWER = "text_decoder.cls.predictions"
+# One tensor under two names; transformers shares it by itself.
+SHARED = {
+    f"{ANSWER}.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
+    f"{ANSWER}.decoder.bias": f"{ANSWER}.bias",
+}
 
 
 def blip_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """BLIP's state dict under the names of transformers.BlipForQuestionAnswering. The text models' names are the same.
-
-    Raises:
-        ValueError: the weights that the answer's words share are not shared.
-    """
-    renames = {
-        "visual_encoder.cls_token": "vision_model.embeddings.class_embedding",
-        "visual_encoder.pos_embed": "vision_model.embeddings.position_embedding",
-        "visual_encoder.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
-        "visual_encoder.blocks.": "vision_model.encoder.layers.",
-        "visual_encoder.norm.": "vision_model.post_layernorm.",
-    }
-    in_blocks = {".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.", ".attn.qkv.": ".self_attn.qkv."}
-    in_blocks[".attn.proj."] = ".self_attn.projection."
-    head = "text_decoder.cls.predictions"
-    same = {
-        f"{head}.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
-        f"{head}.decoder.bias": f"{head}.bias",
-    }
+    """BLIP's state dict under the names of transformers.BlipForQuestionAnswering."""
     converted = {}
     for key, value in weights.items():
-        if key.endswith(".position_ids"):  # 0, 1, 2, ...: no weights
+        if key in SHARED and not torch.equal(value, weights[SHARED[key]]):
+            raise ValueError(f"{key} differs from {SHARED[key]}")
+        if key in SHARED or key.endswith(".position_ids"):  # 0, 1, 2, ...: no weights
             continue
-        if key in same:  # one tensor under two names; transformers shares it by itself
-            if not torch.equal(value, weights.get(same[key], value)):
-                raise ValueError(f"{key} differs from {same[key]}")
-            continue
-        for old, new in renames.items():
-            if key.startswith(old):
-                key = new + key.removeprefix(old)
-        if key.startswith("vision_model."):
-            for old, new in in_blocks.items():
-                key = key.replace(old, new)
+        for pattern, name in BLIP_NAMES.items():
+            key = re.sub(pattern, name, key)
         converted[key] = value
     return converted
 
@@ -558,23 +475,16 @@ def blip_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def load_strictly(
     model_class, source: str | None, unused: tuple[str, ...] = (), **options
 ) -> transformers.PreTrainedModel:
-    """A transformers model in float32 for inference. Raises ValueError that names a key which is missing, unknown or of
-    another size. `unused`: patterns of keys on which no output depends."""
-    verbosity = transformers.utils.logging.get_verbosity()
+    """A transformers model in float32 for inference. ValueError if a weight is missing, unknown or of another size.
+    `unused`: patterns of keys on which no output depends."""
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     transformers.utils.logging.set_verbosity_error()  # no report of the keys that differ: the error below names them
-    try:
-        options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = model_class.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:  # no such folder, no such repository, no network, no such kind of model
-        raise ValueError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-    info["mismatched_keys"] = [f"{key} {[*has]}, not {[*needs]}" for key, has, needs in info["mismatched_keys"]]
-    for what in ("missing", "unexpected", "mismatched"):
-        keys = sorted(key for key in info[f"{what}_keys"] if not any(re.search(known, key) for known in unused))
-        if keys:
-            where, more = source or "the weights", ", …" if keys[3:] else ""
-            raise ValueError(f"{where}: {len(keys)} {what} keys: {', '.join(keys[:3])}{more}")
+    model, info = model_class.from_pretrained(source, **options)
+    transformers.utils.logging.set_verbosity_warning()
+    wrong = [f"{kind} {key}" for kind in ("missing", "unexpected", "mismatched") for key in info[f"{kind}_keys"]]
+    wrong = sorted(text for text in wrong if not any(re.search(pattern, text) for pattern in unused))
+    if wrong:
+        raise ValueError(f"{source or 'the weights'}: {len(wrong)} keys do not fit: {', '.join(wrong[:3])}")
     # Copies the weights out of the mapped file. Weights that are not aligned to 64 bytes give, on a CPU, other last
     # digits from run to run.
     for tensor in (*model.parameters(), *model.buffers()):
@@ -624,11 +534,6 @@ def clean_text(text: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def detector_image(image: PILImage.Image) -> PILImage.Image:
-    """The image that the official detector sees: the shorter side 479 pixels, the longer at most 480."""
-    return resize(image.convert("RGB"), 479, max_size=480)
-
-
 class HubDetector:
     """A transformers detector with labels of its own, a variant of the benchmark."""
 
@@ -640,7 +545,7 @@ class HubDetector:
     @torch.inference_mode()
     def detect(self, images: list[PILImage.Image]) -> list[list[Detection]]:
         """One image at a time: the processor pads those of a batch."""
-        return [self.detect_one(detector_image(image)) for image in images]
+        return [self.detect_one(unidet.resized(image)) for image in images]
 
     def detect_one(self, image: PILImage.Image) -> list[Detection]:
         output = self.model(**self.processor(images=image, return_tensors="pt").to(self.device))
@@ -656,15 +561,10 @@ class StoredDetections:
 
     def __init__(self, file: str):
         self.file, self.known = file, {}
-        for number, line in enumerate(Path(file).read_text().splitlines(), 1):
-            try:
-                record = json.loads(line)
-                found = [
-                    (str(label), float(score), tuple(map(float, box))) for label, score, box in record["detections"]
-                ]
-                path = Path(file).parent / record["image"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{file}: line {number} is no record of detections: {error}") from None
+        for line in Path(file).read_text().splitlines():
+            record = json.loads(line)
+            found = [(label, float(score), tuple(map(float, box))) for label, score, box in record["detections"]]
+            path = Path(file).parent / record["image"]
             with PILImage.open(path) as image:
                 self.known[pixel_digest(image)] = found
 
@@ -685,18 +585,11 @@ def pixel_digest(image: PILImage.Image) -> str:
 
 
 def make_rows(folder: str, categories: list[str], parse) -> list[dict]:
-    """The rows of the categories' official files, in their order.
-
-    Args:
-        folder: folder or URL of `color_val.txt` and so on.
-        parse: prompt → spaCy Doc.
-    """
+    """The rows of the categories' official files, in their order. `folder`: folder or URL of `color_val.txt` and so on;
+    `parse`: prompt → spaCy Doc."""
     rows = {}
-    lists = (
-        [read_lines(folder, f"complex_val_{kind}.txt") for kind in ("spatial", "action")]
-        if "complex" in categories
-        else []
-    )
+    subsets = ("spatial", "action") if "complex" in categories else ()
+    lists = [read_lines(folder, f"complex_val_{kind}.txt") for kind in subsets]
     for category in categories:
         for prompt in read_lines(folder, f"{category}_val.txt"):
             parts = complex_parts(prompt, *lists) if category == "complex" else PARTS[category]
@@ -709,44 +602,29 @@ def make_rows(folder: str, categories: list[str], parse) -> list[dict]:
 
 def read_lines(folder: str, name: str) -> list[str]:
     """The lines of a file in a folder or under a URL, without empty ones."""
-    return [line.strip() for line in read_text(f"{folder.rstrip('/')}/{name}").splitlines() if line.strip()]
+    folder = folder.rstrip("/") if "://" in folder else Path(folder).absolute().as_uri()
+    with urllib.request.urlopen(f"{folder}/{name}", timeout=60) as response:
+        lines = response.read().decode("utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
-# Copied from dpg_bench.read_text
-def read_text(source: str) -> str:
-    """The text of a file or URL. Raises ValueError if it cannot be read."""
-    try:
-        if source.startswith(("http://", "https://")):
-            with urllib.request.urlopen(source, timeout=60) as response:
-                return response.read().decode("utf-8-sig")
-        return Path(source).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} cannot be read: {error}") from None
+# Copied from dpg_bench.write_rows
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """Writes a prompts file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def load_parser(name: str):
-    """The spaCy pipeline of this name. Raises ValueError with the way to get it."""
+    """The spaCy pipeline of this name."""
     import spacy
 
     try:
         return spacy.load(name)
     except OSError:
-        raise ValueError(f"spaCy has no model {name} here: python -m spacy download {name}") from None
-
-
-# Copied from dpg_bench.write_rows
-def write_rows(file: Path, rows: list[dict]) -> None:
-    """Writes a prompts file, whole or not at all; exits with one line if it cannot."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise SystemExit(f"--output {file} cannot be written: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        raise SystemExit(f"spaCy has no model {name} here: python -m spacy download {name}") from None
 
 
 def main(words: list[str] | None = None) -> None:
@@ -758,11 +636,8 @@ def main(words: list[str] | None = None) -> None:
     prompts.add_argument("--parser", default="en_core_web_sm", help="spaCy model: its name or folder.")
     prompts.add_argument("--output", type=Path, required=True, help="The .jsonl file to write.")
     args = parser.parse_args(words)
-    try:
-        parse = None if args.categories == ["non_spatial"] else load_parser(args.parser)
-        rows = make_rows(args.folder, args.categories, parse)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"prompts: {' '.join(str(error).split())}") from None
+    parse = None if args.categories == ["non_spatial"] else load_parser(args.parser)
+    rows = make_rows(args.folder, args.categories, parse)
     write_rows(args.output, rows)
     version = f", parsed by {args.parser} {parse.meta['version']}" if parse else ""
     print(f"{args.output}: {len(rows)} prompts{version}")

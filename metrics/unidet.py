@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["huggingface_hub", "pillow", "torch", "torchvision", "tqdm"]
+# dependencies = ["huggingface_hub", "pillow", "torch", "torchvision"]
 # ///
 """UniDet (Zhou et al., 2022), the object detector of T2I-CompBench's spatial scores, in plain PyTorch and torchvision.
 A Cascade R-CNN on ResNeSt-200 with a feature pyramid, for one vocabulary of 722 labels that was learned from COCO,
@@ -28,13 +28,8 @@ Weights: `shikunl/prismer`, `expert_weights/Unified_learned_OCIM_RS200_6x+2x.pth
 after the published architecture: xingyizhou/UniDet with its ResNeSt, detectron2 (both Apache-2.0), T2I-CompBench (MIT).
 """
 
-import hashlib
 import json
 import math
-import os
-import pickle
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -42,9 +37,8 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import nn
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 from torchvision.transforms.functional import pil_to_tensor, resize
-from tqdm import tqdm
 
 
 OFFICIAL_WEIGHTS = ("shikunl/prismer", "expert_weights/Unified_learned_OCIM_RS200_6x+2x.pth")
@@ -52,7 +46,7 @@ OFFICIAL_LABELS = (
     "https://raw.githubusercontent.com/Karine-Huang/T2I-CompBench/1b7094991a57f3c22abdd4f6e8ba6c1a15517073/"
     "UniDet_eval/dataset/detection_features.pt"
 )
-LABELS_FILE, LABELS_SHA256 = "unidet_labels.pt", "c38ba9352b2a9f83"  # in torch.hub's folder; the first digits
+LABELS_FILE = "unidet_labels-c38ba9352b2a9f83.pt"  # in torch.hub's folder; the digits are those of its SHA-256
 
 # The sizes of Unified_learned_OCIM_RS200_6x+2x. A config.json beside other weights may replace them.
 PUBLISHED = {
@@ -87,10 +81,6 @@ class UniDet:
             keys of `PUBLISHED`) and `labels`: the name of a file in that folder with the labels' names, either a JSON
             list or the official .pt file. What is missing there is as published.
         threshold: the score that a detection must exceed. 0.1 is the official value.
-
-    Raises:
-        FileNotFoundError: there is no such weights or labels file.
-        ValueError: the weights do not fit the architecture (names the key), or a file cannot be read.
     """
 
     def __init__(self, device: torch.device, weights: str = "official", threshold: float = 0.1):
@@ -98,7 +88,7 @@ class UniDet:
         self.device, self.threshold = torch.device(device), threshold
         with torch.device("meta"):  # no time for initial values, no memory for a second copy
             self.model = UnifiedRCNN(**PUBLISHED | config, labels=len(self.labels))
-        load_strictly(self.model, read_weights(path))
+        self.model.load_state_dict(read_weights(path), assign=True)
         self.model.to(self.device, torch.float32).eval()
 
     @torch.inference_mode()
@@ -116,16 +106,6 @@ class UniDet:
                 names = [self.labels[index] for index in classes.tolist()]
                 results.append(list(zip(names, scores.tolist(), map(tuple, boxes.tolist()))))
         return results
-
-
-def find_files(weights: str) -> tuple[Path, dict, list[str]]:
-    """The file of the weights, the sizes that its config.json gives, and the labels' names. Downloads official ones."""
-    path = Path(hf_hub_download(*OFFICIAL_WEIGHTS) if weights == "official" else weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: pass the path of UniDet's weights, or `official`")
-    config = {} if weights == "official" else read_config(path.parent / "config.json")
-    labels = config.pop("labels", None)
-    return path, config, read_labels(path.parent / labels if labels else None)
 
 
 # Input
@@ -162,22 +142,14 @@ def apply_deltas(deltas: torch.Tensor, boxes: torch.Tensor, weights: tuple[float
     return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=1)
 
 
-def clip_boxes(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Cuts boxes off at the image's border."""
-    return torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
-
-
 def has_area(boxes: torch.Tensor) -> torch.Tensor:
     """Which boxes have a width and a height: (n,), bool."""
     return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
 
 
 def pool_regions(features: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
-    """Cuts a 7 × 7 patch out of p3, p4 or p5 for each box; larger boxes take coarser levels.
-
-    Returns:
-        (len(boxes), channels, 7, 7), in the features' dtype.
-    """
+    """Cuts a 7 × 7 patch out of p3, p4 or p5 for each box; larger boxes take coarser levels. Returns (len(boxes),
+    channels, 7, 7), in the features' dtype."""
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     levels = torch.floor(4 + torch.log2(side / 224 + 1e-8)).clamp(3, 5)
     patches = features[0].new_zeros(len(boxes), features[0].shape[1], 7, 7)
@@ -191,20 +163,14 @@ def pool_regions(features: list[torch.Tensor], boxes: torch.Tensor) -> torch.Ten
 def choose_proposals(
     levels: list[tuple[torch.Tensor, torch.Tensor]], height: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best regions of all pyramid levels.
-
-    Args:
-        levels: for each level its boxes and their scores (n,).
-
-    Returns:
-        At most 1000 boxes inside the image and their scores, by falling score.
-    """
+    """The best regions of all pyramid levels, each given as boxes and their scores (n,). Returns at most 1000 boxes
+    inside the image and their scores, by falling score."""
     best = [scores.topk(min(PROPOSALS, len(scores))) for _, scores in levels]
     boxes = torch.cat([boxes[top.indices] for (boxes, _), top in zip(levels, best)])
     scores = torch.cat([top.values for top in best])
     level_of = torch.cat([torch.full_like(top.indices, level) for level, top in enumerate(best)])
     finite = boxes.isfinite().all(dim=1) & scores.isfinite()
-    boxes = clip_boxes(boxes, height, width)
+    boxes = clip_boxes_to_image(boxes, (height, width))
     use = finite & has_area(boxes)
     boxes, scores, level_of = boxes[use], scores[use], level_of[use]
     keep = batched_nms(boxes, scores, level_of, PROPOSAL_IOU)[:PROPOSALS]
@@ -214,15 +180,8 @@ def choose_proposals(
 def choose_detections(
     boxes: torch.Tensor, scores: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Detections above the threshold, without overlaps inside a class.
-
-    Args:
-        boxes: inside the image.
-        scores: (n, classes).
-
-    Returns:
-        At most 300 boxes, their scores (k,) and class indices (k,), by falling score.
-    """
+    """Detections above the threshold, without overlaps inside a class, of boxes inside the image and their scores (n,
+    classes). Returns at most 300 boxes, their scores (k,) and class indices (k,), by falling score."""
     finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
     boxes, scores = boxes[finite], scores[finite]
     rows, classes = (scores > threshold).nonzero(as_tuple=True)
@@ -235,24 +194,12 @@ def choose_detections(
 # The model. Module names are those of the published checkpoint.
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation with stored statistics; it never trains."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            self.register_buffer(name, torch.empty(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-5)
-
-
 class NormConv(nn.Conv2d):
     """A convolution without bias, "same" padding, batch normalisation."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
         super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-        self.norm = BatchNorm(outputs)
+        self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(super().forward(x))
@@ -265,9 +212,9 @@ class SplitAttention(nn.Module):
         super().__init__()
         hidden = max(channels // 2, 32)
         self.conv = nn.Conv2d(channels, 2 * channels, 3, padding=1, groups=2, bias=False)
-        self.bn0 = BatchNorm(2 * channels)
+        self.bn0 = nn.BatchNorm2d(2 * channels)
         self.fc1 = nn.Conv2d(channels, hidden, 1)
-        self.bn1 = BatchNorm(hidden)
+        self.bn1 = nn.BatchNorm2d(hidden)
         self.fc2 = nn.Conv2d(hidden, 2 * channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -335,21 +282,8 @@ class ResNeSt(nn.Module):
         return [res3, res4, self.res5(res4)]
 
 
-class TopBlock(nn.Module):
-    """Makes the pyramid's two coarsest levels, p6 and p7, from p5."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.p6 = nn.Conv2d(channels, channels, 3, 2, padding=1)
-        self.p7 = nn.Conv2d(channels, channels, 3, 2, padding=1)
-
-    def forward(self, p5: torch.Tensor) -> list[torch.Tensor]:
-        p6 = self.p6(p5)
-        return [p6, self.p7(p6.relu())]
-
-
 class FeaturePyramid(nn.Module):
-    """Returns p3 to p7, fine to coarse, all with the same number of channels."""
+    """Returns p3 to p7, fine to coarse, all with the same number of channels. p6 and p7 are made from p5."""
 
     def __init__(self, bottom_up: ResNeSt, res2_channels: int, channels: int):
         super().__init__()
@@ -357,7 +291,9 @@ class FeaturePyramid(nn.Module):
         for level in (3, 4, 5):
             self.add_module(f"fpn_lateral{level}", NormConv(res2_channels * 2 ** (level - 2), channels, 1))
             self.add_module(f"fpn_output{level}", NormConv(channels, channels, 3))
-        self.top_block = TopBlock(channels)
+        self.top_block = nn.Module()
+        self.top_block.p6 = nn.Conv2d(channels, channels, 3, 2, padding=1)
+        self.top_block.p7 = nn.Conv2d(channels, channels, 3, 2, padding=1)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         res3, res4, res5 = self.bottom_up(x)
@@ -365,37 +301,27 @@ class FeaturePyramid(nn.Module):
         inner4 = self.fpn_lateral4(res4) + F.interpolate(inner5, scale_factor=2.0)
         inner3 = self.fpn_lateral3(res3) + F.interpolate(inner4, scale_factor=2.0)
         p5 = self.fpn_output5(inner5)
-        return [self.fpn_output3(inner3), self.fpn_output4(inner4), p5, *self.top_block(p5)]
+        p6 = self.top_block.p6(p5)
+        return [self.fpn_output3(inner3), self.fpn_output4(inner4), p5, p6, self.top_block.p7(p6.relu())]
 
 
-class ProposalHead(nn.Module):
-    """Rates and moves a level's anchors. Returns scores (n,) and deltas (n, 4) in the order of `anchor_boxes`."""
+class ProposalNetwork(nn.Module):
+    """Proposes regions of the image that may hold an object: rates and moves the anchors of each level."""
 
     def __init__(self, channels: int):
         super().__init__()
         anchors = len(ANCHOR_SIZES[0]) * len(ANCHOR_RATIOS)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.objectness_logits = nn.Conv2d(channels, anchors, 1)
-        self.anchor_deltas = nn.Conv2d(channels, 4 * anchors, 1)
-
-    def forward(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self.conv(feature).relu()
-        scores = self.objectness_logits(hidden)[0].permute(1, 2, 0).flatten()
-        deltas = self.anchor_deltas(hidden)[0].permute(1, 2, 0).reshape(-1, 4)
-        return scores, deltas
-
-
-class ProposalNetwork(nn.Module):
-    """Proposes regions of the image that may hold an object."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.rpn_head = ProposalHead(channels)
+        self.rpn_head = nn.Module()
+        self.rpn_head.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.rpn_head.objectness_logits = nn.Conv2d(channels, anchors, 1)
+        self.rpn_head.anchor_deltas = nn.Conv2d(channels, 4 * anchors, 1)
 
     def forward(self, features: list[torch.Tensor], height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         levels = []
         for feature, stride, sizes in zip(features, STRIDES, ANCHOR_SIZES):
-            scores, deltas = self.rpn_head(feature)
+            hidden = self.rpn_head.conv(feature).relu()
+            scores = self.rpn_head.objectness_logits(hidden)[0].permute(1, 2, 0).flatten()
+            deltas = self.rpn_head.anchor_deltas(hidden)[0].permute(1, 2, 0).reshape(-1, 4)
             anchors = anchor_boxes(*feature.shape[-2:], stride, sizes).to(feature.device)
             levels.append((apply_deltas(deltas, anchors, (1.0, 1.0, 1.0, 1.0)), scores))
         return choose_proposals(levels, height, width)
@@ -407,9 +333,7 @@ class BoxHead(nn.Module):
     def __init__(self, inputs: int, channels: int, features: int):
         super().__init__()
         self.conv1 = NormConv(inputs, channels, 3)
-        self.conv2 = NormConv(channels, channels, 3)
-        self.conv3 = NormConv(channels, channels, 3)
-        self.conv4 = NormConv(channels, channels, 3)
+        self.conv2, self.conv3, self.conv4 = (NormConv(channels, channels, 3) for _ in range(3))
         self.fc1 = nn.Linear(channels * 7 * 7, features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -418,26 +342,18 @@ class BoxHead(nn.Module):
         return self.fc1(x.flatten(1)).relu()
 
 
-class BoxPredictor(nn.Module):
-    """Rates the labels (and, as the last one, the background) and moves the box, the same for all labels."""
-
-    def __init__(self, features: int, labels: int):
-        super().__init__()
-        self.cls_score = nn.Linear(features, labels + 1)
-        self.bbox_pred = nn.Linear(features, 4)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cls_score(x), self.bbox_pred(x)
-
-
 class CascadeHeads(nn.Module):
-    """Three stages. Each moves the boxes of the one before; the scores are the mean of all three."""
+    """Three stages. Each rates the labels (and, as the last one, the background) and moves the boxes of the one before,
+    the same for all labels. The scores are the mean of all three."""
 
     def __init__(self, inputs: int, channels: int, features: int, labels: int):
         super().__init__()
         stages = range(len(CASCADE_WEIGHTS))
         self.box_head = nn.ModuleList(BoxHead(inputs, channels, features) for _ in stages)
-        self.box_predictor = nn.ModuleList(BoxPredictor(features, labels) for _ in stages)
+        self.box_predictor = nn.ModuleList(
+            nn.ModuleDict({"cls_score": nn.Linear(features, labels + 1), "bbox_pred": nn.Linear(features, 4)})
+            for _ in stages
+        )
 
     def forward(
         self, features: list[torch.Tensor], boxes: torch.Tensor, height: int, width: int
@@ -445,30 +361,20 @@ class CascadeHeads(nn.Module):
         """Returns the moved boxes, clipped to the image, and their scores (n, labels), without the background."""
         scores = []
         for head, predictor, weights in zip(self.box_head, self.box_predictor, CASCADE_WEIGHTS):
-            logits, deltas = predictor(head(pool_regions(features, boxes)))
+            hidden = head(pool_regions(features, boxes))
             # A sigmoid, not a softmax: an object may be a bird and an animal.
-            scores.append(logits.sigmoid())
-            boxes = clip_boxes(apply_deltas(deltas, boxes, weights), height, width)
+            scores.append(predictor["cls_score"](hidden).sigmoid())
+            deltas = predictor["bbox_pred"](hidden)
+            boxes = clip_boxes_to_image(apply_deltas(deltas, boxes, weights), (height, width))
         return boxes, sum(scores)[:, :-1] * (1 / len(scores))
 
 
 class UnifiedRCNN(nn.Module):
-    """The whole detector, for one image. The arguments are the keys of `PUBLISHED`, and the number of labels."""
+    """The whole detector, for one image. The arguments are the number of labels, and the keys of `PUBLISHED`."""
 
-    def __init__(
-        self,
-        blocks: list[int],
-        stem_channels: int,
-        bottleneck_channels: int,
-        res2_channels: int,
-        fpn_channels: int,
-        head_channels: int,
-        head_features: int,
-        labels: int,
-    ):
+    def __init__(self, labels: int, fpn_channels: int, head_channels: int, head_features: int, **backbone):
         super().__init__()
-        bottom_up = ResNeSt(blocks, stem_channels, bottleneck_channels, res2_channels)
-        self.backbone = FeaturePyramid(bottom_up, res2_channels, fpn_channels)
+        self.backbone = FeaturePyramid(ResNeSt(**backbone), backbone["res2_channels"], fpn_channels)
         self.proposal_generator = ProposalNetwork(fpn_channels)
         self.roi_heads = CascadeHeads(fpn_channels, head_channels, head_features, labels)
 
@@ -491,96 +397,31 @@ class UnifiedRCNN(nn.Module):
 # Files
 
 
-def read_json(path: Path) -> dict | list:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}")
-
-
-def read_config(path: Path) -> dict:
-    """The sizes in a config.json, or {} if there is none."""
-    config = read_json(path) if path.is_file() else {}
-    allowed = [*PUBLISHED, "labels"]
-    for key in config:
-        if key not in allowed:
-            raise ValueError(f"{path} has the unknown key {key}; the known ones are {', '.join(allowed)}")
-    return config
+def find_files(weights: str) -> tuple[Path, dict, list[str]]:
+    """The file of the weights, the sizes that its config.json gives, and the labels' names. Downloads official ones."""
+    path = Path(hf_hub_download(*OFFICIAL_WEIGHTS) if weights == "official" else weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: pass the path of UniDet's weights, or `official`")
+    beside = path.with_name("config.json")
+    config = json.loads(beside.read_text()) if weights != "official" and beside.is_file() else {}
+    labels = config.pop("labels", None)
+    return path, config, read_labels(path.with_name(labels) if labels else None)
 
 
 def read_labels(path: Path | None) -> list[str]:
     """The labels' names by class index: from a JSON list, or a .pt file like the official one, or the official one."""
     if path is None:
-        path = download(OFFICIAL_LABELS, Path(torch.hub.get_dir(), "checkpoints", LABELS_FILE), LABELS_SHA256)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: config.json names it as `labels`")
+        options = {"file_name": LABELS_FILE, "check_hash": True, "map_location": "cpu", "weights_only": True}
+        return torch.hub.load_state_dict_from_url(OFFICIAL_LABELS, **options)["labels"]
     if path.suffix == ".json":
-        return read_json(path)
-    return read_checkpoint(path)["labels"]
-
-
-# Copied from geneval.download
-def download(url: str, file: Path, sha256: str = "") -> Path:
-    """A file from the web, kept at `file`. Raises ValueError unless it arrives whole, with a digest that starts so."""
-    if file.exists():
-        return file
-    temporary, digest = file.with_name(f".{file.name}.{os.getpid()}.tmp"), hashlib.sha256()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as out:
-            length = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=length or None, desc=file.name, unit="B", unit_scale=True) as progress:
-                while block := response.read(2**20):
-                    out.write(block)
-                    digest.update(block)
-                    progress.update(len(block))
-        if length and temporary.stat().st_size != length or not digest.hexdigest().startswith(sha256):
-            raise ValueError("it did not arrive whole")
-        os.replace(temporary, file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{url} cannot be downloaded to {file}: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return file
+        return json.loads(path.read_text())
+    return torch.load(path, map_location="cpu", weights_only=True)["labels"]
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The model's weights in a detectron2 checkpoint, without what inference does not use."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     weights = {key.removeprefix("module."): value for key, value in checkpoint.get("model", checkpoint).items()}
-    return {key: value for key, value in weights.items() if not is_unused(key)}
-
-
-def read_checkpoint(file: Path) -> dict:
-    """What torch.save wrote: tensors and plain values, nothing that runs code. Raises ValueError if it is no dict."""
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read as weights: {str(error).partition(chr(10))[0]}") from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{file} holds no weights by key")
-    return checkpoint
-
-
-def is_unused(key: str) -> bool:
-    """Counters of training, and constants that older releases of detectron2 stored; they are constants here."""
-    return (
-        key.endswith(".num_batches_tracked")
-        or key in ("pixel_mean", "pixel_std")
-        or key.startswith("proposal_generator.anchor_generator.cell_anchors.")
-    )
-
-
-def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Loads weights that must have exactly the model's keys and shapes; a ValueError names the first that does not."""
-    expected = model.state_dict()
-    for key in weights:
-        if key not in expected:
-            raise ValueError(f"the weights have the unknown key {key}")
-    for key, tensor in expected.items():
-        if key not in weights:
-            raise ValueError(f"the weights lack the key {key}")
-        if weights[key].shape != tensor.shape:
-            raise ValueError(f"{key} has the shape {tuple(weights[key].shape)}, not {tuple(tensor.shape)}")
-    model.load_state_dict(weights, assign=True)
+    # Constants that older releases of detectron2 stored; they are constants here.
+    constants = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.cell_anchors.")
+    return {key: value for key, value in weights.items() if not key.startswith(constants)}
