@@ -122,8 +122,7 @@ class ScriptArguments:
     image_0_uid_column: str = flag("image_0_uid", "Id of the first image. Without it, ids are made from the content.")
     image_1_uid_column: str = flag("image_1_uid", "Id of the second image.")
     on_bad_image: str = flag("skip", "Broken images: skip their pairs, or fail.", choices=("skip", "fail"))
-    # hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, or a variant: see REWARD_MODELS.
-    reward: str = flag("hpsv2", "Name, name=checkpoint or file.py:function.", "Quality")
+    reward: str = flag("hpsv2", "Name (see REWARD_MODELS), name=checkpoint or file.py:function.", "Quality")
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
     # auto: as in the paper, standardize for your own functions; standardize: over the dataset, clipped at 3 deviations;
     # softmax: the model's probability that it is the better of the two; none: it is a probability already.
@@ -156,6 +155,9 @@ class ScriptArguments:
             if wrong:
                 raise SystemExit(problem)
         self.where = f"--dataset_name {self.dataset_name}" if self.dataset_name else f"--winner_dir {self.winner_dir}"
+        # The folder that relative paths of images start from.
+        name = self.dataset_name or os.path.commonpath(map(os.path.realpath, (self.winner_dir, self.loser_dir)))
+        self.root = os.path.dirname(name) if os.path.isfile(name) else name if os.path.isdir(name) else ""
 
 
 # Quality --------------------------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
     reward = load_reward_model(args.reward, state.device, batch_size=args.reward_batch_size)
     total, hidden = sum(shard.rows for shard in missing), not state.is_local_main_process
     with tqdm(total=total, desc=f"score {reward_name(args.reward)}", unit="pair", disable=hidden) as bar:
-        for shard, work in read_ahead(read_to_score(args, pairs, reward, missing)):
+        for shard, work in read_ahead(read_to_score(args, pairs, missing)):
             score_shard(args, pairs, reward, shard, work)
             bar.update(shard.rows)
 
@@ -231,12 +233,8 @@ def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
 def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", shard: "Shard", work: "Work") -> None:
     """Scores the images of one shard, and writes its rows without images, with the rewards of both: NaN where a pair is
     not ranked or an image does not decode."""
-    scores, bad, cut, errors = [], {}, set(), []
-    for begun in read_ahead(work.begun):  # the next images are prepared while these are scored
-        start, unreadable = len(scores), {}
-        scores += reward.score(begun, work.prompts[start : start + len(begun)], bad=unreadable)
-        bad |= {start + number: reason for number, reason in unreadable.items()}
-        cut |= reward.cut
+    bad, errors = {}, []
+    scores = np.array([*reward.score(work.images, work.prompts, bad=bad), np.nan], dtype=np.float32)
     for number, reason in sorted(bad.items()):
         row, side = np.argwhere(work.places == number)[0].tolist()
         where = f"row {shard.start + row} of file {shard.file}: {pairs.images[side]}"
@@ -244,11 +242,12 @@ def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", sh
         if args.on_bad_image == "fail":
             raise SystemExit(f"{args.where}: {errors[0]}; --on_bad_image skip leaves its pairs out")
         tqdm.write(f"skipped: {errors[-1]}", file=sys.stderr)
-    rewards = np.array([*scores, np.nan], dtype=np.float32)[work.places]  # −1 is the last: not scored
+    if args.normalization == "none":  # what is no probability is refused now, not after all shards
+        preference_score(args.reward, "none", scores[np.isfinite(scores)], 0, 1)
     table = pa.Table.from_pylist(work.rows, schema=pairs.schema)
     for side in (0, 1):
-        table = table.append_column(f"_reward_{side}", pa.array(rewards[:, side]))
-    too_long = sum(work.prompts[place] in cut for place in work.places[:, 0] if place >= 0)
+        table = table.append_column(f"_reward_{side}", pa.array(scores[work.places[:, side]]))  # −1: the NaN at the end
+    too_long = sum(work.prompts[place] in reward.cut for place in work.places[:, 0] if place >= 0)
     facts = {"files": work.files, "errors": errors, "cut": too_long}
     write_tables(iter([table]), shard.scores, facts, len(table))
 
@@ -436,10 +435,10 @@ def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
         types = {field.name: str(field.type) for field in features.arrow_schema}
         labels = [args.label_0_column] * (args.label_0_column != "none")
         labels += [args.has_label_column] * (args.has_label_column in types)
-        kinds = dict.fromkeys(labels, ("numbers", "u?int|halffloat|float|double|bool|null"))
-        kinds[args.prompt_column] = ("text", "(large_)?string$")
-        for name in (args.image_0_column, args.image_1_column):
-            kinds[name] = ("bytes, Image or paths", "(large_)?(binary|string)$|struct<bytes: ")
+        images, kind = (args.image_0_column, args.image_1_column), "(large_)?(binary|string)$|struct<bytes: "
+        kinds = dict.fromkeys(images, ("bytes, Image or paths", kind))
+        kinds |= dict.fromkeys(labels, ("numbers", "u?int|halffloat|float|double|bool|null"))
+        kinds |= {args.prompt_column: ("text", "(large_)?string$")}
         for name, (what, kind) in kinds.items():
             if not re.match(kind, found := types.get(name, "absent")):
                 raise SystemExit(f"{args.where}: column {name!r} is {found}, not {what}; it has {', '.join(types)}")
@@ -501,7 +500,7 @@ def folder_pairs(args: ScriptArguments) -> list[dict]:
         is_utf16 = caption[:2] in (b"\xff\xfe", b"\xfe\xff")  # as Windows saves "Unicode"
         row = {args.prompt_column: caption.decode("utf-16" if is_utf16 else "utf-8-sig").strip()}
         for column, file in ((args.image_0_column, winner), (args.image_1_column, losers[stem])):
-            row[column] = os.path.relpath(file.resolve(), image_root(args))
+            row[column] = os.path.relpath(file.resolve(), args.root)
         rows.append(row | {args.label_0_column: 1.0})
     return rows
 
@@ -529,18 +528,12 @@ def pictures_of(folder: str) -> dict[str, Path]:
     return pictures
 
 
-def image_root(args: ScriptArguments) -> str:
-    """The folder that relative paths of images start from."""
-    name = args.dataset_name or os.path.commonpath([Path(args.winner_dir).resolve(), Path(args.loser_dir).resolve()])
-    return os.path.dirname(name) if os.path.isfile(name) else name if os.path.isdir(name) else ""
-
-
 # The stream of pairs --------------------------------------------------------------------------------------------------
 # Rows of a file: its number, the first row there, how many, and the first row in the dataset; the file of their scores.
 Shard = namedtuple("Shard", "file start rows first scores")
 # What is read of a shard: its rows without images; each distinct image and prompt of its ranked pairs, and the places
-# of each row's two among them, or −1; the files that hold images, with size and date; the images in preparation.
-Work = namedtuple("Work", "rows images prompts places files begun")
+# of each row's two among them, or −1; the files that hold images, with size and date.
+Work = namedtuple("Work", "rows images prompts places files")
 
 
 class Pairs:
@@ -549,7 +542,7 @@ class Pairs:
     def __init__(self, args: ScriptArguments):
         stream = json.loads(Path(args.output_dir, "work", "stream.json").read_text())
         folder = Path(args.output_dir, "work", "scores", reward_name(args.reward))
-        self.files, self.identity, self.root = stream["files"], stream["identity"], image_root(args)
+        self.files, self.identity, self.root = stream["files"], stream["identity"], args.root
         self.images = [args.image_0_column, args.image_1_column]
         self.uids = [args.image_0_uid_column, args.image_1_uid_column]
         features = Features.from_dict(self.files[0]["columns"])
@@ -620,7 +613,7 @@ def read_rows(pairs: Pairs, wanted: list[int]) -> Iterator[tuple[int, dict]]:
                         yield row, batch.slice(place, 1).to_pylist()[0]
 
 
-def read_to_score(args: ScriptArguments, pairs: Pairs, reward: "RewardModel", shards: list[Shard]) -> Iterator[tuple]:
+def read_to_score(args: ScriptArguments, pairs: Pairs, shards: list[Shard]) -> Iterator[tuple[Shard, Work]]:
     """Yields each shard with the work on it."""
     stream = read_rows(pairs, [row for shard in shards for row in range(shard.first, shard.first + shard.rows)])
     for shard in shards:
@@ -639,10 +632,7 @@ def read_to_score(args: ScriptArguments, pairs: Pairs, reward: "RewardModel", sh
                 places[number, side] = known.setdefault((uid, prompt), len(known))
                 if places[number, side] == len(images):
                     images.append(pairs.image_of(value)["bytes"])
-        # A few batches at once: all decoded images of a shard may be gigabytes. The first are begun now.
-        parts = batches(images, 4 * args.reward_batch_size)
-        begun = itertools.chain([reward.begin(next(parts, []))], map(reward.begin, parts))
-        yield shard, Work(rows, images, [prompt for _, prompt in known], places, files, begun)
+        yield shard, Work(rows, images, [prompt for _, prompt in known], places, files)
 
 
 # Copied from train_rankdpo_sdxl.read_ahead
