@@ -435,10 +435,10 @@ def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
         types = {field.name: str(field.type) for field in features.arrow_schema}
         labels = [args.label_0_column] * (args.label_0_column != "none")
         labels += [args.has_label_column] * (args.has_label_column in types)
-        images, kind = (args.image_0_column, args.image_1_column), "(large_)?(binary|string)$|struct<bytes: "
-        kinds = dict.fromkeys(images, ("bytes, Image or paths", kind))
-        kinds |= dict.fromkeys(labels, ("numbers", "u?int|halffloat|float|double|bool|null"))
-        kinds |= {args.prompt_column: ("text", "(large_)?string$")}
+        kinds = dict.fromkeys(labels, ("numbers", "u?int|halffloat|float|double|bool|null"))
+        kinds[args.prompt_column] = ("text", "(large_)?string$")
+        for name in (args.image_0_column, args.image_1_column):
+            kinds[name] = ("bytes, Image or paths", "(large_)?(binary|string)$|struct<bytes: ")
         for name, (what, kind) in kinds.items():
             if not re.match(kind, found := types.get(name, "absent")):
                 raise SystemExit(f"{args.where}: column {name!r} is {found}, not {what}; it has {', '.join(types)}")

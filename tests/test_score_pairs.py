@@ -500,7 +500,8 @@ def test_bad_input_is_one_line(tmp_path, reward):
         if callable(change):
             change(rows)
             given["dataset_name"] = write(tmp_path / f"bad-{number}", rows, files=1, features=features)
-        given |= {} if callable(change) else change
+        else:
+            given |= change
         with pytest.raises(SystemExit, match=re.escape(words)) as stopped:
             score_pairs.main(score_pairs.parse_arguments([f"--{name}={value}" for name, value in given.items()]))
         message = stopped.value.code
