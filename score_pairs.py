@@ -259,12 +259,12 @@ Ranking = namedtuple("Ranking", "table kept statistics summary errors cut hash k
 
 def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> Ranking:
     """Computes Q of every ranked pair, and the order. Reads no images."""
-    missing = [shard for shard in pairs.shards if "score" not in args.stages and not is_scored(shard)]
-    if missing:
-        raise SystemExit(f"{len(missing)} of {len(pairs.shards)} shards lack scores: run the score stage first")
-    for file in [*Path(args.output_dir).rglob(".*.tmp")]:  # of runs that were killed; all tasks have ended
-        file.unlink()
     files = [shard.scores for shard in pairs.shards]
+    missing = 0 if "score" in args.stages else sum(not is_scored(shard) for shard in pairs.shards)
+    if missing:
+        raise SystemExit(f"{args.output_dir}: {missing} of {len(files)} shards lack scores: run the score stage first")
+    for leftover in [*Path(args.output_dir).rglob(".*.tmp")]:  # of runs that were killed; all tasks have ended
+        leftover.unlink()
     facts, table = [shard_facts(file) for file in files], pa.concat_tables(map(pq.read_table, files))
     errors = [error for shard in facts for error in shard["errors"]]
     if errors and args.on_bad_image == "fail":

@@ -134,9 +134,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Formulas
-# ----------------------------------------------------------------------------------------------------------------------
+# Formulas -------------------------------------------------------------------------------------------------------------
 
 
 def test_pair_quality():
@@ -181,9 +179,7 @@ def test_preference_scores_of_the_paper():
         score_pairs.preference_score("hpsv2", "none", rewards, 1.0, 2.0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the dataset holds
-# ----------------------------------------------------------------------------------------------------------------------
+# What the dataset holds -----------------------------------------------------------------------------------------------
 
 
 def test_sorted_dataset(tmp_path, reward):
@@ -331,9 +327,7 @@ def test_other_forms_of_pairs(tmp_path, reward):
     assert "only one of the two folders: 000" in message
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Resuming, processes, memory
-# ----------------------------------------------------------------------------------------------------------------------
+# Resuming, processes, memory ------------------------------------------------------------------------------------------
 
 
 def check_same_dataset(folder: Path) -> None:
@@ -432,9 +426,7 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path, reward):
     assert size > 300 and peaks[1] < peaks[0] + 0.2 * size, (size, peaks)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ----------------------------------------------------------------------------------------------------------------------
+# Bad input ------------------------------------------------------------------------------------------------------------
 
 
 def test_bad_images_and_blank_prompts_are_counted_and_left_out(tmp_path, reward, capsys):
@@ -493,10 +485,7 @@ def test_bad_input_is_one_line(tmp_path, reward):
     features = Dataset.from_list(ranked_rows(24)).features
     good = write(tmp_path / "good", ranked_rows(24), files=1)
     for number, (change, words) in enumerate(BAD):
-        given, rows = (
-            {"dataset_name": good, "reward": reward, "output_dir": tmp_path / f"out-{number}"},
-            ranked_rows(24),
-        )
+        rows, given = ranked_rows(24), {"dataset_name": good, "reward": reward, "output_dir": tmp_path / f"o{number}"}
         if callable(change):
             change(rows)
             given["dataset_name"] = write(tmp_path / f"bad-{number}", rows, files=1, features=features)
@@ -554,7 +543,7 @@ def test_images_of_other_rows_are_not_joined(tmp_path, reward):
     options = {"compression": "none", "write_statistics": False, "use_dictionary": False}
     pq.write_table(table, tmp_path / "pairs.parquet", **options)
     call("score_pairs", *flags(tmp_path / "pairs.parquet", reward, tmp_path / "out"))
-    table = table.set_column(2, "jpg_0", table["jpg_0"].take([1, 0, *range(2, 24)]))
+    table = table.set_column(2, "jpg_0", table["jpg_0"].take([8, *range(1, 8), 0, *range(9, 24)]))
     pq.write_table(table, tmp_path / "pairs.parquet", **options)
     message = refused("score_pairs", *flags(tmp_path / "pairs.parquet", reward, tmp_path / "out"), "--include_images")
     assert "row 0 of the dataset is not the pair that was scored" in message
@@ -573,9 +562,7 @@ def test_another_reward_adds_its_scores(tmp_path, reward):
     assert digests(tmp_path / "out") == first and scored(reward) == log
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Kinds of input
-# ----------------------------------------------------------------------------------------------------------------------
+# Kinds of input -------------------------------------------------------------------------------------------------------
 
 
 def test_folders_take_what_pillow_opens(tmp_path, reward, capsys):
