@@ -435,11 +435,11 @@ def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
         types = {field.name: str(field.type) for field in features.arrow_schema}
         labels = [args.label_0_column] * (args.label_0_column != "none")
         labels += [args.has_label_column] * (args.has_label_column in types)
-        kinds = dict.fromkeys(labels, ("numbers", "u?int|halffloat|float|double|bool|null"))
-        kinds[args.prompt_column] = ("text", "(large_)?string$")
-        for name in (args.image_0_column, args.image_1_column):
-            kinds[name] = ("bytes, Image or paths", "(large_)?(binary|string)$|struct<bytes: ")
-        for name, (what, kind) in kinds.items():
+        image = ("bytes, Image or paths", "(large_)?(binary|string)$|struct<bytes: ")
+        kinds = [(name, "numbers", "u?int|halffloat|float|double|bool|null") for name in labels]
+        kinds += [(args.prompt_column, "text", "(large_)?string$")]
+        kinds += [(args.image_0_column, *image), (args.image_1_column, *image)]
+        for name, what, kind in kinds:
             if not re.match(kind, found := types.get(name, "absent")):
                 raise SystemExit(f"{args.where}: column {name!r} is {found}, not {what}; it has {', '.join(types)}")
         table = parquet.read(labels if "://" in file else [*labels, args.prompt_column], use_threads=False)
