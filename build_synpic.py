@@ -76,7 +76,6 @@ from accelerate import PartialState
 from datasets import Features, Image, List, Value
 from datasets.config import HF_HUB_OFFLINE
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
 from diffusers.training_utils import free_memory
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock, Timeout
@@ -107,9 +106,9 @@ COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": oper
 
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    limits = dict(zip(COMPARE, (min, above, max, below)))
-    kind = "default_factory" if callable(default) else "default"
-    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **options})
+    help += "" if default is None or callable(default) else f" Default: {default}."
+    metadata = {"help": help, "group": group, "limits": dict(zip(COMPARE, (min, above, max, below))), **options}
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
 
 @dataclass
@@ -465,8 +464,7 @@ def check_generator(entry: dict) -> None:
             raise SystemExit(f"{where} is no diffusers pipeline that can be read: {one_line(error)}") from None
         kind = getattr(diffusers, class_name, DiffusionPipeline)
         takes, components = ({*inspect.signature(function).parameters} for function in (kind.__call__, kind))
-        others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
-        if "prompt" not in takes or kind in others:
+        if "prompt" not in takes or re.search("Img2Img|Inpaint|Edit|ControlNet|Layered", class_name):
             raise SystemExit(f"{where} is a {class_name}: no pipeline of diffusers that draws from a prompt alone")
         dtypes = dtype if isinstance(dtype := load.get("dtype", "float32"), dict) else {"default": dtype}
         for key, given, known in (

@@ -101,9 +101,9 @@ RANGES |= {"imagereward": (-3, 3), "aesthetic": (0, 10)}
 # Copied from build_synpic.flag
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    limits = dict(zip(COMPARE, (min, above, max, below)))
-    kind = "default_factory" if callable(default) else "default"
-    return field(**{kind: default}, metadata={"help": help, "group": group, "limits": limits, **options})
+    help += "" if default is None or callable(default) else f" Default: {default}."
+    metadata = {"help": help, "group": group, "limits": dict(zip(COMPARE, (min, above, max, below))), **options}
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
 
 @dataclass

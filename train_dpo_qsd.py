@@ -67,7 +67,7 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed, tqdm
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
-from diffusers import AutoPipelineForText2Image, BitsAndBytesConfig, DDPMScheduler, StableDiffusionPipeline
+from diffusers import BitsAndBytesConfig, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -88,8 +88,7 @@ from trl import TrlParser
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "orpo", "orpo_diff")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 WITHOUT_REFERENCE = ("orpo", "orpo_diff")
-# The objectives that an option has no meaning for.
-UNUSED_BY = dict.fromkeys(("sft_weight", "safeguard", "precompute_ref"), WITHOUT_REFERENCE)
+UNUSED_BY = dict.fromkeys(("sft_weight", "safeguard", "precompute_ref"), WITHOUT_REFERENCE)  # what ignores an option
 # The paper's beta and learning rate for each family.
 DEFAULTS = {"sd": {"beta_dpo": 2000.0, "learning_rate": 1e-4}, "sdxl": {"beta_dpo": 5000.0, "learning_rate": 1e-5}}
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
@@ -105,6 +104,7 @@ stop_signals: list[tuple[int, float]] = []  # that this process has received whi
 # Copied from train_rankdpo_sdxl.flag
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, free=False):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
+    help += "" if default in (None, MISSING) else f" Default: {default}."
     limits = dict(zip(COMPARE, (min, above, max, below)))
     return field(default=default, metadata={"help": help, "group": group, "limits": limits, "free": free})
 
@@ -130,7 +130,7 @@ class TrainingArguments:  # the flags of all trainers; they carry diffusers' nam
     noise: Literal["prompt", "image"] = flag("prompt", "One for all images of a row, or one for each.", "Training")
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
     safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
-    seed: int = flag(0, "Seeds LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1)
+    seed: int = flag(0, "Seeds LoRA, labels, empty prompts, order, timesteps, noise, gallery.", min=0, max=2**32 - 1)
     train_batch_size: int = free(1, "Rows per process and forward pass.", min=1)
     gradient_accumulation_steps: int = free(1, "Forward passes per optimizer step.", min=1)
     num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
@@ -620,7 +620,7 @@ def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool =
     names = json.loads(file_of(model, "model_index.json", args.revision).read_text())
     options |= {"vae": vae.requires_grad_(False), **{name: None for name in names if name.startswith(absent)}}
     options |= {} if is_sdxl(args) else {"requires_safety_checker": False}
-    pipeline = AutoPipelineForText2Image.from_pretrained(model, dtype=args.weight_dtype, **options)
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -854,7 +854,7 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     picture = Image().decode_example(stored)  # turned as its EXIF data say
     if picture.mode == "F" or picture.mode.startswith("I") and max(picture.getextrema()) > 65535:
         raise ValueError("its pixels are not of 8 or 16 bits: convert it")
-    if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
+    if picture.mode.startswith("I;") or picture.mode == "I" and max(picture.getextrema()) > 255:  # of 16 bits
         picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
@@ -1193,7 +1193,7 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
 
 
 def on_stop_signal(number: int, frame) -> None:
-    """After the first SIGTERM or Ctrl-C all processes leave between two steps; a second one ends this one now."""
+    """After the first SIGTERM or Ctrl-C all processes `stop`; a second one, after 2 seconds, ends this one now."""
     # A launcher passes a signal on that the whole group has received already: this is not a second one.
     if stop_signals and time.monotonic() - stop_signals[0][1] > 2:
         os._exit(128 + number)
@@ -1448,9 +1448,9 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     args = ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
     for spec in fields(args):
         value = getattr(args, spec.name)
-        for words, limit in spec.metadata["limits"].items():
-            if None not in (value, limit) and not COMPARE[words](value, limit):
-                raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
+        for wording, limit in spec.metadata["limits"].items():
+            if None not in (value, limit) and not COMPARE[wording](value, limit):
+                raise SystemExit(f"--{spec.name} {value}: must be {wording} {limit}")
         if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
             setattr(args, spec.name, os.path.expanduser(value))
         if spec.name in UNUSED_BY and value != spec.default and args.loss_type in UNUSED_BY[spec.name]:

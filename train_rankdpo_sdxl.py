@@ -15,7 +15,7 @@ One GPU, with a dataset as `build_synpic.py` writes it: one row per prompt, k im
         --mixed_precision bf16 --gradient_checkpointing --use_8bit_adam \
         --train_batch_size 1 --gradient_accumulation_steps 16 --max_train_steps 1000 --checkpointing_steps 100
 
-Settings from a file, which the command line overrides. The same command continues a run that was interrupted:
+Settings from a file, which the command line overrides. `--resume_from_checkpoint latest` continues an interrupted run:
 
     accelerate launch train_rankdpo_sdxl.py --config recipes/rankdpo_sdxl.yaml --dataset_name outputs/synpic \
         --beta_dpo 2000 --resume_from_checkpoint latest
@@ -85,8 +85,8 @@ from trl import TrlParser
 LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "plackett_luce", "sft", "weighted_sft")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 SFT = ("sft", "weighted_sft")
-# The objectives that an option has no meaning for.
-UNUSED_BY = {"sft_weight": SFT, "precompute_ref": SFT, "safeguard": ("plackett_luce", *SFT)}
+# Option → the objectives that ignore it. A new objective needs a branch in `rankdpo_loss`: without one it is dpo.
+UNUSED_BY = {"rank_source": LOSS_TYPES[1:], "safeguard": LOSS_TYPES[3:], "sft_weight": SFT, "precompute_ref": SFT}
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
 CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
@@ -99,6 +99,7 @@ stop_signals: list[tuple[int, float]] = []  # that this process has received whi
 
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, free=False):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
+    help += "" if default in (None, MISSING) else f" Default: {default}."
     limits = dict(zip(COMPARE, (min, above, max, below)))
     return field(default=default, metadata={"help": help, "group": group, "limits": limits, "free": free})
 
@@ -123,7 +124,7 @@ class TrainingArguments:  # the flags of all trainers; they carry diffusers' nam
     noise: Literal["prompt", "image"] = flag("prompt", "One for all images of a row, or one for each.", "Training")
     sft_weight: float = flag(0.0, "Weight of the winners' denoising error, added to a preference loss.", min=0)
     safeguard: float | None = flag(None, "Diffusion-SDPO's mu, e.g. 0.6: see safeguard_scale.", min=0, max=1)
-    seed: int = flag(0, "Seeds LoRA, random labels, order, timesteps, noise and gallery.", min=0, max=2**32 - 1)
+    seed: int = flag(0, "Seeds LoRA, labels, empty prompts, order, timesteps, noise, gallery.", min=0, max=2**32 - 1)
     train_batch_size: int = free(1, "Rows per process and forward pass.", min=1)
     gradient_accumulation_steps: int = free(1, "Forward passes per optimizer step.", min=1)
     num_train_epochs: float = flag(1.0, "Passes over the data.", above=0)
@@ -673,7 +674,8 @@ image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
 With ComfyUI: put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` into `models/loras` and load it with the
 "Load LoRA" node at strength 1."""
     about = {"tags": ["stable-diffusion-xl", "rankdpo"], "datasets": [args.dataset_name], "usage": usage}
-    about["facts"] = {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}"}
+    beta = "" if args.loss_type in SFT else f", beta {args.beta_dpo:g}"
+    about["facts"] = {"objective": f"{args.loss_type}{beta}"}
     return about | {"method": f"{data}, after\n{paper}: {learns}."}
 
 
@@ -822,7 +824,7 @@ def preprocess_image(stored: dict, resolution: int) -> dict[str, torch.Tensor]:
     picture = Image().decode_example(stored)  # turned as its EXIF data say
     if picture.mode == "F" or picture.mode.startswith("I") and max(picture.getextrema()) > 65535:
         raise ValueError("its pixels are not of 8 or 16 bits: convert it")
-    if picture.mode.startswith("I"):  # 16 bits; Pillow itself would make all above 255 white
+    if picture.mode.startswith("I;") or picture.mode == "I" and max(picture.getextrema()) > 255:  # of 16 bits
         picture = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
@@ -1161,7 +1163,7 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
 
 
 def on_stop_signal(number: int, frame) -> None:
-    """After the first SIGTERM or Ctrl-C all processes leave between two steps; a second one ends this one now."""
+    """After the first SIGTERM or Ctrl-C all processes `stop`; a second one, after 2 seconds, ends this one now."""
     # A launcher passes a signal on that the whole group has received already: this is not a second one.
     if stop_signals and time.monotonic() - stop_signals[0][1] > 2:
         os._exit(128 + number)
@@ -1416,9 +1418,9 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
     args = ScriptArguments(**{name: value for name, value in arguments.items() if name != "config"})
     for spec in fields(args):
         value = getattr(args, spec.name)
-        for words, limit in spec.metadata["limits"].items():
-            if None not in (value, limit) and not COMPARE[words](value, limit):
-                raise SystemExit(f"--{spec.name} {value}: must be {words} {limit}")
+        for wording, limit in spec.metadata["limits"].items():
+            if None not in (value, limit) and not COMPARE[wording](value, limit):
+                raise SystemExit(f"--{spec.name} {value}: must be {wording} {limit}")
         if isinstance(value, str) and value.startswith("~"):  # the shell leaves it in --flag=~/x, and YAML has none
             setattr(args, spec.name, os.path.expanduser(value))
         if spec.name in UNUSED_BY and value != spec.default and args.loss_type in UNUSED_BY[spec.name]:

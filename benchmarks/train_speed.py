@@ -674,7 +674,7 @@ def make_model(folder: Path, family: str, size: str, dtype: torch.dtype | None) 
 
 def make_parts(family: str, size: dict) -> dict:
     """The models of a pipeline, on the device of the context."""
-    first = transformers.CLIPTextModel if family == "sdxl" else transformers.CLIPTextModelWithProjection
+    first = transformers.CLIPTextModelWithProjection if family == "sd3" else transformers.CLIPTextModel
     widths = [width for width, _, _ in size["text"]]
     parts = {
         "text_encoder": first(clip_config(*size["text"][0], "quick_gelu")),

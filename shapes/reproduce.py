@@ -28,7 +28,7 @@ import textwrap
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -49,66 +49,6 @@ FINALISTS = 2  # the settings that were best with the first seed get the other s
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: folder or file → the command that makes it. {work}: the output folder; {seed}: a training's
-# ----------------------------------------------------------------------------------------------------------------------
-
-ACCURACY = "shapes/world.py:accuracy"
-REWARDS = {name: f"shapes/world.py:{name}_reward" for name in ("color", "shape", "count", "layout", "clean")}
-SYNPIC = "build_synpic.py --config shapes/synpic.yaml --output_dir {work}/"
-PAIRS = "shapes/pairs.py --synpic {work}/synpic-pairs --seed {seed} --output_dir {work}/"
-SCORES = "score_pairs.py --normalization none --include_images --dataset_name {work}/"
-FLIPS = (0, 10, 20, 30, 40)  # % of the labels
-
-DATA = {
-    "train.jsonl": "shapes/world.py --split train --num_prompts {prompts} --output {work}/train.jsonl",
-    "heldout.jsonl": "shapes/world.py --split heldout --num_prompts {heldout} --seed 1 --output {work}/heldout.jsonl",
-    # For the search: of the train split, but in no training.
-    "tune.jsonl": "shapes/world.py --split train --skip {prompts} --num_prompts 200 --output {work}/tune.jsonl",
-    "synpic": SYNPIC + "synpic --prompts {work}/train.jsonl",
-    # One generator, eight seeds.
-    "seeds": SYNPIC + "seeds --prompts {work}/train.jsonl --generators shapes/generators_seeds.yaml",
-    # Pairs with noisy labels. Their prompts are others.
-    "pairs.jsonl": "shapes/world.py --split train --num_prompts {pair_prompts} --seed 2 --output {work}/pairs.jsonl "
-    "--exclude {work}/tune.jsonl",
-    "synpic-pairs": SYNPIC + f"synpic-pairs --prompts {{work}}/pairs.jsonl --rewards {REWARDS['clean']}",
-}
-for flip in FLIPS:
-    DATA[f"pairs{flip}-{{seed}}"] = PAIRS + f"pairs{flip}-{{seed}} --flip {flip / 100}"
-    DATA[f"qsd{flip}-{{seed}}"] = (
-        SCORES + f"pairs{flip}-{{seed}} --reward shapes/world.py:preference --output_dir {{work}}/qsd{flip}-{{seed}}"
-    )
-for number in range(1, len(REWARDS)):  # labels of fewer rewards
-    DATA[f"synpic-{number}"] = (
-        SYNPIC + f"synpic-{number} --prompts {{work}}/train.jsonl --rewards {' '.join(list(REWARDS.values())[:number])}"
-    )
-for name, reward in REWARDS.items():  # Q by one reward alone
-    DATA[f"qsd-{name}-{{seed}}"] = (
-        SCORES + f"pairs30-{{seed}} --reward {reward} --output_dir {{work}}/qsd-{name}-{{seed}}"
-    )
-# The quality that a pair would have if its label were turned round: the worst pairs come first.
-DATA["qsd-worst-{seed}"] = (
-    SCORES + "pairs30-{seed} --reward shapes/world.py:aversion --output_dir {work}/qsd-worst-{seed}"
-)
-# Q from ψ in the range of HPSv2's cosines, and from the softmax of the two cosines.
-for name, more in {"cosine": "", "logit": " --normalization softmax"}.items():
-    DATA[f"qsd-{name}-{{seed}}"] = (
-        SCORES + f"pairs30-{{seed}} --reward shapes/world.py:{name}{more} --output_dir {{work}}/qsd-{name}-{{seed}}"
-    )
-# A rater who misjudges single images: with a Q by rewards that misjudge the same ones, and by others.
-DATA["pairs-misjudged-{seed}"] = PAIRS + "pairs-misjudged-{seed} --flip 0 --misjudged"
-for name, reward in {"same": "misjudging_preference", "others": "preference"}.items():
-    DATA[f"qsd-{name}-{{seed}}"] = (
-        SCORES + f"pairs-misjudged-{{seed}} --reward shapes/world.py:{reward} --output_dir {{work}}/qsd-{name}-{{seed}}"
-    )
-DATA |= {
-    "train-sd3.jsonl": "shapes/world.py --split train --num_prompts 800 --output {work}/train-sd3.jsonl "
-    "--exclude {work}/tune.jsonl",
-    "synpic-sd3": "build_synpic.py --config shapes/synpic_sd3.yaml --prompts {work}/train-sd3.jsonl "
-    "--output_dir {work}/synpic-sd3",
-}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Rows
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -123,10 +63,13 @@ class Row:
     flags: str = ""
 
 
+REWARDS = {name: f"shapes/world.py:{name}_reward" for name in ("color", "shape", "count", "layout", "clean")}
+FLIPS = (0, 10, 20, 30, 40)  # % of the labels
 RANKDPO = "train_rankdpo_sdxl.py --config shapes/rankdpo.yaml --dataset_name {work}/synpic"
 SEEDS = "train_rankdpo_sdxl.py --config shapes/rankdpo.yaml --dataset_name {work}/seeds"
 SD3 = "train_rankdpo_sd3.py --config shapes/rankdpo_sd3.yaml --dataset_name {work}/synpic-sd3"
 QSD = "train_dpo_qsd.py --config shapes/qsd.yaml --top_fraction 1 --dataset_name {work}/qsd"
+NOISY = QSD + "30-{seed}"  # 30 % of the labels are wrong
 STEPS = 40  # of 12 pairs
 # Shares of the 2,723 labelled pairs in Figures 3 and 4, and their steps. All have the settings that suit 40 steps.
 SHARES = {"1": 2, "2": 5, "5.33": 12, "10": 23, "25": 57, "50": 114, "100": 227}
@@ -161,34 +104,23 @@ ROWS = {
         "rankdpo",
         "--generators base base-low-guidance base-high-guidance",
     ),
-    "qsd": Row("DPO, the best pairs in order, 17.6 %", QSD + "30-{seed}", "qsd", f"--max_train_steps {STEPS}"),
+    "qsd": Row("DPO, the best pairs in order, 17.6 %", NOISY, "qsd", f"--max_train_steps {STEPS}"),
     "qsd_random": Row(
-        "DPO, all pairs at random, 17.6 %",
-        QSD + "30-{seed}",
-        "qsd_random",
-        f"--order random --max_train_steps {STEPS}",
+        "DPO, all pairs at random, 17.6 %", NOISY, "qsd_random", f"--order random --max_train_steps {STEPS}"
     ),
     "qsd_random_epoch": Row(
-        "DPO, all pairs at random, one epoch",
-        QSD + "30-{seed}",
-        "qsd_random_epoch",
-        f"--order random --max_train_steps {EPOCH}",
+        "DPO, all pairs at random, one epoch", NOISY, "qsd_random_epoch", f"--order random --max_train_steps {EPOCH}"
     ),
     # The paper's share, with settings that were searched for its steps.
-    "qsd_short": Row(
-        "DPO, the best 5.33 % of the pairs", QSD + "30-{seed}", "qsd_short", f"--max_train_steps {SHARES['5.33']}"
-    ),
+    "qsd_short": Row("DPO, the best 5.33 % of the pairs", NOISY, "qsd_short", f"--max_train_steps {SHARES['5.33']}"),
     "qsd_random_short": Row(
         "DPO, 5.33 % of the pairs at random",
-        QSD + "30-{seed}",
+        NOISY,
         "qsd_random_short",
         f"--order random --max_train_steps {SHARES['5.33']}",
     ),
     "qsd_shuffled": Row(
-        "DPO, the best pairs, shuffled",
-        QSD + "30-{seed}",
-        "qsd",
-        f"--order random --top_fraction 0.176 --max_train_steps {STEPS}",
+        "DPO, the best pairs, shuffled", NOISY, "qsd", f"--order random --top_fraction 0.176 --max_train_steps {STEPS}"
     ),
     "qsd_worst": Row("DPO, the worst pairs first", QSD + "-worst-{seed}", "qsd", f"--max_train_steps {STEPS}"),
 }
@@ -202,14 +134,12 @@ LOSSES = {
 }
 for name, (title, loss, steps) in LOSSES.items():
     flags = f"{loss} --max_train_steps {steps}"
-    ROWS[name] = Row(f"{title}, the best pairs in order", QSD + "30-{seed}", name, flags)
+    ROWS[name] = Row(f"{title}, the best pairs in order", NOISY, name, flags)
     random = f"{flags} --order random"
-    ROWS[f"{name}_random"] = Row(
-        f"{title}, all pairs at random, as many steps", QSD + "30-{seed}", f"{name}_random", random
-    )
+    ROWS[f"{name}_random"] = Row(f"{title}, all pairs at random, as many steps", NOISY, f"{name}_random", random)
     ROWS[f"{name}_random_epoch"] = Row(
         f"{title}, all pairs at random, one epoch",
-        QSD + "30-{seed}",
+        NOISY,
         f"{name}_random_epoch",
         f"{loss} --max_train_steps {EPOCH} --order random",
     )
@@ -225,14 +155,9 @@ for name in REWARDS:
         f"DPO, Q by the {name} reward", QSD + f"-{name}-{{seed}}", "qsd", f"--max_train_steps {STEPS}"
     )
 for share, steps in SHARES.items():
-    ROWS[f"qsd_{share}"] = Row(
-        f"DPO, the best pairs in order, {share} %", QSD + "30-{seed}", "qsd", f"--max_train_steps {steps}"
-    )
+    ROWS[f"qsd_{share}"] = Row(f"DPO, the best pairs in order, {share} %", NOISY, "qsd", f"--max_train_steps {steps}")
     ROWS[f"qsd_random_{share}"] = Row(
-        f"DPO, all pairs at random, {share} %",
-        QSD + "30-{seed}",
-        "qsd_random",
-        f"--order random --max_train_steps {steps}",
+        f"DPO, all pairs at random, {share} %", NOISY, "qsd_random", f"--order random --max_train_steps {steps}"
     )
 for rank in (4, 64):
     for name in ("qsd", "qsd_short", "qsd_random_epoch"):
@@ -300,251 +225,188 @@ PLANNED_SEEDS = range(8, 16)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A row of a table: the row it is compared with, besides the base, and the paper's figure."""
-
-    row: str
-    against: str | None = None
-    paper: float | None = None
-
-
-@dataclass(frozen=True)
 class Table:
+    """Rows, in order, and differences: "dpo - random" shows the row dpo, once, and its difference to random."""
+
     title: str
-    entries: tuple[Entry, ...]
-    figure: str | None = None  # what the paper's figures are
-    curves: dict[str, dict[str, str]] | None = None  # for the plot: line → share of the pairs → row
-    plotted: bool = True
+    entries: str
+    paper: dict[str, float] = field(default_factory=dict)  # the paper's figures of rows
+    figure: str | None = None  # and what they are
+    shares: bool = False  # plotted over the share of the pairs
     rewards: bool = False  # whether the images are judged by the five rewards, too
 
+    def pairs(self) -> list[tuple[str, str | None]]:
+        """A row and the row it is compared with, if any, of each entry."""
+        return [
+            (row, other or None) for row, _, other in (entry.partition(" - ") for entry in self.entries.split(", "))
+        ]
 
+    def rows(self) -> list[str]:
+        return list(dict.fromkeys(row for row, _ in self.pairs()))
+
+
+DSG = "DSG on DPG-Bench, SDXL"
+HPS = "HPSv2, SD1.5"
 TABLES = {
     "summary": Table(
         "Both papers in miniature",
-        (
-            Entry("base"),
-            Entry("sft"),
-            Entry("random"),
-            Entry("dpo", "random"),
-            Entry("dpo_gain", "dpo"),
-            Entry("rankdpo", "dpo"),
-            Entry("qsd_random_short"),
-            Entry("qsd_random_epoch"),
-            Entry("qsd_short", "qsd_random_short"),
-            Entry("qsd_short", "qsd_random_epoch"),
-        ),
-        plotted=False,
+        "base, sft, random, dpo - random, dpo_gain - dpo, rankdpo - dpo, qsd_random_short, qsd_random_epoch, "
+        "qsd_short - qsd_random_short, qsd_short - qsd_random_epoch",
     ),
     "plan": Table(
         "The plan: eight fresh seeds",
-        (
-            Entry("base"),
-            Entry("dpo"),
-            Entry("dpo_gain", "dpo"),
-            Entry("rankdpo", "dpo"),
-            Entry("rankdpo", "dpo_gain"),
-            Entry("qsd_random_short"),
-            Entry("qsd_short", "qsd_random_short"),
-        ),
+        "base, dpo, dpo_gain - dpo, rankdpo - dpo, rankdpo - dpo_gain, qsd_random_short, qsd_short - qsd_random_short",
     ),
     "objectives": Table(
         "RankDPO, Table 5: objectives",
-        (
-            Entry("base", paper=74.65),
-            Entry("sft", paper=76.56),
-            Entry("weighted_sft", "sft", 77.02),
-            Entry("dpo", "weighted_sft", 78.84),
-            Entry("dpo_gain", "dpo", 79.15),
-            Entry("rankdpo", "dpo", 79.26),
-            Entry("rankdpo", "dpo_gain", 79.26),
-            Entry("predicted", "rankdpo"),
-            Entry("plackett_luce", "rankdpo"),
-        ),
-        figure="DSG on DPG-Bench, SDXL",
+        "base, sft, weighted_sft - sft, dpo - weighted_sft, dpo_gain - dpo, rankdpo - dpo, rankdpo - dpo_gain, "
+        "predicted - rankdpo, plackett_luce - rankdpo",
+        {"base": 74.65, "sft": 76.56, "weighted_sft": 77.02, "dpo": 78.84, "dpo_gain": 79.15, "rankdpo": 79.26},
+        DSG,
     ),
     "settings": Table(
         "DPO and RankDPO with each other's settings",
-        (
-            Entry("base"),
-            Entry("dpo"),
-            Entry("rankdpo_swapped", "dpo"),
-            Entry("dpo_swapped"),
-            Entry("rankdpo", "dpo_swapped"),
-        ),
+        "base, dpo, rankdpo_swapped - dpo, dpo_swapped, rankdpo - dpo_swapped",
     ),
     "labels": Table(
         "RankDPO, Table 4: labels and data",
-        (
-            Entry("base", paper=74.65),
-            Entry("random", paper=75.66),
-            *(Entry(f"reward_{name}", "random", 78.04 if name == "layout" else None) for name in REWARDS),
-            Entry("dpo", "reward_layout", 78.84),
-            Entry("dpo", "random", 78.84),
-            Entry("one", paper=78.40),
-            Entry("rankdpo", "one", 79.26),
-        ),
-        figure="DSG on DPG-Bench, SDXL",
+        "base, random, "
+        + "".join(f"reward_{name} - random, " for name in REWARDS)
+        + "dpo - reward_layout, dpo - random, one, rankdpo - one",
+        {"base": 74.65, "random": 75.66, "reward_layout": 78.04, "dpo": 78.84, "one": 78.40, "rankdpo": 79.26},
+        DSG,
     ),
     "best_pairs": Table(
         "DPO-QSD, Table 1: the best pairs against all pairs",
-        (
-            Entry("base"),
-            Entry("qsd_random_short"),
-            Entry("qsd_random"),
-            Entry("qsd_random_epoch", paper=26.34),
-            Entry("qsd_short", "qsd_random_epoch", 30.14),
-            Entry("qsd_short", "qsd_random_short"),
-            Entry("qsd", "qsd_random_epoch"),
-            Entry("qsd", "qsd_random"),
-        ),
-        figure="HPSv2, SD1.5",
+        "base, qsd_random_short, qsd_random, qsd_random_epoch, qsd_short - qsd_random_epoch, "
+        "qsd_short - qsd_random_short, qsd - qsd_random_epoch, qsd - qsd_random",
+        {"qsd_random_epoch": 26.34, "qsd_short": 30.14},
+        HPS,
     ),
     "losses": Table(
         "DPO-QSD, Table 2: other losses",
-        (
-            Entry("base"),
-            Entry("slic_random"),
-            Entry("slic_random_epoch", paper=26.71),
-            Entry("slic", "slic_random_epoch", 29.65),
-            Entry("slic", "slic_random"),
-            Entry("orpo_random"),
-            Entry("orpo_random_epoch", paper=26.97),
-            Entry("orpo", "orpo_random_epoch", 28.25),
-            Entry("orpo", "orpo_random"),
-            Entry("orpo_diff_random"),
-            Entry("orpo_diff", "orpo_diff_random"),
-        ),
-        figure="HPSv2, SD1.5",
+        "base, slic_random, slic_random_epoch, slic - slic_random_epoch, slic - slic_random, orpo_random, "
+        "orpo_random_epoch, orpo - orpo_random_epoch, orpo - orpo_random, orpo_diff_random, "
+        "orpo_diff - orpo_diff_random",
+        {"slic_random_epoch": 26.71, "slic": 29.65, "orpo_random_epoch": 26.97, "orpo": 28.25},
+        HPS,
     ),
     "psi": Table(
         "DPO-QSD, Table 3: the reward behind Q",
-        (
-            Entry("base"),
-            Entry("qsd_random"),
-            Entry("qsd_random_epoch"),
-            Entry("qsd", "qsd_random_epoch"),
-            Entry("qsd", "qsd_random"),
-            *(Entry(f"qsd_{name}", "qsd_random") for name in REWARDS),
-            Entry("qsd_random_short"),
-            Entry("qsd_short", "qsd_random_short"),
-            Entry("qsd_short_cosine", "qsd_random_short"),
-            Entry("qsd_short_logit", "qsd_random_short"),
-            Entry("qsd_short_cosine", "qsd_short"),
-            Entry("qsd_short_logit", "qsd_short"),
-        ),
+        "base, qsd_random, qsd_random_epoch, qsd - qsd_random_epoch, qsd - qsd_random, "
+        + "".join(f"qsd_{name} - qsd_random, " for name in REWARDS)
+        + "qsd_random_short, qsd_short - qsd_random_short, qsd_short_cosine - qsd_random_short, "
+        "qsd_short_logit - qsd_random_short, qsd_short_cosine - qsd_short, qsd_short_logit - qsd_short",
     ),
     "shares": Table(
         "DPO-QSD, Figures 3 and 4: pairs seen",
-        (
-            Entry("base"),
-            *(Entry(f"qsd_random_{share}") for share in SHARES),
-            *(Entry(f"qsd_{share}", f"qsd_random_{share}") for share in SHARES),
-        ),
-        curves={
-            "the best pairs in order": {share: f"qsd_{share}" for share in SHARES},
-            "all pairs at random": {share: f"qsd_random_{share}" for share in SHARES},
-        },
+        ", ".join(["base", *map("qsd_random_{}".format, SHARES), *map("qsd_{0} - qsd_random_{0}".format, SHARES)]),
+        shares=True,
     ),
     "lora": Table(
         "DPO-QSD, Table 4: LoRA ranks",
-        (
-            Entry("base"),
-            Entry("qsd_random_epoch_rank4", paper=26.39),
-            Entry("qsd_short_rank4", "qsd_random_epoch_rank4", 29.82),
-            Entry("qsd_rank4", "qsd_random_epoch_rank4"),
-            Entry("qsd_random_epoch", paper=26.34),
-            Entry("qsd_short", "qsd_random_epoch", 30.14),
-            Entry("qsd", "qsd_random_epoch"),
-            Entry("qsd_random_epoch_rank64", paper=26.65),
-            Entry("qsd_short_rank64", "qsd_random_epoch_rank64", 30.06),
-            Entry("qsd_rank64", "qsd_random_epoch_rank64"),
-        ),
-        figure="HPSv2, SD1.5, ranks 32, 64 and 256",
+        "base, qsd_random_epoch_rank4, qsd_short_rank4 - qsd_random_epoch_rank4, qsd_rank4 - qsd_random_epoch_rank4, "
+        "qsd_random_epoch, qsd_short - qsd_random_epoch, qsd - qsd_random_epoch, qsd_random_epoch_rank64, "
+        "qsd_short_rank64 - qsd_random_epoch_rank64, qsd_rank64 - qsd_random_epoch_rank64",
+        {"qsd_random_epoch_rank4": 26.39, "qsd_short_rank4": 29.82, "qsd_random_epoch": 26.34, "qsd_short": 30.14}
+        | {"qsd_random_epoch_rank64": 26.65, "qsd_short_rank64": 30.06},
+        f"{HPS}, ranks 32, 64 and 256",
     ),
     "flips": Table(
         "Wrong labels",
-        (
-            Entry("base"),
-            *(Entry(f"qsd_random_flip{flip}") for flip in (0, 10, 20)),
-            Entry("qsd_random"),
-            Entry("qsd_random_flip40"),
-            *(Entry(f"qsd_flip{flip}", f"qsd_random_flip{flip}") for flip in (0, 10, 20)),
-            Entry("qsd", "qsd_random"),
-            Entry("qsd_flip40", "qsd_random_flip40"),
-        ),
+        "base, qsd_random_flip0, qsd_random_flip10, qsd_random_flip20, qsd_random, qsd_random_flip40, "
+        "qsd_flip0 - qsd_random_flip0, qsd_flip10 - qsd_random_flip10, qsd_flip20 - qsd_random_flip20, "
+        "qsd - qsd_random, qsd_flip40 - qsd_random_flip40",
     ),
     "mistakes": Table(
         "The unfavourable case: labels and rewards that err on the same images",
-        (
-            Entry("base"),
-            Entry("misjudged_random"),
-            Entry("qsd_others", "misjudged_random"),
-            Entry("qsd_same", "misjudged_random"),
-            Entry("qsd_same", "qsd_others"),
-        ),
+        "base, misjudged_random, qsd_others - misjudged_random, qsd_same - misjudged_random, qsd_same - qsd_others",
     ),
     "order": Table(
-        "The order of the pairs",
-        (
-            Entry("base"),
-            Entry("qsd_random"),
-            Entry("qsd", "qsd_random"),
-            Entry("qsd_shuffled", "qsd"),
-            Entry("qsd_worst", "qsd_random"),
-        ),
+        "The order of the pairs", "base, qsd_random, qsd - qsd_random, qsd_shuffled - qsd, qsd_worst - qsd_random"
     ),
-    "images": Table(
-        "Images for a prompt",
-        (
-            Entry("base"),
-            Entry("k2"),
-            Entry("k3", "k2"),
-            Entry("one", "k3"),
-            Entry("k6", "one"),
-            Entry("k8", "k6"),
-            Entry("k8", "k2"),
-        ),
-    ),
+    "images": Table("Images for a prompt", "base, k2, k3 - k2, one - k3, k6 - one, k8 - k6, k8 - k2"),
     "rewards": Table(
         "Rewards behind the labels",
-        (
-            Entry("base"),
-            Entry("rewards1"),
-            *(Entry(f"rewards{n}", f"rewards{n - 1}") for n in (2, 3, 4)),
-            Entry("rankdpo", "rewards4"),
-        ),
+        "base, rewards1, rewards2 - rewards1, rewards3 - rewards2, rewards4 - rewards3, rankdpo - rewards4",
     ),
     "beta": Table(
-        "β; RankDPO's own is 300",
-        (Entry("base"), *(Entry(f"beta{beta}", "rankdpo") for beta in BETAS), Entry("rankdpo")),
+        "β; RankDPO's own is 300", "base, " + "".join(f"beta{beta} - rankdpo, " for beta in BETAS) + "rankdpo"
     ),
     "hacking": Table(
         "Reward hacking: what a LoRA of one reward does to the others",
-        (Entry("base"), *(Entry(f"reward_{name}") for name in REWARDS), Entry("dpo"), Entry("rankdpo")),
+        "base, " + "".join(f"reward_{name}, " for name in REWARDS) + "dpo, rankdpo",
         rewards=True,
     ),
     "data": Table(
         "Noise, and a better generator added to the data",
-        (
-            Entry("base"),
-            Entry("rankdpo"),
-            Entry("noise", "rankdpo"),
-            Entry("without_best"),
-            Entry("without_worst", "without_best"),
-            Entry("rankdpo", "without_best"),
-            Entry("rankdpo", "without_worst"),
-        ),
+        "base, rankdpo, noise - rankdpo, without_best, without_worst - without_best, rankdpo - without_best, "
+        "rankdpo - without_worst",
     ),
     "sd3": Table(
         "The SD3 architecture",
-        (
-            Entry("sd3_base", paper=85.54),
-            Entry("sd3_random"),
-            Entry("sd3_dpo", "sd3_random"),
-            Entry("sd3_rankdpo", "sd3_dpo", 86.78),
-        ),
-        figure="DSG on DPG-Bench, SD3-Medium",
+        "sd3_base, sd3_random, sd3_dpo - sd3_random, sd3_rankdpo - sd3_dpo",
+        {"sd3_base": 85.54, "sd3_rankdpo": 86.78},
+        "DSG on DPG-Bench, SD3-Medium",
     ),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: folder or file → the command that makes it. {work}: the output folder; {seed}: a training's
+# ----------------------------------------------------------------------------------------------------------------------
+
+ACCURACY = "shapes/world.py:accuracy"
+SYNPIC = "build_synpic.py --config shapes/synpic.yaml --output_dir {work}/"
+PAIRS = "shapes/pairs.py --synpic {work}/synpic-pairs --seed {seed} --output_dir {work}/"
+SCORES = "score_pairs.py --normalization none --include_images --dataset_name {work}/"
+
+DATA = {
+    "train.jsonl": "shapes/world.py --split train --num_prompts {prompts} --output {work}/train.jsonl",
+    "heldout.jsonl": "shapes/world.py --split heldout --num_prompts {heldout} --seed 1 --output {work}/heldout.jsonl",
+    # For the search: of the train split, but in no training.
+    "tune.jsonl": "shapes/world.py --split train --skip {prompts} --num_prompts 200 --output {work}/tune.jsonl",
+    "synpic": SYNPIC + "synpic --prompts {work}/train.jsonl",
+    # One generator, eight seeds.
+    "seeds": SYNPIC + "seeds --prompts {work}/train.jsonl --generators shapes/generators_seeds.yaml",
+    # Pairs with noisy labels. Their prompts are others.
+    "pairs.jsonl": "shapes/world.py --split train --num_prompts {pair_prompts} --seed 2 --output {work}/pairs.jsonl "
+    "--exclude {work}/tune.jsonl",
+    "synpic-pairs": SYNPIC + f"synpic-pairs --prompts {{work}}/pairs.jsonl --rewards {REWARDS['clean']}",
+}
+for flip in FLIPS:
+    DATA[f"pairs{flip}-{{seed}}"] = PAIRS + f"pairs{flip}-{{seed}} --flip {flip / 100}"
+    DATA[f"qsd{flip}-{{seed}}"] = (
+        SCORES + f"pairs{flip}-{{seed}} --reward shapes/world.py:preference --output_dir {{work}}/qsd{flip}-{{seed}}"
+    )
+for number in range(1, len(REWARDS)):  # labels of fewer rewards
+    DATA[f"synpic-{number}"] = (
+        SYNPIC + f"synpic-{number} --prompts {{work}}/train.jsonl --rewards {' '.join(list(REWARDS.values())[:number])}"
+    )
+for name, reward in REWARDS.items():  # Q by one reward alone
+    DATA[f"qsd-{name}-{{seed}}"] = (
+        SCORES + f"pairs30-{{seed}} --reward {reward} --output_dir {{work}}/qsd-{name}-{{seed}}"
+    )
+# The quality that a pair would have if its label were turned round: the worst pairs come first.
+DATA["qsd-worst-{seed}"] = (
+    SCORES + "pairs30-{seed} --reward shapes/world.py:aversion --output_dir {work}/qsd-worst-{seed}"
+)
+# Q from ψ in the range of HPSv2's cosines, and from the softmax of the two cosines.
+for name, more in {"cosine": "", "logit": " --normalization softmax"}.items():
+    DATA[f"qsd-{name}-{{seed}}"] = (
+        SCORES + f"pairs30-{{seed}} --reward shapes/world.py:{name}{more} --output_dir {{work}}/qsd-{name}-{{seed}}"
+    )
+# A rater who misjudges single images: with a Q by rewards that misjudge the same ones, and by others.
+DATA["pairs-misjudged-{seed}"] = PAIRS + "pairs-misjudged-{seed} --flip 0 --misjudged"
+for name, reward in {"same": "misjudging_preference", "others": "preference"}.items():
+    DATA[f"qsd-{name}-{{seed}}"] = (
+        SCORES + f"pairs-misjudged-{{seed}} --reward shapes/world.py:{reward} --output_dir {{work}}/qsd-{name}-{{seed}}"
+    )
+DATA |= {
+    "train-sd3.jsonl": "shapes/world.py --split train --num_prompts 800 --output {work}/train-sd3.jsonl "
+    "--exclude {work}/tune.jsonl",
+    "synpic-sd3": "build_synpic.py --config shapes/synpic_sd3.yaml --prompts {work}/train-sd3.jsonl "
+    "--output_dir {work}/synpic-sd3",
 }
 
 
@@ -835,26 +697,30 @@ def compare(table: Table, results: dict) -> tuple[list[dict], list[dict]]:
     """What a table shows of the rows that have been run: the rows, each once and over all its seeds, and the
     differences between them, over the seeds that both have."""
     found = results["rows"]
-    papers = {entry.row: entry.paper for entry in reversed(table.entries) if entry.paper is not None}
     rows, differences = [], []
-    for name in dict.fromkeys(entry.row for entry in table.entries if entry.row in found):
+    for name in (name for name in table.rows() if name in found):
         [mean], draws = resample(results, [name])
         ci95 = interval(draws[:, 0].clip(0, 1))  # few seeds spread more than accuracies can
-        row = {"row": name, "paper": papers.get(name), "mean": mean, "ci95": ci95}
+        row = {"row": name, "paper": table.paper.get(name), "mean": mean, "ci95": ci95}
         if name in ROWS:
-            row["base"] = difference(results, name, base_of(name), papers.get(name), papers)
+            row["base"] = difference(results, name, base_of(name), table.paper)
+            base, *dots = (
+                np.mean(as_numbers(record, results["images"]))
+                for record in (found[base_of(name)], *found[name].values())
+            )
+            row["base"]["dots"] = [accuracy - base for accuracy in dots]
         rows.append(row)
-    for entry in table.entries:
-        if {entry.row, entry.against} <= found.keys() and shared_seeds(found, [entry.row, entry.against]):
-            differences.append(difference(results, entry.row, entry.against, entry.paper, papers))
+    for name, other in table.pairs():
+        if {name, other} <= found.keys() and shared_seeds(found, [name, other]):
+            differences.append(difference(results, name, other, table.paper))
     return rows, differences
 
 
-def difference(results: dict, name: str, other: str, paper: float | None, papers: dict) -> dict:
-    """One row minus another; `paper`: the paper's figure of the first, if it makes this comparison."""
+def difference(results: dict, name: str, other: str, paper: dict[str, float]) -> dict:
+    """One row minus another; `paper`: the paper's figures of rows."""
     means, draws = resample(results, [name, other])
     ci95 = interval(draws[:, 0] - draws[:, 1])
-    theirs = None if None in (paper, papers.get(other)) else paper - papers[other]
+    theirs = paper[name] - paper[other] if {name, other} <= paper.keys() else None
     found = {"row": name, "other": other, "mean": means[0] - means[1], "ci95": ci95, "paper": theirs}
     seeds = shared_seeds(results["rows"], [name, other])
     planned = set(map(int, seeds)) <= set(PLANNED_SEEDS)
@@ -931,7 +797,7 @@ def reward_differences(table: Table, results: dict) -> tuple[dict[str, dict], li
     """Accuracy and rewards minus the base's: row → metric → difference, of the rows that the rewards have judged; and
     their seeds."""
     judged = results["rewards"]
-    names = ["base", *(entry.row for entry in table.entries if entry.row in judged.keys() - {"base"})]
+    names = [name for name in table.rows() if name in judged]
     seeds = shared_seeds(judged, names)
     differences = {name: {} for name in names[1:]}
     for metric in ("accuracy", *REWARDS):
@@ -955,20 +821,6 @@ def reward_markdown(table: Table, results: dict, differences: dict, seeds: list[
     return "\n".join([f"### {table.title}", "", *grid(lines), "", *textwrap.wrap(note, 120), ""])
 
 
-def plot_rewards(table: Table, differences: dict, file: Path) -> None:
-    """The same as colours."""
-    means = np.array([[item["mean"] for item in of.values()] for of in differences.values()])
-    figure = Figure(figsize=(7, 0.9 + 0.4 * len(means)), layout="constrained")
-    axes, largest = figure.subplots(), np.abs(means).max()
-    axes.imshow(means, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
-    for place, value in np.ndenumerate(means):
-        axes.text(*place[::-1], f"{value:+.2f}", ha="center", va="center", fontsize=8)
-    axes.set_xticks(range(means.shape[1]), ["accuracy", *REWARDS])
-    axes.set_yticks(range(len(means)), [ROWS[name].title for name in differences])
-    axes.set_title(table.title, fontsize=10)
-    figure.savefig(file, metadata={"Date": None})
-
-
 def grid(rows: list[list[str]]) -> list[str]:
     """Lines of a Markdown table; nothing if only the heading is there."""
     rows = rows[:1] + [["---"] * len(rows[0])] + rows[1:] if len(rows) > 1 else []
@@ -979,39 +831,24 @@ def signed(difference: dict) -> str:
     return "{:+.3f} ({:+.3f} to {:+.3f})".format(difference["mean"], *difference["ci95"])
 
 
-def plot(table: Table, rows: list[dict], results: dict, file: Path) -> None:
-    """Differences to the base: their intervals, and a dot for each seed."""
-    rows = [row for row in rows if "base" in row]
-    figure = Figure(figsize=(7, 0.9 + 0.32 * len(rows)), layout="constrained")
+def plot(title: str, labels: list[str], lines: dict[str, list[dict]], file: Path, of: str = "accuracy") -> None:
+    """Differences to the base with their intervals, row under row: `lines`, name → the difference of each label. `dots`
+    of a difference are its seeds."""
+    figure = Figure(figsize=(7, 0.9 + (0.22 + 0.1 * len(lines)) * len(labels)), layout="constrained")
     axes = figure.subplots()
-    for place, row in enumerate(reversed(rows)):
-        axes.plot(row["base"]["ci95"], [place, place], color="tab:blue", linewidth=2)
-        base = np.mean(as_numbers(results["rows"][row["base"]["other"]], results["images"]))
-        own = [record["mean"] - base for record in results["rows"][row["row"]].values()]
-        axes.plot(own, [place] * len(own), ".", color="tab:gray", markersize=5)
-        axes.plot(row["base"]["mean"], place, "o", color="tab:blue")
+    for n, (name, differences) in enumerate(lines.items()):
+        for place, item in enumerate(differences, start=1):
+            height = place + 0.7 * (n - (len(lines) - 1) / 2) / len(lines)
+            axes.plot(item["ci95"], [height, height], color=f"C{n}", linewidth=2)
+            axes.plot(item.get("dots", []), [height] * len(item.get("dots", [])), ".", color="tab:gray", markersize=5)
+            axes.plot(item["mean"], height, "o", color=f"C{n}", markersize=5, label=name if place == 1 else None)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [ROWS[row["row"]].title for row in reversed(rows)])
-    axes.set_xlabel("accuracy − the base's")
-    axes.set_title(table.title, fontsize=10)
-    figure.savefig(file, metadata={"Date": None})
-
-
-def plot_curves(table: Table, rows: list[dict], file: Path) -> None:
-    """Accuracy over the share of the pairs that a training has seen, with intervals."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes, by_name = figure.subplots(), {row["row"]: row for row in rows}
-    for label, curve in table.curves.items():
-        points = [(float(share), by_name[name]) for share, name in curve.items() if name in by_name]
-        shares, means = [share for share, _ in points], [row["mean"] for _, row in points]
-        axes.plot(shares, means, "o-", label=label)
-        axes.fill_between(shares, *zip(*(row["ci95"] for _, row in points)), alpha=0.15)
-    axes.axhline(by_name["base"]["mean"], color="black", linewidth=0.8, label="base")
-    axes.set(xscale="log", xlabel="% of the pairs", ylabel="accuracy")
-    axes.set_xticks(list(map(float, SHARES)), list(SHARES), minor=False)
-    axes.minorticks_off()
-    axes.set_title(table.title, fontsize=10)
-    axes.legend(fontsize=8)
+    axes.set_yticks(range(1, len(labels) + 1), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{of} − the base's")
+    axes.set_title(title, fontsize=10)
+    if len(lines) > 1:
+        axes.legend(fontsize=8)
     figure.savefig(file, metadata={"Date": None})
 
 
@@ -1025,7 +862,7 @@ def report(work: Path, folder: Path, pages: list[Path]) -> None:
             print(body)
             for page, text in texts.items():
                 picture = f"![{table.title}]({os.path.relpath(folder, page.parent)}/{name}.svg)\n"
-                texts[page] = between_marks(text, f"reproduce.py: {name}", body + ("\n" + picture) * table.plotted)
+                texts[page] = between_marks(text, f"reproduce.py: {name}", f"{body}\n{picture}")
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     for page, text in texts.items():
         write_text(page, text)
@@ -1037,15 +874,20 @@ def show(table: Table, results: dict, file: Path) -> str | None:
         if "rewards" not in results:
             return None
         differences, seeds = reward_differences(table, results)
-        plot_rewards(table, differences, file)
+        lines = {metric: [of[metric] for of in differences.values()] for metric in ("accuracy", *REWARDS)}
+        plot(table.title, [ROWS[name].title for name in differences], lines, file, "score")
         return reward_markdown(table, results, differences, seeds)
-    if not any({entry.row, entry.against} <= results["rows"].keys() for entry in table.entries):
+    if not any({row, other} <= results["rows"].keys() for row, other in table.pairs()):
         return None
     rows, differences = compare(table, results)
-    if table.curves:
-        plot_curves(table, rows, file)
-    elif table.plotted:
-        plot(table, rows, results, file)
+    lifts = {row["row"]: row["base"] for row in rows if "base" in row}
+    if table.shares:
+        titles = {"the best pairs in order": "qsd_{}", "all pairs at random": "qsd_random_{}"}
+        shares = [share for share in SHARES if all(name.format(share) in lifts for name in titles.values())]
+        lines = {title: [lifts[name.format(share)] for share in shares] for title, name in titles.items()}
+        plot(table.title, [f"{share} % of the pairs" for share in shares], lines, file)
+    else:
+        plot(table.title, [ROWS[name].title for name in lifts], {"": list(lifts.values())}, file)
     return markdown(table, results, rows, differences)
 
 
@@ -1075,7 +917,7 @@ def main():
     parser.add_argument("--training_flags", default="", help="More flags of all trainings, in quotes.")
     options = parser.parse_args()
     tables = [TABLES[name] for name in options.rows if name in TABLES]
-    rows = [entry.row for table in tables for entry in table.entries]
+    rows = [name for table in tables for name in table.rows()]
     rows = dict.fromkeys([*(name for name in options.rows if name not in TABLES), *rows])
     for given, known, flag in ((rows, {*FAMILIES.values(), *ROWS}, "rows"), (options.search, SEARCH, "search")):
         if unknown := [name for name in given if name not in known]:
@@ -1089,7 +931,7 @@ def main():
     if options.search:
         search(runner, options.search)
     if rows := [name for name in rows if name in ROWS]:
-        rewarded = {entry.row for table in tables if table.rewards for entry in table.entries}
+        rewarded = {name for table in tables if table.rewards for name in table.rows()}
         reproduce(runner, rows, PLANNED_SEEDS if options.rows == ["plan"] else range(options.seeds), rewarded)
     report(options.output_dir, options.report_dir or options.output_dir / "report", options.docs)
 

@@ -2,52 +2,52 @@
 """shapes/reproduce.py: the papers' tables in miniature, through the same code as `make reproduce`."""
 
 import argparse
-import itertools
 import json
 import re
 
 import numpy as np
 import pytest
 import reproduce
-from conftest import run
 
 
-def test_two_rows_end_to_end_then_nothing_is_run_twice(tmp_path):
+def test_a_row_end_to_end_then_nothing_is_run_twice(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
-    page.write_text("before\n" + "".join(f"<!-- reproduce.py: {name} -->\n<!-- end -->\n" for name in reproduce.TABLES))
-    flags = ["--rows", "dpo", "rankdpo", "--seeds", 1, "--jobs", 1, "--prompts", 6, "--heldout", 6, "--docs", page]
-    command = ["shapes/reproduce.py", *flags, "--output_dir", tmp_path / "work", "--training_flags=--max_train_steps 2"]
-    first = run(*command)
+    page.write_text("before\n<!-- reproduce.py: labels -->\n<!-- end -->\n")
+    flags = ["--rows", "dpo", "--seeds", 1, "--jobs", 1, "--prompts", 6, "--heldout", 6, "--docs", page]
+    flags += ["--output_dir", tmp_path / "work", "--training_flags=--max_train_steps 2"]
+    monkeypatch.chdir(reproduce.ROOT)
+    monkeypatch.setattr("sys.argv", ["reproduce.py", *map(str, flags)])
+    reproduce.main()
+    printed = capsys.readouterr().out
     results = json.loads((tmp_path / "work" / "results.json").read_text())
-    assert set(results["rows"]) == {"base", "dpo", "rankdpo"} and len(results["rows"]["base"]["accuracy"]) == 6
-    for row in ("dpo", "rankdpo"):
-        kept = results["rows"][row]["0"]
-        settings = json.loads(reproduce.SEARCH_FILE.read_text())[row]["settings"]
-        assert f" {settings} " in kept["command"] and kept["command"].startswith("train_rankdpo_sdxl.py ")
-        scores = tmp_path / "work" / "evaluation-heldout" / "scores" / "accuracy" / f"{row}@0.json"
-        right = np.array(json.loads(scores.read_text())["scores"]).sum(axis=1)
-        assert kept["accuracy"] == "".join(str(int(n)) for n in right)
-    assert "RankDPO, ranks by the labels − DPO" in first.stdout
-    assert "RankDPO, ranks by the labels − DPO" in page.read_text() and page.read_text().startswith("before\n")
-    assert (tmp_path / "work" / "report" / "objectives.svg").read_text().startswith("<?xml")
+    assert set(results["rows"]) == {"base", "dpo"} and len(results["rows"]["base"]["accuracy"]) == 6
+    kept = results["rows"]["dpo"]["0"]
+    settings = json.loads(reproduce.SEARCH_FILE.read_text())["dpo"]["settings"]
+    assert f" {settings} " in kept["command"] and kept["command"].startswith("train_rankdpo_sdxl.py ")
+    scores = tmp_path / "work" / "evaluation-heldout" / "scores" / "accuracy" / "dpo@0.json"
+    right = np.array(json.loads(scores.read_text())["scores"]).sum(axis=1)
+    assert kept["accuracy"] == "".join(str(int(n)) for n in right)
+    assert "| DPO |" in printed and "| DPO |" in page.read_text() and page.read_text().startswith("before\n")
+    assert (tmp_path / "work" / "report" / "labels.svg").read_text().startswith("<?xml")
 
     # The second time nothing is run: the figures come from what is there.
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "work" / "done").iterdir()}
-    assert run(*command).stdout == first.stdout
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work" / "done").iterdir()} == before
+    monkeypatch.setattr(reproduce.subprocess, "call", None)
+    reproduce.main()
+    assert capsys.readouterr().out == printed
 
 
 def test_rows_tables_and_searches_name_what_exists():
     names = {*reproduce.ROWS, *reproduce.FAMILIES.values()}
     for table in reproduce.TABLES.values():
-        for entry in table.entries:
-            assert entry.row in names and (entry.against is None or entry.against in names)
+        for row, other in table.pairs():
+            assert row in names and other in {None, *names}
+        assert table.paper.keys() <= set(table.rows())
     assert {row.method for row in reproduce.ROWS.values()} == set(reproduce.SEARCH) <= set(reproduce.ROWS)
     budgets = {method: len(settings) for method, settings in reproduce.SEARCH.items()}
     more = {f"{loss}_random{steps}" for loss in ("qsd", "slic") for steps in ("", "_epoch")}  # baselines
     more |= {"qsd_short", "qsd_random_short"}
     assert budgets == {method: 8 if method in more else 6 for method in reproduce.SEARCH}
-    shown = {entry.row for table in reproduce.TABLES.values() for entry in table.entries}
+    shown = {row for table in reproduce.TABLES.values() for row in table.rows()}
     assert shown == names and not reproduce.TABLES.keys() & reproduce.ROWS.keys()
 
 
@@ -91,6 +91,7 @@ def test_rows_of_both_architectures_and_half_a_table(tmp_path, monkeypatch, caps
         "objectives",
         "plan",
         "sd3",
+        "summary",
     }
 
 
@@ -217,24 +218,15 @@ def test_the_search_trains_on_no_prompt_that_it_judges_by():
     assert all("--exclude {work}/tune.jsonl" in template for template in templates)
 
 
-def test_the_pages_show_what_results_json_holds(tmp_path):
-    """README and docs/reproduction.md have the tables of docs/reproduction/results.json, and no others."""
+def test_the_page_shows_what_results_json_holds(tmp_path):
+    """docs/reproduction.md has the tables of docs/reproduction/results.json, and no others."""
     kept = reproduce.ROOT / "docs" / "reproduction"
-    pages = {
-        reproduce.ROOT / "README.md": tmp_path / "README.md",
-        kept.with_suffix(".md"): tmp_path / "docs" / "page.md",
-    }
-    (tmp_path / "docs").mkdir()
-    for page, copy in pages.items():
-        copy.write_text(page.read_text())
-    reproduce.report(kept, tmp_path / "docs" / "reproduction", list(pages.values()))
-    for page, copy in pages.items():
-        assert copy.read_text() == page.read_text()
-    marks = [name for page in pages for name in re.findall("<!-- reproduce.py: (.*) -->", page.read_text())]
-    assert sorted(marks) == sorted(reproduce.TABLES)
-    assert {file.name for file in (tmp_path / "docs" / "reproduction").iterdir()} == {
-        file.name for file in kept.iterdir()
-    }
+    page = kept.with_suffix(".md").read_text()
+    (tmp_path / "reproduction.md").write_text(page)
+    reproduce.report(kept, tmp_path / "reproduction", [tmp_path / "reproduction.md"])
+    assert (tmp_path / "reproduction.md").read_text() == page
+    assert sorted(re.findall("<!-- reproduce.py: (.*) -->", page)) == sorted(reproduce.TABLES)
+    assert {file.name for file in (tmp_path / "reproduction").iterdir()} == {file.name for file in kept.iterdir()}
 
 
 def test_every_row_was_run_with_the_settings_that_the_search_chose():
@@ -272,14 +264,3 @@ def test_bootstrap_resamples_seeds_and_prompts():
     draws = reproduce.bootstrap(scores, 10_000)
     for values, others in ((draws, np.array(expected)), (draws @ [[1], [-1]], np.array(expected) @ [[1], [-1]])):
         np.testing.assert_allclose(*(np.percentile(v, [2.5, 50, 97.5], axis=0) for v in (values, others)), atol=6e-3)
-
-
-@pytest.mark.parametrize(("paper", "low", "high"), itertools.product((None, -1.0, 2.0), (-0.2, 0.1), (-0.1, 0.3)))
-def test_direction_says_what_the_interval_allows(paper, low, high):
-    found = reproduce.direction(paper, low, high)
-    if paper is None:
-        assert found == "–"
-    elif low <= 0 <= high:
-        assert found == "not clear"
-    else:
-        assert found == ("same sign" if np.sign(paper) == np.sign(low) else "other sign")
