@@ -14,12 +14,6 @@ Pick-a-Pic from the Hub, streamed, with HPSv2 as in the paper:
 
     accelerate launch score_pairs.py --dataset_name liuhuohuo2/pick-a-pic-v2 --output_dir outputs/pickapic-qsd
 
-The best tenth of your own pairs, in which the first image is always the better one, with images, and published:
-
-    python score_pairs.py --dataset_name my_pairs --prompt_column prompt --image_0_column chosen \
-        --image_1_column rejected --label_0_column none --reward pickscore --top_fraction 0.1 --include_images \
-        --output_dir outputs/my-qsd --push_to_hub --hub_dataset_id user/my-qsd
-
 Its work lies in shards under `<output_dir>/work`: a shard that exists is done. Killed at any moment, the same command
 goes on, on any number of processes, and does only what is missing.
 """
@@ -36,7 +30,6 @@ import logging
 import math
 import operator
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -45,7 +38,7 @@ import zipfile
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -87,10 +80,8 @@ from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 
-STAGES = ("score", "sort")
-NORMALIZATIONS = ("auto", "standardize", "softmax", "none")
+PUBLISHED = ["README.md", "statistics.json", "scores/*.parquet", "figures/difference.png", "figures/quality.png"]
 DATA_FILES = ["data/train-*-of-*.parquet", "scores/train-*-of-*.parquet"]
-PUBLISHED = ["scores/*.parquet", "README.md", "statistics.json", "figures/difference.png", "figures/quality.png"]
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
 CARD_BEGIN = "<!-- score_pairs.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what score_pairs.py wrote. -->"
@@ -99,9 +90,12 @@ COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": oper
 TIE, UNLABELLED, BLANK, BAD, RANKED = range(5)
 COUNTS = {"ties": "ties", "without_label": "without a label", "with_blank_prompt": "with a blank prompt"}
 COUNTS |= {"with_bad_image": "with an image that does not decode", "ranked": "ranked"}
-ROWS_WITH_IMAGES = 20  # of a row group with images
+ROW_GROUPS = {"data": 20, "scores": 1000}  # folder → rows of a row group
 NEW_COLUMNS = {"score_0": "float64", "score_1": "float64", "quality": "float64", "quality_rank": "int64"}
-ONE_IMAGE = ("aesthetic", "vqascore", "vqascore_vlm")  # rewards that compare no two images
+# The rewards of which a range becomes [0, 1]; the others are standardised.
+HPS = ("hpsv2", "hpsv2.1", "hpsv2_antialias", "hpsv2.1_antialias")
+RANGES = dict.fromkeys([*HPS, "clipscore", "vqascore", "vqascore_vlm"], (0, 1))
+RANGES |= {"imagereward": (-3, 3), "aesthetic": (0, 10)}
 
 
 # Copied from build_synpic.flag
@@ -128,18 +122,17 @@ class ScriptArguments:
     image_0_uid_column: str = flag("image_0_uid", "Id of the first image. Without it, ids are made from the content.")
     image_1_uid_column: str = flag("image_1_uid", "Id of the second image.")
     on_bad_image: str = flag("skip", "Broken images: skip their pairs, or fail.", choices=("skip", "fail"))
-    # hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, or a variant: see REWARD_MODELS.
-    reward: str = flag("hpsv2", "Name, name=checkpoint or file.py:function.", "Quality")
+    reward: str = flag("hpsv2", "Name (see REWARD_MODELS), name=checkpoint or file.py:function.", "Quality")
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
     # auto: as in the paper, standardize for your own functions; standardize: over the dataset, clipped at 3 deviations;
     # softmax: the model's probability that it is the better of the two; none: it is a probability already.
-    normalization: str = flag("auto", "How a reward becomes ψ in [0, 1].", choices=NORMALIZATIONS)
+    normalization: str = flag("auto", "How a reward becomes ψ.", choices="auto standardize softmax none".split())
     top_fraction: float = flag(1.0, "Share of the ranked pairs to keep, the best.", above=0, max=1)
     output_dir: str = flag("outputs/qsd", "Folder for the dataset, figures, card, and the shards in work/.", "Work")
     include_images: bool = flag(False, "Write, and push, the images too, not only other columns.")
     num_examples: int = flag(5, "Best and worst pairs to show in pictures; 0: none.", min=0)
     shard_size: int = flag(512, "Pairs per shard of work: what a crash can lose.", min=1)
-    stages: list[str] = flag(lambda: list(STAGES), "Stages to run.", choices=STAGES)
+    stages: list[str] = flag(lambda: ["score", "sort"], "Stages to run.", choices=("score", "sort"))
     task_index: int = flag(0, "Which of --num_tasks this is, from 0, e.g. $SLURM_ARRAY_TASK_ID.", min=0)
     num_tasks: int = flag(1, "Score as one of N independent tasks.", min=1)
     push_to_hub: bool = flag(False, "Upload the dataset.")
@@ -150,7 +143,7 @@ class ScriptArguments:
         if self.num_tasks > 1:  # a run of its own sorts after all tasks
             self.stages = [stage for stage in self.stages if stage == "score"]
         missing = "--dataset_name is missing: a Hub id, a folder or a file; or --winner_dir and --loser_dir"
-        one_image = self.normalization == "softmax" and self.reward.partition("=")[0] in ONE_IMAGE
+        one_image = re.match("(aesthetic|vqascore|vqascore_vlm)(=|$)", self.reward) and self.normalization == "softmax"
         for wrong, problem in (
             (self.task_index >= self.num_tasks, f"--task_index {self.task_index}: must be less than --num_tasks"),
             (not self.stages, "--stages sort: one run does this after all tasks: give --num_tasks 1"),
@@ -161,8 +154,10 @@ class ScriptArguments:
         ):
             if wrong:
                 raise SystemExit(problem)
-
         self.where = f"--dataset_name {self.dataset_name}" if self.dataset_name else f"--winner_dir {self.winner_dir}"
+        # The folder that relative paths of images start from.
+        name = self.dataset_name or os.path.commonpath(map(os.path.realpath, (self.winner_dir, self.loser_dir)))
+        self.root = os.path.dirname(name) if os.path.isfile(name) else name if os.path.isdir(name) else ""
 
 
 # Quality --------------------------------------------------------------------------------------------------------------
@@ -174,19 +169,10 @@ def pair_quality(p_w: np.ndarray, p_l: np.ndarray) -> np.ndarray:
 def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean: float, std: float) -> np.ndarray:
     """ψ in [0, 1], float64 (n, 2), from raw rewards (n, 2), a pair a row (DPO-QSD, sections 3.2 and 5.2). mean, std: of
     the rewards of all ranked pairs. Exits with one line if `none` finds a reward outside [0, 1]."""
-    rewards = np.asarray(rewards, dtype=np.float64)
-    kind = reward.partition("=")[0]
-    is_cosine = kind in REWARD_MODELS and kind.startswith(("hpsv2", "clipscore"))
-    if normalization == "auto":
-        if is_cosine or kind in ("vqascore", "vqascore_vlm"):
-            return rewards.clip(0, 1)
-        if kind == "imagereward":
-            return (rewards.clip(-3, 3) + 3) / 6
-        if kind == "aesthetic":
-            return (rewards / 10).clip(0, 1)
+    rewards, kind = np.asarray(rewards, dtype=np.float64), reward.partition("=")[0]
     if normalization == "softmax":
         # CLIP's temperature is 0.01, and CLIPScore is 2.5 cosines. The other models' scores are logits already.
-        scale = 40 if kind == "clipscore" else 100 if is_cosine else 1
+        scale = 100 if kind in HPS else 40 if kind == "clipscore" else 1
         logits = scale * (rewards - rewards[:, ::-1])
         return 0.5 * (1 + np.tanh(logits / 2))  # the sigmoid, without overflow
     if normalization == "none":
@@ -194,7 +180,11 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
             span = f"{rewards.min():.4g} to {rewards.max():.4g}"
             raise SystemExit(f"--normalization none: {reward} must be in [0, 1], but goes from {span}; try standardize")
         return rewards
-    return (((rewards - mean) / std).clip(-3, 3) + 3) / 6
+    if normalization == "auto" and kind in RANGES:
+        low, high = RANGES[kind]
+    else:
+        rewards, low, high = (rewards - mean) / std, -3, 3
+    return (rewards.clip(low, high) - low) / (high - low)
 
 
 # Stages: score, rank, write -------------------------------------------------------------------------------------------
@@ -203,20 +193,25 @@ def main(args: ScriptArguments) -> None:
     # Without a GPU several processes talk through gloo. The first to finish its share may wait hours for the last.
     several = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(days=1)}
     state = PartialState(**(several if "LOCAL_RANK" in os.environ else {}))
-    lock = FileLock(Path(args.output_dir, f".lock-{args.task_index}" if args.num_tasks > 1 else ".lock"))
-    if state.is_main_process:  # what is wrong with flags, columns and labels is found before a model is loaded
-        begin_run(args, lock)
+    locks = begin_run(args) if state.is_main_process else []
     state.wait_for_everyone()
     pairs = Pairs(args)
     if "score" in args.stages:
         score(args, pairs, state)
         state.wait_for_everyone()
-    if state.is_main_process and "sort" in args.stages:
-        sort(args, pairs)
     if args.num_tasks > 1:
         state.print(f"task {args.task_index} is done. After all tasks: the same with --num_tasks 1 --stages sort")
-    lock.release()
-    state.wait_for_everyone()
+    elif state.is_main_process and "sort" in args.stages:
+        ranking = rank_pairs(args, pairs)
+        write_dataset(args, pairs, ranking)
+        draw_figures(args, pairs, ranking)
+        write_card(args, pairs, ranking)
+        if args.push_to_hub:
+            images = ["data/*.parquet", "figures/*.png"] if args.include_images else []
+            publish(args, [*PUBLISHED, *images], DATA_FILES if args.include_images else DATA_FILES[1:])
+        print(f"{ranking.summary}; the best {ranking.kept} of them, sorted, in {args.output_dir}")
+    for lock in locks:
+        lock.release()
 
 
 def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
@@ -230,7 +225,7 @@ def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
     reward = load_reward_model(args.reward, state.device, batch_size=args.reward_batch_size)
     total, hidden = sum(shard.rows for shard in missing), not state.is_local_main_process
     with tqdm(total=total, desc=f"score {reward_name(args.reward)}", unit="pair", disable=hidden) as bar:
-        for shard, work in read_ahead(read_to_score(args, pairs, reward, missing)):
+        for shard, work in read_ahead(read_to_score(args, pairs, missing)):
             score_shard(args, pairs, reward, shard, work)
             bar.update(shard.rows)
 
@@ -238,71 +233,38 @@ def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
 def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", shard: "Shard", work: "Work") -> None:
     """Scores the images of one shard, and writes its rows without images, with the rewards of both: NaN where a pair is
     not ranked or an image does not decode."""
-    scores, bad, cut, begun = [], {}, set(), work.begun
-    while begun:
-        start, end, unreadable = len(scores), len(scores) + len(begun), {}
-        coming = reward.begin(work.images[end : end + len(begun)])  # prepared while these are scored
-        scores += reward.score(begun, work.prompts[start:end], bad=unreadable)
-        bad |= {start + number: reason for number, reason in unreadable.items()}
-        cut |= reward.cut
-        begun = coming
-    places, errors = np.array([row["_places"] for row in work.rows]), []
+    bad, errors = {}, []
+    scores = np.array([*reward.score(work.images, work.prompts, bad=bad), np.nan], dtype=np.float32)
     for number, reason in sorted(bad.items()):
-        row, side = np.argwhere(places == number)[0].tolist()
+        row, side = np.argwhere(work.places == number)[0].tolist()
         where = f"row {shard.start + row} of file {shard.file}: {pairs.images[side]}"
         errors.append(f"{where}: {reason if work.images[number] else 'no such file, or an empty one'}")
         if args.on_bad_image == "fail":
             raise SystemExit(f"{args.where}: {errors[0]}; --on_bad_image skip leaves its pairs out")
         tqdm.write(f"skipped: {errors[-1]}", file=sys.stderr)
-    rewards = np.array([*scores, np.nan], dtype=np.float32)[places]  # −1 is the last: not scored
-    for row, values in zip(work.rows, rewards.tolist()):
-        row |= {"_reward_0": values[0], "_reward_1": values[1]}
-    table = pa.Table.from_pylist(work.rows, schema=pairs.shard_schema)
-    too_long = sum(work.prompts[place] in cut for place in places[:, 0] if place >= 0)
+    if args.normalization == "none":  # what is no probability is refused now, not after all shards
+        preference_score(args.reward, "none", scores[np.isfinite(scores)], 0, 1)
+    table = pa.Table.from_pylist(work.rows, schema=pairs.schema)
+    for side in (0, 1):
+        table = table.append_column(f"_reward_{side}", pa.array(scores[work.places[:, side]]))  # −1: the NaN at the end
+    too_long = sum(work.prompts[place] in reward.cut for place in work.places[:, 0] if place >= 0)
     facts = {"files": work.files, "errors": errors, "cut": too_long}
     write_tables(iter([table]), shard.scores, facts, len(table))
-    keep_examples(args, pairs, shard, work, rewards)
 
 
-def keep_examples(args: ScriptArguments, pairs: "Pairs", shard: "Shard", work: "Work", rewards: np.ndarray) -> None:
-    """Keeps the images of a few of the best and the worst pairs so far, so that the figures need not read them again.
-    Which pairs they will show is not known yet: the shard's mean and deviation stand for the dataset's."""
-    ranked, count = np.flatnonzero(np.isfinite(rewards).all(axis=1)).tolist(), 4 * args.num_examples
-    if not count or not ranked or not rewards[ranked].std() > 0:
-        return
-    quality, _ = rate(args, rewards[ranked], np.array([work.rows[row]["_winner"] for row in ranked]))
-    for value, row in zip(quality, ranked):
-        pairs.examples[shard.first + row] = (value, [work.images[place] for place in work.rows[row]["_places"]])
-    by_quality = sorted(pairs.examples, key=lambda row: pairs.examples[row][0])
-    for row in by_quality[count:-count]:
-        del pairs.examples[row]
-
-
-def sort(args: ScriptArguments, pairs: "Pairs") -> None:
-    """Ranks the pairs, writes the dataset with figures and card, and publishes it."""
-    if missing := sum(not is_scored(shard) for shard in pairs.shards):
-        total = len(pairs.shards)
-        raise SystemExit(f"{args.output_dir}: {missing} of {total} shards lack scores: run the score stage first")
-    for file in list(Path(args.output_dir).rglob(".*.tmp")):  # of runs that were killed; all tasks have ended
-        file.unlink()
-    ranking = rank_pairs(args, pairs)
-    write_dataset(args, pairs, ranking)
-    write_card(args, pairs, ranking)
-    if args.push_to_hub:
-        images = ["data/*.parquet", "figures/*.png"] if args.include_images else []
-        publish(args, [*PUBLISHED, *images], DATA_FILES if args.include_images else DATA_FILES[1:])
-    print(f"{ranking.summary}; the best {ranking.kept} of them, sorted, in {args.output_dir}")
-
-
-# The ranked pairs without images, best first, with ψ, Q and rank; of each its row in the dataset, the winner, 0 or 1,
-# and ψ_w − ψ_l. How many of them to keep. For the card: statistics.json, the counts in words, bad images, prompts that
-# are too long, a hash of the kept pairs, their order and ψ. `key`: of all that the dataset is made of.
-Ranking = namedtuple("Ranking", "table row winner difference kept statistics summary errors cut hash key")
+# The ranked pairs without images, best first; how many of them to keep; for the card: statistics.json, the counts in
+# words, bad images, prompts that are too long, a hash of the kept pairs, their order and ψ; a key of what made them.
+Ranking = namedtuple("Ranking", "table kept statistics summary errors cut hash key")
 
 
 def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> Ranking:
     """Computes Q of every ranked pair, and the order. Reads no images."""
     files = [shard.scores for shard in pairs.shards]
+    missing = 0 if "score" in args.stages else sum(not is_scored(shard) for shard in pairs.shards)
+    if missing:
+        raise SystemExit(f"{args.output_dir}: {missing} of {len(files)} shards lack scores: run the score stage first")
+    for leftover in [*Path(args.output_dir).rglob(".*.tmp")]:  # of runs that were killed; all tasks have ended
+        leftover.unlink()
     facts, table = [shard_facts(file) for file in files], pa.concat_tables(map(pq.read_table, files))
     errors = [error for shard in facts for error in shard["errors"]]
     if errors and args.on_bad_image == "fail":
@@ -315,119 +277,96 @@ def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> Ranking:
     kept = round(args.top_fraction * counts["ranked"])
     if kept == 0:
         raise SystemExit(f"{args.where}: --top_fraction {args.top_fraction} keeps none of {summary}")
-    ranked = np.flatnonzero(status == RANKED)
-    rewards, winner = rewards[ranked], table["_winner"].to_numpy()[ranked]
+    row = np.flatnonzero(status == RANKED)
+    rewards, winner = rewards[row], table["_winner"].to_numpy()[row]
     mean, std = float(rewards.mean()), float(rewards.std())
     if not std > 0:
         raise SystemExit(f"reward {args.reward}: gives every image the same score, {mean:g}: it cannot rank the pairs")
-    quality, psi = rate(args, rewards, winner)
+    psi = preference_score(args.reward, args.normalization, rewards, mean, std)
+    won, lost = np.where(winner == 0, psi.T, psi.T[::-1])
+    quality = pair_quality(won, lost)
     order = np.argsort(-quality, kind="stable")  # pairs of equal quality stay in the dataset's order
-    row, quality, psi, winner = ranked[order], quality[order], psi[order], winner[order]
+    row, psi = row[order], psi[order]
+    added = [*psi.T, quality[order], np.arange(len(row)) + 1, row, (won - lost)[order]]
     table = table.drop_columns([name for name in table.column_names if name in NEW_COLUMNS]).take(pa.array(row))
-    for name, values in zip(NEW_COLUMNS, [*psi.T, quality, np.arange(len(row)) + 1]):
+    for name, values in zip([*NEW_COLUMNS, "_row", "_difference"], added):
         table = table.append_column(name, pa.array(values))
-    difference = np.where(winner == 0, 1, -1) * (psi[:, 0] - psi[:, 1])
     reward = reward_settings(args.reward)
     statistics = {"reward": reward, "normalization": args.normalization, "mean": mean, "std": std}
     statistics |= {"rows": sum(counts.values()), **counts, "kept": kept}
     made = content_hash(np.concatenate([row[:kept].astype(float), psi[:kept].ravel()]).tobytes())
     key = short_hash(json.dumps([made, reward, pairs.identity, [shard["files"] for shard in facts]]))
     cut = sum(shard["cut"] for shard in facts)
-    return Ranking(table, row, winner, difference, kept, statistics, summary, errors, cut, made, key)
-
-
-def rate(args: ScriptArguments, rewards: np.ndarray, winner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Q (n,) and ψ (n, 2) of pairs."""
-    psi = preference_score(args.reward, args.normalization, rewards, float(rewards.mean()), float(rewards.std()))
-    rows = np.arange(len(winner))
-    return pair_quality(psi[rows, winner], psi[rows, 1 - winner]), psi
+    return Ranking(table, kept, statistics, summary, errors, cut, made, key)
 
 
 def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: Ranking) -> None:
-    """Writes figures and the kept pairs, best first, unless an earlier run has written the same. The folders are built
-    in work/building, where complete files outlive a crash, and take their places when all are whole."""
-    output_dir, building = Path(args.output_dir), Path(args.output_dir, "work", "building")
+    """Writes the kept pairs, best first, unless an earlier run has written the same. The folders are built in
+    work/building, where complete files outlive a crash, and take their places when all are whole."""
+    output_dir, key = Path(args.output_dir), short_hash(f"{ranking.key} {args.include_images}")
     # At most 120 files with images and as many without: one commit takes them all.
     size = max(500, math.ceil(ranking.kept / 120)) if args.include_images else 100_000
-    starts = range(0, ranking.kept, size)
-    schemas = {folder: features.arrow_schema for folder, features in configurations(args, pairs).values()}
-    names = {start: f"train-{n:05d}-of-{len(starts):05d}.parquet" for n, start in enumerate(starts)}
-    plan = {f"{folder}/{name}": (folder, start) for folder in schemas for start, name in names.items()}
-    key = {"key": f"{ranking.key} {args.num_examples} {args.include_images}"}
-    there = {file.relative_to(output_dir).as_posix(): shard_facts(file) for file in output_dir.glob("*/*.parquet")}
-    if there == dict.fromkeys(plan, key):
+    parts = list(batches(ranking.table[: ranking.kept], size))
+    names = [f"train-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
+    folders = dict(pairs.configurations.values())
+    wanted = {f"{folder}/{name}": {"key": key} for folder in folders for name in names}
+    if wanted == {str(file.relative_to(output_dir)): shard_facts(file) for file in output_dir.glob("*/*.parquet")}:
         return
-    if any(shard_facts(file) != key for file in building.rglob("*.parquet")):  # of another run that was killed here
-        shutil.rmtree(building)
-    missing = {building / name: place for name, place in plan.items() if not (building / name).exists()}
-    folder = Path(args.output_dir, "work", "buckets")
-    buckets = {start: folder / str(start) for kind, start in missing.values() if kind == "data"}
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir()
-    places = fill_buckets(args, pairs, ranking, size, buckets)
-    draw_figures(args, pairs, ranking, building / "figures")
-    for file, (folder, start) in missing.items():
-        part, schema = ranking.table.slice(start, min(size, ranking.kept - start)), schemas[folder]
-        if folder == "data":
-            write_tables(with_images(pairs, part, buckets[start], places, schema), file, key, ROWS_WITH_IMAGES)
-            buckets[start].unlink()
-        else:
-            write_tables(iter([part.select(schema.names).cast(schema)]), file, key, 1000)
-    for folder in ("figures", "data", "scores"):  # data/ of an earlier run with images would not fit this one
+    building = output_dir / "work" / "building" / key
+    for other in {*building.parent.glob("*")} - {building}:  # of another run that was killed
+        shutil.rmtree(other)
+    if args.include_images:
+        copy_images(args, pairs, ranking, building / "images")
+    for folder, (name, part) in itertools.product(folders, zip(names, parts)):
+        if not (file := building / folder / name).exists():
+            schema = folders[folder].arrow_schema
+            tables = with_images(args, ranking, part, building / "images") if folder == "data" else [part]
+            tables = (table.select(schema.names).cast(schema) for table in tables)
+            write_tables(tables, file, {"key": key}, ROW_GROUPS[folder])
+    for folder in ("data", "scores"):  # data/ of an earlier run with images would not fit this one
         shutil.rmtree(output_dir / folder, ignore_errors=True)
-        if (building / folder).exists():
+        if folder in folders:
             os.rename(building / folder, output_dir / folder)
+    shutil.rmtree(building)
 
 
-def fill_buckets(args: ScriptArguments, pairs: "Pairs", ranking: Ranking, size: int, buckets: dict) -> np.ndarray:
-    """Sorts images on disk: in one pass over the stream those of each kept pair go into the bucket of its output file,
-    of `size` rows. Returns where each pair begins in its bucket. The disk holds the kept images twice for a while."""
-    places, ranks = np.zeros(ranking.kept, dtype=np.int64), np.full(pairs.rows, -1)
-    ranks[ranking.row[: ranking.kept]] = np.arange(ranking.kept)
-    ranks[~np.isin(ranks // size * size, list(buckets))] = -1  # their files are there
-    shown = {*ranking.row[: args.num_examples], *ranking.row[::-1][: args.num_examples]}
-    shards = [shard for shard in pairs.shards if ranks[shard.first :][: shard.rows].max() >= 0]
-    with tqdm(total=int((ranks >= 0).sum()), desc="sort", unit="pair", disable=not buckets) as bar:
-        for shard, rows in read_shards(pairs, shards, pairs.images):
-            for row, found in enumerate(rows, shard.first):
-                if row in shown:
-                    pairs.examples[row] = (0, [pairs.bytes_of(found[name][0].as_py()) for name in pairs.images])
-                if (rank := ranks[row]) >= 0:
-                    with open(buckets[rank // size * size], "ab") as bucket:
-                        places[rank] = bucket.tell()
-                        pickle.dump([pairs.stored(found[name][0].as_py()) for name in pairs.images], bucket)
-                    bar.update()
-    return places
+def copy_images(args: ScriptArguments, pairs: "Pairs", ranking: Ranking, folder: Path) -> None:
+    """In one pass over the dataset, copies the images of the kept pairs, in the dataset's order, into files of
+    `shard_size` pairs. One that exists is done. Refuses a pair that is not the one that was scored."""
+    known = [args.prompt_column, *pairs.uids]
+    kept = ranking.table[: ranking.kept].select(["_row", *known]).sort_by("_row")
+    files = {folder / f"{number}.arrow": part for number, part in enumerate(batches(kept, args.shard_size))}
+    missing = {file: part.to_pylist() for file, part in files.items() if not file.exists()}
+    wanted = [row["_row"] for rows in missing.values() for row in rows]
+    stream = iter(tqdm(read_rows(pairs, wanted), total=len(wanted), desc="sort", unit="pair", disable=not wanted))
+    schema = pa.schema([pairs.configurations["default"][1].arrow_schema.field(name) for name in pairs.images])
+    for file, rows in missing.items():
+        with replacing(file) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
+            for row, (_, found) in zip(rows, stream):
+                light = pairs.without_images(found)
+                if any(light[name] != row[name] for name in known):
+                    problem = f"row {row['_row']} of the dataset is not the pair that was scored"
+                    raise SystemExit(f"{args.where}: {problem}: choose another --output_dir")
+                images = {name: pairs.image_of(found[name]) for name in pairs.images}
+                images |= {name: found[name] for name in pairs.images if isinstance(found[name], bytes)}
+                writer.write_batch(pa.RecordBatch.from_pylist([images], schema))
 
 
-def with_images(pairs: "Pairs", part: pa.Table, bucket: Path, places: np.ndarray, schema: pa.Schema) -> Iterator:
+def with_images(args: ScriptArguments, ranking: Ranking, part: pa.Table, folder: Path) -> Iterator[pa.Table]:
     """The rows of one output file with their images, a few at a time: one column of all would overflow beyond 2 GiB."""
-    with open(bucket, "rb") as images:
-        for start in range(0, len(part), ROWS_WITH_IMAGES):
-            few, values = part.slice(start, ROWS_WITH_IMAGES), []
-            for rank in few["quality_rank"].to_pylist():
-                images.seek(places[rank - 1])
-                values.append(pickle.load(images))
-            columns = dict(zip(few.column_names, few.columns))
-            for name, column in zip(pairs.images, zip(*values)):
-                columns[name] = pa.array(column, schema.field(name).type)
-            yield pa.table({name: columns[name] for name in schema.names}).cast(schema)
-
-
-def configurations(args: ScriptArguments, pairs: "Pairs") -> dict[str, tuple[str, Features]]:
-    """Of each configuration of the dataset its folder and its columns: the dataset's own, ids, ψ of both images, Q and
-    the rank. With images, these replace paths of images."""
-    images = {name: pairs.features[name] if pairs.types[name].endswith("binary") else Image() for name in pairs.images}
-    folders = {"default": ("data", pairs.light | images), "scores": ("scores", pairs.light)}
-    if not args.include_images:
-        del folders["default"]
-    added = {name: Value(kind) for name, kind in NEW_COLUMNS.items()}
-    return {config: (folder, Features(columns | added)) for config, (folder, columns) in folders.items()}
+    kept = np.sort(ranking.table["_row"].to_numpy()[: ranking.kept])
+    for few in batches(part, ROW_GROUPS["data"]):
+        images = []
+        for place in np.searchsorted(kept, few["_row"].to_numpy()).tolist():
+            file = pa.memory_map(f"{folder}/{place // args.shard_size}.arrow")
+            images.append(pa.ipc.open_file(file).get_batch(place % args.shard_size))
+        images = pa.Table.from_batches(images)
+        yield pa.table(dict(zip(few.column_names, few.columns)) | dict(zip(images.column_names, images.columns)))
 
 
 # Start ----------------------------------------------------------------------------------------------------------------
-def begin_run(args: ScriptArguments, lock: FileLock) -> None:
-    """Checks what can be checked before the work, locks the folder, and records what the work is made of."""
+def begin_run(args: ScriptArguments) -> list[FileLock]:
+    """Checks what can be checked before a model is loaded, records what the work is made of, and locks the folder."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir, "work")
     check_rewards([args.reward])
     if not (work / "settings.json").exists() and any(p != work and not is_hidden(p.name) for p in output_dir.glob("*")):
@@ -435,10 +374,9 @@ def begin_run(args: ScriptArguments, lock: FileLock) -> None:
     if args.dataset_name and output_dir.resolve().is_relative_to(Path(args.dataset_name).resolve()):
         raise SystemExit(f"--output_dir {output_dir} is inside the dataset: choose another folder")
     stream = plan_stream(args, work / "stream.json")
-    pairs = re.compile("dataset_|winner_|loser_|.*_column$|shard_size")  # the flags that say what a shard holds
     settings = {work / "scores" / reward_name(args.reward): reward_settings(args.reward)}
-    settings[work] = {name: value for name, value in vars(args).items() if pairs.match(name)}
-    settings[work]["files"] = stream["identity"]
+    says = re.compile("dataset_|winner_|loser_|.*_column$|shard_size").match  # the flags that say what a shard holds
+    settings[work] = {name: vars(args)[name] for name in filter(says, vars(args))} | {"files": stream["identity"]}
     for folder, wanted in settings.items():
         earlier = json.loads(file.read_text()) if (file := folder / "settings.json").exists() else wanted
         for name in {**earlier, **wanted}:
@@ -449,37 +387,43 @@ def begin_run(args: ScriptArguments, lock: FileLock) -> None:
     if args.push_to_hub and "sort" in args.stages:  # a wrong token or name fails now, not after the work
         prepare_repository(args)
     output_dir.mkdir(parents=True, exist_ok=True)
+    # A task has a lock of its own, and only looks whether a single run is at work, which takes the locks of all.
+    single, tasks = [output_dir / ".lock"], output_dir.glob(".lock-*")
+    files = [output_dir / f".lock-{args.task_index}", *single] if args.num_tasks > 1 else itertools.chain(single, tasks)
+    locks = []
     try:
-        lock.acquire(timeout=0)
+        for file in files:
+            locks.append(FileLock(file))
+            locks[-1].acquire(timeout=3)  # tasks that start at once wait for each other
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
-    write_bytes(work / "stream.json", json.dumps(stream).encode())
+    if args.num_tasks > 1:
+        locks[-1].release()
     for folder, found in settings.items():
         write_bytes(folder / "settings.json", json.dumps(found, indent=1).encode())
+    write_bytes(work / "stream.json", json.dumps(stream).encode())
+    return locks
 
 
 def plan_stream(args: ScriptArguments, file: Path) -> dict:
     """The files of the dataset, the rows of their row groups, the columns, and an identity by which data that has
     changed is found out. Checks columns and labels. Of the Hub it is made once, of local data at every start."""
-    source = None
     try:
         if args.dataset_name and not os.path.exists(args.dataset_name):
             # The commit, so that a run that goes on after a crash reads the same data.
             args.dataset_revision = HfApi().dataset_info(args.dataset_name, revision=args.dataset_revision).sha
-            source = [args.dataset_name, args.dataset_config_name, args.dataset_revision, args.dataset_split]
-            if file.exists() and (earlier := json.loads(file.read_text()))["source"] == source:
-                return earlier
+            if file.exists():  # settings.json, which was written before it, says of which commit it is
+                return json.loads(file.read_text())
         names = stream_files(args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{args.where}: cannot be read: {one_line(error)}") from None
-    with ThreadPoolExecutor(8) as pool:
-        files = list(pool.map(partial(inspect_file, args), range(len(names)), names))
+    files = list(WORKERS.map(partial(inspect_file, args), range(len(names)), names))
     for found in files:
         if lacking := sorted({*files[0]["columns"]} - {*found["columns"]}):
             raise SystemExit(f"{args.where}: {found['file']} has no column {lacking[0]!r}, which {names[0]} has")
     if not any(sum(found["groups"]) for found in files):
         raise SystemExit(f"{args.where}: split {args.dataset_split!r} has no rows")
-    return {"source": source, "identity": short_hash(json.dumps([found["facts"] for found in files])), "files": files}
+    return {"identity": short_hash(json.dumps([found["facts"] for found in files])), "files": files}
 
 
 def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
@@ -491,11 +435,11 @@ def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
         types = {field.name: str(field.type) for field in features.arrow_schema}
         labels = [args.label_0_column] * (args.label_0_column != "none")
         labels += [args.has_label_column] * (args.has_label_column in types)
-        kinds = dict.fromkeys(labels, ("numbers", "u?int|halffloat|float|double|bool|null"))
-        kinds[args.prompt_column] = ("text", "(large_)?string$")
-        for name in (args.image_0_column, args.image_1_column):
-            kinds[name] = ("bytes, Image or paths", "(large_)?(binary|string)$|struct<bytes: ")
-        for name, (what, kind) in kinds.items():
+        image = ("bytes, Image or paths", "(large_)?(binary|string)$|struct<bytes: ")
+        kinds = [(name, "numbers", "u?int|halffloat|float|double|bool|null") for name in labels]
+        kinds += [(args.prompt_column, "text", "(large_)?string$")]
+        kinds += [(args.image_0_column, *image), (args.image_1_column, *image)]
+        for name, what, kind in kinds:
             if not re.match(kind, found := types.get(name, "absent")):
                 raise SystemExit(f"{args.where}: column {name!r} is {found}, not {what}; it has {', '.join(types)}")
         table = parquet.read(labels if "://" in file else [*labels, args.prompt_column], use_threads=False)
@@ -556,26 +500,27 @@ def folder_pairs(args: ScriptArguments) -> list[dict]:
         is_utf16 = caption[:2] in (b"\xff\xfe", b"\xfe\xff")  # as Windows saves "Unicode"
         row = {args.prompt_column: caption.decode("utf-16" if is_utf16 else "utf-8-sig").strip()}
         for column, file in ((args.image_0_column, winner), (args.image_1_column, losers[stem])):
-            row[column] = os.path.relpath(file.resolve(), image_root(args))
+            row[column] = os.path.relpath(file.resolve(), args.root)
         rows.append(row | {args.label_0_column: 1.0})
     return rows
 
 
 def pictures_of(folder: str) -> dict[str, Path]:
-    """The pictures in a folder, all that Pillow opens, by their names without ending. Says what else is there, except
-    captions, and what an operating system puts beside pictures."""
+    """Name without ending → file, of all that Pillow opens. Says what else is there, except for captions and what an
+    operating system puts beside pictures."""
     endings = {ending for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
     pictures, others = {}, []
     for file in sorted(Path(folder).iterdir()):
         if is_hidden(file.name) or file.suffix.lower() == ".txt":
             continue
-        is_picture = file.is_file() and file.suffix.lower() in endings
-        with suppress(OSError):  # of what has another ending or none
-            is_picture = is_picture or bool(PILImage.open(file))
-        if not is_picture:
+        try:
+            if file.is_dir() or file.suffix.lower() not in endings:
+                PILImage.open(file)
+        except OSError:
             others.append(file.name)
-        elif (other := pictures.setdefault(file.stem, file)) != file:
-            raise ValueError(f"{file} and {other} have the same name: remove one")
+        else:
+            if (other := pictures.setdefault(file.stem, file)) != file:
+                raise ValueError(f"{file} and {other} have the same name: remove one")
     if others:
         print(f"{folder}: {len(others)} are no pictures, left out: {', '.join(others[:9])}", file=sys.stderr)
     if not pictures:
@@ -583,18 +528,12 @@ def pictures_of(folder: str) -> dict[str, Path]:
     return pictures
 
 
-def image_root(args: ScriptArguments) -> str:
-    """The folder that relative paths of images start from."""
-    name = args.dataset_name or os.path.commonpath([Path(args.winner_dir).resolve(), Path(args.loser_dir).resolve()])
-    return os.path.dirname(name) if os.path.isfile(name) else name if os.path.isdir(name) else ""
-
-
 # The stream of pairs --------------------------------------------------------------------------------------------------
 # Rows of a file: its number, the first row there, how many, and the first row in the dataset; the file of their scores.
 Shard = namedtuple("Shard", "file start rows first scores")
-# What is read of a shard: its rows without images; each distinct image and prompt of its ranked pairs, among which each
-# row has two places, or −1; the files that hold images, with size and date; the first images in preparation.
-Work = namedtuple("Work", "rows images prompts files begun")
+# What is read of a shard: its rows without images; each distinct image and prompt of its ranked pairs, and the places
+# of each row's two among them, or −1; the files that hold images, with size and date.
+Work = namedtuple("Work", "rows images prompts places files")
 
 
 class Pairs:
@@ -603,24 +542,26 @@ class Pairs:
     def __init__(self, args: ScriptArguments):
         stream = json.loads(Path(args.output_dir, "work", "stream.json").read_text())
         folder = Path(args.output_dir, "work", "scores", reward_name(args.reward))
-        self.files, self.identity, self.root = stream["files"], stream["identity"], image_root(args)
+        self.files, self.identity, self.root = stream["files"], stream["identity"], args.root
         self.images = [args.image_0_column, args.image_1_column]
         self.uids = [args.image_0_uid_column, args.image_1_uid_column]
-        self.features = Features.from_dict(self.files[0]["columns"])
-        self.types = {field.name: str(field.type) for field in self.features.arrow_schema}
+        features = Features.from_dict(self.files[0]["columns"])
+        self.types = {field.name: str(field.type) for field in features.arrow_schema}
         # The columns without images, which are read together with them, and ids, which are made where there are none.
         self.read = [name for name in self.types if "binary" not in self.types[name]]
-        names = dict.fromkeys([*self.read, *self.uids])
-        self.light = {name: self.features[name] if name in self.read else Value("string") for name in names}
-        own = {"_status": "int8", "_winner": "int8", "_reward_0": "float32", "_reward_1": "float32"}
-        self.shard_schema = Features(self.light | {name: Value(kind) for name, kind in own.items()}).arrow_schema
-        self.shards, self.rows = [], 0
-        self.examples = {}  # row → its quality, about, and the files of its images, to be shown
+        light = {name: features.get(name, Value("string")) for name in [*self.read, *self.uids]}
+        self.schema = Features(light | {name: Value("int8") for name in ("_status", "_winner")}).arrow_schema
+        # Of each configuration of the dataset its folder and its columns. Images replace paths of images.
+        images = {name: features[name] if self.types[name].endswith("binary") else Image() for name in self.images}
+        added = {name: Value(kind) for name, kind in NEW_COLUMNS.items()}
+        self.configurations = {"default": ("data", Features(light | images | added))} if args.include_images else {}
+        self.configurations["scores"] = ("scores", Features(light | added))
+        self.shards, first = [], 0
         for file, groups in enumerate(found["groups"] for found in self.files):
             for number, start in enumerate(range(0, sum(groups), args.shard_size)):
                 rows, scores = min(args.shard_size, sum(groups) - start), f"{file:05d}-{number:05d}.parquet"
-                self.shards.append(Shard(file, start, rows, self.rows, folder / scores))
-                self.rows += rows
+                self.shards.append(Shard(file, start, rows, first, folder / scores))
+                first += rows
 
     def path_of(self, value) -> Path | None:
         """The file of an image that the dataset only names."""
@@ -628,70 +569,70 @@ class Pairs:
             value = value["path"] if value["bytes"] is None else None
         return Path(self.root, value) if isinstance(value, str) and value else None
 
-    def bytes_of(self, value) -> bytes:
-        """The bytes of an image's file, from a value of any kind of column; empty if there is no such file."""
-        if path := self.path_of(value):
-            return path.read_bytes() if path.is_file() else b""  # any other trouble with it ends the run
-        return (value["bytes"] if isinstance(value, dict) else value) or b""
+    def image_of(self, value) -> dict:
+        """An image, from any kind of column, as an Image with its file's bytes: none if there is no such file."""
+        path = value["path"] if isinstance(value, dict) else value if isinstance(value, str) else None
+        if file := self.path_of(value):
+            content = file.read_bytes() if file.is_file() else b""  # any other trouble with it ends the run
+        else:
+            content = value["bytes"] if isinstance(value, dict) else value
+        return {"bytes": content or b"", "path": path and os.path.basename(path)}
 
-    def stored(self, value) -> bytes | dict:
-        """An image as the dataset with images holds it: bytes, or for paths and Images an Image with its bytes."""
-        if isinstance(value, bytes):
-            return value
-        path = value["path"] if isinstance(value, dict) else value
-        return {"bytes": self.bytes_of(value), "path": path and os.path.basename(path)}
-
-
-def read_shards(pairs: Pairs, shards: list[Shard], columns: list[str]) -> Iterator[tuple[Shard, Iterator]]:
-    """Yields each shard with its rows, each a RecordBatch of one row, which the caller takes all. A file is read on
-    from shard to shard, and opened anew only where others lie between."""
-    place = None
-    for shard in shards:
-        if (shard.file, shard.start) != place:
-            rows = read_rows(pairs.files[shard.file], shard.start, columns)
-        yield shard, itertools.islice(rows, shard.rows)
-        place = (shard.file, shard.start + shard.rows)
+    def without_images(self, row: dict) -> dict:
+        """A row without images. An id that it lacks is made: of path, size and date where the column holds paths, else
+        of the content."""
+        light = {name: row[name] for name in self.read}
+        for value, uid in zip((row[name] for name in self.images), self.uids):
+            if uid not in light and isinstance(value, str) and value:
+                facts = file_facts(self.path_of(value))
+                light[uid] = content_hash(f"{value}|{facts and (*facts,)}")
+            elif uid not in light:
+                light[uid] = content_hash(self.image_of(value)["bytes"])
+        return light
 
 
-def read_rows(part: dict, start: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of one file from `start` on, one by one. It reads from the row group of the first one on, of each column
-    at most 16 MB at once, and decodes 16 rows at once."""
-    ends = np.cumsum(part["groups"])
-    group = int(np.searchsorted(ends, start, side="right"))
-    skipped = start - int(ends[group] - part["groups"][group])
-    system, path = url_to_fs(part["file"])
-    options = {"pre_buffer": False, "buffer_size": 2**24}
-    with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle, **options) as parquet:
-        groups, names = range(group, len(ends)), list(dict.fromkeys(columns))
-        for batch in parquet.iter_batches(16, groups, names, use_threads=False):
-            yield from (batch.slice(row, 1) for row in range(skipped, len(batch)))
-            skipped = max(0, skipped - len(batch))
+def read_rows(pairs: Pairs, wanted: list[int]) -> Iterator[tuple[int, dict]]:
+    """Yields these rows, in the dataset's order. Reads only row groups that hold one, of each column at most 16 MB at
+    once, and decodes 16 rows at once."""
+    wanted, columns, end = set(wanted), list(dict.fromkeys([*pairs.read, *pairs.images])), 0
+    for part in pairs.files:
+        groups = {}
+        for group, rows in enumerate(part["groups"]):
+            if not wanted.isdisjoint(range(end, end + rows)):
+                groups[group] = range(end, end + rows)
+            end += rows
+        if not groups:
+            continue
+        system, path = url_to_fs(part["file"])
+        options = {"pre_buffer": False, "buffer_size": 2**24}
+        with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle, **options) as parquet:
+            numbers = itertools.chain.from_iterable(groups.values())
+            for batch in parquet.iter_batches(16, list(groups), columns, use_threads=False):
+                for place, row in zip(range(len(batch)), numbers):
+                    if row in wanted:
+                        yield row, batch.slice(place, 1).to_pylist()[0]
 
 
-def read_to_score(args: ScriptArguments, pairs: Pairs, reward: "RewardModel", shards: list[Shard]) -> Iterator[tuple]:
+def read_to_score(args: ScriptArguments, pairs: Pairs, shards: list[Shard]) -> Iterator[tuple[Shard, Work]]:
     """Yields each shard with the work on it."""
-    for shard, batches_of_one in read_shards(pairs, shards, [*pairs.read, *pairs.images]):
-        rows, images, files, known = [], [], {}, {}
-        for batch in batches_of_one:
-            row = {name: batch[name][0].as_py() for name in pairs.read}
-            label, prompt, places = pair_label(args, row), row[args.prompt_column], [-1, -1]
+    stream = read_rows(pairs, [row for shard in shards for row in range(shard.first, shard.first + shard.rows)])
+    for shard in shards:
+        rows, images, files, known, places = [], [], {}, {}, np.full((shard.rows, 2), -1)
+        for number, (_, found) in enumerate(itertools.islice(stream, shard.rows)):
+            row = pairs.without_images(found)
+            label, prompt = pair_label(args, row), row[args.prompt_column]
             blank = not (prompt or "").strip()
             status = UNLABELLED if math.isnan(label) else TIE if label == 0.5 else BLANK if blank else RANKED
+            rows.append(row | {"_status": status, "_winner": int(label != 1)})
             for side in (0, 1) if status == RANKED else ():
-                value, uid = batch[pairs.images[side]][0].as_py(), row.get(pairs.uids[side])
+                value = found[pairs.images[side]]
                 if path := pairs.path_of(value):
-                    files[str(path)] = facts = file_facts(path)  # before it is read
-                if uid in (None, ""):  # made of path, size and date where the column holds paths, else of the content
-                    is_path = path and isinstance(value, str)
-                    uid = content_hash(f"{value}|{facts and (*facts,)}" if is_path else pairs.bytes_of(value))
-                    row.setdefault(pairs.uids[side], uid)
-                places[side] = known.setdefault((uid, prompt), len(known))
-                if places[side] == len(images):
-                    images.append(pairs.bytes_of(value))
-            rows.append(row | {"_status": status, "_winner": int(label != 1), "_places": places})
-        # A few batches at once: all decoded images of a shard may be gigabytes.
-        begun = reward.begin(images[: 4 * args.reward_batch_size])
-        yield shard, Work(rows, images, [prompt for _, prompt in known], files, begun)
+                    files[str(path)] = file_facts(path)  # before it is read
+                uid = row[pairs.uids[side]] or f"row {number}, {side}"
+                places[number, side] = known.setdefault((uid, prompt), len(known))
+                if places[number, side] == len(images):
+                    images.append(pairs.image_of(value)["bytes"])
+        yield shard, Work(rows, images, [prompt for _, prompt in known], places, files)
 
 
 # Copied from train_rankdpo_sdxl.read_ahead
@@ -750,47 +691,42 @@ def is_scored(shard: Shard) -> bool:
 
 
 # Figures and card -----------------------------------------------------------------------------------------------------
-def draw_figures(args: ScriptArguments, pairs: Pairs, ranking: Ranking, folder: Path) -> None:
+def draw_figures(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
     """Figures 1a and 1b of the paper: the distribution of ψ_w − ψ_l, and Q over the ranks; the best and worst pairs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = {name: Figure(figsize=(6, 4), dpi=100, layout="tight") for name in ("difference", "quality")}
-    title = {"title": f"reward: {reward_name(args.reward)}"}
-    bars, curve = (figure.subplots(subplot_kw=title) for figure in figures.values())
-    bars.hist(ranking.difference, bins=100, color="tab:blue")
+    title, quality = f"reward: {reward_name(args.reward)}", ranking.table["quality"].to_numpy()
+    bars, curve = (Figure(figsize=(6, 4), dpi=100, layout="tight").subplots() for _ in range(2))
+    bars.hist(ranking.table["_difference"].to_numpy(), bins=100, color="tab:blue")
     bars.axvline(0, color="black", linewidth=0.8)
-    bars.set(xlabel="ψ(winner) − ψ(loser)", ylabel="number of pairs")
-    quality = ranking.table["quality"].to_numpy()
+    bars.set(title=title, xlabel="ψ(winner) − ψ(loser)", ylabel="number of pairs")
     positions = np.unique(np.linspace(0, len(quality) - 1, 2000).astype(int))
     curve.plot(positions + 1, quality[positions], color="tab:blue")
     curve.axvspan(0, ranking.kept, color="tab:green", alpha=0.2, label=f"kept: {ranking.kept}")
-    curve.set(xlabel="rank of the pair", ylabel="quality Q")
+    curve.set(title=title, xlabel="rank of the pair", ylabel="quality Q")
     curve.legend()
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png")
-    places = list(range(len(quality)))
+    pictures = {"difference": bars.figure.savefig, "quality": curve.figure.savefig}
     if args.num_examples:
-        draw_examples(args, pairs, ranking, places[: args.num_examples]).save(folder / "best.png")
-        draw_examples(args, pairs, ranking, places[::-1][: args.num_examples]).save(folder / "worst.png")
+        best, worst = ranking.table[: args.num_examples], ranking.table[-args.num_examples :]
+        pictures["best"] = draw_examples(args, pairs, best.to_pylist()).save
+        pictures["worst"] = draw_examples(args, pairs, worst.to_pylist()[::-1]).save
+    shutil.rmtree(Path(args.output_dir, "figures"), ignore_errors=True)
+    for name, save in pictures.items():
+        with replacing(Path(args.output_dir, "figures", f"{name}.png")) as file:
+            save(file, format="png")
 
 
-def draw_examples(args: ScriptArguments, pairs: Pairs, ranking: Ranking, places: list, cell: int = 224):
+def draw_examples(args: ScriptArguments, pairs: Pairs, rows: list[dict], cell: int = 224) -> PILImage.Image:
     """A strip of pairs: winners above, losers below, in squares of `cell` pixels."""
-    canvas = PILImage.new("RGB", (cell * len(places), 2 * cell + 22), "white")
-    drawing = ImageDraw.Draw(canvas)
-    for left, place in zip(range(0, canvas.width, cell), places):
-        row = int(ranking.row[place])
-        images = pairs.examples.get(row, (0, None))[1]
-        if images is None:  # scored by another process, or earlier
-            shard = next(shard for shard in pairs.shards if row < shard.first + shard.rows)
-            found = next(read_rows(pairs.files[shard.file], shard.start + row - shard.first, pairs.images))
-            images = [pairs.bytes_of(found[name][0].as_py()) for name in pairs.images]
-        for top, side in ((0, ranking.winner[place]), (cell, 1 - ranking.winner[place])):
-            image = decode_image(images[side]).convert("RGB")
+    canvas = PILImage.new("RGB", (cell * len(rows), 2 * cell + 22), "white")
+    drawing, found = ImageDraw.Draw(canvas), dict(read_rows(pairs, sorted(row["_row"] for row in rows)))
+    for left, row in zip(range(0, canvas.width, cell), rows):
+        for top, side in ((0, row["_winner"]), (cell, 1 - row["_winner"])):
+            image = pairs.image_of(found[row["_row"]][pairs.images[side]])
+            image = decode_image(image["bytes"]).convert("RGB")
             resample = PILImage.NEAREST if max(image.size) < cell else PILImage.LANCZOS
             size = [max(1, round(length * (cell / max(image.size)))) for length in image.size]
             canvas.paste(image.resize(size, resample), (left, top))
-        text = ranking.table[args.prompt_column][place].as_py()[: cell // 7]
-        drawing.text((left + 4, 2 * cell + 5), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
+        text = row[args.prompt_column][: cell // 7].encode("latin-1", "replace").decode("latin-1")
+        drawing.text((left + 4, 2 * cell + 5), text, fill="black")
     return canvas
 
 
@@ -799,6 +735,7 @@ def write_card(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
     output_dir, facts = Path(args.output_dir), ranking.statistics
     title, source = output_dir.resolve().name, args.dataset_name or f"{args.winner_dir} and {args.loser_dir}"
     quality, shares = ranking.table["quality"].to_numpy(), (0, 0.01, 0.0533, 0.1, 0.25, 0.5, 0.75, 1)
+    contradicted = (ranking.table["_difference"].to_numpy() <= 0).mean()
     quality_at = ", ".join(f"{quality[round(share * (len(quality) - 1))]:.4f}" for share in shares)
     images, figures = "", {"difference": "Distribution of ψ(winner) − ψ(loser)", "quality": "Q over the sorted pairs"}
     if not args.include_images:
@@ -837,7 +774,7 @@ split="train")
 
 {markdown_table(["", "pairs"], rows)}
 
-In {(ranking.difference <= 0).mean():.1%} of the ranked pairs the reward model rates the loser at least as high as the
+In {contradicted:.1%} of the ranked pairs the reward model rates the loser at least as high as the
 winner.{"".join(remarks)}
 
 ## Reward
@@ -858,7 +795,7 @@ Reward `{args.reward}`{commit}. {libraries}. Hash of pairs, order and ψ: {ranki
     front |= {"size_categories": [size_category(ranking.kept)], "tags": ["dpo-qsd", "preference", "dpo"]}
     if args.dataset_name and not os.path.exists(args.dataset_name):
         front["source_datasets"] = [args.dataset_name]
-    write_dataset_card(args, front | config_metadata(output_dir, configurations(args, pairs)), body)
+    write_dataset_card(args, front | config_metadata(output_dir, pairs.configurations), body)
     write_bytes(output_dir / "statistics.json", (json.dumps(facts, indent=2) + "\n").encode())
 
 

@@ -25,9 +25,9 @@ import train_rankdpo_sdxl
 
 # The same examples in every run: a test that fails now and then helps nobody.
 quick = settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-few = settings(quick, max_examples=25)
+few = settings(quick, max_examples=15)
 finite = st.floats(-1e6, 1e6, allow_subnormal=False)
 shapes = st.tuples(st.integers(1, 5), st.integers(2, 6))
 rounded = st.floats(-3, 3).map(lambda value: round(value, 1))  # ties happen
@@ -39,39 +39,28 @@ scores = shapes.flatmap(lambda shape: arrays(np.float64, shape, elements=rounded
 
 @quick
 @given(scores)
-def test_probabilities_are_shares_of_the_comparisons(matrix):
-    phi = build_synpic.preference_probability(matrix)
+def test_probabilities_are_shares_of_the_comparisons_and_ranks_follow_them(matrix):
+    phi, rank = build_synpic.preference_probability(matrix), build_synpic.preference_rank(matrix)
     n, k = matrix.shape
     wins = [sum(a[i] > a[j] for a in matrix for j in range(k)) / (n * (k - 1)) for i in range(k)]
     assert phi.tolist() == pytest.approx(wins) and phi.min() >= 0 and phi.max() <= 1
     no_ties = all(len(set(row)) == k for row in matrix.tolist())
     assert phi.sum() <= k / 2 + 1e-9 and (not no_ties or math.isclose(phi.sum(), k / 2))
-
-
-@quick
-@given(scores)
-def test_ranks_are_a_permutation_that_follows_the_probabilities(matrix):
-    rank, phi = build_synpic.preference_rank(matrix), build_synpic.preference_probability(matrix)
-    assert sorted(rank.tolist()) == list(range(1, matrix.shape[1] + 1))
+    assert sorted(rank.tolist()) == list(range(1, k + 1))
     assert (np.diff(phi[np.argsort(rank)]) <= 1e-12).all()
 
 
 @quick
-@given(scores, st.randoms(use_true_random=False))
-def test_ranking_does_not_depend_on_the_order_of_rewards_or_images(matrix, random):
+@given(scores, st.integers(-8, 8), st.randoms(use_true_random=False))
+def test_ranking_does_not_depend_on_scale_or_on_the_order_of_rewards_or_images(matrix, scale, random):
     n, k = matrix.shape
     images, names = random.sample(range(k), k), random.sample(range(n), n)
-    phi = build_synpic.preference_probability(matrix)
+    phi, rank = build_synpic.preference_probability(matrix), build_synpic.preference_rank(matrix)
     assert np.array_equal(build_synpic.preference_probability(matrix[names]), phi)
     assert np.array_equal(build_synpic.preference_probability(matrix[:, images]), phi[images])
-    assert np.array_equal(build_synpic.preference_rank(matrix[names]), build_synpic.preference_rank(matrix))
-
-
-@quick
-@given(scores, st.integers(-8, 8))
-def test_ranking_does_not_depend_on_a_reward_s_scale(matrix, scale):
-    """Powers of two, so that the change of scale rounds nothing."""
-    assert np.array_equal(build_synpic.preference_rank(matrix * 2.0**scale), build_synpic.preference_rank(matrix))
+    assert np.array_equal(build_synpic.preference_rank(matrix[names]), rank)
+    # By powers of two, so that the change of scale rounds nothing.
+    assert np.array_equal(build_synpic.preference_rank(matrix * 2.0**scale), rank)
 
 
 @quick
@@ -105,12 +94,10 @@ def test_pair_quality_is_a_probability_that_grows_with_the_winner(pairs):
 @quick
 @given(arrays(np.float64, st.integers(2, 20), elements=finite))
 def test_preference_scores_are_in_the_unit_interval_and_keep_the_order(rewards):
-    mean, std = rewards.mean(), rewards.std()
-    if not std > 0:
-        return
-    psi = score_pairs.preference_score("mine.py:f", "standardize", rewards, mean, std)
-    assert (psi >= 0).all() and (psi <= 1).all()
-    assert (np.diff(psi[np.argsort(rewards, kind="stable")]) >= 0).all()
+    for name in ("mine.py:f", "hpsv2", "imagereward", "aesthetic"):
+        psi = score_pairs.preference_score(name, "auto", rewards, rewards.mean(), rewards.std() or 1)
+        assert (psi >= 0).all() and (psi <= 1).all()
+        assert (np.diff(psi[np.argsort(rewards, kind="stable")]) >= 0).all()
 
 
 @few
@@ -169,17 +156,14 @@ def test_every_step_sees_the_same_rows_on_any_number_of_processes(script, length
 # Cache key
 
 
-CACHE_CHANGES = {"resolution": 64, "mixed_precision": "bf16", "variant": "fp16"}
-NO_CACHE_CHANGES = {"learning_rate": 1.0, "seed": 5, "train_batch_size": 2, "loss_type": "dpo", "max_train_steps": 3}
-NO_CACHE_CHANGES |= {"output_dir": "elsewhere", "cache_text_embeddings": False}
+CACHED = {"resolution": 64, "mixed_precision": "bf16", "variant": "fp16"}
+OTHERS = {"learning_rate": 1.0, "seed": 5, "train_batch_size": 2, "loss_type": "dpo", "max_train_steps": 3}
+OTHERS |= {"output_dir": "elsewhere", "cache_text_embeddings": False}
 
 
 @few
-@given(
-    st.sets(st.sampled_from(sorted(CACHE_CHANGES))),
-    st.sets(st.sampled_from(sorted(NO_CACHE_CHANGES))),
-)
-def test_the_cache_s_folder_follows_what_is_cached_and_nothing_else(tiny_sdxl, ranked_dataset, cached, uncached):
+@given(st.sets(st.sampled_from(sorted(CACHED))), st.sets(st.sampled_from(sorted(OTHERS))))
+def test_the_cache_s_folder_follows_what_is_cached_and_nothing_else(tiny_sdxl, ranked_dataset, cached, others):
     """And never the dataset: its rows are known by their content."""
     labels = {"id": pa.array(["a"]), "images": np.array([[0, 1]]), "settings": {}}
 
@@ -188,9 +172,9 @@ def test_the_cache_s_folder_follows_what_is_cached_and_nothing_else(tiny_sdxl, r
         args = train_rankdpo_sdxl.ScriptArguments(**{**settings, "dataset_name": str(ranked_dataset), **changes})
         return train_rankdpo_sdxl.plan_run(args, SimpleNamespace(num_processes=1), labels).cache.name
 
-    changes = {name: CACHE_CHANGES[name] for name in cached} | {name: NO_CACHE_CHANGES[name] for name in uncached}
-    only_cached = key(**{name: CACHE_CHANGES[name] for name in cached})
-    assert key(**changes) == only_cached
+    changes = {name: CACHED[name] for name in cached}
+    only_cached = key(**changes)
+    assert key(**changes, **{name: OTHERS[name] for name in others}) == only_cached
     assert (only_cached == key()) == (not cached)
 
 
@@ -234,14 +218,3 @@ def test_arguments_come_back_from_the_command_line_and_from_a_file(tmp_path, nam
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({name: str(value) for name, value in chosen.items()}, allow_unicode=True))
     assert train_rankdpo_sdxl.parse_arguments(["--config", str(file)]) == wanted
-
-
-@few
-@given(st.sampled_from(sorted(FLAGS)), st.sampled_from(["nan", "-inf", "inf", "-1", "", "no such value", "1e400"]))
-def test_no_value_of_a_flag_is_a_traceback(name, text):
-    """Any text is taken or ends in one line that names the flag."""
-    words = ["--dataset_name=x"] * (name != "dataset_name") + [f"--{name}={text}"]
-    try:
-        train_rankdpo_sdxl.parse_arguments(words)
-    except SystemExit as stopped:
-        assert isinstance(stopped.code, str) and "\n" not in stopped.code.strip() and name in stopped.code

@@ -3,13 +3,8 @@
 
 import hashlib
 import json
-import math
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from io import BytesIO
 from pathlib import Path
 
@@ -17,29 +12,42 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, call, check_card, make_tiny_pickscore, refused, run, run_until, torchrun
+from conftest import call, check_card, make_tiny_pickscore, refused, run, torchrun
 from datasets import Dataset, Features, Image, Value, get_dataset_config_names, load_dataset
+from filelock import FileLock
 from PIL import Image as PILImage
 
 import score_pairs
 
 
-# A reward that can be computed by hand, logs what it scores and, where told to, is slow.
+# A reward that can be computed by hand, and logs what it scores.
 REWARD = """
-import os, time
 from pathlib import Path
 
 def mine(images, prompts):
     with open(Path(__file__).with_name("log.txt"), "a") as log:
         log.write("".join(f"{image.getpixel((0, 0))} {prompt}\\n" for image, prompt in zip(images, prompts)))
-    time.sleep(float(os.environ.get("SLOW", 0)) * len(images))
     return [image.getpixel((0, 0))[0] / 255 + len(prompt) / 1000 for image, prompt in zip(images, prompts)]
+"""
+# `score_pairs.py` as `python -c DIES N FLAGS`: when it has renamed N files into place, it kills itself.
+DIES = """
+import os, signal, sys
+import score_pairs
+left, replace = int(sys.argv.pop(1)), os.replace
+def dying(*names):
+    global left
+    replace(*names)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = dying
+score_pairs.main(score_pairs.parse_arguments())
 """
 
 
-def picture(red: int, size: int = 8, kind: str = "PNG") -> bytes:
+def picture(red: int) -> bytes:
     buffer = BytesIO()
-    PILImage.new("RGB", (size, size), (red, 10, 20)).save(buffer, kind)
+    PILImage.new("RGB", (8, 8), (red, 10, 20)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -85,15 +93,6 @@ def reward(tmp_path) -> str:
     return f"{tmp_path}/reward/reward.py:mine"
 
 
-def images_in(files) -> int:
-    """How many images these shards' pairs took: each distinct one of a shard and prompt is scored once."""
-    found = 0
-    for file in files:
-        rows = [row for row in pq.read_table(file).to_pylist() if row["_status"] == score_pairs.RANKED]
-        found += len({(row[f"image_{side}_uid"], row["caption"]) for row in rows for side in (0, 1)})
-    return found
-
-
 def scored(reward: str) -> list[str]:
     log = Path(reward.rpartition("/")[0], "log.txt")
     return log.read_text().splitlines() if log.exists() else []
@@ -120,15 +119,22 @@ def by_hand(rows: list[dict]) -> list[dict]:
     return sorted(found, key=lambda row: -row["quality"])
 
 
+def ranked_rows(n: int) -> list[dict]:
+    """The first image of each is the better one."""
+    return [{**row, "has_label": True, "label_0": 1.0} for row in pick_a_pic(n)]
+
+
+def load(folder: Path, name: str | None = None) -> Dataset:
+    return load_dataset(str(folder), name, split="train", cache_dir=folder.parent / "cache")
+
+
 def digests(folder: Path) -> dict[str, str]:
     files = [file for name in ("scores", "data") for file in sorted((folder / name).glob("*"))]
     files += [folder / "README.md", folder / "statistics.json"]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Formulas
-# ----------------------------------------------------------------------------------------------------------------------
+# Formulas -------------------------------------------------------------------------------------------------------------
 
 
 def test_pair_quality():
@@ -173,26 +179,24 @@ def test_preference_scores_of_the_paper():
         score_pairs.preference_score("hpsv2", "none", rewards, 1.0, 2.0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the dataset holds
-# ----------------------------------------------------------------------------------------------------------------------
+# What the dataset holds -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("uids", [True, False], ids=["ids", "no ids"])
-def test_sorted_dataset(tmp_path, reward, uids):
-    rows = pick_a_pic(120, uids=uids)
+def test_sorted_dataset(tmp_path, reward):
+    """Without ids in the dataset."""
+    rows = pick_a_pic(120, uids=False)
     source = write(tmp_path / "pairs", rows)
     call("score_pairs", *flags(source, reward, tmp_path / "out", shard_size=50))
     expected = by_hand(rows)
-    found = load_dataset(str(tmp_path / "out"), "scores", split="train", cache_dir=tmp_path / "cache")
+    found = load(tmp_path / "out", "scores")
     own = {"caption", "label_0", "label_1", "has_label", "ranking_id", "image_0_uid", "image_1_uid"}
     assert set(found.column_names) == own | {"score_0", "score_1", "quality", "quality_rank"}
-    assert [row["ranking_id"] for row in found] == [row["ranking_id"] for row in expected]
+    for name in ("ranking_id", "caption", "label_0"):
+        assert found[name][:] == [row[name] for row in expected]
+    assert found["image_1_uid"][3] == hashlib.blake2b(expected[3]["jpg_1"], digest_size=16).hexdigest()
     assert found["quality_rank"][:] == list(range(1, len(expected) + 1))
     for name in ("score_0", "score_1", "quality"):
         np.testing.assert_allclose(found[name][:], [row[name] for row in expected], rtol=1e-6)
-    for row, other in zip(found, expected):
-        assert row["caption"] == other["caption"] and row["label_0"] == other["label_0"]
     # Every distinct image of a prompt of a shard was scored once, those of ties and unlabelled pairs not at all.
     used = {(row["caption"], row[name]) for row in expected for name in ("jpg_0", "jpg_1")}
     assert len(scored(reward)) == len(set(scored(reward))) == len(used) < 2 * len(expected)
@@ -204,16 +208,17 @@ def test_sorted_dataset(tmp_path, reward, uids):
 
 
 def test_top_fraction_and_images(tmp_path, reward):
-    """The best tenth with its images; then, without scoring anything again, another share without them."""
+    """The best tenth with its images; then, without scoring anything again, fewer examples, and another share without
+    images."""
     rows = pick_a_pic(120)
     source, out = write(tmp_path / "pairs", rows), tmp_path / "out"
     call("score_pairs", *flags(source, reward, out, top_fraction=0.1), "--include_images")
     expected = by_hand(rows)
     n = round(0.1 * len(expected))
-    found = load_dataset(str(out), split="train", cache_dir=tmp_path / "cache")
-    assert [row["ranking_id"] for row in found] == [row["ranking_id"] for row in expected[:n]]
-    assert [row["jpg_1"] for row in found] == [row["jpg_1"] for row in expected[:n]]
-    plain = load_dataset(str(out), "scores", split="train", cache_dir=tmp_path / "cache")
+    found = load(out)
+    for name in ("ranking_id", "jpg_1"):
+        assert found[name][:] == [row[name] for row in expected[:n]]
+    plain = load(out, "scores")
     assert plain["quality"][:] == found["quality"][:] and "jpg_0" not in plain.column_names
     card = check_card(out)
     for name in ("difference", "quality", "best", "worst"):
@@ -225,100 +230,104 @@ def test_top_fraction_and_images(tmp_path, reward):
     winner, loser = reds if last["label_0"] == 1 else reversed(reds)
     assert worst[100, 100, 0] == winner and worst[224 + 100, 100, 0] == loser
 
-    before = scored(reward)
+    before, file = scored(reward), out / "data" / "train-00000-of-00001.parquet"
+    inode = file.stat().st_ino
+    call("score_pairs", *flags(source, reward, out, top_fraction=0.1, num_examples=2), "--include_images")
+    assert file.stat().st_ino == inode, "the number of examples is none of the data's concern"
+    assert PILImage.open(out / "figures" / "best.png").width == 2 * 224
     call("score_pairs", *flags(source, reward, out, top_fraction=0.5))
-    assert scored(reward) == before
-    plain = load_dataset(str(out), "scores", split="train", cache_dir=tmp_path / "cache")
-    assert len(plain) == round(0.5 * len(expected))
+    assert scored(reward) == before and len(load(out, "scores")) == round(0.5 * len(expected))
     assert get_dataset_config_names(str(out)) == ["scores"]
-    assert not list((out / "data").glob("*")), "the images of the earlier run do not fit the card"
+    assert not file.exists(), "the images of the earlier run do not fit the card"
     card = check_card(out)
     assert "best.png" not in card and "The images are not in it" in card
 
 
-def test_file_without_rows(tmp_path, reward):
-    """An empty file between two others changes nothing."""
-    rows = pick_a_pic(40)
-    source = write(tmp_path / "pairs", rows, files=2)
-    files = [source / "data" / f"train-{number:05d}-of-00003.parquet" for number in range(3)]
-    for number in (0, 1):
-        (source / "data" / f"train-{number:05d}-of-00002.parquet").rename(files[2 * number])
-    pq.ParquetWriter(files[1], pq.read_schema(files[0])).close()
-    call("score_pairs", *flags(source, reward, tmp_path / "out"), "--include_images")
-    found = load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
+def test_how_often_and_how_much_at_once_is_read(tmp_path, reward, monkeypatch):
+    """Row groups larger and smaller than shards, and a file without rows. Each row is read once to score it, each kept
+    one once for its images, in tables of 20 rows: a column of images may be larger than an Arrow array can be."""
+    rows, folder = pick_a_pic(130), tmp_path / "pairs"
+    folder.mkdir()
+    for number, size in ((0, 100), (2, 7)):
+        Dataset.from_list(rows[65 * number // 2 :][:65]).to_parquet(str(folder / f"{number}.parquet"), size)
+    pq.ParquetWriter(folder / "1.parquet", pq.read_schema(folder / "0.parquet")).close()
+    read, sizes, read_rows, write_tables = [], [], score_pairs.read_rows, score_pairs.write_tables
+
+    def counted(*arguments):
+        for row in read_rows(*arguments):
+            read.append(row)
+            yield row
+
+    def noted(tables, file, *arguments):
+        write_tables((sizes.append(len(table)) or table for table in tables), file, *arguments)
+
+    monkeypatch.setattr(score_pairs, "read_rows", counted)
+    monkeypatch.setattr(score_pairs, "write_tables", noted)
+    call("score_pairs", *flags(folder, reward, tmp_path / "out"))
+    assert len(read) == 130 + 10, "and ten examples"
+    sizes.clear()
+    call("score_pairs", *flags(folder, reward, tmp_path / "out"), "--include_images")
     expected = by_hand(rows)
-    assert [row["ranking_id"] for row in found] == [row["ranking_id"] for row in expected]
-    assert [row["jpg_0"] for row in found] == [row["jpg_0"] for row in expected]
+    assert len(read) == 130 + 10 + len(expected) + 10
+    tables, rest = divmod(len(expected), 20)
+    assert sizes == [20] * tables + [rest, len(expected)]
+    found = load(tmp_path / "out")
+    for name in ("ranking_id", "jpg_0"):
+        assert found[name][:] == [row[name] for row in expected]
+    groups = pq.ParquetFile(next((tmp_path / "out" / "data").glob("*.parquet"))).metadata
+    assert groups.row_group(0).num_rows == 20 and groups.num_row_groups == tables + 1
+    call("score_pairs", *flags(folder, reward, tmp_path / "out"), "--include_images")
+    assert len(read) == 130 + 10 + len(expected) + 10 + 10, "a second run reads examples only"
 
 
 def test_other_forms_of_pairs(tmp_path, reward):
-    """Image columns, paths, files and two folders hold the same pairs: the same qualities."""
-    rows = [row for row in pick_a_pic(40) if row["has_label"] and row["label_0"] != 0.5]
-    for row in rows:  # the first image is the better one
-        if row["label_0"] == 0:
-            row["jpg_0"], row["jpg_1"] = row["jpg_1"], row["jpg_0"]
-    expected = [row["quality"] for row in by_hand([{**row, "label_0": 1.0} for row in rows])]
+    """Image columns, tables of other libraries, saved datasets, paths, files and two folders: the same qualities."""
+    rows = ranked_rows(24)
+    expected = [row["quality"] for row in by_hand(rows)]
+    names = {"caption": "prompt", "jpg_0": "chosen", "jpg_1": "rejected"}
+    rows = [{other: row[name] for name, other in names.items()} for row in rows]
     columns = {"prompt_column": "prompt", "image_0_column": "chosen", "image_1_column": "rejected"}
     columns["label_0_column"] = "none"
 
-    def qualities(name, *more, **given):
-        out = tmp_path / f"out-{name}"
+    def check(name, *more, **given) -> Dataset:
+        out = tmp_path / f"out-{name.replace('/', '-')}"
         call("score_pairs", *flags(tmp_path / name, reward, out, **given)[2 if more else 0 :], *more)
-        return load_dataset(str(out), "scores", split="train", cache_dir=tmp_path / "cache")["quality"][:]
+        found = load(out, "scores")
+        np.testing.assert_allclose(found["quality"][:], expected, rtol=1e-6)
+        return found
 
+    images = [{**row, **{c: {"bytes": row[c], "path": None} for c in ("chosen", "rejected")}} for row in rows]
     features = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
-    images = [
-        {"prompt": r["caption"], "chosen": {"bytes": r["jpg_0"]}, "rejected": {"bytes": r["jpg_1"]}} for r in rows
-    ]
     write(tmp_path / "images", images, features=features)
-    np.testing.assert_allclose(qualities("images", **columns), expected, rtol=1e-6)
+    check("images", **columns)
+    table = pa.Table.from_pylist(images)  # without the metadata of `datasets`
+    table = table.set_column(0, "prompt", table["prompt"].cast(pa.large_string()))
+    pq.write_table(table, tmp_path / "polars.parquet")
+    check("polars.parquet", **columns, include_images="true")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    check("saved", **columns)
 
-    paths = []
-    (tmp_path / "paths" / "pictures").mkdir(parents=True)
-    for i, row in enumerate(rows):
-        for name in ("jpg_0", "jpg_1"):
-            (tmp_path / "paths" / "pictures" / f"{i}-{name}.png").write_bytes(row[name])
-        paths.append(
-            {"prompt": row["caption"], **{c: f"pictures/{i}-jpg_{s}.png" for s, c in enumerate(("chosen", "rejected"))}}
-        )
+    paths = [{"prompt": row["prompt"], "chosen": f"better/{i:03d}.png", "rejected": f"worse/{i:03d}.png"}
+             for i, row in enumerate(rows)]  # fmt: skip
+    for root in (tmp_path / "paths", tmp_path):
+        for row, files in zip(rows, paths):
+            for name in ("chosen", "rejected"):
+                (root / files[name]).parent.mkdir(parents=True, exist_ok=True)
+                (root / files[name]).write_bytes(row[name])
+            (root / files["chosen"]).with_suffix(".txt").write_text(row["prompt"] + "\n")
     (tmp_path / "paths" / "train.jsonl").write_text("\n".join(map(json.dumps, paths)))
-    np.testing.assert_allclose(qualities("paths", **columns), expected, rtol=1e-6)
-    np.testing.assert_allclose(qualities("paths/train.jsonl", **columns), expected, rtol=1e-6)
-
-    for side, folder in enumerate(("better", "worse")):
-        (tmp_path / folder).mkdir()
-        for i, row in enumerate(rows):
-            (tmp_path / folder / f"{i:03d}.png").write_bytes(row[f"jpg_{side}"])
-            if side == 0:
-                (tmp_path / folder / f"{i:03d}.txt").write_text(row["caption"] + "\n")
+    check("paths/train.jsonl", **columns)
+    check("paths", **columns)
     two = ("--winner_dir", tmp_path / "better", "--loser_dir", tmp_path / "worse")
-    np.testing.assert_allclose(qualities("folders", *two), expected, rtol=1e-6)
-    call("score_pairs", *flags(tmp_path, reward, tmp_path / "out-folders")[2:], *two, "--include_images")
-    first = load_dataset(str(tmp_path / "out-folders"), split="train", cache_dir=tmp_path / "cache")[0]
-    assert isinstance(first["jpg_0"], PILImage.Image)
-    plain = load_dataset(str(tmp_path / "out-folders"), "scores", split="train", cache_dir=tmp_path / "cache")
+    plain = check("folders", *two, "--include_images")
     assert "better/007.png" in plain["jpg_0"] and "worse/007.png" in plain["jpg_1"]
-
+    assert isinstance(load(tmp_path / "out-folders")[0]["jpg_0"], PILImage.Image)
     (tmp_path / "worse" / "000.png").unlink()
-    assert "only one of the two folders: 000" in refused(
-        "score_pairs", *two, "--output_dir", tmp_path / "new", "--reward", reward
-    )
+    message = refused("score_pairs", *two, "--output_dir", tmp_path / "new", "--reward", reward)
+    assert "only one of the two folders: 000" in message
 
 
-def test_two_images_of_one_name_are_refused(tmp_path, reward):
-    """Also where another file sorts between them."""
-    for folder in ("better", "worse"):
-        (tmp_path / folder).mkdir()
-        for name in ("a.jpg", "a.k.png", "a.png"):
-            (tmp_path / folder / name).write_bytes(b"")
-    two = ("--winner_dir", tmp_path / "better", "--loser_dir", tmp_path / "worse")
-    message = refused("score_pairs", *two, "--output_dir", tmp_path / "out", "--reward", reward)
-    assert "a.jpg" in message and "a.png" in message and "have the same name" in message
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Resuming, processes, memory
-# ----------------------------------------------------------------------------------------------------------------------
+# Resuming, processes, memory ------------------------------------------------------------------------------------------
 
 
 def check_same_dataset(folder: Path) -> None:
@@ -329,54 +338,29 @@ def check_same_dataset(folder: Path) -> None:
     assert text == (folder / "a" / "out" / "README.md").read_text()
 
 
-def command(*arguments) -> list[str]:
-    return [sys.executable, "score_pairs.py", *map(str, arguments)]
-
-
-def test_killed_and_resumed(tmp_path, reward):
-    """2,000 pairs, kill -9 at a random moment of the scoring, resumed: the same bytes, and nothing complete is scored
-    again."""
-    source = write(tmp_path / "pairs", pick_a_pic(2000, seed=1), files=4)
-    given = {"shard_size": 50, "top_fraction": 0.5, "include_images": "true"}
+def test_killed_again_and_again(tmp_path, reward, monkeypatch):
+    """kill -9 when a file is whole: the next run goes on, nothing is scored or copied twice, the folder never holds a
+    part of the dataset, and the result is the same, byte for byte."""
+    source, given = write(tmp_path / "pairs", ranked_rows(160)), {"include_images": "true", "top_fraction": 0.7}
     call("score_pairs", *flags(source, reward, tmp_path / "a" / "out", **given))
-    total = scored(reward)
-    assert len(total) > 1000
+    alone, out = sorted(scored(reward)), tmp_path / "b" / "out"
     Path(reward.rpartition("/")[0], "log.txt").unlink()
-
-    process = subprocess.Popen(
-        command(*flags(source, reward, tmp_path / "b" / "out", **given)),
-        cwd=ROOT,
-        env={**os.environ, "SLOW": "0.005"},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    scores, wanted = tmp_path / "b" / "out" / "work" / "scores" / "mine", int(np.random.default_rng().integers(3, 25))
-    while len(list(scores.glob("[0-9]*.parquet"))) < wanted:
-        assert process.poll() is None, "it ended before it was killed"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    complete = len(list(scores.glob("[0-9]*.parquet")))
-    kept = images_in(scores.glob("[0-9]*.parquet"))
-    assert wanted <= complete < 40 and not (tmp_path / "b" / "out" / "README.md").exists()
-    Path(reward.rpartition("/")[0], "log.txt").unlink()
-    call("score_pairs", *flags(source, reward, tmp_path / "b" / "out", **given))
-    assert len(scored(reward)) == len(total) - kept
+    for left in (5, 16):  # in the middle of the scores, and of the copies of images
+        result = run("-c", DIES, left, *flags(source, reward, out, **given), check=False)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert not list(out.glob("*/*.parquet")) and not (out / "README.md").exists()
+    copies = list(out.glob("work/building/*/images/*.arrow"))
+    assert len(copies) == 3
+    read, read_rows = [], score_pairs.read_rows
+    monkeypatch.setattr(score_pairs, "read_rows", lambda pairs, rows: read.append(len(rows)) or read_rows(pairs, rows))
+    call("score_pairs", *flags(source, reward, out, **given))
+    assert read == [112 - 3 * 16, 5, 5], "images that are not copied yet, and examples"
+    assert sorted(scored(reward)) == alone and not list((out / "work" / "building").glob("*"))
     check_same_dataset(tmp_path)
 
 
-def test_two_processes_give_the_same_as_one(tmp_path, reward):
-    source = write(tmp_path / "pairs", pick_a_pic(300, seed=2), files=3)
-    call("score_pairs", *flags(source, reward, tmp_path / "a" / "out"))
-    one = scored(reward)
-    Path(reward.rpartition("/")[0], "log.txt").unlink()
-    run(*torchrun(2, "score_pairs.py"), *flags(source, reward, tmp_path / "b" / "out"))
-    assert sorted(scored(reward)) == sorted(one)
-    check_same_dataset(tmp_path)
-
-
-def test_real_reward_model_does_not_depend_on_processes(tmp_path):
-    """The same bytes with a network in float32: every image stands in the same batch, whoever scores it."""
+def test_a_network_s_scores_do_not_depend_on_processes(tmp_path):
+    """The same bytes in float32: every image stands in the same batch, whoever scores it."""
     folder = make_tiny_pickscore(tmp_path / "clip")
     source = write(tmp_path / "pairs", pick_a_pic(96, seed=3), files=2)
     given = {"shard_size": 10, "reward_batch_size": 4}
@@ -385,24 +369,47 @@ def test_real_reward_model_does_not_depend_on_processes(tmp_path):
     check_same_dataset(tmp_path)
 
 
-def peak_memory(*arguments) -> float:
-    """MB at the highest, of a run in a process of its own."""
-    code = (
-        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path('score_pairs.py', run_name='__main__'); "
-        "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    )
-    # Allocators that give back what is freed, so that the peak is what is held.
-    env = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"}
-    output = run("-c", code, "score_pairs.py", *arguments, env=env).stdout
-    return float(output.rpartition("peak ")[2]) / 1024
+def test_tasks_in_any_order_make_the_same_dataset(tmp_path, reward):
+    """Each reads and scores only its share."""
+    dataset = write(tmp_path / "pairs", pick_a_pic(200, uids=False), files=4)
+    call("score_pairs", *flags(dataset, reward, tmp_path / "a" / "out"))
+    alone, ours = sorted(scored(reward)), flags(dataset, reward, tmp_path / "b" / "out")
+    Path(reward.rpartition("/")[0], "log.txt").unlink()
+    call("score_pairs", *ours, "--num_tasks", 3, "--task_index", 2)
+    message = refused("score_pairs", *ours, "--stages", "sort")
+    assert re.search(r"\d+ of \d+ shards lack scores: run the score stage first", message)
+    for number in (1, 0):
+        call("score_pairs", *ours, "--num_tasks", 3, "--task_index", number)
+    call("score_pairs", *ours, "--stages", "sort")
+    assert sorted(scored(reward)) == alone
+    check_same_dataset(tmp_path)
+
+
+def test_tasks_and_single_runs_see_each_other(tmp_path, reward):
+    given, out = flags(write(tmp_path / "pairs", pick_a_pic(24)), reward, tmp_path / "out"), tmp_path / "out"
+    tasks = [[*given, "--num_tasks", 2, "--task_index", number] for number in (0, 1)]
+    call("score_pairs", *tasks[0])
+    for name, others in ((".lock-0", [given, tasks[0]]), (".lock", [given, tasks[1]])):
+        with FileLock(out / name):  # as such a run holds it
+            assert all("in use by another run" in refused("score_pairs", *other) for other in others)
+    with FileLock(out / ".lock-0"):
+        call("score_pairs", *tasks[1])
+    call("score_pairs", *given)
+
+
+PEAKS = """
+import os, sys
+import score_pairs
+for size in ("small", "large"):
+    score_pairs.main(score_pairs.parse_arguments([word.replace("SIZE", size) for word in sys.argv[1:]]))
+    print("peak", open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""
 
 
 def test_memory_does_not_grow_with_the_dataset(tmp_path, reward):
-    """500 and 5,000 pairs of images of 60 kB: 0.06 and 0.6 GB of data; with the images in the output."""
-    noise = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
-    image = PILImage.fromarray(noise)
-    peaks = {}
-    for n in (500, 5000):
+    """Images of 77 kB, which are in the output, too: 0.03 and 0.3 GB of data."""
+    image = PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8))
+    for size, n in (("small", 200), ("large", 2000)):
         rows = []
         for i in range(n):
             row = {"caption": f"prompt {i // 16}", "label_0": float(i % 2)}
@@ -412,119 +419,99 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path, reward):
                 image.save(buffer, "BMP")
                 row |= {f"jpg_{side}": buffer.getvalue(), f"image_{side}_uid": f"{i}-{side}"}
             rows.append(row)
-        write(tmp_path / f"pairs-{n}", rows, files=n // 500)
-        given = {"shard_size": 64, "include_images": "true"}
-        peaks[n] = peak_memory(*flags(tmp_path / f"pairs-{n}", reward, tmp_path / f"out-{n}", **given))
-    size = sum(file.stat().st_size for file in (tmp_path / "pairs-5000").rglob("*.parquet")) / 1e6
-    print(f"peak memory in MB: {peaks}; the dataset of 5,000 pairs has {size:.0f} MB")
-    assert size > 600
-    assert peaks[5000] < peaks[500] + 0.2 * size, peaks
+        write(tmp_path / size, rows, files=n // 200)
+    given = flags(tmp_path / "SIZE", reward, tmp_path / "out-SIZE", shard_size=64, include_images="true")
+    peaks = [int(words) / 1024 for words in re.findall("peak ([0-9]+)", run("-c", PEAKS, *given).stdout)]
+    size = sum(file.stat().st_size for file in (tmp_path / "large").rglob("*.parquet")) / 1e6
+    assert size > 300 and peaks[1] < peaks[0] + 0.2 * size, (size, peaks)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ----------------------------------------------------------------------------------------------------------------------
+# Bad input ------------------------------------------------------------------------------------------------------------
 
 
-def test_bad_images_are_named_counted_and_left_out(tmp_path, reward):
-    rows = [row for row in pick_a_pic(60, seed=4) if row["has_label"] and row["label_0"] != 0.5]
-    for i, row in enumerate(rows):
-        row |= {"image_0_uid": f"{i}a", "image_1_uid": f"{i}b"}
-    large = PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+def test_bad_images_and_blank_prompts_are_counted_and_left_out(tmp_path, reward, capsys):
+    """Blank prompts are no error where a pair is not used anyway."""
+    rows = [{**row, "image_0_uid": f"{i}a", "image_1_uid": f"{i}b"} for i, row in enumerate(ranked_rows(40))]
     buffer = BytesIO()
-    large.save(buffer, "JPEG")
+    PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "JPEG")
     rows[3]["jpg_1"] = buffer.getvalue()[:-900]
     rows[7]["jpg_0"] = b"not an image"
     rows[11]["jpg_0"] = b""
+    rows[20] |= {"caption": " ", "label_0": 0.5}
+    rows[21] |= {"caption": None, "has_label": False}
+    rows[22]["caption"] = "\u3000\n"
+    rows[23]["caption"] = None
     source, out = write(tmp_path / "pairs", rows, files=1), tmp_path / "out"
-    result = run("score_pairs.py", *flags(source, reward, out))
-    card = (out / "README.md").read_text()
+    call("score_pairs", *flags(source, reward, out))
+    output, card = capsys.readouterr(), (out / "README.md").read_text()
     for text in (
         "row 3 of file 0: jpg_1: image file is trunc",
         "row 7 of file 0: jpg_0: cannot identify image file",
         "row 11 of file 0: jpg_0: no such file, or an empty one",
     ):
-        assert text in result.stderr and text in card, result.stderr
-    assert "3 with an image that does not decode" in result.stdout
-    found = load_dataset(str(out), "scores", split="train", cache_dir=tmp_path / "cache")
-    assert len(found) == len(rows) - 3
-    assert not {rows[i]["ranking_id"] for i in (3, 7, 11)} & set(found["ranking_id"])
-
-    message = refused("score_pairs", *flags(source, reward, out, on_bad_image="fail"))
-    assert "row 3 of file 0: jpg_1" in message and "--on_bad_image skip" in message
-    message = refused("score_pairs", *flags(source, reward, tmp_path / "new", on_bad_image="fail"))
-    assert "--on_bad_image skip" in message
+        assert text in output.err and text in card, output.err
+    counts = "1 ties, 1 without a label, 2 with a blank prompt, 3 with an image that does not decode, 33 ranked"
+    assert f"40 pairs: {counts}; the best 33" in output.out and "| with a blank prompt, left out | 2 |" in card
+    found = load(out, "scores")["ranking_id"][:]
+    assert len(found) == 33 and not {3, 7, 11, 20, 21, 22, 23} & set(found)
+    for folder in (out, tmp_path / "new"):
+        message = refused("score_pairs", *flags(source, reward, folder, on_bad_image="fail"))
+        assert "row 3 of file 0: jpg_1" in message and "--on_bad_image skip" in message
 
 
-BAD = {
-    "label of 2": (lambda rows: rows[17].update(label_0=2.0), {}, "row 17 of file 0: label_0 is 2.0: must be 0, 0.5"),
-    "label of strings": (
-        lambda rows: [row.update(label_0=str(row["label_0"])) for row in rows],
-        {},
-        "column 'label_0' is string, not numbers",
-    ),
-    "no labels": (lambda rows: [row.update(label_0=0.5) for row in rows], {}, "keeps none of 24 pairs: "),
-    "no prompts": (lambda rows: [row.update(caption=" ") for row in rows], {}, "keeps none of 24 pairs: "),
-    "no column": (
-        lambda rows: None,
-        {"prompt_column": "prompt"},
-        "'prompt' is absent, not text; it has caption, jpg_0",
-    ),
-    "no image column": (
-        lambda rows: None,
-        {"image_1_column": "chosen"},
-        "'chosen' is absent, not bytes, Image or paths",
-    ),
-    "image column of numbers": (
-        lambda rows: None,
-        {"image_1_column": "label_0"},
-        "is double, not bytes, Image or paths",
-    ),
-    "prompt column of numbers": (lambda rows: None, {"prompt_column": "label_0"}, "is double, not text"),
-    "no rows": (lambda rows: rows.clear(), {}, "split 'train' has no rows"),
-    "no such split": (lambda rows: None, {"dataset_split": "test"}, "no split 'test'; it has train"),
-    "unknown reward": (
-        lambda rows: None,
-        {"reward": "hps"},
-        "reward hps: unknown; choose from hpsv2, hpsv2.1, pickscore",
-    ),
-    "fraction": (lambda rows: None, {"top_fraction": 5.33}, "--top_fraction 5.33: must be at most 1"),
-    "no fraction": (lambda rows: None, {"top_fraction": 0}, "--top_fraction 0.0: must be greater than 0"),
-    "too small a fraction": (lambda rows: None, {"top_fraction": 0.001}, "keeps none of 24 pairs"),
-    "policy": (lambda rows: None, {"on_bad_image": "ignore"}, "invalid choice"),
-    "no such folder": (lambda rows: None, {"dataset_name": "no/such/folder"}, "cannot be read"),
-    "no checkpoint": (lambda rows: None, {"reward": "pickscore=/no/such/folder"}, "reward pickscore=/no/such/folder: "),
-}
+# Flags, and words of the one line that refuses them; or a change of the rows.
+BAD = [
+    ({"prompt_column": "prompt"}, "'prompt' is absent, not text; it has caption, jpg_0"),
+    ({"prompt_column": "label_0"}, "is double, not text"),
+    ({"image_1_column": "chosen"}, "'chosen' is absent, not bytes, Image or paths"),
+    ({"image_1_column": "label_0"}, "is double, not bytes, Image or paths"),
+    ({"label_0_column": "caption"}, "column 'caption' is string, not numbers"),
+    ({"dataset_split": "test"}, "no split 'test'; it has train"),
+    ({"dataset_name": "no/such/folder"}, "cannot be read"),
+    ({"reward": "hps"}, "reward hps: unknown; choose from hpsv2, hpsv2.1, pickscore"),
+    ({"reward": "pickscore=/no/such/folder"}, "reward pickscore=/no/such/folder: "),
+    ({"top_fraction": 5.33}, "--top_fraction 5.33: must be at most 1"),
+    ({"top_fraction": 0}, "--top_fraction 0.0: must be greater than 0"),
+    ({"on_bad_image": "ignore"}, "invalid choice"),
+    (lambda rows: rows[17].update(label_0=2.0), "row 17 of file 0: label_0 is 2.0: must be 0, 0.5"),
+    (lambda rows: rows.clear(), "split 'train' has no rows"),
+    # What only the scores tell.
+    ({"top_fraction": 0.001}, "keeps none of 24 pairs"),
+    (lambda rows: [row.update(label_0=0.5) for row in rows], "keeps none of 24 pairs: "),
+]
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(tmp_path, reward, name):
-    change, given, words = BAD[name]
-    rows = [{**row, "has_label": True} for row in pick_a_pic(24, seed=5)]
-    features = Dataset.from_list(rows).features
-    change(rows)
-    if name == "label of strings":
-        features = None
-    source = write(tmp_path / "pairs", rows, files=1, features=features)
-    given = {"dataset_name": source, "reward": reward, "output_dir": tmp_path / "out", **given}
-    message = refused("score_pairs", *(item for k, v in given.items() for item in (f"--{k}", v)))
-    assert words in message, message
-    if not name.startswith(("no labels", "no prompts", "too small")):
-        assert not scored(reward), "it scored before it looked"
+def test_bad_input_is_one_line(tmp_path, reward):
+    features = Dataset.from_list(ranked_rows(24)).features
+    good = write(tmp_path / "good", ranked_rows(24), files=1)
+    for number, (change, words) in enumerate(BAD):
+        rows, given = ranked_rows(24), {"dataset_name": good, "reward": reward, "output_dir": tmp_path / f"o{number}"}
+        if callable(change):
+            change(rows)
+            given["dataset_name"] = write(tmp_path / f"bad-{number}", rows, files=1, features=features)
+        else:
+            given |= change
+        with pytest.raises(SystemExit, match=re.escape(words)) as stopped:
+            score_pairs.main(score_pairs.parse_arguments([f"--{name}={value}" for name, value in given.items()]))
+        message = stopped.value.code
+        assert "\n" not in message
+        assert not scored(reward) or "keeps none" in message, "it scored before it looked"
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path, reward):
-    source = write(tmp_path / "pairs", pick_a_pic(24))
-    call("score_pairs", *flags(source, reward, tmp_path / "out"))
-    rows = pick_a_pic(24)
-    rows[3]["label_0"] = 1 - rows[3]["label_0"]
-    file = next((source / "data").glob("*.parquet"))
-    Dataset.from_list(rows[:8]).to_parquet(str(file))
-    assert "made with files" in refused("score_pairs", *flags(source, reward, tmp_path / "out"))
+    source, out = write(tmp_path / "pairs", ranked_rows(24)), tmp_path / "out"
+    call("score_pairs", *flags(source, reward, out))
     assert "inside the dataset" in refused("score_pairs", *flags(source, reward, source / "out"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     assert "holds other files" in refused("score_pairs", *flags(source, reward, tmp_path / "full"))
+    file, rows = source / "data" / "train-00000-of-00003.parquet", ranked_rows(8)
+    rows[3]["label_0"] = 0.0
+    Dataset.from_list(rows).to_parquet(str(file))
+    assert "made with files" in refused("score_pairs", *flags(source, reward, out))
+    Dataset.from_list(rows).remove_columns("ranking_id").to_parquet(str(file.with_name("train-00001-of-00003.parquet")))
+    message = refused("score_pairs", *flags(source, reward, tmp_path / "new"))
+    assert "train-00001-of-00003.parquet has no column 'ranking_id'" in message
 
 
 def test_bad_paths_with_images(tmp_path, reward):
@@ -542,12 +529,24 @@ def test_bad_paths_with_images(tmp_path, reward):
     Dataset.from_list(rows).to_parquet(str(tmp_path / "pairs" / "train.parquet"))
     columns = {"prompt_column": "prompt", "image_0_column": "a", "image_1_column": "b", "include_images": "true"}
     call("score_pairs", *flags(tmp_path / "pairs", reward, tmp_path / "out", **columns))
-    found = load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
+    found = load(tmp_path / "out")
     assert sorted(found["prompt"]) == sorted({f"p{i}" for i in range(12)} - {"p2", "p5", "p7"})
     row = next(row for row in found if row["prompt"] == "p3")
     assert row["a"].getpixel((0, 0))[0] == 51 and row["b"].getpixel((0, 0))[0] == 54
-    plain = load_dataset(str(tmp_path / "out"), "scores", split="train", cache_dir=tmp_path / "cache")
-    assert "3-0.png" in plain["a"], "paths join the scores to the images"
+    assert "3-0.png" in load(tmp_path / "out", "scores")["a"], "paths join the scores to the images"
+
+
+def test_images_of_other_rows_are_not_joined(tmp_path, reward):
+    """The dataset's images have changed places since they were scored, and nothing in the file's footer tells."""
+    rows, columns = ranked_rows(24), ["caption", "label_0", "jpg_0", "jpg_1"]
+    table = pa.Table.from_pylist([{name: row[name] for name in columns} for row in rows])
+    options = {"compression": "none", "write_statistics": False, "use_dictionary": False}
+    pq.write_table(table, tmp_path / "pairs.parquet", **options)
+    call("score_pairs", *flags(tmp_path / "pairs.parquet", reward, tmp_path / "out"))
+    table = table.set_column(2, "jpg_0", table["jpg_0"].take([8, *range(1, 8), 0, *range(9, 24)]))
+    pq.write_table(table, tmp_path / "pairs.parquet", **options)
+    message = refused("score_pairs", *flags(tmp_path / "pairs.parquet", reward, tmp_path / "out"), "--include_images")
+    assert "row 0 of the dataset is not the pair that was scored" in message
 
 
 def test_another_reward_adds_its_scores(tmp_path, reward):
@@ -563,142 +562,7 @@ def test_another_reward_adds_its_scores(tmp_path, reward):
     assert digests(tmp_path / "out") == first and scored(reward) == log
 
 
-def test_killed_after_the_dataset_before_the_figures(tmp_path, reward, monkeypatch):
-    source = write(tmp_path / "pairs", pick_a_pic(40))
-    call("score_pairs", *flags(source, reward, tmp_path / "out"))
-    figure = tmp_path / "out" / "figures" / "quality.png"
-    assert figure.exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(score_pairs, "draw_figures", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            call("score_pairs", *flags(source, reward, tmp_path / "out", top_fraction=0.5))
-    assert pq.read_metadata(tmp_path / "out" / "scores" / "train-00000-of-00001.parquet").num_rows > 30, "the last one"
-    call("score_pairs", *flags(source, reward, tmp_path / "out", top_fraction=0.5))
-    call("score_pairs", *flags(source, reward, tmp_path / "straight", top_fraction=0.5))
-    assert figure.read_bytes() == (tmp_path / "straight" / "figures" / "quality.png").read_bytes()
-
-
-def test_three_tasks_in_any_order_make_the_same_dataset(tmp_path, reward):
-    """Each task reads and scores only its share."""
-    dataset = write(tmp_path / "pairs", pick_a_pic(200, uids=False), files=4)
-    call("score_pairs", *flags(dataset, reward, tmp_path / "one"))
-    alone = scored(reward)
-    Path(reward.rpartition("/")[0], "log.txt").unlink()
-    tasks = [*flags(dataset, reward, tmp_path / "out"), "--num_tasks", 3, "--task_index"]
-    call("score_pairs", *tasks, 2)
-    message = refused("score_pairs", *flags(dataset, reward, tmp_path / "out"), "--stages", "sort")
-    assert re.search(r"\d+ of \d+ shards lack scores: run the score stage first", message)
-    command = [sys.executable, "score_pairs.py", *map(str, tasks)]
-    at_once = [subprocess.Popen([*command, n], cwd=ROOT, stderr=subprocess.DEVNULL) for n in ("0", "1")]
-    assert [task.wait() for task in at_once] == [0, 0]
-    call("score_pairs", *flags(dataset, reward, tmp_path / "out"), "--stages", "sort")
-    assert sorted(scored(reward)) == sorted(alone)
-    for file in ("scores/train-00000-of-00001.parquet", "statistics.json", "figures/quality.png"):
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
-
-
-def test_a_killed_task_and_others_in_any_order_make_the_same_dataset(tmp_path, reward):
-    """Of two tasks at once, kill -9 ends one in its scoring; it is run again, before the third one."""
-    dataset = write(tmp_path / "pairs", pick_a_pic(300, seed=5), files=4)
-    given = {"include_images": "true", "top_fraction": 0.7}
-    call("score_pairs", *flags(dataset, reward, tmp_path / "a" / "out", **given))
-    alone = scored(reward)
-    Path(reward.rpartition("/")[0], "log.txt").unlink()
-    ours = flags(dataset, reward, tmp_path / "b" / "out", **given)
-    start = lambda n: command(*ours, "--num_tasks", 3, "--task_index", n)  # noqa: E731
-    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    killed = subprocess.Popen(start(1), env={**os.environ, "SLOW": "0.05"}, **quiet)
-    other = subprocess.Popen(start(2), **quiet)
-    own = range(7, 13)  # of 20 shards, 5 a file: task 1 has the middle ones
-    scores = tmp_path / "b" / "out" / "work" / "scores" / "mine"
-    files = [scores / f"{number // 5:05d}-{number % 5:05d}.parquet" for number in own]
-    while not files[1].exists():
-        assert killed.poll() is None, "it ended before it was killed"
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert [killed.wait(), other.wait()] == [-signal.SIGKILL, 0] and not files[-1].exists()
-    kept = images_in(scores.glob("[0-9]*.parquet"))
-    Path(reward.rpartition("/")[0], "log.txt").unlink()
-    for number in (1, 0):
-        call("score_pairs", *ours, "--num_tasks", 3, "--task_index", number)
-    call("score_pairs", *ours, "--stages", "sort")
-    assert len(scored(reward)) == len(alone) - kept  # what is complete is not scored again
-    check_same_dataset(tmp_path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading and writing: how often, and how much at once
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_dataset_is_read_once_to_score_and_once_to_write(tmp_path, reward, monkeypatch):
-    """Row groups that are larger and smaller than shards. Without images one pass is all, examples included."""
-    rows = pick_a_pic(130)
-    (tmp_path / "pairs").mkdir()
-    for number, size in enumerate((100, 7)):
-        Dataset.from_list(rows[65 * number :][:65]).to_parquet(str(tmp_path / "pairs" / f"{number}.parquet"), size)
-    read, read_rows = [], score_pairs.read_rows
-
-    def counted(*arguments):
-        for row in read_rows(*arguments):
-            read.append(row)
-            yield row
-
-    monkeypatch.setattr(score_pairs, "read_rows", counted)
-    call("score_pairs", *flags(tmp_path / "pairs", reward, tmp_path / "out"))
-    assert len(read) == 130
-    call("score_pairs", *flags(tmp_path / "pairs", reward, tmp_path / "out"), "--include_images")
-    passes = len(read)
-    assert passes <= 260, "shards without a kept pair are not read again"
-    found = load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
-    expected = by_hand(rows)
-    assert [row["ranking_id"] for row in found] == [row["ranking_id"] for row in expected]
-    assert [row["jpg_0"] for row in found] == [row["jpg_0"] for row in expected]
-    call("score_pairs", *flags(tmp_path / "pairs", reward, tmp_path / "out"), "--include_images")
-    assert len(read) == passes, "a second run reads no images"
-
-
-def test_few_images_are_in_memory_while_the_dataset_is_written(tmp_path, reward, monkeypatch):
-    """So a column of images may hold more than the 2 GiB that one Arrow array can hold."""
-    source, tables = write(tmp_path / "pairs", pick_a_pic(300)), []
-    write_tables = score_pairs.write_tables
-
-    def noted(parts, file, *arguments):
-        return write_tables((tables.append(part) or part for part in parts), file, *arguments)
-
-    monkeypatch.setattr(score_pairs, "write_tables", noted)
-    call("score_pairs", *flags(source, reward, tmp_path / "out"), "--include_images", "--stages", "score")
-    tables.clear()
-    call("score_pairs", *flags(source, reward, tmp_path / "out"), "--include_images", "--stages", "sort")
-    sizes = [len(table) for table in tables if "jpg_0" in table.column_names]
-    assert sum(sizes) > 200 and max(sizes) == 20
-    groups = pq.ParquetFile(next((tmp_path / "out" / "data").glob("*.parquet"))).metadata
-    assert groups.row_group(0).num_rows == 20 and groups.num_row_groups == math.ceil(sum(sizes) / 20)
-    assert not list((tmp_path / "out" / "work" / "buckets").glob("*"))
-
-
-def test_killed_while_it_writes(tmp_path, reward):
-    """kill -9 when the first file with images is there: the folder holds no half dataset, and what is whole stays."""
-    rows = pick_a_pic(1300, seed=6)
-    given = flags(write(tmp_path / "pairs", rows), reward, tmp_path / "b" / "out", include_images="true")
-    file = tmp_path / "b" / "out" / "work" / "building" / "data" / "train-00000-of-00003.parquet"
-    run_until(file, "score_pairs.py", *given)
-    assert not (tmp_path / "b" / "out" / "data").exists()
-    before = file.stat()
-    call("score_pairs", *given)
-    after = (tmp_path / "b" / "out" / "data" / file.name).stat()
-    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    call("score_pairs", *flags(tmp_path / "pairs", reward, tmp_path / "a" / "out", include_images="true"))
-    check_same_dataset(tmp_path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Kinds of input
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def qualities(folder: Path) -> list[float]:
-    return load_dataset(str(folder), "scores", split="train", cache_dir=folder.parent / "cache")["quality"][:]
+# Kinds of input -------------------------------------------------------------------------------------------------------
 
 
 def test_folders_take_what_pillow_opens(tmp_path, reward, capsys):
@@ -719,30 +583,17 @@ def test_folders_take_what_pillow_opens(tmp_path, reward, capsys):
     output = capsys.readouterr()
     assert f"{tmp_path}/better: 2 are no pictures, left out: more, notes.md" in output.err
     assert "7 ranked" in output.out and not any(name in output.err for name in ("DS_Store", "Thumbs", "desktop"))
-    found = load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
-    assert set(found["caption"]) == {"a cat"} and len(found) == 7
+    assert load(tmp_path / "out")["caption"][:] == ["a cat"] * 7
     (tmp_path / "better" / "3.txt").unlink()
     assert "3.txt" in refused("score_pairs", *two, "--output_dir", tmp_path / "new")
-
-
-def test_blank_prompts(tmp_path, reward):
-    """They are no error where a pair is not used anyway; else they are left out and counted."""
-    rows = [{**row, "has_label": True, "label_0": 1.0} for row in pick_a_pic(12)]
-    rows[3] |= {"caption": " ", "label_0": 0.5}
-    rows[4] |= {"caption": None, "has_label": False}
-    rows[6]["caption"] = "\u3000\n"
-    rows[8]["caption"] = None
-    call("score_pairs", *flags(write(tmp_path / "pairs", rows, files=1), reward, tmp_path / "out"))
-    counts = json.loads((tmp_path / "out" / "statistics.json").read_text())
-    names = ("ties", "without_label", "with_blank_prompt", "ranked")
-    assert [counts[name] for name in names] == [1, 1, 2, 8]
-    assert "| with a blank prompt, left out | 2 |" in (tmp_path / "out" / "README.md").read_text()
-    assert len(qualities(tmp_path / "out")) == 8
+    (tmp_path / "better" / "0.jpg").write_bytes(b"")
+    message = refused("score_pairs", *two, "--output_dir", tmp_path / "new")
+    assert "0.jpg" in message and "0.png" in message and "have the same name" in message
 
 
 def test_brackets_in_paths(tmp_path, reward):
     """The folder and the file that were named are read, not another one that fits them as a pattern."""
-    rows = [{**row, "has_label": True, "label_0": 1.0} for row in pick_a_pic(24)]
+    rows = ranked_rows(24)
     for name, count in (("run [12]", 24), ("run 1", 6)):
         write(tmp_path / name, rows[:count], files=1)
         lines = [{"caption": row["caption"], "label_0": 1.0, "jpg_0": f"{i}a.png", "jpg_1": f"{i}b.png"}
@@ -754,14 +605,16 @@ def test_brackets_in_paths(tmp_path, reward):
     call("score_pairs", *flags(tmp_path / "run [12]", reward, tmp_path / "out [34]"), "--include_images")
     assert pq.read_table(tmp_path / "out [34]" / "data" / "train-00000-of-00001.parquet").num_rows == 24
     call("score_pairs", *flags(tmp_path / "run [12].jsonl", reward, tmp_path / "out"))
-    assert len(qualities(tmp_path / "out")) == 24
+    assert len(load(tmp_path / "out", "scores")) == 24
 
 
-@pytest.mark.parametrize("kind", ["paths", "images", "jsonl"])
-def test_images_that_are_drawn_anew_are_scored_anew(tmp_path, reward, kind):
-    """Files behind paths belong to what the scores are made of; only shards that name such a file are scored again."""
+@pytest.mark.parametrize("kind", ["images", "jsonl"])
+def test_images_that_are_drawn_anew_are_scored_anew(tmp_path, reward, kind, monkeypatch):
+    """Files behind paths belong to what the scores are made of; only shards that name such a file are scored again. A
+    start looks at each file once."""
     rows = [{"caption": f"p{i}", "label_0": 1.0, "jpg_0": f"{i}a.png", "jpg_1": f"{i}b.png"} for i in range(32)]
-    pairs = tmp_path / "pairs"
+    pairs, looked, file_facts = tmp_path / "pairs", [], score_pairs.file_facts
+    given = [*flags(pairs, reward, tmp_path / "out"), "--include_images"]
     pairs.mkdir()
     for i, row in enumerate(rows):
         (pairs / row["jpg_0"]).write_bytes(picture(100 + i))
@@ -769,57 +622,26 @@ def test_images_that_are_drawn_anew_are_scored_anew(tmp_path, reward, kind):
     if kind == "jsonl":
         (pairs / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     else:
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "paths.parquet")
-        if kind == "images":
-            files = (
-                {name: {"bytes": None, "path": f"{pairs}/{row[name]}"} for name in ("jpg_0", "jpg_1")} for row in rows
-            )
-            kinds = {"caption": Value("string"), "label_0": Value("float64"), "jpg_0": Image(), "jpg_1": Image()}
-            table = [{**row, **named} for row, named in zip(rows, files)]
-            schema = Features(kinds).arrow_schema
-            pq.write_table(pa.Table.from_pylist(table, schema=schema), pairs / "train.parquet")
-        else:
-            (tmp_path / "paths.parquet").rename(pairs / "train.parquet")
-    call("score_pairs", *flags(pairs, reward, tmp_path / "out"), "--include_images")
-    first, before = qualities(tmp_path / "out"), len(scored(reward))
-    call("score_pairs", *flags(pairs, reward, tmp_path / "out"), "--include_images")
-    assert len(scored(reward)) == before == 64
+        named = [{name: {"bytes": None, "path": f"{pairs}/{row[name]}"} for name in ("jpg_0", "jpg_1")} for row in rows]
+        kinds = {"caption": Value("string"), "label_0": Value("float64"), "jpg_0": Image(), "jpg_1": Image()}
+        table = pa.Table.from_pylist([row | files for row, files in zip(rows, named)], Features(kinds).arrow_schema)
+        pq.write_table(table, pairs / "train.parquet")
+    call("score_pairs", *given)
+    first, before = load(tmp_path / "out")["quality"][:], len(scored(reward))
+    monkeypatch.setattr(score_pairs, "file_facts", lambda path: looked.append(path) or file_facts(path))
+    call("score_pairs", *given)
+    assert len(scored(reward)) == before == 64 and (kind == "jsonl" or len(looked) == 64)
     (pairs / "3a.png").write_bytes(picture(5))
-    call("score_pairs", *flags(pairs, reward, tmp_path / "out"), "--include_images")
+    call("score_pairs", *given)
     assert len(scored(reward)) == before + 32, "the shard of 16 pairs"
-    again = load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
+    again = load(tmp_path / "out")
     assert again["quality"][:] != first
     redrawn = next(row for row in again if row["caption"] == "p3")["jpg_0"]
     assert redrawn.getpixel((0, 0))[0] == 5
     rows[5]["label_0"] = 0.0
     if kind == "jsonl":
         (pairs / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        assert "made with files" in refused("score_pairs", *flags(pairs, reward, tmp_path / "out"))
-
-
-def test_tables_of_other_libraries_and_saved_datasets(tmp_path, reward):
-    """Structs without the metadata of `datasets`, large strings, and what `save_to_disk` wrote."""
-    rows = [{**row, "has_label": True, "label_0": 1.0} for row in pick_a_pic(24)]
-    expected = [row["quality"] for row in by_hand(rows)]
-    images = [{**row, **{name: {"bytes": row[name], "path": None} for name in ("jpg_0", "jpg_1")}} for row in rows]
-    table = pa.Table.from_pylist(images)
-    table = table.set_column(0, "caption", table["caption"].cast(pa.large_string()))
-    pq.write_table(table, tmp_path / "polars.parquet")
-    call("score_pairs", *flags(tmp_path / "polars.parquet", reward, tmp_path / "a" / "out"), "--include_images")
-    np.testing.assert_allclose(qualities(tmp_path / "a" / "out"), expected, rtol=1e-6)
-    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    call("score_pairs", *flags(tmp_path / "saved", reward, tmp_path / "b" / "out"))
-    np.testing.assert_allclose(qualities(tmp_path / "b" / "out"), expected, rtol=1e-6)
-
-
-def test_a_column_that_one_file_lacks_is_named_first(tmp_path, reward):
-    rows = pick_a_pic(24)
-    source = write(tmp_path / "pairs", rows, files=1)
-    Dataset.from_list(rows).remove_columns("ranking_id").to_parquet(
-        str(source / "data" / "train-00001-of-00001.parquet")
-    )
-    message = refused("score_pairs", *flags(source, reward, tmp_path / "out"))
-    assert "train-00001-of-00001.parquet has no column 'ranking_id'" in message and not scored(reward)
+        assert "made with files" in refused("score_pairs", *given)
 
 
 def test_a_reward_that_is_no_probability_is_refused_after_the_first_shard(tmp_path, reward):
