@@ -381,6 +381,8 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
     if args.baseline not in (names := {**models, **training_seeds(models)}):
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(names)}")
     for name, model in models.items():
+        folder, items = output_dir / "images" / name, itertools.chain(*image_shards(args, len(rows)))
+        model.setdefault("pictures", {(i, n): (folder / f"{i:05d}_{n}.png", None) for i, n in items})
         model["settings"] = image_settings(args, rows, name, model, state.device)
         if model["kind"] != "images" and not args.dtype and state.device.type == "cuda":
             print(f"{name} is drawn in {model['settings']['dtype']}")
@@ -442,8 +444,8 @@ def draw(args: ScriptArguments, rows: list[dict], models: dict, state: PartialSt
     own = [batch for shard in shards for batch in batches(shard, args.batch_size)]
     own, pipeline, source = own[state.process_index :: state.num_processes], None, None
     for name, model in ((name, model) for name, model in models.items() if model["kind"] != "images"):
-        files = {item: picture_of(args, name, model, item)[0] for batch in own for item in batch}
-        missing = {item: file for item, file in files.items() if not file.exists()}
+        missing = {item: model["pictures"][item][0] for batch in own for item in batch}
+        missing = {item: file for item, file in missing.items() if not file.exists()}
         if not missing:
             continue
         if source != model["pipeline"]:
@@ -509,7 +511,7 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
             begun, order = {}, list(todo)
             for number, (name, s) in enumerate(order):
                 for job in order[number : number + 2]:  # the next pictures are decoded while these are scored
-                    begun[job] = begun.get(job) or open_pictures(args, models, shards, job, rewards, todo[job])
+                    begun[job] = begun.get(job) or open_pictures(models, shards, job, rewards, todo[job])
                 pictures, images = begun.pop((name, s))
                 prompts, chosen = [rows[i]["prompt"] for i, _ in pictures], [rows[i] for i, _ in pictures]
                 for metric in images:
@@ -526,12 +528,12 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
         free_memory()
 
 
-def open_pictures(args: ScriptArguments, models: dict, shards: list, job: tuple, rewards: dict, metrics: list) -> tuple:
+def open_pictures(models: dict, shards: list, job: tuple, rewards: dict, metrics: list) -> tuple[dict, dict]:
     """Of a model and a shard: (prompt, number) → (file, cell) of the images that exist; and for each metric these
     images, in preparation. The workers take their work in order: a file's decoding, once for all, has begun before
     another thread waits for it."""
-    pictures = {item: picture_of(args, job[0], models[job[0]], item) for item in shards[job[1]]}
-    pictures = {item: picture for item, picture in pictures.items() if picture}
+    name, shard = job
+    pictures = {item: models[name]["pictures"][item] for item in shards[shard] if item in models[name]["pictures"]}
     files = dict.fromkeys(file for file, _ in pictures.values())
     decoded = {file: WORKERS.submit(lambda file=file: decode_image(file.read_bytes())) for file in files}
     images = [lambda file=file, cell=cell: cut(decoded[file].result(), cell) for file, cell in pictures.values()]
@@ -567,19 +569,20 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
             best[run][metric] = list(means)[np.nanargmax(list(means.values()))]
     record = {"n_prompts": len(rows), "n_images": len(rows) * args.num_images_per_prompt, "baseline": args.baseline}
     record |= {"settings": report_settings(args, rows, models), **summary, "pairwise": pairwise}
-    missing = {name: record["n_images"] - len(m["pictures"]) for name, m in models.items() if m["kind"] == "images"}
+    missing = {name: record["n_images"] - len(model["pictures"]) for name, model in models.items()}
     optional = {
         "seeds": groups,
         "checkpoints": checkpoints,
         "best_checkpoints": best,
         "missing_images": {name: n for name, n in missing.items() if n},
     }
-    content = as_json(record | {key: value for key, value in optional.items() if value}, indent=2)
-    record = json.loads(content)  # None in place of NaN
+    record |= {key: value for key, value in optional.items() if value}
+    content = as_json(record, indent=2)
+    known = json.loads(content)  # None in place of NaN
     # A metric is a verdict if it is 1 or 0 of every image that it applies to.
     values = {metric: np.concatenate([*by_model.values()], axis=None) for metric, by_model in results.items()}
     verdict = next((m for m in metrics if np.isin(values[m][np.isfinite(values[m])], (0.0, 1.0)).all()), None)
-    table = markdown_report(record, metrics, compared, verdict)
+    table = markdown_report(known, metrics, compared, verdict)
     write_bytes(output_dir / "results.json", content + b"\n")
     write_bytes(output_dir / "results.md", table.encode())
     save_picture(grid_picture(args, rows, models, pictured, results.get(verdict)), output_dir / "grid.png")
@@ -588,7 +591,7 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     print(table, ", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]), sep="\n")
     for name, model in models.items():
         if repo_id := model.get("repository"):
-            publish(args, repo_id, results_card(args, name, repo_id, record, table))
+            publish(args, repo_id, results_card(args, name, repo_id, known, table))
 
 
 # Report ---------------------------------------------------------------------------------------------------------------
@@ -729,7 +732,7 @@ def grid_picture(args: ScriptArguments, rows: list, models: dict, pictured: list
         drawing.text((column * (per_model * cell + gap) + 4, 5), name, fill="black")
     for i, text in texts.items():
         for (column, name), n in itertools.product(enumerate(pictured), range(per_model)):
-            if picture := picture_of(args, name, models[name], (i, n)):
+            if picture := models[name]["pictures"].get((i, n)):
                 left = column * (per_model * cell + gap) + n * cell
                 image = cut(PILImage.open(picture[0]), picture[1]).convert("RGB")
                 resample = PILImage.NEAREST if image.width < cell else PILImage.LANCZOS
@@ -826,13 +829,14 @@ def training_seeds(models: dict) -> dict[str, list[str]]:
 def shown_models(models: dict) -> tuple[list[str], list[str]]:
     """The models that are compared with each other: of a run its last checkpoint, of several trainings their group. And
     those in the picture: of several trainings the first."""
-    last = {model["run"]: name for name, model in models.items() if "run" in model}  # steps are in order
     group_of = {name: group for group, members in training_seeds(models).items() for name in members}
-    first = {}
+    shown = {}
     for name, model in models.items():
-        if "run" not in model or name in last.values():
-            first.setdefault(group_of.get(name, name), name)
-    return list(first), list(first.values())
+        if "run" in model:  # steps are in order
+            shown[model["run"]] = (name, name)
+        else:
+            shown.setdefault(group_of.get(name, name), (group_of.get(name, name), name))
+    return tuple(map(list, zip(*shown.values())))
 
 
 # Copied from train_rankdpo_sdxl.file_of
@@ -1061,12 +1065,6 @@ def template_files(args: ScriptArguments, rows: list[dict], places: list[dict], 
 def image_shards(args: ScriptArguments, n_prompts: int) -> list[list[tuple[int, int]]]:
     """All (prompt, number) in parts: what is scored in one file, and drawn and scored by one task."""
     return list(batches(list(itertools.product(range(n_prompts), range(args.num_images_per_prompt))), SCORES_PER_FILE))
-
-
-def picture_of(args: ScriptArguments, name: str, model: dict, item: tuple) -> tuple[Path, tuple | None] | None:
-    """The file of a picture and its cell, if the file is a grid; None for one of --images that is missing."""
-    drawn = Path(args.output_dir, "images", name, f"{item[0]:05d}_{item[1]}.png")
-    return model["pictures"].get(item) if model["kind"] == "images" else (drawn, None)
 
 
 def cut(image: PILImage.Image, cell: tuple[int, int, int, int] | None) -> PILImage.Image:
