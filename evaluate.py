@@ -98,9 +98,7 @@ from trl import TrlParser
 
 # diffusers warns about every text encoder that a LoRA does not train. All LoRAs of these trainers leave them alone.
 logging.getLogger("diffusers.loaders.lora_base").addFilter(lambda record: "No LoRA keys" not in record.getMessage())
-warnings.filterwarnings(
-    "ignore", "Mean of empty slice|All-NaN slice", RuntimeWarning
-)  # a figure that does not apply: NaN
+warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN slice")  # of a figure that applies to no image
 
 BASE = "base"
 # Keys of results.json that no model may have.
@@ -124,8 +122,7 @@ RIGHT, WRONG = (0, 150, 80), (215, 50, 40)  # frames of pictures with a verdict 
 CARD_FACTS = ()  # this script replaces no metadata of a card; it adds results to model-index
 CARD_BEGIN = "<!-- evaluate.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what evaluate.py wrote. -->"
-# Models that one 24 GB GPU carries: those of recipes/synpic_24gb.yaml.
-DEFAULT_METRICS = ("hpsv2.1", "pickscore", "imagereward", "aesthetic", "clipscore")
+DEFAULT_METRICS = "hpsv2.1 pickscore imagereward aesthetic clipscore"  # models that one 24 GB GPU carries
 HALF = "Type of the weights. Default: float32 on a CPU; on a GPU float16 for U-Nets, bfloat16 for transformers."
 KNOWN_METRICS = "hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, and variants, each "
 KNOWN_METRICS += "also as name=checkpoint (REWARD_MODELS); file.py:function or file.py:Class,key=value of your own."
@@ -167,7 +164,7 @@ class ScriptArguments:
     batch_size: int = flag(4, "Images drawn together.", min=1)
     seed: int = flag(0, "Seeds the images and the bootstrap.", min=0, max=2**32 - 1)
     image_seeds: Literal["own", "counted"] = flag("own", "A seed of its own for each image; or --seed + its number.")
-    metrics: list[str] = flag(lambda: list(DEFAULT_METRICS), KNOWN_METRICS, "Metrics and output")
+    metrics: list[str] = flag(DEFAULT_METRICS.split, KNOWN_METRICS, "Metrics and output")
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
     rewards_at_once: int = flag(1, "Reward models held at once: an image is read and decoded once for them.", min=1)
     output_dir: str = flag("outputs/evaluation", "Folder for images, scores, results and report.")
@@ -376,7 +373,12 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
     source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
     rows, places = read_prompts(*source, keep, whole_rows)
     args.grid_prompts = chosen_prompts(args, rows)
-    prepare_metrics(args, rows)
+    for metric, name in itertools.product(args.metrics, ("check_rows", "prepare")):  # "prepare" may download weights
+        try:
+            if (function := hook(metric, name)) and (name == "check_rows" or "score" in args.stages):
+                function(rows)
+        except (ValueError, OSError) as error:  # so metrics say what is wrong; others are errors of their own
+            raise SystemExit(f"metric {reward_name(metric)}: {one_line(error)}") from None
     models = read_models(args, rows, places)
     if args.baseline not in (names := {**models, **training_seeds(models)}):
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(names)}")
@@ -944,22 +946,22 @@ def load_pipeline(args: ScriptArguments, settings: dict, device: torch.device) -
 @contextmanager
 def fitted(name: str, model: dict, pipeline: DiffusionPipeline) -> Iterator[None]:
     """Puts a model's LoRA or network into the pipeline; afterwards it is as it was."""
-    where, part = f"{model['source']} ({name})", model.get("part")
+    where, restore = f"{model['source']} ({name})", lambda: None
     if model["kind"] == "lora":
         load_lora(where, pipeline, model["file"])
+        restore = pipeline.unload_lora_weights
     elif model["kind"] == "network":
-        original, device = getattr(pipeline, part), pipeline.device
+        part, device = model["part"], pipeline.device
+        original = getattr(pipeline, part)
         options = {"subfolder": model["subfolder"] or None, "dtype": original.dtype, "output_loading_info": True}
         network, info = type(original).from_pretrained(model["source"], **options)
         if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
             raise SystemExit(f"{where}: its weights do not fit its config.json: {wrong[0]}")
         original.to("cpu")  # one of the two at a time
         pipeline.register_modules(**{part: network.to(device)})
+        restore = lambda: pipeline.register_modules(**{part: original.to(device)})  # noqa: E731
     yield
-    if model["kind"] == "lora":
-        pipeline.unload_lora_weights()
-    elif model["kind"] == "network":
-        pipeline.register_modules(**{part: original.to(device)})
+    restore()
 
 
 def load_lora(where: str, pipeline: DiffusionPipeline, file: str) -> None:
@@ -1032,11 +1034,7 @@ def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], t
     if len(set(pictures.values())) < len(pictures):
         raise ValueError("gives the same picture to several images: use {index} and {number}")
     file, cell = next(iter(pictures.values()))
-    try:
-        with PILImage.open(file) as image:
-            cut(image, cell)
-    except Exception as error:
-        raise ValueError(f"{file} cannot be read: {one_line(error)}") from None
+    cut(PILImage.open(file), cell)  # one that does not open, or is no such grid, ends the run now
     return pictures
 
 
@@ -1103,17 +1101,6 @@ def takes_rows(metric: str) -> bool:
     """Whether a metric wants the whole row of each prompt, to score, to check or to report."""
     own = plugin(metric)
     return own is not None and bool(own.takes_rows or hook(metric, "check_rows") or hook(metric, "official"))
-
-
-def prepare_metrics(args: ScriptArguments, rows: list[dict]) -> None:
-    """Lets metrics look at the prompts' rows, and find or download their weights. Exits with the line of the first that
-    cannot work, before anything is drawn."""
-    for metric, name in itertools.product(args.metrics, ("check_rows", "prepare")):
-        try:
-            if (function := hook(metric, name)) and (name == "check_rows" or "score" in args.stages):
-                function(rows)
-        except (ValueError, OSError) as error:  # so metrics say what is wrong; others are errors of their own
-            raise SystemExit(f"metric {reward_name(metric)}: {one_line(error)}") from None
 
 
 def official_figures(args: ScriptArguments, metric: str, rows: list, categories: list | None, scores: dict) -> dict:
