@@ -239,7 +239,7 @@ def test_any_model_against_any_other(tmp_path, tiny_sdxl, lora):
         table = (tmp_path / "any" / "results.md").read_text()
         assert found[name]["baseline"] == name and f"Lift over `{name}`" in table
         assert "| mine | second (trained on) |" in table and "fewer than 25 prompts or 3 seeds" in table
-    assert found["base"]["mine"]["second_trained_on"] and found["base"]["mine@1"]["second_trained_on"]
+    assert found["base"]["mine"]["second_trained_on"] and found["base"]["mine@0"]["second_trained_on"]
     assert not any(key.endswith("trained_on") for key in found["base"]["base"])
     assert "brightness_trained_on" not in found["base"]["mine"]
     for metric in ("brightness", "Tone_red", "Tone_odd"):
