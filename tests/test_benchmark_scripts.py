@@ -60,20 +60,6 @@ def peer(tmp_path):
     return tmp_path / "peer.py"
 
 
-def test_attention_counts_as_the_kernel_of_a_gpu_computes_it():
-    query = torch.empty(2, 3, 50, 16, device="meta", requires_grad=True)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    product = 2 * 2 * 3 * 50 * 50 * 16 / 1e12
-
-    def attention(query: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(query, query, query)
-
-    assert train_speed.count(lambda: attention(query)) == pytest.approx(2 * product)
-    # The backward pass computes the scores again, and four products more.
-    assert train_speed.count(lambda: attention(query).sum().backward()) == pytest.approx((2 + 5) * product)
-    assert torch.nn.functional.scaled_dot_product_attention is attend
-
-
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_a_step_costs_no_more_than_its_least_parts(family, tmp_path):
     train_speed.make_model(tmp_path, family, "tiny", None)
@@ -166,25 +152,6 @@ def test_drawing_is_timed_beside_the_bare_pipeline(tmp_path, capsys):
     assert last[0].startswith("CPU time: overhead ") and last[1].startswith(f"overhead {expected['all']:.1%} (min ")
     assert found["difference"]["sdxl"] <= 3  # the same seeds, so the same pictures
     assert all(row["images_per_second"] == pytest.approx(3 / row["seconds"]) for row in found["runs"])
-
-
-def test_tensors_count_once_and_as_long_as_they_live():
-    x = torch.empty(1000)
-    with train_speed.LiveTensors([x]) as tensors:
-        view = x.view(10, 100).t()
-        assert tensors.live == tensors.peak == 4000 and view.shape == (100, 10)
-        y = (x + 1) * 2  # the sum lives until the product is made
-        assert tensors.live == 8000 and tensors.peak == 12000
-        del y
-    assert tensors.live == 4000 and tensors.peak == 12000
-    w = torch.empty(100, 100, requires_grad=True)
-    with train_speed.LiveTensors([w]) as tensors:
-        loss = (torch.empty(1000, 100) @ w).exp().sum()
-        # The input and the exponentials are saved; the product was there until they were made.
-        assert tensors.live == 40_000 + 400_000 * 2 + 4 and tensors.peak == 40_000 + 400_000 * 3
-        loss.backward()
-        del loss
-    assert tensors.live == 40_000 * 2  # the weight and its gradient
 
 
 def test_memory_of_a_step(tmp_path):

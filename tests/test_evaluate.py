@@ -41,6 +41,14 @@ def lora(tiny_sdxl, ranked_dataset, tmp_path_factory):
     return folder / "lora"
 
 
+def write_rows(file, rows) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def results_of(folder) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
 def brightness(tmp_path) -> str:
     """A metric in a file of the user's own."""
     (tmp_path / "metric.py").write_text(
@@ -53,7 +61,7 @@ def make_flags(tmp_path, tiny_sdxl, lora, output="out"):
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": row["prompt"], "kind": "odd" if i % 2 else "even"} for i, row in enumerate(ranked_rows(6))]
     rows = [{**row, "more": {"number": row["prompt"][::-1]}} for row in rows]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(prompts, rows)
     flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--prompts", prompts, "--loras", f"mine={lora}"]
     flags += ["--metrics", brightness(tmp_path), "--num_images_per_prompt", 2, "--batch_size", 3]
     return [*flags, *"--num_inference_steps 2 --category_column kind".split(), "--output_dir", tmp_path / output]
@@ -65,7 +73,7 @@ def test_results_are_means_lifts_and_wins_over_the_saved_images(tmp_path, tiny_s
         patch.setattr(logging.getLogger("diffusers"), "handlers", [caplog.handler])
         call("evaluate", *flags)
     assert not caplog.text  # the trainers' LoRAs leave text encoders alone, of which diffusers would warn
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = results_of(tmp_path / "out")
     scores = {
         name: np.array(
             [
@@ -235,7 +243,7 @@ def test_any_model_against_any_other(tmp_path, tiny_sdxl, lora):
     found = {}
     for name in ("base", "mine", "old"):
         call("evaluate", *flags, "--baseline", name)
-        found[name] = json.loads((tmp_path / "any" / "results.json").read_text())
+        found[name] = results_of(tmp_path / "any")
         table = (tmp_path / "any" / "results.md").read_text()
         assert found[name]["baseline"] == name and f"Lift over `{name}`" in table
         assert "| mine | second (trained on) |" in table and "fewer than 25 prompts or 3 seeds" in table
@@ -264,7 +272,7 @@ def test_any_model_against_any_other(tmp_path, tiny_sdxl, lora):
     flags[flags.index("--output_dir", flags.index("--images")) + 1] = tmp_path / "two"
     assert "/" not in json.dumps(found["base"]["settings"]["models"])  # names of local folders, no paths
     run(*torchrun(2, "evaluate.py"), *flags)
-    assert json.loads((tmp_path / "two" / "results.json").read_text()) == found["base"]
+    assert results_of(tmp_path / "two") == found["base"]
 
 
 ROWS = "cat dog cat bird dog fox cat".split()  # repeats between, before and after
@@ -273,9 +281,7 @@ KINDS = "x y x x x y y".split()  # a repeat may have another category
 
 def test_pictures_are_numbered_by_the_rows_of_the_source(tmp_path, capfd):
     """A row that repeats a prompt is left out, but the pictures were made for all rows."""
-    (tmp_path / "prompts.jsonl").write_text(
-        "".join(json.dumps({"prompt": prompt, "kind": kind}) + "\n" for prompt, kind in zip(ROWS, KINDS))
-    )
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt, "kind": kind} for prompt, kind in zip(ROWS, KINDS)])
     for i, kind in enumerate(KINDS):
         image = Image.new("RGB", (8, 8), (i,) * 3)
         for name in (f"{i:05d}", f"{i:05d}_0", f"{kind}-{KINDS[:i].count(kind):05d}"):
@@ -292,7 +298,7 @@ def test_pictures_are_numbered_by_the_rows_of_the_source(tmp_path, capfd):
 
 def test_pictures_alone_with_metrics_of_all_kinds(tmp_path):
     """No model is drawn or loaded. One training of several, values that occur for one model only, rows that change."""
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "scale": 1}) + "\n" for p in "abc"))
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt, "scale": 1} for prompt in "abc"])
     for name, grey in (("one", 100), ("two", 200)):
         (tmp_path / name).mkdir()
         for i in range(3):
@@ -310,15 +316,14 @@ def test_pictures_alone_with_metrics_of_all_kinds(tmp_path):
     template = f"{tmp_path}/{{}}/{{{{index}}}}_{{{{number}}}}.png"
     flags += ["--images", f"one={template.format('one')}", f"two@0={template.format('two')}", "--baseline", "one"]
     call("evaluate", *flags, "--metrics", f"{tmp_path}/own.py:keys")
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = results_of(tmp_path / "out")
     assert results["two@0"]["keys_red"] == pytest.approx(201) and results["two@0"]["keys_red_lift"] == 100
     assert results["two@0"]["keys_high"] == pytest.approx(201) and results["one"]["keys_high"] is None
     assert results["two@0"]["keys_high_lift"] is None and "seeds" not in results
     assert "model" not in results["settings"]
-    rows = [json.dumps({"prompt": prompt, "scale": 2}) + "\n" for prompt in "abc"]
-    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt, "scale": 2} for prompt in "abc"])
     call("evaluate", *flags, "--metrics", f"{tmp_path}/own.py:keys")
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = results_of(tmp_path / "out")
     assert results["two@0"]["keys_red"] == pytest.approx(402)
 
     wrong = {"red_lift": "must not end in _lift", "wrong": "must be a finite number"}
@@ -367,8 +372,8 @@ def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
     (tmp_path / "scale.py").write_text("SCALE = 1\n")
     (tmp_path / "weights.bin").write_bytes(b"1")
     rows = [{"prompt": prompt, "tag": f"t{i}", "id": f"item-{i}", "kind": "x"} for i, prompt in enumerate("abc")]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "bare.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    write_rows(tmp_path / "bare.jsonl", [{"prompt": "a"}])
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 8, 3), dtype=np.uint8)  # prompt, number
     for i, cells in enumerate(pixels):
         grid = np.concatenate([np.concatenate(list(cells[:2]), axis=1), np.concatenate(list(cells[2:]), axis=1)])
@@ -392,7 +397,7 @@ def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
 
     flags += [*images, "--allow_missing", "true"]
     call("evaluate", *flags)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = results_of(tmp_path / "out")
     mean, largest = pixels[..., 0].mean(axis=(2, 3)), pixels[..., 1].max(axis=(2, 3)).astype(float)
     left = np.where(np.arange(12).reshape(3, 4) == 6, np.nan, mean)
     name = "Red_channel=1_mode=max_weights=weights.bin"
@@ -421,7 +426,7 @@ def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
     evaluate.import_file.cache_clear()
     del sys.modules["scale"]
     call("evaluate", *flags)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = results_of(tmp_path / "out")
     assert results["grid"]["Red"] == pytest.approx(10 * mean.mean())
 
     wrong = {
@@ -441,7 +446,7 @@ def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
     row = [*flags[: flags.index("--images")], "--images", f"grid={tmp_path}/{{row[id]}}.png#2x2"]
     row[row.index("--num_images_per_prompt") + 1] = 2  # other images of the same files
     call("evaluate", *row, "--metrics", metric)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = results_of(tmp_path / "out")
     assert results["grid"]["Red"] == pytest.approx(10 * mean[:, :2].mean())
     (tmp_path / "item-0.png").write_bytes((tmp_path / "a_000000.png").read_bytes())
     flags[flags.index(images[1])] = f"grid={tmp_path}/{{row[id]}}.png#3x2"
@@ -524,7 +529,7 @@ def test_checkpoints_become_curves_over_the_pairs_seen(tmp_path, tiny_sdxl, lora
     flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--prompts", tmp_path / "prompts.txt"]
     flags += ["--metrics", brightness(tmp_path), "--num_inference_steps", 2, "--output_dir", tmp_path / "out"]
     call("evaluate", *flags, "--eval_checkpoints", f"mine={lora}", f"other={other}")
-    results, size = json.loads((tmp_path / "out" / "results.json").read_text()), record["global_batch_size"]
+    results, size = results_of(tmp_path / "out"), record["global_batch_size"]
     found = {name: (c["run"], c["seen"]) for name, c in results["checkpoints"].items()}
     seen = {"mine@1": ("mine", size), "mine@2": ("mine", 2 * size), "other@1": ("other", 5), "other@2": ("other", 10)}
     assert found == seen
@@ -561,7 +566,7 @@ def test_sd3_is_drawn_with_the_tokens_asked_for_and_without_t5(tmp_path, tiny_sd
     assert len(set(found)) == 3
 
 
-def test_three_tasks_in_any_order_give_the_same_results(tmp_path, tiny_sdxl, lora, monkeypatch):
+def test_tasks_in_any_order_and_small_memory_give_the_same_results(tmp_path, tiny_sdxl, lora, monkeypatch):
     monkeypatch.setattr(evaluate, "SCORES_PER_FILE", 3)  # 12 images: four files
     flags, tasks = make_flags(tmp_path, tiny_sdxl, lora), make_flags(tmp_path, tiny_sdxl, lora, "tasks")
     call("evaluate", *flags)
@@ -575,10 +580,7 @@ def test_three_tasks_in_any_order_give_the_same_results(tmp_path, tiny_sdxl, lor
     for name in ("results.json", "results.md", "grid.png"):
         assert (tmp_path / "tasks" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
-
-def test_out_of_memory_halves_the_batch_and_draws_the_same(tmp_path, tiny_sdxl, lora, monkeypatch):
-    flags, small = make_flags(tmp_path, tiny_sdxl, lora), make_flags(tmp_path, tiny_sdxl, lora, "small")
-    call("evaluate", *flags, "--max_prompts", 2)
+    # Out of memory: half as many are drawn at once, and they are the same.
     draw = StableDiffusionXLPipeline.__call__
 
     @functools.wraps(draw)
@@ -588,7 +590,7 @@ def test_out_of_memory_halves_the_batch_and_draws_the_same(tmp_path, tiny_sdxl, 
         return draw(self, prompt, **options)
 
     monkeypatch.setattr(StableDiffusionXLPipeline, "__call__", small_gpu)
-    call("evaluate", *small, "--max_prompts", 2)
+    call("evaluate", *make_flags(tmp_path, tiny_sdxl, lora, "small"), "--stages", "draw")
     for file in sorted((tmp_path / "out" / "images").rglob("*.png")):
         other = tmp_path / "small" / file.relative_to(tmp_path / "out")
         image, same = (np.asarray(Image.open(path)).astype(int) for path in (file, other))
@@ -703,7 +705,7 @@ def test_a_lora_of_a_text_encoder_alone_and_a_file_of_any_name(tmp_path, tiny_sd
     flags = [*make_flags(tmp_path, tiny_sdxl, ""), "--max_prompts", 1, "--num_images_per_prompt", 1, "--loras"]
     names = ("myStyle_v2-000010", "after")
     call("evaluate", *flags, *(f"{name}={tmp_path}/{name}.safetensors" for name in names))
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = results_of(tmp_path / "out")
     assert results["settings"]["loras"] == {name: f"{name}.safetensors" for name in names}
     drawn = {(tmp_path / "out" / "images" / name / "00000_0.png").read_bytes() for name in ("base", *names)}
     assert len(drawn) == 3
@@ -722,7 +724,7 @@ def test_a_lora_that_was_trained_again_gets_new_pictures(tmp_path, tiny_sdxl, mo
         call("evaluate", *flags)
         images = sorted((tmp_path / "out" / "images").rglob("*.png"))
         found.append({file: (file.stat().st_mtime_ns, file.read_bytes()) for file in images})
-        found.append(json.loads((tmp_path / "out" / "results.json").read_text()))
+        found.append(results_of(tmp_path / "out"))
     for file, (date, content) in found[0].items():
         is_base = file.parent.name == "base"
         assert (found[2][file] == (date, content)) is is_base and (found[2][file][1] == content) is is_base
