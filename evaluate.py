@@ -572,18 +572,12 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     record = {"n_prompts": len(rows), "n_images": len(rows) * args.num_images_per_prompt, "baseline": args.baseline}
     record |= {"settings": report_settings(args, rows, models), **summary, "pairwise": pairwise}
     missing = {name: record["n_images"] - len(model["pictures"]) for name, model in models.items()}
-    optional = {
-        "seeds": groups,
-        "checkpoints": checkpoints,
-        "best_checkpoints": best,
-        "missing_images": {name: n for name, n in missing.items() if n},
-    }
+    missing = {name: n for name, n in missing.items() if n}
+    optional = {"seeds": groups, "checkpoints": checkpoints, "best_checkpoints": best, "missing_images": missing}
     record |= {key: value for key, value in optional.items() if value}
     content = as_json(record, indent=2)
     known = json.loads(content)  # None in place of NaN
-    # A metric is a verdict if it is 1 or 0 of every image that it applies to.
-    values = {metric: np.concatenate([*by_model.values()], axis=None) for metric, by_model in results.items()}
-    verdict = next((m for m in metrics if np.isin(values[m][np.isfinite(values[m])], (0.0, 1.0)).all()), None)
+    verdict = next((metric for metric in metrics if is_verdict(results[metric])), None)
     table = markdown_report(known, metrics, compared, verdict)
     write_bytes(output_dir / "results.json", content + b"\n")
     write_bytes(output_dir / "results.md", table.encode())
@@ -720,6 +714,12 @@ def chosen_prompts(args: ScriptArguments, rows: list[dict]) -> list[int]:
         raise SystemExit(f"--grid_prompts {unknown[0]}: neither one of the {len(rows)} prompts nor the number of one")
     spread = np.linspace(0, len(rows) - 1, min(args.grid_rows, len(rows))).astype(int)
     return [numbers[word] for word in args.grid_prompts] or spread.tolist()
+
+
+def is_verdict(by_model: dict[str, np.ndarray]) -> bool:
+    """Whether a metric says right or wrong, 1 or 0, of every image that it applies to."""
+    values = np.stack(list(by_model.values()))
+    return bool(np.isfinite(values).any() and np.isin(values[np.isfinite(values)], (0.0, 1.0)).all())
 
 
 def grid_picture(args: ScriptArguments, rows: list, models: dict, pictured: list, verdicts: dict | None, cell=192):
