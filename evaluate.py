@@ -48,7 +48,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import cache
@@ -114,7 +114,6 @@ ENDINGS = "_(lift|win_rate|ci95|warning|category_mean|by_category|official|train
 NETWORK_SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type", "num_layers")
 DRAWING_FLAGS = ("num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution")
 COUNTED = ("index", "number", "image", "category_index", "category_image")  # fields of --images
-IDENTITY = {"files", "lora", "network_files"}  # settings of images that say which files of a model they are from
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # Parts of a LoRA's keys and types, and what such a file is: diffusers would leave it out, or a part of it.
 OTHER_LORAS = {"hada_w": "a LoHa", "lokr_": "a LoKr", "dora_scale": "a DoRA", " F8_": "a LoRA in float8"}
@@ -455,8 +454,9 @@ def draw(args: ScriptArguments, rows: list[dict], models: dict, state: PartialSt
             free_memory()
             pipeline = load_pipeline(args, model["settings"], state.device)
             for other, lora in models.items():  # one that does not fit ends the run before anything is drawn
-                with fitted(other, lora, pipeline) if lora["kind"] == "lora" else nullcontext():
-                    pass
+                if lora["kind"] == "lora" and lora["pipeline"] == source:
+                    with fitted(other, lora, pipeline):
+                        pass
         bar = tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=not state.is_local_main_process)
         with bar, fitted(name, model, pipeline):
             writing = []
@@ -595,7 +595,7 @@ def report_settings(args: ScriptArguments, rows: list[dict], models: dict) -> di
     """The settings in results.json, which --push_to_hub publishes: of local folders and files only their names."""
     settings = {"prompts": short_hash("\n".join(row["prompt"] for row in rows)), "seed": args.seed}
     if drawn := [model["settings"] for model in models.values() if model["kind"] != "images"]:
-        settings = {key: value for key, value in drawn[0].items() if key not in IDENTITY}
+        settings = {key: value for key, value in drawn[0].items() if key not in ("files", "lora")}
         settings["model"] = public_name(drawn[0]["model"])
     shown = {name: public_name(model["source"], model["kind"] == "images") for name, model in models.items()}
     settings["loras"] = {name: shown[name] for name, model in models.items() if model["kind"] == "lora"}

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import call, make_tiny_pickscore, make_tiny_sdxl, ranked_rows, refused, run, torchrun
+from conftest import call, make_tiny_pickscore, make_tiny_sd, ranked_rows, refused, run, torchrun
 from diffusers import (
     DiffusionPipeline,
     EDMEulerScheduler,
@@ -231,7 +231,7 @@ def test_any_model_against_any_other(tmp_path, tiny_sdxl, lora):
         unet.conv_out.bias += 0.3
     unet.save_pretrained(tmp_path / "tuned" / "unet")
     unet.save_pretrained(tmp_path / "flat")
-    pipeline = make_tiny_sdxl(tmp_path / "second", seed=5)
+    pipeline = make_tiny_sd(tmp_path / "second", seed=5)  # which does not take the base's LoRAs
     (tmp_path / "several.py").write_text(SEVERAL)
     flags = make_flags(tmp_path, tiny_sdxl, lora)
     call("evaluate", *flags, "--stages", "draw")
