@@ -51,7 +51,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from io import BytesIO, StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,7 +76,6 @@ from datasets.config import HF_HUB_OFFLINE
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
 from diffusers.training_utils import free_memory
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock, Timeout
 from huggingface_hub import CardData, HfApi, RepoCard, hf_hub_download
@@ -99,22 +98,22 @@ from trl import TrlParser
 
 # diffusers warns about every text encoder that a LoRA does not train. All LoRAs of these trainers leave them alone.
 logging.getLogger("diffusers.loaders.lora_base").addFilter(lambda record: "No LoRA keys" not in record.getMessage())
+warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN slice")  # of a figure that applies to no image
 
 BASE = "base"
 # Keys of results.json that no model may have.
 RESERVED = "n_prompts n_images baseline settings checkpoints seeds pairwise missing_images best_checkpoints".split()
-NETWORKS = ("unet", "transformer")  # components that --models can replace
+NETWORK = re.compile(r"[^=]*=(unet|transformer):")  # a model of --models that replaces this component
 RESULTS = ("results.json", "results.md", "grid.png", "curves.png")
 STAGES = ("draw", "score", "report")
 SCORES_PER_FILE = 64  # a crash loses at most these
-FEW_PROMPTS = 25  # an interval over fewer prompts carries a warning
+FEW_PROMPTS, FEW_SEEDS = 25, 3  # an interval over fewer carries a warning
 # What results.json adds to a metric's name: no metric may end so.
-ENDINGS = "_lift _win_rate _ci95 _warning _category_mean _by_category _official _trained_on _seed_means _seed_sd"
+ENDINGS = "_(lift|win_rate|ci95|warning|category_mean|by_category|official|trained_on|seed_means|seed_sd)$"
 # What decides whether a network fits into another's place.
 NETWORK_SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type", "num_layers")
 DRAWING_FLAGS = ("num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution")
 COUNTED = ("index", "number", "image", "category_index", "category_image")  # fields of --images
-IDENTITY = {"files", "lora", "network_files"}  # settings of images that change when a model is trained again
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # Parts of a LoRA's keys and types, and what such a file is: diffusers would leave it out, or a part of it.
 OTHER_LORAS = {"hada_w": "a LoHa", "lokr_": "a LoKr", "dora_scale": "a DoRA", " F8_": "a LoRA in float8"}
@@ -122,8 +121,7 @@ RIGHT, WRONG = (0, 150, 80), (215, 50, 40)  # frames of pictures with a verdict 
 CARD_FACTS = ()  # this script replaces no metadata of a card; it adds results to model-index
 CARD_BEGIN = "<!-- evaluate.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what evaluate.py wrote. -->"
-# Models that one 24 GB GPU carries: those of recipes/synpic_24gb.yaml.
-DEFAULT_METRICS = ("hpsv2.1", "pickscore", "imagereward", "aesthetic", "clipscore")
+DEFAULT_METRICS = "hpsv2.1 pickscore imagereward aesthetic clipscore"  # models that one 24 GB GPU carries
 HALF = "Type of the weights. Default: float32 on a CPU; on a GPU float16 for U-Nets, bfloat16 for transformers."
 KNOWN_METRICS = "hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, and variants, each "
 KNOWN_METRICS += "also as name=checkpoint (REWARD_MODELS); file.py:function or file.py:Class,key=value of your own."
@@ -165,7 +163,7 @@ class ScriptArguments:
     batch_size: int = flag(4, "Images drawn together.", min=1)
     seed: int = flag(0, "Seeds the images and the bootstrap.", min=0, max=2**32 - 1)
     image_seeds: Literal["own", "counted"] = flag("own", "A seed of its own for each image; or --seed + its number.")
-    metrics: list[str] = flag(lambda: list(DEFAULT_METRICS), KNOWN_METRICS, "Metrics and output")
+    metrics: list[str] = flag(DEFAULT_METRICS.split, KNOWN_METRICS, "Metrics and output")
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
     rewards_at_once: int = flag(1, "Reward models held at once: an image is read and decoded once for them.", min=1)
     output_dir: str = flag("outputs/evaluation", "Folder for images, scores, results and report.")
@@ -202,8 +200,7 @@ def bootstrap_means(values: np.ndarray, seed: int | list[int], resamples: int = 
     for start in range(0, resamples, block):
         drawn = rng.integers(n, size=(block, n)) + n * np.arange(block)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=block * n).reshape(block, n).astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            means[start : start + block] = (counts @ filled) / (counts @ known)
+        means[start : start + block] = (counts @ filled) / (counts @ known)
     return means
 
 
@@ -225,6 +222,7 @@ def with_seeds(values: np.ndarray, seeds: list[tuple], seed: int, resamples: int
     return values.reshape(-1, values.shape[-1]), weights
 
 
+@np.errstate(invalid="ignore")
 def estimate(columns: dict, strata: list[np.ndarray], seed: int, seeds: dict[str, tuple] | None = None) -> dict:
     """The mean of each figure over the strata's means, with its 95 % percentile interval. Prompts are resampled with
     replacement within each stratum, and seeds where there are several; all figures see the same draws, so differences
@@ -235,34 +233,29 @@ def estimate(columns: dict, strata: list[np.ndarray], seed: int, seeds: dict[str
     parts, weights = zip(*(with_seeds(values, of, seed) for values, of in zip(columns.values(), seeds_of)))
     flat, ends = np.ascontiguousarray(np.concatenate(parts).T), np.cumsum([len(part) for part in parts])[:-1]
     values = np.stack([values.mean(axis=(0, 1)) for values in columns.values()], axis=1)
+    known = [np.isfinite(values[chosen]).sum(axis=0) for chosen in strata]
+    means = np.nanmean([np.nanmean(values[chosen], axis=0) for chosen in strata], axis=0)
     total = used = 0.0  # a figure that applies to no prompt of a stratum is left out of the mean over strata
     for number, chosen in enumerate(strata):
         draws = np.split(bootstrap_means(flat[chosen], seed if number == 0 else [seed, number]), ends, axis=1)
         draws = np.stack([(part * weight).sum(axis=1) for part, weight in zip(draws, weights)], axis=1)
         total, used = total + np.nan_to_num(draws), used + np.isfinite(draws)
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # nothing applies: NaN
-        lows, highs = np.nanpercentile(total / used, [2.5, 97.5], axis=0)
-    means = nanmean(np.stack([nanmean(values[chosen]) for chosen in strata]))
-    counts = np.array([np.isfinite(values[chosen]).sum(axis=0) for chosen in strata])
-    fewest = np.where(counts > 0, counts, len(values)).min(axis=0) * (counts > 0).any(axis=0)
+    intervals = np.nanpercentile(total / used, [2.5, 97.5], axis=0).T
     found = {}
-    for figure, column, mean, low, high, count in zip(columns, values.T, means, lows, highs, fewest.tolist()):
-        if figure[-1] in ("mean", "win_rate") and not np.any((column < 0) | (column > 1)):
+    for i, (figure, of) in enumerate(zip(columns, seeds_of)):
+        low, high = intervals[i]
+        if figure[-1] in ("mean", "win_rate") and not np.any((values[:, i] < 0) | (values[:, i] > 1)):
             low, high = np.clip([low, high], 0.0, 1.0)  # few seeds spread more than shares can
-        found[figure] = {"mean": float(mean), "ci95": (float(low), float(high))}
-        if count < FEW_PROMPTS:
+        found[figure] = {"mean": float(means[i]), "ci95": (float(low), float(high))}
+        prompts = min((int(count[i]) for count in known if count[i]), default=0)
+        if prompts < FEW_PROMPTS:
             where = "a category with " if len(strata) > 1 else ""
-            found[figure]["warning"] = f"{where}only {count} prompt{'s' * (count != 1)}"
+            found[figure]["warning"] = f"{where}only {prompts} prompt{'s' * (prompts != 1)}"
+        elif any(trained and len(trained) < FEW_SEEDS for trained in of):
+            found[figure]["warning"] = f"only {FEW_SEEDS - 1} seeds"
         elif high - low <= 1e-9 * max(abs(low), abs(high)):
             found[figure]["warning"] = "an interval of zero width"
     return found
-
-
-def nanmean(values: np.ndarray) -> np.ndarray:
-    """Mean over the first axis of what is not NaN; NaN where nothing is left."""
-    known = np.isfinite(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, values, 0.0).sum(axis=0) / known.sum(axis=0)
 
 
 def compare(scores: np.ndarray, baseline: np.ndarray) -> dict[str, np.ndarray]:
@@ -279,7 +272,7 @@ def compare(scores: np.ndarray, baseline: np.ndarray) -> dict[str, np.ndarray]:
 def per_prompt(scores: np.ndarray) -> np.ndarray:
     """The mean of each prompt's images, the last axis. An image counts if it does for all seeds, the first two axes."""
     known = np.isfinite(scores).all(axis=(0, 1))
-    return nanmean(np.moveaxis(np.where(known, scores, np.nan), -1, 0))
+    return np.nanmean(np.moveaxis(np.where(known, scores, np.nan), -1, 0), axis=0)
 
 
 def summarize(
@@ -288,7 +281,7 @@ def summarize(
     """All figures of all models, and of the `compared` models against each other. results: metric → model → (n_seeds,
     n_prompts, n_images). Returns model → {metric: mean, metric_ci95, metric_lift, …, metric_category_mean, …,
     metric_by_category: {category: {n_prompts, mean, …}}}; metric → model → other → {lift, lift_ci95, …}."""
-    summary, pairwise = {}, {}
+    summary, pairwise = {name: {} for by_model in results.values() for name in by_model}, {}
     strata = {c: np.flatnonzero(np.array(categories) == c) for c in dict.fromkeys(categories or ())}
     for metric, by_model in results.items():
         columns = {(name, "mean"): per_prompt(scores[:, None]) for name, scores in by_model.items()}
@@ -300,30 +293,30 @@ def summarize(
         figures = estimate(columns, [everything], seed, seeds)
         parts = {category: estimate(columns, [chosen], seed, seeds) for category, chosen in strata.items()}
         macro = estimate(columns, list(strata.values()), seed, seeds) if strata else {}
-        for name in by_model:
-            entry = summary.setdefault(name, {})
+        for name, entry in summary.items():
             entry |= flatten(metric, figures, name, baseline)
             if len(by_model[name]) > 1:
-                entry[f"{metric}_seed_means"] = [float(nanmean(one)) for one in columns[name, "mean"][:, 0]]
-                entry[f"{metric}_seed_sd"] = float(np.std(entry[f"{metric}_seed_means"], ddof=1))
+                means = [float(np.nanmean(one)) for one in columns[name, "mean"][:, 0]]
+                entry |= {f"{metric}_seed_means": means, f"{metric}_seed_sd": float(np.std(means, ddof=1))}
             if strata:
                 entry |= flatten(f"{metric}_category_mean", macro, name, baseline)
-                by_category = entry[f"{metric}_by_category"] = {}
-                for category, part in parts.items():
-                    own = {"n_prompts": len(strata[category])} | flatten("mean", part, name, name)
-                    by_category[category] = own | flatten("", part, name, baseline)
+                entry[f"{metric}_by_category"] = {
+                    category: {"n_prompts": len(strata[category])} | flatten("mean", part, name, baseline, "")
+                    for category, part in parts.items()
+                }
         pairwise[metric] = {
-            name: {other: flatten("", figures, name, other) for other in compared if other != name} for name in compared
+            name: {other: flatten(None, figures, name, other, "") for other in compared if other != name}
+            for name in compared
         }
     return summary, pairwise
 
 
-def flatten(metric: str, figures: dict, name: str, other: str) -> dict:
-    """A model's figures under flat names: METRIC, METRIC_ci95, METRIC_lift, METRIC_lift_ci95, METRIC_win_rate, …; with
-    an empty `metric` only those against the other model."""
+def flatten(metric: str | None, figures: dict, name: str, other: str, prefix: str | None = None) -> dict:
+    """A model's figures under flat names: METRIC, METRIC_ci95, METRIC_lift, METRIC_lift_ci95, METRIC_win_rate, …;
+    without `metric` only those against the other model. `prefix`: that of the latter, if it is not METRIC_."""
     keys = {metric: (name, "mean")} if metric else {}
-    if name != other:
-        keys |= {f"{metric}_{figure}".lstrip("_"): (name, other, figure) for figure in ("lift", "win_rate")}
+    prefix = f"{metric}_" if prefix is None else prefix
+    keys |= {f"{prefix}{figure}": (name, other, figure) for figure in ("lift", "win_rate") if name != other}
     flat = {}
     for label, key in keys.items():
         flat |= {label if part == "mean" else f"{label}_{part}": value for part, value in figures[key].items()}
@@ -341,16 +334,6 @@ def hpsv2_figure(scores: np.ndarray, categories: list[str]) -> dict:
     return {**figure, "overall": float(np.mean([style["mean"] for style in figure.values()]))}
 
 
-def best_checkpoints(summary: dict, checkpoints: dict[str, dict], metrics: list[str]) -> dict[str, dict[str, str]]:
-    """run → metric → its checkpoint with the highest mean; of equal ones the earliest."""
-    best = {}
-    for metric, (name, found) in itertools.product(metrics, checkpoints.items()):
-        known = best.setdefault(found["run"], {})
-        if is_known(summary[name], metric):
-            known[metric] = max(known.get(metric, name), name, key=lambda name: summary[name][metric])
-    return best
-
-
 # Stages: draw, score, report ------------------------------------------------------------------------------------------
 def main(args: ScriptArguments) -> None:
     diffusers_logging.disable_progress_bar()  # of loading pipelines
@@ -365,7 +348,7 @@ def main(args: ScriptArguments) -> None:
     if "draw" in args.stages:
         draw(args, rows, models, state)
         state.wait_for_everyone()
-    if {"score", "report"} & set(args.stages):
+    if args.stages != ["draw"]:
         score(args, rows, models, state)
         state.wait_for_everyone()
     if state.is_main_process and args.num_tasks > 1:
@@ -384,17 +367,24 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
         if path.name[0] != "." and path.name not in ("images", "scores", *RESULTS):
             raise SystemExit(f"--output_dir {output_dir} holds other files ({path.name}): choose another folder")
     check_rewards(args.metrics)
-    check_metric_names([reward_name(metric) for metric in args.metrics])
+    check_metric_names(map(reward_name, args.metrics))
     whole_rows = any(map(takes_rows, args.metrics)) or any("{row[" in template for template in args.images)
     source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
     rows, places = read_prompts(*source, keep, whole_rows)
     args.grid_prompts = chosen_prompts(args, rows)
-    prepare_metrics(args, rows)
-    models = read_models(args)
+    for metric, name in itertools.product(args.metrics, ("check_rows", "prepare")):  # "prepare" may download weights
+        try:
+            if (function := hook(metric, name)) and (name == "check_rows" or "score" in args.stages):
+                function(rows)
+        except (ValueError, OSError) as error:  # so metrics say what is wrong; others are errors of their own
+            raise SystemExit(f"metric {reward_name(metric)}: {one_line(error)}") from None
+    models = read_models(args, rows, places)
     if args.baseline not in (names := {**models, **training_seeds(models)}):
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(names)}")
     for name, model in models.items():
-        model["settings"] = image_settings(args, rows, places, name, model, state.device)
+        folder, items = output_dir / "images" / name, itertools.chain(*image_shards(args, len(rows)))
+        model.setdefault("pictures", {(i, n): (folder / f"{i:05d}_{n}.png", None) for i, n in items})
+        model["settings"] = image_settings(args, rows, name, model, state.device)
         if model["kind"] != "images" and not args.dtype and state.device.type == "cuda":
             print(f"{name} is drawn in {model['settings']['dtype']}")
     if args.push_to_hub and "report" in args.stages:  # a wrong token or name fails now, not after the work
@@ -404,27 +394,34 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
         lock.acquire(timeout=0)
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
+    for name, trainings in training_seeds(models).items():
+        if len(trainings) < FEW_SEEDS:
+            warn(
+                f"{name} has {len(trainings)} seeds: an interval over so few is too narrow: train at least {FEW_SEEDS}"
+            )
     with FileLock(output_dir / ".lock-images"):  # of tasks that start at once, one removes what is outdated
         for name, model in models.items():
             begin_images(args, name, model)
     return rows, models
 
 
-def check_metric_names(names: list[str]) -> None:
+def check_metric_names(names: Iterable[str]) -> None:
     for name in names:
-        if ending := max(filter(name.endswith, ENDINGS.split()), key=len, default=None):
-            raise SystemExit(f"metric {name}: a name must not end in {ending}, which results.json uses: rename it")
+        if ending := re.search(ENDINGS, name):
+            raise SystemExit(f"metric {name}: a name must not end in {ending[0]}, which results.json uses: rename it")
         if len(name.encode()) > 200:  # it names a folder
             raise SystemExit(f"metric {name[:60]}…: its name, with the settings, is longer than 200 letters")
 
 
 def begin_images(args: ScriptArguments, name: str, model: dict) -> None:
     """Records what a model's images are made with. Removes those of other files under its name, as when a LoRA was
-    trained again. Exits with one line if they were drawn with other settings."""
-    folder, earlier, wanted = Path(args.output_dir, "images", name), earlier_settings(args, name), model["settings"]
-    changed = [key for key in {**earlier, **wanted} if earlier and earlier.get(key) != wanted.get(key)]
+    trained again. Exits with one line if they were drawn with other settings, or with another base."""
+    folder, wanted = Path(args.output_dir, "images", name), model["settings"]
+    earlier = earlier_settings(args, name) or wanted
+    changed = [key for key in {**earlier, **wanted} if earlier.get(key) != wanted.get(key)]
+    own = {"lora", "network_files"} | ({"files"} if model["kind"] == "pipeline" else set())
     for key in changed:
-        if key not in IDENTITY or "draw" not in args.stages:
+        if key not in own or "draw" not in args.stages:
             problem = f"{folder} holds images of {name} made with {key} {earlier.get(key)}, not {wanted.get(key)}"
             raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
     if changed:
@@ -448,26 +445,28 @@ def draw(args: ScriptArguments, rows: list[dict], models: dict, state: PartialSt
     own = [batch for shard in shards for batch in batches(shard, args.batch_size)]
     own, pipeline, source = own[state.process_index :: state.num_processes], None, None
     for name, model in ((name, model) for name, model in models.items() if model["kind"] != "images"):
-        files = {item: picture_of(args, name, model, item)[0] for batch in own for item in batch}
-        missing = {item: file for item, file in files.items() if not file.exists()}
+        missing = {item: model["pictures"][item][0] for batch in own for item in batch}
+        missing = {item: file for item, file in missing.items() if not file.exists()}
         if not missing:
             continue
         if source != model["pipeline"]:
             pipeline, source = None, model["pipeline"]
             free_memory()
-            pipeline = load_pipeline(args, model, state.device)
+            pipeline = load_pipeline(args, model["settings"], state.device)
+            for other, lora in models.items():  # one that does not fit ends the run before anything is drawn
+                if lora["kind"] == "lora" and lora["pipeline"] == source:
+                    with fitted(other, lora, pipeline):
+                        pass
         bar = tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=not state.is_local_main_process)
         with bar, fitted(name, model, pipeline):
             writing = []
-            for batch in (batch for batch in own if not missing.keys().isdisjoint(batch)):
+            for batch in [*(batch for batch in own if not missing.keys().isdisjoint(batch)), []]:  # []: the last writes
                 images = zip(batch, draw_batch(args, rows, name, model, pipeline, batch))
                 for earlier in writing:  # threads encode and write a batch while the next one is drawn
                     earlier.result()
                 images = {missing[item]: image for item, image in images if item in missing}
                 writing = [WORKERS.submit(save_picture, image, file) for file, image in images.items()]
                 bar.update(len(images))
-            for earlier in writing:
-                earlier.result()
 
 
 def draw_batch(args: ScriptArguments, rows: list[dict], name: str, model: dict, pipeline, batch: list) -> list:
@@ -501,19 +500,21 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
     jobs = list(itertools.product(models, own))[state.process_index :: state.num_processes]
     for metrics in batches(args.metrics, args.rewards_at_once):
         keys = {(metric, name): scores_key(metric, models[name], rows) for metric in metrics for name in models}
-        todo = {(name, s): [m for m in metrics if not is_scored(args, m, name, s, keys[m, name])] for name, s in jobs}
+        todo = {(n, s): [m for m in metrics if not is_scored(scores_file(args, m, n, s), keys[m, n])] for n, s in jobs}
         todo = {job: lacking for job, lacking in todo.items() if lacking}
-        needed = [metric for metric in metrics if any(metric in lacking for lacking in todo.values())]
         if todo and "score" not in args.stages:
             (name, s), (metric, *_) = next(iter(todo.items()))
             raise SystemExit(f"{scores_file(args, metric, name, s)} is missing: run the stages draw and score first")
+        needed = [metric for metric in metrics if any(metric in lacking for lacking in todo.values())]
         options = {"device": state.device, "batch_size": args.reward_batch_size}
         rewards = {metric: load_reward_model(metric, **options) for metric in needed}
-        pictures = ({item: picture_of(args, n, models[n], item) for item in shards[s]} for n, s in todo)
-        opened = (open_pictures(found, rewards, lacking) for found, lacking in zip(pictures, todo.values()))
         hidden, label = not todo or not state.is_local_main_process, " ".join(map(reward_name, needed))
         with tqdm(total=sum(map(len, todo.values())), desc=label, unit="file", disable=hidden) as bar:
-            for (name, s), (pictures, images) in zip(todo, read_ahead(opened)):
+            begun, order = {}, list(todo)
+            for number, (name, s) in enumerate(order):
+                for job in order[number : number + 2]:  # the next pictures are decoded while these are scored
+                    begun[job] = begun.get(job) or open_pictures(models, shards, job, rewards, todo[job])
+                pictures, images = begun.pop((name, s))
                 prompts, chosen = [rows[i]["prompt"] for i, _ in pictures], [rows[i] for i, _ in pictures]
                 for metric in images:
                     bad = {}
@@ -521,27 +522,20 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
                     if bad:
                         file, _ = list(pictures.values())[min(bad)]
                         raise SystemExit(f"{name}: {file} cannot be read: {bad[min(bad)]}")
-                    content = {"key": keys[metric, name], "scores": [scores.get(item) for item in shards[s]]}
+                    content = {"key": keys[metric, name], "device": state.device.type}
+                    content["scores"] = [scores.get(item) for item in shards[s]]
                     write_bytes(scores_file(args, metric, name, s), as_json(content))
                     bar.update()
-        del rewards, opened
+        del rewards, begun
         free_memory()
 
 
-# Copied from train_rankdpo_sdxl.read_ahead
-def read_ahead(items: Iterator) -> Iterator:
-    """The same items. A thread reads the next one while the caller works with this one."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(next, items, None)
-        while (item := ahead.result()) is not None:
-            ahead = thread.submit(next, items, None)
-            yield item
-
-
-def open_pictures(pictures: dict, rewards: dict, metrics: list[str]) -> tuple[dict, dict[str, list[Future]]]:
-    """(prompt, number) → (file, cell) of the images that exist; and for each metric these images, in preparation. The
-    workers take their work in order: a file's decoding, once for all, has begun before another thread waits for it."""
-    pictures = {item: picture for item, picture in pictures.items() if picture}
+def open_pictures(models: dict, shards: list, job: tuple, rewards: dict, metrics: list) -> tuple[dict, dict]:
+    """Of a model and a shard: (prompt, number) → (file, cell) of the images that exist; and for each metric these
+    images, in preparation. The workers take their work in order: a file's decoding, once for all, has begun before
+    another thread waits for it."""
+    name, shard = job
+    pictures = {item: models[name]["pictures"][item] for item in shards[shard] if item in models[name]["pictures"]}
     files = dict.fromkeys(file for file, _ in pictures.values())
     decoded = {file: WORKERS.submit(lambda file=file: decode_image(file.read_bytes())) for file in files}
     images = [lambda file=file, cell=cell: cut(decoded[file].result(), cell) for file, cell in pictures.values()]
@@ -551,56 +545,63 @@ def open_pictures(pictures: dict, rewards: dict, metrics: list[str]) -> tuple[di
 def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     """Writes the results, the table and the pictures, and the LoRAs' cards on the Hub."""
     results, keys = collect_scores(args, rows, models)
-    output_dir, metrics, prompts = Path(args.output_dir), list(results), [row["prompt"] for row in rows]
+    output_dir, metrics = Path(args.output_dir), list(results)
     for file in [*output_dir.rglob(".*.tmp"), output_dir / "curves.png"]:  # of killed runs; of earlier checkpoints
         file.unlink(missing_ok=True)
     categories = [str(row[args.category_column]) for row in rows] if args.category_column else None
     groups, (compared, pictured) = training_seeds(models), shown_models(models)
-    stacked = {}  # several trainings as one model, in front, and every model alone
-    for metric, by_model in results.items():
-        together = {name: np.stack([by_model[member] for member in members]) for name, members in groups.items()}
-        stacked[metric] = together | {name: scores[None] for name, scores in by_model.items()}
-    seeds = {name: tuple(member.partition("@")[2] for member in members) for name, members in groups.items()}
+    members = groups | {name: [name] for name in models}  # several trainings as one model, in front, and each alone
+    stacked = {metric: {} for metric in metrics}
+    for metric, (name, trainings) in itertools.product(metrics, members.items()):
+        stacked[metric][name] = np.stack([results[metric][training] for training in trainings])
+    seeds = {name: tuple(training.partition("@")[2] for training in group) for name, group in groups.items()}
     summary, pairwise = summarize(stacked, categories, args.baseline, compared, args.seed, seeds)
-    for name, entry in summary.items():
-        trained_on = {reward for member in groups.get(name, [name]) for reward in models[member].get("trained_on", ())}
-        entry |= {f"{metric}_trained_on": True for metric in metrics if metric in trained_on}
+    for name, metric in itertools.product(members, metrics):
+        if any(metric in models[training].get("trained_on", ()) for training in members[name]):
+            summary[name][f"{metric}_trained_on"] = True
     for metric, name in itertools.product(args.metrics, models):
         scores = {key: results[value][name] for key, value in keys[metric].items()}
         if figures := official_figures(args, metric, rows, categories, scores):
             summary[name][f"{reward_name(metric)}_official"] = figures
     checkpoints = {name: {"run": m["run"], "seen": m["seen"]} for name, m in models.items() if "run" in m}
-    missing = {name: model["missing"] for name, model in models.items() if model.get("missing")}
-    record = {"n_prompts": len(prompts), "n_images": len(prompts) * args.num_images_per_prompt}
-    record |= {"baseline": args.baseline, "settings": report_settings(args, prompts, models)}
-    record |= {**summary, "pairwise": pairwise} | ({"seeds": groups} if groups else {})
-    if checkpoints:
-        record |= {"checkpoints": checkpoints, "best_checkpoints": best_checkpoints(summary, checkpoints, metrics)}
-    record |= {"missing_images": missing} if missing else {}
+    best = {found["run"]: {} for found in checkpoints.values()}  # of equal ones the earliest
+    for run, metric in itertools.product(best, metrics):
+        means = {name: summary[name][metric] for name, found in checkpoints.items() if found["run"] == run}
+        if not np.isnan(list(means.values())).all():
+            best[run][metric] = list(means)[np.nanargmax(list(means.values()))]
+    record = {"n_prompts": len(rows), "n_images": len(rows) * args.num_images_per_prompt, "baseline": args.baseline}
+    record |= {"settings": report_settings(args, rows, models), **summary, "pairwise": pairwise}
+    missing = {name: record["n_images"] - len(model["pictures"]) for name, model in models.items()}
+    missing = {name: n for name, n in missing.items() if n}
+    optional = {"seeds": groups, "checkpoints": checkpoints, "best_checkpoints": best, "missing_images": missing}
+    record |= {key: value for key, value in optional.items() if value}
+    content = as_json(record, indent=2)
+    known = json.loads(content)  # None in place of NaN
     verdict = next((metric for metric in metrics if is_verdict(results[metric])), None)
-    table = markdown_report(record, summary, metrics, compared, verdict)
-    write_bytes(output_dir / "results.json", as_json(record, indent=2) + b"\n")
+    table = markdown_report(known, metrics, compared, verdict)
+    write_bytes(output_dir / "results.json", content + b"\n")
     write_bytes(output_dir / "results.md", table.encode())
     save_picture(grid_picture(args, rows, models, pictured, results.get(verdict)), output_dir / "grid.png")
     if checkpoints:
         save_picture(curves_picture(record, metrics), output_dir / "curves.png")
     print(table, ", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]), sep="\n")
-    for name, repo_id in (hub_repositories(args, models) if args.push_to_hub else {}).items():
-        publish(args, repo_id, results_card(args, name, repo_id, record, table))
+    for name, model in models.items():
+        if repo_id := model.get("repository"):
+            publish(args, repo_id, results_card(args, name, repo_id, known, table))
 
 
 # Report ---------------------------------------------------------------------------------------------------------------
-def report_settings(args: ScriptArguments, prompts: list[str], models: dict) -> dict:
+def report_settings(args: ScriptArguments, rows: list[dict], models: dict) -> dict:
     """The settings in results.json, which --push_to_hub publishes: of local folders and files only their names."""
-    settings = {"prompts": short_hash("\n".join(prompts)), "seed": args.seed}
+    settings = {"prompts": short_hash("\n".join(row["prompt"] for row in rows)), "seed": args.seed}
     if drawn := [model["settings"] for model in models.values() if model["kind"] != "images"]:
-        settings = {key: value for key, value in drawn[0].items() if key not in IDENTITY}
+        settings = {key: value for key, value in drawn[0].items() if key not in ("files", "lora")}
         settings["model"] = public_name(drawn[0]["model"])
     shown = {name: public_name(model["source"], model["kind"] == "images") for name, model in models.items()}
     settings["loras"] = {name: shown[name] for name, model in models.items() if model["kind"] == "lora"}
     settings["models"] = {name: f"{model['kind']} {shown[name]}" for name, model in models.items()}
-    for metric, own in ((metric, plugin(metric)) for metric in args.metrics):
-        if own:
+    for metric in args.metrics:
+        if own := plugin(metric):
             given = {key: public_name(value) if key in own.paths() else value for key, value in own.settings.items()}
             entry = {"sha256": own.identity} | ({"settings": given} if given else {})
             settings.setdefault("metrics", {})[reward_name(metric)] = entry
@@ -611,81 +612,82 @@ def public_name(source: str, local: bool = False) -> str:
     return os.path.basename(source.rstrip("/")) if local or os.path.exists(source) else source
 
 
-def markdown_report(record: dict, summary: dict, metrics: list[str], compared: list[str], verdict: str | None) -> str:
+def markdown_report(record: dict, metrics: list[str], compared: list[str], verdict: str | None) -> str:
     """The tables of results.md."""
-    seeds, best, spread, rows = record.get("seeds", {}), record.get("best_checkpoints", {}), {}, []
+    summary, seeds = {name: record[name] for name in record if name not in RESERVED}, record.get("seeds", {})
     drawn = not any(text.startswith("images ") for text in record["settings"]["models"].values())
-    parts = [
-        *official_tables(record, summary),
+    parts, rows, interval, categories = official_tables(record, summary), [], "95 % interval", {}
+    parts.append(
         f"Prompts: {record['n_prompts']}, images per model: {record['n_images']}{', the same seeds for all' * drawn}. "
         f"Lift over `{record['baseline']}` and win rate against it, with paired bootstrap 95 % intervals over prompts"
-        f"{', and over seeds where there are several' * bool(seeds)}; a tie counts half a win.",
-    ]
+        f"{', and over seeds where there are several' * bool(seeds)}; a tie counts half a win."
+    )
     for metric in metrics:  # the categories in which a metric has a value: a benchmark's may be for one of them only
-        by_model = [entry.get(f"{metric}_by_category", {}) for entry in summary.values()]
-        spread[metric] = [name for name in by_model[0] if any(is_known(found[name], "mean") for found in by_model)]
+        found = [entry.get(f"{metric}_by_category", {}) for entry in summary.values()]
+        categories[metric] = [c for c in found[0] if any(part[c]["mean"] is not None for part in found)]
         for name, entry in summary.items():
             label = f"{metric} (trained on)" if f"{metric}_trained_on" in entry else metric
-            for key, what in ((metric, label), (f"{metric}_category_mean", f"{label}, mean over categories")):
-                if is_known(entry, key) and (key == metric or len(spread[metric]) > 1):
-                    rows.append([name, what, *figure_cells(entry, key)])
-    interval = "95 % interval"
+            rows.append([name, label, *figure_cells(entry, metric)])
+            if len(categories[metric]) > 1:
+                mean = figure_cells(entry, f"{metric}_category_mean")
+                rows.append([name, f"{label}, mean over categories", *mean])
+    rows = [row for row in rows if row[2]]
     parts.append(markdown_table(["model", "metric", "mean", interval, "lift", interval, "win rate", interval], rows))
     if seeds:
         rows = []
         for name, metric in itertools.product(seeds, metrics):
-            means = ", ".join(f"{mean:.4f}" for mean in summary[name][f"{metric}_seed_means"])
-            rows.append([name, metric, means, f"{summary[name][f'{metric}_seed_sd']:.4f}"])
+            means, deviation = summary[name][f"{metric}_seed_means"], summary[name][f"{metric}_seed_sd"]
+            rows.append([name, metric, ", ".join(as_text(mean, ".4f") for mean in means), as_text(deviation, ".4f")])
         parts.append("Several trainings (seeds) of a model; above, their scores are averaged:")
         parts.append(markdown_table(["model", "metric", "mean of each", "standard deviation"], rows))
-    if best:
-        rows = [[run, *(best[run].get(metric, "") for metric in metrics)] for run in best]
+    if "best_checkpoints" in record:
+        rows = [
+            [run, *(best.get(metric, "") for metric in metrics)] for run, best in record["best_checkpoints"].items()
+        ]
         parts.append("The best checkpoint of each run, chosen on these prompts: to judge it, take other prompts.")
         parts.append(markdown_table(["run", *metrics], rows))
-    lone = [name for name in compared if "@" in name and name not in record.get("checkpoints", {})]
+    lone = {name for name in compared if "@" in name and name not in record.get("checkpoints", {})}
     for metric in metrics if len(compared) > 2 else ():
         pairs = record["pairwise"][metric]
-        rows = [[a, *(pair_cell(pairs[a].get(b), lone, (a, b)) for b in compared)] for a in compared]
+        rows = [[a, *(pair_cell(pairs[a].get(b), bool(lone & {a, b})) for b in compared)] for a in compared]
         parts.append(f"{metric}, row minus column (win rate of the row); bold where the interval excludes 0:")
         parts.append(markdown_table(["", *compared], rows))
     if lone and len(compared) > 2:
         parts.append("A model of one seed is never bold: its interval says nothing about other trainings of it.")
-    for metric in (metric for metric in metrics if len(spread[metric]) > 1):
-        found = {name: [e[f"{metric}_by_category"][name] for e in summary.values()] for name in spread[metric]}
-        rows = [[c, part[0]["n_prompts"], *(as_text(one["mean"], ".3f") for one in part)] for c, part in found.items()]
+    for metric in (metric for metric in metrics if len(categories[metric]) > 1):
+        found, rows = [entry[f"{metric}_by_category"] for entry in summary.values()], []
+        for c in categories[metric]:
+            rows.append([c, found[0][c]["n_prompts"], *(as_text(part[c]["mean"], ".3f") for part in found)])
         parts += [f"{metric} by category:", markdown_table(["category", "prompts", *summary], rows)]
     if any(" ! |" in part for part in parts):
-        parts.append(f"! The interval says little: it is over fewer than {FEW_PROMPTS} prompts, or of zero width.")
+        few = f"fewer than {FEW_PROMPTS} prompts or {FEW_SEEDS} seeds"
+        parts.append(f"! The interval says little: it is over {few}, or of zero width.")
     if verdict:
         parts.append(f"Frames in grid.png: green where `{verdict}` is 1, red where it is 0.")
     return "\n\n".join(parts) + "\n"
 
 
-def is_known(entry: dict, key: str) -> bool:
-    return not math.isnan(entry.get(key, math.nan))
-
-
 def as_text(figure: float | dict | None, form: str) -> str:
     if isinstance(figure, dict):  # HPSv2's figure of a style
         return f"{figure['mean']:.2f} ± {figure['std']:.2f}"
-    return "" if figure is None or math.isnan(figure) else format(figure, form)
+    return "" if figure is None else format(figure, form)
 
 
 def figure_cells(entry: dict, key: str) -> list[str]:
     """Mean, lift and win rate with their intervals; the baseline has only the mean."""
     cells = []
     for name, form in ((key, ".4f"), (f"{key}_lift", "+.4f"), (f"{key}_win_rate", ".3f")):
-        interval = " to ".join(as_text(end, form) for end in entry.get(f"{name}_ci95", ()))
-        interval += " !" if f"{name}_warning" in entry else ""
-        cells += [as_text(entry[name], form), interval] if is_known(entry, name) else ["", ""]
+        known = entry.get(name) is not None
+        interval = " to ".join(format(end, form) for end in entry[f"{name}_ci95"]) if known else ""
+        cells += [as_text(entry.get(name), form), interval + " !" * (known and f"{name}_warning" in entry)]
     return cells
 
 
-def pair_cell(pair: dict | None, lone: list[str], models: tuple[str, str]) -> str:
-    if pair is None or math.isnan(pair["lift"]):
+def pair_cell(pair: dict | None, lone: bool) -> str:
+    if pair is None or pair["lift"] is None:
         return ""
     low, high = pair["lift_ci95"]
-    bold = "" if low <= 0 <= high or set(lone) & set(models) else "**"
+    bold = "" if low <= 0 <= high or lone else "**"
     return f"{bold}{pair['lift']:+.4f}{bold} ({pair['win_rate']:.3f}){' !' if 'lift_warning' in pair else ''}"
 
 
@@ -711,13 +713,13 @@ def chosen_prompts(args: ScriptArguments, rows: list[dict]) -> list[int]:
     if unknown := [word for word in args.grid_prompts if word not in numbers]:
         raise SystemExit(f"--grid_prompts {unknown[0]}: neither one of the {len(rows)} prompts nor the number of one")
     spread = np.linspace(0, len(rows) - 1, min(args.grid_rows, len(rows))).astype(int)
-    return [numbers[word] for word in args.grid_prompts] or np.unique(spread).tolist()
+    return [numbers[word] for word in args.grid_prompts] or spread.tolist()
 
 
 def is_verdict(by_model: dict[str, np.ndarray]) -> bool:
     """Whether a metric says right or wrong, 1 or 0, of every image that it applies to."""
-    values = np.concatenate([scores[np.isfinite(scores)] for scores in by_model.values()])
-    return len(values) > 0 and bool(np.isin(values, (0.0, 1.0)).all())
+    values = np.stack(list(by_model.values()))
+    return bool(np.isfinite(values).any() and np.isin(values[np.isfinite(values)], (0.0, 1.0)).all())
 
 
 def grid_picture(args: ScriptArguments, rows: list, models: dict, pictured: list, verdicts: dict | None, cell=192):
@@ -732,7 +734,7 @@ def grid_picture(args: ScriptArguments, rows: list, models: dict, pictured: list
         drawing.text((column * (per_model * cell + gap) + 4, 5), name, fill="black")
     for i, text in texts.items():
         for (column, name), n in itertools.product(enumerate(pictured), range(per_model)):
-            if picture := picture_of(args, name, models[name], (i, n)):
+            if picture := models[name]["pictures"].get((i, n)):
                 left = column * (per_model * cell + gap) + n * cell
                 image = cut(PILImage.open(picture[0]), picture[1]).convert("RGB")
                 resample = PILImage.NEAREST if image.width < cell else PILImage.LANCZOS
@@ -769,61 +771,52 @@ def curves_picture(record: dict, metrics: list[str]) -> PILImage.Image:
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
-def read_models(args: ScriptArguments) -> dict[str, dict]:
-    """The models to compare; those that share a pipeline follow each other: name → {"kind": base, lora, network,
-    pipeline or images; "source": folder, file, Hub id or template; what `find_pipeline`, `find_network` and `find_lora`
-    return; "run" of a checkpoint, and "seen", the pairs or prompts that the run had seen}."""
-    models, networks = {}, [item for item in args.models if re.match(rf"[^=]*=({'|'.join(NETWORKS)}):", item)]
-    tuned = bool(args.loras or args.eval_checkpoints or networks)
+def read_models(args: ScriptArguments, rows: list[dict], places: list[dict]) -> dict[str, dict]:
+    """The models to compare: name → {"kind": base, lora, network, pipeline or images; "source": folder, file, Hub id or
+    template; and what `find_pipeline`, `find_network`, `find_lora`, `find_checkpoints` or `find_pictures` return}.
+    Exits with one line that names flag and model if one cannot be drawn as it is."""
+    args.models.sort(key=lambda item: not NETWORK.match(item))  # models that share a pipeline follow each other
+    given = [(flag, item) for flag in ("loras", "eval_checkpoints", "models", "images") for item in getattr(args, flag)]
+    tuned = any(flag in ("loras", "eval_checkpoints") or NETWORK.match(item) for flag, item in given)
     if args.baseline == BASE or tuned:
-        base, where = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
-        index, drawing = find_pipeline(args, where, base, args.revision, tuned)
-        if args.max_sequence_length and not drawing["takes_length"]:
-            raise SystemExit(f"--max_sequence_length: a {index['_class_name']} has no such option: leave the flag out")
-        models[BASE] = {"kind": "base", "source": base, **drawing}
-    for item in args.loras:
-        name, path = named_path("--loras", item, models)
-        models[name] = {"kind": "lora", "source": path, **find_lora(f"--loras {item}", path), **drawing}
-    for item in args.eval_checkpoints:
-        run, path = named_path("--eval_checkpoints", item, models, seeds=False)
-        names = [folder.name.removeprefix("checkpoint-") for folder in Path(path).glob("checkpoint-*")]
-        steps = sorted(int(name) for name in names if name.isdecimal())
-        if not steps or not Path(path, "run.json").exists():
-            raise SystemExit(f"--eval_checkpoints {item}: not a training run's folder: no run.json, or no checkpoint")
-        record = json.loads(Path(path, "run.json").read_text())
-        for step in steps:
-            folder = os.path.join(path, f"checkpoint-{step}")
-            found = {"kind": "lora", "source": folder, **find_lora(f"--eval_checkpoints {item}", folder), **drawing}
-            found |= {"run": run, "seen": step * record["global_batch_size"], "trained_on": record.get("rewards", [])}
-            models[f"{run}@{step}"] = found
-    for item in networks:
-        name, source = named_path("--models", item, models)
-        models[name] = {"kind": "network", **find_network(args, index, item, *source.split(":", 1)), **drawing}
-    for item in (item for item in args.models if item not in networks):
-        name, source = named_path("--models", item, models)
-        models[name] = {"kind": "pipeline", "source": source, **find_pipeline(args, f"--models {name}:", source)[1]}
-    for item in args.images:
-        name, template = named_path("--images", item, models)
-        models[name] = {"kind": "images", "source": template}
-    components = cache(partial(empty_component, args, index)) if tuned else None
-    for name, model in models.items():
-        if "file" in model:
-            check_lora(f"{model['source']} ({name})", model["file"], index, components)
+        given.insert(0, ("pretrained_model_name_or_path", args.pretrained_model_name_or_path))
+    models = {}
+    for flag, item in given:
+        try:
+            if flag == "pretrained_model_name_or_path":
+                base = models[BASE] = {"kind": "base", **find_pipeline(args, item, args.revision, tuned)}
+                if args.max_sequence_length and not base["takes_length"]:
+                    raise ValueError(f"a {base['index']['_class_name']} has no --max_sequence_length: leave it out")
+                continue
+            name, source = named_path(item, models, seeds=flag != "eval_checkpoints")
+            if flag == "loras":
+                models[name] = base | {"kind": "lora", "source": source, **find_lora(source)}
+            elif flag == "eval_checkpoints":
+                models |= find_checkpoints(base, name, source)
+            elif network := NETWORK.match(item):
+                models[name] = base | {"kind": "network", **find_network(base, network[1], source.partition(":")[2])}
+            elif flag == "models":
+                models[name] = {"kind": "pipeline", **find_pipeline(args, source)}
+            else:
+                pictures = find_pictures(args, rows, places, source)
+                models[name] = {"kind": "images", "source": source, "pictures": pictures}
+        except Exception as error:
+            raise SystemExit(f"--{flag} {item}: {one_line(error)[:500]}") from error
     return models
 
 
-def named_path(flag: str, item: str, models: dict, seeds: bool = True) -> tuple[str, str]:
+def named_path(item: str, models: dict, seeds: bool) -> tuple[str, str]:
     """Splits name=path and checks the name; `name@seed` is one of several trainings of a model."""
     name, _, path = item.partition("=")
     if not path or len(name) > 100 or not re.fullmatch(r"\w[\w.-]*" + r"(@\w[\w.-]*)?" * seeds, name):
         problem = "must be name=folder or name=Hub id; name of letters, digits, '.', '_', '-', at most 100"
-        raise SystemExit(f"{flag} {item}: {problem}" + ", or name@seed" * seeds)
-    root, taken = name.partition("@")[0], {*RESERVED, *models}
-    for other, model in models.items():  # a run and several trainings have a name of their own
-        if "run" in model or name == root:
-            taken.add(model.get("run", other.partition("@")[0]))
+        raise ValueError(problem + ", or name@seed" * seeds)
+    # A run and several trainings have a name of their own.
+    root, taken = name.partition("@")[0], {*RESERVED, *models, *(model.get("run") for model in models.values())}
+    if name == root:
+        taken |= {other.partition("@")[0] for other in models}
     if name in taken or root in taken:
-        raise SystemExit(f"{flag} {item}: the name {name if name in taken else root!r} is taken")
+        raise ValueError(f"the name {name if name in taken else root!r} is taken")
     return name, path
 
 
@@ -838,13 +831,14 @@ def training_seeds(models: dict) -> dict[str, list[str]]:
 def shown_models(models: dict) -> tuple[list[str], list[str]]:
     """The models that are compared with each other: of a run its last checkpoint, of several trainings their group. And
     those in the picture: of several trainings the first."""
-    last = {model["run"]: name for name, model in models.items() if "run" in model}  # steps are in order
     group_of = {name: group for group, members in training_seeds(models).items() for name in members}
-    first = {}
+    shown = {}
     for name, model in models.items():
-        if "run" not in model or name in last.values():
-            first.setdefault(group_of.get(name, name), name)
-    return list(first), list(first.values())
+        if "run" in model:  # steps are in order
+            shown[model["run"]] = (name, name)
+        else:
+            shown.setdefault(group_of.get(name, name), (group_of.get(name, name), name))
+    return tuple(map(list, zip(*shown.values())))
 
 
 # Copied from train_rankdpo_sdxl.file_of
@@ -852,135 +846,95 @@ def file_of(model: str, file: str, revision: str | None = None) -> Path:
     return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
 
 
-def read_config(where: str, model: str, file: str, revision: str | None = None) -> tuple[dict, str | None]:
-    """A configuration of a model, and its commit on the Hub; exits with one line if it cannot be read."""
-    try:
-        path = file_of(model, file, revision)
-        return json.loads(path.read_text()), None if os.path.isdir(model) else path.parents[file.count("/")].name
-    except Exception as error:
-        raise SystemExit(f"{where} {model}: not a diffusers model: {one_line(error)}") from None
+def read_config(model: str, file: str, revision: str | None = None) -> tuple[dict, str | None]:
+    """A configuration of a model, and its commit on the Hub."""
+    path = file_of(model, file, revision)
+    return json.loads(path.read_text()), None if os.path.isdir(model) else path.parents[file.count("/")].name
 
 
-def find_pipeline(args: ScriptArguments, where: str, source: str, revision: str | None = None, tuned=False) -> tuple:
-    """The model_index.json of a pipeline; and {"pipeline": what draws; its "commit"; "half": its type on a GPU;
-    "takes_length": of prompts}. Exits with one line unless it draws from a prompt alone, with a scheduler that reads
-    the model's output as what it is. `tuned`: LoRAs or networks that predict noise are put into it."""
-    index, commit = read_config(where, source, "model_index.json", revision)
-    where, name, is_unet = f"{where} {source}", index.get("_class_name", "folder"), "unet" in index
+def find_pipeline(args: ScriptArguments, source: str, revision: str | None = None, tuned: bool = False) -> dict:
+    """A pipeline that draws from a prompt alone, with a scheduler that reads the model's output as what it is: its
+    "index", model_index.json; "commit" on the Hub or what identifies its "files"; "half", its type on a GPU; whether it
+    "takes_length" of prompts. `tuned`: LoRAs or networks that predict noise are put into it."""
+    index, commit = read_config(source, "model_index.json", revision)
+    name, is_unet, kind = index["_class_name"], "unet" in index, getattr(diffusers, index["_class_name"], None)
     others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
-    kind = getattr(diffusers, name, None)
     takes = inspect.signature(kind.__call__).parameters if kind else {}
-    if "prompt" not in takes or kind in others:
-        raise SystemExit(f"{where} is a {name}: no pipeline of diffusers that draws from a prompt alone")
+    is_other = kind in others or any(re.search("frames|video|audio", option) for option in takes)
+    if is_other or not {"prompt", "guidance_scale", "num_inference_steps", "generator"} <= {*takes}:
+        raise ValueError(
+            f"a {name} is no pipeline of diffusers that draws images from a prompt and a guidance scale alone"
+        )
     if "scheduler" in index and name.startswith("StableDiffusion"):
-        config, _ = read_config(where, source, "scheduler/scheduler_config.json", revision)
+        config, _ = read_config(source, "scheduler/scheduler_config.json", revision)
         used = index["scheduler"][1]
         written, matches = config.get("_class_name", used), "FlowMatch" in used
         flow = matches or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
         if any((part in used) != (part in written) for part in ("FlowMatch", "EDM")):
-            raise SystemExit(f"{where}: its model_index.json names {used}, its scheduler_config.json is {written}'s")
-        if not flow if not is_unet else matches or flow and tuned:
+            raise ValueError(f"its model_index.json names {used}, its scheduler_config.json is {written}'s")
+        if (matches or flow and tuned) if is_unet else not flow:
             predicts = "noise" if is_unet else "flow"
-            raise SystemExit(f"{where}: a {name} predicts {predicts}, and its scheduler, {used}, takes something else")
-    takes_length = bool(args.max_sequence_length) and "max_sequence_length" in takes
-    half = "float16" if is_unet else "bfloat16"  # U-Nets are published in one, most transformers in the other
-    return index, {"pipeline": source, "commit": commit, "half": half, "takes_length": takes_length}
+            raise ValueError(f"a {name} predicts {predicts}, and its scheduler, {used}, takes something else")
+    found = {"source": source, "pipeline": source, "index": index, "commit": commit}
+    found["takes_length"] = bool(args.max_sequence_length) and "max_sequence_length" in takes
+    found["half"] = "float16" if is_unet else "bfloat16"  # U-Nets are published in one, most transformers in the other
+    return found | {"files": path_key(source) if os.path.isdir(source) else None}
 
 
-def find_network(args: ScriptArguments, index: dict, item: str, part: str, source: str) -> dict:
-    """Where a network's files lie: in a subfolder of its component's name, as trainers write it, or at the top. Exits
-    with one line unless it fits into the place of the base's component. `index`: the base's model_index.json."""
-    base, where, subfolder = args.pretrained_model_name_or_path, f"--models {item}:", part
-    if part not in index:
-        raise SystemExit(f"{where} the base, a {index['_class_name']}, has no {part}")
-    wanted, _ = read_config("--pretrained_model_name_or_path", base, f"{part}/config.json", args.revision)
+def find_network(base: dict, part: str, source: str) -> dict:
+    """A network that fits into the place of the base's: in a "subfolder" of its component's name, as trainers write it,
+    or at the top."""
+    if part not in base["index"]:
+        raise ValueError(f"the base, a {base['index']['_class_name']}, has no {part}")
+    wanted, _ = read_config(base["pipeline"], f"{part}/config.json", base["commit"])
     try:
-        found, commit = read_config(where, source, f"{part}/config.json")
-    except SystemExit:
-        subfolder, (found, commit) = "", read_config(where, source, "config.json")
+        subfolder, (found, commit) = part, read_config(source, f"{part}/config.json")
+    except OSError:
+        subfolder, (found, commit) = "", read_config(source, "config.json")
     for key in ("_class_name", *NETWORK_SHAPE):
         if found.get(key) != wanted.get(key):
-            raise SystemExit(f"{where} its {key} is {found.get(key)}, that of the base's {part} {wanted.get(key)}")
+            raise ValueError(f"its {key} is {found.get(key)}, that of the base's {part} {wanted.get(key)}")
     folder = Path(source, subfolder)
     if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-        raise SystemExit(f"{where} {folder} holds no weights")
-    return {"source": source, "part": part, "subfolder": subfolder, "network_commit": commit}
+        raise ValueError(f"{folder} holds no weights")
+    files = path_key(source) if folder.is_dir() else commit
+    return {"source": source, "part": part, "subfolder": subfolder, "network_files": files}
 
 
-def find_lora(where: str, path: str) -> dict:
-    """{"file": of a LoRA, which is a file, a folder or a repository on the Hub; "trained_on": the rewards that ranked
-    its training data, by the run.json of a trainer}."""
-    if not os.path.exists(path) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise SystemExit(f"{where}: there is no file or folder {path}, nor can it be a repository on the Hub")
-    try:
-        file, record = Path(path) if os.path.isfile(path) else file_of(path, LORA_FILE), {}
-    except Exception as error:
-        raise SystemExit(f"{where}: cannot be read: {one_line(error)}") from None
-    if not file.exists():
-        raise SystemExit(f"{where}: no {LORA_FILE} in it: give the LoRA's file itself")
+def find_lora(path: str) -> dict:
+    """The "file" of a LoRA, which is a file, a folder or a repository on the Hub; and the rewards that ranked its
+    training data, by the run.json of a trainer, as "trained_on"."""
+    file, trained_on = Path(path) if os.path.isfile(path) else file_of(path, LORA_FILE), []
+    with safe_open(file, framework="pt") as stored:
+        keys = [f"{key} {stored.get_slice(key).get_dtype()}" for key in stored.keys()]
+    for key, (part, kind) in itertools.product(keys, OTHER_LORAS.items()):
+        if part in key:
+            raise ValueError(f"it is {kind}, which diffusers draws with in part or not at all ({key})")
     with suppress(Exception):  # a LoRA of another trainer
-        record = json.loads(file_of(str(file.parent) if os.path.exists(path) else path, "run.json").read_text())
-    return {"file": str(file), "trained_on": record.get("rewards", [])}
+        record = file_of(str(file.parent) if os.path.exists(path) else path, "run.json").read_text()
+        trained_on = json.loads(record).get("rewards", [])
+    return {"file": str(file), "lora": path_key(file), "trained_on": trained_on}
 
 
-def check_lora(where: str, file: str, index: dict, components: Callable) -> None:
-    """Exits with one line unless all of a LoRA will be used: what does not fit, diffusers leaves out with a warning, or
-    without one. Reads the file's header. `components`: of the base, without memory (`empty_component`)."""
-    tensors, layers, sides, pipeline = {}, {}, {}, getattr(diffusers, index["_class_name"])
-    try:
-        with safe_open(file, framework="pt") as stored:
-            for key in stored.keys():
-                shape, dtype = stored.get_slice(key).get_shape(), stored.get_slice(key).get_dtype()
-                if kind := next((kind for part, kind in OTHER_LORAS.items() if part in f"{key} {dtype}"), None):
-                    raise SystemExit(f"{where} is {kind}, which diffusers draws with in part or not at all ({key})")
-                is_header = shape and index["_class_name"].startswith("StableDiffusion")  # others compute with them
-                tensors[key] = torch.empty(shape, device="meta") if is_header else stored.get_tensor(key)
-        if not any("lora" in key for key in tensors) or not hasattr(pipeline, "lora_state_dict"):
-            raise ValueError("it holds no LoRA, or the base is a pipeline that takes none")
-        unet_config = {"unet_config": components("unet").config} if "unet" in index else {}
-        loaded = pipeline.lora_state_dict(dict(tensors), **unet_config)
-    except Exception as error:
-        raise SystemExit(f"{where}: {file} cannot be read as a LoRA: {one_line(error)[:200]}") from None
-    given = {id(tensor): key for key, tensor in tensors.items()}
-    for key, tensor in (loaded[0] if isinstance(loaded, tuple) else loaded).items():
-        layers.setdefault(key.partition(".")[0], {})[key.partition(".")[2]] = tensor
-    for part, found in layers.items():
-        network, is_text = components(part), part not in NETWORKS
-        shapes = {name: value.shape for name, value in network.state_dict().items()} if network else {}
-        if not any("lora_A" in key for key in found):  # into the names that diffusers loads it by: LAYER.lora_A.weight
-            found = convert_state_dict_to_diffusers(found) if is_text else found
-            found = (convert_state_dict_to_peft if is_text else convert_unet_state_dict_to_peft)(found)
-        for key, tensor in found.items():
-            key = key if hasattr(network, "text_model") else key.removeprefix("text_model.")
-            layer, _, side = key.partition(".lora_")
-            shape, axis = shapes.get(f"{layer}.weight"), {"A": 1, "B": 0}.get(side[:1])
-            sides.setdefault(f"{part}.{layer}", set()).add(side[:1])
-            if shape is None or axis is not None and shape[axis] != tensor.shape[axis]:
-                needs = "no such layer" if shape is None else f"{shape[axis]}, not {tensor.shape[axis]}"
-                raise SystemExit(f"{where}: {given.get(id(tensor), key)} does not fit the base: it has {needs}")
-    if alone := [layer for layer, found in sides.items() if not {"A", "B"} <= found]:
-        raise SystemExit(f"{where}: {alone[0]} has only one of its two matrices")
+def find_checkpoints(base: dict, run: str, path: str) -> dict[str, dict]:
+    """All checkpoints of a training run, each with the pairs or prompts that the run had "seen"."""
+    names = [folder.name.removeprefix("checkpoint-") for folder in Path(path).glob("checkpoint-*")]
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    if not steps or not Path(path, "run.json").exists():
+        raise ValueError("not a training run's folder: no run.json, or no checkpoint")
+    record, found = json.loads(Path(path, "run.json").read_text()), {}
+    for step in steps:
+        folder = os.path.join(path, f"checkpoint-{step}")
+        seen = {"run": run, "seen": step * record["global_batch_size"], "trained_on": record.get("rewards", [])}
+        found[f"{run}@{step}"] = base | {"kind": "lora", "source": folder} | find_lora(folder) | seen
+    return found
 
 
-def empty_component(args: ScriptArguments, index: dict, part: str) -> torch.nn.Module | None:
-    """A component of the base without memory; None if it has none of this name."""
-    library, name = index.get(part) or (None, None)
-    if library not in ("diffusers", "transformers"):
-        return None
-    base, of_diffusers = args.pretrained_model_name_or_path, library == "diffusers"
-    config, _ = read_config("--pretrained_model_name_or_path", base, f"{part}/config.json", args.revision)
-    kind = getattr(diffusers if of_diffusers else transformers, name)
-    with torch.device("meta"):
-        return kind.from_config(config) if of_diffusers else kind(kind.config_class.from_dict(config))
-
-
-def load_pipeline(args: ScriptArguments, model: dict, device: torch.device) -> DiffusionPipeline:
+def load_pipeline(args: ScriptArguments, settings: dict, device: torch.device) -> DiffusionPipeline:
     """The pipeline that draws a model, without its LoRA or network."""
-    options = {"dtype": getattr(torch, model["settings"]["dtype"])}
-    if model["pipeline"] == args.pretrained_model_name_or_path:
-        options |= {"revision": args.revision, "variant": args.variant}
+    options = {"dtype": getattr(torch, settings["dtype"]), "variant": settings["variant"]}
     options |= {} if args.use_text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}
-    pipeline = DiffusionPipeline.from_pretrained(model["pipeline"], **options).to(device)
+    pipeline = DiffusionPipeline.from_pretrained(settings["model"], revision=settings["revision"], **options).to(device)
     pipeline.set_progress_bar_config(disable=True)
     if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
         pipeline.vae.enable_slicing()  # decoding a whole batch at once runs out of memory first
@@ -992,121 +946,123 @@ def load_pipeline(args: ScriptArguments, model: dict, device: torch.device) -> D
 @contextmanager
 def fitted(name: str, model: dict, pipeline: DiffusionPipeline) -> Iterator[None]:
     """Puts a model's LoRA or network into the pipeline; afterwards it is as it was."""
-    where, part = f"{model['source']} ({name})", model.get("part")
+    where, restore = f"{model['source']} ({name})", lambda: None
     if model["kind"] == "lora":
-        pipeline.load_lora_weights(model["file"])
-        components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        layers = {key: value for part in components for key, value in part.named_parameters() if ".lora_" in key}
-        broken = [key for key, value in layers.items() if not value.isfinite().all()]
-        if broken or not layers:
-            raise SystemExit(f"{where}: " + (f"{broken[0]} is not finite" if broken else "no key of it fits the base"))
+        load_lora(where, pipeline, model["file"])
+        restore = pipeline.unload_lora_weights
     elif model["kind"] == "network":
-        original, device = getattr(pipeline, part), pipeline.device
+        part, device = model["part"], pipeline.device
+        original = getattr(pipeline, part)
         options = {"subfolder": model["subfolder"] or None, "dtype": original.dtype, "output_loading_info": True}
         network, info = type(original).from_pretrained(model["source"], **options)
         if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
             raise SystemExit(f"{where}: its weights do not fit its config.json: {wrong[0]}")
         original.to("cpu")  # one of the two at a time
         pipeline.register_modules(**{part: network.to(device)})
+        restore = lambda: pipeline.register_modules(**{part: original.to(device)})  # noqa: E731
     yield
-    if model["kind"] == "lora":
-        pipeline.unload_lora_weights()
-    elif model["kind"] == "network":
-        pipeline.register_modules(**{part: original.to(device)})
+    restore()
 
 
-def image_settings(args: ScriptArguments, rows: list, places: list, name: str, model: dict, device) -> dict:
-    """What a model's images depend on. Exits with one line if pictures that should exist do not."""
+def load_lora(where: str, pipeline: DiffusionPipeline, file: str) -> None:
+    """Exits with one line unless all of a LoRA is used: what does not fit, diffusers leaves out with a warning, or
+    without one."""
+    config = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
+    try:
+        given = pipeline.lora_state_dict(file, **config)
+        pipeline.load_lora_weights(file)
+    except Exception as error:
+        raise SystemExit(f"{where}: cannot be read as a LoRA of the base: {one_line(error)[:300]}") from error
+    given = {key for key in (given[0] if isinstance(given, tuple) else given) if "alpha" not in key}
+    components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    layers = {key: value for part in components for key, value in part.named_parameters() if ".lora_" in key}
+    if len(layers) != len(given):
+        raise SystemExit(
+            f"{where}: has {len(given)} matrices, where the base takes {len(layers)}: it would be used in part"
+        )
+    if broken := [key for key, value in layers.items() if not value.isfinite().all()]:
+        raise SystemExit(f"{where}: {broken[0]} is not finite")
+
+
+def image_settings(args: ScriptArguments, rows: list[dict], name: str, model: dict, device: torch.device) -> dict:
+    """What a model's images depend on."""
     prompts = short_hash("\n".join(row["prompt"] for row in rows))
     if model["kind"] == "images":
-        pictures = model["pictures"] = find_pictures(args, rows, places, model["source"])
-        model["missing"] = len(rows) * args.num_images_per_prompt - len(pictures)
-        files = [(*item, file, file.stat()) for item, (file, _) in pictures.items()]
+        files = [(*item, file, file.stat()) for item, (file, _) in model["pictures"].items()]
         stats = [f"{i},{n}:{file}:{stat.st_size}:{stat.st_mtime_ns}" for i, n, file, stat in files]
         files = short_hash("\n".join([*stats, str(args.num_images_per_prompt)]))
         return {"images": model["source"], "files": files, "prompts": prompts}
-    base, path, is_pipeline = model["pipeline"], model["source"], model["kind"] == "pipeline"
-    revision = {"variant": args.variant, "revision": args.revision}  # of the base
-    settings = {"model": base, **({"variant": None, "revision": model["commit"]} if is_pipeline else revision)}
+    is_pipeline, default = model["kind"] == "pipeline", "float32"
+    if device.type == "cuda":
+        default = model["half"] if torch.cuda.is_bf16_supported(False) else "float16"
     # A folder keeps the type that it was begun with, for models that are added, and where only the report is written.
-    half = model["half"] if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float16"
-    default = half if device.type == "cuda" else "float32"
-    of_base = {} if is_pipeline else earlier_settings(args, BASE)
-    earlier = {"dtype": default} | of_base | earlier_settings(args, name)
-    dtype = args.dtype or earlier["dtype"]
-    settings |= {"prompts": prompts, **{flag: getattr(args, flag) for flag in DRAWING_FLAGS}, "dtype": dtype}
+    earlier = ({} if is_pipeline else earlier_settings(args, BASE)) | earlier_settings(args, name)
+    settings = {"model": model["pipeline"], "variant": None if is_pipeline else args.variant}
+    settings |= {"revision": model["commit"], "prompts": prompts}
+    settings |= {flag: getattr(args, flag) for flag in DRAWING_FLAGS}
+    settings |= {"dtype": args.dtype or earlier.get("dtype", default), "seed": args.seed}
     rare = {"max_sequence_length": None, "use_text_encoder_3": True, "image_seeds": "own"}
-    rare = {flag: getattr(args, flag) for flag, default in rare.items() if getattr(args, flag) != default}
-    settings |= {"seed": args.seed, **rare, "files": path_key(base) if os.path.isdir(base) else None}
-    settings["lora"] = path_key(model["file"]) if "file" in model else None
+    settings |= {flag: getattr(args, flag) for flag, default in rare.items() if getattr(args, flag) != default}
+    settings |= {"files": model["files"], "lora": model.get("lora")}
     if model["kind"] == "network":
-        files = path_key(path) if os.path.isdir(path) else model["network_commit"]
-        settings |= {"network": f"{model['part']}:{path}", "network_files": files}
+        settings |= {"network": f"{model['part']}:{model['source']}", "network_files": model["network_files"]}
     return settings
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
 def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], template: str) -> dict:
     """(prompt, number) → (file, cell), where a template's pictures lie; cell is (column, row, columns, rows) in a grid,
-    which `#2x2` at the template's end says, read row by row. Exits with one line if the template is wrong, its first
-    picture does not open, or pictures are missing without --allow_missing: those are left out."""
-    where = f"--images {template}"
+    which `#2x2` at the template's end says, read row by row. Refuses a template that is wrong, a first picture that
+    does not open, and missing pictures without --allow_missing: with it they are left out."""
     names, wide, high = re.fullmatch(r"(.*?)(?:#([1-9]\d*)x([1-9]\d*))?", template, re.DOTALL).groups(default="1")
     cells = list(itertools.product(range(int(high)), range(int(wide))))
-    asked = template_files(args, rows, places, where, names, len(cells))
+    asked = template_files(args, rows, places, names, len(cells))
     pictures = {item: file for item, file in asked.items() if os.path.isfile(file)}
     if missing := [item for item in asked if item not in pictures]:
         for name in COUNTED:
             from_one = re.sub(rf"\{{{name}\b(?!\+)", f"{{{name}+1", names)
-            shifted = template_files(args, rows, places, where, from_one, len(cells)).values()
+            shifted = template_files(args, rows, places, from_one, len(cells)).values()
             if sum(map(os.path.isfile, shifted)) > len(pictures):
-                raise SystemExit(f"{where}: no picture {asked[missing[0]]}: they count from 1: write {from_one}")
+                raise ValueError(f"no picture {asked[missing[0]]}: they count from 1: write {from_one}")
         if not (args.allow_missing and pictures):
-            first = f"{asked[missing[0]]} (prompt {missing[0][0]}, image {missing[0][1]})"
-            of = f"{len(missing)} of {len(asked)} pictures are missing"
-            raise SystemExit(f"{where}: no picture {first}; {of}: make them, or leave them out with --allow_missing")
+            (i, n), of = missing[0], f"{len(missing)} of {len(asked)} pictures are missing"
+            problem = f"no picture {asked[i, n]} (prompt {i}, image {n}); {of}"
+            raise ValueError(f"{problem}: make them, or leave them out with --allow_missing")
     for item, file in pictures.items():
         row, column = cells[item[1] % len(cells)]
         pictures[item] = file, (column, row, int(wide), int(high)) if len(cells) > 1 else None
     if len(set(pictures.values())) < len(pictures):
-        raise SystemExit(f"{where}: gives the same picture to several images: use {{index}} and {{number}}")
+        raise ValueError("gives the same picture to several images: use {index} and {number}")
     file, cell = next(iter(pictures.values()))
-    try:
-        with PILImage.open(file) as image:
-            cut(image, cell)
-    except Exception as error:
-        raise SystemExit(f"{where}: {file} cannot be read: {one_line(error)}") from None
+    cut(PILImage.open(file), cell)  # one that does not open, or is no such grid, ends the run now
     return pictures
 
 
-def template_files(args: ScriptArguments, rows: list, places: list, where: str, names: str, cells: int) -> dict:
+def template_files(args: ScriptArguments, rows: list[dict], places: list[dict], names: str, cells: int) -> dict:
     """(prompt, number) → file. The fields of a template are {index}, the prompt's row in the source, and {number};
     {image}, the number over all rows; {prompt}, {row[COLUMN]}, {category}; {category_index} and {category_image}, the
     same among the category's rows. They count from 0, and with +1, as {index+1:05d}, from 1. Rows that repeat a prompt
     count, but only the first has pictures."""
-    files, count, column = {}, args.num_images_per_prompt, args.category_column
-    for (i, row), n in itertools.product(enumerate(rows), range(count)):
-        index, in_category = places[i]["index"], places[i].get(column, places[i]["index"])
-        counted = dict(zip(COUNTED, (index, n // cells, index * count + n, in_category, in_category * count + n)))
+    files, column = {}, args.category_column
+    per_prompt = math.ceil(args.num_images_per_prompt / cells)  # files
+    for (i, row), n in itertools.product(enumerate(rows), range(args.num_images_per_prompt)):
+        index, number = places[i]["index"], n // cells
+        in_category = places[i].get(column, index)
+        image, category_image = index * per_prompt + number, in_category * per_prompt + number
+        counted = dict(zip(COUNTED, (index, number, image, in_category, category_image)))
         counted |= {f"{name}+1": value + 1 for name, value in counted.items()}
         texts = {"prompt": row["prompt"], "row": row, "category": str(row[column]) if column else ""}
         try:
             files[i, n] = Path(names.format(**texts, **counted))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             known = ", ".join(f"{{{name}}}" for name in [*COUNTED, "prompt", "row[COLUMN]", "category"])
-            raise SystemExit(f"{where}: wrong template: {one_line(error)}; its fields are {known}") from None
+            raise ValueError(f"wrong template: {one_line(error)}; its fields are {known}") from None
     return files
 
 
 def image_shards(args: ScriptArguments, n_prompts: int) -> list[list[tuple[int, int]]]:
     """All (prompt, number) in parts: what is scored in one file, and drawn and scored by one task."""
     return list(batches(list(itertools.product(range(n_prompts), range(args.num_images_per_prompt))), SCORES_PER_FILE))
-
-
-def picture_of(args: ScriptArguments, name: str, model: dict, item: tuple) -> tuple[Path, tuple | None] | None:
-    """The file of a picture and its cell, if the file is a grid; None for one of --images that is missing."""
-    drawn = Path(args.output_dir, "images", name, f"{item[0]:05d}_{item[1]}.png")
-    return model["pictures"].get(item) if model["kind"] == "images" else (drawn, None)
 
 
 def cut(image: PILImage.Image, cell: tuple[int, int, int, int] | None) -> PILImage.Image:
@@ -1147,17 +1103,6 @@ def takes_rows(metric: str) -> bool:
     return own is not None and bool(own.takes_rows or hook(metric, "check_rows") or hook(metric, "official"))
 
 
-def prepare_metrics(args: ScriptArguments, rows: list[dict]) -> None:
-    """Lets metrics look at the prompts' rows, and find or download their weights. Exits with the line of the first that
-    cannot work, before anything is drawn."""
-    for metric, name in itertools.product(args.metrics, ("check_rows", "prepare")):
-        try:
-            if (function := hook(metric, name)) and (name == "check_rows" or "score" in args.stages):
-                function(rows)
-        except (ValueError, OSError) as error:  # so metrics say what is wrong; others are errors of their own
-            raise SystemExit(f"metric {reward_name(metric)}: {one_line(error)}") from None
-
-
 def official_figures(args: ScriptArguments, metric: str, rows: list, categories: list | None, scores: dict) -> dict:
     """What a benchmark itself reports of a model: its class's `official`, or HPSv2's own figure. Otherwise {}.
     scores: key of the metric's values → (n_prompts, n_images)."""
@@ -1179,8 +1124,7 @@ def scores_key(metric: str, model: dict, rows: list[dict]) -> str:
     return short_hash(json.dumps(depends, sort_keys=True, default=str))
 
 
-def is_scored(args: ScriptArguments, metric: str, model: str, shard: int, key: str) -> bool:
-    file = scores_file(args, metric, model, shard)
+def is_scored(file: Path, key: str) -> bool:
     return file.exists() and json.loads(file.read_bytes())["key"] == key
 
 
@@ -1188,29 +1132,33 @@ def collect_scores(args: ScriptArguments, rows: list[dict], models: dict) -> tup
     """Joins the parts of all scores, and writes them as METRIC/MODEL.json. A metric that returns several values becomes
     several, METRIC_KEY. NaN: a value does not apply to an image, or the image is missing. Returns metric → model →
     float64 (n_prompts, num_images_per_prompt); and the names of each metric's values: metric → key → METRIC_KEY."""
-    results, names, count = {}, {}, args.num_images_per_prompt
+    results, names, shape = {}, {}, (len(rows), args.num_images_per_prompt)
     for metric in args.metrics:
-        column, found = reward_name(metric), {}
+        column, found, devices = reward_name(metric), {}, set()
         for name, model in models.items():
             files = [scores_file(args, metric, name, s) for s in range(len(image_shards(args, len(rows))))]
-            values = [value for file in files for value in json.loads(file.read_bytes())["scores"]]
+            parts = [json.loads(file.read_bytes()) for file in files]
+            devices |= {part["device"] for part in parts if "device" in part}
+            values = [value for part in parts for value in part["scores"]]
             values = [value if isinstance(value, dict) else {"": value} for value in values]
             # None: the image is missing, which says nothing about the metric's keys.
-            found_keys = dict.fromkeys(key for value in values for key in value if value != {"": None})
-            if "" in found_keys and len(found_keys) > 1:
+            known = dict.fromkeys(key for value in values for key in value if value != {"": None})
+            if "" in known and len(known) > 1:
                 raise SystemExit(f"metric {column}: gives numbers and dicts: all images need the same")
-            by_key = {key: list(batches([value.get(key) for value in values], count)) for key in found_keys}
-            content = {"settings": model["settings"], "scores": by_key.get("", by_key)}
+            by_key = {key: np.array([value.get(key) for value in values], dtype=np.float64) for key in known}
+            found[name] = by_key = {key: one.reshape(shape) for key, one in by_key.items()}  # null becomes NaN
+            lists = {key: one.tolist() for key, one in by_key.items()}
+            content = {"settings": model["settings"], "scores": lists.get("", lists)}
             write_bytes(files[0].parent.with_name(f"{name}.json"), as_json(content))
-            found[name] = {key: np.array(one, dtype=np.float64) for key, one in by_key.items()}  # null becomes NaN
         names[metric] = {key: f"{column}_{key}" if key else column for by_key in found.values() for key in by_key}
         if not names[metric] or results.keys() & names[metric].values():
             problem = "gives a metric that another one gives, too" if names[metric] else "gives no values"
             raise SystemExit(f"metric {column}: {problem}")
-        check_metric_names(list(names[metric].values()))
-        unknown = np.full((len(rows), count), np.nan)
+        check_metric_names(names[metric].values())
+        if len(devices) > 1:
+            warn(f"metric {column}: scored on {' and '.join(sorted(devices))}, in another precision: delete its scores")
         for key, label in names[metric].items():
-            results[label] = {name: by_key.get(key, unknown) for name, by_key in found.items()}
+            results[label] = {name: by_key.get(key, np.full(shape, np.nan)) for name, by_key in found.items()}
     return results, names
 
 
@@ -1220,30 +1168,27 @@ def as_json(content: dict, **options) -> bytes:
 
 
 # Results on the Hub ---------------------------------------------------------------------------------------------------
-def hub_repositories(args: ScriptArguments, models: dict[str, dict]) -> dict[str, str]:
-    """Name of a LoRA → the repository for its results. Exits with one line if there is none."""
+def prepare_repositories(args: ScriptArguments, models: dict[str, dict]) -> None:
+    """Notes the "repository" for the results of each LoRA, and creates it unless it exists. Exits with one line if
+    there is none, or if the token cannot write to it."""
     loras = {n: model["source"] for n, model in models.items() if model["kind"] == "lora" and "run" not in model}
+    wanted = {name: lora for name, lora in loras.items() if not os.path.exists(lora)}
     if args.hub_model_id:
         names = [name for name, lora in loras.items() if lora == args.hub_model_id] or list(loras)
         if len(names) != 1:
             raise SystemExit(f"--hub_model_id {args.hub_model_id}: is none of the {len(loras)} LoRAs in --loras")
-        return {names[0]: args.hub_model_id}
-    repositories = {name: lora for name, lora in loras.items() if not os.path.exists(lora)}
-    if not repositories:
+        wanted = {names[0]: args.hub_model_id}
+    if not wanted:
         raise SystemExit("--push_to_hub: no LoRA in --loras is a Hub id: say with --hub_model_id where results go")
-    return repositories
-
-
-def prepare_repositories(args: ScriptArguments, models: dict[str, dict]) -> None:
-    """Creates the repositories unless they exist. Exits with one line if the token cannot write to them."""
-    for name in hub_repositories(args, models).values():
+    for name, repo_id in wanted.items():
         try:
-            repo_id = HfApi().create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+            repo_id = HfApi().create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True).repo_id
             HfApi().auth_check(repo_id, write=True)
         except Exception as error:
-            problem = f"the model repository {name} cannot be written to: {one_line(error)}"
+            problem = f"the model repository {repo_id} cannot be written to: {one_line(error)}"
             raise SystemExit(f"--push_to_hub: {problem} (hf auth login, or HF_TOKEN with write access)") from None
         earlier_card(repo_id)  # one that cannot be read fails now
+        models[name]["repository"] = repo_id
 
 
 def earlier_card(repo_id: str) -> RepoCard | None:
@@ -1257,18 +1202,16 @@ def results_card(args: ScriptArguments, name: str, repo_id: str, record: dict, t
     title = args.prompts if args.prompts in PROMPT_SETS else os.path.basename(source)
     prompts = {"type": "prompts", "name": f"{title}, {record['n_prompts']} prompts"}
     if args.prompts in PROMPT_SETS or not os.path.exists(args.prompts):
-        prompts["type"] = source
-        if args.prompt_split and "://" not in source:
-            prompts["split"] = args.prompt_split
+        split = {"split": args.prompt_split} if args.prompt_split and "://" not in source else {}
+        prompts |= {"type": source, **split}
     drawing = {key: record["settings"][key] for key in (*DRAWING_FLAGS, "seed")}
     prompts["args"] = {"prompts": record["settings"]["prompts"], **drawing}
     values, other = [], "the base model" if args.baseline == BASE else args.baseline
-    for metric in record["pairwise"]:
-        figures = [(metric, metric, ""), (metric, f"{metric}, lift over {other}", "_lift")]
-        figures.append(("win_rate", f"{metric}, win rate over {other}", "_win_rate"))
-        for kind, label, ending in figures:  # the baseline has no lift, and a figure may apply to none of these prompts
-            if is_known(record[name], metric + ending):
-                values.append({"type": kind, "name": label, "value": record[name][metric + ending]})
+    labels = {"": "", "_lift": f", lift over {other}", "_win_rate": f", win rate over {other}"}
+    for metric, (ending, label) in itertools.product(record["pairwise"], labels.items()):
+        if (value := record[name].get(metric + ending)) is not None:  # the baseline has no lift
+            kind = "win_rate" if ending == "_win_rate" else metric
+            values.append({"type": kind, "name": metric + label, "value": value})
     task = {"type": "text-to-image", "name": "Text-to-Image Generation"}
     results = [{"task": task, "dataset": prompts, "metrics": values}]
     base = args.pretrained_model_name_or_path
