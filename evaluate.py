@@ -74,7 +74,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets.config import HF_HUB_OFFLINE
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
 from diffusers.training_utils import free_memory
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock, Timeout
@@ -858,9 +857,8 @@ def find_pipeline(args: ScriptArguments, source: str, revision: str | None = Non
     "takes_length" of prompts. `tuned`: LoRAs or networks that predict noise are put into it."""
     index, commit = read_config(source, "model_index.json", revision)
     name, is_unet, kind = index["_class_name"], "unet" in index, getattr(diffusers, index["_class_name"], None)
-    others = (*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values())
     takes = inspect.signature(kind.__call__).parameters if kind else {}
-    is_other = kind in others or any(re.search("frames|video|audio", option) for option in takes)
+    is_other = re.search("Img2Img|Inpaint|Edit|ControlNet|Layered|frames|video|audio", " ".join([name, *takes]))
     if is_other or not {"prompt", "guidance_scale", "num_inference_steps", "generator"} <= {*takes}:
         raise ValueError(
             f"a {name} is no pipeline of diffusers that draws images from a prompt and a guidance scale alone"
