@@ -76,7 +76,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save
 from torch.nn import Module
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate as collate
 from torchvision.transforms import functional as TF
 from trl import TrlParser
 
@@ -590,7 +590,7 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
 
 
 # Model: what is refused, the pipeline without its transformer, the transformer with its LoRA ------------------------
-PIPELINE, DENOISER = StableDiffusion3Pipeline, "transformer"
+PIPELINE, DENOISER, DYNAMIC_SHAPES = StableDiffusion3Pipeline, "transformer", False
 PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
 OTHERS = "this trains SD3; train_rankdpo_sdxl.py and train_dpo_qsd.py train other models"
 # What cache and reference depend on.
@@ -843,7 +843,7 @@ def rows_to_encode(args: ScriptArguments, run: "Run", parts: list[Part], labels:
                     for i, image in zip(used, decoded):
                         if image.exception():
                             raise SystemExit(f"{where}: image {i} does not decode: {image.exception()}")
-                    yield key, default_collate([image.result() for image in decoded])
+                    yield key, collate([image.result() for image in decoded])
             write_bytes(part.index, json.dumps(index).encode())
 
 
@@ -943,7 +943,7 @@ def training_batches(args: ScriptArguments, run: "Run", labels: dict, noise_sche
     place, length = (accelerator.process_index, accelerator.num_processes), len(labels["key"])
     read, keys = partial(read_row, args, run, labels, noise_scheduler), micro_batches(args, length, *place, start_step)
     with ThreadPoolExecutor(args.dataloader_num_workers or 4) as pool:
-        for batch in read_ahead(default_collate(list(pool.map(read, batch))) for batch in keys):
+        for batch in read_ahead(collate(list(pool.map(read, batch))) for batch in keys):
             if not args.cache_text_embeddings:
                 batch |= encode_prompt(args, pipeline, batch.pop("prompt"))
             pinned = {n: part.pin_memory() if on_gpu and not part.is_cuda else part for n, part in batch.items()}
@@ -1042,7 +1042,7 @@ def prepare_model(args: ScriptArguments, run: "Run", model: Module) -> None:
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 layer.scaling["default"] = model.lora_scale
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        model.compile_repeated_blocks(fullgraph=True, dynamic=DYNAMIC_SHAPES)
 
 
 @contextmanager
