@@ -592,7 +592,7 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
 # Model: what is refused, the pipeline without its transformer, the transformer with its LoRA ------------------------
 PIPELINE, DENOISER, DYNAMIC_SHAPES = StableDiffusion3Pipeline, "transformer", False
 PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
-OTHERS = "this trains SD3; train_rankdpo_sdxl.py and train_dpo_qsd.py train other models"
+OTHERS = "this trains SD3; train_rankdpo_sdxl.py, train_rankdpo_zimage.py and train_dpo_qsd.py train other models"
 # What cache and reference depend on.
 ENCODING_FLAGS = ("variant", "resolution", "mixed_precision", "use_text_encoder_3", "max_sequence_length")
 REFERENCE_FLAGS = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()

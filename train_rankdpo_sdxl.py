@@ -571,7 +571,7 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
 # Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
 PIPELINE, DENOISER, DYNAMIC_SHAPES = StableDiffusionXLPipeline, "unet", False
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
-OTHERS = "this trains SDXL; train_rankdpo_sd3.py and train_dpo_qsd.py train other models"
+OTHERS = "this trains SDXL; train_rankdpo_sd3.py, train_rankdpo_zimage.py and train_dpo_qsd.py train other models"
 # What cache and reference depend on.
 ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")
 REFERENCE_FLAGS = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()

@@ -232,7 +232,7 @@ REWARDS = """import numpy as np
 red = lambda images, prompts: [np.asarray(image.convert("RGB"))[..., 0].mean() / 255 for image in images]
 contrast = lambda images, prompts: [np.asarray(image.convert("RGB")).std() / 255 for image in images]
 """
-TRAINERS, STUDY = ("sdxl", "sd3", "qsd"), ("serve", "tally", "export")
+TRAINERS, STUDY = ("sdxl", "sd3", "zimage", "qsd"), ("serve", "tally", "export")
 TRAINING = """--output_dir {out} --cache_dir {cache} --rank 2 --learning_rate 1e-2 --beta_dpo 100 --resolution 32
     --max_train_steps 4 --checkpointing_steps 1 --resume_from_checkpoint latest --report_to none
     --validation_prompts star --validation_num_inference_steps 1 --pretrained_model_name_or_path {world}/models/"""
@@ -245,6 +245,7 @@ COMMANDS = {
         --shard_size 3 --num_examples 1 --include_images""",
     "sdxl": f"train_rankdpo_sdxl.py {TRAINING}sdxl --dataset_name {{world}}/ranked",
     "sd3": f"train_rankdpo_sd3.py {TRAINING}sd3 --dataset_name {{world}}/ranked --max_sequence_length 20",
+    "zimage": f"train_rankdpo_zimage.py {TRAINING}zimage --dataset_name {{world}}/ranked",
     "qsd": f"train_dpo_qsd.py {TRAINING}sd --dataset_name {{world}}/pairs --top_fraction 1",
     "evaluate": """evaluate.py --output_dir {out} --pretrained_model_name_or_path {world}/models/sdxl
         --prompts {world}/prompts.txt --loras mine={world}/golden/sdxl/out --num_inference_steps 1 --batch_size 1
@@ -282,6 +283,7 @@ def make_world() -> None:
     conftest.make_tiny_sdxl(world / "models" / "other", seed=1)
     conftest.make_tiny_sd(world / "models" / "sd")
     conftest.make_tiny_sd3(world / "models" / "sd3", t5=False)
+    conftest.make_tiny_zimage(world / "models" / "zimage")
     (world / "rewards.py").write_text(REWARDS)
     (world / "prompts.txt").write_text("a red circle\na green circle\na blue circle\na cross\n")
     write_generators(world / "generators.yaml")
@@ -491,7 +493,7 @@ def disturb(case: Case, job: str, words: list, number: int, late: int = 0, again
     return outcome if sent and any(outcome.codes) else None
 
 
-@fault("kill", build=10, pairs=8, sdxl=10, sd3=5, qsd=5, evaluate=8, tally=2, export=2)
+@fault("kill", build=10, pairs=8, sdxl=10, sd3=5, zimage=3, qsd=5, evaluate=8, tally=2, export=2)
 def kill(case: Case, job: str) -> None:
     """Up to four kills, of one process or one of two, and then an undisturbed run."""
     before = {}
@@ -502,7 +504,7 @@ def kill(case: Case, job: str) -> None:
     case.whole(case.folder, before)
 
 
-@fault("signal", build=5, pairs=5, sdxl=8, sd3=4, qsd=4, evaluate=5, tally=2, export=2)
+@fault("signal", build=5, pairs=5, sdxl=8, sd3=4, zimage=2, qsd=4, evaluate=5, tally=2, export=2)
 def stop(case: Case, job: str) -> None:
     """SIGTERM or Ctrl-C, perhaps twice: exit code 128 + n; of a trainer a checkpoint of the last whole step."""
     number, again = (signal.SIGTERM, signal.SIGINT)[case.seed % 2], 3 * (case.seed % 4 > 1)

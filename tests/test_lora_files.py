@@ -4,13 +4,13 @@
 tests/golden/*.txt: of SDXL and SD1.5 the names that ComfyUI (comfy/lora.py: `lora_unet_` and diffusers' path with `_`)
 and kohya's network loader take; of SD3-Medium those of diffusers' own file, which ComfyUI takes as it is
 (`transformer.` and diffusers' path; `add_*_proj` and `to_add_out` are the text's attention, which the last block does
-not put out).
+not put out); of Z-Image the same, which ComfyUI's Lumina2 branch takes and adds to thirds of its fused qkv.
 """
 
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import train_dpo_qsd
 import train_rankdpo_sd3
 import train_rankdpo_sdxl
+import train_rankdpo_zimage
 
 
 RANK = 2
@@ -157,3 +158,22 @@ def test_sd3_lora_is_on_every_attention(config, parameters, modules, trained):
     assert len(lora) == 2 * modules
     assert sum(".attn2." in name for name in lora) == 2 * 4 * len(config.get("dual_attention_layers", ()))
     assert not any(f"transformer_blocks.{config['num_layers'] - 1}.attn.to_add_out" in name for name in lora)
+
+
+def test_zimage_lora_file_holds_the_golden_keys_and_loads_in_diffusers(tmp_path):
+    """The constructor's defaults are the published transformer's configuration."""
+    transformer = full_size(train_rankdpo_zimage, ZImageTransformer2DModel, {})
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in transformer.parameters()]
+    assert sum(size for size, trained in sizes if not trained) == 6_154_908_736
+    assert sum(size for size, trained in sizes if trained) * 64 == 66_846_720 * RANK
+    train_rankdpo_zimage.save_lora(transformer, tmp_path)
+    found, wanted = load_file(tmp_path / train_rankdpo_zimage.LORA_FILE), golden("zimage")
+    assert len(wanted) == 136
+    assert found.keys() == {f"{module}.{part}.weight" for module in wanted for part in ("lora_A", "lora_B")}
+    state, metadata = ZImagePipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
+    assert state.keys() == found.keys() and metadata["transformer.lora_alpha"] == metadata["transformer.r"] == RANK
+    with torch.device("meta"):
+        plain = ZImageTransformer2DModel()
+    ZImagePipeline.load_lora_into_transformer(state, plain, metadata=metadata)
+    loaded = {name.replace(".default_0", "") for name, _ in plain.named_parameters() if "lora_" in name}
+    assert {f"transformer.{name}" for name in loaded} == found.keys()
