@@ -24,6 +24,7 @@ from conftest import (
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from safetensors.torch import load_file
 from test_train_rankdpo_sdxl import copy_of
+from test_train_speed import needs_compiler
 
 import train_rankdpo_zimage as script
 
@@ -31,13 +32,13 @@ import train_rankdpo_zimage as script
 FLAGS = (
     "--resolution 32 --rank 4 --learning_rate 1e-2 --beta_dpo 100 --validation_num_inference_steps 1 --report_to none"
 ).split()
-# Of 11, 32 and 51 tokens with the template and without: one block of 32 positions, the same full, and two.
-PROMPTS = ["star", " ".join(["red"] * 20), " ".join(["a blue circle"] * 13)]
+# Of 9, 32 and 47 tokens, the template's 8 included. The model fills them up to 32, 32 and 64.
+PROMPTS = ["star", " ".join(["red"] * 24), " ".join(["a blue circle"] * 13)]
 
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict]:
-    """Two prompts are longer than the others."""
+    """Among prompts of about the same length a short one and two long ones."""
     rows = ranked_rows(n=10)
     for row, prompt in zip(rows, PROMPTS):
         row["prompt"] = prompt
@@ -193,6 +194,21 @@ def test_variants_train_and_turbo_is_warned_of(flags, tiny_zimage, tmp_path, cap
     assert first["chosen_error"] == first["rejected_error"] == 0.0
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "Turbo" in line)
     assert line.startswith(f"--pretrained_model_name_or_path {turbo} has shift 3")
+
+
+@needs_compiler
+def test_compiled_blocks_take_prompts_of_any_length(flags, rows, tmp_path):
+    """Of six lengths, where blocks of fixed shapes would fail at the fourth; and the losses are the eager run's."""
+    longer = [{**row, "prompt": " ".join(["red"] * (20 + 32 * i))} for i, row in enumerate(rows[:6])]
+    data = write_dataset(tmp_path / "data", longer)
+    more = ["--dataset_name", data, "--max_train_steps", 6, "--adam_epsilon", 1e-4]  # see test_train_speed.py
+    torch._dynamo.reset()
+    for name, flag in (("eager", []), ("compiled", ["--compile"])):
+        call("train_rankdpo_zimage", *flags, *more, *flag, "--output_dir", tmp_path / name)
+    eager, compiled = (logged(tmp_path / name) for name in ("eager", "compiled"))
+    assert compiled[0]["chosen_error"] == compiled[0]["rejected_error"] == 0.0
+    for a, b in zip(eager, compiled, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
 
 OTHER_MODELS = [

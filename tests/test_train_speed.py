@@ -184,7 +184,10 @@ def test_precomputed_reference_errors_give_the_same_bits(flags, tmp_path, monkey
     assert not references and lora_difference(tmp_path / "one", tmp_path / "two") < 1e-4
 
 
-@pytest.mark.parametrize("script, precision", [("train_rankdpo_sdxl", "int8"), ("train_rankdpo_sd3", "nf4")])
+QUANTISED = [("train_rankdpo_sdxl", "int8"), ("train_rankdpo_sd3", "nf4"), ("train_rankdpo_zimage", "nf4")]
+
+
+@pytest.mark.parametrize("script, precision", QUANTISED)
 def test_quantised_base(flags, script, precision, tmp_path, monkeypatch):
     """bitsandbytes quantises on a CPU, too, where diffusers refuses to: the base has other layers, the scores are
     exactly 0 at the start, the LoRA is float32 and learns, and a resumed run ends with the same bits."""
