@@ -572,7 +572,7 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
 # Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
 PIPELINE, DENOISER, DYNAMIC_SHAPES = StableDiffusionPipeline, "unet", False
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
-OTHERS = "this trains SD1.5, SD2.1 and SDXL; train_rankdpo_sd3.py trains SD3"
+OTHERS = "this trains SD1.5, SD2.1 and SDXL; train_rankdpo_sd3.py trains SD3, train_rankdpo_zimage.py Z-Image"
 # What these base models have; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
 PLAIN = {
     "model_index.json": {"requires_aesthetics_score": (False, None)},

@@ -184,7 +184,7 @@ class ScriptArguments(TrainingArguments):  # and those of this one
     # row are nearly the same noise. logit_normal gives logit σ the mean ln 6 − logit_mean: with 1.1 ln 2, as a shift of
     # 2 does, which others train Z-Image with; the median of σ is then 0.67.
     weighting_scheme: Literal[WEIGHTING_SCHEMES] = flag("logit_normal", "Density of timesteps; cosmap weights errors.")
-    logit_mean: float = flag(1.1, "Mean of logit_normal: see sample_noise.")
+    logit_mean: float = flag(1.1, "Mean of logit_normal; that of logit σ is ln 6 minus it.")
     logit_std: float = flag(1.0, "Standard deviation of logit_normal.", above=0)
     mode_scale: float = flag(1.29, "Scale of mode.")
     output_dir: str = free("outputs/rankdpo-zimage", "Folder for LoRA, card and checkpoints.")
