@@ -90,7 +90,6 @@ COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": oper
 TIE, UNLABELLED, BLANK, BAD, RANKED = range(5)
 COUNTS = {"ties": "ties", "without_label": "without a label", "with_blank_prompt": "with a blank prompt"}
 COUNTS |= {"with_bad_image": "with an image that does not decode", "ranked": "ranked"}
-ROW_GROUPS = {"data": 20, "scores": 1000}  # folder → rows of a row group
 NEW_COLUMNS = {"score_0": "float64", "score_1": "float64", "quality": "float64", "quality_rank": "int64"}
 # The rewards of which a range becomes [0, 1]; the others are standardised.
 HPS = ("hpsv2", "hpsv2.1", "hpsv2_antialias", "hpsv2.1_antialias")
@@ -140,15 +139,12 @@ class ScriptArguments:
     hub_private_repo: bool = flag(False, "Make a new repository private.")
 
     def __post_init__(self):
-        if self.num_tasks > 1:  # a run of its own sorts after all tasks
-            self.stages = [stage for stage in self.stages if stage == "score"]
-        missing = "--dataset_name is missing: a Hub id, a folder or a file; or --winner_dir and --loser_dir"
         one_image = re.match("(aesthetic|vqascore|vqascore_vlm)(=|$)", self.reward) and self.normalization == "softmax"
         for wrong, problem in (
             (self.task_index >= self.num_tasks, f"--task_index {self.task_index}: must be less than --num_tasks"),
-            (not self.stages, "--stages sort: one run does this after all tasks: give --num_tasks 1"),
+            (self.num_tasks > 1 and self.stages == ["sort"], "--stages sort needs --num_tasks 1, after all tasks"),
             ((self.winner_dir is None) != (self.loser_dir is None), "--winner_dir and --loser_dir belong together"),
-            ((self.dataset_name is None) == (self.winner_dir is None), missing),
+            ((self.dataset_name is None) == (self.winner_dir is None), "give either --dataset_name or two folders"),
             (self.push_to_hub and not self.hub_dataset_id, "--push_to_hub needs --hub_dataset_id user/name"),
             (one_image, f"--normalization softmax: {self.reward} does not compare two images: choose another"),
         ):
@@ -176,9 +172,8 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
         logits = scale * (rewards - rewards[:, ::-1])
         return 0.5 * (1 + np.tanh(logits / 2))  # the sigmoid, without overflow
     if normalization == "none":
-        if rewards.size and not (rewards.min() >= 0 and rewards.max() <= 1):
-            span = f"{rewards.min():.4g} to {rewards.max():.4g}"
-            raise SystemExit(f"--normalization none: {reward} must be in [0, 1], but goes from {span}; try standardize")
+        if wrong := rewards[(rewards < 0) | (rewards > 1)].tolist():
+            raise SystemExit(f"--normalization none: {reward} must be in [0, 1], not {wrong[0]:.4g}: try standardize")
         return rewards
     if normalization == "auto" and kind in RANGES:
         low, high = RANGES[kind]
@@ -193,7 +188,7 @@ def main(args: ScriptArguments) -> None:
     # Without a GPU several processes talk through gloo. The first to finish its share may wait hours for the last.
     several = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(days=1)}
     state = PartialState(**(several if "LOCAL_RANK" in os.environ else {}))
-    locks = begin_run(args) if state.is_main_process else []
+    _lock = begin_run(args) if state.is_main_process else None  # held until the end of this function
     state.wait_for_everyone()
     pairs = Pairs(args)
     if "score" in args.stages:
@@ -210,13 +205,10 @@ def main(args: ScriptArguments) -> None:
             images = ["data/*.parquet", "figures/*.png"] if args.include_images else []
             publish(args, [*PUBLISHED, *images], DATA_FILES if args.include_images else DATA_FILES[1:])
         print(f"{ranking.summary}; the best {ranking.kept} of them, sorted, in {args.output_dir}")
-    for lock in locks:
-        lock.release()
 
 
 def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
-    """Scores the missing shards. Each task, and in it each process, takes a run of consecutive shards, so it reads only
-    its own part of the dataset, once."""
+    """Scores the missing shards. Each process of each task takes consecutive ones: it reads only its part of the data."""
     own = np.array_split(np.arange(len(pairs.shards)), args.num_tasks)[args.task_index]
     own = np.array_split(own, state.num_processes)[state.process_index]
     missing = [pairs.shards[i] for i in own if not is_scored(pairs.shards[i])]
@@ -288,9 +280,8 @@ def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> Ranking:
     order = np.argsort(-quality, kind="stable")  # pairs of equal quality stay in the dataset's order
     row, psi = row[order], psi[order]
     added = [*psi.T, quality[order], np.arange(len(row)) + 1, row, (won - lost)[order]]
-    table = table.drop_columns([name for name in table.column_names if name in NEW_COLUMNS]).take(pa.array(row))
-    for name, values in zip([*NEW_COLUMNS, "_row", "_difference"], added):
-        table = table.append_column(name, pa.array(values))
+    columns = dict(zip(table.column_names, table.take(row).columns))
+    table = pa.table(columns | dict(zip([*NEW_COLUMNS, "_row", "_difference"], added)))
     reward = reward_settings(args.reward)
     statistics = {"reward": reward, "normalization": args.normalization, "mean": mean, "std": std}
     statistics |= {"rows": sum(counts.values()), **counts, "kept": kept}
@@ -322,7 +313,7 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: Ranking) -> No
             schema = folders[folder].arrow_schema
             tables = with_images(args, ranking, part, building / "images") if folder == "data" else [part]
             tables = (table.select(schema.names).cast(schema) for table in tables)
-            write_tables(tables, file, {"key": key}, ROW_GROUPS[folder])
+            write_tables(tables, file, {"key": key}, 20 if folder == "data" else 1000)
     for folder in ("data", "scores"):  # data/ of an earlier run with images would not fit this one
         shutil.rmtree(output_dir / folder, ignore_errors=True)
         if folder in folders:
@@ -355,7 +346,7 @@ def copy_images(args: ScriptArguments, pairs: "Pairs", ranking: Ranking, folder:
 def with_images(args: ScriptArguments, ranking: Ranking, part: pa.Table, folder: Path) -> Iterator[pa.Table]:
     """The rows of one output file with their images, a few at a time: one column of all would overflow beyond 2 GiB."""
     kept = np.sort(ranking.table["_row"].to_numpy()[: ranking.kept])
-    for few in batches(part, ROW_GROUPS["data"]):
+    for few in batches(part, 20):
         images = []
         for place in np.searchsorted(kept, few["_row"].to_numpy()).tolist():
             file = pa.memory_map(f"{folder}/{place // args.shard_size}.arrow")
@@ -365,7 +356,7 @@ def with_images(args: ScriptArguments, ranking: Ranking, part: pa.Table, folder:
 
 
 # Start ----------------------------------------------------------------------------------------------------------------
-def begin_run(args: ScriptArguments) -> list[FileLock]:
+def begin_run(args: ScriptArguments) -> FileLock:
     """Checks what can be checked before a model is loaded, records what the work is made of, and locks the folder."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir, "work")
     check_rewards([args.reward])
@@ -374,35 +365,34 @@ def begin_run(args: ScriptArguments) -> list[FileLock]:
     if args.dataset_name and output_dir.resolve().is_relative_to(Path(args.dataset_name).resolve()):
         raise SystemExit(f"--output_dir {output_dir} is inside the dataset: choose another folder")
     stream = plan_stream(args, work / "stream.json")
-    settings = {work / "scores" / reward_name(args.reward): reward_settings(args.reward)}
     says = re.compile("dataset_|winner_|loser_|.*_column$|shard_size").match  # the flags that say what a shard holds
-    settings[work] = {name: vars(args)[name] for name in filter(says, vars(args))} | {"files": stream["identity"]}
+    made_of = {name: vars(args)[name] for name in filter(says, vars(args))} | {"files": stream["identity"]}
+    settings = {work: made_of, work / "scores" / reward_name(args.reward): reward_settings(args.reward)}
     for folder, wanted in settings.items():
-        earlier = json.loads(file.read_text()) if (file := folder / "settings.json").exists() else wanted
-        for name in {**earlier, **wanted}:
+        file = folder / "settings.json"
+        earlier = json.loads(file.read_text()) if file.exists() else wanted
+        for name in earlier | wanted:
             if earlier.get(name) != wanted.get(name):
                 problem = f"{folder} was made with {name} {earlier.get(name)}, not {wanted.get(name)}"
                 raise SystemExit(f"{problem}: choose another --output_dir, or delete that folder")
     earlier_card(args)
-    if args.push_to_hub and "sort" in args.stages:  # a wrong token or name fails now, not after the work
+    if args.push_to_hub and args.num_tasks == 1 and "sort" in args.stages:  # a wrong token or name fails now
         prepare_repository(args)
     output_dir.mkdir(parents=True, exist_ok=True)
-    # A task has a lock of its own, and only looks whether a single run is at work, which takes the locks of all.
-    single, tasks = [output_dir / ".lock"], output_dir.glob(".lock-*")
-    files = [output_dir / f".lock-{args.task_index}", *single] if args.num_tasks > 1 else itertools.chain(single, tasks)
-    locks = []
+    # Each holds a lock of its own. A task looks whether a single run is at work, and a single run whether a task is.
+    own, others = (f".lock-{args.task_index}", ".lock") if args.num_tasks > 1 else (".lock", ".lock-*")
     try:
-        for file in files:
-            locks.append(FileLock(file))
-            locks[-1].acquire(timeout=3)  # tasks that start at once wait for each other
+        lock = FileLock(output_dir / own, timeout=3)
+        lock.acquire()
+        for other in output_dir.glob(others):
+            with FileLock(other, timeout=3):
+                pass  # tasks that start at once wait for each other
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
-    if args.num_tasks > 1:
-        locks[-1].release()
     for folder, found in settings.items():
         write_bytes(folder / "settings.json", json.dumps(found, indent=1).encode())
     write_bytes(work / "stream.json", json.dumps(stream).encode())
-    return locks
+    return lock
 
 
 def plan_stream(args: ScriptArguments, file: Path) -> dict:
@@ -427,8 +417,7 @@ def plan_stream(args: ScriptArguments, file: Path) -> dict:
 
 
 def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
-    """Reads a Parquet file's footer and its labels, and of a local file its prompts, too, to know it again. Exits with
-    one line that names a missing or wrong column, or a row with a wrong label."""
+    """Checks columns and labels of a Parquet file. Footer, labels and, of a local file, prompts tell if it changes."""
     system, path = url_to_fs(file)
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle, pre_buffer=False) as parquet:
         features = Features.from_arrow_schema(parquet.schema_arrow)
@@ -448,8 +437,7 @@ def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
     for row, values in enumerate(table.to_pylist()):
         label = pair_label(args, values)
         if not (math.isnan(label) or label in (0, 0.5, 1)):
-            problem = f"{args.label_0_column} is {label}: must be 0, 0.5 or 1"
-            raise SystemExit(f"{args.where}: row {row} of file {number}: {problem}")
+            raise SystemExit(f"{args.where}: row {row} of file {number}: label {label} is not 0, 0.5 or 1")
     facts = [short_hash(footer.getvalue()), short_hash(json.dumps(table.to_pydict()))]
     return {"file": file, "groups": groups, "columns": features.to_dict(), "facts": facts}
 
@@ -467,25 +455,23 @@ def stream_files(args: ScriptArguments) -> list[str]:
         if args.winner_dir:
             rows = folder_pairs(args)
             read = partial(Dataset.from_list, rows)
-        elif any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json")):
-            read = partial(load_from_disk, path)
+        elif saved := [folder for folder in (path, f"{path}/{split}") if os.path.exists(f"{folder}/state.json")]:
+            read = partial(load_from_disk, saved[0])
         else:
-            as_json = {"path": "json", "data_files": {split: path}}
-            where = as_json if os.path.isfile(name) else {"path": path, **options}
+            where = {"path": "json", "data_files": {split: path}} if os.path.isfile(name) else {"path": path, **options}
             found = load_dataset_builder(**where).config.data_files or {}
             if found and split not in found:
                 raise ValueError(f"no split {split!r}; it has {', '.join(found)}")
             files = [str(file) for file in found.get(split, [])]
             if files and all(file.endswith(".parquet") for file in files):
-                return [file.replace(f"{path}/", f"{name}/") for file in files] if path != name else files
+                return [file.replace(f"{path}/", f"{name}/") for file in files]
             read = partial(load_dataset, **where, split=split, cache_dir=cache)
         files = [Path(name), *sorted(Path(name).rglob("*"))] if name else []
         facts = [rows, options, split, [[str(file), file_facts(file)] for file in files]]
         copy = Path(args.output_dir, "work", "datasets", f"{short_hash(json.dumps(facts))}.parquet")
         if not copy.exists():
-            dataset = read()
             with replacing(copy) as temporary:
-                (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(temporary)
+                read().to_parquet(temporary)
     return [str(copy)]
 
 
@@ -510,17 +496,15 @@ def pictures_of(folder: str) -> dict[str, Path]:
     operating system puts beside pictures."""
     endings = {ending for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
     pictures, others = {}, []
-    for file in sorted(Path(folder).iterdir()):
-        if is_hidden(file.name) or file.suffix.lower() == ".txt":
-            continue
+    files = [file for file in Path(folder).iterdir() if not is_hidden(file.name) and file.suffix.lower() != ".txt"]
+    for file in sorted(files):
         try:
             if file.is_dir() or file.suffix.lower() not in endings:
                 PILImage.open(file)
+            if pictures.setdefault(file.stem, file) != file:
+                raise ValueError(f"{file} and {pictures[file.stem]} have the same name: remove one")
         except OSError:
             others.append(file.name)
-        else:
-            if (other := pictures.setdefault(file.stem, file)) != file:
-                raise ValueError(f"{file} and {other} have the same name: remove one")
     if others:
         print(f"{folder}: {len(others)} are no pictures, left out: {', '.join(others[:9])}", file=sys.stderr)
     if not pictures:
@@ -571,12 +555,10 @@ class Pairs:
 
     def image_of(self, value) -> dict:
         """An image, from any kind of column, as an Image with its file's bytes: none if there is no such file."""
-        path = value["path"] if isinstance(value, dict) else value if isinstance(value, str) else None
-        if file := self.path_of(value):
-            content = file.read_bytes() if file.is_file() else b""  # any other trouble with it ends the run
-        else:
-            content = value["bytes"] if isinstance(value, dict) else value
-        return {"bytes": content or b"", "path": path and os.path.basename(path)}
+        if file := self.path_of(value):  # any trouble with it but its absence ends the run
+            return {"bytes": file.read_bytes() if file.is_file() else b"", "path": file.name}
+        image = value if isinstance(value, dict) else {"bytes": value, "path": None}
+        return {"bytes": image["bytes"] or b"", "path": image["path"] and os.path.basename(image["path"])}
 
     def without_images(self, row: dict) -> dict:
         """A row without images. An id that it lacks is made: of path, size and date where the column holds paths, else
@@ -705,9 +687,8 @@ def draw_figures(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
     curve.legend()
     pictures = {"difference": bars.figure.savefig, "quality": curve.figure.savefig}
     if args.num_examples:
-        best, worst = ranking.table[: args.num_examples], ranking.table[-args.num_examples :]
-        pictures["best"] = draw_examples(args, pairs, best.to_pylist()).save
-        pictures["worst"] = draw_examples(args, pairs, worst.to_pylist()[::-1]).save
+        pictures["best"] = draw_examples(args, pairs, ranking.table[: args.num_examples].to_pylist()).save
+        pictures["worst"] = draw_examples(args, pairs, ranking.table[-args.num_examples :].to_pylist()[::-1]).save
     shutil.rmtree(Path(args.output_dir, "figures"), ignore_errors=True)
     for name, save in pictures.items():
         with replacing(Path(args.output_dir, "figures", f"{name}.png")) as file:

@@ -473,7 +473,7 @@ BAD = [
     ({"top_fraction": 5.33}, "--top_fraction 5.33: must be at most 1"),
     ({"top_fraction": 0}, "--top_fraction 0.0: must be greater than 0"),
     ({"on_bad_image": "ignore"}, "invalid choice"),
-    (lambda rows: rows[17].update(label_0=2.0), "row 17 of file 0: label_0 is 2.0: must be 0, 0.5"),
+    (lambda rows: rows[17].update(label_0=2.0), "row 17 of file 0: label 2.0 is not 0, 0.5 or 1"),
     (lambda rows: rows.clear(), "split 'train' has no rows"),
     # What only the scores tell.
     ({"top_fraction": 0.001}, "keeps none of 24 pairs"),
