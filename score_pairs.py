@@ -14,8 +14,7 @@ Pick-a-Pic from the Hub, streamed, with HPSv2 as in the paper:
 
     accelerate launch score_pairs.py --dataset_name liuhuohuo2/pick-a-pic-v2 --output_dir outputs/pickapic-qsd
 
-Its work lies in shards under `<output_dir>/work`: a shard that exists is done. Killed at any moment, the same command
-goes on, on any number of processes, and does only what is missing.
+Killed at any moment, the same command goes on with what is missing in `<output_dir>/work`, on any number of processes.
 """
 
 import argparse
@@ -26,7 +25,6 @@ import importlib.util
 import inspect
 import itertools
 import json
-import logging
 import math
 import operator
 import os
@@ -51,8 +49,6 @@ from tempfile import TemporaryDirectory
 
 if not sys.stderr.isatty():  # in a file of output all progress bars write a line every 30 seconds, not ten a second
     os.environ |= {"TQDM_MININTERVAL": "30", "TQDM_MAXINTERVAL": "60"} | os.environ
-# bitsandbytes warns at every start that an optional kernel is missing, which nothing here uses.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import ftfy
 import numpy as np
@@ -163,8 +159,7 @@ def pair_quality(p_w: np.ndarray, p_l: np.ndarray) -> np.ndarray:
 
 
 def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean: float, std: float) -> np.ndarray:
-    """ψ in [0, 1], float64 (n, 2), from raw rewards (n, 2), a pair a row (DPO-QSD, sections 3.2 and 5.2). mean, std: of
-    the rewards of all ranked pairs. Exits with one line if `none` finds a reward outside [0, 1]."""
+    """ψ in [0, 1] of raw rewards, float64 (n, 2), by their range, or by mean and std of all (DPO-QSD, 3.2 and 5.2)."""
     rewards, kind = np.asarray(rewards, dtype=np.float64), reward.partition("=")[0]
     if normalization == "softmax":
         # CLIP's temperature is 0.01, and CLIPScore is 2.5 cosines. The other models' scores are logits already.
@@ -208,7 +203,7 @@ def main(args: ScriptArguments) -> None:
 
 
 def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
-    """Scores the missing shards. Each process of each task takes consecutive ones: it reads only its part of the data."""
+    """Scores the missing shards. Each process of each task takes consecutive ones, and reads only its own part."""
     own = np.array_split(np.arange(len(pairs.shards)), args.num_tasks)[args.task_index]
     own = np.array_split(own, state.num_processes)[state.process_index]
     missing = [pairs.shards[i] for i in own if not is_scored(pairs.shards[i])]
@@ -223,8 +218,7 @@ def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
 
 
 def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", shard: "Shard", work: "Work") -> None:
-    """Scores the images of one shard, and writes its rows without images, with the rewards of both: NaN where a pair is
-    not ranked or an image does not decode."""
+    """Writes a shard's rows without images, with both rewards: NaN if the pair is not ranked or it does not decode."""
     bad, errors = {}, []
     scores = np.array([*reward.score(work.images, work.prompts, bad=bad), np.nan], dtype=np.float32)
     for number, reason in sorted(bad.items()):
@@ -240,8 +234,7 @@ def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", sh
     for side in (0, 1):
         table = table.append_column(f"_reward_{side}", pa.array(scores[work.places[:, side]]))  # −1: the NaN at the end
     too_long = sum(work.prompts[place] in reward.cut for place in work.places[:, 0] if place >= 0)
-    facts = {"files": work.files, "errors": errors, "cut": too_long}
-    write_tables(iter([table]), shard.scores, facts, len(table))
+    write_tables(iter([table]), shard.scores, {"files": work.files, "errors": errors, "cut": too_long}, len(table))
 
 
 # The ranked pairs without images, best first; how many of them to keep; for the card: statistics.json, the counts in
@@ -252,8 +245,7 @@ Ranking = namedtuple("Ranking", "table kept statistics summary errors cut hash k
 def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> Ranking:
     """Computes Q of every ranked pair, and the order. Reads no images."""
     files = [shard.scores for shard in pairs.shards]
-    missing = 0 if "score" in args.stages else sum(not is_scored(shard) for shard in pairs.shards)
-    if missing:
+    if "score" not in args.stages and (missing := sum(not is_scored(shard) for shard in pairs.shards)):
         raise SystemExit(f"{args.output_dir}: {missing} of {len(files)} shards lack scores: run the score stage first")
     for leftover in [*Path(args.output_dir).rglob(".*.tmp")]:  # of runs that were killed; all tasks have ended
         leftover.unlink()
@@ -282,13 +274,11 @@ def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> Ranking:
     added = [*psi.T, quality[order], np.arange(len(row)) + 1, row, (won - lost)[order]]
     columns = dict(zip(table.column_names, table.take(row).columns))
     table = pa.table(columns | dict(zip([*NEW_COLUMNS, "_row", "_difference"], added)))
-    reward = reward_settings(args.reward)
-    statistics = {"reward": reward, "normalization": args.normalization, "mean": mean, "std": std}
+    statistics = {"reward": reward_settings(args.reward), "normalization": args.normalization, "mean": mean, "std": std}
     statistics |= {"rows": sum(counts.values()), **counts, "kept": kept}
     made = content_hash(np.concatenate([row[:kept].astype(float), psi[:kept].ravel()]).tobytes())
-    key = short_hash(json.dumps([made, reward, pairs.identity, [shard["files"] for shard in facts]]))
-    cut = sum(shard["cut"] for shard in facts)
-    return Ranking(table, kept, statistics, summary, errors, cut, made, key)
+    key = short_hash(json.dumps([made, statistics["reward"], pairs.identity, [shard["files"] for shard in facts]]))
+    return Ranking(table, kept, statistics, summary, errors, sum(shard["cut"] for shard in facts), made, key)
 
 
 def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: Ranking) -> None:
@@ -347,11 +337,9 @@ def with_images(args: ScriptArguments, ranking: Ranking, part: pa.Table, folder:
     """The rows of one output file with their images, a few at a time: one column of all would overflow beyond 2 GiB."""
     kept = np.sort(ranking.table["_row"].to_numpy()[: ranking.kept])
     for few in batches(part, 20):
-        images = []
-        for place in np.searchsorted(kept, few["_row"].to_numpy()).tolist():
-            file = pa.memory_map(f"{folder}/{place // args.shard_size}.arrow")
-            images.append(pa.ipc.open_file(file).get_batch(place % args.shard_size))
-        images = pa.Table.from_batches(images)
+        places = zip(*np.divmod(np.searchsorted(kept, few["_row"].to_numpy()), args.shard_size))
+        files = ((pa.ipc.open_file(pa.memory_map(f"{folder}/{file}.arrow")), batch) for file, batch in places)
+        images = pa.Table.from_batches([file.get_batch(batch) for file, batch in files])
         yield pa.table(dict(zip(few.column_names, few.columns)) | dict(zip(images.column_names, images.columns)))
 
 
@@ -367,18 +355,17 @@ def begin_run(args: ScriptArguments) -> FileLock:
     stream = plan_stream(args, work / "stream.json")
     says = re.compile("dataset_|winner_|loser_|.*_column$|shard_size").match  # the flags that say what a shard holds
     made_of = {name: vars(args)[name] for name in filter(says, vars(args))} | {"files": stream["identity"]}
-    settings = {work: made_of, work / "scores" / reward_name(args.reward): reward_settings(args.reward)}
-    for folder, wanted in settings.items():
-        file = folder / "settings.json"
+    scores = work / "scores" / reward_name(args.reward)
+    files = {work / "settings.json": made_of, scores / "settings.json": reward_settings(args.reward)}
+    for file, wanted in files.items():
         earlier = json.loads(file.read_text()) if file.exists() else wanted
         for name in earlier | wanted:
             if earlier.get(name) != wanted.get(name):
-                problem = f"{folder} was made with {name} {earlier.get(name)}, not {wanted.get(name)}"
+                problem = f"{file.parent} was made with {name} {earlier.get(name)}, not {wanted.get(name)}"
                 raise SystemExit(f"{problem}: choose another --output_dir, or delete that folder")
     earlier_card(args)
     if args.push_to_hub and args.num_tasks == 1 and "sort" in args.stages:  # a wrong token or name fails now
         prepare_repository(args)
-    output_dir.mkdir(parents=True, exist_ok=True)
     # Each holds a lock of its own. A task looks whether a single run is at work, and a single run whether a task is.
     own, others = (f".lock-{args.task_index}", ".lock") if args.num_tasks > 1 else (".lock", ".lock-*")
     try:
@@ -389,9 +376,8 @@ def begin_run(args: ScriptArguments) -> FileLock:
                 pass  # tasks that start at once wait for each other
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
-    for folder, found in settings.items():
-        write_bytes(folder / "settings.json", json.dumps(found, indent=1).encode())
-    write_bytes(work / "stream.json", json.dumps(stream).encode())
+    for file, content in {**files, work / "stream.json": stream}.items():
+        write_bytes(file, json.dumps(content, indent=1).encode())
     return lock
 
 
@@ -492,8 +478,7 @@ def folder_pairs(args: ScriptArguments) -> list[dict]:
 
 
 def pictures_of(folder: str) -> dict[str, Path]:
-    """Name without ending → file, of all that Pillow opens. Says what else is there, except for captions and what an
-    operating system puts beside pictures."""
+    """Name without ending → file, of all that Pillow opens. Names all else but captions and hidden files."""
     endings = {ending for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
     pictures, others = {}, []
     files = [file for file in Path(folder).iterdir() if not is_hidden(file.name) and file.suffix.lower() != ".txt"]
@@ -561,8 +546,7 @@ class Pairs:
         return {"bytes": image["bytes"] or b"", "path": image["path"] and os.path.basename(image["path"])}
 
     def without_images(self, row: dict) -> dict:
-        """A row without images. An id that it lacks is made: of path, size and date where the column holds paths, else
-        of the content."""
+        """A row without images. Ids that it lacks are made: in a column of paths of path, size and date, else of bytes."""
         light = {name: row[name] for name in self.read}
         for value, uid in zip((row[name] for name in self.images), self.uids):
             if uid not in light and isinstance(value, str) and value:
@@ -701,13 +685,11 @@ def draw_examples(args: ScriptArguments, pairs: Pairs, rows: list[dict], cell: i
     drawing, found = ImageDraw.Draw(canvas), dict(read_rows(pairs, sorted(row["_row"] for row in rows)))
     for left, row in zip(range(0, canvas.width, cell), rows):
         for top, side in ((0, row["_winner"]), (cell, 1 - row["_winner"])):
-            image = pairs.image_of(found[row["_row"]][pairs.images[side]])
-            image = decode_image(image["bytes"]).convert("RGB")
+            image = decode_image(pairs.image_of(found[row["_row"]][pairs.images[side]])["bytes"]).convert("RGB")
             resample = PILImage.NEAREST if max(image.size) < cell else PILImage.LANCZOS
             size = [max(1, round(length * (cell / max(image.size)))) for length in image.size]
             canvas.paste(image.resize(size, resample), (left, top))
-        text = row[args.prompt_column][: cell // 7].encode("latin-1", "replace").decode("latin-1")
-        drawing.text((left + 4, 2 * cell + 5), text, fill="black")
+        drawing.text((left + 4, 2 * cell + 5), row[args.prompt_column][: cell // 7], fill="black")
     return canvas
 
 
@@ -864,8 +846,7 @@ def prepare_repository(args: "ScriptArguments") -> None:
     card, files = earlier_card(args, on_hub=True), HfApi().list_repo_files(url.repo_id, repo_type=kind)
     foreign = [name for name in files if any(fnmatch(name, pattern) for pattern in DATA_FILES)]
     if foreign and not (card and CARD_BEGIN in card.text):
-        problem = f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}), which would be replaced"
-        raise SystemExit(f"{problem}: choose another name")
+        raise SystemExit(f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}): choose another name")
 
 
 def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
@@ -1318,10 +1299,9 @@ class MPSBlock(torch.nn.Module):
 
 def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
     """MPS's state dict as those of transformers.CLIPModel and of the layers in MPSReward."""
-    weights = {key.removeprefix("mps."): value for key, value in weights.items()}  # the prefix of the copy on the Hub
-    clip, found, layers = split_keys(weights, "model."), split_keys(weights, "cross_model.layers."), {}
-    refuse_unexpected(weights)
-    for key, value in found.items():
+    # "mps." is a prefix in the copy on the Hub.
+    clip, layers = {key.removeprefix("mps.").removeprefix("model."): value for key, value in weights.items()}, {}
+    for key, value in split_keys(clip, "cross_model.layers.").items():
         block, _, name = key.partition(".fn.")
         if name == "fused_attn_ff_proj.weight":
             parts = value.tensor_split((value.shape[1], value.shape[1] + 128))
@@ -1556,11 +1536,6 @@ def split_keys(weights: dict, prefix: str) -> dict:
     return {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
 
 
-def refuse_unexpected(weights: dict) -> None:
-    if weights:
-        raise ValueError(f"{len(weights)} unexpected keys: {', '.join(list(weights)[:3])}")
-
-
 def linear_head(width: int, weights: dict) -> torch.nn.Sequential:
     """The head of the aesthetic predictor and of ImageReward: five linear layers, some with dropout between them."""
     sizes = {"0": (width, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
@@ -1597,13 +1572,10 @@ def hf_clip_weights(weights: dict) -> dict:
 
 def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
     """ImageReward's state dict as those of transformers.BlipVisionModel, BlipTextModel and the head."""
-    weights, prefixes = dict(weights), ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.")
-    vision, text, head = (split_keys(weights, prefix) for prefix in prefixes)
-    for prefix in ("blip.vision_proj.", "blip.text_proj."):  # of BLIP's pretraining; the reward does not use them
-        split_keys(weights, prefix)
-    refuse_unexpected(weights)
-    renames = """.cls_token=.embeddings.class_embedding .pos_embed=.embeddings.position_embedding
-        .patch_embed.proj.=.embeddings.patch_embedding. .blocks.=.encoder.layers. .norm1.=.layer_norm1.
+    vision, prefixes = dict(weights), ("blip.text_encoder.", "mlp.layers.", "blip.vision_proj.", "blip.text_proj.")
+    text, head, *_ = [split_keys(vision, prefix) for prefix in prefixes]  # the projections are of BLIP's pretraining
+    renames = """.blip.visual_encoder.=. .cls_token=.embeddings.class_embedding .blocks.=.encoder.layers.
+        .pos_embed=.embeddings.position_embedding .patch_embed.proj.=.embeddings.patch_embedding. .norm1.=.layer_norm1.
         .norm2.=.layer_norm2. .norm.=.post_layernorm. .attn.qkv.=.self_attn.qkv. .attn.proj.=.self_attn.projection."""
     return {rename(f".{key}", renames)[1:]: value for key, value in vision.items()}, text, head
 
