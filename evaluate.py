@@ -1948,8 +1948,7 @@ class CLIPScoreReward(HPSReward):
         self.tokenizer = self.load_tokenizer()
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
-        texts = [clean_text(f"A photo depicts {prompt}") for prompt in prompts]
-        return self.tokens(texts, 77).input_ids
+        return self.tokens([clean_text(f"A photo depicts {prompt}") for prompt in prompts], 77).input_ids
 
     def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
         return 2.5 * super().compare(images, texts).clamp(min=0)
@@ -2054,8 +2053,7 @@ class VQAScoreReward(RewardModel):
         return self.image_processor(square, return_tensors="pt").pixel_values[0]
 
     def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        hidden = self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
-        return self.projector(hidden)
+        return self.projector(self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:])
 
     def encode_prompts(self, prompts: list[str]) -> list:
         # The text before and the text after the image are tokenised apart, so an end token precedes the image too.

@@ -323,11 +323,10 @@ def copy_images(args: ScriptArguments, pairs: "Pairs", ranking: Ranking, folder:
     schema = pa.schema([pairs.configurations["default"][1].arrow_schema.field(name) for name in pairs.images])
     for file, rows in missing.items():
         with replacing(file) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
-            for row, (_, found) in zip(rows, stream):
+            for row, (number, found) in zip(rows, stream):
                 light = pairs.without_images(found)
                 if any(light[name] != row[name] for name in known):
-                    problem = f"row {row['_row']} of the dataset is not the pair that was scored"
-                    raise SystemExit(f"{args.where}: {problem}: choose another --output_dir")
+                    raise SystemExit(f"{args.where}: row {number} is not what was scored: choose another --output_dir")
                 images = {name: pairs.image_of(found[name]) for name in pairs.images}
                 images |= {name: found[name] for name in pairs.images if isinstance(found[name], bytes)}
                 writer.write_batch(pa.RecordBatch.from_pylist([images], schema))
@@ -452,9 +451,8 @@ def stream_files(args: ScriptArguments) -> list[str]:
             if files and all(file.endswith(".parquet") for file in files):
                 return [file.replace(f"{path}/", f"{name}/") for file in files]
             read = partial(load_dataset, **where, split=split, cache_dir=cache)
-        files = [Path(name), *sorted(Path(name).rglob("*"))] if name else []
-        facts = [rows, options, split, [[str(file), file_facts(file)] for file in files]]
-        copy = Path(args.output_dir, "work", "datasets", f"{short_hash(json.dumps(facts))}.parquet")
+        source = rows or [[str(file), file_facts(file)] for file in [Path(name), *sorted(Path(name).rglob("*"))]]
+        copy = Path(args.output_dir, "work", "datasets", f"{short_hash(json.dumps([source, options, split]))}.parquet")
         if not copy.exists():
             with replacing(copy) as temporary:
                 read().to_parquet(temporary)
@@ -466,14 +464,13 @@ def folder_pairs(args: ScriptArguments) -> list[dict]:
     winners, losers = pictures_of(args.winner_dir), pictures_of(args.loser_dir)
     if alone := sorted({*winners} ^ {*losers}):
         raise ValueError(f"{len(alone)} images are in only one of the two folders: {', '.join(alone[:5])}")
-    rows = []
+    rows, columns = [], (args.prompt_column, args.image_0_column, args.image_1_column, args.label_0_column)
     for stem, winner in winners.items():
-        caption = winner.with_suffix(".txt").read_bytes()
-        is_utf16 = caption[:2] in (b"\xff\xfe", b"\xfe\xff")  # as Windows saves "Unicode"
-        row = {args.prompt_column: caption.decode("utf-16" if is_utf16 else "utf-8-sig").strip()}
-        for column, file in ((args.image_0_column, winner), (args.image_1_column, losers[stem])):
-            row[column] = os.path.relpath(file.resolve(), args.root)
-        rows.append(row | {args.label_0_column: 1.0})
+        text = winner.with_suffix(".txt").read_bytes()
+        is_utf16 = text[:2] in (b"\xff\xfe", b"\xfe\xff")  # as Windows saves "Unicode"
+        caption = text.decode("utf-16" if is_utf16 else "utf-8-sig").strip()
+        paths = [os.path.relpath(file.resolve(), args.root) for file in (winner, losers[stem])]
+        rows.append(dict(zip(columns, (caption, *paths, 1.0))))
     return rows
 
 
@@ -515,13 +512,13 @@ class Pairs:
         self.images = [args.image_0_column, args.image_1_column]
         self.uids = [args.image_0_uid_column, args.image_1_uid_column]
         features = Features.from_dict(self.files[0]["columns"])
-        self.types = {field.name: str(field.type) for field in features.arrow_schema}
+        types = {field.name: str(field.type) for field in features.arrow_schema}
         # The columns without images, which are read together with them, and ids, which are made where there are none.
-        self.read = [name for name in self.types if "binary" not in self.types[name]]
+        self.read = [name for name in types if "binary" not in types[name]]
         light = {name: features.get(name, Value("string")) for name in [*self.read, *self.uids]}
         self.schema = Features(light | {name: Value("int8") for name in ("_status", "_winner")}).arrow_schema
         # Of each configuration of the dataset its folder and its columns. Images replace paths of images.
-        images = {name: features[name] if self.types[name].endswith("binary") else Image() for name in self.images}
+        images = {name: features[name] if types[name].endswith("binary") else Image() for name in self.images}
         added = {name: Value(kind) for name, kind in NEW_COLUMNS.items()}
         self.configurations = {"default": ("data", Features(light | images | added))} if args.include_images else {}
         self.configurations["scores"] = ("scores", Features(light | added))
@@ -546,7 +543,7 @@ class Pairs:
         return {"bytes": image["bytes"] or b"", "path": image["path"] and os.path.basename(image["path"])}
 
     def without_images(self, row: dict) -> dict:
-        """A row without images. Ids that it lacks are made: in a column of paths of path, size and date, else of bytes."""
+        """A row without images. Ids that it lacks are made of content; in a column of paths of path, size, date."""
         light = {name: row[name] for name in self.read}
         for value, uid in zip((row[name] for name in self.images), self.uids):
             if uid not in light and isinstance(value, str) and value:
@@ -703,7 +700,7 @@ def write_card(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
     images, figures = "", {"difference": "Distribution of ψ(winner) − ψ(loser)", "quality": "Q over the sorted pairs"}
     if not args.include_images:
         images = f" The images are not in it: join them from `{source}` by `{pairs.uids[0]}` and `{pairs.uids[1]}`"
-        is_hash = pairs.uids[0] not in pairs.read and not pairs.types[args.image_0_column].endswith("string")
+        is_hash = pairs.uids[0] not in pairs.read and pairs.images[0] not in pairs.read
         images += " (BLAKE2b of the image's file, 16 bytes in hexadecimal)." if is_hash else "."
     elif args.num_examples:
         figures |= {"best": "The best pairs, winners above losers", "worst": "The worst pairs, of the smallest Q"}
@@ -1326,8 +1323,7 @@ class CLIPScoreReward(HPSReward):
         self.tokenizer = self.load_tokenizer()
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
-        texts = [clean_text(f"A photo depicts {prompt}") for prompt in prompts]
-        return self.tokens(texts, 77).input_ids
+        return self.tokens([clean_text(f"A photo depicts {prompt}") for prompt in prompts], 77).input_ids
 
     def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
         return 2.5 * super().compare(images, texts).clamp(min=0)
@@ -1432,8 +1428,7 @@ class VQAScoreReward(RewardModel):
         return self.image_processor(square, return_tensors="pt").pixel_values[0]
 
     def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        hidden = self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
-        return self.projector(hidden)
+        return self.projector(self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:])
 
     def encode_prompts(self, prompts: list[str]) -> list:
         # The text before and the text after the image are tokenised apart, so an end token precedes the image too.

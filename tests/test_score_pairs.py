@@ -546,7 +546,7 @@ def test_images_of_other_rows_are_not_joined(tmp_path, reward):
     table = table.set_column(2, "jpg_0", table["jpg_0"].take([8, *range(1, 8), 0, *range(9, 24)]))
     pq.write_table(table, tmp_path / "pairs.parquet", **options)
     message = refused("score_pairs", *flags(tmp_path / "pairs.parquet", reward, tmp_path / "out"), "--include_images")
-    assert "row 0 of the dataset is not the pair that was scored" in message
+    assert "row 0 is not what was scored" in message
 
 
 def test_another_reward_adds_its_scores(tmp_path, reward):
