@@ -140,7 +140,7 @@ class ScriptArguments:
             (self.task_index >= self.num_tasks, f"--task_index {self.task_index}: must be less than --num_tasks"),
             (self.num_tasks > 1 and self.stages == ["sort"], "--stages sort needs --num_tasks 1, after all tasks"),
             ((self.winner_dir is None) != (self.loser_dir is None), "--winner_dir and --loser_dir belong together"),
-            ((self.dataset_name is None) == (self.winner_dir is None), "give either --dataset_name or two folders"),
+            ((self.dataset_name is None) == (self.winner_dir is None), "give either --dataset_name or --winner_dir"),
             (self.push_to_hub and not self.hub_dataset_id, "--push_to_hub needs --hub_dataset_id user/name"),
             (one_image, f"--normalization softmax: {self.reward} does not compare two images: choose another"),
         ):
@@ -446,7 +446,7 @@ def stream_files(args: ScriptArguments) -> list[str]:
             where = {"path": "json", "data_files": {split: path}} if os.path.isfile(name) else {"path": path, **options}
             found = load_dataset_builder(**where).config.data_files or {}
             if found and split not in found:
-                raise ValueError(f"no split {split!r}; it has {', '.join(found)}")
+                raise ValueError(f"no split {split!r}; it has {', '.join(map(str, found))}")
             files = [str(file) for file in found.get(split, [])]
             if files and all(file.endswith(".parquet") for file in files):
                 return [file.replace(f"{path}/", f"{name}/") for file in files]

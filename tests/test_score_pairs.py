@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import call, check_card, make_tiny_pickscore, refused, run, torchrun
-from datasets import Dataset, Features, Image, Value, get_dataset_config_names, load_dataset
+from datasets import Dataset, DatasetDict, Features, Image, Value, get_dataset_config_names, load_dataset
 from filelock import FileLock
 from PIL import Image as PILImage
 
@@ -304,8 +304,13 @@ def test_other_forms_of_pairs(tmp_path, reward):
     table = table.set_column(0, "prompt", table["prompt"].cast(pa.large_string()))
     pq.write_table(table, tmp_path / "polars.parquet")
     check("polars.parquet", **columns, include_images="true")
-    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    saved = Dataset.from_list(rows)
+    saved.save_to_disk(tmp_path / "saved")
     check("saved", **columns)
+    DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(tmp_path / "splits")
+    check("splits", **columns)
+    other = flags(tmp_path / "splits", reward, tmp_path / "new", dataset_split="val")
+    assert "no split 'val'; it has train, test" in refused("score_pairs", *other)
 
     paths = [{"prompt": row["prompt"], "chosen": f"better/{i:03d}.png", "rejected": f"worse/{i:03d}.png"}
              for i, row in enumerate(rows)]  # fmt: skip
