@@ -1158,10 +1158,10 @@ class RewardModel:
     def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(pixels).to(self.device, self.dtype)
 
-    def tokens(self, texts: list[str], max_length: int, **options):
-        """The tokens of texts. What is longer is cut, and noted."""
+    def tokens(self, texts: list[str], max_length: int, prompts: list[str] | None = None, **options):
+        """The tokens of texts. What is longer is cut, and noted: by the `prompts` that the texts were made of."""
         tokens = self.tokenizer(texts, truncation=True, max_length=max_length, **options)
-        self.cut.update(text for text, found in zip(texts, tokens.encodings) if found.overflowing)
+        self.cut.update(text for text, found in zip(prompts or texts, tokens.encodings) if found.overflowing)
         return tokens
 
     def source_of(self, *files: str) -> str:
@@ -1459,7 +1459,7 @@ class CLIPScoreReward(HPSReward):
         self.tokenizer = self.load_tokenizer()
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
-        return self.tokens([clean_text(f"A photo depicts {prompt}") for prompt in prompts], 77).input_ids
+        return self.tokens([clean_text(f"A photo depicts {prompt}") for prompt in prompts], 77, prompts).input_ids
 
     def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
         return 2.5 * super().compare(images, texts).clamp(min=0)

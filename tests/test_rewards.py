@@ -318,6 +318,8 @@ def test_clipscore_is_hessels(openai_clip, clip_tokenizer, tmp_path):
     expected = 2.5 * torch.nn.functional.cosine_similarity(image_features, text_features).clamp(min=0)
     np.testing.assert_allclose(reward.score(images, PROMPTS[: len(images)]), expected, atol=1e-5, rtol=0)
     assert expected.std() > 1e-3
+    reward.score(images[:2], ["a cat", long := "A Cat " * 80])
+    assert reward.cut == {long}  # the prompt, not the text that is made of it
 
 
 # MPS
