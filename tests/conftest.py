@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from io import BytesIO
 from pathlib import Path
 
 import hub
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -44,13 +46,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_hub.py")
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 def start(*command, **options) -> list[Process]:
     """A script of the repository in a process of its own, as a user starts it; with `torchrun` in several."""
     words, together = list(map(str, command)), [{}]
     if words[:2] == ["-m", "torch.distributed.run"]:
         count, words = int(words[4]), words[5:]
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         together = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [Process(zygote(), words, {**os.environ, **mine}, **options) for mine in together]
 
@@ -284,6 +290,15 @@ def make_tiny_sd3(folder: Path, seed: int = 0, t5: bool = True, qk_norm: str | N
     return folder
 
 
+def copy_of(model: Path, folder: Path, **changes) -> Path:
+    """A pipeline with other values in its configurations: {"unet/config": {…}}."""
+    shutil.copytree(model, folder)
+    for file, values in changes.items():
+        path = folder / f"{file}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory) -> Path:
     return make_tiny_sd3(tmp_path_factory.mktemp("models") / "tiny-sd3")
@@ -507,3 +522,16 @@ def server(tmp_path):
     assert hub.TOKEN.encode() not in b"".join(server.contents())
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or hub.TOKEN.encode() not in file.read_bytes(), file
+
+
+@pytest.fixture
+def online(server, tmp_path, monkeypatch):
+    """This process as a client of that Hub."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    values = {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    values["HUGGINGFACE_CO_URL_TEMPLATE"] = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    values["HF_HUB_CACHE"] = str(tmp_path / "cache")
+    for name, value in values.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    return server

@@ -10,7 +10,6 @@ import datasets
 import huggingface_hub
 import pytest
 from datasets import Dataset, Features, Image, Value
-from test_user_study import online  # noqa: F401
 
 import build_synpic
 import evaluate
@@ -199,7 +198,7 @@ def rows_of(name: str) -> list[list] | str:
     return [[row["prompt"], row.get(category), *place.values()] for row, place in zip(rows, places)]
 
 
-def test_sets_with_a_short_name_come_from_the_hub_without_images(pairs, online, web, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_sets_with_a_short_name_come_from_the_hub_without_images(pairs, online, web, tmp_path, monkeypatch, capsys):
     """Through the real client: the bytes of all answers to its requests for 500 captions."""
     for module, name in ((datasets.config, "HF_HUB_OFFLINE"), (build_synpic, "HF_HUB_OFFLINE")):
         monkeypatch.setattr(module, name, False)
