@@ -17,6 +17,8 @@ Outside sections and marks, no two scripts may share eight equal lines in a row.
 import ast
 import re
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -70,13 +72,10 @@ def definitions(lines: Lines) -> list[tuple[str, slice]]:
     """(name, lines with decorators) of every top-level function, class and assignment."""
     found = []
     for node in parse("\n".join(lines)).body:
-        start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) - 1
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [target.id for target in targets if isinstance(target, ast.Name)]
-        else:
-            names = [node.name] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else []
-        found += [(name, slice(start, node.end_lineno)) for name in names]
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        targets = getattr(node, "targets", None) or [getattr(node, "target", node)]
+        names = [getattr(target, "id", getattr(target, "name", None)) for target in targets]
+        found += [(name, slice(first - 1, node.end_lineno)) for name in names if name]
     return found
 
 
@@ -107,39 +106,38 @@ def marked_copy(scripts: Scripts, script: str, number: int) -> tuple[slice, Line
     return where, wanted
 
 
-def marks(lines: Lines) -> list[int]:
-    return [number for number, line in enumerate(lines) if line.startswith("# Copied from")]
+def copies(scripts: Scripts) -> Iterator[tuple[str, int, tuple[slice, Lines] | str]]:
+    """(script, line number, what stands there and what must, or what is wrong) of every section and every mark. From
+    the end of a script, so that the lines above stay in place when one is written."""
+    for script, lines in scripts.items():
+        for name, home, where in reversed(sections(lines)):
+            wanted = section_at_home(scripts, name, home)
+            yield (
+                script,
+                where.start,
+                f"{home}.py does not hold section `{name}`" if wanted is None else (where, wanted),
+            )
+        for number in reversed([number for number, line in enumerate(lines) if line.startswith("# Copied from")]):
+            yield script, number, marked_copy(scripts, script, number)
 
 
-def check_sections(scripts: Scripts) -> list[str]:
-    """Copies that differ, homes without the section, banners misspelt or written twice."""
+def check_copies(scripts: Scripts) -> list[str]:
+    """Copies that differ, homes without the section, marks and banners misspelt, sections written twice."""
     wrong = []
+    for script, number, copy in copies(scripts):
+        place = f"{script}.py:{number + 1}:"
+        if isinstance(copy, str):
+            wrong.append(f"{place} {copy}")
+        elif scripts[script][copy[0]] != copy[1]:
+            wrong.append(f"{place} differs from its original: run make fix-copies")
     for script, lines in scripts.items():
         found = sections(lines)
-        for i, (name, home, where) in enumerate(found):
-            place, wanted = f"{script}.py:{where.start + 1}: section `{name}`", section_at_home(scripts, name, home)
-            if name in (other for other, _, _ in found[:i]):
-                wrong.append(f"{place} stands in this script twice")
-            if wanted is None:
-                wrong.append(f"{place}: {home}.py does not hold it")
-            elif lines[where] != wanted:
-                wrong.append(f"{place} differs from {home}.py: run make fix-copies")
+        names = Counter(name for name, _, _ in found)
+        wrong += [f"{script}.py: section `{name}` stands here {n} times" for name, n in names.items() if n > 1]
         titles = {where.start + 1 for _, _, where in found}
         for number, line in enumerate(lines):
             if re.match(r"#(\W*shared:|.*fix-copies)", line, re.I) and number not in titles:
                 wrong.append(f"{script}.py:{number + 1}: the banner of a shared section is misspelt: {line}")
-    return wrong
-
-
-def check_marks(scripts: Scripts) -> list[str]:
-    wrong = []
-    for script, lines in scripts.items():
-        for number in marks(lines):
-            copy = marked_copy(scripts, script, number)
-            if isinstance(copy, str):
-                wrong.append(f"{script}.py:{number + 1}: {copy}")
-            elif lines[copy[0]] != copy[1]:
-                wrong.append(f"{script}.py:{number + 1}: differs from its original: run make fix-copies")
     return wrong
 
 
@@ -230,7 +228,7 @@ def check_length(scripts: Scripts) -> list[str]:
     ]
 
 
-CHECKS = (check_sections, check_marks, check_definitions, check_repetitions, check_method_first, check_length)
+CHECKS = (check_copies, check_definitions, check_repetitions, check_method_first, check_length)
 
 
 def check(folder: Path) -> list[str]:
@@ -243,14 +241,9 @@ def fix(folder: Path) -> list[str]:
     """Writes sections and marked copies from their homes; returns the files that it wrote."""
     scripts, before = read_scripts(folder), read_scripts(folder)
     for _ in range(4):  # a mark may stand in a section, and its original may be a copy itself
-        for lines in scripts.values():
-            for name, home, where in reversed(sections(lines)):  # from the end, so that the lines above stay in place
-                lines[where] = section_at_home(scripts, name, home) or lines[where]
-        for script, lines in scripts.items():
-            for number in reversed(marks(lines)):
-                copy = marked_copy(scripts, script, number)
-                if not isinstance(copy, str):
-                    lines[copy[0]] = copy[1]
+        for script, _, copy in copies(scripts):
+            if not isinstance(copy, str):
+                scripts[script][copy[0]] = copy[1]
     written = [script for script in scripts if scripts[script] != before[script]]
     for script in written:
         script_files(folder)[script].write_text("\n".join(scripts[script]) + "\n")
@@ -344,14 +337,14 @@ def edit(folder: Path, script: str, old: str, new: str) -> None:
 OUTSIDE = ["SUFFIX belongs to section `files`", "write belongs to section `files`"]
 # script, what is replaced by what there, words of each complaint
 BROKEN = [
-    ("second", "write_text(text)", "write_text(str(text))", ["section `files` differs"]),
-    ("third", "scores)\n", "scores)\nX = 1\n", ["section `trainer` differs"]),
+    ("second", "write_text(text)", "write_text(str(text))", ["second.py:18: differs from its original"]),
+    ("third", "scores)\n", "scores)\nX = 1\n", ["differs from its original"]),
     ("first", "path.write_text", "path.write", ["second.py", "third.py"]),
     ("third", FILES[: FILES.index("\n\n\n")], "", OUTSIDE),
     ("third", "# Shared: files", "# shared: files", ["is misspelt", *OUTSIDE]),
-    ("third", "files (first.py", "files (second.py", ["section `files` differs from second.py"]),
-    ("first", FILES, "", ["first.py does not hold it"] * 2),
-    ("third", TRAINER, f"{TRAINER}\n\n{FILES}", ["stands in this script twice", *OUTSIDE]),
+    ("third", "files (first.py", "files (second.py", ["third.py:9: differs"]),
+    ("first", FILES, "", ["first.py does not hold section `files`"] * 2),
+    ("third", TRAINER, f"{TRAINER}\n\n{FILES}", ["section `files` stands here 2 times", *OUTSIDE]),
     ("second", "def own():", "def write():", ["write belongs to section `files`"]),
     ("third", "sorted(values)", "values", ["third.py:4: differs from its original"]),
     ("first", "sorted(scores)", "scores", ["second.py", "third.py:4", "third.py"]),
