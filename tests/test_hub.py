@@ -30,8 +30,7 @@ def start(server, home: Path, *command, token: str = hub.TOKEN, **options) -> Pr
     link.symlink_to(home)
     home.mkdir(exist_ok=True)
     environment = server.environment() | {"HF_HOME": str(link), "PYTHONPATH": str(ROOT / "tests" / "hurried")}
-    first = environment | {"HF_HUB_DISABLE_XET": "1"}
-    return Process(zygote(*first.items()), command, {**os.environ, **environment, "HF_TOKEN": token}, **options)
+    return Process(zygote(*environment.items()), command, {**os.environ, **environment, "HF_TOKEN": token}, **options)
 
 
 def client(server, home: Path, *command, check=True, token: str = hub.TOKEN) -> subprocess.CompletedProcess:
