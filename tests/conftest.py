@@ -37,7 +37,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 
-sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "shapes", "metrics", "benchmarks", "tests/golden")]
 torch.set_num_threads(1)
 
 

@@ -5,16 +5,13 @@ import json
 import subprocess
 import sys
 
+import generate_speed
+import many_rows
 import numpy as np
 import pytest
 import torch
+import train_speed
 from conftest import ROOT
-
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import generate_speed  # noqa: E402
-import many_rows  # noqa: E402
-import train_speed  # noqa: E402
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])

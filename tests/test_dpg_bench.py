@@ -6,25 +6,20 @@ import io
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
+import dpg_bench
+import make_dpg_bench as inputs
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from double import in_float64
+from dpg_bench import DPGBench
 from safetensors.torch import save_file
 
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "metrics"), str(Path(__file__).parent / "golden")]
-
-import dpg_bench  # noqa: E402
-import make_dpg_bench as inputs  # noqa: E402
-from double import in_float64  # noqa: E402
-from dpg_bench import DPGBench  # noqa: E402
-
-
-GOLDEN = np.load(Path(__file__).parent / "golden" / "dpg_bench.npz")
+GOLDEN = np.load(ROOT / "tests" / "golden" / "dpg_bench.npz")
 N = len(inputs.QUESTIONS)
 
 

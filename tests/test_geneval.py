@@ -7,22 +7,18 @@ What the official code gave stands in golden/geneval.npz; golden/make_geneval.py
 import io
 import json
 import math
-import sys
 from email.message import Message
 from functools import cache, partial
 
+import geneval
+import make_geneval
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from double import float64, in_float64
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
-
-
-sys.path[:0] = [str(ROOT / "metrics"), str(ROOT / "tests" / "golden")]
-import geneval
-import make_geneval
-from double import float64, in_float64
 
 
 ARRAYS = np.load(ROOT / "tests" / "golden" / "geneval.npz")

@@ -7,10 +7,9 @@ and kohya's network loader take; of SD3-Medium those of diffusers' own file, whi
 not put out).
 """
 
-import sys
-
 import pytest
 import torch
+import train_speed
 from conftest import ROOT
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
@@ -20,10 +19,6 @@ from safetensors.torch import load_file
 import train_dpo_qsd
 import train_rankdpo_sd3
 import train_rankdpo_sdxl
-
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import train_speed  # noqa: E402
 
 
 RANK = 2

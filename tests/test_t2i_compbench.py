@@ -2,22 +2,17 @@
 
 import json
 import math
-import sys
 
+import make_t2i_compbench as golden
 import numpy as np
 import pytest
 import spacy
+import t2i_compbench as bench
 import torch
 import transformers
 from conftest import ROOT
-from PIL import Image as PILImage
-
-
-sys.path[:0] = [str(ROOT / "metrics"), str(ROOT / "tests" / "golden")]
-
-import make_t2i_compbench as golden
-import t2i_compbench as bench
 from double import float64, in_float64
+from PIL import Image as PILImage
 
 
 VOCAB = spacy.blank("en").vocab

@@ -416,16 +416,6 @@ def test_bad_rows_are_named(flags, tmp_path, monkeypatch, change, words):
     assert "image" in words or not (tmp_path / "out").exists()
 
 
-def test_prompts_of_pairs_that_are_not_trained_on_may_be_blank(flags, tmp_path):
-    rows = pair_rows()
-    worst = best_first()[-1]
-    for i in (5, 6, worst):
-        rows[i]["caption"] = " "
-    more = [*flags, "--dataset_name", write_pairs(tmp_path / "pairs", rows), "--output_dir", tmp_path / "out"]
-    assert f"row {worst}" in refused("train_dpo_qsd", *more)
-    call("train_dpo_qsd", *more, "--max_train_steps", 2)
-
-
 def test_ids_that_do_not_join_are_counted_and_shown(flags, tmp_path):
     rows = pair_rows()
     scores = [dict(row) for row in rows]

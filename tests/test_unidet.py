@@ -3,19 +3,14 @@
 
 import copy
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent / "metrics"), str(TESTS / "golden")]
-
 import unidet
+from conftest import ROOT
 from double import float64
 from make_unidet import NAMES, SIZES, official_input, sample, tiny_image, tiny_tensor
 
@@ -26,7 +21,7 @@ CONFIG |= {"fpn_channels": 16, "head_channels": 16, "head_features": 32}
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(TESTS / "golden" / "unidet.npz") as file:
+    with np.load(ROOT / "tests" / "golden" / "unidet.npz") as file:
         return dict(file)
 
 
