@@ -224,13 +224,14 @@ def test_pairs_are_seen_best_first_by_any_number_of_processes_and_after_a_resume
 
     monkeypatch.setattr(script, "read_row", spied)
     wanted = [(epoch, pair) for epoch in range(2) for pair in best_first()]  # 5 steps of 6 pairs, 22 an epoch
-    wanted = dict(enumerate(wanted[:33]))  # and one batch ahead
+    wanted = dict(enumerate(wanted[:30]))
     common = [*flags, "--train_batch_size", 3, "--output_dir"]
     for name, steps, first in (("one", 5, 0), ("resumed", 2, 0), ("resumed", 5, 12)):
         shown.clear()
         more = ["--gradient_accumulation_steps", 2, "--max_train_steps", steps, "--resume_from_checkpoint", "latest"]
         call("train_dpo_qsd", *common, tmp_path / name, *more)
-        assert shown == {place: wanted[place] for place in range(first, 6 * steps + 3)}
+        found = {place: pair for place, pair in shown.items() if place < 6 * steps}  # not the batch that is read ahead
+        assert found == {place: wanted[place] for place in range(first, 6 * steps)}
     assert same_lora(tmp_path / "one", tmp_path / "resumed")
     run(*torchrun(2, "train_dpo_qsd.py"), *common, tmp_path / "two", "--max_train_steps", 5)
     assert lora_difference(tmp_path / "one", tmp_path / "two") < 1e-5
