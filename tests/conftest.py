@@ -163,6 +163,10 @@ def tiny_vae(**kwargs):
     )
 
 
+TINY_UNET = {"sample_size": 8, "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
 def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     """An SDXL pipeline of 40 thousand parameters for 32x32 images."""
     import train_generators
@@ -173,12 +177,9 @@ def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     tokenizer = train_generators.make_tokenizer()
     config = tiny_clip(tokenizer, 16)
     unet = UNet2DConditionModel(
-        sample_size=8,
+        **TINY_UNET,
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-        block_out_channels=[8, 16],
-        layers_per_block=1,
-        norm_num_groups=4,
         attention_head_dim=[1, 2],
         transformer_layers_per_block=[1, 1],
         cross_attention_dim=32,
@@ -195,7 +196,7 @@ def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     ).save_pretrained(folder)
@@ -212,25 +213,19 @@ def make_tiny_sd(folder: Path, seed: int = 0, prediction_type: str = "epsilon") 
     tokenizer = train_generators.make_tokenizer()
     config = tiny_clip(tokenizer, 16)
     unet = UNet2DConditionModel(
-        sample_size=8,
+        **TINY_UNET,
         down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
         up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-        block_out_channels=[8, 16],
-        layers_per_block=1,
-        norm_num_groups=4,
         attention_head_dim=2,
         cross_attention_dim=16,
     )
     vae = tiny_vae(latent_channels=4)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
-    )
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(config),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=DDIMScheduler(**SCHEDULE, prediction_type=prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
