@@ -841,8 +841,7 @@ def prepare_repository(args: "ScriptArguments") -> None:
     card, files = earlier_card(args, on_hub=True), HfApi().list_repo_files(url.repo_id, repo_type=kind)
     foreign = [name for name in files if any(fnmatch(name, pattern) for pattern in DATA_FILES)]
     if foreign and not (card and CARD_BEGIN in card.text):
-        problem = f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}), which would be replaced"
-        raise SystemExit(f"{problem}: choose another name")
+        raise SystemExit(f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}): choose another name")
 
 
 def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
@@ -1433,10 +1432,9 @@ class MPSBlock(torch.nn.Module):
 
 def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
     """MPS's state dict as those of transformers.CLIPModel and of the layers in MPSReward."""
-    weights = {key.removeprefix("mps."): value for key, value in weights.items()}  # the prefix of the copy on the Hub
-    clip, found, layers = split_keys(weights, "model."), split_keys(weights, "cross_model.layers."), {}
-    refuse_unexpected(weights)
-    for key, value in found.items():
+    # "mps." is a prefix in the copy on the Hub.
+    clip, layers = {key.removeprefix("mps.").removeprefix("model."): value for key, value in weights.items()}, {}
+    for key, value in split_keys(clip, "cross_model.layers.").items():
         block, _, name = key.partition(".fn.")
         if name == "fused_attn_ff_proj.weight":
             parts = value.tensor_split((value.shape[1], value.shape[1] + 128))
@@ -1461,8 +1459,7 @@ class CLIPScoreReward(HPSReward):
         self.tokenizer = self.load_tokenizer()
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
-        texts = [clean_text(f"A photo depicts {prompt}") for prompt in prompts]
-        return self.tokens(texts, 77).input_ids
+        return self.tokens([clean_text(f"A photo depicts {prompt}") for prompt in prompts], 77).input_ids
 
     def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
         return 2.5 * super().compare(images, texts).clamp(min=0)
@@ -1567,8 +1564,7 @@ class VQAScoreReward(RewardModel):
         return self.image_processor(square, return_tensors="pt").pixel_values[0]
 
     def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        hidden = self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
-        return self.projector(hidden)
+        return self.projector(self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:])
 
     def encode_prompts(self, prompts: list[str]) -> list:
         # The text before and the text after the image are tokenised apart, so an end token precedes the image too.
@@ -1671,11 +1667,6 @@ def split_keys(weights: dict, prefix: str) -> dict:
     return {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
 
 
-def refuse_unexpected(weights: dict) -> None:
-    if weights:
-        raise ValueError(f"{len(weights)} unexpected keys: {', '.join(list(weights)[:3])}")
-
-
 def linear_head(width: int, weights: dict) -> torch.nn.Sequential:
     """The head of the aesthetic predictor and of ImageReward: five linear layers, some with dropout between them."""
     sizes = {"0": (width, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
@@ -1712,13 +1703,10 @@ def hf_clip_weights(weights: dict) -> dict:
 
 def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
     """ImageReward's state dict as those of transformers.BlipVisionModel, BlipTextModel and the head."""
-    weights, prefixes = dict(weights), ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.")
-    vision, text, head = (split_keys(weights, prefix) for prefix in prefixes)
-    for prefix in ("blip.vision_proj.", "blip.text_proj."):  # of BLIP's pretraining; the reward does not use them
-        split_keys(weights, prefix)
-    refuse_unexpected(weights)
-    renames = """.cls_token=.embeddings.class_embedding .pos_embed=.embeddings.position_embedding
-        .patch_embed.proj.=.embeddings.patch_embedding. .blocks.=.encoder.layers. .norm1.=.layer_norm1.
+    vision, prefixes = dict(weights), ("blip.text_encoder.", "mlp.layers.", "blip.vision_proj.", "blip.text_proj.")
+    text, head, *_ = [split_keys(vision, prefix) for prefix in prefixes]  # the projections are of BLIP's pretraining
+    renames = """.blip.visual_encoder.=. .cls_token=.embeddings.class_embedding .blocks.=.encoder.layers.
+        .pos_embed=.embeddings.position_embedding .patch_embed.proj.=.embeddings.patch_embedding. .norm1.=.layer_norm1.
         .norm2.=.layer_norm2. .norm.=.post_layernorm. .attn.qkv.=.self_attn.qkv. .attn.proj.=.self_attn.projection."""
     return {rename(f".{key}", renames)[1:]: value for key, value in vision.items()}, text, head
 

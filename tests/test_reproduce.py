@@ -10,25 +10,26 @@ import pytest
 import reproduce
 
 
-def test_a_row_end_to_end_then_nothing_is_run_twice(tmp_path, monkeypatch, capsys):
+def test_rows_end_to_end_then_nothing_is_run_twice(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- reproduce.py: labels -->\n<!-- end -->\n")
-    flags = ["--rows", "dpo", "--seeds", 1, "--jobs", 1, "--prompts", 6, "--heldout", 6, "--docs", page]
+    page.write_text("before\n<!-- reproduce.py: objectives -->\n<!-- end -->\n")
+    flags = ["--rows", "dpo", "dpo_gain", "--seeds", 1, "--jobs", 1, "--prompts", 6, "--heldout", 6, "--docs", page]
     flags += ["--output_dir", tmp_path / "work", "--training_flags=--max_train_steps 2"]
     monkeypatch.chdir(reproduce.ROOT)
     monkeypatch.setattr("sys.argv", ["reproduce.py", *map(str, flags)])
     reproduce.main()
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "work" / "results.json").read_text())
-    assert set(results["rows"]) == {"base", "dpo"} and len(results["rows"]["base"]["accuracy"]) == 6
+    assert set(results["rows"]) == {"base", "dpo", "dpo_gain"} and len(results["rows"]["base"]["accuracy"]) == 6
     kept = results["rows"]["dpo"]["0"]
     settings = json.loads(reproduce.SEARCH_FILE.read_text())["dpo"]["settings"]
     assert f" {settings} " in kept["command"] and kept["command"].startswith("train_rankdpo_sdxl.py ")
     scores = tmp_path / "work" / "evaluation-heldout" / "scores" / "accuracy" / "dpo@0.json"
     right = np.array(json.loads(scores.read_text())["scores"]).sum(axis=1)
     assert kept["accuracy"] == "".join(str(int(n)) for n in right)
-    assert "| DPO |" in printed and "| DPO |" in page.read_text() and page.read_text().startswith("before\n")
-    assert (tmp_path / "work" / "report" / "labels.svg").read_text().startswith("<?xml")
+    assert "| DPO + gain − DPO |" in printed and "| DPO + gain − DPO |" in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert (tmp_path / "work" / "report" / "objectives.svg").read_text().startswith("<?xml")
 
     # The second time nothing is run: the figures come from what is there.
     monkeypatch.setattr(reproduce.subprocess, "call", None)
