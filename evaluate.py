@@ -117,7 +117,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 # Parts of a LoRA's keys and types, and what such a file is: diffusers would leave it out, or a part of it.
 OTHER_LORAS = {"hada_w": "a LoHa", "lokr_": "a LoKr", "dora_scale": "a DoRA", " F8_": "a LoRA in float8"}
 RIGHT, WRONG = (0, 150, 80), (215, 50, 40)  # frames of pictures with a verdict of 1 and of 0
-CARD_FACTS = ()  # this script replaces no metadata of a card; it adds results to model-index
+CARD_FACTS = ("model-index",)  # metadata of a card that is replaced
 CARD_BEGIN = "<!-- evaluate.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what evaluate.py wrote. -->"
 DEFAULT_METRICS = "hpsv2.1 pickscore imagereward aesthetic clipscore"  # models that one 24 GB GPU carries
@@ -185,8 +185,6 @@ class ScriptArguments:
             raise SystemExit(f"--task_index {self.task_index}: must be less than --num_tasks {self.num_tasks}")
         if self.num_tasks > 1:  # a run of its own reports after all tasks
             self.stages = [stage for stage in self.stages if stage != "report"]
-        if not self.stages:
-            raise SystemExit("--stages report: one run does this after all tasks: give --num_tasks 1")
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
@@ -347,7 +345,7 @@ def main(args: ScriptArguments) -> None:
     if "draw" in args.stages:
         draw(args, rows, models, state)
         state.wait_for_everyone()
-    if args.stages != ["draw"]:
+    if {*args.stages} & {"score", "report"}:
         score(args, rows, models, state)
         state.wait_for_everyone()
     if state.is_main_process and args.num_tasks > 1:
@@ -362,9 +360,8 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
     """Checks what can be checked before the work, locks the folder, and records what images are made with. Returns the
     rows of the prompts, and the models (see `read_models`), each with the settings of its images."""
     output_dir, keep = Path(args.output_dir), (args.category_column,) if args.category_column else ()
-    for path in output_dir.iterdir() if output_dir.is_dir() else ():
-        if path.name[0] != "." and path.name not in ("images", "scores", *RESULTS):
-            raise SystemExit(f"--output_dir {output_dir} holds other files ({path.name}): choose another folder")
+    if others := {path.name for path in output_dir.glob("[!.]*")} - {"images", "scores", *RESULTS}:
+        raise SystemExit(f"--output_dir {output_dir} holds other files ({min(others)}): choose another folder")
     check_rewards(args.metrics)
     whole_rows = any(map(takes_rows, args.metrics)) or any("{row[" in template for template in args.images)
     source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
@@ -500,11 +497,9 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
         rewards = {metric: load_reward_model(metric, **options) for metric in needed}
         hidden, label = not todo or not state.is_local_main_process, " ".join(map(reward_name, needed))
         with tqdm(total=sum(map(len, todo.values())), desc=label, unit="file", disable=hidden) as bar:
-            begun, order = {}, list(todo)
-            for number, (name, s) in enumerate(order):
-                for job in order[number : number + 2]:  # the next pictures are decoded while these are scored
-                    begun[job] = begun.get(job) or open_pictures(models, shards, job, rewards, todo[job])
-                pictures, images = begun.pop((name, s))
+            opened = ((*job, *open_pictures(models, shards, job, rewards, todo[job])) for job in todo)
+            # In pairs: the next pictures are decoded while these are scored.
+            for (name, s, pictures, images), _ in itertools.pairwise(itertools.chain(opened, [None])):
                 prompts, chosen = [rows[i]["prompt"] for i, _ in pictures], [rows[i] for i, _ in pictures]
                 for metric in images:
                     bad = {}
@@ -516,7 +511,7 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
                     content["scores"] = [scores.get(item) for item in shards[s]]
                     write_bytes(scores_file(args, metric, name, s), as_json(content))
                     bar.update()
-        del rewards, begun
+        del rewards, opened
         free_memory()
 
 
@@ -543,9 +538,9 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     members = groups | {name: [name] for name in models}  # several trainings as one model, in front, and each alone
     compared = compared_models(models, groups)
     pictured = [members[name][0] for name in compared]
-    stacked = {metric: {} for metric in metrics}
-    for metric, (name, trainings) in itertools.product(metrics, members.items()):
-        stacked[metric][name] = np.stack([results[metric][training] for training in trainings])
+    stacked = {}
+    for metric, by_model in results.items():
+        stacked[metric] = {name: np.stack([by_model[one] for one in trainings]) for name, trainings in members.items()}
     seeds = {name: tuple(training.partition("@")[2] for training in group) for name, group in groups.items()}
     summary, pairwise = summarize(stacked, categories, args.baseline, compared, args.seed, seeds)
     for name, metric in itertools.product(members, metrics):
@@ -559,8 +554,8 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     best = {found["run"]: {} for found in checkpoints.values()}  # of equal ones the earliest
     for run, metric in itertools.product(best, metrics):
         means = {name: summary[name][metric] for name, found in checkpoints.items() if found["run"] == run}
-        if known := [name for name, mean in means.items() if not math.isnan(mean)]:
-            best[run][metric] = max(known, key=means.get)
+        if applies := [name for name, mean in means.items() if not math.isnan(mean)]:
+            best[run][metric] = max(applies, key=means.get)
     record = {"n_prompts": len(rows), "n_images": len(rows) * args.num_images_per_prompt, "baseline": args.baseline}
     record |= {"settings": report_settings(args, rows, models), **summary, "pairwise": pairwise}
     missing = {name: record["n_images"] - len(model["pictures"]) for name, model in models.items()}
@@ -836,16 +831,15 @@ def file_of(model: str, file: str, revision: str | None = None) -> Path:
 
 def find_pipeline(args: ScriptArguments, source: str, revision: str | None = None) -> dict:
     """A pipeline that draws from a prompt alone: its "index", model_index.json; "commit" on the Hub or what identifies
-    its "files"; "half", its type on a GPU; whether it "takes_length" of prompts."""
+    its "files"; whether it "takes_length" of prompts."""
     index, commit = DiffusionPipeline.load_config(source, revision=revision, return_commit_hash=True)
-    name, is_unet, kind = index["_class_name"], "unet" in index, getattr(diffusers, index["_class_name"], None)
+    name, kind = index["_class_name"], getattr(diffusers, index["_class_name"], None)
     takes = inspect.signature(kind.__call__).parameters if kind else {}
     is_other = re.search("Img2Img|Inpaint|Edit|ControlNet|Layered|frames|video|audio", " ".join([name, *takes]))
     if is_other or not {"prompt", "guidance_scale", "num_inference_steps", "generator"} <= {*takes}:
         raise ValueError(f"a {name} is no pipeline of diffusers that draws images from a prompt and a guidance scale")
     found = {"source": source, "pipeline": source, "index": index, "commit": commit}
     found["takes_length"] = bool(args.max_sequence_length) and "max_sequence_length" in takes
-    found["half"] = "float16" if is_unet else "bfloat16"  # U-Nets are published in one, most transformers in the other
     return found | {"files": path_key(source) if os.path.isdir(source) else None}
 
 
@@ -956,8 +950,8 @@ def image_settings(args: ScriptArguments, rows: list[dict], name: str, model: di
         files = short_hash("\n".join([*stats, str(args.num_images_per_prompt)]))
         return {"images": model["source"], "files": files, "prompts": prompts}
     is_pipeline, default = model["kind"] == "pipeline", "float32"
-    if device.type == "cuda":
-        default = model["half"] if torch.cuda.is_bf16_supported(False) else "float16"
+    if device.type == "cuda":  # U-Nets are published in float16, most transformers in bfloat16
+        default = "bfloat16" if "unet" not in model["index"] and torch.cuda.is_bf16_supported(False) else "float16"
     # A folder keeps the type that it was begun with, for models that are added, and where only the report is written.
     earlier = ({} if is_pipeline else earlier_settings(args, BASE)) | earlier_settings(args, name)
     settings = {"model": model["pipeline"], "variant": None if is_pipeline else args.variant}
@@ -1178,14 +1172,11 @@ All figures are in [results.json](results.json).
 
 def merge_results(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     """`merge_cards` that also keeps results on other prompts in `model-index`."""
-    models = theirs.data.get("model-index")
-    card = merge_cards(mine, theirs)
-    if models:
-        (own,), (model, *others) = mine.data["model-index"], models
-        prompts = [result["dataset"] for result in own["results"]]
-        kept = [result for result in model.get("results") or [] if result.get("dataset") not in prompts]
-        card.data["model-index"] = [{**own, **model, "results": kept + own["results"]}, *others]
-    return card
+    (own,), (model, *others) = mine.data["model-index"], theirs.data.get("model-index") or [{}]
+    prompts = own["results"][0]["dataset"]
+    kept = [result for result in model.get("results") or [] if result.get("dataset") != prompts]
+    mine.data["model-index"] = [{**own, **model, "results": kept + own["results"]}, *others]
+    return merge_cards(mine, theirs)
 
 
 # Copied from build_synpic.merge_cards
