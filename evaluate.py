@@ -206,16 +206,15 @@ def with_seeds(values: np.ndarray, seeds: list[tuple], seed: int, resamples: int
     the other model, n_prompts), and how much each counts in every resample. The same seeds are drawn alike: differences
     are paired. Few seeds, resampled, spread too little: their variance is short by (n − 1)/n, and 2.5 % of a normal
     distribution is not 2.5 % of Student's t with n − 1 degrees of freedom. What a seed changes is enlarged by both."""
-    weights = np.ones((1, 1))
+    weights = np.ones((resamples, 1))
     for axis, n in enumerate(values.shape[:2]):
-        drawn = np.ones((1, 1))
         if n > 1:
             factor = np.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975) / ndtri(0.975)
             changes = values.mean(axis=1 - axis, keepdims=True) - values.mean(axis=(0, 1))
             values = values + (factor - 1) * changes
             rng = np.random.default_rng([seed, int(short_hash("|".join(seeds[axis]))[:8], 16)])
             drawn = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
-        weights = (weights[:, :, None] * drawn[:, None]).reshape(max(len(weights), len(drawn)), -1)
+            weights = (weights[:, :, None] * drawn[:, None]).reshape(resamples, -1)
     return values.reshape(-1, values.shape[-1]), weights
 
 
@@ -824,11 +823,6 @@ def compared_models(models: dict, groups: dict[str, list[str]]) -> list[str]:
     return list(compared.values())
 
 
-# Copied from train_rankdpo_sdxl.file_of
-def file_of(model: str, file: str, revision: str | None = None) -> Path:
-    return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
-
-
 def find_pipeline(args: ScriptArguments, source: str, revision: str | None = None) -> dict:
     """A pipeline that draws from a prompt alone: its "index", model_index.json; "commit" on the Hub or what identifies
     its "files"; whether it "takes_length" of prompts."""
@@ -862,15 +856,16 @@ def find_network(base: dict, part: str, source: str) -> dict:
 def find_lora(path: str) -> dict:
     """The "file" of a LoRA, which is a file, a folder or a repository on the Hub; and the rewards that ranked its
     training data, by the run.json of a trainer, as "trained_on"."""
-    file, trained_on = Path(path) if os.path.isfile(path) else file_of(path, LORA_FILE), []
+    if not os.path.exists(path):
+        path = HfApi().snapshot_download(path, allow_patterns=[LORA_FILE, "run.json"])
+    file = Path(path) if os.path.isfile(path) else Path(path, LORA_FILE)
     with safe_open(file, framework="pt") as stored:
         keys = [f"{key} {stored.get_slice(key).get_dtype()}" for key in stored.keys()]
     for key, (part, kind) in itertools.product(keys, OTHER_LORAS.items()):
         if part in key:
             raise ValueError(f"it is {kind}, which diffusers draws with in part or not at all ({key})")
-    with suppress(Exception):  # a LoRA of another trainer
-        record = file_of(str(file.parent) if os.path.exists(path) else path, "run.json").read_text()
-        trained_on = json.loads(record).get("rewards", [])
+    record = file.with_name("run.json")
+    trained_on = json.loads(record.read_text()).get("rewards", []) if record.exists() else []
     return {"file": str(file), "lora": path_key(file), "trained_on": trained_on}
 
 
