@@ -612,9 +612,12 @@ def test_rewards_at_once_give_the_same_results(tmp_path, tiny_sdxl, lora, monkey
 
 def test_a_base_on_the_hub_is_drawn_at_the_commit_that_is_recorded(tmp_path, tiny_sdxl, monkeypatch):
     snapshot, load = shutil.copytree(tiny_sdxl, tmp_path / "snapshots" / "abc123"), DiffusionPipeline.from_pretrained
-    load_config = DiffusionPipeline.load_config
-    from_snapshot = lambda model, revision, **options: (load_config(snapshot), snapshot.name)  # noqa: E731
-    monkeypatch.setattr(DiffusionPipeline, "load_config", from_snapshot)
+    read = DiffusionPipeline.load_config
+
+    def load_config(model, return_commit_hash=False, **options):
+        return (read(snapshot), snapshot.name) if return_commit_hash else read(model, **options)
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
 
     def from_pretrained(model, revision, **options):
         assert (model, revision) == ("user/base", "abc123")
