@@ -225,7 +225,9 @@ def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> 
             check_generator(entry)
         probe_rewards(args.rewards, generators[0], record["shards"][0])
     earlier_card(args)
-    if args.push_to_hub and args.num_tasks == 1:  # a wrong token or name fails now, not after the work
+    if (
+        args.push_to_hub and args.num_tasks == 1 and "publish" in args.stages
+    ):  # a wrong token or name fails now, not after the work
         prepare_repository(args)
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -541,7 +543,7 @@ class Generator:
         if self.compile:  # one graph for all batches: a smaller one is filled up with its last prompt
             missing = self.batch_size - count
             prompts, seeds = prompts + prompts[-1:] * missing, seeds + seeds[-1:] * missing
-        # One generator per image, on the CPU: an image does not depend on its batch or on the kind of GPU.
+        # One generator per image, on the CPU: its noise does not depend on its batch or on the kind of GPU.
         options = {"prompt": prompts, "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds]}
         (pipeline, call), *priors = self.parts
         for prior, settings in priors:
@@ -569,6 +571,7 @@ def for_each(call: dict, count: int) -> dict:
 
 
 # Work on disk ---------------------------------------------------------------------------------------------------------
+# Shard s holds the prompts shards[s]: one file per generator, and one per reward and generator.
 def image_file(args: ScriptArguments, generator: str, shard: int) -> Path:
     return Path(args.output_dir, "work", "images", generator, f"{shard:05d}.parquet")
 
@@ -651,7 +654,8 @@ def describe_work(args: ScriptArguments, names: list[str], n_prompts: int) -> tu
     work = [("images", name, n_prompts) for name in names]
     work += [("scores", reward_name(name), n_prompts * len(names)) for name in args.rewards]
     for kind, name, images in work:
-        facts = [shard_facts(file) for file in Path(args.output_dir, "work", kind, name).rglob("[0-9]*.parquet")]
+        folders = [Path(args.output_dir, "work", kind, name, part) for part in (names if kind == "scores" else [""])]
+        facts = [shard_facts(file) for folder in folders for file in folder.glob("[0-9]*.parquet")]
         seconds = sum(fact["seconds"] for fact in facts)
         speed = np.format_float_positional(images / seconds, 3, fractional=False, trim="-") if seconds else ""
         devices = ", ".join(sorted({fact["device"] for fact in facts}))

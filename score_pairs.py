@@ -194,6 +194,7 @@ def main(args: ScriptArguments) -> None:
     elif state.is_main_process and "sort" in args.stages:
         ranking = rank_pairs(args, pairs)
         write_dataset(args, pairs, ranking)
+        shutil.rmtree(Path(args.output_dir, "work", "building"), ignore_errors=True)  # also of a killed run
         draw_figures(args, pairs, ranking)
         write_card(args, pairs, ranking)
         if args.push_to_hub:
@@ -308,7 +309,6 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: Ranking) -> No
         shutil.rmtree(output_dir / folder, ignore_errors=True)
         if folder in folders:
             os.rename(building / folder, output_dir / folder)
-    shutil.rmtree(building)
 
 
 def copy_images(args: ScriptArguments, pairs: "Pairs", ranking: Ranking, folder: Path) -> None:
