@@ -73,7 +73,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets.config import HF_HUB_OFFLINE
-from diffusers import AutoModel, DiffusionPipeline, SchedulerMixin
+from diffusers import AutoModel, DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import free_memory
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock, Timeout
@@ -834,10 +834,8 @@ def find_pipeline(args: ScriptArguments, source: str, revision: str | None = Non
     if is_other or not {"prompt", "guidance_scale", "num_inference_steps", "generator"} <= {*takes}:
         raise ValueError(f"a {name} is no pipeline of diffusers that draws images from a prompt and a guidance scale")
     if "scheduler" in index and name.startswith("StableDiffusion"):
-        config, used = (
-            SchedulerMixin.load_config(source, subfolder="scheduler", revision=revision),
-            index["scheduler"][1],
-        )
+        config = DDPMScheduler.load_config(source, subfolder="scheduler", revision=revision)  # of any scheduler
+        used = index["scheduler"][1]
         written, matches = config.get("_class_name", used), "FlowMatch" in used
         flow = matches or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
         if any((part in used) != (part in written) for part in ("FlowMatch", "EDM")):
