@@ -646,6 +646,7 @@ def test_a_base_on_the_hub_is_drawn_at_the_commit_that_is_recorded(tmp_path, tin
         return (read(snapshot), snapshot.name) if return_commit_hash else read(model, **options)
 
     monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
+    monkeypatch.setattr(evaluate.DDPMScheduler, "load_config", lambda model, **options: {})
 
     def from_pretrained(model, revision, **options):
         assert (model, revision) == ("user/base", "abc123")
