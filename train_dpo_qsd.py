@@ -151,7 +151,7 @@ class TrainingArguments:  # the flags of all trainers; they carry diffusers' nam
     compile: bool = free(False, "Compile the transformer blocks: faster steps after a slow first one.")
     precompute_ref: bool = free(False, "Compute the reference's errors first, and keep them.")
     gradient_checkpointing: bool = free(False, "Less memory, about a quarter more computation.")
-    checkpointing_steps: int = free(500, "Optimizer steps between two checkpoints.", min=1)
+    checkpointing_steps: int = free(500, "Optimizer steps between two checkpoints; the last step has one, too.", min=1)
     checkpoints_total_limit: int | None = free(None, "Keep the newest N checkpoints.", min=1)
     resume_from_checkpoint: str | None = free(None, "A checkpoint of output_dir, e.g. checkpoint-500, or latest.")
     validation_prompts: list[str] | None = free(None, "Default: the first four prompts.", "Gallery, trackers, Hub")
