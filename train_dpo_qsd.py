@@ -67,7 +67,7 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed, tqdm
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
-from diffusers import BitsAndBytesConfig, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import BitsAndBytesConfig, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -619,8 +619,8 @@ def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool =
     absent = ("unet", "safety_checker", "feature_extractor", *(() if with_text else ("text_encoder", "tokenizer")))
     names = json.loads(file_of(model, "model_index.json", args.revision).read_text())
     options |= {"vae": vae.requires_grad_(False), **{name: None for name in names if name.startswith(absent)}}
-    options |= {} if is_sdxl(args) else {"requires_safety_checker": False}
-    pipeline = DiffusionPipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
+    kind, more = (StableDiffusionXLPipeline, {}) if is_sdxl(args) else (PIPELINE, {"requires_safety_checker": False})
+    pipeline = kind.from_pretrained(model, dtype=args.weight_dtype, **options, **more)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

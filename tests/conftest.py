@@ -116,6 +116,13 @@ def refused(script: str, *flags) -> str:
     pytest.fail(f"not refused: {flags}")
 
 
+def refused_early(monkeypatch, script: str, *flags) -> str:
+    """The one line of a trainer that must refuse before it loads a model."""
+    vae = load(script).AutoencoderKL
+    monkeypatch.setattr(vae, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    return refused(script, *flags)
+
+
 def check_card(folder: Path) -> str:
     """The card's text. Its front matter parses, its templates are filled, and its links lead to files of the folder."""
     card = (folder / "README.md").read_text()

@@ -24,6 +24,7 @@ from conftest import (
     lora_difference,
     ranked_rows,
     refused,
+    refused_early,
     run,
     run_until,
     same_lora,
@@ -394,6 +395,7 @@ BAD_FLAGS = {
     "--loss_type weighted_sft": "hpsv2.1|first, second|--rank_by",
     "--loss_type weighted_sft --rank_by first": "row 0|`first`|below 0|--rank_by",
     "--loss_type plackett_luce --safeguard 0.5": "--safeguard|plackett_luce",
+    "--loss_type dpo --rank_source predicted": "--rank_source|--loss_type dpo",
     "--loss_type sft --sft_weight 1": "--sft_weight|--loss_type sft",
     "--loss_type sft --precompute_ref": "--precompute_ref: --loss_type sft does not use it",
     "--safeguard 1.5": "--safeguard 1.5|at most 1",
@@ -403,8 +405,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("more", BAD_FLAGS)
 def test_bad_flags_are_named(flags, tmp_path, monkeypatch, more):
-    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
-    message = refused("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "out", *more.split())
+    message = refused_early(monkeypatch, "train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "out", *more.split())
     assert all(word in message for word in BAD_FLAGS[more].split("|")), message
     assert not (tmp_path / "out").exists()
 
