@@ -225,9 +225,8 @@ def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> 
             check_generator(entry)
         probe_rewards(args.rewards, generators[0], record["shards"][0])
     earlier_card(args)
-    if (
-        args.push_to_hub and args.num_tasks == 1 and "publish" in args.stages
-    ):  # a wrong token or name fails now, not after the work
+    # A wrong token or name fails now, not after the work.
+    if args.push_to_hub and args.num_tasks == 1 and "publish" in args.stages:
         prepare_repository(args)
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
