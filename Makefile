@@ -97,8 +97,7 @@ coverage: .venv/ready-test
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m coverage combine --quiet
-	$(BIN)/python -m coverage json --quiet -o .coverage.json
-	$(BIN)/python tests/coverage_report.py .coverage.json
+	$(BIN)/python -m coverage report --show-missing
 
 # Faults injected into tiny runs; the last line counts what was lost or silently wrong.
 test-faults: .venv/ready

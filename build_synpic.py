@@ -225,7 +225,8 @@ def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> 
             check_generator(entry)
         probe_rewards(args.rewards, generators[0], record["shards"][0])
     earlier_card(args)
-    if args.push_to_hub and args.num_tasks == 1:  # a wrong token or name fails now, not after the work
+    # A wrong token or name fails now, not after the work.
+    if args.push_to_hub and args.num_tasks == 1 and "publish" in args.stages:
         prepare_repository(args)
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -541,7 +542,7 @@ class Generator:
         if self.compile:  # one graph for all batches: a smaller one is filled up with its last prompt
             missing = self.batch_size - count
             prompts, seeds = prompts + prompts[-1:] * missing, seeds + seeds[-1:] * missing
-        # One generator per image, on the CPU: an image does not depend on its batch or on the kind of GPU.
+        # One generator per image, on the CPU: its noise does not depend on its batch or on the kind of GPU.
         options = {"prompt": prompts, "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds]}
         (pipeline, call), *priors = self.parts
         for prior, settings in priors:
@@ -569,6 +570,7 @@ def for_each(call: dict, count: int) -> dict:
 
 
 # Work on disk ---------------------------------------------------------------------------------------------------------
+# Shard s holds the prompts shards[s]: one file per generator, and one per reward and generator.
 def image_file(args: ScriptArguments, generator: str, shard: int) -> Path:
     return Path(args.output_dir, "work", "images", generator, f"{shard:05d}.parquet")
 
@@ -651,7 +653,8 @@ def describe_work(args: ScriptArguments, names: list[str], n_prompts: int) -> tu
     work = [("images", name, n_prompts) for name in names]
     work += [("scores", reward_name(name), n_prompts * len(names)) for name in args.rewards]
     for kind, name, images in work:
-        facts = [shard_facts(file) for file in Path(args.output_dir, "work", kind, name).rglob("[0-9]*.parquet")]
+        folders = [Path(args.output_dir, "work", kind, name, part) for part in (names if kind == "scores" else [""])]
+        facts = [shard_facts(file) for folder in folders for file in folder.glob("[0-9]*.parquet")]
         seconds = sum(fact["seconds"] for fact in facts)
         speed = np.format_float_positional(images / seconds, 3, fractional=False, trim="-") if seconds else ""
         devices = ", ".join(sorted({fact["device"] for fact in facts}))
@@ -841,8 +844,7 @@ def prepare_repository(args: "ScriptArguments") -> None:
     card, files = earlier_card(args, on_hub=True), HfApi().list_repo_files(url.repo_id, repo_type=kind)
     foreign = [name for name in files if any(fnmatch(name, pattern) for pattern in DATA_FILES)]
     if foreign and not (card and CARD_BEGIN in card.text):
-        problem = f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}), which would be replaced"
-        raise SystemExit(f"{problem}: choose another name")
+        raise SystemExit(f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}): choose another name")
 
 
 def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
@@ -1159,10 +1161,10 @@ class RewardModel:
     def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(pixels).to(self.device, self.dtype)
 
-    def tokens(self, texts: list[str], max_length: int, **options):
-        """The tokens of texts. What is longer is cut, and noted."""
+    def tokens(self, texts: list[str], max_length: int, prompts: list[str] | None = None, **options):
+        """The tokens of texts. What is longer is cut, and noted: by the `prompts` that the texts were made of."""
         tokens = self.tokenizer(texts, truncation=True, max_length=max_length, **options)
-        self.cut.update(text for text, found in zip(texts, tokens.encodings) if found.overflowing)
+        self.cut.update(text for text, found in zip(prompts or texts, tokens.encodings) if found.overflowing)
         return tokens
 
     def source_of(self, *files: str) -> str:
@@ -1433,10 +1435,9 @@ class MPSBlock(torch.nn.Module):
 
 def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
     """MPS's state dict as those of transformers.CLIPModel and of the layers in MPSReward."""
-    weights = {key.removeprefix("mps."): value for key, value in weights.items()}  # the prefix of the copy on the Hub
-    clip, found, layers = split_keys(weights, "model."), split_keys(weights, "cross_model.layers."), {}
-    refuse_unexpected(weights)
-    for key, value in found.items():
+    # "mps." is a prefix in the copy on the Hub.
+    clip, layers = {key.removeprefix("mps.").removeprefix("model."): value for key, value in weights.items()}, {}
+    for key, value in split_keys(clip, "cross_model.layers.").items():
         block, _, name = key.partition(".fn.")
         if name == "fused_attn_ff_proj.weight":
             parts = value.tensor_split((value.shape[1], value.shape[1] + 128))
@@ -1461,8 +1462,7 @@ class CLIPScoreReward(HPSReward):
         self.tokenizer = self.load_tokenizer()
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
-        texts = [clean_text(f"A photo depicts {prompt}") for prompt in prompts]
-        return self.tokens(texts, 77).input_ids
+        return self.tokens([clean_text(f"A photo depicts {prompt}") for prompt in prompts], 77, prompts).input_ids
 
     def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
         return 2.5 * super().compare(images, texts).clamp(min=0)
@@ -1567,8 +1567,7 @@ class VQAScoreReward(RewardModel):
         return self.image_processor(square, return_tensors="pt").pixel_values[0]
 
     def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        hidden = self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
-        return self.projector(hidden)
+        return self.projector(self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:])
 
     def encode_prompts(self, prompts: list[str]) -> list:
         # The text before and the text after the image are tokenised apart, so an end token precedes the image too.
@@ -1671,11 +1670,6 @@ def split_keys(weights: dict, prefix: str) -> dict:
     return {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
 
 
-def refuse_unexpected(weights: dict) -> None:
-    if weights:
-        raise ValueError(f"{len(weights)} unexpected keys: {', '.join(list(weights)[:3])}")
-
-
 def linear_head(width: int, weights: dict) -> torch.nn.Sequential:
     """The head of the aesthetic predictor and of ImageReward: five linear layers, some with dropout between them."""
     sizes = {"0": (width, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
@@ -1712,13 +1706,10 @@ def hf_clip_weights(weights: dict) -> dict:
 
 def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
     """ImageReward's state dict as those of transformers.BlipVisionModel, BlipTextModel and the head."""
-    weights, prefixes = dict(weights), ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.")
-    vision, text, head = (split_keys(weights, prefix) for prefix in prefixes)
-    for prefix in ("blip.vision_proj.", "blip.text_proj."):  # of BLIP's pretraining; the reward does not use them
-        split_keys(weights, prefix)
-    refuse_unexpected(weights)
-    renames = """.cls_token=.embeddings.class_embedding .pos_embed=.embeddings.position_embedding
-        .patch_embed.proj.=.embeddings.patch_embedding. .blocks.=.encoder.layers. .norm1.=.layer_norm1.
+    vision, prefixes = dict(weights), ("blip.text_encoder.", "mlp.layers.", "blip.vision_proj.", "blip.text_proj.")
+    text, head, *_ = [split_keys(vision, prefix) for prefix in prefixes]  # the projections are of BLIP's pretraining
+    renames = """.blip.visual_encoder.=. .cls_token=.embeddings.class_embedding .blocks.=.encoder.layers.
+        .pos_embed=.embeddings.position_embedding .patch_embed.proj.=.embeddings.patch_embedding. .norm1.=.layer_norm1.
         .norm2.=.layer_norm2. .norm.=.post_layernorm. .attn.qkv.=.self_attn.qkv. .attn.proj.=.self_attn.projection."""
     return {rename(f".{key}", renames)[1:]: value for key, value in vision.items()}, text, head
 

@@ -73,7 +73,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets.config import HF_HUB_OFFLINE
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import free_memory
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock, Timeout
@@ -117,7 +117,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 # Parts of a LoRA's keys and types, and what such a file is: diffusers would leave it out, or a part of it.
 OTHER_LORAS = {"hada_w": "a LoHa", "lokr_": "a LoKr", "dora_scale": "a DoRA", " F8_": "a LoRA in float8"}
 RIGHT, WRONG = (0, 150, 80), (215, 50, 40)  # frames of pictures with a verdict of 1 and of 0
-CARD_FACTS = ()  # this script replaces no metadata of a card; it adds results to model-index
+CARD_FACTS = ("model-index",)  # metadata of a card that is replaced
 CARD_BEGIN = "<!-- evaluate.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what evaluate.py wrote. -->"
 DEFAULT_METRICS = "hpsv2.1 pickscore imagereward aesthetic clipscore"  # models that one 24 GB GPU carries
@@ -185,8 +185,6 @@ class ScriptArguments:
             raise SystemExit(f"--task_index {self.task_index}: must be less than --num_tasks {self.num_tasks}")
         if self.num_tasks > 1:  # a run of its own reports after all tasks
             self.stages = [stage for stage in self.stages if stage != "report"]
-        if not self.stages:
-            raise SystemExit("--stages report: one run does this after all tasks: give --num_tasks 1")
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
@@ -208,16 +206,15 @@ def with_seeds(values: np.ndarray, seeds: list[tuple], seed: int, resamples: int
     the other model, n_prompts), and how much each counts in every resample. The same seeds are drawn alike: differences
     are paired. Few seeds, resampled, spread too little: their variance is short by (n − 1)/n, and 2.5 % of a normal
     distribution is not 2.5 % of Student's t with n − 1 degrees of freedom. What a seed changes is enlarged by both."""
-    weights = np.ones((1, 1))
+    weights = np.ones((resamples, 1))
     for axis, n in enumerate(values.shape[:2]):
-        drawn = np.ones((1, 1))
         if n > 1:
             factor = np.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975) / ndtri(0.975)
             changes = values.mean(axis=1 - axis, keepdims=True) - values.mean(axis=(0, 1))
             values = values + (factor - 1) * changes
             rng = np.random.default_rng([seed, int(short_hash("|".join(seeds[axis]))[:8], 16)])
             drawn = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
-        weights = (weights[:, :, None] * drawn[:, None]).reshape(max(len(weights), len(drawn)), -1)
+            weights = (weights[:, :, None] * drawn[:, None]).reshape(resamples, -1)
     return values.reshape(-1, values.shape[-1]), weights
 
 
@@ -233,13 +230,13 @@ def estimate(columns: dict, strata: list[np.ndarray], seed: int, seeds: dict[str
     flat, ends = np.ascontiguousarray(np.concatenate(parts).T), np.cumsum([len(part) for part in parts])[:-1]
     values = np.stack([values.mean(axis=(0, 1)) for values in columns.values()], axis=1)
     known = [np.isfinite(values[chosen]).sum(axis=0) for chosen in strata]
+    # A figure that applies to no prompt of a stratum is left out of the mean over strata.
     means = np.nanmean([np.nanmean(values[chosen], axis=0) for chosen in strata], axis=0)
-    total = used = 0.0  # a figure that applies to no prompt of a stratum is left out of the mean over strata
+    draws = []
     for number, chosen in enumerate(strata):
-        draws = np.split(bootstrap_means(flat[chosen], seed if number == 0 else [seed, number]), ends, axis=1)
-        draws = np.stack([(part * weight).sum(axis=1) for part, weight in zip(draws, weights)], axis=1)
-        total, used = total + np.nan_to_num(draws), used + np.isfinite(draws)
-    intervals = np.nanpercentile(total / used, [2.5, 97.5], axis=0).T
+        drawn = np.split(bootstrap_means(flat[chosen], [seed, number] if number else seed), ends, axis=1)
+        draws.append(np.stack([(part * weight).sum(axis=1) for part, weight in zip(drawn, weights)], axis=1))
+    intervals = np.nanpercentile(np.nanmean(draws, axis=0), [2.5, 97.5], axis=0).T
     found = {}
     for i, (figure, of) in enumerate(zip(columns, seeds_of)):
         low, high = intervals[i]
@@ -347,7 +344,7 @@ def main(args: ScriptArguments) -> None:
     if "draw" in args.stages:
         draw(args, rows, models, state)
         state.wait_for_everyone()
-    if args.stages != ["draw"]:
+    if {*args.stages} & {"score", "report"}:
         score(args, rows, models, state)
         state.wait_for_everyone()
     if state.is_main_process and args.num_tasks > 1:
@@ -362,11 +359,9 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
     """Checks what can be checked before the work, locks the folder, and records what images are made with. Returns the
     rows of the prompts, and the models (see `read_models`), each with the settings of its images."""
     output_dir, keep = Path(args.output_dir), (args.category_column,) if args.category_column else ()
-    for path in output_dir.iterdir() if output_dir.is_dir() else ():
-        if path.name[0] != "." and path.name not in ("images", "scores", *RESULTS):
-            raise SystemExit(f"--output_dir {output_dir} holds other files ({path.name}): choose another folder")
+    if others := {path.name for path in output_dir.glob("[!.]*")} - {"images", "scores", *RESULTS}:
+        raise SystemExit(f"--output_dir {output_dir} holds other files ({min(others)}): choose another folder")
     check_rewards(args.metrics)
-    check_metric_names(map(reward_name, args.metrics))
     whole_rows = any(map(takes_rows, args.metrics)) or any("{row[" in template for template in args.images)
     source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
     rows, places = read_prompts(*source, keep, whole_rows)
@@ -393,23 +388,10 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
         lock.acquire(timeout=0)
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
-    for name, trainings in training_seeds(models).items():
-        if len(trainings) < FEW_SEEDS:
-            warn(
-                f"{name} has {len(trainings)} seeds: an interval over so few is too narrow: train at least {FEW_SEEDS}"
-            )
     with FileLock(output_dir / ".lock-images"):  # of tasks that start at once, one removes what is outdated
         for name, model in models.items():
             begin_images(args, name, model)
     return rows, models
-
-
-def check_metric_names(names: Iterable[str]) -> None:
-    for name in names:
-        if ending := re.search(ENDINGS, name):
-            raise SystemExit(f"metric {name}: a name must not end in {ending[0]}, which results.json uses: rename it")
-        if len(name.encode()) > 200:  # it names a folder
-            raise SystemExit(f"metric {name[:60]}…: its name, with the settings, is longer than 200 letters")
 
 
 def begin_images(args: ScriptArguments, name: str, model: dict) -> None:
@@ -493,14 +475,19 @@ def draw_batch(args: ScriptArguments, rows: list[dict], name: str, model: dict, 
 
 def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialState) -> None:
     """Scores the images without a score. An image is read and decoded once for all metrics that are held together. A
-    score belongs to its images by what they were drawn with, so images that are drawn anew are scored anew."""
+    score belongs to the metric's settings and to what its images were drawn with, and is made anew with either."""
     shards = image_shards(args, len(rows))
     own = range(args.task_index, len(shards), args.num_tasks)
     jobs = list(itertools.product(models, own))[state.process_index :: state.num_processes]
     for metrics in batches(args.metrics, args.rewards_at_once):
-        keys = {(metric, name): scores_key(metric, models[name], rows) for metric in metrics for name in models}
-        todo = {(n, s): [m for m in metrics if not is_scored(scores_file(args, m, n, s), keys[m, n])] for n, s in jobs}
-        todo = {job: lacking for job, lacking in todo.items() if lacking}
+        keys, todo = {}, {}
+        for metric, (name, model) in itertools.product(metrics, models.items()):
+            depends = [reward_settings(metric), model["settings"], rows if takes_rows(metric) else None]
+            keys[metric, name] = short_hash(json.dumps(depends, sort_keys=True, default=str))
+        for (name, s), metric in itertools.product(jobs, metrics):
+            file = scores_file(args, metric, name, s)
+            if not file.exists() or json.loads(file.read_bytes())["key"] != keys[metric, name]:
+                todo.setdefault((name, s), []).append(metric)
         if todo and "score" not in args.stages:
             (name, s), (metric, *_) = next(iter(todo.items()))
             raise SystemExit(f"{scores_file(args, metric, name, s)} is missing: run the stages draw and score first")
@@ -509,11 +496,9 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
         rewards = {metric: load_reward_model(metric, **options) for metric in needed}
         hidden, label = not todo or not state.is_local_main_process, " ".join(map(reward_name, needed))
         with tqdm(total=sum(map(len, todo.values())), desc=label, unit="file", disable=hidden) as bar:
-            begun, order = {}, list(todo)
-            for number, (name, s) in enumerate(order):
-                for job in order[number : number + 2]:  # the next pictures are decoded while these are scored
-                    begun[job] = begun.get(job) or open_pictures(models, shards, job, rewards, todo[job])
-                pictures, images = begun.pop((name, s))
+            opened = ((*job, *open_pictures(models, shards, job, rewards, todo[job])) for job in todo)
+            # In pairs: the next pictures are decoded while these are scored.
+            for (name, s, pictures, images), _ in itertools.pairwise(itertools.chain(opened, [None])):
                 prompts, chosen = [rows[i]["prompt"] for i, _ in pictures], [rows[i] for i, _ in pictures]
                 for metric in images:
                     bad = {}
@@ -525,7 +510,7 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
                     content["scores"] = [scores.get(item) for item in shards[s]]
                     write_bytes(scores_file(args, metric, name, s), as_json(content))
                     bar.update()
-        del rewards, begun
+        del rewards, opened
         free_memory()
 
 
@@ -548,11 +533,13 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     for file in [*output_dir.rglob(".*.tmp"), output_dir / "curves.png"]:  # of killed runs; of earlier checkpoints
         file.unlink(missing_ok=True)
     categories = [str(row[args.category_column]) for row in rows] if args.category_column else None
-    groups, (compared, pictured) = training_seeds(models), shown_models(models)
+    groups = training_seeds(models)
     members = groups | {name: [name] for name in models}  # several trainings as one model, in front, and each alone
-    stacked = {metric: {} for metric in metrics}
-    for metric, (name, trainings) in itertools.product(metrics, members.items()):
-        stacked[metric][name] = np.stack([results[metric][training] for training in trainings])
+    compared = compared_models(models, groups)
+    pictured = [members[name][0] for name in compared]
+    stacked = {}
+    for metric, by_model in results.items():
+        stacked[metric] = {name: np.stack([by_model[one] for one in trainings]) for name, trainings in members.items()}
     seeds = {name: tuple(training.partition("@")[2] for training in group) for name, group in groups.items()}
     summary, pairwise = summarize(stacked, categories, args.baseline, compared, args.seed, seeds)
     for name, metric in itertools.product(members, metrics):
@@ -566,8 +553,8 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     best = {found["run"]: {} for found in checkpoints.values()}  # of equal ones the earliest
     for run, metric in itertools.product(best, metrics):
         means = {name: summary[name][metric] for name, found in checkpoints.items() if found["run"] == run}
-        if not np.isnan(list(means.values())).all():
-            best[run][metric] = list(means)[np.nanargmax(list(means.values()))]
+        if applies := [name for name, mean in means.items() if not math.isnan(mean)]:
+            best[run][metric] = max(applies, key=means.get)
     record = {"n_prompts": len(rows), "n_images": len(rows) * args.num_images_per_prompt, "baseline": args.baseline}
     record |= {"settings": report_settings(args, rows, models), **summary, "pairwise": pairwise}
     missing = {name: record["n_images"] - len(model["pictures"]) for name, model in models.items()}
@@ -640,9 +627,8 @@ def markdown_report(record: dict, metrics: list[str], compared: list[str], verdi
         parts.append("Several trainings (seeds) of a model; above, their scores are averaged:")
         parts.append(markdown_table(["model", "metric", "mean of each", "standard deviation"], rows))
     if "best_checkpoints" in record:
-        rows = [
-            [run, *(best.get(metric, "") for metric in metrics)] for run, best in record["best_checkpoints"].items()
-        ]
+        best = record["best_checkpoints"].items()
+        rows = [[run, *(found.get(metric, "") for metric in metrics)] for run, found in best]
         parts.append("The best checkpoint of each run, chosen on these prompts: to judge it, take other prompts.")
         parts.append(markdown_table(["run", *metrics], rows))
     lone = {name for name in compared if "@" in name and name not in record.get("checkpoints", {})}
@@ -807,7 +793,7 @@ def read_models(args: ScriptArguments, rows: list[dict], places: list[dict]) -> 
 def named_path(item: str, models: dict, seeds: bool) -> tuple[str, str]:
     """Splits name=path and checks the name; `name@seed` is one of several trainings of a model."""
     name, _, path = item.partition("=")
-    if not path or len(name) > 100 or not re.fullmatch(r"\w[\w.-]*" + r"(@\w[\w.-]*)?" * seeds, name):
+    if not path or not re.fullmatch(r"\w[\w.-]{0,99}" + r"(@\w[\w.-]*)?" * seeds, name):
         problem = "must be name=folder or name=Hub id; name of letters, digits, '.', '_', '-', at most 100"
         raise ValueError(problem + ", or name@seed" * seeds)
     # A run and several trainings have a name of their own.
@@ -827,55 +813,38 @@ def training_seeds(models: dict) -> dict[str, list[str]]:
     return {root: sorted(members) for root, members in groups.items() if len(members) > 1}
 
 
-def shown_models(models: dict) -> tuple[list[str], list[str]]:
-    """The models that are compared with each other: of a run its last checkpoint, of several trainings their group. And
-    those in the picture: of several trainings the first."""
-    group_of = {name: group for group, members in training_seeds(models).items() for name in members}
-    shown = {}
-    for name, model in models.items():
-        if "run" in model:  # steps are in order
-            shown[model["run"]] = (name, name)
-        else:
-            shown.setdefault(group_of.get(name, name), (group_of.get(name, name), name))
-    return tuple(map(list, zip(*shown.values())))
-
-
-# Copied from train_rankdpo_sdxl.file_of
-def file_of(model: str, file: str, revision: str | None = None) -> Path:
-    return Path(model, file) if os.path.isdir(model) else Path(hf_hub_download(model, file, revision=revision))
-
-
-def read_config(model: str, file: str, revision: str | None = None) -> tuple[dict, str | None]:
-    """A configuration of a model, and its commit on the Hub."""
-    path = file_of(model, file, revision)
-    return json.loads(path.read_text()), None if os.path.isdir(model) else path.parents[file.count("/")].name
+def compared_models(models: dict, groups: dict[str, list[str]]) -> list[str]:
+    """The models that are compared with each other: of a run its last checkpoint, of several trainings their group."""
+    group_of = {name: group for group, members in groups.items() for name in members}
+    compared = {}
+    for name, model in models.items():  # the steps of a run are in order
+        group = group_of.get(name, name)
+        compared[model.get("run", group)] = group
+    return list(compared.values())
 
 
 def find_pipeline(args: ScriptArguments, source: str, revision: str | None = None, tuned: bool = False) -> dict:
     """A pipeline that draws from a prompt alone, with a scheduler that reads the model's output as what it is: its
-    "index", model_index.json; "commit" on the Hub or what identifies its "files"; "half", its type on a GPU; whether it
-    "takes_length" of prompts. `tuned`: LoRAs or networks that predict noise are put into it."""
-    index, commit = read_config(source, "model_index.json", revision)
-    name, is_unet, kind = index["_class_name"], "unet" in index, getattr(diffusers, index["_class_name"], None)
+    "index", model_index.json; "commit" on the Hub or what identifies its "files"; whether it "takes_length" of prompts.
+    `tuned`: LoRAs or networks that predict noise are put into it."""
+    index, commit = DiffusionPipeline.load_config(source, revision=revision, return_commit_hash=True)
+    name, kind = index["_class_name"], getattr(diffusers, index["_class_name"], None)
     takes = inspect.signature(kind.__call__).parameters if kind else {}
     is_other = re.search("Img2Img|Inpaint|Edit|ControlNet|Layered|frames|video|audio", " ".join([name, *takes]))
     if is_other or not {"prompt", "guidance_scale", "num_inference_steps", "generator"} <= {*takes}:
-        raise ValueError(
-            f"a {name} is no pipeline of diffusers that draws images from a prompt and a guidance scale alone"
-        )
+        raise ValueError(f"a {name} is no pipeline of diffusers that draws images from a prompt and a guidance scale")
     if "scheduler" in index and name.startswith("StableDiffusion"):
-        config, _ = read_config(source, "scheduler/scheduler_config.json", revision)
+        config = DDPMScheduler.load_config(source, subfolder="scheduler", revision=revision)  # of any scheduler
         used = index["scheduler"][1]
         written, matches = config.get("_class_name", used), "FlowMatch" in used
         flow = matches or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
         if any((part in used) != (part in written) for part in ("FlowMatch", "EDM")):
             raise ValueError(f"its model_index.json names {used}, its scheduler_config.json is {written}'s")
-        if (matches or flow and tuned) if is_unet else not flow:
-            predicts = "noise" if is_unet else "flow"
+        if (matches or flow and tuned) if "unet" in index else not flow:
+            predicts = "noise" if "unet" in index else "flow"
             raise ValueError(f"a {name} predicts {predicts}, and its scheduler, {used}, takes something else")
     found = {"source": source, "pipeline": source, "index": index, "commit": commit}
     found["takes_length"] = bool(args.max_sequence_length) and "max_sequence_length" in takes
-    found["half"] = "float16" if is_unet else "bfloat16"  # U-Nets are published in one, most transformers in the other
     return found | {"files": path_key(source) if os.path.isdir(source) else None}
 
 
@@ -884,44 +853,40 @@ def find_network(base: dict, part: str, source: str) -> dict:
     or at the top."""
     if part not in base["index"]:
         raise ValueError(f"the base, a {base['index']['_class_name']}, has no {part}")
-    wanted, _ = read_config(base["pipeline"], f"{part}/config.json", base["commit"])
+    wanted = AutoModel.load_config(base["pipeline"], subfolder=part, revision=base["commit"])
     try:
-        subfolder, (found, commit) = part, read_config(source, f"{part}/config.json")
+        subfolder, (found, commit) = part, AutoModel.load_config(source, subfolder=part, return_commit_hash=True)
     except OSError:
-        subfolder, (found, commit) = "", read_config(source, "config.json")
+        subfolder, (found, commit) = None, AutoModel.load_config(source, return_commit_hash=True)
     for key in ("_class_name", *NETWORK_SHAPE):
         if found.get(key) != wanted.get(key):
             raise ValueError(f"its {key} is {found.get(key)}, that of the base's {part} {wanted.get(key)}")
-    folder = Path(source, subfolder)
-    if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-        raise ValueError(f"{folder} holds no weights")
-    files = path_key(source) if folder.is_dir() else commit
-    return {"source": source, "part": part, "subfolder": subfolder, "network_files": files}
+    return {"source": source, "part": part, "subfolder": subfolder, "network_files": commit or path_key(source)}
 
 
 def find_lora(path: str) -> dict:
     """The "file" of a LoRA, which is a file, a folder or a repository on the Hub; and the rewards that ranked its
     training data, by the run.json of a trainer, as "trained_on"."""
-    file, trained_on = Path(path) if os.path.isfile(path) else file_of(path, LORA_FILE), []
+    if not os.path.exists(path):
+        path = HfApi().snapshot_download(path, allow_patterns=[LORA_FILE, "run.json"])
+    file = Path(path) if os.path.isfile(path) else Path(path, LORA_FILE)
     with safe_open(file, framework="pt") as stored:
         keys = [f"{key} {stored.get_slice(key).get_dtype()}" for key in stored.keys()]
     for key, (part, kind) in itertools.product(keys, OTHER_LORAS.items()):
         if part in key:
             raise ValueError(f"it is {kind}, which diffusers draws with in part or not at all ({key})")
-    with suppress(Exception):  # a LoRA of another trainer
-        record = file_of(str(file.parent) if os.path.exists(path) else path, "run.json").read_text()
-        trained_on = json.loads(record).get("rewards", [])
+    record = file.with_name("run.json")
+    trained_on = json.loads(record.read_text()).get("rewards", []) if record.exists() else []
     return {"file": str(file), "lora": path_key(file), "trained_on": trained_on}
 
 
 def find_checkpoints(base: dict, run: str, path: str) -> dict[str, dict]:
     """All checkpoints of a training run, each with the pairs or prompts that the run had "seen"."""
-    names = [folder.name.removeprefix("checkpoint-") for folder in Path(path).glob("checkpoint-*")]
-    steps = sorted(int(name) for name in names if name.isdecimal())
-    if not steps or not Path(path, "run.json").exists():
-        raise ValueError("not a training run's folder: no run.json, or no checkpoint")
+    steps = [int(folder.name.partition("-")[2]) for folder in Path(path).glob("checkpoint-*[0-9]")]
+    if not steps:
+        raise ValueError("not a training run's folder: it holds no checkpoint")
     record, found = json.loads(Path(path, "run.json").read_text()), {}
-    for step in steps:
+    for step in sorted(steps):
         folder = os.path.join(path, f"checkpoint-{step}")
         seen = {"run": run, "seen": step * record["global_batch_size"], "trained_on": record.get("rewards", [])}
         found[f"{run}@{step}"] = base | {"kind": "lora", "source": folder} | find_lora(folder) | seen
@@ -944,22 +909,24 @@ def load_pipeline(args: ScriptArguments, settings: dict, device: torch.device) -
 @contextmanager
 def fitted(name: str, model: dict, pipeline: DiffusionPipeline) -> Iterator[None]:
     """Puts a model's LoRA or network into the pipeline; afterwards it is as it was."""
-    where, restore = f"{model['source']} ({name})", lambda: None
+    where = f"{model['source']} ({name})"
     if model["kind"] == "lora":
         load_lora(where, pipeline, model["file"])
-        restore = pipeline.unload_lora_weights
+        yield
+        pipeline.unload_lora_weights()
     elif model["kind"] == "network":
         part, device = model["part"], pipeline.device
         original = getattr(pipeline, part)
-        options = {"subfolder": model["subfolder"] or None, "dtype": original.dtype, "output_loading_info": True}
+        options = {"subfolder": model["subfolder"], "dtype": original.dtype, "output_loading_info": True}
         network, info = type(original).from_pretrained(model["source"], **options)
         if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
             raise SystemExit(f"{where}: its weights do not fit its config.json: {wrong[0]}")
         original.to("cpu")  # one of the two at a time
         pipeline.register_modules(**{part: network.to(device)})
-        restore = lambda: pipeline.register_modules(**{part: original.to(device)})  # noqa: E731
-    yield
-    restore()
+        yield
+        pipeline.register_modules(**{part: original.to(device)})
+    else:
+        yield
 
 
 def load_lora(where: str, pipeline: DiffusionPipeline, file: str) -> None:
@@ -975,9 +942,7 @@ def load_lora(where: str, pipeline: DiffusionPipeline, file: str) -> None:
     components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     layers = {key: value for part in components for key, value in part.named_parameters() if ".lora_" in key}
     if len(layers) != len(given):
-        raise SystemExit(
-            f"{where}: has {len(given)} matrices, where the base takes {len(layers)}: it would be used in part"
-        )
+        raise SystemExit(f"{where}: the base takes {len(layers)} of {len(given)} matrices: it would be used in part")
     if broken := [key for key, value in layers.items() if not value.isfinite().all()]:
         raise SystemExit(f"{where}: {broken[0]} is not finite")
 
@@ -991,8 +956,8 @@ def image_settings(args: ScriptArguments, rows: list[dict], name: str, model: di
         files = short_hash("\n".join([*stats, str(args.num_images_per_prompt)]))
         return {"images": model["source"], "files": files, "prompts": prompts}
     is_pipeline, default = model["kind"] == "pipeline", "float32"
-    if device.type == "cuda":
-        default = model["half"] if torch.cuda.is_bf16_supported(False) else "float16"
+    if device.type == "cuda":  # U-Nets are published in float16, most transformers in bfloat16
+        default = "bfloat16" if "unet" not in model["index"] and torch.cuda.is_bf16_supported(False) else "float16"
     # A folder keeps the type that it was begun with, for models that are added, and where only the report is written.
     earlier = ({} if is_pipeline else earlier_settings(args, BASE)) | earlier_settings(args, name)
     settings = {"model": model["pipeline"], "variant": None if is_pipeline else args.variant}
@@ -1013,22 +978,20 @@ def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], t
     which `#2x2` at the template's end says, read row by row. Refuses a template that is wrong, a first picture that
     does not open, and missing pictures without --allow_missing: with it they are left out."""
     names, wide, high = re.fullmatch(r"(.*?)(?:#([1-9]\d*)x([1-9]\d*))?", template, re.DOTALL).groups(default="1")
-    cells = list(itertools.product(range(int(high)), range(int(wide))))
+    cells = [(column, row, int(wide), int(high)) for row in range(int(high)) for column in range(int(wide))]
     asked = template_files(args, rows, places, names, len(cells))
-    pictures = {item: file for item, file in asked.items() if os.path.isfile(file)}
-    if missing := [item for item in asked if item not in pictures]:
-        for name in COUNTED:
-            from_one = re.sub(rf"\{{{name}\b(?!\+)", f"{{{name}+1", names)
-            shifted = template_files(args, rows, places, from_one, len(cells)).values()
-            if sum(map(os.path.isfile, shifted)) > len(pictures):
-                raise ValueError(f"no picture {asked[missing[0]]}: they count from 1: write {from_one}")
-        if not (args.allow_missing and pictures):
-            (i, n), of = missing[0], f"{len(missing)} of {len(asked)} pictures are missing"
-            problem = f"no picture {asked[i, n]} (prompt {i}, image {n}); {of}"
-            raise ValueError(f"{problem}: make them, or leave them out with --allow_missing")
-    for item, file in pictures.items():
-        row, column = cells[item[1] % len(cells)]
-        pictures[item] = file, (column, row, int(wide), int(high)) if len(cells) > 1 else None
+    files = {item: file for item, file in asked.items() if os.path.isfile(file)}
+    missing = [item for item in asked if item not in files]
+    for name in COUNTED if missing else ():
+        from_one = re.sub(rf"\{{{name}\b(?!\+)", f"{{{name}+1", names)
+        shifted = template_files(args, rows, places, from_one, len(cells)).values()
+        if sum(map(os.path.isfile, shifted)) > len(files):
+            raise ValueError(f"no picture {asked[missing[0]]}: they count from 1: write {from_one}")
+    if missing and not (args.allow_missing and files):
+        (i, n), of = missing[0], f"{len(missing)} of {len(asked)} pictures are missing"
+        problem = f"no picture {asked[i, n]} (prompt {i}, image {n}); {of}"
+        raise ValueError(f"{problem}: make them, or leave them out with --allow_missing")
+    pictures = {(i, n): (file, cells[n % len(cells)] if len(cells) > 1 else None) for (i, n), file in files.items()}
     if len(set(pictures.values())) < len(pictures):
         raise ValueError("gives the same picture to several images: use {index} and {number}")
     file, cell = next(iter(pictures.values()))
@@ -1050,11 +1013,7 @@ def template_files(args: ScriptArguments, rows: list[dict], places: list[dict], 
         counted = dict(zip(COUNTED, (index, number, image, in_category, category_image)))
         counted |= {f"{name}+1": value + 1 for name, value in counted.items()}
         texts = {"prompt": row["prompt"], "row": row, "category": str(row[column]) if column else ""}
-        try:
-            files[i, n] = Path(names.format(**texts, **counted))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            known = ", ".join(f"{{{name}}}" for name in [*COUNTED, "prompt", "row[COLUMN]", "category"])
-            raise ValueError(f"wrong template: {one_line(error)}; its fields are {known}") from None
+        files[i, n] = Path(names.format(**texts, **counted))
     return files
 
 
@@ -1116,47 +1075,35 @@ def scores_file(args: ScriptArguments, metric: str, model: str, shard: int) -> P
     return Path(args.output_dir, "scores", reward_name(metric), model, f"{shard:05d}.json")
 
 
-def scores_key(metric: str, model: dict, rows: list[dict]) -> str:
-    """What a model's scores depend on: the metric, the images, and the rows if the metric reads them."""
-    depends = [reward_settings(metric), model["settings"], rows if takes_rows(metric) else None]
-    return short_hash(json.dumps(depends, sort_keys=True, default=str))
-
-
-def is_scored(file: Path, key: str) -> bool:
-    return file.exists() and json.loads(file.read_bytes())["key"] == key
-
-
 def collect_scores(args: ScriptArguments, rows: list[dict], models: dict) -> tuple[dict, dict]:
     """Joins the parts of all scores, and writes them as METRIC/MODEL.json. A metric that returns several values becomes
     several, METRIC_KEY. NaN: a value does not apply to an image, or the image is missing. Returns metric → model →
     float64 (n_prompts, num_images_per_prompt); and the names of each metric's values: metric → key → METRIC_KEY."""
     results, names, shape = {}, {}, (len(rows), args.num_images_per_prompt)
+    shards = range(len(image_shards(args, len(rows))))
     for metric in args.metrics:
-        column, found, devices = reward_name(metric), {}, set()
-        for name, model in models.items():
-            files = [scores_file(args, metric, name, s) for s in range(len(image_shards(args, len(rows))))]
-            parts = [json.loads(file.read_bytes()) for file in files]
+        column, scores, devices = reward_name(metric), {}, set()
+        for name in models:
+            parts = [json.loads(scores_file(args, metric, name, s).read_bytes()) for s in shards]
             devices |= {part["device"] for part in parts if "device" in part}
             values = [value for part in parts for value in part["scores"]]
-            values = [value if isinstance(value, dict) else {"": value} for value in values]
-            # None: the image is missing, which says nothing about the metric's keys.
-            known = dict.fromkeys(key for value in values for key in value if value != {"": None})
-            if "" in known and len(known) > 1:
-                raise SystemExit(f"metric {column}: gives numbers and dicts: all images need the same")
-            by_key = {key: np.array([value.get(key) for value in values], dtype=np.float64) for key in known}
-            found[name] = by_key = {key: one.reshape(shape) for key, one in by_key.items()}  # null becomes NaN
-            lists = {key: one.tolist() for key, one in by_key.items()}
-            content = {"settings": model["settings"], "scores": lists.get("", lists)}
-            write_bytes(files[0].parent.with_name(f"{name}.json"), as_json(content))
-        names[metric] = {key: f"{column}_{key}" if key else column for by_key in found.values() for key in by_key}
-        if not names[metric] or results.keys() & names[metric].values():
-            problem = "gives a metric that another one gives, too" if names[metric] else "gives no values"
-            raise SystemExit(f"metric {column}: {problem}")
-        check_metric_names(names[metric].values())
+            values = [{} if value is None else value for value in values]
+            scores[name] = [value if isinstance(value, dict) else {"": value} for value in values]
         if len(devices) > 1:
             warn(f"metric {column}: scored on {' and '.join(sorted(devices))}, in another precision: delete its scores")
+        keys = dict.fromkeys(key for values in scores.values() for value in values for key in value) or {"": None}
+        names[metric] = {key: f"{column}_{key}" if key else column for key in keys}
         for key, label in names[metric].items():
-            results[label] = {name: by_key.get(key, np.full(shape, np.nan)) for name, by_key in found.items()}
+            if label in results or re.search(ENDINGS, label):
+                raise SystemExit(f"metric {label}: results.json uses this name for another figure: rename it")
+            results[label] = {
+                name: np.array([value.get(key) for value in values], dtype=np.float64).reshape(shape)  # null: NaN
+                for name, values in scores.items()
+            }
+        for name, model in models.items():
+            lists = {key: results[label][name].tolist() for key, label in names[metric].items()}
+            content = {"settings": model["settings"], "scores": lists.get("", lists)}
+            write_bytes(Path(args.output_dir, "scores", column, f"{name}.json"), as_json(content))
     return results, names
 
 
@@ -1170,12 +1117,10 @@ def prepare_repositories(args: ScriptArguments, models: dict[str, dict]) -> None
     """Notes the "repository" for the results of each LoRA, and creates it unless it exists. Exits with one line if
     there is none, or if the token cannot write to it."""
     loras = {n: model["source"] for n, model in models.items() if model["kind"] == "lora" and "run" not in model}
-    wanted = {name: lora for name, lora in loras.items() if not os.path.exists(lora)}
-    if args.hub_model_id:
-        names = [name for name, lora in loras.items() if lora == args.hub_model_id] or list(loras)
-        if len(names) != 1:
-            raise SystemExit(f"--hub_model_id {args.hub_model_id}: is none of the {len(loras)} LoRAs in --loras")
-        wanted = {names[0]: args.hub_model_id}
+    wanted = {name: args.hub_model_id or lora for name, lora in loras.items()}
+    wanted = {name: repo_id for name, repo_id in wanted.items() if args.hub_model_id or not os.path.exists(repo_id)}
+    if args.hub_model_id and len(wanted) > 1:
+        raise SystemExit(f"--hub_model_id {args.hub_model_id}: is for one LoRA, and --loras has {len(wanted)}")
     if not wanted:
         raise SystemExit("--push_to_hub: no LoRA in --loras is a Hub id: say with --hub_model_id where results go")
     for name, repo_id in wanted.items():
@@ -1233,14 +1178,11 @@ All figures are in [results.json](results.json).
 
 def merge_results(mine: RepoCard, theirs: RepoCard) -> RepoCard:
     """`merge_cards` that also keeps results on other prompts in `model-index`."""
-    models = theirs.data.get("model-index")
-    card = merge_cards(mine, theirs)
-    if models:
-        (own,), (model, *others) = mine.data["model-index"], models
-        prompts = [result["dataset"] for result in own["results"]]
-        kept = [result for result in model.get("results") or [] if result.get("dataset") not in prompts]
-        card.data["model-index"] = [{**own, **model, "results": kept + own["results"]}, *others]
-    return card
+    (own,), (model, *others) = mine.data["model-index"], theirs.data.get("model-index") or [{}]
+    prompts = own["results"][0]["dataset"]
+    kept = [result for result in model.get("results") or [] if result.get("dataset") != prompts]
+    mine.data["model-index"] = [{**own, **model, "results": kept + own["results"]}, *others]
+    return merge_cards(mine, theirs)
 
 
 # Copied from build_synpic.merge_cards
@@ -1588,10 +1530,10 @@ class RewardModel:
     def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(pixels).to(self.device, self.dtype)
 
-    def tokens(self, texts: list[str], max_length: int, **options):
-        """The tokens of texts. What is longer is cut, and noted."""
+    def tokens(self, texts: list[str], max_length: int, prompts: list[str] | None = None, **options):
+        """The tokens of texts. What is longer is cut, and noted: by the `prompts` that the texts were made of."""
         tokens = self.tokenizer(texts, truncation=True, max_length=max_length, **options)
-        self.cut.update(text for text, found in zip(texts, tokens.encodings) if found.overflowing)
+        self.cut.update(text for text, found in zip(prompts or texts, tokens.encodings) if found.overflowing)
         return tokens
 
     def source_of(self, *files: str) -> str:
@@ -1862,10 +1804,9 @@ class MPSBlock(torch.nn.Module):
 
 def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
     """MPS's state dict as those of transformers.CLIPModel and of the layers in MPSReward."""
-    weights = {key.removeprefix("mps."): value for key, value in weights.items()}  # the prefix of the copy on the Hub
-    clip, found, layers = split_keys(weights, "model."), split_keys(weights, "cross_model.layers."), {}
-    refuse_unexpected(weights)
-    for key, value in found.items():
+    # "mps." is a prefix in the copy on the Hub.
+    clip, layers = {key.removeprefix("mps.").removeprefix("model."): value for key, value in weights.items()}, {}
+    for key, value in split_keys(clip, "cross_model.layers.").items():
         block, _, name = key.partition(".fn.")
         if name == "fused_attn_ff_proj.weight":
             parts = value.tensor_split((value.shape[1], value.shape[1] + 128))
@@ -1890,8 +1831,7 @@ class CLIPScoreReward(HPSReward):
         self.tokenizer = self.load_tokenizer()
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
-        texts = [clean_text(f"A photo depicts {prompt}") for prompt in prompts]
-        return self.tokens(texts, 77).input_ids
+        return self.tokens([clean_text(f"A photo depicts {prompt}") for prompt in prompts], 77, prompts).input_ids
 
     def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
         return 2.5 * super().compare(images, texts).clamp(min=0)
@@ -1996,8 +1936,7 @@ class VQAScoreReward(RewardModel):
         return self.image_processor(square, return_tensors="pt").pixel_values[0]
 
     def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        hidden = self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
-        return self.projector(hidden)
+        return self.projector(self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:])
 
     def encode_prompts(self, prompts: list[str]) -> list:
         # The text before and the text after the image are tokenised apart, so an end token precedes the image too.
@@ -2100,11 +2039,6 @@ def split_keys(weights: dict, prefix: str) -> dict:
     return {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
 
 
-def refuse_unexpected(weights: dict) -> None:
-    if weights:
-        raise ValueError(f"{len(weights)} unexpected keys: {', '.join(list(weights)[:3])}")
-
-
 def linear_head(width: int, weights: dict) -> torch.nn.Sequential:
     """The head of the aesthetic predictor and of ImageReward: five linear layers, some with dropout between them."""
     sizes = {"0": (width, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
@@ -2141,13 +2075,10 @@ def hf_clip_weights(weights: dict) -> dict:
 
 def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
     """ImageReward's state dict as those of transformers.BlipVisionModel, BlipTextModel and the head."""
-    weights, prefixes = dict(weights), ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.")
-    vision, text, head = (split_keys(weights, prefix) for prefix in prefixes)
-    for prefix in ("blip.vision_proj.", "blip.text_proj."):  # of BLIP's pretraining; the reward does not use them
-        split_keys(weights, prefix)
-    refuse_unexpected(weights)
-    renames = """.cls_token=.embeddings.class_embedding .pos_embed=.embeddings.position_embedding
-        .patch_embed.proj.=.embeddings.patch_embedding. .blocks.=.encoder.layers. .norm1.=.layer_norm1.
+    vision, prefixes = dict(weights), ("blip.text_encoder.", "mlp.layers.", "blip.vision_proj.", "blip.text_proj.")
+    text, head, *_ = [split_keys(vision, prefix) for prefix in prefixes]  # the projections are of BLIP's pretraining
+    renames = """.blip.visual_encoder.=. .cls_token=.embeddings.class_embedding .blocks.=.encoder.layers.
+        .pos_embed=.embeddings.position_embedding .patch_embed.proj.=.embeddings.patch_embedding. .norm1.=.layer_norm1.
         .norm2.=.layer_norm2. .norm.=.post_layernorm. .attn.qkv.=.self_attn.qkv. .attn.proj.=.self_attn.projection."""
     return {rename(f".{key}", renames)[1:]: value for key, value in vision.items()}, text, head
 

@@ -14,8 +14,7 @@ Pick-a-Pic from the Hub, streamed, with HPSv2 as in the paper:
 
     accelerate launch score_pairs.py --dataset_name liuhuohuo2/pick-a-pic-v2 --output_dir outputs/pickapic-qsd
 
-Its work lies in shards under `<output_dir>/work`: a shard that exists is done. Killed at any moment, the same command
-goes on, on any number of processes, and does only what is missing.
+Killed at any moment, the same command goes on with what is missing in `<output_dir>/work`, on any number of processes.
 """
 
 import argparse
@@ -26,7 +25,6 @@ import importlib.util
 import inspect
 import itertools
 import json
-import logging
 import math
 import operator
 import os
@@ -51,8 +49,6 @@ from tempfile import TemporaryDirectory
 
 if not sys.stderr.isatty():  # in a file of output all progress bars write a line every 30 seconds, not ten a second
     os.environ |= {"TQDM_MININTERVAL": "30", "TQDM_MAXINTERVAL": "60"} | os.environ
-# bitsandbytes warns at every start that an optional kernel is missing, which nothing here uses.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import ftfy
 import numpy as np
@@ -90,7 +86,6 @@ COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": oper
 TIE, UNLABELLED, BLANK, BAD, RANKED = range(5)
 COUNTS = {"ties": "ties", "without_label": "without a label", "with_blank_prompt": "with a blank prompt"}
 COUNTS |= {"with_bad_image": "with an image that does not decode", "ranked": "ranked"}
-ROW_GROUPS = {"data": 20, "scores": 1000}  # folder → rows of a row group
 NEW_COLUMNS = {"score_0": "float64", "score_1": "float64", "quality": "float64", "quality_rank": "int64"}
 # The rewards of which a range becomes [0, 1]; the others are standardised.
 HPS = ("hpsv2", "hpsv2.1", "hpsv2_antialias", "hpsv2.1_antialias")
@@ -140,15 +135,12 @@ class ScriptArguments:
     hub_private_repo: bool = flag(False, "Make a new repository private.")
 
     def __post_init__(self):
-        if self.num_tasks > 1:  # a run of its own sorts after all tasks
-            self.stages = [stage for stage in self.stages if stage == "score"]
-        missing = "--dataset_name is missing: a Hub id, a folder or a file; or --winner_dir and --loser_dir"
         one_image = re.match("(aesthetic|vqascore|vqascore_vlm)(=|$)", self.reward) and self.normalization == "softmax"
         for wrong, problem in (
             (self.task_index >= self.num_tasks, f"--task_index {self.task_index}: must be less than --num_tasks"),
-            (not self.stages, "--stages sort: one run does this after all tasks: give --num_tasks 1"),
+            (self.num_tasks > 1 and self.stages == ["sort"], "--stages sort needs --num_tasks 1, after all tasks"),
             ((self.winner_dir is None) != (self.loser_dir is None), "--winner_dir and --loser_dir belong together"),
-            ((self.dataset_name is None) == (self.winner_dir is None), missing),
+            ((self.dataset_name is None) == (self.winner_dir is None), "give either --dataset_name or --winner_dir"),
             (self.push_to_hub and not self.hub_dataset_id, "--push_to_hub needs --hub_dataset_id user/name"),
             (one_image, f"--normalization softmax: {self.reward} does not compare two images: choose another"),
         ):
@@ -167,8 +159,7 @@ def pair_quality(p_w: np.ndarray, p_l: np.ndarray) -> np.ndarray:
 
 
 def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean: float, std: float) -> np.ndarray:
-    """ψ in [0, 1], float64 (n, 2), from raw rewards (n, 2), a pair a row (DPO-QSD, sections 3.2 and 5.2). mean, std: of
-    the rewards of all ranked pairs. Exits with one line if `none` finds a reward outside [0, 1]."""
+    """ψ in [0, 1] of raw rewards, float64 (n, 2), by their range, or by mean and std of all (DPO-QSD, 3.2 and 5.2)."""
     rewards, kind = np.asarray(rewards, dtype=np.float64), reward.partition("=")[0]
     if normalization == "softmax":
         # CLIP's temperature is 0.01, and CLIPScore is 2.5 cosines. The other models' scores are logits already.
@@ -176,9 +167,8 @@ def preference_score(reward: str, normalization: str, rewards: np.ndarray, mean:
         logits = scale * (rewards - rewards[:, ::-1])
         return 0.5 * (1 + np.tanh(logits / 2))  # the sigmoid, without overflow
     if normalization == "none":
-        if rewards.size and not (rewards.min() >= 0 and rewards.max() <= 1):
-            span = f"{rewards.min():.4g} to {rewards.max():.4g}"
-            raise SystemExit(f"--normalization none: {reward} must be in [0, 1], but goes from {span}; try standardize")
+        if wrong := rewards[(rewards < 0) | (rewards > 1)].tolist():
+            raise SystemExit(f"--normalization none: {reward} must be in [0, 1], not {wrong[0]:.4g}: try standardize")
         return rewards
     if normalization == "auto" and kind in RANGES:
         low, high = RANGES[kind]
@@ -193,7 +183,7 @@ def main(args: ScriptArguments) -> None:
     # Without a GPU several processes talk through gloo. The first to finish its share may wait hours for the last.
     several = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(days=1)}
     state = PartialState(**(several if "LOCAL_RANK" in os.environ else {}))
-    locks = begin_run(args) if state.is_main_process else []
+    _lock = begin_run(args) if state.is_main_process else None  # held until the end of this function
     state.wait_for_everyone()
     pairs = Pairs(args)
     if "score" in args.stages:
@@ -204,19 +194,17 @@ def main(args: ScriptArguments) -> None:
     elif state.is_main_process and "sort" in args.stages:
         ranking = rank_pairs(args, pairs)
         write_dataset(args, pairs, ranking)
+        shutil.rmtree(Path(args.output_dir, "work", "building"), ignore_errors=True)  # also of a killed run
         draw_figures(args, pairs, ranking)
         write_card(args, pairs, ranking)
         if args.push_to_hub:
             images = ["data/*.parquet", "figures/*.png"] if args.include_images else []
             publish(args, [*PUBLISHED, *images], DATA_FILES if args.include_images else DATA_FILES[1:])
         print(f"{ranking.summary}; the best {ranking.kept} of them, sorted, in {args.output_dir}")
-    for lock in locks:
-        lock.release()
 
 
 def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
-    """Scores the missing shards. Each task, and in it each process, takes a run of consecutive shards, so it reads only
-    its own part of the dataset, once."""
+    """Scores the missing shards. Each process of each task takes consecutive ones, and reads only its own part."""
     own = np.array_split(np.arange(len(pairs.shards)), args.num_tasks)[args.task_index]
     own = np.array_split(own, state.num_processes)[state.process_index]
     missing = [pairs.shards[i] for i in own if not is_scored(pairs.shards[i])]
@@ -231,8 +219,7 @@ def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
 
 
 def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", shard: "Shard", work: "Work") -> None:
-    """Scores the images of one shard, and writes its rows without images, with the rewards of both: NaN where a pair is
-    not ranked or an image does not decode."""
+    """Writes a shard's rows without images, with both rewards: NaN if the pair is not ranked or it does not decode."""
     bad, errors = {}, []
     scores = np.array([*reward.score(work.images, work.prompts, bad=bad), np.nan], dtype=np.float32)
     for number, reason in sorted(bad.items()):
@@ -248,8 +235,7 @@ def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", sh
     for side in (0, 1):
         table = table.append_column(f"_reward_{side}", pa.array(scores[work.places[:, side]]))  # −1: the NaN at the end
     too_long = sum(work.prompts[place] in reward.cut for place in work.places[:, 0] if place >= 0)
-    facts = {"files": work.files, "errors": errors, "cut": too_long}
-    write_tables(iter([table]), shard.scores, facts, len(table))
+    write_tables(iter([table]), shard.scores, {"files": work.files, "errors": errors, "cut": too_long}, len(table))
 
 
 # The ranked pairs without images, best first; how many of them to keep; for the card: statistics.json, the counts in
@@ -260,8 +246,7 @@ Ranking = namedtuple("Ranking", "table kept statistics summary errors cut hash k
 def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> Ranking:
     """Computes Q of every ranked pair, and the order. Reads no images."""
     files = [shard.scores for shard in pairs.shards]
-    missing = 0 if "score" in args.stages else sum(not is_scored(shard) for shard in pairs.shards)
-    if missing:
+    if "score" not in args.stages and (missing := sum(not is_scored(shard) for shard in pairs.shards)):
         raise SystemExit(f"{args.output_dir}: {missing} of {len(files)} shards lack scores: run the score stage first")
     for leftover in [*Path(args.output_dir).rglob(".*.tmp")]:  # of runs that were killed; all tasks have ended
         leftover.unlink()
@@ -288,16 +273,13 @@ def rank_pairs(args: ScriptArguments, pairs: "Pairs") -> Ranking:
     order = np.argsort(-quality, kind="stable")  # pairs of equal quality stay in the dataset's order
     row, psi = row[order], psi[order]
     added = [*psi.T, quality[order], np.arange(len(row)) + 1, row, (won - lost)[order]]
-    table = table.drop_columns([name for name in table.column_names if name in NEW_COLUMNS]).take(pa.array(row))
-    for name, values in zip([*NEW_COLUMNS, "_row", "_difference"], added):
-        table = table.append_column(name, pa.array(values))
-    reward = reward_settings(args.reward)
-    statistics = {"reward": reward, "normalization": args.normalization, "mean": mean, "std": std}
+    columns = dict(zip(table.column_names, table.take(row).columns))
+    table = pa.table(columns | dict(zip([*NEW_COLUMNS, "_row", "_difference"], added)))
+    statistics = {"reward": reward_settings(args.reward), "normalization": args.normalization, "mean": mean, "std": std}
     statistics |= {"rows": sum(counts.values()), **counts, "kept": kept}
     made = content_hash(np.concatenate([row[:kept].astype(float), psi[:kept].ravel()]).tobytes())
-    key = short_hash(json.dumps([made, reward, pairs.identity, [shard["files"] for shard in facts]]))
-    cut = sum(shard["cut"] for shard in facts)
-    return Ranking(table, kept, statistics, summary, errors, cut, made, key)
+    key = short_hash(json.dumps([made, statistics["reward"], pairs.identity, [shard["files"] for shard in facts]]))
+    return Ranking(table, kept, statistics, summary, errors, sum(shard["cut"] for shard in facts), made, key)
 
 
 def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: Ranking) -> None:
@@ -322,12 +304,11 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: Ranking) -> No
             schema = folders[folder].arrow_schema
             tables = with_images(args, ranking, part, building / "images") if folder == "data" else [part]
             tables = (table.select(schema.names).cast(schema) for table in tables)
-            write_tables(tables, file, {"key": key}, ROW_GROUPS[folder])
+            write_tables(tables, file, {"key": key}, 20 if folder == "data" else 1000)
     for folder in ("data", "scores"):  # data/ of an earlier run with images would not fit this one
         shutil.rmtree(output_dir / folder, ignore_errors=True)
         if folder in folders:
             os.rename(building / folder, output_dir / folder)
-    shutil.rmtree(building)
 
 
 def copy_images(args: ScriptArguments, pairs: "Pairs", ranking: Ranking, folder: Path) -> None:
@@ -342,11 +323,10 @@ def copy_images(args: ScriptArguments, pairs: "Pairs", ranking: Ranking, folder:
     schema = pa.schema([pairs.configurations["default"][1].arrow_schema.field(name) for name in pairs.images])
     for file, rows in missing.items():
         with replacing(file) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
-            for row, (_, found) in zip(rows, stream):
+            for row, (number, found) in zip(rows, stream):
                 light = pairs.without_images(found)
                 if any(light[name] != row[name] for name in known):
-                    problem = f"row {row['_row']} of the dataset is not the pair that was scored"
-                    raise SystemExit(f"{args.where}: {problem}: choose another --output_dir")
+                    raise SystemExit(f"{args.where}: row {number} is not what was scored: choose another --output_dir")
                 images = {name: pairs.image_of(found[name]) for name in pairs.images}
                 images |= {name: found[name] for name in pairs.images if isinstance(found[name], bytes)}
                 writer.write_batch(pa.RecordBatch.from_pylist([images], schema))
@@ -355,17 +335,15 @@ def copy_images(args: ScriptArguments, pairs: "Pairs", ranking: Ranking, folder:
 def with_images(args: ScriptArguments, ranking: Ranking, part: pa.Table, folder: Path) -> Iterator[pa.Table]:
     """The rows of one output file with their images, a few at a time: one column of all would overflow beyond 2 GiB."""
     kept = np.sort(ranking.table["_row"].to_numpy()[: ranking.kept])
-    for few in batches(part, ROW_GROUPS["data"]):
-        images = []
-        for place in np.searchsorted(kept, few["_row"].to_numpy()).tolist():
-            file = pa.memory_map(f"{folder}/{place // args.shard_size}.arrow")
-            images.append(pa.ipc.open_file(file).get_batch(place % args.shard_size))
-        images = pa.Table.from_batches(images)
+    for few in batches(part, 20):
+        places = zip(*np.divmod(np.searchsorted(kept, few["_row"].to_numpy()), args.shard_size))
+        files = ((pa.ipc.open_file(pa.memory_map(f"{folder}/{file}.arrow")), batch) for file, batch in places)
+        images = pa.Table.from_batches([file.get_batch(batch) for file, batch in files])
         yield pa.table(dict(zip(few.column_names, few.columns)) | dict(zip(images.column_names, images.columns)))
 
 
 # Start ----------------------------------------------------------------------------------------------------------------
-def begin_run(args: ScriptArguments) -> list[FileLock]:
+def begin_run(args: ScriptArguments) -> FileLock:
     """Checks what can be checked before a model is loaded, records what the work is made of, and locks the folder."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir, "work")
     check_rewards([args.reward])
@@ -374,35 +352,32 @@ def begin_run(args: ScriptArguments) -> list[FileLock]:
     if args.dataset_name and output_dir.resolve().is_relative_to(Path(args.dataset_name).resolve()):
         raise SystemExit(f"--output_dir {output_dir} is inside the dataset: choose another folder")
     stream = plan_stream(args, work / "stream.json")
-    settings = {work / "scores" / reward_name(args.reward): reward_settings(args.reward)}
     says = re.compile("dataset_|winner_|loser_|.*_column$|shard_size").match  # the flags that say what a shard holds
-    settings[work] = {name: vars(args)[name] for name in filter(says, vars(args))} | {"files": stream["identity"]}
-    for folder, wanted in settings.items():
-        earlier = json.loads(file.read_text()) if (file := folder / "settings.json").exists() else wanted
-        for name in {**earlier, **wanted}:
+    made_of = {name: vars(args)[name] for name in filter(says, vars(args))} | {"files": stream["identity"]}
+    scores = work / "scores" / reward_name(args.reward)
+    files = {work / "settings.json": made_of, scores / "settings.json": reward_settings(args.reward)}
+    for file, wanted in files.items():
+        earlier = json.loads(file.read_text()) if file.exists() else wanted
+        for name in earlier | wanted:
             if earlier.get(name) != wanted.get(name):
-                problem = f"{folder} was made with {name} {earlier.get(name)}, not {wanted.get(name)}"
+                problem = f"{file.parent} was made with {name} {earlier.get(name)}, not {wanted.get(name)}"
                 raise SystemExit(f"{problem}: choose another --output_dir, or delete that folder")
     earlier_card(args)
-    if args.push_to_hub and "sort" in args.stages:  # a wrong token or name fails now, not after the work
+    if args.push_to_hub and args.num_tasks == 1 and "sort" in args.stages:  # a wrong token or name fails now
         prepare_repository(args)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    # A task has a lock of its own, and only looks whether a single run is at work, which takes the locks of all.
-    single, tasks = [output_dir / ".lock"], output_dir.glob(".lock-*")
-    files = [output_dir / f".lock-{args.task_index}", *single] if args.num_tasks > 1 else itertools.chain(single, tasks)
-    locks = []
+    # Each holds a lock of its own. A task looks whether a single run is at work, and a single run whether a task is.
+    own, others = (f".lock-{args.task_index}", ".lock") if args.num_tasks > 1 else (".lock", ".lock-*")
     try:
-        for file in files:
-            locks.append(FileLock(file))
-            locks[-1].acquire(timeout=3)  # tasks that start at once wait for each other
+        lock = FileLock(output_dir / own, timeout=3)
+        lock.acquire()
+        for other in output_dir.glob(others):
+            with FileLock(other, timeout=3):
+                pass  # tasks that start at once wait for each other
     except Timeout:
         raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
-    if args.num_tasks > 1:
-        locks[-1].release()
-    for folder, found in settings.items():
-        write_bytes(folder / "settings.json", json.dumps(found, indent=1).encode())
-    write_bytes(work / "stream.json", json.dumps(stream).encode())
-    return locks
+    for file, content in {**files, work / "stream.json": stream}.items():
+        write_bytes(file, json.dumps(content, indent=1).encode())
+    return lock
 
 
 def plan_stream(args: ScriptArguments, file: Path) -> dict:
@@ -427,8 +402,7 @@ def plan_stream(args: ScriptArguments, file: Path) -> dict:
 
 
 def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
-    """Reads a Parquet file's footer and its labels, and of a local file its prompts, too, to know it again. Exits with
-    one line that names a missing or wrong column, or a row with a wrong label."""
+    """Checks columns and labels of a Parquet file. Footer, labels and, of a local file, prompts tell if it changes."""
     system, path = url_to_fs(file)
     with system.open(path, cache_type="none") as handle, pq.ParquetFile(handle, pre_buffer=False) as parquet:
         features = Features.from_arrow_schema(parquet.schema_arrow)
@@ -448,8 +422,7 @@ def inspect_file(args: ScriptArguments, number: int, file: str) -> dict:
     for row, values in enumerate(table.to_pylist()):
         label = pair_label(args, values)
         if not (math.isnan(label) or label in (0, 0.5, 1)):
-            problem = f"{args.label_0_column} is {label}: must be 0, 0.5 or 1"
-            raise SystemExit(f"{args.where}: row {row} of file {number}: {problem}")
+            raise SystemExit(f"{args.where}: row {row} of file {number}: label {label} is not 0, 0.5 or 1")
     facts = [short_hash(footer.getvalue()), short_hash(json.dumps(table.to_pydict()))]
     return {"file": file, "groups": groups, "columns": features.to_dict(), "facts": facts}
 
@@ -467,25 +440,22 @@ def stream_files(args: ScriptArguments) -> list[str]:
         if args.winner_dir:
             rows = folder_pairs(args)
             read = partial(Dataset.from_list, rows)
-        elif any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json")):
-            read = partial(load_from_disk, path)
+        elif saved := [folder for folder in (path, f"{path}/{split}") if os.path.exists(f"{folder}/state.json")]:
+            read = partial(load_from_disk, saved[0])
         else:
-            as_json = {"path": "json", "data_files": {split: path}}
-            where = as_json if os.path.isfile(name) else {"path": path, **options}
+            where = {"path": "json", "data_files": {split: path}} if os.path.isfile(name) else {"path": path, **options}
             found = load_dataset_builder(**where).config.data_files or {}
             if found and split not in found:
-                raise ValueError(f"no split {split!r}; it has {', '.join(found)}")
+                raise ValueError(f"no split {split!r}; it has {', '.join(map(str, found))}")
             files = [str(file) for file in found.get(split, [])]
             if files and all(file.endswith(".parquet") for file in files):
-                return [file.replace(f"{path}/", f"{name}/") for file in files] if path != name else files
+                return [file.replace(f"{path}/", f"{name}/") for file in files]
             read = partial(load_dataset, **where, split=split, cache_dir=cache)
-        files = [Path(name), *sorted(Path(name).rglob("*"))] if name else []
-        facts = [rows, options, split, [[str(file), file_facts(file)] for file in files]]
-        copy = Path(args.output_dir, "work", "datasets", f"{short_hash(json.dumps(facts))}.parquet")
+        source = rows or [[str(file), file_facts(file)] for file in [Path(name), *sorted(Path(name).rglob("*"))]]
+        copy = Path(args.output_dir, "work", "datasets", f"{short_hash(json.dumps([source, options, split]))}.parquet")
         if not copy.exists():
-            dataset = read()
             with replacing(copy) as temporary:
-                (dataset if isinstance(dataset, Dataset) else dataset[split]).to_parquet(temporary)
+                read().to_parquet(temporary)
     return [str(copy)]
 
 
@@ -494,33 +464,29 @@ def folder_pairs(args: ScriptArguments) -> list[dict]:
     winners, losers = pictures_of(args.winner_dir), pictures_of(args.loser_dir)
     if alone := sorted({*winners} ^ {*losers}):
         raise ValueError(f"{len(alone)} images are in only one of the two folders: {', '.join(alone[:5])}")
-    rows = []
+    rows, columns = [], (args.prompt_column, args.image_0_column, args.image_1_column, args.label_0_column)
     for stem, winner in winners.items():
-        caption = winner.with_suffix(".txt").read_bytes()
-        is_utf16 = caption[:2] in (b"\xff\xfe", b"\xfe\xff")  # as Windows saves "Unicode"
-        row = {args.prompt_column: caption.decode("utf-16" if is_utf16 else "utf-8-sig").strip()}
-        for column, file in ((args.image_0_column, winner), (args.image_1_column, losers[stem])):
-            row[column] = os.path.relpath(file.resolve(), args.root)
-        rows.append(row | {args.label_0_column: 1.0})
+        text = winner.with_suffix(".txt").read_bytes()
+        is_utf16 = text[:2] in (b"\xff\xfe", b"\xfe\xff")  # as Windows saves "Unicode"
+        caption = text.decode("utf-16" if is_utf16 else "utf-8-sig").strip()
+        paths = [os.path.relpath(file.resolve(), args.root) for file in (winner, losers[stem])]
+        rows.append(dict(zip(columns, (caption, *paths, 1.0))))
     return rows
 
 
 def pictures_of(folder: str) -> dict[str, Path]:
-    """Name without ending → file, of all that Pillow opens. Says what else is there, except for captions and what an
-    operating system puts beside pictures."""
+    """Name without ending → file, of all that Pillow opens. Names all else but captions and hidden files."""
     endings = {ending for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
     pictures, others = {}, []
-    for file in sorted(Path(folder).iterdir()):
-        if is_hidden(file.name) or file.suffix.lower() == ".txt":
-            continue
+    files = [file for file in Path(folder).iterdir() if not is_hidden(file.name) and file.suffix.lower() != ".txt"]
+    for file in sorted(files):
         try:
             if file.is_dir() or file.suffix.lower() not in endings:
                 PILImage.open(file)
+            if pictures.setdefault(file.stem, file) != file:
+                raise ValueError(f"{file} and {pictures[file.stem]} have the same name: remove one")
         except OSError:
             others.append(file.name)
-        else:
-            if (other := pictures.setdefault(file.stem, file)) != file:
-                raise ValueError(f"{file} and {other} have the same name: remove one")
     if others:
         print(f"{folder}: {len(others)} are no pictures, left out: {', '.join(others[:9])}", file=sys.stderr)
     if not pictures:
@@ -546,13 +512,13 @@ class Pairs:
         self.images = [args.image_0_column, args.image_1_column]
         self.uids = [args.image_0_uid_column, args.image_1_uid_column]
         features = Features.from_dict(self.files[0]["columns"])
-        self.types = {field.name: str(field.type) for field in features.arrow_schema}
+        types = {field.name: str(field.type) for field in features.arrow_schema}
         # The columns without images, which are read together with them, and ids, which are made where there are none.
-        self.read = [name for name in self.types if "binary" not in self.types[name]]
+        self.read = [name for name in types if "binary" not in types[name]]
         light = {name: features.get(name, Value("string")) for name in [*self.read, *self.uids]}
         self.schema = Features(light | {name: Value("int8") for name in ("_status", "_winner")}).arrow_schema
         # Of each configuration of the dataset its folder and its columns. Images replace paths of images.
-        images = {name: features[name] if self.types[name].endswith("binary") else Image() for name in self.images}
+        images = {name: features[name] if types[name].endswith("binary") else Image() for name in self.images}
         added = {name: Value(kind) for name, kind in NEW_COLUMNS.items()}
         self.configurations = {"default": ("data", Features(light | images | added))} if args.include_images else {}
         self.configurations["scores"] = ("scores", Features(light | added))
@@ -571,16 +537,13 @@ class Pairs:
 
     def image_of(self, value) -> dict:
         """An image, from any kind of column, as an Image with its file's bytes: none if there is no such file."""
-        path = value["path"] if isinstance(value, dict) else value if isinstance(value, str) else None
-        if file := self.path_of(value):
-            content = file.read_bytes() if file.is_file() else b""  # any other trouble with it ends the run
-        else:
-            content = value["bytes"] if isinstance(value, dict) else value
-        return {"bytes": content or b"", "path": path and os.path.basename(path)}
+        if file := self.path_of(value):  # any trouble with it but its absence ends the run
+            return {"bytes": file.read_bytes() if file.is_file() else b"", "path": file.name}
+        image = value if isinstance(value, dict) else {"bytes": value, "path": None}
+        return {"bytes": image["bytes"] or b"", "path": image["path"] and os.path.basename(image["path"])}
 
     def without_images(self, row: dict) -> dict:
-        """A row without images. An id that it lacks is made: of path, size and date where the column holds paths, else
-        of the content."""
+        """A row without images. Ids that it lacks are made of content; in a column of paths of path, size, date."""
         light = {name: row[name] for name in self.read}
         for value, uid in zip((row[name] for name in self.images), self.uids):
             if uid not in light and isinstance(value, str) and value:
@@ -705,9 +668,8 @@ def draw_figures(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
     curve.legend()
     pictures = {"difference": bars.figure.savefig, "quality": curve.figure.savefig}
     if args.num_examples:
-        best, worst = ranking.table[: args.num_examples], ranking.table[-args.num_examples :]
-        pictures["best"] = draw_examples(args, pairs, best.to_pylist()).save
-        pictures["worst"] = draw_examples(args, pairs, worst.to_pylist()[::-1]).save
+        pictures["best"] = draw_examples(args, pairs, ranking.table[: args.num_examples].to_pylist()).save
+        pictures["worst"] = draw_examples(args, pairs, ranking.table[-args.num_examples :].to_pylist()[::-1]).save
     shutil.rmtree(Path(args.output_dir, "figures"), ignore_errors=True)
     for name, save in pictures.items():
         with replacing(Path(args.output_dir, "figures", f"{name}.png")) as file:
@@ -720,13 +682,11 @@ def draw_examples(args: ScriptArguments, pairs: Pairs, rows: list[dict], cell: i
     drawing, found = ImageDraw.Draw(canvas), dict(read_rows(pairs, sorted(row["_row"] for row in rows)))
     for left, row in zip(range(0, canvas.width, cell), rows):
         for top, side in ((0, row["_winner"]), (cell, 1 - row["_winner"])):
-            image = pairs.image_of(found[row["_row"]][pairs.images[side]])
-            image = decode_image(image["bytes"]).convert("RGB")
+            image = decode_image(pairs.image_of(found[row["_row"]][pairs.images[side]])["bytes"]).convert("RGB")
             resample = PILImage.NEAREST if max(image.size) < cell else PILImage.LANCZOS
             size = [max(1, round(length * (cell / max(image.size)))) for length in image.size]
             canvas.paste(image.resize(size, resample), (left, top))
-        text = row[args.prompt_column][: cell // 7].encode("latin-1", "replace").decode("latin-1")
-        drawing.text((left + 4, 2 * cell + 5), text, fill="black")
+        drawing.text((left + 4, 2 * cell + 5), row[args.prompt_column][: cell // 7], fill="black")
     return canvas
 
 
@@ -740,7 +700,7 @@ def write_card(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
     images, figures = "", {"difference": "Distribution of ψ(winner) − ψ(loser)", "quality": "Q over the sorted pairs"}
     if not args.include_images:
         images = f" The images are not in it: join them from `{source}` by `{pairs.uids[0]}` and `{pairs.uids[1]}`"
-        is_hash = pairs.uids[0] not in pairs.read and not pairs.types[args.image_0_column].endswith("string")
+        is_hash = pairs.uids[0] not in pairs.read and pairs.images[0] not in pairs.read
         images += " (BLAKE2b of the image's file, 16 bytes in hexadecimal)." if is_hash else "."
     elif args.num_examples:
         figures |= {"best": "The best pairs, winners above losers", "worst": "The worst pairs, of the smallest Q"}
@@ -883,8 +843,7 @@ def prepare_repository(args: "ScriptArguments") -> None:
     card, files = earlier_card(args, on_hub=True), HfApi().list_repo_files(url.repo_id, repo_type=kind)
     foreign = [name for name in files if any(fnmatch(name, pattern) for pattern in DATA_FILES)]
     if foreign and not (card and CARD_BEGIN in card.text):
-        problem = f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}), which would be replaced"
-        raise SystemExit(f"{problem}: choose another name")
+        raise SystemExit(f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}): choose another name")
 
 
 def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
@@ -1063,10 +1022,10 @@ class RewardModel:
     def stack(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(pixels).to(self.device, self.dtype)
 
-    def tokens(self, texts: list[str], max_length: int, **options):
-        """The tokens of texts. What is longer is cut, and noted."""
+    def tokens(self, texts: list[str], max_length: int, prompts: list[str] | None = None, **options):
+        """The tokens of texts. What is longer is cut, and noted: by the `prompts` that the texts were made of."""
         tokens = self.tokenizer(texts, truncation=True, max_length=max_length, **options)
-        self.cut.update(text for text, found in zip(texts, tokens.encodings) if found.overflowing)
+        self.cut.update(text for text, found in zip(prompts or texts, tokens.encodings) if found.overflowing)
         return tokens
 
     def source_of(self, *files: str) -> str:
@@ -1337,10 +1296,9 @@ class MPSBlock(torch.nn.Module):
 
 def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
     """MPS's state dict as those of transformers.CLIPModel and of the layers in MPSReward."""
-    weights = {key.removeprefix("mps."): value for key, value in weights.items()}  # the prefix of the copy on the Hub
-    clip, found, layers = split_keys(weights, "model."), split_keys(weights, "cross_model.layers."), {}
-    refuse_unexpected(weights)
-    for key, value in found.items():
+    # "mps." is a prefix in the copy on the Hub.
+    clip, layers = {key.removeprefix("mps.").removeprefix("model."): value for key, value in weights.items()}, {}
+    for key, value in split_keys(clip, "cross_model.layers.").items():
         block, _, name = key.partition(".fn.")
         if name == "fused_attn_ff_proj.weight":
             parts = value.tensor_split((value.shape[1], value.shape[1] + 128))
@@ -1365,8 +1323,7 @@ class CLIPScoreReward(HPSReward):
         self.tokenizer = self.load_tokenizer()
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
-        texts = [clean_text(f"A photo depicts {prompt}") for prompt in prompts]
-        return self.tokens(texts, 77).input_ids
+        return self.tokens([clean_text(f"A photo depicts {prompt}") for prompt in prompts], 77, prompts).input_ids
 
     def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
         return 2.5 * super().compare(images, texts).clamp(min=0)
@@ -1471,8 +1428,7 @@ class VQAScoreReward(RewardModel):
         return self.image_processor(square, return_tensors="pt").pixel_values[0]
 
     def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        hidden = self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
-        return self.projector(hidden)
+        return self.projector(self.vision(self.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:])
 
     def encode_prompts(self, prompts: list[str]) -> list:
         # The text before and the text after the image are tokenised apart, so an end token precedes the image too.
@@ -1575,11 +1531,6 @@ def split_keys(weights: dict, prefix: str) -> dict:
     return {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
 
 
-def refuse_unexpected(weights: dict) -> None:
-    if weights:
-        raise ValueError(f"{len(weights)} unexpected keys: {', '.join(list(weights)[:3])}")
-
-
 def linear_head(width: int, weights: dict) -> torch.nn.Sequential:
     """The head of the aesthetic predictor and of ImageReward: five linear layers, some with dropout between them."""
     sizes = {"0": (width, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
@@ -1616,13 +1567,10 @@ def hf_clip_weights(weights: dict) -> dict:
 
 def blip_weights(weights: dict) -> tuple[dict, dict, dict]:
     """ImageReward's state dict as those of transformers.BlipVisionModel, BlipTextModel and the head."""
-    weights, prefixes = dict(weights), ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.")
-    vision, text, head = (split_keys(weights, prefix) for prefix in prefixes)
-    for prefix in ("blip.vision_proj.", "blip.text_proj."):  # of BLIP's pretraining; the reward does not use them
-        split_keys(weights, prefix)
-    refuse_unexpected(weights)
-    renames = """.cls_token=.embeddings.class_embedding .pos_embed=.embeddings.position_embedding
-        .patch_embed.proj.=.embeddings.patch_embedding. .blocks.=.encoder.layers. .norm1.=.layer_norm1.
+    vision, prefixes = dict(weights), ("blip.text_encoder.", "mlp.layers.", "blip.vision_proj.", "blip.text_proj.")
+    text, head, *_ = [split_keys(vision, prefix) for prefix in prefixes]  # the projections are of BLIP's pretraining
+    renames = """.blip.visual_encoder.=. .cls_token=.embeddings.class_embedding .blocks.=.encoder.layers.
+        .pos_embed=.embeddings.position_embedding .patch_embed.proj.=.embeddings.patch_embedding. .norm1.=.layer_norm1.
         .norm2.=.layer_norm2. .norm.=.post_layernorm. .attn.qkv.=.self_attn.qkv. .attn.proj.=.self_attn.projection."""
     return {rename(f".{key}", renames)[1:]: value for key, value in vision.items()}, text, head
 

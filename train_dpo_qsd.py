@@ -67,7 +67,7 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed, tqdm
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
-from diffusers import BitsAndBytesConfig, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import BitsAndBytesConfig, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -151,7 +151,7 @@ class TrainingArguments:  # the flags of all trainers; they carry diffusers' nam
     compile: bool = free(False, "Compile the transformer blocks: faster steps after a slow first one.")
     precompute_ref: bool = free(False, "Compute the reference's errors first, and keep them.")
     gradient_checkpointing: bool = free(False, "Less memory, about a quarter more computation.")
-    checkpointing_steps: int = free(500, "Optimizer steps between two checkpoints.", min=1)
+    checkpointing_steps: int = free(500, "Optimizer steps between two checkpoints; the last step has one, too.", min=1)
     checkpoints_total_limit: int | None = free(None, "Keep the newest N checkpoints.", min=1)
     resume_from_checkpoint: str | None = free(None, "A checkpoint of output_dir, e.g. checkpoint-500, or latest.")
     validation_prompts: list[str] | None = free(None, "Default: the first four prompts.", "Gallery, trackers, Hub")
@@ -619,8 +619,8 @@ def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool =
     absent = ("unet", "safety_checker", "feature_extractor", *(() if with_text else ("text_encoder", "tokenizer")))
     names = json.loads(file_of(model, "model_index.json", args.revision).read_text())
     options |= {"vae": vae.requires_grad_(False), **{name: None for name in names if name.startswith(absent)}}
-    options |= {} if is_sdxl(args) else {"requires_safety_checker": False}
-    pipeline = DiffusionPipeline.from_pretrained(model, dtype=args.weight_dtype, **options)
+    kind, more = (StableDiffusionXLPipeline, {}) if is_sdxl(args) else (PIPELINE, {"requires_safety_checker": False})
+    pipeline = kind.from_pretrained(model, dtype=args.weight_dtype, **options, **more)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

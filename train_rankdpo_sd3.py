@@ -147,7 +147,7 @@ class TrainingArguments:  # the flags of all trainers; they carry diffusers' nam
     compile: bool = free(False, "Compile the transformer blocks: faster steps after a slow first one.")
     precompute_ref: bool = free(False, "Compute the reference's errors first, and keep them.")
     gradient_checkpointing: bool = free(False, "Less memory, about a quarter more computation.")
-    checkpointing_steps: int = free(500, "Optimizer steps between two checkpoints.", min=1)
+    checkpointing_steps: int = free(500, "Optimizer steps between two checkpoints; the last step has one, too.", min=1)
     checkpoints_total_limit: int | None = free(None, "Keep the newest N checkpoints.", min=1)
     resume_from_checkpoint: str | None = free(None, "A checkpoint of output_dir, e.g. checkpoint-500, or latest.")
     validation_prompts: list[str] | None = free(None, "Default: the first four prompts.", "Gallery, trackers, Hub")
@@ -230,8 +230,8 @@ def rankdpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """RankDPO (Eq. 7), the paper's other objectives, and the listwise Diffusion-LPO.
 
-    With s = model error − reference error (lower is better) and m_ij = −(β/2)(s_i − s_j), a prompt's loss is
-    −Σ_{i preferred over j} Δ_ij · log σ(m_ij); the batch's is the mean over prompts.
+    With s = model error − reference error (the implicit reward is −(β/2)·s) and m_ij = −(β/2)(s_i − s_j), a prompt's
+    loss is −Σ_{i preferred over j} Δ_ij · log σ(m_ij); the batch's is the mean over prompts.
 
     Args (float, (B, k), where nothing else is said):
         model_errors, ref_errors: denoising errors under the trained model and the reference (sft objectives: None).
@@ -239,7 +239,8 @@ def rankdpo_loss(
         beta: β; the margin is β/2 times a difference of *mean* squared errors, Diffusion-DPO's convention.
         loss_type: rankdpo (Δ = DCG weight), dpo_gain (Δ = |G|), dpo (Δ = 1, ties left out), plackett_luce (minus the
             log probability of the ranking, arXiv 2510.01540: each image against all that are less preferred; ties do
-            not compete), sft (errors of the winners of all pairs), weighted_sft (all errors times `weight`).
+            not compete), sft (errors of the winners of all pairs), weighted_sft (all errors times `weight`:
+            the score of hpsv2.1, or of --rank_by).
         rank_source: label, or predicted: the discounts' ranks come from the model's own scores (LambdaLoss).
         sft_weight: how much of the loss of sft is added to a preference loss.
         loser_scale: of `safeguard_scale`, (B, k, k): scales the gradient of s_j in m_ij, not its value.

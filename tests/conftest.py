@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from io import BytesIO
 from pathlib import Path
 
 import hub
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 
-sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "shapes", "metrics", "benchmarks", "tests/golden")]
 torch.set_num_threads(1)
 
 
@@ -44,13 +46,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_hub.py")
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 def start(*command, **options) -> list[Process]:
     """A script of the repository in a process of its own, as a user starts it; with `torchrun` in several."""
     words, together = list(map(str, command)), [{}]
     if words[:2] == ["-m", "torch.distributed.run"]:
         count, words = int(words[4]), words[5:]
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         together = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [Process(zygote(), words, {**os.environ, **mine}, **options) for mine in together]
 
@@ -110,6 +116,13 @@ def refused(script: str, *flags) -> str:
     pytest.fail(f"not refused: {flags}")
 
 
+def refused_early(monkeypatch, script: str, *flags) -> str:
+    """The one line of a trainer that must refuse before it loads a model."""
+    vae = load(script).AutoencoderKL
+    monkeypatch.setattr(vae, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    return refused(script, *flags)
+
+
 def check_card(folder: Path) -> str:
     """The card's text. Its front matter parses, its templates are filled, and its links lead to files of the folder."""
     card = (folder / "README.md").read_text()
@@ -157,6 +170,10 @@ def tiny_vae(**kwargs):
     )
 
 
+TINY_UNET = {"sample_size": 8, "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
 def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     """An SDXL pipeline of 40 thousand parameters for 32x32 images."""
     import train_generators
@@ -167,12 +184,9 @@ def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     tokenizer = train_generators.make_tokenizer()
     config = tiny_clip(tokenizer, 16)
     unet = UNet2DConditionModel(
-        sample_size=8,
+        **TINY_UNET,
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-        block_out_channels=[8, 16],
-        layers_per_block=1,
-        norm_num_groups=4,
         attention_head_dim=[1, 2],
         transformer_layers_per_block=[1, 1],
         cross_attention_dim=32,
@@ -189,7 +203,7 @@ def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     ).save_pretrained(folder)
@@ -206,25 +220,19 @@ def make_tiny_sd(folder: Path, seed: int = 0, prediction_type: str = "epsilon") 
     tokenizer = train_generators.make_tokenizer()
     config = tiny_clip(tokenizer, 16)
     unet = UNet2DConditionModel(
-        sample_size=8,
+        **TINY_UNET,
         down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
         up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-        block_out_channels=[8, 16],
-        layers_per_block=1,
-        norm_num_groups=4,
         attention_head_dim=2,
         cross_attention_dim=16,
     )
     vae = tiny_vae(latent_channels=4)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
-    )
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(config),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=DDIMScheduler(**SCHEDULE, prediction_type=prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -281,6 +289,15 @@ def make_tiny_sd3(folder: Path, seed: int = 0, t5: bool = True, qk_norm: str | N
         text_encoder_3=T5EncoderModel(t5_config) if t5 else None,
         tokenizer_3=tokenizer_3 if t5 else None,
     ).save_pretrained(folder)
+    return folder
+
+
+def copy_of(model: Path, folder: Path, **changes) -> Path:
+    """A pipeline with other values in its configurations: {"unet/config": {…}}."""
+    shutil.copytree(model, folder)
+    for file, values in changes.items():
+        path = folder / f"{file}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     return folder
 
 
@@ -561,3 +578,16 @@ def server(tmp_path):
     assert hub.TOKEN.encode() not in b"".join(server.contents())
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or hub.TOKEN.encode() not in file.read_bytes(), file
+
+
+@pytest.fixture
+def online(server, tmp_path, monkeypatch):
+    """This process as a client of that Hub."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    values = {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    values["HUGGINGFACE_CO_URL_TEMPLATE"] = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    values["HF_HUB_CACHE"] = str(tmp_path / "cache")
+    for name, value in values.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    return server

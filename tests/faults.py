@@ -23,7 +23,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -107,7 +106,8 @@ class Run:
         self.logs, self.started, self.codes, self.pids = folder / "logs", time.time(), {}, []
         self.logs.mkdir(exist_ok=True)
         self.number = len(list(self.logs.glob("*-0.log")))
-        together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        port = str(conftest.free_port())
+        together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for rank in range(processes):
             self.file(rank, "log").touch()
             environment = together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
@@ -220,11 +220,6 @@ def in_fork(function: Callable, *args, wait: bool = True) -> int:
     if wait and os.waitpid(pid, 0)[1]:
         raise RuntimeError(f"{function} failed")
     return pid
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 # The world: models, data, commands, their results ---------------------------------------------------------------------
@@ -538,7 +533,8 @@ def tasks(case: Case, job: str) -> None:
 @fault("votes", serve=3)
 def votes(case: Case, job: str) -> None:
     """Three raters vote while the server is killed three times. Each answer that was confirmed is there, once."""
-    port, given, number = free_port(), case.folder / "given", (signal.SIGTERM, signal.SIGINT)[case.seed % 2]
+    number, given = (signal.SIGTERM, signal.SIGINT)[case.seed % 2], case.folder / "given"
+    port = conftest.free_port()
     words = command(job, case.folder, port=port)
     run, people = Run(case.folder, words), in_fork(answer_all, port, given, wait=False)
     for _ in range(3 if job in golden else 0):

@@ -2,11 +2,8 @@
 """A Hub of our own for the tests: what huggingface_hub and datasets ask of huggingface.co, in memory, with faults.
 
 The real clients talk to it over HTTP, in processes of their own, with HF_ENDPOINT set. `inject(fault, number)` makes it
-answer the number-th request from then on (for `always-…` all later ones too) as a busy or broken Hub would.
-
-Large files come by LFS, or by xet, as from users: with `xet`, a folder, the client's own library is told to keep its
-chunks in that folder (`local://`) instead of sending them to a storage server. The requests to such a server, and
-downloads by xet, are not tested: it would be a second server, of a binary protocol.
+answer the number-th request from then on (for `always-…` all later ones too) as a busy or broken Hub would. Large files
+come by LFS: xet would be a second server, of a binary protocol.
 """
 
 import base64
@@ -14,18 +11,12 @@ import hashlib
 import io
 import json
 import re
-import shutil
-import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
-
-import hf_xet
 
 
 TOKEN = "hf_marker_that_must_appear_nowhere"
@@ -43,6 +34,11 @@ class Repo:
     @property
     def head(self) -> tuple[str, dict[str, bytes]]:
         return self.commits[-1]
+
+    def add(self, files: dict[str, bytes]) -> str:
+        """A commit; returns its hash."""
+        self.commits.append((uuid.uuid4().hex + "0" * 8, files))
+        return self.commits[-1][0]
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
         if revision in ("main", "HEAD"):
@@ -66,7 +62,6 @@ class Hub:
         self.served = Counter()
         self.read_only: set[str] = set()  # repositories that the token may not write to
         self.fault, self.number, self.requests, self.stall_after = None, 0, 0, None
-        self.xet: Path | None = None
         self.stalled = threading.Event()
         self.lock = threading.RLock()  # an answer counts its bytes, and may be given while it is held
         self.server = ThreadingHTTPServer(("127.0.0.1", Hub.port), type("Handler", (Handler,), {"hub": self}))
@@ -93,8 +88,7 @@ class Hub:
         return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "0" if self.xet else "1",
-            "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+            "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
@@ -109,8 +103,7 @@ class Hub:
     def commit(self, kind: str, repo_id: str, files: dict[str, bytes]) -> None:
         """What a person does on the Hub's pages: files added or changed."""
         repo = self.repos.setdefault((kind, repo_id), Repo(private=False))
-        sha = hashlib.sha1(uuid.uuid4().bytes).hexdigest()
-        repo.commits.append((sha, {**repo.head[1], **files}))
+        repo.add({**repo.head[1], **files})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -184,11 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         if match:
             writable = allowed and match.group(2) not in self.hub.read_only
             return self.answer(200, {}) if writable else self.answer(403, {"error": "You have no write access."})
-        match = re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/xet-write-token/main", path)
-        if match:
-            if not allowed or match.group(2) in self.hub.read_only:
-                return self.answer(403, {"error": "You have no write access."})
-            return self.answer(200, {"casUrl": f"local://{self.hub.xet}", "accessToken": "xet", "exp": 4_000_000_000})
+
         match = re.fullmatch(
             r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/([^/]+)(?:/(.*))?)?)?", path
         )
@@ -213,8 +202,7 @@ class Handler(BaseHTTPRequestHandler):
         if what == "tree":
             return self.tree(files, folder or "", "true" in query.get("recursive", []))
         siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
-        common = {"id": repo_id, "sha": sha, "siblings": siblings, "private": repo.private, "tags": [], "gated": False}
-        self.answer(200, {**common, "disabled": False, "downloads": 0, "likes": 0, "author": USER})
+        self.answer(200, {"id": repo_id, "sha": sha, "siblings": siblings, "private": repo.private, "gated": False})
 
     def tree(self, files: dict[str, bytes], folder: str, recursive: bool) -> None:
         entries, folders, prefix = [], set(), folder.rstrip("/") + "/" if folder else ""
@@ -246,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
         if name not in files:
             return self.missing("EntryNotFound", X_Repo_Commit=sha)
         content = files[name]
-        oid = hashlib.sha256(content).hexdigest() if is_lfs(name) else git_oid(content)
+        oid = oid_of(name, content)
         headers = {"X_Repo_Commit": sha, "ETag": f'"{oid}"', "Accept_Ranges": "bytes"}
         if is_lfs(name):
             headers |= {"X_Linked_Etag": f'"{oid}"', "X_Linked_Size": len(content)}
@@ -278,11 +266,9 @@ class Handler(BaseHTTPRequestHandler):
                 return self.missing("RepoNotFound")
             if repo_id in self.hub.read_only:
                 return self.answer(403, {"error": "You have no write access."})
-            return (
-                self.preupload(repo, json.loads(body))
-                if what == "preupload"
-                else self.commit(kind, repo_id, repo, body)
-            )
+            if what == "preupload":
+                return self.preupload(repo, json.loads(body))
+            return self.commit(kind, repo_id, repo, body)
         if path.endswith(".git/info/lfs/objects/batch"):
             return self.lfs_batch(json.loads(body))
         return self.missing("EntryNotFound")
@@ -333,8 +319,7 @@ class Handler(BaseHTTPRequestHandler):
         for file in wanted["files"]:
             path, known = file["path"], None
             if path in files:
-                content = files[path]
-                known = hashlib.sha256(content).hexdigest() if is_lfs(path) else git_oid(content)
+                known = oid_of(path, files[path])
             mode = "lfs" if is_lfs(path) else "regular"
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": known})
         self.answer(200, {"files": answers})
@@ -361,8 +346,6 @@ class Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
-                    if self.hub.xet and value["oid"] not in self.hub.objects:
-                        self.hub.objects |= xet_contents(self.hub.xet)
                     if value["oid"] not in self.hub.objects:
                         return self.answer(400, {"error": f"no object {value['oid']}"})
                     files[value["path"]] = self.hub.objects[value["oid"]]
@@ -370,11 +353,7 @@ class Handler(BaseHTTPRequestHandler):
                     if value["path"] not in files:
                         return self.answer(404, {"error": "A file with this name doesn't exist"})
                     del files[value["path"]]
-                elif line["key"] == "deletedFolder":
-                    gone = value["path"].rstrip("/") + "/"
-                    files = {name: content for name, content in files.items() if not name.startswith(gone)}
-            sha = hashlib.sha1(uuid.uuid4().bytes).hexdigest()
-            repo.commits.append((sha, files))
+            sha = repo.add(files)
         prefix = "datasets/" if kind == "datasets" else ""
         url = f"{self.hub.url}/{prefix}{repo_id}/commit/{sha}"
         self.answer(200, {"success": True, "commitOid": sha, "commitUrl": url})
@@ -384,35 +363,9 @@ def is_lfs(path: str) -> bool:
     return path.endswith(LFS_SUFFIXES)
 
 
-def xet_contents(folder: Path) -> dict[str, bytes]:
-    """SHA-256 → content of every file that the xet client has kept in a folder, which it may hold open: read a copy."""
-    contents = {}
-    with tempfile.TemporaryDirectory() as place:
-        copy = shutil.copytree(folder, f"{place}/xet-copy")
-        for shard in folder.glob("xet/xorbs/shards/*.mdb"):
-            for sha256, xet_hash, size in shard_files(shard.read_bytes()):
-                file = hf_xet.PyXetDownloadInfo(f"{place}/{sha256}", xet_hash, size)
-                hf_xet.download_files([file], f"local://{copy}", ("xet", 4_000_000_000), None, None)
-                contents[sha256] = Path(place, sha256).read_bytes()
-    return contents
-
-
-def shard_files(shard: bytes) -> Iterator[tuple[str, str, int]]:
-    """SHA-256, xet hash and size of the files that a shard lists: records of 48 bytes after a header of 48."""
-    start = 48
-    while shard[start : start + 32] != b"\xff" * 32:
-        flags, segments = (int.from_bytes(shard[start + i : start + i + 4], "little") for i in (32, 36))
-        ends = [start + 48 * (i + 1) for i in range(segments)]
-        size = sum(int.from_bytes(shard[end + 36 : end + 40], "little") for end in ends)
-        last = start + 48 * (1 + segments * (2 if flags >> 31 else 1))  # each segment may have a record to verify it
-        yield xet_text(shard[last : last + 32]), xet_text(shard[start : start + 32]), size
-        start = last + 48
-
-
-def xet_text(value: bytes) -> str:
-    """xet writes a hash as four numbers."""
-    return "".join(f"{int.from_bytes(value[i : i + 8], 'little'):016x}" for i in range(0, 32, 8))
-
-
 def git_oid(content: bytes) -> str:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+def oid_of(path: str, content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest() if is_lfs(path) else git_oid(content)

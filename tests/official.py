@@ -144,28 +144,11 @@ def clip_t5():
 
 # What config.json of laion/CLIP-ViT-H-14-laion2B-s32B-b79K says. Its end token of 2 means, in transformers, the token
 # with the highest number.
-VIT_H = {
-    "projection_dim": 1024,
-    "vision_config": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "image_size": 224,
-        "patch_size": 14,
-        "hidden_act": "gelu",
-    },
-    "text_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-        "hidden_act": "gelu",
-    },
-}
+VISION = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+VISION |= {"image_size": 224, "patch_size": 14, "hidden_act": "gelu"}
+TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "hidden_act": "gelu"}
+VIT_H = {"projection_dim": 1024, "vision_config": VISION, "text_config": TEXT}
 
 
 def seeded(module: torch.nn.Module, seed: int = 0, scale: float = 0.02) -> torch.nn.Module:

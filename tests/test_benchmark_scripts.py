@@ -5,59 +5,13 @@ import json
 import subprocess
 import sys
 
+import generate_speed
+import many_rows
 import numpy as np
 import pytest
 import torch
+import train_speed
 from conftest import ROOT
-
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import generate_speed  # noqa: E402
-import many_rows  # noqa: E402
-import train_speed  # noqa: E402
-
-
-# A script with the peer's command line: it calls a model as the peer does, or only logs steps of a known length.
-PEER = """
-import argparse, sys, time
-
-def parse_args(words=None):
-    parser = argparse.ArgumentParser()
-    for name in ("pretrained_model_name_or_path", "output_dir", "rank"):
-        parser.add_argument(f"--{name}")
-    return parser.parse_known_args(words)[0]
-
-def main(args):
-    import torch
-    import wandb
-    from accelerate import Accelerator
-    from diffusers import UNet2DConditionModel
-    device = Accelerator(cpu=True).device
-    unet = UNet2DConditionModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet").to(device)
-    sample, text = torch.empty(4, 4, 8, 8, device=device), torch.empty(4, 77, 64, device=device)
-    condition = {"text_embeds": torch.empty(4, 32, device=device), "time_ids": torch.empty(4, 6, device=device)}
-    with torch.no_grad():
-        loss = unet(sample, torch.ones(4, device=device), text, added_cond_kwargs=condition).sample.mean()
-    loss.item()
-    raise AssertionError("the first loss ends the step")
-
-if __name__ == "__main__":
-    args = parse_args()
-    if args.rank == "0":
-        sys.exit("torch.OutOfMemoryError: CUDA out of memory\\nand more")
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(args.output_dir + "/logs")
-    for step, pause in enumerate((0.5, 0.3, 0.1, 0.1, 0.1)):
-        time.sleep(pause)
-        writer.add_scalar("loss", 1.0, step)
-    writer.close()
-"""
-
-
-@pytest.fixture
-def peer(tmp_path):
-    (tmp_path / "peer.py").write_text(PEER)
-    return tmp_path / "peer.py"
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
@@ -77,23 +31,6 @@ def test_full_size_is_sdxl_at_its_floor(tmp_path):
     counted = train_speed.count_ours("sdxl", tmp_path, rank=64, resolution=1024, settings=("step",))
     assert counted["reference"] == pytest.approx(6.76, abs=0.01)  # as published counts of SDXL's UNet have it
     assert counted["step"] <= 22.0 and counted["step"] == pytest.approx(counted["floor"])
-
-
-def test_the_peer_is_counted_up_to_its_first_loss(tmp_path, peer):
-    train_speed.make_model(tmp_path / "sdxl", "sdxl", "tiny", None)
-    flags = train_speed.peer_flags(tmp_path, tmp_path / "out", 64, 1)
-    counted = train_speed.count_peer(peer, flags, 4)
-    ours = train_speed.count_ours("sdxl", tmp_path / "sdxl", rank=4, resolution=64)
-    assert counted == pytest.approx(ours["reference"])
-
-
-def test_only_the_steps_are_timed(tmp_path, peer):
-    """Of five steps, the first two do not count; the others take 0.1 s for 4 images."""
-    command = [sys.executable, peer, "--output_dir", tmp_path / "run"]
-    row = train_speed.timed_run(command, tmp_path / "run", images=4)
-    assert 20 < row["images_per_second"] <= 40.5 and row["seconds"] > 1.1 and "failed" not in row
-    row = train_speed.timed_run([*command, "--rank", "0"], tmp_path / "no-run", images=4)
-    assert row["failed"] == "torch.OutOfMemoryError: CUDA out of memory" and row["images_per_second"] is None
 
 
 def test_ours_is_timed_through_its_command_line(tmp_path, monkeypatch, capsys):

@@ -116,6 +116,27 @@ def test_results_are_means_lifts_and_wins_over_the_saved_images(tmp_path, tiny_s
     assert len(list((tmp_path / "of-other").rglob("*.png"))) == 4
 
 
+def test_schedulers_that_read_the_output_as_something_else(tmp_path, tiny_sdxl, tiny_sd3, monkeypatch):
+    monkeypatch.setattr(evaluate.DiffusionPipeline, "from_pretrained", lambda *a, **k: pytest.fail("model loaded"))
+    flow = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    euler = StableDiffusionXLPipeline.load_config(tiny_sdxl)["scheduler"][1]
+    cases = {
+        "unipc": (tiny_sdxl, flow, "UniPCMultistepScheduler", "predicts noise"),
+        "flow": (tiny_sdxl, FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler", "predicts noise"),
+        "edm": (tiny_sdxl, EDMEulerScheduler(), euler, "scheduler_config.json is EDMEulerScheduler's"),
+        "sd3": (tiny_sd3, UniPCMultistepScheduler(), "UniPCMultistepScheduler", "predicts flow"),
+    }
+    for name, (base, scheduler, named, words) in cases.items():
+        shutil.copytree(base, tmp_path / name)
+        scheduler.save_pretrained(tmp_path / name / "scheduler")
+        index = json.loads((tmp_path / name / "model_index.json").read_text())
+        (tmp_path / name / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", named]}))
+        message = refused(
+            "evaluate", *make_flags(tmp_path, tmp_path / name, tmp_path), "--output_dir", tmp_path / "out"
+        )
+        assert words in message and named in message
+
+
 def test_interval_equals_scipys_paired_bootstrap():
     rng = np.random.default_rng(0)
     base = rng.normal(size=(1, 60, 3))
@@ -310,7 +331,6 @@ def test_pictures_alone_with_metrics_of_all_kinds(tmp_path):
         "    return [{'red': r * row['scale'], **({'high': r} if r > 150 else {})} for r, row in zip(red, rows)]\n"
         "def red_lift(images, prompts):\n    return [1.0 for _ in images]\n"
         "def wrong(images, prompts):\n    return [None for _ in images]\n"
-        "def mixed(images, prompts, rows):\n    return [1.0 if p == 'a' else {'x': 1.0} for p in prompts]\n"
     )
     flags = ["--prompts", tmp_path / "prompts.jsonl", "--output_dir", tmp_path / "out"]
     template = f"{tmp_path}/{{}}/{{{{index}}}}_{{{{number}}}}.png"
@@ -326,8 +346,8 @@ def test_pictures_alone_with_metrics_of_all_kinds(tmp_path):
     results = results_of(tmp_path / "out")
     assert results["two@0"]["keys_red"] == pytest.approx(402)
 
-    wrong = {"red_lift": "must not end in _lift", "wrong": "must be a finite number"}
-    for name, text in {**wrong, "mixed": "gives numbers and dicts"}.items():
+    wrong = {"red_lift": "metric red_lift: results.json uses this name", "wrong": "must be a finite number"}
+    for name, text in wrong.items():
         assert text in refused("evaluate", *flags, "--metrics", f"{tmp_path}/own.py:{name}")
     (tmp_path / "two" / "1_0.png").write_bytes((tmp_path / "two" / "1_0.png").read_bytes()[:45])
     assert "two/1_0.png cannot be read" in refused("evaluate", *flags, "--metrics", f"{tmp_path}/own.py:keys")
@@ -435,7 +455,6 @@ def test_a_benchmark_with_settings_grids_and_missing_pictures(tmp_path):
         ",weights=none": "metric Red_weights=none: there are no such weights",
         ",channel": "file.py:Class,key=value",
         "?channel=1": "file.py:Class,key=value",
-        ",weights=" + "x" * 250: "longer than 200 letters",
         ":": "file.py:Class,key=value",
     }
     for settings, text in wrong.items():
@@ -476,11 +495,9 @@ BAD_FLAGS = [
     (["--models", "a=transformer:TINY/unet"], ["the base, a StableDiffusionXLPipeline, has no transformer"]),
     (["--models", "a=unet:TINY/vae"], ["its _class_name is AutoencoderKL", "base's unet UNet2DConditionModel"]),
     (["--models", "a=unet:OTHER"], ["its cross_attention_dim is 7", "base's unet 32"]),
-    (["--models", "a=unet:EMPTY"], ["holds no weights"]),
     (["--models", "..=TINY"], ["..=", "name of letters"]),
-    (["--images", "a=x/{index.x}_{number}.png"], ["wrong template", "{index}, {number}"]),
     (["--images", "a=BAD/{index}_{number}.png"], ["cannot identify image file", "0_0.png"]),
-    (["--images", "a=x/{index:05d}_{numbers}.png"], ["'numbers'", "{index}, {number}"]),
+    (["--images", "a=x/{index:05d}_{numbers}.png"], ["a=x/{index:05d}_{numbers}.png: 'numbers'"]),
     (["--images", "a=x/{index}_{number}.png"], ["no picture x/0_0.png", "prompt 0, image 0"]),
     (["--images", "a=ONE"], ["same picture", "{index}"]),
     (["--baseline", "mien"], ["--baseline mien", "base, mine"]),
@@ -497,17 +514,16 @@ def test_bad_flags_are_named(tmp_path, tiny_sdxl, lora, monkeypatch):
     monkeypatch.setattr(evaluate.DiffusionPipeline, "from_pretrained", lambda *a, **k: pytest.fail("model loaded"))
     config = json.loads((tiny_sdxl / "unet" / "config.json").read_text())
     index = {"video": "LattePipeline", "noscale": "HunyuanImagePipeline"}
-    for name in ("other", "empty", "bad", *index):
+    for name in ("other", "bad", *index):
         (tmp_path / name).mkdir()
     for name, kind in index.items():
         (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-    (tmp_path / "empty" / "config.json").write_text(json.dumps(config))
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 7}))
     for i, n in itertools.product(range(6), range(2)):
         (tmp_path / "bad" / f"{i}_{n}.png").write_text("no picture")
     Image.new("RGB", (8, 8)).save(tmp_path / "one", "PNG")
     flags, places = make_flags(tmp_path, tiny_sdxl, lora), {"TINY": tiny_sdxl}
-    places |= {name.upper(): tmp_path / name for name in ("other", "empty", "bad", "one", *index)}
+    places |= {name.upper(): tmp_path / name for name in ("other", "bad", "one", *index)}
     for more, words in BAD_FLAGS:
         for word, path in places.items():
             more = [part.replace(word, str(path)) for part in more]
@@ -624,7 +640,13 @@ def test_rewards_at_once_give_the_same_results(tmp_path, tiny_sdxl, lora, monkey
 
 def test_a_base_on_the_hub_is_drawn_at_the_commit_that_is_recorded(tmp_path, tiny_sdxl, monkeypatch):
     snapshot, load = shutil.copytree(tiny_sdxl, tmp_path / "snapshots" / "abc123"), DiffusionPipeline.from_pretrained
-    monkeypatch.setattr(evaluate, "hf_hub_download", lambda model, file, revision=None: str(snapshot / file))
+    read = DiffusionPipeline.load_config
+
+    def load_config(model, return_commit_hash=False, **options):
+        return (read(snapshot), snapshot.name) if return_commit_hash else read(model, **options)
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
+    monkeypatch.setattr(evaluate.DDPMScheduler, "load_config", lambda model, **options: {})
 
     def from_pretrained(model, revision, **options):
         assert (model, revision) == ("user/base", "abc123")
@@ -733,27 +755,6 @@ def test_a_lora_that_was_trained_again_gets_new_pictures(tmp_path, tiny_sdxl, mo
     os.utime(folder / evaluate.LORA_FILE, (0, 0))  # a copy of the same LoRA
     monkeypatch.setattr(evaluate.DiffusionPipeline, "from_pretrained", lambda *a, **k: pytest.fail("drawn again"))
     call("evaluate", *flags)
-
-
-def test_schedulers_that_read_the_output_as_something_else(tmp_path, tiny_sdxl, tiny_sd3, monkeypatch):
-    monkeypatch.setattr(evaluate.DiffusionPipeline, "from_pretrained", lambda *a, **k: pytest.fail("model loaded"))
-    flow = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    euler = StableDiffusionXLPipeline.load_config(tiny_sdxl)["scheduler"][1]
-    cases = {
-        "unipc": (tiny_sdxl, flow, "UniPCMultistepScheduler", "predicts noise"),
-        "flow": (tiny_sdxl, FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler", "predicts noise"),
-        "edm": (tiny_sdxl, EDMEulerScheduler(), euler, "scheduler_config.json is EDMEulerScheduler's"),
-        "sd3": (tiny_sd3, UniPCMultistepScheduler(), "UniPCMultistepScheduler", "predicts flow"),
-    }
-    for name, (base, scheduler, named, words) in cases.items():
-        shutil.copytree(base, tmp_path / name)
-        scheduler.save_pretrained(tmp_path / name / "scheduler")
-        index = json.loads((tmp_path / name / "model_index.json").read_text())
-        (tmp_path / name / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", named]}))
-        message = refused(
-            "evaluate", *make_flags(tmp_path, tmp_path / name, tmp_path), "--output_dir", tmp_path / "out"
-        )
-        assert words in message and named in message
 
 
 def test_pictures_that_are_numbered_from_one(tmp_path):

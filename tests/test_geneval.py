@@ -7,22 +7,18 @@ What the official code gave stands in golden/geneval.npz; golden/make_geneval.py
 import io
 import json
 import math
-import sys
 from email.message import Message
 from functools import cache, partial
 
+import geneval
+import make_geneval
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from double import float64, in_float64
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
-
-
-sys.path[:0] = [str(ROOT / "metrics"), str(ROOT / "tests" / "golden")]
-import geneval
-import make_geneval
-from double import float64, in_float64
 
 
 ARRAYS = np.load(ROOT / "tests" / "golden" / "geneval.npz")
@@ -57,23 +53,13 @@ def test_judge_is_official():
         assert 0.05 < found.count("1") / len(found) < 0.95
 
 
-def test_judge_limits():
+def test_judge_says_why():
     box = [0, 0, 10, 10]
-    assert geneval.relations([2, 0, 12, 10], box) == set()  # at the margin: 2 = 0.1 * (10 + 10)
-    assert geneval.relations([2.5, 0, 12.5, 10], box) == set()  # 0.5 of 2.5 is no more than half
-    assert geneval.relations([4, 0, 14, 10], box) == set()  # 2 of 4: half
-    assert geneval.relations([4.5, 0, 14.5, 10], box) == {"right of"}
-    assert geneval.relations([0, -40, 10, -30], box) == {"above"} and geneval.relations(box, box) == set()
-    assert geneval.relations([60, 60, 70, 70], box) == {"right of", "below"}
-    assert geneval.relations([4.5, 0, 14.5, 10], box, threshold=0.2) == set()
-    clock = {"include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}]}
-    for count, expected in ((1, False), (2, True), (3, False)):
-        assert geneval.judge(clock, {"clock": [box] * count}, None)[0] is expected
-    assert geneval.judge(clock, {}, None) == (False, "expected clock>=2, found 0")
-    scene = [{"class": "dog", "count": 2}, {"class": "cup", "count": 1, "position": ["above", 0]}]
-    reason = "expected dog>=2, found 1\nno target for cup to be above"
-    assert geneval.judge({"include": scene}, {"dog": [box], "cup": [box]}, None) == (False, reason)
-    scene[0] = {"class": "dog", "count": 1, "color": "red"}
+    assert geneval.judge({"include": [{"class": "clock", "count": 2}]}, {}, None) == (
+        False,
+        "expected clock>=2, found 0",
+    )
+    scene = [{"class": "dog", "count": 1, "color": "red"}, {"class": "cup", "count": 1, "position": ["above", 0]}]
     reason = "expected cup above target, found below and right of target"
     found = {"dog": [box, box], "cup": [[60, 60, 70, 70]]}
     assert geneval.judge({"include": scene}, found, lambda name, box: "red") == (False, reason)
@@ -263,18 +249,24 @@ def test_full_size():
 # The metric
 
 
-def test_score_depends_on_no_batch(metric, outputs):
-    """Pictures of several sizes and kinds together score as each alone, and as the recorded run did."""
-    images, rows, expected = [], [], []
-    usual = {"threshold": 0.3, "counting_threshold": 0.9, "max_objects": 16}
-    for number in (3, 1, 3):
-        wanted = len(rows) % 2 == 0
-        records = [r for r in GOLDEN["images"][number] if r["settings"] == usual and r["correct"] == wanted]
+CLOCKS = {"include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}]}
+SIDES = {"include": [{"class": "bed", "count": 1}, {"class": "tv", "count": 1, "position": ["left of", 0]}]}
+OFFICIAL_ROWS = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {"tag": "counting", **CLOCKS, "prompt": "a photo of two clocks"},
+    {"tag": "position", **SIDES, "prompt": "a photo of a tv left of a bed"},
+]
+
+
+def test_score_is_that_of_the_recorded_run(metric, outputs):
+    """Pictures of several sizes and kinds together. Counting has a threshold of its own."""
+    usual, images, rows, expected = {"threshold": 0.3, "counting_threshold": 0.9, "max_objects": 16}, [], [], []
+    for number, tag, correct in ((3, "single_object", True), (1, "position", False), (3, "counting", True)):
+        records = [r for r in GOLDEN["images"][number] if r["settings"] == usual and r["correct"] == correct]
         images.append(outputs[number][0])
-        rows.append(records[len(rows) % len(records)]["metadata"])
-        expected.append(float(wanted))
+        rows.append(next(record["metadata"] for record in records if record["metadata"]["tag"] == tag))
+        expected.append(float(correct))
     assert metric.score(images, [""] * 3, rows) == expected
-    assert metric.score(images[1:2], [""], rows[1:2]) == expected[1:2]
 
 
 def test_score_turns_pictures(metric, monkeypatch):
@@ -286,19 +278,6 @@ def test_score_turns_pictures(metric, monkeypatch):
     turned.getexif()[274] = 6  # to be shown turned by 270 degrees
     assert metric.score([turned], [""], OFFICIAL_ROWS[:1]) == [0.0]
     assert seen[0].mode == "RGB" and np.array_equal(seen[0], image)
-
-
-def test_threshold_of_counting(metric, outputs):
-    image, classes, masks, sizes = outputs[3]
-    few = geneval.find_objects(classes, masks, *sizes, 0.9, 16)
-    (found,) = metric.detect([image], [{"tag": "counting"}])
-    assert {name: [d[:5] for d in each] for name, each in found.items()} == {n: [d[:5] for d in few[n]] for n in few}
-    classes, masks = classes.float(), masks.float()  # the metric's own precision
-    many = geneval.find_objects(classes, masks, *sizes, 0.3, 16)
-    scores = [detection.score for found in many.values() for detection in found]
-    best = geneval.find_objects(classes, masks, *sizes, max(scores), 16)
-    assert best == {}  # a score must be above the threshold
-    assert geneval.find_objects(classes, masks, *sizes, float(np.nextafter(np.float32(max(scores)), np.float32(0))), 16)
 
 
 def test_official_summary():
@@ -321,7 +300,7 @@ def test_official_summary():
     assert all(math.isnan(value) for value in missing.values())
 
 
-def test_checkpoints(checkpoints, metric, tmp_path):
+def test_checkpoints(checkpoints, tmp_path):
     """A folder of transformers works like an MMDetection file; a checkpoint that does not fit is an error."""
     detector = geneval.load_detector(str(checkpoints / "mmdet" / "detector.pth"))
     detector.save_pretrained(tmp_path / "folder")
@@ -332,13 +311,6 @@ def test_checkpoints(checkpoints, metric, tmp_path):
     save_file(saved, tmp_path / "folder" / "model.safetensors", metadata={"format": "pt"})
     again = geneval.load_detector(str(tmp_path / "folder")).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in detector.state_dict().items())
-    pixels, _ = geneval.detector_input(make_geneval.picture(96, 64), "cpu")
-    with torch.inference_mode():  # float32 against float64, before the first mask
-        features, exact = (
-            one.model.pixel_level_module(pixels[None].to(one.dtype)).decoder_last_hidden_state
-            for one in (detector, metric.detector)
-        )
-    np.testing.assert_allclose(features, exact, rtol=0, atol=1e-5 * exact.abs().max())
 
     def problem(changes: dict, **sizes) -> str:
         weights, folder = mmdet_weights() | changes, tmp_path / "changed"
@@ -357,36 +329,18 @@ def test_checkpoints(checkpoints, metric, tmp_path):
     geneval.Mask2FormerForUniversalSegmentation(detector_config(num_labels=11)).save_pretrained(tmp_path / "few")
     with pytest.raises(ValueError, match="has 11 classes, not the 80 of COCO"):
         geneval.load_detector(str(tmp_path / "few"))
-    with pytest.raises((OSError, ValueError), match="no-such-folder"):
-        geneval.load_detector(str(tmp_path / "no-such-folder"))
-
-
-OFFICIAL_ROWS = [
-    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
-    {
-        "tag": "counting",
-        "include": [{"class": "clock", "count": 2}],
-        "exclude": [{"class": "clock", "count": 3}],
-        "prompt": "a photo of two clocks",
-    },
-    {
-        "tag": "position",
-        "include": [{"class": "bed", "count": 1}, {"class": "tv", "count": 1, "position": ["left of", 0]}],
-        "prompt": "a photo of a tv left of a bed",
-    },
-]
 
 
 def test_check_rows():
+    dog = {"class": "dog", "count": 1}
     geneval.GenEval.check_rows(OFFICIAL_ROWS)
     for change, problem in (
         ({"tag": "count"}, "tag is 'count', not one of single_object"),
         ({"include": None}, "include names no object"),
-        ({"include": [{"class": "mouse", "count": 1}]}, "the class of include 0 is 'mouse'"),
-        ({"include": [{"class": "dog"}]}, "the count of include 0 is None"),
-        ({"include": [{"class": "dog", "count": 1, "color": "gray"}]}, "the color of include 0 is 'gray'"),
-        ({"include": [{"class": "dog", "count": 1, "position": ["above", 0]}]}, "the position of include 0 is"),
-        ({"exclude": [{"class": "dog", "count": 0}]}, "the count of exclude 0 is 0"),
+        ({"include": [dog | {"class": "mouse"}]}, "the class of include 0 is 'mouse'"),
+        ({"include": [dog | {"color": "gray"}]}, "the color of include 0 is 'gray'"),
+        ({"include": [dog | {"position": ["above", 0]}]}, "the position of include 0 is"),
+        ({"exclude": [dog | {"count": 0}]}, "the count of exclude 0 is 0"),
     ):
         with pytest.raises(ValueError, match=rf"^row 2 \('a photo of two clocks'\): {problem}.*; make the file with"):
             geneval.GenEval.check_rows([OFFICIAL_ROWS[0], OFFICIAL_ROWS[1] | change])
@@ -398,10 +352,6 @@ def test_prompts_command(tmp_path, capsys):
     geneval.main(["prompts", "--metadata", str(source), "--output", str(output)])
     assert capsys.readouterr().out == f"{output}: 3 prompts\n"
     assert [json.loads(line) for line in output.read_text().splitlines()] == OFFICIAL_ROWS
-    assert [file.name for file in output.parent.iterdir()] == ["geneval.jsonl"]
-    source.write_text(json.dumps(OFFICIAL_ROWS[0])[:-30] + "\n")
-    with pytest.raises(ValueError):
-        geneval.main(["prompts", "--metadata", str(source), "--output", str(output)])
 
 
 def test_another_file_under_the_official_address_is_refused(tmp_path, monkeypatch):

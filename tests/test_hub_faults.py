@@ -6,17 +6,14 @@ import os
 from pathlib import Path
 
 import hub
-import pytest
 from test_hub import OTHER_CARD, client, start, write_build, write_evaluate, write_score, write_train
 
 
 # Runs a script's main again and again, the Hub behaving otherwise each time; a line in, a line of JSON out.
 DRIVER = """
-import gc, importlib, io, json, os, sys, traceback
+import gc, importlib, io, json, sys, traceback
 from contextlib import redirect_stderr, redirect_stdout
 from accelerate.state import AcceleratorState
-from huggingface_hub import constants
-constants.HF_HUB_DISABLE_XET = os.environ["HF_HUB_DISABLE_XET"] == "1"
 asked, script, *flags = sys.argv[1:]
 module = importlib.import_module(script)
 for line in open(asked):
@@ -81,20 +78,13 @@ def check_faults(server, run: Driver, before: dict, faults, wanted: tuple[str, s
             assert again <= (fault == "lost"), (fault, number)
 
 
-@pytest.mark.parametrize("xet", [False, True])
-def test_dataset_upload_under_faults(server, tiny_sdxl, tmp_path, xet):
-    """By LFS, and by xet, as users have it: huggingface_hub brings hf_xet."""
+def test_dataset_upload_under_faults(server, tiny_sdxl, tmp_path):
     build = write_build(tmp_path, tiny_sdxl)
     client(server, tmp_path / "home", *build)
     wanted, before = ("datasets", "user/synpic"), {"README.md": OTHER_CARD.encode()}
-    if xet:
-        server.xet = tmp_path / "xet"
-        server.xet.mkdir()
     run = Driver(server, tmp_path / "home", *build, "--stages", "publish")
-    faults = ("412", "always-503") if xet else ("409", "429", "502", "drop", "lost", "always-503")
-    check_faults(server, run, {wanted: before}, faults, wanted)
+    check_faults(server, run, {wanted: before}, ("409", "412", "429", "502", "drop", "lost", "always-503"), wanted)
     run.close()
-    assert not xet or not server.uploaded
     for name, content in server.files(*wanted).items():
         assert content == (tmp_path / "synpic" / name).read_bytes(), name
 

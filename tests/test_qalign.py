@@ -3,21 +3,16 @@
 
 import copy
 import json
-import sys
 from functools import partial
 
+import make_qalign as golden_script
 import numpy as np
 import pytest
+import qalign
 import torch
 from conftest import ROOT
+from double import in_float64
 from safetensors.torch import save_file
-
-
-sys.path[:0] = [str(ROOT / "metrics"), str(ROOT / "tests/golden")]
-
-import make_qalign as golden_script  # noqa: E402
-import qalign  # noqa: E402
-from double import in_float64  # noqa: E402
 
 
 @pytest.fixture(scope="module")

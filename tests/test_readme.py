@@ -59,11 +59,6 @@ def test_command_parses(where, command, monkeypatch):
             assert Path(file).exists(), f"{where}: {file}"
 
 
-def test_there_are_commands_to_check():
-    pages = {"README.md", *(f"docs/{name}.md" for name in SCRIPTS)}
-    assert {*pages, *(f"{name}.py" for name in SCRIPTS)} <= {where for where, _ in commands()}
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipe_is_used_by_a_command(path):
     """test_command_parses parses it then."""
@@ -132,27 +127,10 @@ def test_links_lead_to_files_and_headings(page):
 
 def test_broken_links_are_found(tmp_path):
     (tmp_path / "page.md").write_text("# One `--flag`, two\n\n# Again\n\n# Again\n")
-    good = "[a](page.md) [b](page.md#one---flag-two) [c](page.md#again-1) ![d](e.png) [f](#here) [g](https://h/i)"
-    (tmp_path / "e.png").touch()
-    (tmp_path / "index.md").write_text(f"# Here\n\n{good}\n\n```\n[x](y)\n```\n")
-    assert not broken_links(tmp_path / "index.md")
-    bad = ["pages.md", "page.md#one", "page.md#again-2", "#there", "f.png"]
-    (tmp_path / "index.md").write_text("# Here\n" + " ".join(f"[x]({link})" for link in bad[:-1]) + '<img src="f.png">')
+    good = ["page.md", "page.md#one---flag-two", "page.md#again-1", "#here", "https://h/i"]
+    bad = ["pages.md", "page.md#one", "page.md#again-2", "#there"]
+    (tmp_path / "index.md").write_text("# Here\n" + " ".join(f"[x]({link})" for link in good + bad))
     assert broken_links(tmp_path / "index.md") == bad
-
-
-def test_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
-
-
-def page_of(script: str) -> str:
-    return (ROOT / "docs" / f"{script}.md").read_text()
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_page_names_every_flag(script):
-    page, fields = page_of(script), importlib.import_module(script).ScriptArguments.__dataclass_fields__
-    assert not [name for name in fields if not re.search(rf"--{name}(?![\w-])", page)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -170,22 +148,22 @@ def test_page_explains_every_logged_figure(script, trainer_flags, tmp_path):
     call(script, *trainer_flags(script), "--max_train_steps", 1, "--output_dir", tmp_path / "lora")
     (line,) = logged(tmp_path / "lora")
     assert {"step", "loss", "implicit_accuracy", "margin", "grad_norm", "lr", "images_per_second"} <= line.keys()
-    page = page_of(script)
+    page = (ROOT / "docs" / f"{script}.md").read_text()
     assert not [name for name in line if f"`{name}`" not in page]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_lists_every_flag_with_its_help(script, capsys):
-    module = importlib.import_module(script)
+def test_help_and_page_name_every_flag(script, capsys):
+    module, page = importlib.import_module(script), (ROOT / "docs" / f"{script}.md").read_text()
     with pytest.raises(SystemExit) as stopped:
         module.parse_arguments(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert module.__doc__.strip().splitlines()[0] in text and len(re.findall(r"^[A-Z][\w, ]+:$", text, re.M)) >= 3
     squeezed = re.sub(r"\s", "", text)  # argparse breaks the lines
     for name, spec in module.ScriptArguments.__dataclass_fields__.items():
         text = re.sub(r"\s", "", spec.metadata["help"]).replace("%%", "%")
         assert f"--{name}" in squeezed and len(text) > 5 and text in squeezed, name
+        assert re.search(rf"--{name}(?![\w-])", page), name
 
 
 # What a script's own imports use without its being imported by name, and `uv run` must install all the same.

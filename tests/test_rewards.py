@@ -2,11 +2,9 @@
 
 import copy
 import functools
-import hashlib
 import json
 import shutil
 import types
-from concurrent.futures import Future
 from io import BytesIO
 from pathlib import Path
 
@@ -318,6 +316,8 @@ def test_clipscore_is_hessels(openai_clip, clip_tokenizer, tmp_path):
     expected = 2.5 * torch.nn.functional.cosine_similarity(image_features, text_features).clamp(min=0)
     np.testing.assert_allclose(reward.score(images, PROMPTS[: len(images)]), expected, atol=1e-5, rtol=0)
     assert expected.std() > 1e-3
+    reward.score(images[:2], ["a cat", long := "A Cat " * 80])
+    assert reward.cut == {long}  # the prompt, not the text that is made of it
 
 
 # MPS
@@ -578,18 +578,11 @@ def image_reward(tmp_path_factory, bert_tokenizer):
     tokenizer = AutoTokenizer.from_pretrained(bert_tokenizer)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-    model = official_image_reward(
-        parts,
-        tokenizer,
-        vit={"img_size": 64, "embed_dim": 128, "depth": 2, "num_heads": 2},
-        **text,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=40,
-    )
-    official.seeded(model)
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 40}
+    vit = {"img_size": 64, "embed_dim": 128, "depth": 2, "num_heads": 2}
+    model = official.seeded(official_image_reward(parts, tokenizer, vit, **text))
     weights = model.state_dict() | {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
     torch.save(weights, folder / "ImageReward.pt")
-    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 40}
     BlipConfig(vision_config=vision, text_config=text).save_pretrained(folder)
     return model, folder
 
@@ -608,10 +601,8 @@ def test_image_reward_is_the_official_score(image_reward):
     for name, image in pictures().items():
         assert torch.equal(reward.prepare(image), model.preprocess(image)), name
     tokens = model.blip.tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
-    for prompt, ids, mask, (found, found_mask) in zip(
-        PROMPTS, tokens.input_ids, tokens.attention_mask, reward.encode_prompts(PROMPTS)
-    ):
-        assert torch.equal(found, ids) and torch.equal(found_mask, mask), prompt
+    ids, masks = map(torch.stack, zip(*reward.encode_prompts(PROMPTS)))
+    assert torch.equal(ids, tokens.input_ids) and torch.equal(masks, tokens.attention_mask)
 
 
 def test_all_keys_of_the_full_size_image_reward(monkeypatch):
@@ -791,11 +782,8 @@ def test_any_vlm_as_a_variant(tmp_path):
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text |= {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
     image_token = tokenizer.convert_tokens_to_ids("<image>")
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**tower), text_config=LlamaConfig(**text), image_token_index=image_token
-        )
-    )
+    towers = {"vision_config": CLIPVisionConfig(**tower), "text_config": LlamaConfig(**text)}
+    model = LlavaForConditionalGeneration(LlavaConfig(**towers, image_token_index=image_token))
     official.seeded(model).save_pretrained(folder)
 
     name = f"vqascore_vlm={folder}"
@@ -830,17 +818,15 @@ NETWORKS = ["hpsv2", "pickscore", "mps", "imagereward", "aesthetic", "vqascore"]
 
 # Of each network: the file of its weights, and a key in its middle, as it is stored and as the message names it.
 MIDDLE = "vision_model.encoder.layers.1.mlp.fc1.bias"
+DENSE = "layer.1.output.dense.bias"
+WIDE = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
 KEYS = {
     "hpsv2": ("HPS_v2_compressed.pt", "visual.transformer.resblocks.1.mlp.c_fc.bias", MIDDLE),
     "pickscore": ("model.safetensors", MIDDLE, MIDDLE),
     "mps": ("model.safetensors", "mps.cross_model.layers.2.0.fn.ff.0.weight", "2.0.ff_in.weight"),
-    "imagereward": (
-        "ImageReward.pt",
-        "blip.text_encoder.encoder.layer.1.output.dense.bias",
-        "layer.1.output.dense.bias",
-    ),
+    "imagereward": ("ImageReward.pt", f"blip.text_encoder.encoder.{DENSE}", DENSE),
     "aesthetic": ("model.safetensors", "layers.2.bias", "2.bias"),
-    "vqascore": ("pytorch_model.bin", *["encoder.block.1.layer.1.DenseReluDense.wo.weight"] * 2),
+    "vqascore": ("pytorch_model.bin", WIDE, WIDE),
 }
 
 
@@ -886,36 +872,6 @@ def test_other_weights_are_an_error(name, request, tmp_path):
     part["num_layers" if name == "vqascore" else "num_hidden_layers"] += 1
     file.write_text(json.dumps(config))
     assert " missing keys: " in problem()
-
-
-def test_checkpoint_without_config_must_have_the_published_sizes(hps, image_reward, tmp_path, monkeypatch):
-    """HPSv2's base model gives the sizes, ImageReward's class: here both have a layer more than the weights."""
-    for name, source in {"hpsv2": hps[2], "imagereward": image_reward[1]}.items():
-        folder = with_files(tmp_path / name, source)
-        (folder / "config.json").rename(tmp_path / "config.json")
-        config = json.loads((tmp_path / "config.json").read_text())
-        text = config["text_config"] | {"num_hidden_layers": 3}
-        (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": text}))
-        monkeypatch.setitem(build_synpic.REWARD_MODELS, name, (*build_synpic.REWARD_MODELS[name][:2], str(tmp_path)))
-        monkeypatch.setattr(build_synpic.ImageRewardReward, "TEXT", text)
-        monkeypatch.setattr(build_synpic.ImageRewardReward, "VISION", config["vision_config"])
-        with pytest.raises(SystemExit, match=r"missing keys: (text_model\.)?encoder\.layers?\.2\.\S+, "):
-            load_reward_model(f"{name}={folder}")
-
-
-GOLDEN = {  # sha256 of the pixels of Pillow 12.3's `noise(...).resize(...)`
-    ("RGB", 100, 301): "9521382c56eea965",  # Pillow 13.0: 75a68085b5d67236
-    ("RGBA", 100, 301): "5dc87d1d9d37a46a",  # Pillow 13.0: a1b749731bc3a0ab
-    ("RGB", 40, 123): "c913b9757c031fc2",
-    ("RGBA", 56, 200): "bce4e4eb9b1044f2",
-}
-
-
-def test_high_images_are_resized_as_before_pillow_13():
-    for (mode, width, height), digest in GOLDEN.items():
-        resized = build_synpic.resize_shorter(noise(width, height, mode), 56)
-        assert resized.mode == mode and resized.size == (56, 56 * height // width)
-        assert hashlib.sha256(resized.tobytes()).hexdigest()[:16] == digest
 
 
 def png(seed: int, text: int = 0) -> bytes:
@@ -965,21 +921,6 @@ def test_longer_prompts_are_counted(kind, read, request, tmp_path):
     assert not reward.cut
 
 
-def test_the_next_shard_is_read_and_decoded_while_this_one_is_scored(hps):
-    reward, read = loaded(f"hpsv2={hps[2]}"), []
-
-    def shards():
-        for number in range(3):
-            read.append(number)
-            yield reward.begin([noise(60, 60, seed=10 * number + seed) for seed in range(2)])
-
-    for number, begun in enumerate(build_synpic.read_ahead(shards())):
-        assert all(isinstance(image, Future) for image in begun)
-        expected = reward.score([noise(60, 60, seed=10 * number + seed) for seed in range(2)], ["x"] * 2)
-        np.testing.assert_allclose(reward.score(begun, ["x"] * 2), expected, atol=1e-6)
-        assert read == list(range(min(number + 2, 3)))
-
-
 @pytest.mark.parametrize("kind", ["hpsv2", "function"])
 def test_bad_images(hps, tmp_path, kind):
     """They give NaN and a reason, and leave the others' scores as they are; without `bad`, the first is an error. Large
@@ -999,7 +940,9 @@ def test_bad_images(hps, tmp_path, kind):
     assert all(np.isnan(reward.score([cut, cut], ["x", "y"], bad={})))
 
 
-def test_settings_of_a_class_have_the_types_of_its_parameters(tmp_path):
+def test_settings_of_a_class(tmp_path):
+    """They have the types of its parameters. The content of a file or folder that one names is part of what scores
+    depend on: in a copy it is the same."""
     (tmp_path / "mine.py").write_text(
         "class Mine:\n    def __init__(self, device, batch_size, size=3, rate: float = 1, on=False, model=None):\n"
         "        pass\n\n    def score(self, images, prompts):\n        return [0.0] * len(images)\n"
@@ -1011,20 +954,12 @@ def test_settings_of_a_class_have_the_types_of_its_parameters(tmp_path):
     for setting, problem in wrong.items():
         with pytest.raises(SystemExit, match=problem):
             load_reward_model(f"{name},{setting}")
-
-
-def test_a_file_or_folder_that_a_setting_names_is_part_of_what_scores_depend_on(tmp_path):
-    """By its content: in a copy it is the same."""
-    (tmp_path / "mine.py").write_text(
-        "class Mine:\n    def __init__(self, device, batch_size, path='x'):\n        pass\n\n"
-        "    def score(self, images, prompts):\n        return [0.0] * len(images)\n"
-    )
     keys = []
     for folder, content in {"a": "one", "b": "one", "c": "two"}.items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "weights.bin").write_text(content)
         for path in (tmp_path / folder, tmp_path / folder / "weights.bin"):
-            keys.append(build_synpic.reward_settings(f"{tmp_path}/mine.py:Mine,path={path}")["files"]["path"])
+            keys.append(build_synpic.reward_settings(f"{name},model={path}")["files"]["model"])
     assert keys[:2] == keys[2:4] and len({*keys}) == 4
 
 

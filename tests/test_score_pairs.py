@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import call, check_card, make_tiny_pickscore, refused, run, torchrun
-from datasets import Dataset, Features, Image, Value, get_dataset_config_names, load_dataset
+from datasets import Dataset, DatasetDict, Features, Image, Value, get_dataset_config_names, load_dataset
 from filelock import FileLock
 from PIL import Image as PILImage
 
@@ -304,8 +304,13 @@ def test_other_forms_of_pairs(tmp_path, reward):
     table = table.set_column(0, "prompt", table["prompt"].cast(pa.large_string()))
     pq.write_table(table, tmp_path / "polars.parquet")
     check("polars.parquet", **columns, include_images="true")
-    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    saved = Dataset.from_list(rows)
+    saved.save_to_disk(tmp_path / "saved")
     check("saved", **columns)
+    DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(tmp_path / "splits")
+    check("splits", **columns)
+    other = flags(tmp_path / "splits", reward, tmp_path / "new", dataset_split="val")
+    assert "no split 'val'; it has train, test" in refused("score_pairs", *other)
 
     paths = [{"prompt": row["prompt"], "chosen": f"better/{i:03d}.png", "rejected": f"worse/{i:03d}.png"}
              for i, row in enumerate(rows)]  # fmt: skip
@@ -473,7 +478,7 @@ BAD = [
     ({"top_fraction": 5.33}, "--top_fraction 5.33: must be at most 1"),
     ({"top_fraction": 0}, "--top_fraction 0.0: must be greater than 0"),
     ({"on_bad_image": "ignore"}, "invalid choice"),
-    (lambda rows: rows[17].update(label_0=2.0), "row 17 of file 0: label_0 is 2.0: must be 0, 0.5"),
+    (lambda rows: rows[17].update(label_0=2.0), "row 17 of file 0: label 2.0 is not 0, 0.5 or 1"),
     (lambda rows: rows.clear(), "split 'train' has no rows"),
     # What only the scores tell.
     ({"top_fraction": 0.001}, "keeps none of 24 pairs"),
@@ -546,7 +551,7 @@ def test_images_of_other_rows_are_not_joined(tmp_path, reward):
     table = table.set_column(2, "jpg_0", table["jpg_0"].take([8, *range(1, 8), 0, *range(9, 24)]))
     pq.write_table(table, tmp_path / "pairs.parquet", **options)
     message = refused("score_pairs", *flags(tmp_path / "pairs.parquet", reward, tmp_path / "out"), "--include_images")
-    assert "row 0 of the dataset is not the pair that was scored" in message
+    assert "row 0 is not what was scored" in message
 
 
 def test_another_reward_adds_its_scores(tmp_path, reward):

@@ -16,14 +16,6 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-LATEST = ("--resume_from_checkpoint", "latest")
-
-
-@pytest.fixture
-def flags(trainer_flags):
-    return trainer_flags
-
-
 class Waits(TorchDispatchMode):
     """Counts what would make the host wait for a GPU: values that Python or torch reads off a tensor."""
 
@@ -31,18 +23,18 @@ class Waits(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.counts = []
+        self.found = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         indices = args[1] if name in ("index", "index_put", "index_put_") else []
         if name in self.OPERATIONS or any(part is not None and part.dtype == torch.bool for part in indices):
-            self.counts.append(name)
+            self.found.append(name)
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("script", TRAINERS)
-def test_a_forward_does_not_wait_for_the_gpu(flags, script, tmp_path, monkeypatch):
+def test_a_forward_does_not_wait_for_the_gpu(trainer_flags, script, tmp_path, monkeypatch):
     """The loop waits once a step, for all figures."""
     module, waits = importlib.import_module(script), Waits()
     original = module.training_step
@@ -53,26 +45,11 @@ def test_a_forward_does_not_wait_for_the_gpu(flags, script, tmp_path, monkeypatc
 
     monkeypatch.setattr(module, "training_step", watched)
     more = ["--safeguard", 0.5, "--sft_weight", 0.1, "--max_train_steps", 2, "--output_dir", tmp_path / "lora"]
-    call(script, *flags(script), *more)
-    assert waits.counts == []
-
-
-def test_the_step_test_sees_what_waits(monkeypatch):
-    """The counter itself: each of these waits on a GPU."""
-    values, found = torch.arange(3.0), {}
-    mask = values > 1
-    for name, wait in {
-        "item": lambda: values[0].item(),
-        "float": lambda: float(values[0]),
-        "bool": lambda: bool(mask[0]),
-        "nonzero": lambda: mask.nonzero(),
-        "index": lambda: values[mask],
-        "masked_select": lambda: values.masked_select(mask),
-    }.items():
-        with Waits() as waits:
-            wait()
-        found[name] = len(waits.counts)
-    assert min(found.values()) > 0, found
+    call(script, *trainer_flags(script), *more)
+    assert waits.found == []
+    with waits:
+        torch.ones(1).item()
+    assert waits.found == ["_local_scalar_dense"]  # it sees what waits
 
 
 def test_batches_are_read_ahead():
@@ -95,7 +72,7 @@ def test_batches_are_read_ahead():
 needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 
 
-def compiled_run(flags, script, folder, monkeypatch, *more) -> tuple[list[dict], list[int]]:
+def compiled_run(trainer_flags, script, folder, monkeypatch, *more) -> tuple[list[dict], list[int]]:
     """The log of a run, and how many graphs there were before each of its forwards."""
     module, graphs = importlib.import_module(script), []
     step = module.training_step
@@ -107,19 +84,19 @@ def compiled_run(flags, script, folder, monkeypatch, *more) -> tuple[list[dict],
     torch._dynamo.reset()
     with monkeypatch.context() as patch:
         patch.setattr(module, "training_step", counted)
-        call(script, *flags(script), *more, "--output_dir", folder)
+        call(script, *trainer_flags(script), *more, "--output_dir", folder)
     return logged(folder), graphs
 
 
 @needs_compiler
 @pytest.mark.parametrize("script", ["train_rankdpo_sdxl", "train_rankdpo_sd3"])
-def test_compiled_training_is_the_same_training(flags, script, tmp_path, monkeypatch):
+def test_compiled_training_is_the_same_training(trainer_flags, script, tmp_path, monkeypatch):
     """Scores of exactly 0 at the start, no graph after step 2, the losses of the eager run; for SDXL also the same bits
     after a resume. The gallery is not compiled."""
     more = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--validation_steps", 1]
     more += ["--adam_epsilon", 1e-4]  # below it Adam turns rounding into whole steps
-    eager, _ = compiled_run(flags, script, tmp_path / "eager", monkeypatch, *more)
-    compiled, graphs = compiled_run(flags, script, tmp_path / "straight", monkeypatch, *more, "--compile")
+    eager, _ = compiled_run(trainer_flags, script, tmp_path / "eager", monkeypatch, *more)
+    compiled, graphs = compiled_run(trainer_flags, script, tmp_path / "straight", monkeypatch, *more, "--compile")
     assert compiled[0]["chosen_error"] == compiled[0]["rejected_error"] == 0.0 and compiled[-1]["chosen_error"] != 0.0
     assert graphs[1] > graphs[0] and len(set(graphs[2:])) == 1, graphs
     for a, b in zip(eager, compiled, strict=True):
@@ -127,11 +104,12 @@ def test_compiled_training_is_the_same_training(flags, script, tmp_path, monkeyp
     if script == "train_rankdpo_sdxl":
         later = shutil.ignore_patterns("checkpoint-4", "*.png")
         shutil.copytree(tmp_path / "straight", tmp_path / "resumed", ignore=later)
-        assert len(compiled_run(flags, script, tmp_path / "resumed", monkeypatch, *more, "--compile", *LATEST)[1]) == 2
+        more += ["--compile", "--resume_from_checkpoint", "latest"]
+        assert len(compiled_run(trainer_flags, script, tmp_path / "resumed", monkeypatch, *more)[1]) == 2
         assert same_lora(tmp_path / "straight", tmp_path / "resumed")
 
 
-def test_precomputed_reference_errors_give_the_same_bits(flags, tmp_path, monkeypatch):
+def test_precomputed_reference_errors_give_the_same_bits(trainer_flags, tmp_path, monkeypatch):
     """Straight, against a run whose errors are computed first, interrupted, and found again by runs with another beta,
     another length and another objective; every forward of the base happens once, in more than one epoch. Those of
     two processes serve one."""
@@ -152,33 +130,45 @@ def test_precomputed_reference_errors_give_the_same_bits(flags, tmp_path, monkey
     monkeypatch.setattr(module, "predict", spied)
     more = "--train_batch_size 4 --noise image --proportion_empty_prompts 0.3".split()
     more += ["--cache_dir", tmp_path / "cache", "--max_train_steps", 7, "--output_dir"]
-    call(script, *flags(script), *more, tmp_path / "straight")
+    call(script, *trainer_flags(script), *more, tmp_path / "straight")
     assert references == [4] * 7 and not list((tmp_path / "cache").glob("reference-*"))
 
     references.clear()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "write_tensors", interrupted)
-        call(script, *flags(script), *more, tmp_path / "first", "--precompute_ref")
+        call(script, *trainer_flags(script), *more, tmp_path / "first", "--precompute_ref")
     (folder,) = (tmp_path / "cache").glob("reference-*")
     assert len(list(folder.glob("*.safetensors"))) == 4 and references == [4] * 5
-    call(script, *flags(script), *more, tmp_path / "first", "--precompute_ref", *LATEST)
+    call(
+        script,
+        *trainer_flags(script),
+        *more,
+        tmp_path / "first",
+        "--precompute_ref",
+        "--resume_from_checkpoint",
+        "latest",
+    )
     assert references == [4] * 8 and same_lora(tmp_path / "straight", tmp_path / "first")
-    keep = ("loss", "margin", "chosen_error", "grad_norm")
-    a, b = ([[line[name] for name in keep] for line in logged(tmp_path / name)] for name in ("straight", "first"))
-    assert a == b
-
     references.clear()
     other = ["--precompute_ref", "--beta_dpo", 50, "--rank", 2, "--max_train_steps"]
-    call(script, *flags(script), *more, tmp_path / "second", *other, 7)
+    call(script, *trainer_flags(script), *more, tmp_path / "second", *other, 7)
     assert not references
-    call(script, *flags(script), *more, tmp_path / "third", *other, 8)
+    call(script, *trainer_flags(script), *more, tmp_path / "third", *other, 8)
     assert references == [4]
     references.clear()
-    call(script, *flags(script), *more, tmp_path / "other", "--precompute_ref", "--seed", 1)
+    call(script, *trainer_flags(script), *more, tmp_path / "other", "--precompute_ref", "--seed", 1)
     assert references == [4] * 7
 
     references.clear()
-    pair = [*flags(script), *more, tmp_path / "two", "--cache_dir", tmp_path / "cache-two", "--train_batch_size", 2]
+    pair = [
+        *trainer_flags(script),
+        *more,
+        tmp_path / "two",
+        "--cache_dir",
+        tmp_path / "cache-two",
+        "--train_batch_size",
+        2,
+    ]
     run(*torchrun(2, f"{script}.py"), *pair, "--precompute_ref")
     call(script, *pair, "--precompute_ref", "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one")
     assert not references and lora_difference(tmp_path / "one", tmp_path / "two") < 1e-4
@@ -188,7 +178,7 @@ QUANTISED = [("train_rankdpo_sdxl", "int8"), ("train_rankdpo_sd3", "nf4"), ("tra
 
 
 @pytest.mark.parametrize("script, precision", QUANTISED)
-def test_quantised_base(flags, script, precision, tmp_path, monkeypatch):
+def test_quantised_base(trainer_flags, script, precision, tmp_path, monkeypatch):
     """bitsandbytes quantises on a CPU, too, where diffusers refuses to: the base has other layers, the scores are
     exactly 0 at the start, the LoRA is float32 and learns, and a resumed run ends with the same bits."""
     module, kinds = importlib.import_module(script), set()
@@ -198,7 +188,7 @@ def test_quantised_base(flags, script, precision, tmp_path, monkeypatch):
         kinds.update(type(layer.base_layer).__name__ for layer in model.modules() if isinstance(layer, LoraLayer))
         return step(model, *arguments)
 
-    command = [*flags(script), "--base_precision", precision, "--checkpointing_steps", 2, "--max_train_steps"]
+    command = [*trainer_flags(script), "--base_precision", precision, "--checkpointing_steps", 2, "--max_train_steps"]
     monkeypatch.setattr(module, "training_step", spied)
     # Its kernel for drawing on such a processor takes multiples of 32 features only.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
@@ -218,7 +208,7 @@ def test_quantised_base(flags, script, precision, tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("script", TRAINERS)
-def test_trains_in_bf16_on_a_gpu(flags, script, tmp_path):
+def test_trains_in_bf16_on_a_gpu(trainer_flags, script, tmp_path):
     more = "--mixed_precision bf16 --use_8bit_adam --max_train_steps 3 --dataloader_num_workers 2".split()
-    call(script, *flags(script), *more, "--output_dir", tmp_path / "lora")
+    call(script, *trainer_flags(script), *more, "--output_dir", tmp_path / "lora")
     learned(tmp_path / "lora")

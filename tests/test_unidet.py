@@ -3,37 +3,25 @@
 
 import copy
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent / "metrics"), str(TESTS / "golden")]
-
 import unidet
+from conftest import ROOT
 from double import float64
 from make_unidet import NAMES, SIZES, official_input, sample, tiny_image, tiny_tensor
 
 
-CONFIG = {
-    "blocks": [3, 4, 6, 3],
-    "stem_channels": 32,
-    "bottleneck_channels": 8,
-    "res2_channels": 16,
-    "fpn_channels": 16,
-    "head_channels": 16,
-    "head_features": 32,
-}
+CONFIG = {"blocks": [3, 4, 6, 3], "stem_channels": 32, "bottleneck_channels": 8, "res2_channels": 16}
+CONFIG |= {"fpn_channels": 16, "head_channels": 16, "head_features": 32}
 
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(TESTS / "golden" / "unidet.npz") as file:
+    with np.load(ROOT / "tests" / "golden" / "unidet.npz") as file:
         return dict(file)
 
 
@@ -45,13 +33,8 @@ def tiny_weights() -> dict[str, torch.Tensor]:
     tensors = {key: tiny_tensor(key, shape) for key, shape in shapes.items() if not key.endswith("num_batches_tracked")}
     tensors["backbone.bottom_up.res3.0.conv1.norm.num_batches_tracked"] = torch.tensor(7)
     tensors["proposal_generator.anchor_generator.cell_anchors.0"] = torch.zeros(9, 4)
-    return tensors | {"pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
-
-
-@pytest.fixture(scope="module")
-def weights():
-    """Keys of older checkpoints start with `module.`"""
-    return {f"module.{key}": value for key, value in tiny_weights().items()}
+    tensors |= {"pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+    return {f"module.{key}": value for key, value in tensors.items()}  # as in older checkpoints
 
 
 def save(folder: Path, weights, **config) -> str:
@@ -63,8 +46,8 @@ def save(folder: Path, weights, **config) -> str:
 
 
 @pytest.fixture(scope="module")
-def detector(tmp_path_factory, weights):
-    return unidet.UniDet(torch.device("cpu"), weights=save(tmp_path_factory.mktemp("unidet"), weights))
+def detector(tmp_path_factory):
+    return unidet.UniDet(torch.device("cpu"), weights=save(tmp_path_factory.mktemp("unidet"), tiny_weights()))
 
 
 @pytest.mark.parametrize("index", range(len(SIZES)))
@@ -116,7 +99,8 @@ def test_images_do_not_depend_on_each_other_and_may_be_blank_or_narrow(detector)
     assert min(scores) < 0.2 < max(scores)
 
 
-def test_files_that_do_not_fit(weights, tmp_path):
+def test_files_that_do_not_fit(tmp_path):
+    weights = tiny_weights()
     key = "module.roi_heads.box_predictor.2.cls_score.bias"
     changes = {"Missing.*cls_score.bias": {key: None}, "size mismatch for .*cls_score.bias": {key: torch.zeros(7)}}
     changes["Unexpected.*mask_head.weight"] = {"mask_head.weight": torch.zeros(1)}
@@ -130,7 +114,7 @@ def test_files_that_do_not_fit(weights, tmp_path):
             unidet.find_files(str(path if config else path.with_name(file)))
 
 
-def test_official_downloads(weights, tmp_path, monkeypatch):
+def test_official_downloads(tmp_path, monkeypatch):
     """The names come from a file of the official kind, which must have the digest in its name; weights from the Hub."""
     urls = []
 
@@ -138,7 +122,7 @@ def test_official_downloads(weights, tmp_path, monkeypatch):
         urls.append((url, hash_prefix))
         torch.save({"labels": NAMES, "features": torch.zeros(5, 64)}, file)
 
-    path = save(tmp_path, weights)
+    path = save(tmp_path, tiny_weights())
     (tmp_path / "config.json").write_text("not read")
     monkeypatch.setattr(unidet, "PUBLISHED", CONFIG)
     monkeypatch.setattr(unidet, "hf_hub_download", lambda *arguments: urls.append(arguments) or path)

@@ -11,13 +11,13 @@ from io import BytesIO
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pytest
 import world
 import yaml
-from conftest import write_dataset, write_pairs
+from conftest import call, refused, write_dataset, write_pairs
 from datasets import List, load_dataset
+from filelock import FileLock
 from PIL import Image, PngImagePlugin
 
 import user_study
@@ -29,22 +29,12 @@ MODELS = ("tuned", "other", "base")
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch):
-    """Thousands of votes, and nobody pulls the plug here. tests/test_user_study_page.py syncs as users do."""
+    """Thousands of votes, and nobody pulls the plug here. The page's tests sync as users do."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def main(*words) -> None:
-    user_study.main(user_study.parse_arguments([str(word) for word in words]))
-
-
-def refused(*words) -> str:
-    """The one line of a command that must refuse."""
-    try:
-        main(*words)
-    except SystemExit as stopped:
-        assert isinstance(stopped.code, str) and "\n" not in stopped.code, stopped.code
-        return stopped.code
-    pytest.fail(f"not refused: {words}")
+    call("user_study", *words)
 
 
 def make_prompts(tmp_path, n: int = 12) -> Path:
@@ -70,17 +60,18 @@ def make_images(tmp_path, models=MODELS, n: int = 12) -> list[str]:
     return [f"{name}={tmp_path / name}/{{index}}.png" for name in models]
 
 
-def study_flags(tmp_path, *more, models=MODELS) -> list:
-    flags = ["--study_dir", tmp_path / "study", "--prompts", make_prompts(tmp_path), "--num_prompts", 12]
-    return ["serve", *flags, "--images", *make_images(tmp_path, models), *more]
+def study_of(*flags) -> user_study.Study:
+    """What `serve` with these flags makes and shows."""
+    args = user_study.parse_arguments([str(flag) for flag in ("serve", *flags)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(user_study.secrets, "token_hex", lambda length: "0" * 64)  # the same orders in every run
+        user_study.make_study(args)
+    return user_study.Study(Path(args.study_dir))
 
 
 def make_study(tmp_path, *more, models=MODELS) -> user_study.Study:
-    flags = [str(flag) for flag in study_flags(tmp_path, *more, models=models)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(user_study.secrets, "token_hex", lambda length: "0" * 64)  # the same orders in every run
-        user_study.make_study(user_study.parse_arguments(flags))
-    return user_study.Study(tmp_path / "study")
+    flags = ["--study_dir", tmp_path / "study", "--prompts", make_prompts(tmp_path), "--num_prompts", 12]
+    return study_of(*flags, "--images", *make_images(tmp_path, models), *more)
 
 
 def shown(study, rater: str) -> list[dict]:
@@ -140,14 +131,12 @@ def test_pictures_are_numbered_by_the_rows_of_the_source(tmp_path, first, templa
         name = f"{kind}-{places[kind]}" if "category" in template else first + i
         Image.new("RGB", (16, 16), (60 * i,) * 3).save(tmp_path / f"{name}.png")
         places[kind] += 1
-    flags = ["serve", "--study_dir", tmp_path / "study", "--prompts", tmp_path / "p.csv", "--num_prompts", 4]
+    flags = ["--study_dir", tmp_path / "study", "--prompts", tmp_path / "p.csv", "--num_prompts", 4]
     flags += ["--category_column", "category", "--images"]
     if first:
-        message = refused(*flags, *(f"{name}={tmp_path}/{{index}}.png" for name in "ab"))
+        message = refused("user_study", "serve", *flags, *(f"{name}={tmp_path}/{{index}}.png" for name in "ab"))
         assert message.endswith(f"counted from 1: write {tmp_path}/{{index+1}}.png")
-    flags += [f"{name}={tmp_path}/{template}.png" for name in "ab"]
-    user_study.make_study(user_study.parse_arguments([str(flag) for flag in flags]))
-    study = user_study.Study(tmp_path / "study")
+    study = study_of(*flags, *(f"{name}={tmp_path}/{template}.png" for name in "ab"))
     files = [user_study.picture_file(study.folder, study.record, number, "b") for number in range(4)]
     greys = [np.asarray(Image.open(file)).mean().round() for file in files]
     assert [row["prompt"] for row in study.record["prompts"]] == ["cat", "dog", "bird", "fish"]
@@ -370,7 +359,7 @@ def test_tally_writes_tables_a_chart_and_results(finished, tmp_path, capsys):
     # Again into the same folder, but never over the results of evaluate.py.
     main(*flags)
     (tmp_path / "tally" / "results.json").write_text("{}")
-    assert "holds other files: choose another folder" in refused(*flags)
+    assert "holds other files: choose another folder" in refused("user_study", *flags)
     # What the Hub has of a study is enough.
     shutil.copy(finished / "study.json", tmp_path)
     shutil.copytree(finished / "votes", tmp_path / "votes")
@@ -424,7 +413,7 @@ def test_files_of_others_stay(command, name, finished, tmp_path):
     mine = tmp_path / "out" / name
     mine.parent.mkdir(parents=True)
     mine.touch()
-    assert "holds other files: choose another folder" in refused(*flags) and mine.exists()
+    assert "holds other files: choose another folder" in refused("user_study", *flags) and mine.exists()
     shutil.rmtree(tmp_path / "out")
     main(*flags)
     (tmp_path / "out" / "data").mkdir(exist_ok=True)
@@ -432,7 +421,7 @@ def test_files_of_others_stay(command, name, finished, tmp_path):
     main(*flags)  # again into the same folder: what stood there goes
     assert command == "space" or len(list((tmp_path / "out" / "data").iterdir())) == 1
     mine.touch()
-    assert command == "space" or "holds other files" in refused(*flags)
+    assert command == "space" or "holds other files" in refused("user_study", *flags)
     assert mine.exists()
 
 
@@ -445,40 +434,29 @@ def test_images_of_evaluate(tmp_path):
         (images / name / "settings.json").write_text(json.dumps({"prompts": digest}))
         for i in range(12):
             Image.new("RGB", (32, 32), (i, green, 0)).save(images / name / f"{i:05d}_0.png")
-    flags = ["serve", "--evaluation_dir", tmp_path / "evaluation", "--prompts", prompts, "--study_dir"]
+    flags = ["--evaluation_dir", tmp_path / "evaluation", "--prompts", prompts, "--study_dir"]
     more = ["--category_column", "style", "--per_category", 3]
-    user_study.make_study(user_study.parse_arguments([str(flag) for flag in (*flags, tmp_path / "study", *more)]))
-    study = user_study.Study(tmp_path / "study")
+    study = study_of(*flags, tmp_path / "study", *more)
     assert study.record["pairs"] == [["tuned", "base"]] and len(study.record["prompts"]) == 6
     picture = Image.open(user_study.picture_file(study.folder, study.record, 2, "tuned"))
     red, green, _ = np.asarray(picture).mean(axis=(0, 1))
     assert abs(red - study.record["prompts"][2]["index"]) < 4 and abs(green - 100) < 4
-    assert "made with all_prompts" in refused(*flags, tmp_path / "study", *more, "--max_prompts", 5)
-    assert "was drawn from other prompts" in refused(*flags, tmp_path / "new", "--max_prompts", 5)
-    (images / "base").rename(images / "noise")
-    assert "may not be called noise" in refused(*flags, tmp_path / "new")
+    flags.insert(0, "serve")
+    assert "made with all_prompts" in refused("user_study", *flags, tmp_path / "study", *more, "--max_prompts", 5)
+    assert "was drawn from other prompts" in refused("user_study", *flags, tmp_path / "new", "--max_prompts", 5)
 
 
 # The command, what is refused. NEW and the like are paths.
 REFUSALS = {
-    "serve --study_dir NEW": "holds no study",
     "tally --study_dir NEW": "holds no study",
-    "serve --study_dir NEW --prompts PROMPTS --images ONE": "name two or more",
-    "serve --study_dir NEW --prompts PROMPTS --images ONE TWO --baseline x": "no such mod",
     "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE b={here}": "wrong template",
     "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE b=none{index}": "cannot be read",
     "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE tie=x": "may not be called tie",
-    "serve --study_dir NEW --num_prompts 13 --prompts PROMPTS --images ONE TWO": "the source has 12 prompts",
     "serve --study_dir NEW --per_category 2 --prompts PROMPTS --images ONE TWO": "needs --cat",
     "serve --study_dir DONE --votes_per_comparison 3": "made with votes_per_comparison 5, not 3",
     "serve --study_dir FILES --prompts PROMPTS": "holds other files",
-    "serve --questions beauty": "must be one of general, appeal",
     "serve --questions overall overall=x": "each once",
-    "serve --port 0": "--port 0: must be at least 1",
-    "serve --allow_ties maybe": "--allow_ties: invalid choice: 'maybe'",
     "serve --output_dir NEW": "is for the other commands",
-    "export --study_dir DONE --question general": "asks overall, appeal",
-    "server": "invalid choice: 'server'",
     "space --study_dir DONE": "--hub_dataset_id is missing",
     "tally --study_dir DONE --push_to_hub": "--hub_model_id is missing",
     "tally --study_dir EMPTY": "no votes to count",
@@ -493,7 +471,9 @@ def test_refusals(finished, tmp_path):
     places = {"PROMPTS": make_prompts(tmp_path), "ONE": one, "TWO": two, "DONE": finished, "NEW": tmp_path / "new"}
     places |= {"FILES": tmp_path / "files", "EMPTY": make_study(tmp_path).folder}
     for command, message in REFUSALS.items():
-        assert message in refused(*(places.get(word, word) for word in command.split())), command
+        assert message in refused("user_study", *(places.get(word, word) for word in command.split())), command
+    with FileLock(finished / ".lock"):
+        assert "is served by another process" in refused("user_study", "serve", "--study_dir", finished)
 
 
 def test_flags_of_a_file(tmp_path):
@@ -501,19 +481,6 @@ def test_flags_of_a_file(tmp_path):
     args = user_study.parse_arguments(["--config", str(tmp_path / "f.yaml"), "--seed", "4", "--study-dir=~/x"])
     assert (args.command, args.allow_ties, args.seed, args.questions[1]) == ("tally", True, 4, "mine=Which?")
     assert args.output_dir == os.path.expanduser("~/x/tally") and args.votes_per_comparison == 5
-
-
-@pytest.fixture
-def online(server, tmp_path, monkeypatch):
-    """This process as a client of the Hub."""
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    values = {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
-    values["HUGGINGFACE_CO_URL_TEMPLATE"] = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    values["HF_HUB_CACHE"] = str(tmp_path / "cache")
-    for name, value in values.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    return server
 
 
 def test_results_and_data_on_the_hub(finished, tmp_path, online):

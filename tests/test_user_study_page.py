@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of user_study.py: in a real browser, and under eight raters while its server is killed."""
+"""The page of user_study.py: in a real browser, and as a Space. tests/faults.py kills its server while raters vote."""
 
 import json
 import multiprocessing
@@ -8,20 +8,18 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
 import yaml
-from conftest import ROOT
-from test_user_study import HARD, left, main, make_study, online, refused, study_flags, vote  # noqa: F401
+from conftest import free_port
+from test_user_study import HARD, left, main, make_study, vote
 
 import user_study
 
@@ -36,29 +34,6 @@ CHROMIUM_FLAGS += "--disable-component-update --disable-sync"
 LEFT = '[data-answer="left"]'
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(log: Path, folder: Path, work, *arguments) -> multiprocessing.Process:
-    """A server in a process of its own, as soon as it answers. It is a fork, so nothing is imported again."""
-
-    def begin():
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        os.dup2(1, 2)
-        sys.stdout = sys.stderr = open(1, "w", buffering=1)
-        os.chdir(folder)
-        work(*arguments)
-
-    process = multiprocessing.get_context("fork").Process(target=begin, daemon=True)
-    process.start()
-    wait_until(lambda: process.exitcode is not None or log.exists() and "the page is at" in log.read_text())
-    assert process.exitcode is None, log.read_text()
-    return process
-
-
 @contextmanager
 def served(study, port: int):
     """The page, in a thread of this process."""
@@ -69,55 +44,6 @@ def served(study, port: int):
     server.should_exit = True
     thread.join(10)
     listening.close()
-
-
-def wait_until(condition, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing came in time"
-        time.sleep(0.02)
-
-
-def test_eight_raters_lose_no_vote_when_the_server_is_killed(tmp_path):
-    """8 raters give 50 answers each, at once. The server is killed with -9 on the way, with a half-written line."""
-    flags = study_flags(tmp_path, "--votes_per_comparison", 8)
-    port, given = free_port(), [[] for _ in range(8)]
-    server = start(tmp_path / "log", ROOT, main, *flags, "--port", port)
-    people = [raters.Rater(f"http://127.0.0.1:{port}", f"r{i}", 0.0, 0) for i in range(8)]
-
-    def work(person, answers):
-        state = person.ask("look")
-        for _ in range(50):
-            question = state["questions"][state["asked"]][0]
-            answers.append((state["position"], question, person.rng.choice(["left", "right"])))
-            state = person.answer(state, answers[-1][-1])
-
-    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(people, given)]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: sum(map(len, given)) >= 150)
-    assert "is served by another process" in refused("serve", "--study_dir", tmp_path / "study")
-    server.kill()
-    server.join()
-    assert all(thread.is_alive() for thread in threads)
-    (log,) = (tmp_path / "study" / "votes").iterdir()
-    with open(log, "ab") as file:
-        file.write(b'{"rater": "r0", "ite')
-    server = start(tmp_path / "log2", ROOT, main, "serve", "--study_dir", tmp_path / "study", "--port", port)
-    for thread in threads:
-        thread.join(120)
-    os.kill(server.pid, signal.SIGINT)
-    server.join(30)
-    assert server.exitcode == 128 + signal.SIGINT and "all votes are in" in (tmp_path / "log2").read_text()
-
-    lines = user_study.read_votes(tmp_path / "study")
-    shown = {}
-    for line in lines:
-        shown.setdefault(line["rater"], []).extend([] if "answer" in line else [line["item"]])
-    logged = [(line["rater"], line["item"], line["question"], line["answer"]) for line in lines if "answer" in line]
-    told = [(f"r{i}", shown[f"r{i}"][place], *rest) for i in range(8) for place, *rest in given[i]]
-    assert len(told) == 400 and sorted(logged) == sorted(told)
-    assert all(len(items) == len(set(items)) for items in shown.values())
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +180,7 @@ def test_answers_and_headers_of_the_server_name_no_model(tmp_path):
     assert list(study.shown) == ["r"]
 
 
-def test_the_space_serves_and_sends_its_votes(tmp_path, online):  # noqa: F811
+def test_the_space_serves_and_sends_its_votes(tmp_path, online):
     """The Space's folder by itself, as the Hub starts it: the study comes from the private dataset, votes go there."""
     study = make_study(tmp_path, "--questions", "overall", models=("tuned", "base"))
     vote(study, "early", left, limit=3)
@@ -279,11 +205,20 @@ def test_the_space_serves_and_sends_its_votes(tmp_path, online):  # noqa: F811
         (tmp_path / "hf" / name).write_bytes(content)
 
     def app():
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1)
+        os.chdir(tmp_path / "hf")
         sys.path.insert(0, os.getcwd())
         del sys.modules["user_study"]  # the Space has its own
         runpy.run_path("app.py", run_name="__main__")
 
-    process = start(log, tmp_path / "hf", app)
+    # A fork, so that nothing is imported again.
+    process = multiprocessing.get_context("fork").Process(target=app, daemon=True)
+    process.start()
+    while not (log.exists() and "the page is at" in log.read_text()):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.02)
     person = raters.Rater(f"http://127.0.0.1:{port}", "ann", 0.0, 0)
     person.judge = lambda state: "left"
     assert person.work() == 12
