@@ -138,6 +138,8 @@ class ScriptArguments:
 
     def __post_init__(self):
         complete_prompt_flags(self)
+        if "publish" in self.stages:  # where nothing has changed, ranking writes no more than the card
+            self.stages = [*self.stages, "rank"]
         if self.num_tasks > 1:  # a run of its own ranks and publishes after all tasks
             self.stages = [stage for stage in self.stages if stage in ("generate", "score")]
         size = self.generation_batch_size
@@ -858,19 +860,11 @@ def prepare_repository(args: "ScriptArguments") -> None:
 
 def publish(args: "ScriptArguments", published: list[str]) -> None:
     """Uploads the files of these patterns, but what is there; data files of an earlier dataset on the Hub go."""
-    file, name = Path(args.output_dir, "README.md"), args.hub_dataset_id
-    if not all(any(Path(args.output_dir).glob(pattern)) for pattern in {*DATA_FILES} & {*published}):
-        raise SystemExit(f"--output_dir {args.output_dir} holds no whole dataset: rank, or sort, before you publish")
-    # The card of a dataset that was built without --push_to_hub names its folder, in what this script wrote.
-    text = file.read_text()
-    ours = text[text.index(CARD_BEGIN) : text.index(CARD_END)]
-    card = RepoCard(text.replace(ours, re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{name}"', ours)))
     if theirs := earlier_card(args, on_hub=True):
-        card = merge_cards(card, theirs)
-    write_bytes(file, str(card).encode())
+        write_bytes(Path(args.output_dir, "README.md"), str(merge_cards(earlier_card(args), theirs)).encode())
     options = {"allow_patterns": published, "delete_patterns": DATA_FILES, "folder_path": args.output_dir}
-    HfApi().upload_folder(repo_id=name, repo_type="dataset", **options)
-    print(f"published: {HfApi().endpoint}/datasets/{name}")
+    HfApi().upload_folder(repo_id=args.hub_dataset_id, repo_type="dataset", **options)
+    print(f"published: {HfApi().endpoint}/datasets/{args.hub_dataset_id}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
