@@ -40,7 +40,7 @@ import shutil
 import signal
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -347,8 +347,7 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
         from bitsandbytes.optim import AdamW8bit as adam
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = adam(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
-    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": run.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, run.max_train_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     state |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
@@ -361,7 +360,7 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
         signal.signal(number, on_stop_signal)
 
     for step in range(run.start_step + 1, run.max_train_steps + 1):
-        totals = {}
+        totals = Counter()
         for _ in range(args.gradient_accumulation_steps):
             if stop_signals:
                 stop(args, run, step - 1, unwrapped, state, leave=accelerator.num_processes == 1)
@@ -372,8 +371,7 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
                 with accelerator.autocast():
                     loss, metrics = training_step(model, unwrapped, noise_scheduler, batch, args)
                 accelerator.backward(loss)
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value / args.gradient_accumulation_steps
+            totals.update({name: value / args.gradient_accumulation_steps for name, value in metrics.items()})
         totals["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         totals["stop"] = torch.full_like(totals["grad_norm"], len(stop_signals))
 

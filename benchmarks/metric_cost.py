@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "metrics"))
 
 import dpg_bench  # noqa: E402
 import geneval  # noqa: E402
+import hpsv3  # noqa: E402
 import qalign  # noqa: E402
 import t2i_compbench  # noqa: E402
 import torch  # noqa: E402
@@ -65,6 +66,20 @@ def qalign_image(model) -> None:
         model(image, [1] * 18, [1] * 17, [1, 2, 3, 4, 5])
 
 
+def hpsv3_image(model) -> None:
+    """An image of 448 x 448: 1024 patches, 256 tokens. And a text of about 560 tokens, most of them the instruction."""
+    positions, grid = torch.empty(1024, 2, dtype=torch.long), torch.tensor([[1, 32, 32]], device="cpu")
+    model.visual(torch.empty(1024, 1176), grid, position_ids=positions)
+    model.model(inputs_embeds=torch.empty(1, 256 + 560, 3584))
+
+
+def make_hpsv3():
+    vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 3584}
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    text |= {"num_key_value_heads": 4, "vocab_size": 151658}
+    return hpsv3.RewardModel(transformers.Qwen2VLConfig(vision_config=vision, **text))
+
+
 def make_blip():
     config = transformers.BlipConfig(vision_config=t2i_compbench.BLIP_VISION, text_config=t2i_compbench.BLIP_TEXT)
     return transformers.BlipForQuestionAnswering(config)
@@ -88,6 +103,7 @@ MODELS = {
         mplug_image,
     ),
     "Q-Align: OneAlign, both scores": ("meta", lambda: qalign.QAlignModel(qalign.make_config({})), qalign_image),
+    "HPSv3": ("meta", make_hpsv3, hpsv3_image),
 }
 
 

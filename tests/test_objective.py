@@ -101,6 +101,36 @@ def test_plackett_luce_is_the_probability_of_the_ranking(k):
         assert loss.item() == pytest.approx(dpo.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("k", [2, 5])
+def test_lair_equals_brute_force(k):
+    """Diffusion-LAIR, equations 6 and 7 of arXiv 2605.26491, in Python floats; its optimum and its start."""
+    beta, tau, penalty = 3000.0, 0.3, 2e-3
+    model, ref, _, _ = random_batch(k, k=k)
+    rewards = torch.randn(model.shape, generator=torch.Generator().manual_seed(k)) + 21  # as PickScore's
+    total = anchor = 0.0
+    for errors, references, r in zip(*(values.double().tolist() for values in (model, ref, rewards))):
+        exponentials = [math.exp(value / tau) for value in r]
+        weights = [value / sum(exponentials) - 1 / k for value in exponentials]
+        implicit = [beta / 2 * (reference - error) for error, reference in zip(errors, references)]
+        total -= sum(w * s for w, s in zip(weights, implicit))
+        total += penalty / k * sum(s * s for s in implicit)
+        anchor += sum(errors[i] for i in range(k) for j in range(k) if r[i] > r[j]) / math.comb(k, 2)
+    options = {"loss_type": "lair", "lair": (tau, penalty)}
+    loss, metrics = rankdpo_loss(model, ref, rewards, beta, **options)
+    assert loss.item() == metrics["loss"].item() == pytest.approx(total / len(model), rel=1e-4)
+    assert loss != rankdpo_loss(model, ref, rewards, beta, loss_type="lair")[0]
+    anchored, _ = rankdpo_loss(model, ref, rewards, beta, sft_weight=2.0, **options)
+    assert anchored.item() == pytest.approx((total + 2 * anchor) / len(model), rel=1e-4)
+    same, metrics = rankdpo_loss(ref, ref, rewards, beta, **options)
+    assert same.item() == 0 and metrics["implicit_accuracy"].item() == 0.5
+    # Proposition 1: the loss is smallest where the implicit reward is k·w / 2λ.
+    advantages = (rewards.double() / tau).softmax(dim=1) - 1 / k
+    best = ref.double() - k * advantages / (2 * penalty) / (beta / 2)
+    best.requires_grad_()
+    rankdpo_loss(best, ref.double(), rewards.double(), beta, **options)[0].backward()
+    assert best.grad.abs().max() < 1e-9 * beta
+
+
 @pytest.mark.parametrize("mu", [0.0, 0.3, 1.0])
 def test_safeguard_scales_as_diffusion_sdpo_does(mu):
     """One pair: lambda from the gradients of the two errors with respect to the predictions (arXiv 2511.03317)."""

@@ -255,6 +255,7 @@ def test_micro_conditioning_is_original_size_crop_and_target():
         "--loss_type plackett_luce --sft_weight 0.5 --proportion_empty_prompts 0.5 --cache_text_embeddings false",
         "--safeguard 0.5 --sft_weight 0.1 --time_ids image --rank_by random --dataloader_num_workers 1",
         "--loss_type dpo_gain --generators g0 g2 --rank_by second --max_train_samples 4",
+        "--loss_type lair --rank_by second --lair_tau 0.1 --lair_lambda 0.01 --precompute_ref",
     ],
 )
 def test_variants_train(flags, tmp_path, more):
@@ -263,14 +264,15 @@ def test_variants_train(flags, tmp_path, more):
 
 
 def test_weighted_sft_weights_images_by_one_reward(flags, tmp_path):
-    """hpsv2.1, or the reward that --rank_by names, over the dataset's mean; computed here in Python floats."""
+    """hpsv2.1, or the reward that --rank_by names, over the dataset's mean; computed here in Python floats. lair takes
+    the scores that --rank_by names as they are, or else the preferences."""
     rows = ranked_rows(n=6)
     for i, row in enumerate(rows):
         row["scores"] = {"hpsv2.1": [0.2 + 0.01 * i + 0.03 * j for j in range(4)], "second": [1.0, 0.0, 0.0, 3.0]}
     data = write_dataset(tmp_path / "data", rows)
 
-    def labels(**kwargs):
-        args = script.ScriptArguments(dataset_name=str(data), loss_type="weighted_sft", **kwargs)
+    def labels(loss_type="weighted_sft", **kwargs):
+        args = script.ScriptArguments(dataset_name=str(data), loss_type=loss_type, **kwargs)
         return script.make_labels(args, script.load_ranked_dataset(args)[0])
 
     mean, found = sum(score for row in rows for score in row["scores"]["hpsv2.1"]) / 24, labels()
@@ -278,6 +280,8 @@ def test_weighted_sft_weights_images_by_one_reward(flags, tmp_path):
         assert found["weight"][i].tolist() == pytest.approx([score / mean for score in row["scores"]["hpsv2.1"]])
         assert found["rank"][i].tolist() == row["rank"]  # the labels stay
     assert labels(rank_by="second")["weight"][0].tolist() == [1, 0, 0, 3]
+    assert labels("lair", rank_by="second")["phi"].tolist() == [[1, 0, 0, 3]] * 6
+    assert np.array_equal(labels("lair")["phi"], found["phi"])
     more = ["--dataset_name", data, "--loss_type", "weighted_sft", "--max_train_steps", 2]
     call("train_rankdpo_sdxl", *flags, *more, "--output_dir", tmp_path / "lora")
     learned(tmp_path / "lora")
@@ -396,6 +400,8 @@ BAD_FLAGS = {
     "--loss_type weighted_sft --rank_by first": "row 0|`first`|below 0|--rank_by",
     "--loss_type plackett_luce --safeguard 0.5": "--safeguard|plackett_luce",
     "--loss_type dpo --rank_source predicted": "--rank_source|--loss_type dpo",
+    "--lair_tau 1": "--lair_tau: --loss_type rankdpo does not use it",
+    "--loss_type lair --safeguard 0.5": "--safeguard: --loss_type lair does not use it",
     "--loss_type sft --sft_weight 1": "--sft_weight|--loss_type sft",
     "--loss_type sft --precompute_ref": "--precompute_ref: --loss_type sft does not use it",
     "--safeguard 1.5": "--safeguard 1.5|at most 1",
