@@ -38,7 +38,7 @@ import shutil
 import signal
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -81,12 +81,13 @@ from torchvision.transforms import functional as TF
 from trl import TrlParser
 
 
-LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "plackett_luce", "sft", "weighted_sft")
+LOSS_TYPES = ("rankdpo", "dpo_gain", "dpo", "plackett_luce", "sft", "weighted_sft", "lair")
 WEIGHTING_SCHEMES = ("logit_normal", "none", "mode", "cosmap")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 SFT = ("sft", "weighted_sft")
 # Option → the objectives that ignore it. A new objective needs a branch in `rankdpo_loss`: without one it is dpo.
 UNUSED_BY = {"rank_source": LOSS_TYPES[1:], "safeguard": LOSS_TYPES[3:], "sft_weight": SFT, "precompute_ref": SFT}
+UNUSED_BY |= dict.fromkeys(("lair_tau", "lair_lambda"), LOSS_TYPES[:-1])
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
 CARD_BEGIN = f"<!-- {Path(__file__).name} writes from here to its second mark; text before and after is kept. -->"
@@ -191,6 +192,8 @@ class ScriptArguments(TrainingArguments):  # and those of this one
     loss_type: Literal[LOSS_TYPES] = flag("rankdpo", "See rankdpo_loss.")
     beta_dpo: float = flag(2000.0, "Strength of the tie to the base; the margin is beta/2 times mean errors.", above=0)
     rank_source: Literal["label", "predicted"] = flag("label", "Ranks in rankdpo's discounts; predicted: LambdaLoss.")
+    lair_tau: float = flag(0.5, "Temperature of lair's rewards: the smaller, the more the best image counts.", above=0)
+    lair_lambda: float = flag(2.5e-4, "Strength of lair's penalty on large implicit rewards.", above=0)
     mixed_precision: Literal["no", "bf16"] = flag("no", "Of frozen weights and forward pass. In fp16 it overflows.")
     validation_num_inference_steps: int = free(28, "Denoising steps of the gallery.", min=1)
     validation_guidance_scale: float = free(4.0, "Of the gallery: 0 is none; 4 is 5 in other tools.")
@@ -209,10 +212,9 @@ def dcg_weights(phi: torch.Tensor, rank: torch.Tensor | None = None) -> torch.Te
     """Pairwise DCG weights |2^φ_i − 2^φ_j| · |1/log2(1 + r_i) − 1/log2(1 + r_j)| (RankDPO, Algorithm 2, Eq. 6).
     phi: preference probabilities, float (B, k) in [0, 1]; rank: (B, k), 1 = best; default: by phi, ties by position.
     Returns float32 (B, k, k), symmetric, zero on the diagonal and between images of equal phi."""
-    phi = phi.float()
     if rank is None:
         rank = phi.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
-    gain = torch.exp2(phi)
+    gain = torch.exp2(phi.float())
     discount = 1.0 / torch.log2(1.0 + rank.float())
     return (gain[:, :, None] - gain[:, None, :]).abs() * (discount[:, :, None] - discount[:, None, :]).abs()
 
@@ -229,9 +231,10 @@ def rankdpo_loss(
     rank_source: str = "label",
     weight: torch.Tensor | None = None,
     sft_weight: float = 0.0,
+    lair: tuple[float, float] = (0.5, 2.5e-4),
     loser_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """RankDPO (Eq. 7), the paper's other objectives, and the listwise Diffusion-LPO.
+    """RankDPO (Eq. 7), the paper's other objectives, and the listwise Diffusion-LPO and Diffusion-LAIR.
 
     With s = model error − reference error (the implicit reward is −(β/2)·s) and m_ij = −(β/2)(s_i − s_j), a prompt's
     loss is −Σ_{i preferred over j} Δ_ij · log σ(m_ij); the batch's is the mean over prompts.
@@ -243,9 +246,10 @@ def rankdpo_loss(
         loss_type: rankdpo (Δ = DCG weight), dpo_gain (Δ = |G|), dpo (Δ = 1, ties left out), plackett_luce (minus the
             log probability of the ranking, arXiv 2510.01540: each image against all that are less preferred; ties do
             not compete), sft (errors of the winners of all pairs), weighted_sft (all errors times `weight`:
-            the score of hpsv2.1, or of --rank_by).
+            the score of hpsv2.1, or of --rank_by), lair (arXiv 2605.26491: λ/k Σ_i ŝ_i² − Σ_i w_i·ŝ_i of the implicit
+            rewards ŝ; w = softmax(φ/τ) − 1/k, and φ may be any rewards).
         rank_source: label, or predicted: the discounts' ranks come from the model's own scores (LambdaLoss).
-        sft_weight: how much of the loss of sft is added to a preference loss.
+        sft_weight: how much of the loss of sft is added to a preference loss; lair: its τ and λ.
         loser_scale: of `safeguard_scale`, (B, k, k): scales the gradient of s_j in m_ij, not its value.
 
     Returns:
@@ -253,7 +257,6 @@ def rankdpo_loss(
         (share of the weighted pairs with m > 0; m = 0 counts half), `margin` (mean m over the weighted pairs), and
         `chosen_error` and `rejected_error` (mean s of the preferred and of the other side of the pairs, weighted by Δ).
     """
-    phi = phi.float()
     preferred = phi[:, :, None] > phi[:, None, :]
     wins = preferred.sum(dim=2)
     sft_loss = (wins / wins.sum(dim=1, keepdim=True).clamp(min=1) * model_errors).sum(dim=1).mean()
@@ -265,21 +268,20 @@ def rankdpo_loss(
     winner, loser = scores[:, :, None], scores[:, None, :]
     if loser_scale is not None:
         loser = loser.detach() + loser_scale * (loser - loser.detach())
-    margins = -(beta / 2) * (winner - loser)
+    margins, weights = -(beta / 2) * (winner - loser), preferred.float()
     if loss_type == "rankdpo":
         if rank_source == "predicted":
             rank = scores.detach().argsort(dim=1, stable=True).argsort(dim=1) + 1
-        weights = dcg_weights(phi, rank)
+        weights = weights * dcg_weights(phi, rank)
     elif loss_type == "dpo_gain":
-        gain = torch.exp2(phi)
-        weights = (gain[:, :, None] - gain[:, None, :]).abs()
-    else:
-        weights = torch.ones_like(margins)
-    weights = weights * preferred
+        weights = weights * (torch.exp2(phi)[:, :, None] - torch.exp2(phi)[:, None, :]).abs()
 
     if loss_type == "plackett_luce":
         competes = preferred | torch.eye(phi.shape[1], dtype=torch.bool, device=phi.device)
         loss = (-margins).masked_fill(~competes, -torch.inf).logsumexp(dim=2).sum(dim=1).mean()
+    elif loss_type == "lair":
+        rewards, advantages = -(beta / 2) * scores, (phi / lair[0]).softmax(dim=1) - 1 / phi.shape[1]
+        loss = (lair[1] * rewards.square().mean(dim=1) - (advantages * rewards).sum(dim=1)).mean()
     else:
         loss = -(weights * F.logsigmoid(margins)).sum(dim=(1, 2)).mean()
     if sft_weight:
@@ -287,10 +289,9 @@ def rankdpo_loss(
 
     weighted, sides = (weights > 0).float(), weights / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
     count = weighted.sum().clamp(min=1)
-    right = (margins > 0).float() + 0.5 * (margins == 0).float()
     metrics = {
         "loss": loss,
-        "implicit_accuracy": (right * weighted).sum() / count,
+        "implicit_accuracy": ((margins.sign() + 1) / 2 * weighted).sum() / count,
         "margin": (margins * weighted).sum() / count,
         "chosen_error": (sides * winner).sum(),
         "rejected_error": (sides * loser).sum(),
@@ -361,7 +362,7 @@ def training_step(model: Module, reference: Module, noise_scheduler, batch: dict
     if args.safeguard is not None:
         options["loser_scale"] = safeguard_scale(prediction, target, args.safeguard)
     options |= {"loss_type": args.loss_type, "rank_source": args.rank_source, "sft_weight": args.sft_weight}
-    return rankdpo_loss(model_errors, ref_errors, beta=args.beta_dpo, **options)
+    return rankdpo_loss(model_errors, ref_errors, beta=args.beta_dpo, lair=(args.lair_tau, args.lair_lambda), **options)
 
 
 # Copied from train_rankdpo_sdxl.train
@@ -375,8 +376,7 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
         from bitsandbytes.optim import AdamW8bit as adam
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = adam(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
-    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": run.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, run.max_train_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     state |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
@@ -389,7 +389,7 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
         signal.signal(number, on_stop_signal)
 
     for step in range(run.start_step + 1, run.max_train_steps + 1):
-        totals = {}
+        totals = Counter()
         for _ in range(args.gradient_accumulation_steps):
             if stop_signals:
                 stop(args, run, step - 1, unwrapped, state, leave=accelerator.num_processes == 1)
@@ -400,8 +400,7 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
                 with accelerator.autocast():
                     loss, metrics = training_step(model, unwrapped, noise_scheduler, batch, args)
                 accelerator.backward(loss)
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value / args.gradient_accumulation_steps
+            totals.update({name: value / args.gradient_accumulation_steps for name, value in metrics.items()})
         totals["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         totals["stop"] = torch.full_like(totals["grad_norm"], len(stop_signals))
 
@@ -538,7 +537,8 @@ def row_labels(args: ScriptArguments, row: dict) -> dict:
         phi = (len(images) - rank) / (len(images) - 1)
     elif args.generators or args.rank_by != "all":
         scores = reward_scores(row, count, args.rank_by)[:, images]
-        phi, rank = preference_probability(scores), preference_rank(scores)
+        phi = scores[0] if args.loss_type == "lair" and args.rank_by != "all" else preference_probability(scores)
+        rank = preference_rank(scores)
     labels = {"count": count, "images": images, "phi": np.float32(phi), "rank": np.int64(rank)}
     if args.loss_type == "weighted_sft":
         reward = "hpsv2.1" if args.rank_by == "all" else args.rank_by
