@@ -77,7 +77,7 @@ from diffusers import AutoModel, DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import free_memory
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock, Timeout
-from huggingface_hub import CardData, HfApi, RepoCard, hf_hub_download
+from huggingface_hub import HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session
 from matplotlib.figure import Figure
@@ -117,7 +117,6 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 # Parts of a LoRA's keys and types, and what such a file is: diffusers would leave it out, or a part of it.
 OTHER_LORAS = {"hada_w": "a LoHa", "lokr_": "a LoKr", "dora_scale": "a DoRA", " F8_": "a LoRA in float8"}
 RIGHT, WRONG = (0, 150, 80), (215, 50, 40)  # frames of pictures with a verdict of 1 and of 0
-CARD_FACTS = ("model-index",)  # metadata of a card that is replaced
 CARD_BEGIN = "<!-- evaluate.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what evaluate.py wrote. -->"
 DEFAULT_METRICS = "hpsv2.1 pickscore imagereward aesthetic clipscore"  # models that one 24 GB GPU carries
@@ -573,7 +572,7 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     print(table, ", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]), sep="\n")
     for name, model in models.items():
         if repo_id := model.get("repository"):
-            publish(args, repo_id, results_card(args, name, repo_id, known, table))
+            publish(args, name, repo_id, known, table)
 
 
 # Report ---------------------------------------------------------------------------------------------------------------
@@ -1134,13 +1133,15 @@ def prepare_repositories(args: ScriptArguments, models: dict[str, dict]) -> None
         models[name]["repository"] = repo_id
 
 
-def earlier_card(repo_id: str) -> RepoCard | None:
-    """The card on the Hub, as people may have edited it."""
-    return RepoCard.load(repo_id, ignore_metadata_errors=False) if HfApi().file_exists(repo_id, "README.md") else None
+def earlier_card(repo_id: str) -> RepoCard:
+    """The card on the Hub, as people may have edited it. A new one has nothing between the marks."""
+    known = HfApi().file_exists(repo_id, "README.md")
+    return RepoCard.load(repo_id) if known else RepoCard(f"---\n\n---\n\n{CARD_BEGIN}{CARD_END}\n")
 
 
-def results_card(args: ScriptArguments, name: str, repo_id: str, record: dict, table: str) -> RepoCard:
-    """A card that holds only a LoRA's results, to be merged into the card on the Hub."""
+def write_card(args: ScriptArguments, card: RepoCard, name: str, repo_id: str, record: dict, table: str) -> None:
+    """Writes a LoRA's results into its card: into the metadata, where results on other prompts stay, and between the
+    marks, outside of which all text stays."""
     source = public_text(PROMPT_SETS.get(args.prompts, {}).get("source", args.prompts))
     title = args.prompts if args.prompts in PROMPT_SETS else os.path.basename(source)
     prompts = {"type": "prompts", "name": f"{title}, {record['n_prompts']} prompts"}
@@ -1156,10 +1157,12 @@ def results_card(args: ScriptArguments, name: str, repo_id: str, record: dict, t
             kind = "win_rate" if ending == "_win_rate" else metric
             values.append({"type": kind, "name": metric + label, "value": value})
     task = {"type": "text-to-image", "name": "Text-to-Image Generation"}
-    results = [{"task": task, "dataset": prompts, "metrics": values}]
-    base = args.pretrained_model_name_or_path
-    front = {} if os.path.isdir(base) else {"base_model": base}
-    front |= {"library_name": "diffusers", "model-index": [{"name": repo_id.split("/")[-1], "results": results}]}
+    base, (model, *models) = args.pretrained_model_name_or_path, card.data.get("model-index") or [{}]
+    kept = [result for result in model.get("results") or [] if result.get("dataset") != prompts]
+    results = [*kept, {"task": task, "dataset": prompts, "metrics": values}]
+    card.data["base_model"] = card.data.get("base_model", None if os.path.isdir(base) else base)
+    card.data["library_name"] = card.data.get("library_name", "diffusers")
+    card.data["model-index"] = [{"name": repo_id.split("/")[-1], **model, "results": results}, *models]
     settings = ", ".join(f"`{key}` {value}" for key, value in drawing.items())
     others = ", ".join(f"`{other}`" for other in record["settings"]["models"] if other not in (name, BASE))
     body = f"""## Evaluation
@@ -1170,42 +1173,21 @@ def results_card(args: ScriptArguments, name: str, repo_id: str, record: dict, t
 {table}
 ![The same prompts and seeds for all models](grid.png)
 
-All figures are in [results.json](results.json).
-"""
-    block = f"{CARD_BEGIN}\n{body.strip().replace('<!--', '<! --')}\n{CARD_END}\n"  # a prompt may hold a mark
-    return RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{block}")
+All figures are in [results.json](results.json)."""
+    marked = re.fullmatch(f"(.*){re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}(.*)", card.text, re.S)
+    before, after = marked.groups() if marked else (f"{card.text.rstrip()}\n\n", "\n")
+    body = body.replace("<!--", "<! --")  # a prompt may hold a mark
+    card.text = f"{before}{CARD_BEGIN}\n{body}\n{CARD_END}{after}"
 
 
-def merge_results(mine: RepoCard, theirs: RepoCard) -> RepoCard:
-    """`merge_cards` that also keeps results on other prompts in `model-index`."""
-    (own,), (model, *others) = mine.data["model-index"], theirs.data.get("model-index") or [{}]
-    prompts = own["results"][0]["dataset"]
-    kept = [result for result in model.get("results") or [] if result.get("dataset") != prompts]
-    mine.data["model-index"] = [{**own, **model, "results": kept + own["results"]}, *others]
-    return merge_cards(mine, theirs)
-
-
-# Copied from build_synpic.merge_cards
-def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
-    """This run's card with what people wrote into an earlier one: text outside the marks, and the metadata, in which
-    CARD_FACTS are replaced, and what is lacking is added."""
-    licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
-    for name, value in mine.data.to_dict().items():
-        if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
-            theirs.data[name] = value
-    marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
-    block, old = re.fullmatch(marked, mine.text, re.S)[2], re.fullmatch(marked, theirs.text, re.S)
-    theirs.text = f"{old[1]}{block}{old[3]}" if old else f"{theirs.text.rstrip()}\n\n{block}\n"
-    return theirs
-
-
-def publish(args: ScriptArguments, repo_id: str, card: RepoCard) -> None:
+def publish(args: ScriptArguments, name: str, repo_id: str, record: dict, table: str) -> None:
     """Sends the results to the repository of one LoRA, in one commit."""
-    theirs = earlier_card(repo_id)
+    card = earlier_card(repo_id)
+    write_card(args, card, name, repo_id, record, table)
     with TemporaryDirectory() as folder:
         for file in (file for file in map(Path(args.output_dir).joinpath, RESULTS) if file.exists()):
             shutil.copy(file, folder)
-        Path(folder, "README.md").write_text(str(merge_results(card, theirs) if theirs else card))
+        Path(folder, "README.md").write_text(str(card))
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Evaluation")
     print(f"published: {HfApi().endpoint}/{repo_id}")
 
