@@ -266,9 +266,7 @@ def per_prompt(scores: np.ndarray) -> np.ndarray:
     return np.nanmean(np.moveaxis(np.where(known, scores, np.nan), -1, 0), axis=0)
 
 
-def summarize(
-    results: dict, members: dict, categories: list[str] | None, baseline: str, compared: list[str], seed: int
-) -> tuple[dict, dict]:
+def summarize(results: dict, members: dict, categories: list | None, baseline: str, compared: list, seed: int) -> tuple:
     """All figures of all models, and of the `compared` models against each other. results: metric → training →
     (n_prompts, n_images); members: model → its trainings, name@seed. Returns the figures as results.json has them:
     model → {metric: mean, metric_ci95, metric_lift, …}; metric → model → other → {lift, lift_ci95, …}."""
@@ -294,10 +292,8 @@ def summarize(
                 entry |= {f"{metric}_seed_means": means, f"{metric}_seed_sd": float(np.std(means, ddof=1))}
             if strata:
                 entry |= named_figures(f"{metric}_category_mean", macro, name, baseline)
-                entry[f"{metric}_by_category"] = {
-                    category: {"n_prompts": len(strata[category])} | part[name, None] | part.get((name, baseline), {})
-                    for category, part in parts.items()
-                }
+                found = {c: part[name, None] | part.get((name, baseline), {}) for c, part in parts.items()}
+                entry[f"{metric}_by_category"] = {c: {"n_prompts": len(strata[c])} | found[c] for c in strata}
         pairwise[metric] = {a: {b: figures[a, b] for b in compared if b != a} for a in compared}
     return summary, pairwise
 
@@ -482,22 +478,20 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
         needed = {*itertools.chain(*todo.values())}
         options = {"device": state.device, "batch_size": args.reward_batch_size}
         rewards = {metric: load_reward_model(metric, **options) for metric in metrics if metric in needed}
+        opened = ((*job, *open_pictures(models, shards, job, rewards, todo[job])) for job in todo)
+        opened = itertools.pairwise(itertools.chain(opened, [None]))  # the next pictures are decoded meanwhile
         hidden, label = not todo or not state.is_local_main_process, " ".join(map(reward_name, rewards))
-        with tqdm(total=sum(map(len, todo.values())), desc=label, unit="file", disable=hidden) as bar:
-            opened = ((*job, *open_pictures(models, shards, job, rewards, todo[job])) for job in todo)
-            # In pairs: the next pictures are decoded while these are scored.
-            for (name, s, pictures, images), _ in itertools.pairwise(itertools.chain(opened, [None])):
-                prompts, chosen = [rows[i]["prompt"] for i, _ in pictures], [rows[i] for i, _ in pictures]
-                for metric in images:
-                    bad = {}
-                    scores = dict(zip(pictures, rewards[metric].score(images[metric], prompts, chosen, bad)))
-                    if bad:
-                        file, _ = list(pictures.values())[min(bad)]
-                        raise SystemExit(f"{name}: {file} cannot be read: {bad[min(bad)]}")
-                    content = {"key": keys[metric, name], "device": state.device.type}
-                    content["scores"] = [scores.get(item) for item in shards[s]]
-                    write_bytes(scores_file(args, metric, name, s), as_json(content))
-                    bar.update()
+        for (name, s, pictures, images), _ in tqdm(opened, label, len(todo), unit="part", disable=hidden):
+            prompts, chosen = [rows[i]["prompt"] for i, _ in pictures], [rows[i] for i, _ in pictures]
+            for metric in images:
+                bad = {}
+                scores = dict(zip(pictures, rewards[metric].score(images[metric], prompts, chosen, bad)))
+                if bad:
+                    file, _ = list(pictures.values())[min(bad)]
+                    raise SystemExit(f"{name}: {file} cannot be read: {bad[min(bad)]}")
+                content = {"key": keys[metric, name], "device": state.device.type}
+                content["scores"] = [scores.get(item) for item in shards[s]]
+                write_bytes(scores_file(args, metric, name, s), as_json(content))
         del rewards, opened
         free_memory()
 
