@@ -689,7 +689,7 @@ def text_encoder_lora(width: int = 16) -> dict[str, torch.Tensor]:
 
 def test_a_lora_is_drawn_whole_or_refused(tmp_path, tiny_sdxl):
     """diffusers leaves out what does not fit, with a warning or without one: such a LoRA ends the run before anything
-    is drawn, in a line that says what is wrong."""
+    is drawn, in a line that says what is wrong. So does a network that lacks a weight, before it is drawn."""
     torch.manual_seed(0)
     config = UNet2DConditionModel.load_config(tiny_sdxl, subfolder="unet")
     unet = UNet2DConditionModel.from_config(config)
@@ -723,6 +723,13 @@ def test_a_lora_is_drawn_whole_or_refused(tmp_path, tiny_sdxl):
     whole[f"{first}.lora_up.weight"][0] = math.nan
     save_file(whole, tmp_path / "nan.safetensors")
     assert "is not finite" in refused("evaluate", *flags, "--loras", f"nan={tmp_path / 'nan.safetensors'}")
+    save_file(kohya(unet), tmp_path / "whole.safetensors")
+    flags += ["--loras", f"whole={tmp_path / 'whole.safetensors'}"]
+    unet.save_pretrained(tmp_path / "lacks")
+    weights = {key: value for key, value in unet.state_dict().items() if key != "conv_in.bias"}
+    save_file(weights, tmp_path / "lacks" / "diffusion_pytorch_model.safetensors")
+    message = refused("evaluate", *flags, "--models", f"lacks=unet:{tmp_path / 'lacks'}")
+    assert "lacks: its weights do not fit its config.json: conv_in.bias" in message
 
 
 def test_a_lora_of_a_text_encoder_alone_and_a_file_of_any_name(tmp_path, tiny_sdxl):
