@@ -17,7 +17,6 @@ Outside sections and marks, no two scripts may share eight equal lines in a row.
 import ast
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -79,16 +78,6 @@ def definitions(lines: Lines) -> list[tuple[str, slice]]:
     return found
 
 
-def is_marked(lines: Lines, where: slice) -> bool:
-    return where.start > 0 and lines[where.start - 1].startswith("# Copied from")
-
-
-def section_at_home(scripts: Scripts, name: str, home: str) -> Lines | None:
-    """The section's lines in its home; None if the home does not hold it."""
-    lines = scripts.get(home, [])
-    return next((lines[where] for other, _, where in sections(lines) if other == name), None)
-
-
 def marked_copy(scripts: Scripts, script: str, number: int) -> tuple[slice, Lines] | str:
     """What the mark on a line (counted from 0) covers, and what must stand there; or what is wrong with the mark."""
     mark = MARK.fullmatch(scripts[script][number])
@@ -111,12 +100,9 @@ def copies(scripts: Scripts) -> Iterator[tuple[str, int, tuple[slice, Lines] | s
     the end of a script, so that the lines above stay in place when one is written."""
     for script, lines in scripts.items():
         for name, home, where in reversed(sections(lines)):
-            wanted = section_at_home(scripts, name, home)
-            yield (
-                script,
-                where.start,
-                f"{home}.py does not hold section `{name}`" if wanted is None else (where, wanted),
-            )
+            at_home = scripts.get(home, [])
+            wanted = [at_home[place] for title, _, place in sections(at_home) if title == name]
+            yield script, where.start, (where, wanted[0]) if wanted else f"{home}.py does not hold section `{name}`"
         for number in reversed([number for number, line in enumerate(lines) if line.startswith("# Copied from")]):
             yield script, number, marked_copy(scripts, script, number)
 
@@ -131,77 +117,40 @@ def check_copies(scripts: Scripts) -> list[str]:
         elif scripts[script][copy[0]] != copy[1]:
             wrong.append(f"{place} differs from its original: run make fix-copies")
     for script, lines in scripts.items():
-        found = sections(lines)
-        names = Counter(name for name, _, _ in found)
-        wrong += [f"{script}.py: section `{name}` stands here {n} times" for name, n in names.items() if n > 1]
-        titles = {where.start + 1 for _, _, where in found}
+        names = [name for name, _, _ in sections(lines)]
+        wrong += [f"{script}.py: section `{name}` stands here twice" for name in {*names} if names.count(name) > 1]
+        titles = {where.start + 1 for _, _, where in sections(lines)}
         for number, line in enumerate(lines):
             if re.match(r"#(\W*shared:|.*fix-copies)", line, re.I) and number not in titles:
                 wrong.append(f"{script}.py:{number + 1}: the banner of a shared section is misspelt: {line}")
     return wrong
 
 
-def check_definitions(scripts: Scripts) -> list[str]:
-    """Definitions of a section that another script holds outside it: the banner is missing.
-
-    A script without the section may define the same name in its own way. A script with the section may not.
-    """
-    wrong = []
-    homes = {(name, home) for lines in scripts.values() for name, home, _ in sections(lines)}
-    for section, home in sorted(homes):
-        block = section_at_home(scripts, section, home) or []
-        shared = {name: block[where] for name, where in definitions(block) if not is_marked(block, where)}
-        for script, lines in scripts.items():
-            own = next((where for name, _, where in sections(lines) if name == section), None)
-            for name, where in definitions(lines):
-                inside = own is not None and own.start <= where.start < own.stop
-                if name in shared and not inside and not is_marked(lines, where):
-                    if own is not None or lines[where] == shared[name]:
-                        place = f"{script}.py:{where.start + 1}: {name}"
-                        wrong.append(f"{place} belongs to section `{section}` of {home}.py; is a banner missing?")
-    return wrong
+def windows(lines: Lines, shared: bool) -> list[tuple[int, tuple]]:
+    """(number of the first one, RUN lines in a row) of all runs, without marked copies; `shared`: with sections. Blank
+    lines, imports, comments and lone brackets do not count, nor does indentation."""
+    dropped = [slice(node.lineno - 1, node.end_lineno) for node in parse("\n".join(lines)).body if is_import(node)]
+    dropped += [where for _, where in definitions(lines) if lines[where.start - 1].startswith("# Copied from")]
+    dropped += [where for _, _, where in sections(lines) if not shared]
+    left = set(range(len(lines))).difference(*(range(where.start, where.stop) for where in dropped))
+    kept = [(number, text) for number in sorted(left) if len(text := lines[number].strip()) > 2 and text[0] != "#"]
+    return [(kept[i][0] + 1, tuple(text for _, text in kept[i : i + RUN])) for i in range(len(kept) - RUN + 1)]
 
 
-def own_lines(lines: Lines) -> list[tuple[int, str]]:
-    """(line number, text) outside sections and marks, without blank lines, imports, comments and lone brackets."""
-    dropped = {number for _, _, where in sections(lines) for number in range(where.start, where.stop)}
-    for node in parse("\n".join(lines)).body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            dropped |= set(range(node.lineno - 1, node.end_lineno))
-    for _, where in definitions(lines):
-        if is_marked(lines, where):
-            dropped |= set(range(where.start, where.stop))
-    texts = [(number + 1, line.strip()) for number, line in enumerate(lines) if number not in dropped]
-    return [(number, text) for number, text in texts if len(text) > 2 and not text.startswith("#")]
-
-
-def repetitions(a: list[tuple[int, str]], b: list[tuple[int, str]]) -> list[tuple[int, int, int]]:
-    """(line in a, line in b, length) of every run of RUN or more equal lines."""
-    windows = {}
-    for j in range(len(b) - RUN + 1):
-        windows.setdefault(tuple(text for _, text in b[j : j + RUN]), j)
-    found, i = [], 0
-    while i <= len(a) - RUN:
-        j, length = windows.get(tuple(text for _, text in a[i : i + RUN])), RUN
-        if j is None:
-            i += 1
-            continue
-        while i + length < len(a) and j + length < len(b) and a[i + length][1] == b[j + length][1]:
-            length += 1
-        found.append((a[i][0], b[j][0], length))
-        i += length
-    return found
+def is_import(node: ast.AST) -> bool:
+    return isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def check_repetitions(scripts: Scripts) -> list[str]:
-    own = {script: own_lines(lines) for script, lines in scripts.items()}
-    return [
-        f"{b}.py:{i} and {a}.py:{j}: {length} equal lines; put them into a shared section"
-        for a in own
-        for b in own
-        if a < b
-        for i, j, length in repetitions(own[b], own[a])
-    ]
+    """Own lines of a script that another one has, too: a section or a mark is missing."""
+    wrong, everything = [], {name: {run for _, run in windows(lines, shared=True)} for name, lines in scripts.items()}
+    for script, lines in scripts.items():
+        own = windows(lines, shared=False)
+        for other in scripts.keys() - {script}:
+            found = [i for i, (_, run) in enumerate(own) if run in everything[other]]
+            starts = [own[i][0] for i in found if i - 1 not in found]
+            wrong += [f"{script}.py:{start}: {RUN} or more equal lines in {other}.py" for start in starts]
+    return sorted(wrong)
 
 
 def check_method_first(scripts: Scripts) -> list[str]:
@@ -228,7 +177,7 @@ def check_length(scripts: Scripts) -> list[str]:
     ]
 
 
-CHECKS = (check_copies, check_definitions, check_repetitions, check_method_first, check_length)
+CHECKS = (check_copies, check_repetitions, check_method_first, check_length)
 
 
 def check(folder: Path) -> list[str]:
@@ -334,20 +283,14 @@ def edit(folder: Path, script: str, old: str, new: str) -> None:
     file.write_text(file.read_text().replace(old, new, 1))
 
 
-OUTSIDE = ["SUFFIX belongs to section `files`", "write belongs to section `files`"]
 # script, what is replaced by what there, words of each complaint
 BROKEN = [
     ("second", "write_text(text)", "write_text(str(text))", ["second.py:18: differs from its original"]),
-    ("third", "scores)\n", "scores)\nX = 1\n", ["differs from its original"]),
     ("first", "path.write_text", "path.write", ["second.py", "third.py"]),
-    ("third", FILES[: FILES.index("\n\n\n")], "", OUTSIDE),
-    ("third", "# Shared: files", "# shared: files", ["is misspelt", *OUTSIDE]),
-    ("third", "files (first.py", "files (second.py", ["third.py:9: differs"]),
+    ("third", "# Shared: files", "# shared: files", ["is misspelt"]),
     ("first", FILES, "", ["first.py does not hold section `files`"] * 2),
-    ("third", TRAINER, f"{TRAINER}\n\n{FILES}", ["section `files` stands here 2 times", *OUTSIDE]),
-    ("second", "def own():", "def write():", ["write belongs to section `files`"]),
+    ("third", TRAINER, f"{TRAINER}\n\n{FILES}", ["section `files` stands here twice"]),
     ("third", "sorted(values)", "values", ["third.py:4: differs from its original"]),
-    ("first", "sorted(scores)", "scores", ["second.py", "third.py:4", "third.py"]),
     ("third", "first.rank with", "first.rank", ["the mark must read"]),
     ("third", "first.rank w", "first.best w", ["first.py defines no best"]),
     ("third", "def order", "\n\ndef order", ["no top-level definition under the mark"]),
@@ -368,15 +311,16 @@ def test_checker_sees(folder, script, old, new, complaints):
 
 @pytest.mark.parametrize("length", [7, 8])
 def test_runs_of_eight_equal_lines_are_repetitions(folder, length):
-    """Blank lines, comments, imports and lone brackets do not count; indentation does not either."""
+    """Those of two scripts, and those of a section that a script holds without its banner."""
     lines = [f"value_{i} = compute({i})\n" for i in range(length)]
     edit(folder, "first", "import json\n", "import json\n\n\ndef f(\n):\n    " + "\n    # Why\n    ".join(lines))
     edit(folder, "second", "import json\n", "import json\n\n\ndef g():\n" + "".join(f"  {line}" for line in lines))
-    complain(folder, ["8 equal lines"] * (length == 8))
+    complain(folder, ["first.py:6: 8 or more", "second.py:5: 8 or more"] * (length == 8))
+    edit(folder, "first", "def f(", f"{RULE}\n{TITLE.format('more', 'first')}\n{RULE}\n\n\ndef f(")
+    complain(folder, ["second.py:5: 8 or more"] * (length == 8))
 
 
 def test_fix_carries_changes_through_marks_and_sections(folder, capsys):
-    """A marked copy, one inside a section, and two sections of one script that grow."""
     edit(folder, "first", "return sorted(scores)", "scores = list(scores)\n    return sorted(scores)")
     edit(folder, "first", 'SUFFIX = ".tmp"', 'SUFFIX = ".part"\nPREFIX = "."')
     edit(folder, "second", "return range(n)", "n += 1\n    return range(n)")
@@ -390,17 +334,6 @@ def test_fix_carries_changes_through_marks_and_sections(folder, capsys):
     assert all("scores = list(scores)" in texts[script] for script in ("second", "third"))
     assert all('SUFFIX = ".part"\nPREFIX = "."' in text for text in texts.values())
     assert "def own():\n    return 1\n" in texts["second"]
-
-
-@pytest.mark.parametrize(
-    "objective, start, length, complaints",
-    [("rankdpo_loss", 230, 197, 0), ("pair_loss", 231, 150, 1), ("pair_loss", 230, 198, 1), ("pair_loss", 9, 1500, 2)],
-)
-def test_trainers_have_the_method_first(folder, objective, start, length, complaints):
-    loop = "for step in range(first, args.max_train_steps):\n" + "    step\n" * length
-    text = "\n" * (start - 1) + f"def {objective}():\n    pass\n\n{loop}"
-    (folder / "train_small.py").write_text(text)
-    complain(folder, ["train_small.py: the"] * complaints)
 
 
 def main(arguments: list[str], folder: Path = ROOT) -> int:
