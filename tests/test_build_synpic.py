@@ -33,19 +33,12 @@ def build(*words) -> None:
 
 
 @pytest.fixture(scope="session")
-def other_sdxl(tmp_path_factory):
-    return make_tiny_sdxl(tmp_path_factory.mktemp("models") / "other-sdxl", seed=1)
-
-
-@pytest.fixture(scope="session")
-def recipe(tiny_sdxl, other_sdxl, tmp_path_factory):
+def recipe(tiny_sdxl, tmp_path_factory):
     """Two generators in one file, three in the other."""
     folder = tmp_path_factory.mktemp("recipes")
-    entries = [
-        {"name": "one", "model": str(tiny_sdxl), "call": CALL},
-        {"name": "two", "model": str(other_sdxl), "call": {**CALL, "guidance_scale": 3.0}},
-        {"name": "three", "model": str(other_sdxl), "call": CALL},
-    ]
+    entries = [{"name": name, "model": str(tiny_sdxl), "call": CALL} for name in ("one", "two", "three")]
+    entries[1]["model"] = entries[2]["model"] = str(make_tiny_sdxl(folder / "other-sdxl", seed=1))
+    entries[1]["call"] = {**CALL, "guidance_scale": 3.0}
     (folder / "two.yaml").write_text(yaml.safe_dump(entries[:2]))
     (folder / "three.yaml").write_text(yaml.safe_dump(entries))
     return folder
@@ -99,9 +92,8 @@ def contents(folder: Path) -> dict:
 
 def written(before: dict, folder: Path, start: str = "") -> list[str]:
     """Files written anew, whose paths start so."""
-    return sorted(
-        name for name, file in snapshot(folder).items() if file != before.get(name) and name.startswith(start)
-    )
+    after = snapshot(folder)
+    return sorted(name for name in after if after[name] != before.get(name) and name.startswith(start))
 
 
 def test_dataset_has_the_schema_and_the_ranking(built):
@@ -195,32 +187,23 @@ def test_a_second_run_makes_what_is_lost_alone(built, prompts, recipe, tmp_path,
     assert load_dataset("parquet", data_files=str(truncated), split="train")[0]["prompt"] == "a red circle"
 
 
-def test_new_generator_and_new_reward_cost_only_themselves(built, prompts, recipe, tmp_path):
-    output = shutil.copytree(built, tmp_path / "more")
-    before = snapshot(output)
-    build(*flags(prompts, recipe, output, generators="three"))
-    made = written(before, output, "work/")
-    assert made and all("/three/" in name for name in made)
-    dataset = load_dataset(str(output), split="train")
-    assert dataset[0]["generators"] == ["one", "two", "three"] and sorted(dataset[0]["rank"]) == [1, 2, 3]
-
-    before, rewards = snapshot(output), [*REWARDS, "shapes/world.py:count_reward"]
-    build(*flags(prompts, recipe, output, rewards, generators="three"))
-    made = written(before, output, "work/")
-    assert len(made) == 9 and all("/count_reward/" in name for name in made)
-    assert len(load_dataset(str(output), split="train")[0]["scores"]) == 4
-
-
-def test_more_prompts_cost_only_themselves(built, prompts, recipe, tmp_path):
-    output = shutil.copytree(built, tmp_path / "more")
-    before = snapshot(output)
+def test_new_generators_rewards_and_prompts_cost_only_themselves(built, prompts, recipe, tmp_path):
+    output, longer = shutil.copytree(built, tmp_path / "more"), tmp_path / "longer.txt"
     assert len(load_dataset(str(output), split="train")) == 10  # and is in the cache of datasets now
-    longer = tmp_path / "longer.txt"
     longer.write_text(prompts.read_text() + "a triangle\na blue cross\na green cross\n")
-    build(*flags(longer, recipe, output))
-    made = written(before, output, "work/")
-    assert len(made) == 2 + 3 * 2 and all("/00003.parquet" in name for name in made)  # a shard never changes
-    assert len(load_dataset(str(output), split="train")) == 13
+    rewards = [*REWARDS, "shapes/world.py:count_reward"]
+    for given, number, words in (
+        (flags(prompts, recipe, output, generators="three"), 3 + 3 * 3, "/three/"),
+        (flags(prompts, recipe, output, rewards, generators="three"), 3 * 3, "/count_reward/"),
+        (flags(longer, recipe, output, rewards, generators="three"), 3 + 4 * 3, "/00003.parquet"),  # no shard changes
+    ):
+        before = snapshot(output)
+        build(*given)
+        made = written(before, output, "work/")
+        assert len(made) == number and all(words in name for name in made)
+    dataset = load_dataset(str(output), split="train")
+    assert len(dataset) == 13 and len(dataset[0]["scores"]) == 4
+    assert dataset[0]["generators"] == ["one", "two", "three"] and sorted(dataset[0]["rank"]) == [1, 2, 3]
     assert "only grow" in refused("build_synpic", *flags(prompts, recipe, output))
 
 
@@ -428,6 +411,7 @@ def test_rewards_at_once_decode_once_and_give_the_same_bytes(built, prompts, rec
         # Each once for all rewards that are held, and passed on to each; and two of noise, to try the function.
         assert len(decoded) == (2 if number == 2 else 3) * 20 + 3 * 20 + 2
     assert contents(outputs[1]) == contents(outputs[2]) and len(contents(outputs[1])) == 4
+    check_card(outputs[1])  # also of a reward that is constant for each prompt
 
     lost = outputs[2] / "work" / "scores" / "clipscore" / "two" / "00001.parquet"
     before = snapshot(outputs[2])

@@ -8,7 +8,7 @@ import sys
 from conftest import ROOT
 
 
-CASES = "kill/build kill/sdxl signal/sdxl disk-full/build write-fails/sdxl two-writers/sdxl input/seed*/sdxl".split()
+CASES = "kill/build kill/sdxl signal/sdxl disk-full/build disk-full/sdxl two-writers/sdxl input/seed*/sdxl".split()
 FOUND = r"^(\w+): (\d+) lost, (\d+) silent$"
 # Name → the class of faults that must find it, and code that runs before the script.
 DEFECTS = {

@@ -25,9 +25,6 @@ ARRAYS = np.load(ROOT / "tests" / "golden" / "geneval.npz")
 GOLDEN = json.loads(ARRAYS["record"].tobytes())
 
 
-# The rules
-
-
 def test_judge_is_official():
     """4,900 random sets of detections, with all edges."""
     cases, verdicts = make_geneval.random_cases(), ""
@@ -65,9 +62,6 @@ def test_judge_says_why():
     assert geneval.judge({"include": scene}, found, lambda name, box: "red") == (False, reason)
     empty = {"class": "dog", "count": 1, "color": None, "position": None}  # as a table of rows would hold it
     assert geneval.judge({"include": [empty], "exclude": None}, {"dog": [box]}, None) == (True, "")
-
-
-# Models
 
 
 def mmdet_weights() -> dict[str, torch.Tensor]:
@@ -244,9 +238,6 @@ def test_full_size():
     left = {key for key, value in model.state_dict().items() if value.any()}
     assert left <= {"model.pixel_level_module.encoder.swin.layernorm.weight", "criterion.empty_weight"}
     assert sum(parameter.numel() for parameter in model.parameters()) > 68e6
-
-
-# The metric
 
 
 CLOCKS = {"include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}]}

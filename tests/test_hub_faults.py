@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import hub
-from test_hub import OTHER_CARD, client, start, write_build, write_evaluate, write_score, write_train
+from test_hub import OTHER_CARD, client, start, write_build, write_evaluate, write_train
 
 
 # Runs a script's main again and again, the Hub behaving otherwise each time; a line in, a line of JSON out.
@@ -89,21 +89,12 @@ def test_dataset_upload_under_faults(server, tiny_sdxl, tmp_path):
         assert content == (tmp_path / "synpic" / name).read_bytes(), name
 
 
-def test_sorted_pairs_upload_under_faults(server, tmp_path):
-    score = write_score(tmp_path, 8)
-    client(server, tmp_path / "home", *score)
-    run = Driver(server, tmp_path / "home", *score)
-    check_faults(server, run, {}, ("409", "always-503"), ("datasets", "user/qsd"))
-    run.close()
-
-
 def test_results_upload_under_faults(server, tiny_sdxl, ranked_dataset, tmp_path):
     """Into the card of a LoRA that is on the Hub already."""
     client(server, tmp_path / "home", *write_train(tmp_path, tiny_sdxl, ranked_dataset))
     wanted = ("models", "user/lora")
-    evaluate = write_evaluate(
-        tmp_path, tiny_sdxl, "--loras", f"mine={tmp_path / 'lora'}", "--hub_model_id", "user/lora"
-    )
+    more = ["--loras", f"mine={tmp_path / 'lora'}", "--hub_model_id", "user/lora"]
+    evaluate = write_evaluate(tmp_path, tiny_sdxl, *more)
     before = server.files(*wanted)
     run = Driver(server, tmp_path / "home", *evaluate)
     check_faults(server, run, {wanted: before}, ("412", "always-503"), wanted)

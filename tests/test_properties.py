@@ -28,9 +28,6 @@ rounded = st.floats(-3, 3).map(lambda value: round(value, 1))  # ties happen
 scores = shapes.flatmap(lambda shape: arrays(np.float64, shape, elements=rounded))
 
 
-# Ranking
-
-
 @quick
 @given(scores)
 def test_probabilities_are_shares_of_the_comparisons_and_ranks_follow_them(matrix):
@@ -55,9 +52,6 @@ def test_ranking_does_not_depend_on_scale_or_on_the_order_of_rewards_or_images(m
     assert np.array_equal(build_synpic.preference_rank(matrix[names]), rank)
     # By powers of two, so that the change of scale rounds nothing.
     assert np.array_equal(build_synpic.preference_rank(matrix * 2.0**scale), rank)
-
-
-# Order of the training
 
 
 @pytest.mark.parametrize("script", [train_rankdpo_sdxl, train_rankdpo_sd3, train_dpo_qsd])
@@ -86,9 +80,6 @@ def test_every_step_sees_the_same_rows_on_any_number_of_processes(script, length
     items = [item for step in whole for item in step]
     for epoch in range(len(items) // length):
         assert sorted(row for e, row, _ in items if e == epoch) == list(range(length))  # each row once in an epoch
-
-
-# Cache key
 
 
 CACHED = {"resolution": 64, "mixed_precision": "bf16", "variant": "fp16"}

@@ -10,7 +10,7 @@ import spacy
 import t2i_compbench as bench
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, make_tiny_pickscore
 from double import float64, in_float64
 from PIL import Image as PILImage
 
@@ -89,9 +89,6 @@ def test_three_in_one_and_text_of_complex_prompts(parsed):
     assert all(math.isnan(value) for key, value in scores[0].items() if key != "complex")
 
 
-# Models
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
     """Settings that name tiny models: BLIP with the weights of the golden file, CLIP with random ones."""
@@ -106,18 +103,7 @@ def models(tmp_path_factory) -> dict[str, str]:
     (folder / "bert/vocab.txt").write_text("\n".join(golden.vocabulary()) + "\n")
     tokenizer = transformers.BertTokenizer(str(folder / "bert/vocab.txt"), do_lower_case=True)
     tokenizer.save_pretrained(folder / "bert")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
-    letters = [chr(code) for code in range(33, 127)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    text = {**sizes, "vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
-    vision = {**sizes, "image_size": 32, "patch_size": 16}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    transformers.CLIPModel(config).save_pretrained(folder / "clip")
-    (folder / "clip/vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "clip/merges.txt").write_text("#version: 0.2\n")
-    clip = transformers.CLIPTokenizer(str(folder / "clip/vocab.json"), str(folder / "clip/merges.txt"))
-    clip.save_pretrained(folder / "clip")
+    make_tiny_pickscore(folder / "clip")
     return {"blip": f"{folder}/blip.pth", "tokenizer": f"{folder}/bert", "clip": f"{folder}/clip"}
 
 
@@ -269,9 +255,6 @@ def test_other_detectors(tmp_path):
     assert len(found) > 5 and {label for label, _, _ in found} <= {"dog", "cat"}
     assert [score for _, score, _ in found] == sorted({score for _, score, _ in found}, reverse=True)
     assert 100 < max(box[2] for _, _, box in found) <= 720  # of 480, not of 90 or 1
-
-
-# The prompts file
 
 
 def test_prompts_command(tmp_path, monkeypatch, parsed, capsys):

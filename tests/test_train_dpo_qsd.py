@@ -40,9 +40,6 @@ def best_first() -> list[int]:
     return sorted((i for i in range(24) if i not in (5, 6)), key=lambda i: -rows[i]["quality"])
 
 
-# The losses
-
-
 def by_hand(loss_type, mw, ml, rw, rl, beta, lam):
     """One pair in Python floats."""
     sigma = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
@@ -92,9 +89,6 @@ def test_gradients_lower_the_winners_error_and_raise_the_losers(loss_type):
         for scale in (None, torch.full((2,), 0.25))
     )
     assert torch.equal(weak[0], full[0]) and torch.allclose(weak[1], 0.25 * full[1])
-
-
-# A run
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "img2img"])
@@ -201,10 +195,9 @@ def test_only_what_is_trained_on_is_read_and_encoded_and_no_pair_twice(flags, tm
 
 
 def test_a_run_does_not_go_on_with_other_images_or_a_larger_share(flags, tmp_path):
-    rows = pair_rows()
-    data = write_pairs(tmp_path / "data", rows)
-    common = [*flags, "--dataset_name", data, "--cache_dir", tmp_path / "cache", "--train_batch_size", 2]
-    longer = [*common, "--output_dir", tmp_path / "longer", "--resume_from_checkpoint", "latest", "--max_train_steps"]
+    rows, data = pair_rows(), tmp_path / "data"
+    longer = [*flags, "--dataset_name", write_pairs(data, rows), "--cache_dir", tmp_path / "cache"]
+    longer += ["--output_dir", tmp_path / "longer", "--resume_from_checkpoint", "latest", "--max_train_steps"]
     call("train_dpo_qsd", *longer, 5)
     rows[best_first()[0]]["jpg_0"] = rows[6]["jpg_0"]
     shutil.rmtree(data)
@@ -268,9 +261,6 @@ def test_defaults_belong_to_the_family(tiny_sd, tiny_sdxl):
         args = script.ScriptArguments(dataset_name="x", pretrained_model_name_or_path=str(model), beta_dpo=7.0)
         script.set_defaults(args)
         assert args.beta_dpo == 7.0
-
-
-# Bad input
 
 
 def test_ids_that_do_not_join_are_counted_and_shown(flags, tmp_path):

@@ -112,9 +112,6 @@ def test_sd35_trains_both_attentions_and_loads_in_diffusers(flags, tmp_path):
     assert len(loaded) == len(lora)
 
 
-# The timestep, the noise and the target
-
-
 def scheduler(shift=3.0):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
