@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -123,6 +124,14 @@ def refused_early(monkeypatch, script: str, *flags) -> str:
     vae = load(script).AutoencoderKL
     monkeypatch.setattr(vae, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
     return refused(script, *flags)
+
+
+def check_unfit(load: Callable, save: Callable, weights: dict, changes: dict) -> None:
+    """Weights with such a change (None: absent) are no checkpoint of a metric: words of the error → change."""
+    for words, change in changes.items():
+        save({key: value for key, value in (weights | change).items() if value is not None})
+        with pytest.raises((ValueError, RuntimeError), match=f"(?s){words}"):
+            load()
 
 
 def check_card(folder: Path) -> str:

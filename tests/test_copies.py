@@ -8,7 +8,7 @@ A shared section starts with a banner and runs to the next banner or to the end 
     # --- (118 dashes)
 
 Every script that has the section must hold the same lines as the home. A single definition that two scripts share
-stands under `# Copied from SCRIPT.NAME`, or `# Copied from SCRIPT.NAME with OLD->NEW, OLD->NEW` where names differ.
+stands under `# Copied from SCRIPT.NAME`, or `# Copied from SCRIPT.NAME with OLD->NEW` where a name differs.
 Outside sections and marks, no two scripts may share eight equal lines in a row.
 
 `python tests/test_copies.py` prints what is wrong. `--fix` writes sections and marked copies from their homes.
@@ -29,7 +29,7 @@ RULE = "# " + "-" * 118
 BANNER = re.compile(
     rf"{RULE}\n# Shared: (.+) \((\w+)\.py; `make fix-copies` writes it into the other scripts\)\n{RULE}"
 )
-MARK = re.compile(r"# Copied from (\w+)\.(\w+)(?: with (\S+->\S+(?:, \S+->\S+)*))?")
+MARK = re.compile(r"# Copied from (\w+)\.(\w+)(?: with (\w+)->(\w+))?")
 RUN = 8  # equal lines in a row that count as a repetition
 OBJECTIVES = ("rankdpo_loss", "pair_loss")
 OBJECTIVE_LIMIT, LOOP_LIMIT = 230, 430  # a trainer's objective starts and its loop ends by these lines
@@ -82,7 +82,7 @@ def marked_copy(scripts: Scripts, script: str, number: int) -> tuple[slice, Line
     """What the mark on a line (counted from 0) covers, and what must stand there; or what is wrong with the mark."""
     mark = MARK.fullmatch(scripts[script][number])
     if not mark:
-        return "the mark must read `# Copied from SCRIPT.NAME [with OLD->NEW, ...]`"
+        return "the mark must read `# Copied from SCRIPT.NAME [with OLD->NEW]`"
     where = next((w for _, w in definitions(scripts[script]) if w.start == number + 1), None)
     if where is None:
         return "no top-level definition under the mark"
@@ -90,9 +90,7 @@ def marked_copy(scripts: Scripts, script: str, number: int) -> tuple[slice, Line
     wanted = next((home[w] for name, w in definitions(home) if name == mark[2]), None)
     if wanted is None:
         return f"{mark[1]}.py defines no {mark[2]}"
-    for rename in mark[3].split(", ") if mark[3] else []:
-        wanted = [line.replace(*rename.split("->")) for line in wanted]
-    return where, wanted
+    return where, [line.replace(mark[3], mark[4]) for line in wanted] if mark[3] else wanted
 
 
 def copies(scripts: Scripts) -> Iterator[tuple[str, int, tuple[slice, Lines] | str]]:
@@ -199,11 +197,6 @@ def fix(folder: Path) -> list[str]:
     return [f"{script}.py: rewritten" for script in written]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The scripts of this repository
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("function", CHECKS, ids=lambda function: function.__name__)
 def test_scripts(function):
     wrong = function(read_scripts(ROOT))
@@ -220,120 +213,53 @@ def test_scripts_stand_alone():
             assert not {module.split(".")[0] for module in modules} & own, f"{path.name}:{node.lineno}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The checker itself, on small scripts
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-TITLE = "# Shared: {} ({}.py; `make fix-copies` writes it into the other scripts)"
-FILES = f"""{RULE}
-{TITLE.format("files", "first")}
-{RULE}
-
-
-SUFFIX = ".tmp"
-
-
-def write(path, text):
-    path.write_text(text)
-"""
-# A section of another home, with a marked copy in it.
-TRAINER = f"""{RULE}
-{TITLE.format("trainer", "second")}
-{RULE}
-
-
-def steps(n):
-    return range(n)
-
-
-# Copied from first.rank
-def rank(scores):
-    return sorted(scores)
-"""
-SCRIPTS = {
-    "first": f"import json\n\n\ndef rank(scores):\n    return sorted(scores)\n\n\n{FILES}",
-    "second": f"import json\n\n\n{TRAINER}\n\n{FILES}\n\n{RULE}\n# Model\n{RULE}\n\n\ndef own():\n    return 1\n",
-    "third": f"""import json
-
-
-# Copied from first.rank with rank->order, scores->values
-def order(values):
-    return sorted(values)
-
-
-{FILES}
-
-
-{TRAINER}""",
-}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name, text in SCRIPTS.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    assert not check(tmp_path)
-    return tmp_path
-
-
-def edit(folder: Path, script: str, old: str, new: str) -> None:
-    file = folder / f"{script}.py"
-    assert old in file.read_text()
-    file.write_text(file.read_text().replace(old, new, 1))
-
-
-# script, what is replaced by what there, words of each complaint
+SECTION = "# Shared: prompts (build_synpic.py; `make fix-copies` writes it into the other scripts)"
+MARKED = "# Copied from build_synpic.flag"
+# What sees that a line of a script is changed so, and words of its complaint.
 BROKEN = [
-    ("second", "write_text(text)", "write_text(str(text))", ["second.py:18: differs from its original"]),
-    ("first", "path.write_text", "path.write", ["second.py", "third.py"]),
-    ("third", "# Shared: files", "# shared: files", ["is misspelt"]),
-    ("first", FILES, "", ["first.py does not hold section `files`"] * 2),
-    ("third", TRAINER, f"{TRAINER}\n\n{FILES}", ["section `files` stands here twice"]),
-    ("third", "sorted(values)", "values", ["third.py:4: differs from its original"]),
-    ("third", "first.rank with", "first.rank", ["the mark must read"]),
-    ("third", "first.rank w", "first.best w", ["first.py defines no best"]),
-    ("third", "def order", "\n\ndef order", ["no top-level definition under the mark"]),
+    (check_copies, "evaluate", "class ArgumentParser(TrlParser):", "class Parser(TrlParser):", "differs from"),
+    (check_copies, "build_synpic", "def warn(text: str)", "def warn(text: str, *more)", "user_study.py"),
+    (check_copies, "evaluate", SECTION, SECTION.lower(), "is misspelt"),
+    (check_copies, "evaluate", SECTION, SECTION.replace("build_synpic", "score_pairs"), "does not hold section"),
+    (check_copies, "evaluate", SECTION, SECTION.replace("prompts", "reward models"), "stands here twice"),
+    (check_copies, "evaluate", MARKED, f"{MARKED}s", "defines no flags"),
+    (check_copies, "evaluate", MARKED, "# Copied from build_synpic", "the mark must read"),
+    (
+        check_copies,
+        "evaluate",
+        "# Copied from build_synpic.flag",
+        "# Copied from build_synpic.flag\n",
+        "under the mark",
+    ),
+    (check_repetitions, "evaluate", SECTION, "# Prompts", "equal lines in build_synpic.py"),
+    (check_repetitions, "train_dpo_qsd", "# Copied from train_rankdpo_sdxl.train\n", "\n", "train_rankdpo_sdxl.py"),
+    (check_method_first, "train_rankdpo_sdxl", "def rankdpo_loss(", "def loss(", "the objective starts at []"),
+    (check_method_first, "train_dpo_qsd", "\n\n", "\n" * 300, "the loop ends at"),
+    (check_length, "build_synpic", "\n\n", "\n" * 1000, "it may have 1850"),
 ]
 
 
-def complain(folder: Path, complaints: list[str]) -> None:
-    wrong = check(folder)
-    assert len(wrong) == len(complaints), wrong
-    assert all(any(words in line for line in wrong) for words in complaints), wrong
+@pytest.mark.parametrize("function, script, old, new, words", BROKEN)
+def test_each_check_sees_what_it_is_for(function, script, old, new, words):
+    scripts = read_scripts(ROOT)
+    text = "\n".join(scripts[script])
+    assert old in text
+    wrong = function({**scripts, script: text.replace(old, new, 1).splitlines()})
+    assert any(words in line for line in wrong), wrong
 
 
-@pytest.mark.parametrize("script, old, new, complaints", BROKEN)
-def test_checker_sees(folder, script, old, new, complaints):
-    edit(folder, script, old, new)
-    complain(folder, complaints)
-
-
-@pytest.mark.parametrize("length", [7, 8])
-def test_runs_of_eight_equal_lines_are_repetitions(folder, length):
-    """Those of two scripts, and those of a section that a script holds without its banner."""
-    lines = [f"value_{i} = compute({i})\n" for i in range(length)]
-    edit(folder, "first", "import json\n", "import json\n\n\ndef f(\n):\n    " + "\n    # Why\n    ".join(lines))
-    edit(folder, "second", "import json\n", "import json\n\n\ndef g():\n" + "".join(f"  {line}" for line in lines))
-    complain(folder, ["first.py:6: 8 or more", "second.py:5: 8 or more"] * (length == 8))
-    edit(folder, "first", "def f(", f"{RULE}\n{TITLE.format('more', 'first')}\n{RULE}\n\n\ndef f(")
-    complain(folder, ["second.py:5: 8 or more"] * (length == 8))
-
-
-def test_fix_carries_changes_through_marks_and_sections(folder, capsys):
-    edit(folder, "first", "return sorted(scores)", "scores = list(scores)\n    return sorted(scores)")
-    edit(folder, "first", 'SUFFIX = ".tmp"', 'SUFFIX = ".part"\nPREFIX = "."')
-    edit(folder, "second", "return range(n)", "n += 1\n    return range(n)")
-    edit(folder, "third", "return range(n)", "return n")
-    assert main([], folder) == 1 and "third.py" in capsys.readouterr().out
-    assert main(["--fix"], folder) == 0
-    assert capsys.readouterr().out == "second.py: rewritten\nthird.py: rewritten\n"
-    assert main([], folder) == 0 and not fix(folder)
-    texts = {path.stem: path.read_text() for path in folder.iterdir()}
-    assert "values = list(values)" in texts["third"] and "n += 1" in texts["third"]
-    assert all("scores = list(scores)" in texts[script] for script in ("second", "third"))
-    assert all('SUFFIX = ".part"\nPREFIX = "."' in text for text in texts.values())
-    assert "def own():\n    return 1\n" in texts["second"]
+def test_fix_carries_changes_through_marks_and_sections(tmp_path, capsys):
+    (tmp_path / "metrics").mkdir()
+    for path in script_files(ROOT).values():
+        (tmp_path / path.relative_to(ROOT)).write_text(path.read_text())
+    home = tmp_path / "build_synpic.py"
+    home.write_text(home.read_text().replace("def warn(text: str)", "def warn(text: str, *more)"))
+    copies = [tmp_path / f"{name}.py" for name in ("evaluate", "score_pairs", "user_study")]
+    assert main([], tmp_path) == 1 and "run make fix-copies" in capsys.readouterr().out
+    assert main(["--fix"], tmp_path) == 0
+    assert capsys.readouterr().out == "".join(f"{path.name}: rewritten\n" for path in copies)
+    assert main([], tmp_path) == 0 and not fix(tmp_path)
+    assert all("def warn(text: str, *more)" in path.read_text() for path in copies)
 
 
 def main(arguments: list[str], folder: Path = ROOT) -> int:
