@@ -156,6 +156,22 @@ def test_ties_of_ranks_go_to_the_higher_mean_standardised_reward_then_to_the_pos
     assert preference_rank([[0.0, 5.0], [9.0, 0.0]]).tolist() == [1, 2]
 
 
+def test_probabilities_are_shares_of_the_comparisons_and_ranks_follow_them():
+    """With ties. Neither depends on scale or order of the rewards, nor do probabilities on the order of the images."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        n, k = rng.integers((1, 2), (6, 7))
+        scores, names, images = rng.uniform(-3, 3, (n, k)).round(1), rng.permutation(n), rng.permutation(k)
+        phi, rank = preference_probability(scores), preference_rank(scores)
+        wins = [sum(row[i] > row[j] for row in scores for j in range(k)) / (n * (k - 1)) for i in range(k)]
+        assert phi.tolist() == pytest.approx(wins) and phi.sum() <= k / 2 + 1e-9
+        assert sorted(rank.tolist()) == list(range(1, k + 1)) and (np.diff(phi[np.argsort(rank)]) <= 1e-12).all()
+        assert np.array_equal(preference_probability(scores[names]), phi)
+        assert np.array_equal(preference_probability(scores[:, images]), phi[images])
+        assert np.array_equal(preference_rank(scores[names]), rank)
+        assert np.array_equal(preference_rank(scores / 8), rank)  # a power of two, which rounds nothing
+
+
 def test_error_is_reduced_in_float32():
     generator = torch.Generator().manual_seed(0)
     prediction = torch.randn(2, 4, 64, 64, generator=generator).bfloat16()

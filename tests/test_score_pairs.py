@@ -295,9 +295,6 @@ def test_other_forms_of_pairs(tmp_path, reward):
             (root / files["chosen"]).with_suffix(".txt").write_text(row["prompt"] + "\n")
     (tmp_path / "paths" / "train [1].jsonl").write_text("\n".join(map(json.dumps, paths)))
     check("paths/train [1].jsonl", **columns)
-    lines = [",".join(names.values()), *(",".join(row.values()) for row in paths)]
-    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
-    check("pairs.csv", **columns)
     check("paths", **columns)
     two = ("--winner_dir", tmp_path / "better", "--loser_dir", tmp_path / "worse")
     plain = check("folders", *two, "--include_images")

@@ -6,6 +6,7 @@ import os
 import shutil
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -178,6 +179,21 @@ def test_the_cache_knows_rows_whatever_dataset_they_come_in(flags, tmp_path, mon
     scored = [{**row, "scores": {"first": [4.0, 3, 2, 1], "second": [1.0, 2, 3, 4]}} for row in reversed(rows)]
     assert train("grown", scored) == 2 and reads.total() == 8
     assert train("some", None, tmp_path / "data-grown", "--rank_by", "first", "--generators", "g0", "g2") == 8
+
+
+def test_the_cache_s_folder_follows_what_is_cached_and_nothing_else(tiny_sdxl, ranked_dataset):
+    """And never the dataset: its rows are known by their content."""
+    labels = {"id": pa.array(["a"]), "images": np.array([[0, 1]]), "settings": {}}
+
+    def folder(**changes) -> str:
+        settings = {"pretrained_model_name_or_path": str(tiny_sdxl), "output_dir": "no such folder", "resolution": 32}
+        args = script.ScriptArguments(**{**settings, "dataset_name": str(ranked_dataset), **changes})
+        return script.plan_run(args, SimpleNamespace(num_processes=1), labels).cache.name
+
+    cached = {"resolution": 64, "mixed_precision": "bf16", "variant": "fp16"}
+    assert len({folder(), *(folder(**{name: value}) for name, value in cached.items())}) == 4
+    others = {"learning_rate": 1.0, "seed": 5, "train_batch_size": 2, "loss_type": "dpo", "max_train_steps": 3}
+    assert folder(**others, output_dir="elsewhere", cache_text_embeddings=False) == folder()
 
 
 def test_datasets_people_have(flags, tmp_path):

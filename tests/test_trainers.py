@@ -5,6 +5,7 @@ import json
 
 import pytest
 from conftest import (
+    TRAINERS,
     call,
     copy_of,
     learned,
@@ -44,6 +45,27 @@ def test_variants_train(trainer_flags, tmp_path, script, more):
     assert not compares or first["margin"] == first["chosen_error"] == first["rejected_error"] == 0
     without_t5 = "text_encoder_3=None, tokenizer_3=None" in (tmp_path / "lora" / "README.md").read_text()
     assert without_t5 == ("--use_text_encoder_3 false" in more)
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_every_step_sees_the_same_rows_on_any_number_of_processes(script):
+    """Four rows a step, one process straight through, against splits that begin later. Each row once an epoch."""
+    module = load(script)
+
+    def steps(length: int, processes: int, size: int, accumulation: int, first: int, number: int) -> list:
+        sizes = {"train_batch_size": size, "gradient_accumulation_steps": accumulation, "seed": 3}
+        args = module.ScriptArguments(dataset_name="x", **sizes)
+        samplers = [module.micro_batches(args, length, process, processes, first) for process in range(processes)]
+        parts = [sampler for sampler in samplers for _ in range(accumulation)]
+        return [sorted(item for sampler in parts for item in next(sampler)) for _ in range(number)]
+
+    for length in range(1, 14):
+        whole = steps(length, 1, 4, 1, 0, 12)
+        for start, split in enumerate([(1, 4, 1), (2, 2, 1), (1, 2, 2), (4, 1, 1), (2, 1, 2), (1, 1, 4)]):
+            assert steps(length, *split, start, 6) == whole[start : start + 6]
+        items = [item for step in whole for item in step]
+        for number in range(len(items) // length):
+            assert sorted(row for epoch, row, _ in items if epoch == number) == list(range(length))
 
 
 # Flags, and words of the line that refuses them. Values out of their ranges: tests/faults.py.
