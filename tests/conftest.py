@@ -280,21 +280,14 @@ def ranked_rows(n: int = 8, k: int = 4, size: int = 32, seed: int = 0) -> list[d
 
     rng = np.random.default_rng(seed)
     prompts = [row["prompt"] for row in world.sample_prompts("train", n, seed)]
-    rows = []
-    for i, prompt in enumerate(prompts):
+    rows = [{"prompt_id": f"p{i}", "prompt": prompt} for i, prompt in enumerate(prompts)]
+    for row in rows:
         scores = rng.normal(size=(2, k)).round(3)
-        rows.append(
-            {
-                "prompt_id": f"p{i}",
-                "prompt": prompt,
-                "images": [encoded(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(k)],
-                "generators": [f"g{j}" for j in range(k)],
-                "seeds": list(range(k)),
-                "scores": {"first": scores[0].tolist(), "second": scores[1].tolist()},
-                "preference_probability": preference_probability(scores).tolist(),
-                "rank": preference_rank(scores).tolist(),
-            }
-        )
+        row["images"] = [encoded(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(k)]
+        row |= {"generators": [f"g{j}" for j in range(k)], "seeds": list(range(k))}
+        row["scores"] = {"first": scores[0].tolist(), "second": scores[1].tolist()}
+        row["preference_probability"] = preference_probability(scores).tolist()
+        row["rank"] = preference_rank(scores).tolist()
     return rows
 
 
@@ -311,7 +304,7 @@ def _write(folder: Path, rows: list[dict], features: dict) -> Path:
 def write_dataset(folder: Path, rows: list[dict], drop: tuple = ()) -> Path:
     kinds = dict.fromkeys(("prompt_id", "prompt"), Value("string")) | {"images": List(Image())}
     kinds |= {"generators": List(Value("string")), "seeds": List(Value("int64"))}
-    kinds |= {"scores": {name: List(Value("float32")) for name in rows[0]["scores"]}}
+    kinds |= {"scores": {name: List(Value("float32")) for name in rows[0].get("scores", ())}}
     kinds |= {"preference_probability": List(Value("float32")), "rank": List(Value("int32"))}
     return _write(folder, rows, {name: kind for name, kind in kinds.items() if name not in drop})
 
@@ -328,21 +321,12 @@ def pair_rows(n: int = 24, size: int = 32, seed: int = 0) -> list[dict]:
     rng = np.random.default_rng(seed)
     prompts = [row["prompt"] for row in world.sample_prompts("train", n, seed)]
     quality = rng.permutation(n) / n
-    rows = []
-    for i, prompt in enumerate(prompts):
-        pictures = [encoded(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))["bytes"] for _ in range(2)]
-        rows.append(
-            {
-                "caption": prompt,
-                "jpg_0": pictures[0],
-                "jpg_1": pictures[1],
-                "image_0_uid": f"a{i}",
-                "image_1_uid": f"b{i}",
-                "label_0": 0.5 if i == 5 else float(rng.integers(2)),
-                "has_label": i != 6,
-                "quality": float(quality[i]),
-            }
-        )
+    rows = [{"caption": prompt} for prompt in prompts]
+    for i, row in enumerate(rows):
+        for side, letter in enumerate("ab"):
+            row[f"jpg_{side}"] = encoded(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))["bytes"]
+            row[f"image_{side}_uid"] = f"{letter}{i}"
+        row |= {"label_0": 0.5 if i == 5 else float(rng.integers(2)), "has_label": i != 6, "quality": float(quality[i])}
     return rows
 
 
@@ -405,8 +389,7 @@ def learned(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def lora_difference(a: Path, b: Path) -> float:
-    """Mean difference of the weights. Sums in another order differ in the last digit, and Adam divides a gradient by
-    its own size: where it is nearly 0, single weights of runs that see the same data differ more."""
+    """Mean difference of the weights: where a gradient is nearly 0, Adam makes more of a last digit in single ones."""
     a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (a, b))
     return torch.cat([(a[name] - b[name]).abs().flatten() for name in a]).mean().item()
 

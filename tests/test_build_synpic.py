@@ -12,14 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import world
 import yaml
 from conftest import ROOT, call, check_card, make_tiny_pickscore, make_tiny_sdxl, refused, tiny_clip
 from datasets import Image, List, Value, load_dataset
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 from scipy import stats
 from torch._dynamo.utils import counters
 from tqdm import tqdm
+from transformers import CLIPConfig, CLIPImageProcessor
 
 import build_synpic
 
@@ -106,8 +110,6 @@ def test_dataset_has_the_schema_and_the_ranking(built):
     names = ["color_reward", "shape_reward", "clean_reward"]
     assert dict(kinds["scores"]) == {name: List(Value("float32")) for name in names}
     assert len(dataset) == 10 == len(set(dataset["prompt_id"])) and dataset[0]["prompt"] == "a red circle"
-    import world
-
     for row in dataset:
         assert row["generators"] == ["one", "two"] and row["seeds"][0] != row["seeds"][1]
         matrix = np.array([row["scores"][name] for name in names])
@@ -123,8 +125,6 @@ def test_dataset_has_the_schema_and_the_ranking(built):
 
 
 def test_images_are_what_the_pipeline_draws_from_the_stored_seed(built, tiny_sdxl):
-    from diffusers import StableDiffusionXLPipeline
-
     row = load_dataset(str(built), split="train")[3]
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
     generator = torch.Generator("cpu").manual_seed(row["seeds"][0])
@@ -215,8 +215,6 @@ def test_images_drawn_anew_are_scored_anew(built, prompts, recipe, tmp_path):
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(entries))
     shutil.rmtree(output / "work" / "images" / "one")
     build(*flags(prompts, tmp_path, output))
-    import world
-
     old, new = (load_dataset(str(folder), split="train") for folder in (built, output))
     for a, b in zip(old, new):
         assert not np.array_equal(np.asarray(a["images"][0]), np.asarray(b["images"][0]))
@@ -463,10 +461,6 @@ def test_a_file_of_many_shards_needs_the_memory_of_one(tmp_path):
 def test_what_no_drawing_should_do_to_a_dataset(tiny_sd, tmp_path, capsys):
     """A safety checker, which replaces images by black ones, does not draw; one text is the negative prompt of all; and
     what is black, or is read in part only, is said and stands on the card."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig, CLIPImageProcessor
-
     tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**tower, "image_size": 32, "patch_size": 8}
     config = CLIPConfig(text_config={**tower, "vocab_size": 100}, vision_config=vision, projection_dim=24)

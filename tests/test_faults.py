@@ -20,9 +20,7 @@ import os, pathlib, shutil
 
 def replace(source, target):
     if os.path.isdir(source):
-        os.mkdir(target)
-        for name in sorted(os.listdir(source)):
-            replace(os.path.join(source, name), os.path.join(target, name))
+        shutil.copytree(source, target)
         return shutil.rmtree(source)
     content = pathlib.Path(source).read_bytes()
     for part in (content[:len(content) // 2], content):

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import reproduce
+import world
 
 
 def test_rows_end_to_end_then_nothing_is_run_twice(tmp_path, monkeypatch, capsys):
@@ -168,8 +169,6 @@ def test_a_record_of_other_data_is_not_taken(tmp_path):
 
 
 def test_the_search_trains_on_no_prompt_that_it_judges_by():
-    import world
-
     def texts(n, seed, exclude=frozenset()):
         return {row["prompt"] for row in world.sample_prompts("train", n, seed, exclude)}
 

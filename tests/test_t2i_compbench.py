@@ -3,6 +3,7 @@
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import make_t2i_compbench as golden
 import numpy as np
@@ -173,21 +174,11 @@ def test_wrong_weights_are_named(models, tmp_path):
         bench.T2ICompBench.prepare(rows[:1], {**settings, "blip": f"{tmp_path}/blip.pth"})
 
 
-class StubDetector:
-    """Finds a dog and a cat side by side, and says with what it was made."""
-
-    made = []
-
-    def __init__(self, device, weights="official", threshold=0.5):
-        self.made.append(weights)
-
-    def detect(self, images):
-        return [[("dog", 1.0, (0, 0, 10, 10)), ("cat", 0.5, (100, 0, 110, 10))] for _ in images]
-
-
 def test_scores_of_a_whole_file(models, monkeypatch):
     """Each image has its category's score and NaN elsewhere, whatever is scored beside it."""
-    monkeypatch.setattr(bench.unidet, "UniDet", StubDetector)
+    boxes, made = [("dog", 1.0, (0, 0, 10, 10)), ("cat", 0.5, (100, 0, 110, 10))], []
+    detector = SimpleNamespace(detect=lambda images: [boxes] * len(images))
+    monkeypatch.setattr(bench.unidet, "UniDet", lambda device, weights, **_: made.append(weights) or detector)
     asked = {"questions": ["a red dog?", "the cat?"]}
     spatial = {"objects": ["dog", "cat"], "relation": "on the left of"}
     text = {"clip_text": "A dog <&amp;  a cat"}
@@ -208,7 +199,7 @@ def test_scores_of_a_whole_file(models, monkeypatch):
         assert [key for key, value in one.items() if not math.isnan(value)] == [row["category"]]
         assert one == pytest.approx(other, abs=1e-6, nan_ok=True)
     color, spatial_score, cosine, mixed, empty = (one[row["category"]] for one, row in zip(together, rows))
-    assert spatial_score == 0.25 + 0.125 + 0.5 and empty == 1 and StubDetector.made == ["own.pth"]
+    assert spatial_score == 0.25 + 0.125 + 0.5 and empty == 1 and made == ["own.pth"]
     assert mixed == pytest.approx((color + spatial_score + cosine) / 3)
 
     clip = transformers.CLIPModel.from_pretrained(models["clip"])

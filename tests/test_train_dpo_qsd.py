@@ -4,6 +4,7 @@
 import json
 import math
 import shutil
+from hashlib import blake2b
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from conftest import (
 )
 from datasets import Image as ImageFeature
 from datasets import Value
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 import train_dpo_qsd as script
 from train_dpo_qsd import pair_loss
@@ -92,8 +94,6 @@ def test_gradients_lower_the_winners_error_and_raise_the_losers(loss_type):
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "img2img"])
 def test_lora_changes_the_images_exactly_as_the_trained_model_does(family, tiny_sd, tiny_sdxl, flags, tmp_path):
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
     model, folder = tiny_sd if family == "sd" else tiny_sdxl, tmp_path / "run"
     if family == "img2img":  # some SDXL models are published under the name of this pipeline
         model = shutil.copytree(tiny_sdxl, tmp_path / "model")
@@ -208,8 +208,6 @@ def test_a_run_does_not_go_on_with_other_images_or_a_larger_share(flags, tmp_pat
 @pytest.mark.parametrize("ids", ["columns", "content of files"])
 def test_scores_without_images_are_joined_by_the_images_ids(flags, pair_dataset, tmp_path, ids):
     """Images in another dataset, in another order, some of them on the other side: the same LoRA."""
-    from hashlib import blake2b
-
     rows = pair_rows()
     scores = [dict(row) for row in rows]
     if ids != "columns":

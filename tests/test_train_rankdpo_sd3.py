@@ -14,6 +14,7 @@ from conftest import (
     make_tiny_sd3,
     ranked_rows,
 )
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -34,8 +35,6 @@ def trained(flags, tmp_path_factory):
 
 
 def test_lora_changes_the_images_exactly_as_the_trained_model_does(trained, tiny_sd3):
-    from diffusers import StableDiffusion3Pipeline
-
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3, dtype=torch.float32)
     prompts = [row["prompt"] for row in ranked_rows(n=10)[:4]]
     files = [trained / "pytorch_lora_weights.safetensors"]
@@ -69,8 +68,6 @@ def cached_rows(cache: Path) -> list[dict]:
 @pytest.mark.parametrize("t5", [True, False])
 def test_cached_rows_hold_what_the_pipeline_would_compute(flags, tmp_path, t5):
     """Prompt embeddings as StableDiffusion3Pipeline.encode_prompt's, also without T5, and none of its zeros on disk."""
-    from diffusers import StableDiffusion3Pipeline
-
     model = make_tiny_sd3(tmp_path / "model", t5=t5)
     more = ["--pretrained_model_name_or_path", model, "--cache_dir", tmp_path / "cache", "--max_train_steps", 1]
     call("train_rankdpo_sd3", *flags, *more, "--output_dir", tmp_path / "out")
@@ -99,8 +96,6 @@ def test_cached_rows_hold_what_the_pipeline_would_compute(flags, tmp_path, t5):
 
 
 def test_sd35_trains_both_attentions_and_loads_in_diffusers(flags, tmp_path):
-    from diffusers import StableDiffusion3Pipeline
-
     model = make_tiny_sd3(tmp_path / "sd35", qk_norm="rms_norm")
     more = ["--pretrained_model_name_or_path", model, "--cache_dir", tmp_path / "cache", "--max_train_steps", 2]
     call("train_rankdpo_sd3", *flags, *more, "--output_dir", tmp_path / "lora")
@@ -113,8 +108,6 @@ def test_sd35_trains_both_attentions_and_loads_in_diffusers(flags, tmp_path):
 
 
 def scheduler(shift=3.0):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     return FlowMatchEulerDiscreteScheduler(shift=shift)
 
 

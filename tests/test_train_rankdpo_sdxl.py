@@ -32,6 +32,7 @@ from conftest import (
 )
 from datasets import Dataset, List, load_dataset
 from datasets import Image as DatasetsImage
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -75,8 +76,6 @@ def test_files_of_a_run(trained):
 
 
 def test_lora_changes_the_images_exactly_as_the_trained_model_does(trained, tiny_sdxl):
-    from diffusers import StableDiffusionXLPipeline
-
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
     prompts = [row["prompt"] for row in ranked_rows(n=10)[:4]]
     files = [trained / "pytorch_lora_weights.safetensors", trained / "comfyui" / "trained.safetensors"]
@@ -235,8 +234,6 @@ def test_datasets_people_have(flags, tmp_path):
 
 def test_cached_rows_hold_what_the_pipeline_would_compute(flags, trained, tiny_sdxl, ranked_dataset):
     """Prompt embeddings as StableDiffusionXLPipeline.encode_prompt's, latents as the VAE's scaled mean."""
-    from diffusers import StableDiffusionXLPipeline
-
     cache, row = flags[-1], ranked_rows(n=10)[3]
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
     with torch.no_grad():
@@ -285,7 +282,6 @@ def test_weighted_sft_weights_images_by_one_reward(flags, tmp_path):
 
 def test_noise_is_a_function_of_seed_epoch_and_prompt():
     """One draw for all images, or one for each; the timestep is the same in both."""
-    from diffusers import DDPMScheduler
 
     def draw(noise: str, epoch: int = 1) -> dict:
         args = script.ScriptArguments(dataset_name="x", noise=noise)
@@ -373,8 +369,6 @@ def test_checkpoints_are_named_as_people_name_them(flags, tmp_path):
 
 
 def test_files_that_are_no_diffusers_folder_are_refused(flags, tiny_sdxl, tmp_path):
-    from diffusers import StableDiffusionXLPipeline
-
     (tmp_path / "model.safetensors").touch()
     for flag in ("--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"):
         message = refused("train_rankdpo_sdxl", *flags, flag, tmp_path / "model.safetensors")

@@ -100,10 +100,6 @@ def lines_of(study) -> list[dict]:
     return user_study.read_votes(study.folder)
 
 
-def side_of(line: dict, model: str) -> str:
-    return "left" if line["left"] == model else "right"
-
-
 def left(line: dict, question: str) -> str:
     return "left"
 
@@ -242,7 +238,7 @@ def test_test_pairs(tmp_path):
 
     def careful(line, question):
         if not line["item"].startswith("check"):
-            return side_of(line, "tuned")
+            return "left" if line["left"] == "tuned" else "right"
         return "tie" if line["left"] == line["right"] else "right" if line["left"] == "noise" else "left"
 
     vote(study, "fast", left)
