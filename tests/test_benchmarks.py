@@ -38,12 +38,8 @@ def metrics(tmp_path_factory, checkpoints) -> list[str]:  # noqa: F811
     with np.load(ROOT / "tests" / "golden" / "qalign.npz") as file:
         golden = dict(file)
     (folder / "owl").mkdir()
+    test_qalign.write_files(folder / "owl", golden)
     owl, shapes = test_qalign.golden_script, json.loads(str(golden["keys"]))
-    files = {"config.json": owl.TINY | {"vocab_size": shapes["lm_head.weight"][0]}}
-    files |= {"preprocessor_config.json": owl.PREPROCESSOR, "tokenizer_config.json": owl.TOKENIZER}
-    for name, content in files.items():
-        (folder / "owl" / name).write_text(json.dumps(content))
-    (folder / "owl" / "tokenizer.model").write_bytes(golden["tokenizer"].tobytes())
     weights = {key: torch.from_numpy(owl.weight(key, shape)) for key, shape in shapes.items()}
     save_file(weights, folder / "owl" / "model.safetensors")
     detector, clip = checkpoints / "mmdet" / "detector.pth", checkpoints / "clip"

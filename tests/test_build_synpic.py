@@ -271,11 +271,7 @@ def test_default_generators_are_the_papers_four():
     assert entries == yaml.safe_load((ROOT / "recipes" / "synpic_paper.yaml").read_text())
 
 
-# tests/faults.py has more that is refused.
-BAD_REWARDS = {
-    "import": ("import no_such_module\n", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
-    "name": ("def g(images, prompts):\n    return []\n", "no attribute 'f'"),
-}
+# tests/faults.py has more that is refused. A generator's entries:
 BAD_ENTRIES = {
     "load": ({"load": {"torch_dtype": "float16"}}, "do you mean dtype?"),
     "dtype": ({"load": {"dtype": {"unnet": "float16", "default": "float32"}}}, "unet?"),
@@ -283,6 +279,8 @@ BAD_ENTRIES = {
     "text": ({"call": "fast"}, "load and call hold `name: value`"),
 }
 BAD_FLAGS = {
+    "--rewards TMP/mine.py:f": "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
+    "--rewards shapes/world.py:f": "no attribute 'f'",
     "--rewards beauty": "pickscore",
     "--rewards no/file.py:f": "no/file.py",
     "--generators TMP/single.yaml": "at least 2",
@@ -296,9 +294,7 @@ def test_what_is_wrong_is_named_before_anything_is_drawn(prompts, recipe, tiny_s
     monkeypatch.setattr(build_synpic, "Generator", lambda *a: pytest.fail("a generator was loaded"))
     (tmp_path / "single.yaml").write_text("[{name: a, model: x}]")
     cases = dict(BAD_FLAGS)
-    for name, (text, words) in BAD_REWARDS.items():
-        (tmp_path / f"{name}_reward.py").write_text(text)
-        cases[f"--rewards TMP/{name}_reward.py:f"] = words
+    (tmp_path / "mine.py").write_text("import no_such_module\n")
     for name, (entry, words) in BAD_ENTRIES.items():
         entries = [{"name": "a", "model": str(tiny_sdxl), **entry}, {"name": "b", "model": str(tiny_sdxl)}]
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(entries))

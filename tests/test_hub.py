@@ -96,8 +96,7 @@ print(sum(tensor.abs().sum().item() > 0 for tensor in loaded))
 
 
 def test_from_a_prompt_list_to_a_lora_that_loads_from_the_hub(server, tiny_sdxl, tmp_path):
-    """Build and push, killed in the middle of the upload, and again; load_dataset, streaming too; train from that id
-    and push every checkpoint; load_lora_weights."""
+    """Killed in the middle of the upload, and again; load_dataset, streaming too; train; load_lora_weights."""
     build = write_build(tmp_path, tiny_sdxl)
     server.stall_after = 2
     process = start(server, tmp_path / "home", *build)

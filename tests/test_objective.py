@@ -16,8 +16,7 @@ from train_rankdpo_sdxl import dcg_weights, denoising_error, rankdpo_loss, safeg
 
 
 def brute_force(model, ref, phi, rank, beta, loss_type, weights=()):
-    """The loss of DESIGN.md section 2, in Python floats: its mean over prompts. And the weighted means of the errors of
-    the chosen and of the rejected images."""
+    """The loss of DESIGN.md section 2 in Python floats; the weighted mean errors of chosen and of rejected images."""
     total, chosen, rejected, sum_of_weights = 0.0, 0.0, 0.0, 0.0
     for n, (m, r, p, order) in enumerate(zip(model, ref, phi, rank)):
         k = len(p)
@@ -194,8 +193,7 @@ STEPS = [
 
 @pytest.mark.parametrize("script, model, predicts, time_ids", STEPS)
 def test_step_passes_its_options_to_the_loss(script, model, predicts, time_ids, request):
-    """Loss and gradient of a step with all options, against the loss called by hand on predictions made by hand, with
-    noise and velocity of the textbook."""
+    """Loss and gradient with all options, against the loss of predictions by hand, with the textbook's noise."""
     folder, k = request.getfixturevalue(model), 2 if script is train_dpo_qsd else 4
     torch.manual_seed(1)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False)

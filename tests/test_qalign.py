@@ -4,6 +4,7 @@
 import copy
 import json
 from functools import partial
+from pathlib import Path
 
 import make_qalign as golden_script
 import numpy as np
@@ -36,19 +37,19 @@ def pictures():
     return [golden_script.picture(90, 62, seed=1), golden_script.picture(40, 70, seed=2)]
 
 
+def write_files(folder: Path, golden: dict) -> Path:
+    """A checkpoint's folder, without weights."""
+    files = {"preprocessor_config": golden_script.PREPROCESSOR, "tokenizer_config": golden_script.TOKENIZER}
+    files["config"] = golden_script.TINY | {"vocab_size": json.loads(str(golden["keys"]))["lm_head.weight"][0]}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "tokenizer.model").write_bytes(golden["tokenizer"].tobytes())
+    return folder
+
+
 @pytest.fixture
 def folder(golden, tmp_path):
-    """A checkpoint's folder, without weights."""
-    config = golden_script.TINY | {"vocab_size": json.loads(str(golden["keys"]))["lm_head.weight"][0]}
-    files = {
-        "config.json": config,
-        "preprocessor_config.json": golden_script.PREPROCESSOR,
-        "tokenizer_config.json": golden_script.TOKENIZER,
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    (tmp_path / "tokenizer.model").write_bytes(golden["tokenizer"].tobytes())
-    return tmp_path
+    return write_files(tmp_path, golden)
 
 
 @pytest.mark.parametrize("extension", ["safetensors", "bin"])

@@ -896,8 +896,7 @@ def test_longer_prompts_are_counted(kind, read, request, tmp_path):
 
 @pytest.mark.parametrize("kind", ["hpsv2", "function"])
 def test_bad_images(hps, tmp_path, kind):
-    """They give NaN and a reason, and leave the others' scores as they are; without `bad`, the first is an error. Large
-    metadata makes no image bad."""
+    """NaN and a reason; the others' scores stay. Without `bad`, an error. Large metadata makes no image bad."""
     (tmp_path / "mine.py").write_text(
         "def bright(images, prompts):\n    return [im.getpixel((0, 0))[0] for im in images]\n"
     )
@@ -914,8 +913,7 @@ def test_bad_images(hps, tmp_path, kind):
 
 
 def test_settings_of_a_class(tmp_path):
-    """They have the types of its parameters. The content of a file or folder that one names is part of what scores
-    depend on: in a copy it is the same."""
+    """They have the types of its parameters. What a file or folder that one names holds is part of them."""
     (tmp_path / "mine.py").write_text(
         "class Mine:\n    def __init__(self, device, batch_size, size=3, rate: float = 1, on=False, model=None):\n"
         "        pass\n\n    def score(self, images, prompts):\n        return [0.0] * len(images)\n"

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import call, check_card, make_tiny_pickscore, refused, run, torchrun
+from conftest import call, check_card, count_items, make_tiny_pickscore, refused, run, torchrun
 from datasets import Dataset, DatasetDict, Features, Image, Value, get_dataset_config_names, load_dataset
 from filelock import FileLock
 from PIL import Image as PILImage
@@ -181,8 +181,7 @@ def test_sorted_dataset(tmp_path, reward):
 
 
 def test_top_fraction_and_images(tmp_path, reward):
-    """The best tenth with its images; then, without scoring anything again, fewer examples, and another share without
-    images."""
+    """The best tenth with its images; then, with no new score, fewer examples, and another share without images."""
     rows = pick_a_pic(120)
     source, out = write(tmp_path / "pairs", rows), tmp_path / "out"
     call("score_pairs", *flags(source, reward, out, top_fraction=0.1), "--include_images")
@@ -224,24 +223,18 @@ def test_how_often_and_how_much_at_once_is_read(tmp_path, reward, monkeypatch):
     for number, size in ((0, 100), (2, 7)):
         Dataset.from_list(rows[65 * number // 2 :][:65]).to_parquet(str(folder / f"{number}.parquet"), size)
     pq.ParquetWriter(folder / "1.parquet", pq.read_schema(folder / "0.parquet")).close()
-    read, sizes, read_rows, write_tables = [], [], score_pairs.read_rows, score_pairs.write_tables
-
-    def counted(*arguments):
-        for row in read_rows(*arguments):
-            read.append(row)
-            yield row
+    read, sizes, write_tables = count_items(monkeypatch, score_pairs, "read_rows"), [], score_pairs.write_tables
 
     def noted(tables, file, *arguments):
         write_tables((sizes.append(len(table)) or table for table in tables), file, *arguments)
 
-    monkeypatch.setattr(score_pairs, "read_rows", counted)
     monkeypatch.setattr(score_pairs, "write_tables", noted)
     call("score_pairs", *flags(folder, reward, tmp_path / "out"))
-    assert len(read) == 130 + 10, "and ten examples"
+    assert read.total() == 130 + 10, "and ten examples"
     sizes.clear()
     call("score_pairs", *flags(folder, reward, tmp_path / "out"), "--include_images")
     expected = by_hand(rows)
-    assert len(read) == 130 + 10 + len(expected) + 10
+    assert read.total() == 130 + 10 + len(expected) + 10
     tables, rest = divmod(len(expected), 20)
     assert sizes == [20] * tables + [rest, len(expected)]
     found = load(tmp_path / "out")
@@ -250,7 +243,7 @@ def test_how_often_and_how_much_at_once_is_read(tmp_path, reward, monkeypatch):
     groups = pq.ParquetFile(next((tmp_path / "out" / "data").glob("*.parquet"))).metadata
     assert groups.row_group(0).num_rows == 20 and groups.num_row_groups == tables + 1
     call("score_pairs", *flags(folder, reward, tmp_path / "out"), "--include_images")
-    assert len(read) == 130 + 10 + len(expected) + 10 + 10, "a second run reads examples only"
+    assert read.total() == 130 + 10 + len(expected) + 10 + 10, "a second run reads examples only"
 
 
 def test_other_forms_of_pairs(tmp_path, reward):
@@ -585,8 +578,7 @@ def test_folders_take_what_pillow_opens(tmp_path, reward, capsys):
 
 @pytest.mark.parametrize("kind", ["images", "jsonl"])
 def test_images_that_are_drawn_anew_are_scored_anew(tmp_path, reward, kind, monkeypatch):
-    """Files behind paths belong to what the scores are made of; only shards that name such a file are scored again. A
-    start looks at each file once."""
+    """Only shards that name a file that has changed are scored again. A start looks at each file once."""
     rows = [{"caption": f"p{i}", "label_0": 1.0, "jpg_0": f"{i}a.png", "jpg_1": f"{i}b.png"} for i in range(32)]
     pairs, looked, file_facts = tmp_path / "pairs", [], score_pairs.file_facts
     given = [*flags(pairs, reward, tmp_path / "out"), "--include_images"]

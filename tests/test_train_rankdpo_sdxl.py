@@ -326,8 +326,7 @@ def test_labels_by_reward_and_by_generator(ranked_dataset):
 
 
 def test_settings_of_a_file_mean_what_they_mean_on_the_command_line(tmp_path, monkeypatch):
-    """Numbers, switches, lists, words that YAML would change, ~, a value that is left out; the command line wins. No
-    abbreviations: a later flag would break them."""
+    """Numbers, switches, lists, words that YAML would change, ~; the command line wins. No abbreviations."""
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -91,8 +91,7 @@ def compiled_run(trainer_flags, script, folder, monkeypatch, *more) -> tuple[lis
 @needs_compiler
 @pytest.mark.parametrize("script", ["train_rankdpo_sdxl", "train_rankdpo_sd3"])
 def test_compiled_training_is_the_same_training(trainer_flags, script, tmp_path, monkeypatch):
-    """Scores of exactly 0 at the start, no graph after step 2, the losses of the eager run; for SDXL also the same bits
-    after a resume. The gallery is not compiled."""
+    """Scores of 0 at the start, no graph after step 2, the eager run's losses; for SDXL also the bits of a resume."""
     more = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--validation_steps", 1]
     more += ["--adam_epsilon", 1e-4]  # below it Adam turns rounding into whole steps
     eager, _ = compiled_run(trainer_flags, script, tmp_path / "eager", monkeypatch, *more)
