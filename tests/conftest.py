@@ -409,7 +409,7 @@ def count_items(monkeypatch, module, *names: str) -> Counter:
 
 
 def check_gallery(pipeline, run: Path, prompts: list[str], files: list[Path], guidance_scale: float, **options) -> None:
-    """The gallery was drawn in training; a pipeline draws the same pixels, without a LoRA and with each of its files."""
+    """The gallery was drawn in training; a pipeline draws the same pixels, without a LoRA and with each file."""
     options |= {"guidance_scale": guidance_scale, "num_inference_steps": 1, "height": 32, "width": 32}
 
     def draw() -> list[np.ndarray]:

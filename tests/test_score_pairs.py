@@ -122,9 +122,6 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-# Formulas -------------------------------------------------------------------------------------------------------------
-
-
 def test_softmax_of_the_two_images():
     """By the temperature of the model; only of models that compare images."""
     cosines = np.random.default_rng(0).normal(0.27, 0.02, (400, 2))
@@ -150,9 +147,6 @@ def test_preference_scores_of_the_paper():
     np.testing.assert_allclose(score("a.py:aesthetic"), score("pickscore"))
     with pytest.raises(SystemExit, match="must be in .0, 1."):
         score_pairs.preference_score("hpsv2", "none", rewards, 1.0, 2.0)
-
-
-# What the dataset holds -----------------------------------------------------------------------------------------------
 
 
 def test_sorted_dataset(tmp_path, reward):
@@ -298,9 +292,6 @@ def test_other_forms_of_pairs(tmp_path, reward):
     assert "only one of the two folders: 000" in message
 
 
-# Resuming, processes, memory ------------------------------------------------------------------------------------------
-
-
 def check_same_dataset(folder: Path) -> None:
     """a/out and b/out hold the same bytes, except that each card names its own folder."""
     a, b = digests(folder / "a" / "out"), digests(folder / "b" / "out")
@@ -408,9 +399,6 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path, reward):
     peaks = [int(words) / 1024 for words in re.findall("peak ([0-9]+)", run("-c", PEAKS, *given).stdout)]
     size = sum(file.stat().st_size for file in (tmp_path / "large").rglob("*.parquet")) / 1e6
     assert size > 300 and peaks[1] < peaks[0] + 0.2 * size, (size, peaks)
-
-
-# Bad input ------------------------------------------------------------------------------------------------------------
 
 
 def test_bad_images_and_blank_prompts_are_counted_and_left_out(tmp_path, reward, capsys):
@@ -545,9 +533,6 @@ def test_another_reward_adds_its_scores(tmp_path, reward):
     assert digests(tmp_path / "out") != first
     call("score_pairs", *flags(source, reward, tmp_path / "out"))
     assert digests(tmp_path / "out") == first and scored(reward) == log
-
-
-# Kinds of input -------------------------------------------------------------------------------------------------------
 
 
 def test_folders_take_what_pillow_opens(tmp_path, reward, capsys):

@@ -396,7 +396,10 @@ def test_rankings_have_the_columns_of_synpic(finished, tmp_path):
         assert phi.sum() == pytest.approx(1.5) and phi[row["rank"].index(1)] == phi.max()
 
 
-def test_equal_models_are_ranked_without_favour(finished):
+def test_equal_models_are_ranked_without_favour(finished, tmp_path):
+    study = make_study(tmp_path, "--allow_ties", models=("tuned", "base"))
+    vote(study, "undecided", lambda line, question: "tie")
+    main("tally", "--study_dir", tmp_path / "study")  # the chart of such a study is no error
     record = user_study.read_study(finished)
     votes = [{"item": f"{number}-{pair}", "chosen": "tie"} for number in range(12) for pair in range(3)]
     rows, _ = user_study.ranked_rows(record, finished, votes)
