@@ -138,6 +138,8 @@ class ScriptArguments:
 
     def __post_init__(self):
         complete_prompt_flags(self)
+        if "publish" in self.stages:  # where nothing has changed, ranking writes no more than the card
+            self.stages = [*self.stages, "rank"]
         if self.num_tasks > 1:  # a run of its own ranks and publishes after all tasks
             self.stages = [stage for stage in self.stages if stage in ("generate", "score")]
         size = self.generation_batch_size
@@ -184,9 +186,7 @@ def main(args: ScriptArguments) -> None:
     several = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(days=1)}
     state = PartialState(**(several if "LOCAL_RANK" in os.environ else {}))
     generators, output_dir = read_generators(args.generators), Path(args.output_dir)
-    lock = FileLock(output_dir / (f".lock-{args.task_index}" if args.num_tasks > 1 else ".lock"))
-    if state.is_main_process:  # what is wrong with flags, files and folders is found before a model is loaded
-        begin_run(args, generators, lock)
+    _lock = begin_run(args, generators) if state.is_main_process else None  # held until the end of this function
     state.wait_for_everyone()
     shards = json.loads((output_dir / "work" / "prompts.json").read_text())["shards"]
     for stage in (generate, score, rank):
@@ -195,15 +195,14 @@ def main(args: ScriptArguments) -> None:
             state.wait_for_everyone()
     if state.is_main_process:
         if "publish" in args.stages and args.push_to_hub:
-            publish(args, [*DATA_FILES, "README.md", "grid.png"], DATA_FILES)
+            publish(args, [*DATA_FILES, "README.md", "grid.png"])
         print(f"{sum(map(len, shards))} prompts x {len(generators)} images in {output_dir}")
         if args.num_tasks > 1:
             print(f"task {args.task_index} is done. After all tasks: the same with --num_tasks 1 --stages rank publish")
-        lock.release()
 
 
-def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> None:
-    """Checks what can be checked before the work, locks the folder, and records what the work is made with."""
+def begin_run(args: ScriptArguments, generators: list[dict]) -> FileLock:
+    """Checks what can be checked before a model is loaded, locks the folder, records what the work is made with."""
     output_dir, work = Path(args.output_dir), Path(args.output_dir, "work")
     if not (work / "settings.json").exists() and any(p != work and not is_hidden(p.name) for p in output_dir.glob("*")):
         raise SystemExit(f"--output_dir {output_dir} holds other files: choose another folder")
@@ -228,14 +227,25 @@ def begin_run(args: ScriptArguments, generators: list[dict], lock: FileLock) -> 
     # A wrong token or name fails now, not after the work.
     if args.push_to_hub and args.num_tasks == 1 and "publish" in args.stages:
         prepare_repository(args)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
+    lock = lock_folder(args)
     write_bytes(work / "prompts.json", json.dumps(record, indent=1).encode())
     for folder, wanted in settings.items():
         write_bytes(folder / "settings.json", json.dumps(wanted, indent=1).encode())
+    return lock
+
+
+def lock_folder(args: "ScriptArguments") -> FileLock:
+    """The lock of this run, or task. A single run and a task refuse each other; tasks work side by side."""
+    own, others = (f".lock-{args.task_index}", ".lock") if args.num_tasks > 1 else (".lock", ".lock-*")
+    try:
+        lock = FileLock(Path(args.output_dir, own), timeout=3)
+        lock.acquire()
+        for other in Path(args.output_dir).glob(others):
+            with FileLock(other, timeout=3):
+                pass  # tasks that start at once meet here
+    except Timeout:
+        raise SystemExit(f"--output_dir {args.output_dir} is in use by another run: wait for its end") from None
+    return lock
 
 
 def plan_shards(args: ScriptArguments, file: Path) -> dict:
@@ -529,10 +539,11 @@ class Generator:
                 images += self.draw(todo, seeds[len(images) :][: self.batch_size])
                 bar.update(len(todo))
             except torch.OutOfMemoryError:
-                if len(todo) == 1:
+                count = self.batch_size if self.compile else len(todo)  # a compiled batch is filled up
+                if count == 1:
                     raise SystemExit(f"{self.where}: the device's memory does not hold a single image") from None
-                self.batch_size = len(todo) // 2
-                warn(f"{self.where}: the device's memory does not hold {len(todo)} images at once: half as many")
+                self.batch_size = count // 2
+                warn(f"{self.where}: the device's memory does not hold {count} images at once: half as many")
                 free_memory()
         return images
 
@@ -847,19 +858,13 @@ def prepare_repository(args: "ScriptArguments") -> None:
         raise SystemExit(f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}): choose another name")
 
 
-def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
-    """Uploads the files of these patterns; others on the Hub that match `replaced` go. Sends only what is missing."""
-    file, name = Path(args.output_dir, "README.md"), args.hub_dataset_id
-    if not all(any(Path(args.output_dir).glob(pattern)) for pattern in replaced):
-        raise SystemExit(f"--output_dir {args.output_dir} holds no whole dataset: rank, or sort, before you publish")
-    # The card of a dataset that was built without --push_to_hub names its folder.
-    card = RepoCard(re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{name}"', file.read_text()))
+def publish(args: "ScriptArguments", published: list[str]) -> None:
+    """Uploads the files of these patterns, but what is there; data files of an earlier dataset on the Hub go."""
     if theirs := earlier_card(args, on_hub=True):
-        card = merge_cards(card, theirs)
-    write_bytes(file, str(card).encode())
-    options = {"allow_patterns": published, "delete_patterns": replaced, "folder_path": args.output_dir}
-    HfApi().upload_folder(repo_id=name, repo_type="dataset", **options)
-    print(f"published: {HfApi().endpoint}/datasets/{name}")
+        write_bytes(Path(args.output_dir, "README.md"), str(merge_cards(earlier_card(args), theirs)).encode())
+    options = {"allow_patterns": published, "delete_patterns": DATA_FILES, "folder_path": args.output_dir}
+    HfApi().upload_folder(repo_id=args.hub_dataset_id, repo_type="dataset", **options)
+    print(f"published: {HfApi().endpoint}/datasets/{args.hub_dataset_id}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

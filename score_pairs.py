@@ -76,7 +76,7 @@ from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 
-PUBLISHED = ["README.md", "statistics.json", "scores/*.parquet", "figures/difference.png", "figures/quality.png"]
+PLOTS = ["figures/difference.png", "figures/quality.png"]  # the figures without pictures of the dataset
 DATA_FILES = ["data/train-*-of-*.parquet", "scores/train-*-of-*.parquet"]
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
 CARD_BEGIN = "<!-- score_pairs.py writes from here to its second mark; text before and after is kept. -->"
@@ -198,8 +198,8 @@ def main(args: ScriptArguments) -> None:
         draw_figures(args, pairs, ranking)
         write_card(args, pairs, ranking)
         if args.push_to_hub:
-            images = ["data/*.parquet", "figures/*.png"] if args.include_images else []
-            publish(args, [*PUBLISHED, *images], DATA_FILES if args.include_images else DATA_FILES[1:])
+            files = [*DATA_FILES, "figures/*.png"] if args.include_images else [DATA_FILES[1], *PLOTS]
+            publish(args, ["README.md", "statistics.json", *files])
         print(f"{ranking.summary}; the best {ranking.kept} of them, sorted, in {args.output_dir}")
 
 
@@ -365,18 +365,24 @@ def begin_run(args: ScriptArguments) -> FileLock:
     earlier_card(args)
     if args.push_to_hub and args.num_tasks == 1 and "sort" in args.stages:  # a wrong token or name fails now
         prepare_repository(args)
-    # Each holds a lock of its own. A task looks whether a single run is at work, and a single run whether a task is.
-    own, others = (f".lock-{args.task_index}", ".lock") if args.num_tasks > 1 else (".lock", ".lock-*")
-    try:
-        lock = FileLock(output_dir / own, timeout=3)
-        lock.acquire()
-        for other in output_dir.glob(others):
-            with FileLock(other, timeout=3):
-                pass  # tasks that start at once wait for each other
-    except Timeout:
-        raise SystemExit(f"--output_dir {output_dir} is in use by another run: wait for its end") from None
+    lock = lock_folder(args)
     for file, content in {**files, work / "stream.json": stream}.items():
         write_bytes(file, json.dumps(content, indent=1).encode())
+    return lock
+
+
+# Copied from build_synpic.lock_folder
+def lock_folder(args: "ScriptArguments") -> FileLock:
+    """The lock of this run, or task. A single run and a task refuse each other; tasks work side by side."""
+    own, others = (f".lock-{args.task_index}", ".lock") if args.num_tasks > 1 else (".lock", ".lock-*")
+    try:
+        lock = FileLock(Path(args.output_dir, own), timeout=3)
+        lock.acquire()
+        for other in Path(args.output_dir).glob(others):
+            with FileLock(other, timeout=3):
+                pass  # tasks that start at once meet here
+    except Timeout:
+        raise SystemExit(f"--output_dir {args.output_dir} is in use by another run: wait for its end") from None
     return lock
 
 
@@ -846,19 +852,13 @@ def prepare_repository(args: "ScriptArguments") -> None:
         raise SystemExit(f"--hub_dataset_id {args.hub_dataset_id} holds other data ({foreign[0]}): choose another name")
 
 
-def publish(args: "ScriptArguments", published: list[str], replaced: list[str]) -> None:
-    """Uploads the files of these patterns; others on the Hub that match `replaced` go. Sends only what is missing."""
-    file, name = Path(args.output_dir, "README.md"), args.hub_dataset_id
-    if not all(any(Path(args.output_dir).glob(pattern)) for pattern in replaced):
-        raise SystemExit(f"--output_dir {args.output_dir} holds no whole dataset: rank, or sort, before you publish")
-    # The card of a dataset that was built without --push_to_hub names its folder.
-    card = RepoCard(re.sub(r'load_dataset\("[^"]*"', f'load_dataset("{name}"', file.read_text()))
+def publish(args: "ScriptArguments", published: list[str]) -> None:
+    """Uploads the files of these patterns, but what is there; data files of an earlier dataset on the Hub go."""
     if theirs := earlier_card(args, on_hub=True):
-        card = merge_cards(card, theirs)
-    write_bytes(file, str(card).encode())
-    options = {"allow_patterns": published, "delete_patterns": replaced, "folder_path": args.output_dir}
-    HfApi().upload_folder(repo_id=name, repo_type="dataset", **options)
-    print(f"published: {HfApi().endpoint}/datasets/{name}")
+        write_bytes(Path(args.output_dir, "README.md"), str(merge_cards(earlier_card(args), theirs)).encode())
+    options = {"allow_patterns": published, "delete_patterns": DATA_FILES, "folder_path": args.output_dir}
+    HfApi().upload_folder(repo_id=args.hub_dataset_id, repo_type="dataset", **options)
+    print(f"published: {HfApi().endpoint}/datasets/{args.hub_dataset_id}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

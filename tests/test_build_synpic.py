@@ -18,6 +18,7 @@ from conftest import ROOT, call, check_card, make_tiny_pickscore, make_tiny_sdxl
 from datasets import Image, List, Value, load_dataset
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from filelock import FileLock
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 from scipy import stats
@@ -329,6 +330,9 @@ def test_three_tasks_make_the_same_dataset(built, prompts, recipe, tmp_path):
     message = refused("build_synpic", *given, "--stages", "rank", "publish")
     assert "00001.parquet is missing" in message and "run the" in message and not (tmp_path / "out" / "data").exists()
     before = snapshot(tmp_path / "out")
+    for lock, other in ((".lock", ["--num_tasks", 3]), (".lock-2", [])):
+        with FileLock(tmp_path / "out" / lock):  # as a single run and a task hold it
+            assert "in use by another run" in refused("build_synpic", *given, *other)
     build(*given, "--num_tasks", 3, "--task_index", 1)
     new = written(before, tmp_path / "out")
     assert new and all("00001.parquet" in name for name in new)
@@ -341,7 +345,7 @@ def test_out_of_memory_halves_the_batch_and_draws_the_same(built, prompts, recip
 
     def small_gpu(self, texts, seeds, limit=2):
         drawn.append(len(texts))
-        if len(texts) > limit:
+        if (self.batch_size if self.compile else len(texts)) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return draw(self, texts, seeds)
 
@@ -355,6 +359,11 @@ def test_out_of_memory_halves_the_batch_and_draws_the_same(built, prompts, recip
     for row, other in zip(rows, expected):
         for image, same in zip(row["images"], other["images"]):
             assert np.abs(np.asarray(image).astype(int) - np.asarray(same).astype(int)).max() <= 1
+    # A batch that is compiled is always full: there a single image that does not fit is no reason to end.
+    monkeypatch.setattr("diffusers.ModelMixin.compile_repeated_blocks", lambda *_, **__: None)
+    few = [*flags(prompts, recipe, tmp_path / "compiled"), "--max_prompts", 1, "--generation_batch_size", 4]
+    build(*few, "--compile", "--stages", "generate")
+    assert drawn[12:] == 2 * [1, 1]
     monkeypatch.setattr(build_synpic.Generator, "draw", lambda self, *batch: small_gpu(self, *batch, limit=0))
     message = refused("build_synpic", *flags(prompts, recipe, tmp_path / "none", generation_batch_size="auto"))
     assert message == "generator one: the device's memory does not hold a single image"

@@ -211,6 +211,14 @@ def test_sorted_pairs_are_published_and_the_next_fraction_replaces_them(server, 
     names = set(server.files("datasets", "user/qsd"))
     assert {"README.md", "statistics.json", "figures/best.png", "figures/quality.png"} <= names
     assert not any("work" in name for name in names)
+    score.remove("--include_images")  # rows in another order do not fit the images of before
+    client(server, tmp_path / "home", *score)
+    assert not any(name.startswith("data/") for name in server.files("datasets", "user/qsd"))
+    server.clear()
+    card = tmp_path / "qsd" / "README.md"
+    card.write_text(card.read_text() + '\nSee also load_dataset("somebody/else").\n')
+    client(server, tmp_path / "home", *score)
+    assert 'load_dataset("somebody/else")' in server.files("datasets", "user/qsd")["README.md"].decode()
 
 
 LOAD_PAIRS = """
