@@ -32,7 +32,7 @@ VARIANTS = [
     (SD3, "--mixed_precision bf16 --gradient_checkpointing --weighting_scheme cosmap --noise image --safeguard 0.6"),
     (SD3, "--loss_type sft --use_8bit_adam --weighting_scheme mode --use_text_encoder_3 false"),
     (QSD, "--loss_type ipo --use_8bit_adam --order random --mixed_precision bf16 --safeguard 0.9 --sft_weight 0.1"),
-    (QSD, "--loss_type orpo --orpo_lambda 0.5 --proportion_empty_prompts 0.5 --noise image --gradient_checkpointing"),
+    (QSD, "--loss_type orpo --proportion_empty_prompts 0.5 --noise image --cache_text_embeddings false"),
 ]
 
 
