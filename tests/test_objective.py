@@ -212,7 +212,7 @@ def test_step_passes_its_options_to_the_loss(script, model, predicts, time_ids, 
         "phi": torch.tensor([[0.9, 0.3, 0.6, 0.1], [0.2, 0.2, 0.8, 0.8]])[:, :k],
         "rank": torch.tensor([[1, 3, 2, 4], [3, 4, 1, 2]])[:, :k],
     }
-    options = {} if script is train_dpo_qsd else {"rank_source": "predicted", "time_ids": time_ids}
+    options = {"orpo_lambda": 0.3} if script is train_dpo_qsd else {"rank_source": "predicted", "time_ids": time_ids}
     args = script.ScriptArguments(dataset_name="x", beta_dpo=50.0, sft_weight=0.7, safeguard=0.9, **options)
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", prediction_type=predicts)
     loss, _ = script.training_step(unet, unet, scheduler, batch, args)
@@ -247,3 +247,10 @@ def test_step_passes_its_options_to_the_loss(script, model, predicts, time_ids, 
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     for found, by_hand in zip(gradient, torch.autograd.grad(wanted, parameters)):
         assert torch.allclose(found, by_hand, rtol=1e-3, atol=1e-5)
+    if script is train_dpo_qsd:  # and without a reference
+        args.loss_type, args.safeguard = "orpo", None
+        loss, _ = script.training_step(unet, unet, scheduler, batch, args)
+        wanted, _ = train_dpo_qsd.pair_loss(
+            *errors.unbind(1), None, None, 50.0, "orpo", orpo_lambda=0.3, sft_weight=0.7
+        )
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
