@@ -250,7 +250,6 @@ def test_step_passes_its_options_to_the_loss(script, model, predicts, time_ids, 
     if script is train_dpo_qsd:  # and without a reference
         args.loss_type, args.safeguard = "orpo", None
         loss, _ = script.training_step(unet, unet, scheduler, batch, args)
-        wanted, _ = train_dpo_qsd.pair_loss(
-            *errors.unbind(1), None, None, 50.0, "orpo", orpo_lambda=0.3, sft_weight=0.7
-        )
+        options = {"orpo_lambda": 0.3, "sft_weight": 0.7}
+        wanted, _ = train_dpo_qsd.pair_loss(*errors.unbind(1), None, None, 50.0, "orpo", **options)
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
