@@ -448,4 +448,5 @@ def online(server, tmp_path, monkeypatch):
     values["HF_HUB_CACHE"] = str(tmp_path / "cache")
     for name, value in values.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
-    return server
+    yield server
+    huggingface_hub.close_session()  # else the next test would use its connections

@@ -18,6 +18,14 @@ def run(command: list) -> None:
     call(command[0].removesuffix(".py"), *command[1:])
 
 
+def fails(command: list) -> bool:
+    try:
+        run(command)
+    except (Exception, SystemExit):
+        return True
+    return False
+
+
 def check_faults(server, command: list, before: dict, faults: tuple, wanted: tuple[str, str]) -> None:
     """Each fault at every second request: complete at once, or nothing is seen and the same command completes it."""
 
@@ -32,9 +40,7 @@ def check_faults(server, command: list, before: dict, faults: tuple, wanted: tup
     requests, complete = server.requests, server.files(*wanted)
     for fault, number in ((fault, number) for fault in faults for number in range(1, requests + 1, 2)):
         reset(fault, number)
-        try:
-            run(command)
-        except (Exception, SystemExit):
+        if fails(command):
             assert wanted not in server.repos or server.files(*wanted) in ({}, before.get(wanted)), (fault, number)
             server.inject(None)
             run(command)
