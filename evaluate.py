@@ -14,11 +14,6 @@ LoRA, a tuned UNet or transformer, another pipeline, or images that exist.
         --models tuned=unet:mhdang/dpo-sdxl-text2image-v1 --prompts prompts.txt --max_prompts 500 \
         --metrics hpsv2.1 imagereward my_rewards.py:sharpness --output_dir outputs/evaluation
 
-Every checkpoint of two runs, as curves over the pairs or prompts seen:
-
-    python evaluate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
-        --eval_checkpoints qsd=outputs/dpo-qsd-sd15 random=outputs/dpo-sd15 --prompts prompts.txt
-
 Each metric's mean comes with its lift over the baseline and the lift's 95 % interval: a paired bootstrap over prompts,
 because all models draw the same prompts from the same noise, and over the seeds of a model that was trained several
 times (name@seed). After a crash, run the same command again: a picture or a file of 64 scores that exists is done. With
@@ -77,7 +72,7 @@ from diffusers import AutoModel, DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import free_memory
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock, Timeout
-from huggingface_hub import CardData, HfApi, RepoCard, hf_hub_download
+from huggingface_hub import HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session
 from matplotlib.figure import Figure
@@ -111,13 +106,13 @@ FEW_PROMPTS, FEW_SEEDS = 25, 3  # an interval over fewer carries a warning
 ENDINGS = "_(lift|win_rate|ci95|warning|category_mean|by_category|official|trained_on|seed_means|seed_sd)$"
 # What decides whether a network fits into another's place.
 NETWORK_SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type", "num_layers")
+LOADED = ("model", "revision", "variant", "network")  # settings of images that say which pipeline draws them
 DRAWING_FLAGS = ("num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution")
 COUNTED = ("index", "number", "image", "category_index", "category_image")  # fields of --images
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # Parts of a LoRA's keys and types, and what such a file is: diffusers would leave it out, or a part of it.
 OTHER_LORAS = {"hada_w": "a LoHa", "lokr_": "a LoKr", "dora_scale": "a DoRA", " F8_": "a LoRA in float8"}
 RIGHT, WRONG = (0, 150, 80), (215, 50, 40)  # frames of pictures with a verdict of 1 and of 0
-CARD_FACTS = ("model-index",)  # metadata of a card that is replaced
 CARD_BEGIN = "<!-- evaluate.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what evaluate.py wrote. -->"
 DEFAULT_METRICS = "hpsv2.1 pickscore imagereward aesthetic clipscore"  # models that one 24 GB GPU carries
@@ -222,10 +217,10 @@ def with_seeds(values: np.ndarray, seeds: list[tuple], seed: int, resamples: int
 def estimate(columns: dict, strata: list[np.ndarray], seed: int, seeds: dict[str, tuple] | None = None) -> dict:
     """The mean of each figure over the strata's means, with its 95 % percentile interval. Prompts are resampled with
     replacement within each stratum, and seeds where there are several; all figures see the same draws, so differences
-    are paired. columns: (model, "mean") or (model, other, name) → (seeds, seeds of the other, n_prompts); strata:
-    positions of the prompts of each; seeds: model → its seeds, if it has several. Returns figure → {"mean", "ci95", and
-    "warning" where the interval says little}."""
-    seeds_of = [[(seeds or {}).get(name) for name in figure[:2]] for figure in columns]
+    are paired. columns: (model, other or None, figure) → (seeds, seeds of the other, n_prompts); strata: positions of
+    the prompts of each; seeds: model → its seeds, if it has several. Returns (model, other or None) → {figure: mean,
+    figure_ci95, and figure_warning where the interval says little}."""
+    seeds_of = [[(seeds or {}).get(name) for name in (model, other)] for model, other, _ in columns]
     parts, weights = zip(*(with_seeds(values, of, seed) for values, of in zip(columns.values(), seeds_of)))
     flat, ends = np.ascontiguousarray(np.concatenate(parts).T), np.cumsum([len(part) for part in parts])[:-1]
     values = np.stack([values.mean(axis=(0, 1)) for values in columns.values()], axis=1)
@@ -238,19 +233,20 @@ def estimate(columns: dict, strata: list[np.ndarray], seed: int, seeds: dict[str
         draws.append(np.stack([(part * weight).sum(axis=1) for part, weight in zip(drawn, weights)], axis=1))
     intervals = np.nanpercentile(np.nanmean(draws, axis=0), [2.5, 97.5], axis=0).T
     found = {}
-    for i, (figure, of) in enumerate(zip(columns, seeds_of)):
+    for i, ((model, other, figure), of) in enumerate(zip(columns, seeds_of)):
         low, high = intervals[i]
-        if figure[-1] in ("mean", "win_rate") and not np.any((values[:, i] < 0) | (values[:, i] > 1)):
+        if figure in ("mean", "win_rate") and not np.any((values[:, i] < 0) | (values[:, i] > 1)):
             low, high = np.clip([low, high], 0.0, 1.0)  # few seeds spread more than shares can
-        found[figure] = {"mean": float(means[i]), "ci95": (float(low), float(high))}
+        entry = found.setdefault((model, other), {})
+        entry |= {figure: float(means[i]), f"{figure}_ci95": (float(low), float(high))}
         prompts = min((int(count[i]) for count in known if count[i]), default=0)
         if prompts < FEW_PROMPTS:
             where = "a category with " if len(strata) > 1 else ""
-            found[figure]["warning"] = f"{where}only {prompts} prompt{'s' * (prompts != 1)}"
+            entry[f"{figure}_warning"] = f"{where}only {prompts} prompt{'s' * (prompts != 1)}"
         elif any(trained and len(trained) < FEW_SEEDS for trained in of):
-            found[figure]["warning"] = f"only {FEW_SEEDS - 1} seeds"
+            entry[f"{figure}_warning"] = f"only {FEW_SEEDS - 1} seeds"
         elif high - low <= 1e-9 * max(abs(low), abs(high)):
-            found[figure]["warning"] = "an interval of zero width"
+            entry[f"{figure}_warning"] = "an interval of zero width"
     return found
 
 
@@ -260,9 +256,8 @@ def compare(scores: np.ndarray, baseline: np.ndarray) -> dict[str, np.ndarray]:
     ours, theirs = scores[:, None], baseline[None]
     # The same picture, scored in another batch, differs in the last digits.
     tie = np.abs(ours - theirs) <= 1e-6 * np.maximum(np.abs(ours), np.abs(theirs))
-    lift, wins = np.where(tie, 0.0, ours - theirs), np.where(tie, 0.5, (ours > theirs).astype(np.float64))
-    wins[np.isnan(lift)] = np.nan
-    return {"lift": per_prompt(lift), "win_rate": per_prompt(wins)}
+    lift = np.where(tie, 0.0, ours - theirs)
+    return {"lift": per_prompt(lift), "win_rate": per_prompt((1 + np.sign(lift)) / 2)}
 
 
 def per_prompt(scores: np.ndarray) -> np.ndarray:
@@ -271,52 +266,42 @@ def per_prompt(scores: np.ndarray) -> np.ndarray:
     return np.nanmean(np.moveaxis(np.where(known, scores, np.nan), -1, 0), axis=0)
 
 
-def summarize(
-    results: dict, categories: list[str] | None, baseline: str, compared: list[str], seed: int, seeds: dict[str, tuple]
-) -> tuple[dict, dict]:
-    """All figures of all models, and of the `compared` models against each other. results: metric → model → (n_seeds,
-    n_prompts, n_images). Returns model → {metric: mean, metric_ci95, metric_lift, …, metric_category_mean, …,
-    metric_by_category: {category: {n_prompts, mean, …}}}; metric → model → other → {lift, lift_ci95, …}."""
-    summary, pairwise = {name: {} for by_model in results.values() for name in by_model}, {}
-    strata = {c: np.flatnonzero(np.array(categories) == c) for c in dict.fromkeys(categories or ())}
-    for metric, by_model in results.items():
-        columns = {(name, "mean"): per_prompt(scores[:, None]) for name, scores in by_model.items()}
+def summarize(results: dict, members: dict, categories: list | None, baseline: str, compared: list, seed: int) -> tuple:
+    """All figures of all models, and of the `compared` models against each other. results: metric → training →
+    (n_prompts, n_images); members: model → its trainings, name@seed. Returns the figures as results.json has them:
+    model → {metric: mean, metric_ci95, metric_lift, …}; metric → model → other → {lift, lift_ci95, …}."""
+    summary, pairwise, strata = {name: {} for name in members}, {}, {}
+    for position, category in enumerate(categories or ()):
+        strata.setdefault(category, []).append(position)
+    seeds = {name: tuple(one.partition("@")[2] for one in group) for name, group in members.items() if len(group) > 1}
+    for metric, scores in results.items():
+        by_model = {name: np.stack([scores[training] for training in group]) for name, group in members.items()}
+        columns = {(name, None, "mean"): per_prompt(ours[:, None]) for name, ours in by_model.items()}
         for name, other in itertools.permutations(by_model, 2):
             if other == baseline or {name, other} <= set(compared):
-                values = compare(by_model[name], by_model[other])
-                columns |= {(name, other, figure): value for figure, value in values.items()}
-        everything = np.arange(next(iter(columns.values())).shape[-1])
+                figures = compare(by_model[name], by_model[other])
+                columns |= {(name, other, figure): values for figure, values in figures.items()}
+        everything = list(range(next(iter(columns.values())).shape[-1]))
         figures = estimate(columns, [everything], seed, seeds)
         parts = {category: estimate(columns, [chosen], seed, seeds) for category, chosen in strata.items()}
         macro = estimate(columns, list(strata.values()), seed, seeds) if strata else {}
         for name, entry in summary.items():
-            entry |= flatten(metric, figures, name, baseline)
-            if len(by_model[name]) > 1:
-                means = [float(np.nanmean(one)) for one in columns[name, "mean"][:, 0]]
+            entry |= named_figures(metric, figures, name, baseline)
+            if name in seeds:
+                means = [float(np.nanmean(one)) for one in columns[name, None, "mean"][:, 0]]
                 entry |= {f"{metric}_seed_means": means, f"{metric}_seed_sd": float(np.std(means, ddof=1))}
             if strata:
-                entry |= flatten(f"{metric}_category_mean", macro, name, baseline)
-                entry[f"{metric}_by_category"] = {
-                    category: {"n_prompts": len(strata[category])} | flatten("mean", part, name, baseline, "")
-                    for category, part in parts.items()
-                }
-        pairwise[metric] = {
-            name: {other: flatten(None, figures, name, other, "") for other in compared if other != name}
-            for name in compared
-        }
+                entry |= named_figures(f"{metric}_category_mean", macro, name, baseline)
+                found = {c: part[name, None] | part.get((name, baseline), {}) for c, part in parts.items()}
+                entry[f"{metric}_by_category"] = {c: {"n_prompts": len(strata[c])} | found[c] for c in strata}
+        pairwise[metric] = {a: {b: figures[a, b] for b in compared if b != a} for a in compared}
     return summary, pairwise
 
 
-def flatten(metric: str | None, figures: dict, name: str, other: str, prefix: str | None = None) -> dict:
-    """A model's figures under flat names: METRIC, METRIC_ci95, METRIC_lift, METRIC_lift_ci95, METRIC_win_rate, …;
-    without `metric` only those against the other model. `prefix`: that of the latter, if it is not METRIC_."""
-    keys = {metric: (name, "mean")} if metric else {}
-    prefix = f"{metric}_" if prefix is None else prefix
-    keys |= {f"{prefix}{figure}": (name, other, figure) for figure in ("lift", "win_rate") if name != other}
-    flat = {}
-    for label, key in keys.items():
-        flat |= {label if part == "mean" else f"{label}_{part}": value for part, value in figures[key].items()}
-    return flat
+def named_figures(metric: str, figures: dict, name: str, baseline: str) -> dict:
+    """A model's figures as METRIC, METRIC_ci95, METRIC_lift, METRIC_lift_ci95, METRIC_win_rate, …"""
+    figures = figures[name, None] | figures.get((name, baseline), {})
+    return {metric + f"_{figure}".removeprefix("_mean"): value for figure, value in figures.items()}
 
 
 def hpsv2_figure(scores: np.ndarray, categories: list[str]) -> dict:
@@ -363,8 +348,7 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
         raise SystemExit(f"--output_dir {output_dir} holds other files ({min(others)}): choose another folder")
     check_rewards(args.metrics)
     whole_rows = any(map(takes_rows, args.metrics)) or any("{row[" in template for template in args.images)
-    source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
-    rows, places = read_prompts(*source, keep, whole_rows)
+    rows, places = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep, whole_rows)
     args.grid_prompts = chosen_prompts(args, rows)
     for metric, name in itertools.product(args.metrics, ("check_rows", "prepare")):  # "prepare" may download weights
         try:
@@ -373,7 +357,7 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
         except (ValueError, OSError) as error:  # so metrics say what is wrong; others are errors of their own
             raise SystemExit(f"metric {reward_name(metric)}: {one_line(error)}") from None
     models = read_models(args, rows, places)
-    if args.baseline not in (names := {**models, **training_seeds(models)}):
+    if args.baseline not in (names := [*models, *families(models)[0]]):
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(names)}")
     for name, model in models.items():
         folder, items = output_dir / "images" / name, itertools.chain(*image_shards(args, len(rows)))
@@ -424,37 +408,38 @@ def draw(args: ScriptArguments, rows: list[dict], models: dict, state: PartialSt
     killed, nor on how many processes draw."""
     shards = image_shards(args, len(rows))[args.task_index :: args.num_tasks]
     own = [batch for shard in shards for batch in batches(shard, args.batch_size)]
-    own, pipeline, source = own[state.process_index :: state.num_processes], None, None
+    own, missing, writing = own[state.process_index :: state.num_processes], {}, []
     for name, model in ((name, model) for name, model in models.items() if model["kind"] != "images"):
-        missing = {item: model["pictures"][item][0] for batch in own for item in batch}
-        missing = {item: file for item, file in missing.items() if not file.exists()}
-        if not missing:
-            continue
-        if source != model["pipeline"]:
-            pipeline, source = None, model["pipeline"]
-            free_memory()
-            pipeline = load_pipeline(args, model["settings"], state.device)
-            for other, lora in models.items():  # one that does not fit ends the run before anything is drawn
-                if lora["kind"] == "lora" and lora["pipeline"] == source:
-                    with fitted(other, lora, pipeline):
-                        pass
-        bar = tqdm(total=len(missing), desc=f"draw {name}", unit="image", disable=not state.is_local_main_process)
-        with bar, fitted(name, model, pipeline):
-            writing = []
-            for batch in [*(batch for batch in own if not missing.keys().isdisjoint(batch)), []]:  # []: the last writes
-                images = zip(batch, draw_batch(args, rows, name, model, pipeline, batch))
-                for earlier in writing:  # threads encode and write a batch while the next one is drawn
-                    earlier.result()
-                images = {missing[item]: image for item, image in images if item in missing}
-                writing = [WORKERS.submit(save_picture, image, file) for file, image in images.items()]
-                bar.update(len(images))
+        files = {item: model["pictures"][item][0] for batch in own for item in batch}
+        missing[name] = {item: file for item, file in files.items() if not file.exists()}
+    todo = [name for name in missing if missing[name]]
+    for _, group in itertools.groupby(todo, key=lambda name: [models[name]["settings"].get(key) for key in LOADED]):
+        names, pipeline = list(group), None
+        free_memory()
+        pipeline = load_pipeline(args, models[names[0]], state.device)
+        for name in names:  # a LoRA that does not fit ends the run before anything is drawn
+            with fitted(models[name], pipeline):
+                pass
+        for name in names:
+            needed = [batch for batch in own if not missing[name].keys().isdisjoint(batch)]
+            bar = tqdm(needed, desc=f"draw {name}", unit="batch", disable=not state.is_local_main_process)
+            with fitted(models[name], pipeline):
+                for batch in bar:
+                    images = dict(zip(batch, draw_batch(args, rows, models[name], pipeline, batch)))
+                    for earlier in writing:  # threads encode and write a batch while the next one is drawn
+                        earlier.result()
+                    files = {item: file for item, file in missing[name].items() if item in images}
+                    writing = [WORKERS.submit(save_picture, images[item], file) for item, file in files.items()]
+    for last in writing:
+        last.result()
 
 
-def draw_batch(args: ScriptArguments, rows: list[dict], name: str, model: dict, pipeline, batch: list) -> list:
+def draw_batch(args: ScriptArguments, rows: list[dict], model: dict, pipeline, batch: list) -> list:
     """The images of these (prompt, number). Where the device's memory runs out, half as many are drawn at once."""
     options, images = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}, []
     options |= {"height": args.resolution, "width": args.resolution} if args.resolution else {}
-    options |= {"max_sequence_length": args.max_sequence_length} if model["takes_length"] else {}
+    if args.max_sequence_length and model["takes_length"]:
+        options["max_sequence_length"] = args.max_sequence_length
     while todo := batch[len(images) : len(images) + args.batch_size]:
         prompts = [rows[i]["prompt"] for i, _ in todo]
         # An image has the same seed for all models. Generators are on the CPU: it does not depend on the kind of GPU.
@@ -466,9 +451,9 @@ def draw_batch(args: ScriptArguments, rows: list[dict], name: str, model: dict, 
             images += pipeline(prompt=prompts, generator=noise, **options).images
             continue
         if len(todo) == 1:
-            raise SystemExit(f"{name}: the device's memory does not hold a single image")
+            raise SystemExit(f"{model['source']}: the device's memory does not hold a single image")
         args.batch_size = len(todo) // 2
-        tqdm.write(f"{name}: out of memory: goes on with {args.batch_size} at once")
+        tqdm.write(f"{model['source']}: out of memory: goes on with {args.batch_size} at once")
         free_memory()
     return images
 
@@ -481,43 +466,39 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
     jobs = list(itertools.product(models, own))[state.process_index :: state.num_processes]
     for metrics in batches(args.metrics, args.rewards_at_once):
         keys, todo = {}, {}
-        for metric, (name, model) in itertools.product(metrics, models.items()):
-            depends = [reward_settings(metric), model["settings"], rows if takes_rows(metric) else None]
+        for metric, name in itertools.product(metrics, models):
+            depends = [reward_settings(metric), models[name]["settings"], rows if takes_rows(metric) else None]
             keys[metric, name] = short_hash(json.dumps(depends, sort_keys=True, default=str))
         for (name, s), metric in itertools.product(jobs, metrics):
             file = scores_file(args, metric, name, s)
             if not file.exists() or json.loads(file.read_bytes())["key"] != keys[metric, name]:
+                if "score" not in args.stages:
+                    raise SystemExit(f"{file} is missing: run the stages draw and score first")
                 todo.setdefault((name, s), []).append(metric)
-        if todo and "score" not in args.stages:
-            (name, s), (metric, *_) = next(iter(todo.items()))
-            raise SystemExit(f"{scores_file(args, metric, name, s)} is missing: run the stages draw and score first")
-        needed = [metric for metric in metrics if any(metric in lacking for lacking in todo.values())]
+        needed = {*itertools.chain(*todo.values())}
         options = {"device": state.device, "batch_size": args.reward_batch_size}
-        rewards = {metric: load_reward_model(metric, **options) for metric in needed}
-        hidden, label = not todo or not state.is_local_main_process, " ".join(map(reward_name, needed))
-        with tqdm(total=sum(map(len, todo.values())), desc=label, unit="file", disable=hidden) as bar:
-            opened = ((*job, *open_pictures(models, shards, job, rewards, todo[job])) for job in todo)
-            # In pairs: the next pictures are decoded while these are scored.
-            for (name, s, pictures, images), _ in itertools.pairwise(itertools.chain(opened, [None])):
-                prompts, chosen = [rows[i]["prompt"] for i, _ in pictures], [rows[i] for i, _ in pictures]
-                for metric in images:
-                    bad = {}
-                    scores = dict(zip(pictures, rewards[metric].score(images[metric], prompts, chosen, bad)))
-                    if bad:
-                        file, _ = list(pictures.values())[min(bad)]
-                        raise SystemExit(f"{name}: {file} cannot be read: {bad[min(bad)]}")
-                    content = {"key": keys[metric, name], "device": state.device.type}
-                    content["scores"] = [scores.get(item) for item in shards[s]]
-                    write_bytes(scores_file(args, metric, name, s), as_json(content))
-                    bar.update()
+        rewards = {metric: load_reward_model(metric, **options) for metric in metrics if metric in needed}
+        opened = ((*job, *open_pictures(models, shards, job, rewards, todo[job])) for job in todo)
+        opened = itertools.pairwise(itertools.chain(opened, [None]))  # the next pictures are decoded meanwhile
+        hidden, label = not todo or not state.is_local_main_process, " ".join(map(reward_name, rewards))
+        for (name, s, pictures, images), _ in tqdm(opened, label, len(todo), unit="part", disable=hidden):
+            prompts, chosen = [rows[i]["prompt"] for i, _ in pictures], [rows[i] for i, _ in pictures]
+            for metric in images:
+                bad = {}
+                scores = dict(zip(pictures, rewards[metric].score(images[metric], prompts, chosen, bad)))
+                if bad:
+                    file, _ = list(pictures.values())[min(bad)]
+                    raise SystemExit(f"{name}: {file} cannot be read: {bad[min(bad)]}")
+                content = {"key": keys[metric, name], "device": state.device.type}
+                content["scores"] = [scores.get(item) for item in shards[s]]
+                write_bytes(scores_file(args, metric, name, s), as_json(content))
         del rewards, opened
         free_memory()
 
 
 def open_pictures(models: dict, shards: list, job: tuple, rewards: dict, metrics: list) -> tuple[dict, dict]:
-    """Of a model and a shard: (prompt, number) → (file, cell) of the images that exist; and for each metric these
-    images, in preparation. The workers take their work in order: a file's decoding, once for all, has begun before
-    another thread waits for it."""
+    """The pictures of a model and a shard, and for each metric their images, in preparation. The workers take their
+    work in order: a file's decoding, once for all, has begun before another thread waits for it."""
     name, shard = job
     pictures = {item: models[name]["pictures"][item] for item in shards[shard] if item in models[name]["pictures"]}
     files = dict.fromkeys(file for file, _ in pictures.values())
@@ -533,15 +514,9 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     for file in [*output_dir.rglob(".*.tmp"), output_dir / "curves.png"]:  # of killed runs; of earlier checkpoints
         file.unlink(missing_ok=True)
     categories = [str(row[args.category_column]) for row in rows] if args.category_column else None
-    groups = training_seeds(models)
+    groups, compared = families(models)
     members = groups | {name: [name] for name in models}  # several trainings as one model, in front, and each alone
-    compared = compared_models(models, groups)
-    pictured = [members[name][0] for name in compared]
-    stacked = {}
-    for metric, by_model in results.items():
-        stacked[metric] = {name: np.stack([by_model[one] for one in trainings]) for name, trainings in members.items()}
-    seeds = {name: tuple(training.partition("@")[2] for training in group) for name, group in groups.items()}
-    summary, pairwise = summarize(stacked, categories, args.baseline, compared, args.seed, seeds)
+    summary, pairwise = summarize(results, members, categories, args.baseline, compared, args.seed)
     for name, metric in itertools.product(members, metrics):
         if any(metric in models[training].get("trained_on", ()) for training in members[name]):
             summary[name][f"{metric}_trained_on"] = True
@@ -557,8 +532,7 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
             best[run][metric] = max(applies, key=means.get)
     record = {"n_prompts": len(rows), "n_images": len(rows) * args.num_images_per_prompt, "baseline": args.baseline}
     record |= {"settings": report_settings(args, rows, models), **summary, "pairwise": pairwise}
-    missing = {name: record["n_images"] - len(model["pictures"]) for name, model in models.items()}
-    missing = {name: n for name, n in missing.items() if n}
+    missing = {name: n for name, model in models.items() if (n := record["n_images"] - len(model["pictures"]))}
     optional = {"seeds": groups, "checkpoints": checkpoints, "best_checkpoints": best, "missing_images": missing}
     record |= {key: value for key, value in optional.items() if value}
     content = as_json(record, indent=2)
@@ -567,13 +541,14 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     table = markdown_report(known, metrics, compared, verdict)
     write_bytes(output_dir / "results.json", content + b"\n")
     write_bytes(output_dir / "results.md", table.encode())
+    pictured = [members[name][0] for name in compared]
     save_picture(grid_picture(args, rows, models, pictured, results.get(verdict)), output_dir / "grid.png")
     if checkpoints:
         save_picture(curves_picture(record, metrics), output_dir / "curves.png")
     print(table, ", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]), sep="\n")
     for name, model in models.items():
         if repo_id := model.get("repository"):
-            publish(args, repo_id, results_card(args, name, repo_id, known, table))
+            publish(args, name, repo_id, known, table)
 
 
 # Report ---------------------------------------------------------------------------------------------------------------
@@ -601,13 +576,25 @@ def public_name(source: str, local: bool = False) -> str:
 def markdown_report(record: dict, metrics: list[str], compared: list[str], verdict: str | None) -> str:
     """The tables of results.md."""
     summary, seeds = {name: record[name] for name in record if name not in RESERVED}, record.get("seeds", {})
+    parts, over = [], f"over {record['n_prompts']} prompts, {record['n_images']} images:"
+    for key in dict.fromkeys(key for entry in summary.values() for key in entry if key.endswith("_official")):
+        by_model = {name: entry[key] for name, entry in summary.items() if key in entry}
+        rows = [[name] for name in dict.fromkeys(itertools.chain(*by_model.values()))]
+        for row, figures in itertools.product(rows, by_model.values()):
+            row.append(as_text(figures.get(row[0]), ".4g"))
+        parts.append(f"{key.removesuffix('_official')} as the benchmark reports it, {over}")
+        parts.append(markdown_table(["", *by_model], rows))
+        if any("±" in cell for row in rows for cell in row):
+            parts.append("A style's mean and deviation are those of ten chunks' means, times 100.")
+    for name, count in record.get("missing_images", {}).items():
+        parts.append(f"Of `{name}`, {count} of these images are missing and left out.")
     drawn = not any(text.startswith("images ") for text in record["settings"]["models"].values())
-    parts, rows, interval, categories = official_tables(record, summary), [], "95 % interval", {}
     parts.append(
         f"Prompts: {record['n_prompts']}, images per model: {record['n_images']}{', the same seeds for all' * drawn}. "
         f"Lift over `{record['baseline']}` and win rate against it, with paired bootstrap 95 % intervals over prompts"
         f"{', and over seeds where there are several' * bool(seeds)}; a tie counts half a win."
     )
+    rows, interval, categories = [], "95 % interval", {}
     for metric in metrics:  # the categories in which a metric has a value: a benchmark's may be for one of them only
         found = [entry.get(f"{metric}_by_category", {}) for entry in summary.values()]
         categories[metric] = [c for c in found[0] if any(part[c]["mean"] is not None for part in found)]
@@ -617,8 +604,8 @@ def markdown_report(record: dict, metrics: list[str], compared: list[str], verdi
             if len(categories[metric]) > 1:
                 mean = figure_cells(entry, f"{metric}_category_mean")
                 rows.append([name, f"{label}, mean over categories", *mean])
-    rows = [row for row in rows if row[2]]
-    parts.append(markdown_table(["model", "metric", "mean", interval, "lift", interval, "win rate", interval], rows))
+    header = ["model", "metric", "mean", interval, "lift", interval, "win rate", interval]
+    parts.append(markdown_table(header, [row for row in rows if row[2]]))
     if seeds:
         rows = []
         for name, metric in itertools.product(seeds, metrics):
@@ -626,15 +613,15 @@ def markdown_report(record: dict, metrics: list[str], compared: list[str], verdi
             rows.append([name, metric, ", ".join(as_text(mean, ".4f") for mean in means), as_text(deviation, ".4f")])
         parts.append("Several trainings (seeds) of a model; above, their scores are averaged:")
         parts.append(markdown_table(["model", "metric", "mean of each", "standard deviation"], rows))
-    if "best_checkpoints" in record:
-        best = record["best_checkpoints"].items()
-        rows = [[run, *(found.get(metric, "") for metric in metrics)] for run, found in best]
+    if best := record.get("best_checkpoints"):
+        rows = [[run, *(found.get(metric, "") for metric in metrics)] for run, found in best.items()]
         parts.append("The best checkpoint of each run, chosen on these prompts: to judge it, take other prompts.")
         parts.append(markdown_table(["run", *metrics], rows))
     lone = {name for name in compared if "@" in name and name not in record.get("checkpoints", {})}
     for metric in metrics if len(compared) > 2 else ():
-        pairs = record["pairwise"][metric]
-        rows = [[a, *(pair_cell(pairs[a].get(b), bool(lone & {a, b})) for b in compared)] for a in compared]
+        pairs, rows = record["pairwise"][metric], [[name] for name in compared]
+        for row, other in itertools.product(rows, compared):
+            row.append(pair_cell(pairs[row[0]].get(other), bool(lone & {row[0], other})))
         parts.append(f"{metric}, row minus column (win rate of the row); bold where the interval excludes 0:")
         parts.append(markdown_table(["", *compared], rows))
     if lone and len(compared) > 2:
@@ -676,21 +663,6 @@ def pair_cell(pair: dict | None, lone: bool) -> str:
     return f"{bold}{pair['lift']:+.4f}{bold} ({pair['win_rate']:.3f}){' !' if 'lift_warning' in pair else ''}"
 
 
-def official_tables(record: dict, summary: dict) -> list[str]:
-    """The figures of benchmarks as they report them, a table each, and what they are over."""
-    parts, over = [], f"{record['n_prompts']} prompts, {record['n_images']} images"
-    for key in dict.fromkeys(key for entry in summary.values() for key in entry if key.endswith("_official")):
-        by_model = {name: entry[key] for name, entry in summary.items() if key in entry}
-        names = dict.fromkeys(figure for figures in by_model.values() for figure in figures)
-        rows = [[name, *(as_text(figures.get(name), ".4g") for figures in by_model.values())] for name in names]
-        parts.append(f"{key.removesuffix('_official')} as the benchmark reports it, over {over}:")
-        parts.append(markdown_table(["", *by_model], rows))
-        if any(isinstance(figure, dict) for figures in by_model.values() for figure in figures.values()):
-            parts.append("A style's mean and deviation are those of ten chunks' means, times 100.")
-    missing = record.get("missing_images", {}).items()
-    return [*parts, *(f"Of `{name}`, {count} of these images are missing and left out." for name, count in missing)]
-
-
 def chosen_prompts(args: ScriptArguments, rows: list[dict]) -> list[int]:
     """The numbers of the prompts in the picture: --grid_prompts, or --grid_rows of them, spread over the list."""
     numbers = {str(number): number for number in range(len(rows))}
@@ -727,8 +699,7 @@ def grid_picture(args: ScriptArguments, rows: list, models: dict, pictured: list
                 if verdicts and not math.isnan(verdict := verdicts[name][i, n]):
                     frame = (left + 1, top + 1, left + cell - 2, top + cell - 2)
                     drawing.rectangle(frame, outline=RIGHT if verdict else WRONG, width=5)
-        for number, line in enumerate(text):
-            drawing.text((4, top + cell + 4 + 14 * number), line, fill="black")
+        drawing.text((4, top + cell + 4), "\n".join(text), fill="black")
         top += cell + 8 + 14 * len(text)
     return canvas
 
@@ -758,9 +729,8 @@ def curves_picture(record: dict, metrics: list[str]) -> PILImage.Image:
 # Models ---------------------------------------------------------------------------------------------------------------
 def read_models(args: ScriptArguments, rows: list[dict], places: list[dict]) -> dict[str, dict]:
     """The models to compare: name → {"kind": base, lora, network, pipeline or images; "source": folder, file, Hub id or
-    template; and what `find_pipeline`, `find_network`, `find_lora`, `find_checkpoints` or `find_pictures` return}.
-    Exits with one line that names flag and model if one cannot be drawn as it is."""
-    args.models.sort(key=lambda item: not NETWORK.match(item))  # models that share a pipeline follow each other
+    template; and what else `find_pipeline`, `find_network`, `find_lora` or `find_pictures` return}; checkpoints have
+    their "run" and the pairs or prompts "seen". Exits with one line that names flag and model if one cannot be used."""
     given = [(flag, item) for flag in ("loras", "eval_checkpoints", "models", "images") for item in getattr(args, flag)]
     tuned = any(flag in ("loras", "eval_checkpoints") or NETWORK.match(item) for flag, item in given)
     if args.baseline == BASE or tuned:
@@ -769,22 +739,22 @@ def read_models(args: ScriptArguments, rows: list[dict], places: list[dict]) -> 
     for flag, item in given:
         try:
             if flag == "pretrained_model_name_or_path":
-                base = models[BASE] = {"kind": "base", **find_pipeline(args, item, args.revision, tuned)}
+                base = find_pipeline(item, args.revision, tuned) | {"kind": "base", "variant": args.variant}
+                models[BASE] = base
                 if args.max_sequence_length and not base["takes_length"]:
                     raise ValueError(f"a {base['index']['_class_name']} has no --max_sequence_length: leave it out")
                 continue
             name, source = named_path(item, models, seeds=flag != "eval_checkpoints")
             if flag == "loras":
-                models[name] = base | {"kind": "lora", "source": source, **find_lora(source)}
+                models[name] = base | find_lora(source)
             elif flag == "eval_checkpoints":
-                models |= find_checkpoints(base, name, source)
+                models |= {f"{name}@{step}": base | lora | {"run": name} for step, lora in find_checkpoints(source)}
             elif network := NETWORK.match(item):
-                models[name] = base | {"kind": "network", **find_network(base, network[1], source.partition(":")[2])}
+                models[name] = base | find_network(base, network[1], source.partition(":")[2])
             elif flag == "models":
-                models[name] = {"kind": "pipeline", **find_pipeline(args, source)}
+                models[name] = find_pipeline(source)
             else:
-                pictures = find_pictures(args, rows, places, source)
-                models[name] = {"kind": "images", "source": source, "pictures": pictures}
+                models[name] = find_pictures(args, rows, places, source)
         except Exception as error:
             raise SystemExit(f"--{flag} {item}: {one_line(error)[:500]}") from error
     return models
@@ -794,36 +764,28 @@ def named_path(item: str, models: dict, seeds: bool) -> tuple[str, str]:
     """Splits name=path and checks the name; `name@seed` is one of several trainings of a model."""
     name, _, path = item.partition("=")
     if not path or not re.fullmatch(r"\w[\w.-]{0,99}" + r"(@\w[\w.-]*)?" * seeds, name):
-        problem = "must be name=folder or name=Hub id; name of letters, digits, '.', '_', '-', at most 100"
-        raise ValueError(problem + ", or name@seed" * seeds)
-    # A run and several trainings have a name of their own.
-    root, taken = name.partition("@")[0], {*RESERVED, *models, *(model.get("run") for model in models.values())}
-    if name == root:
-        taken |= {other.partition("@")[0] for other in models}
-    if name in taken or root in taken:
-        raise ValueError(f"the name {name if name in taken else root!r} is taken")
+        wanted = "name=folder or name=Hub id; name of letters, digits, '.', '_', '-', at most 100"
+        raise ValueError(f"must be {wanted}{', or name@seed' * seeds}")
+    root = name.partition("@")[0]
+    related = [other for other in models if other.partition("@")[0] == root]
+    # Only trainings of one model share what stands before "@".
+    trainings = name != root and all(other not in (name, root) and "run" not in models[other] for other in related)
+    if root in RESERVED or related and not trainings:
+        raise ValueError(f"the name {name!r} is taken")
     return name, path
 
 
-def training_seeds(models: dict) -> dict[str, list[str]]:
-    """Models that were trained several times: name → its name@seed."""
-    groups = {}
-    for name in (name for name, model in models.items() if "run" not in model):
-        groups.setdefault(name.partition("@")[0], []).append(name)
-    return {root: sorted(members) for root, members in groups.items() if len(members) > 1}
+def families(models: dict) -> tuple[dict[str, list[str]], list[str]]:
+    """Models that were trained several times, name → its name@seed; and what is compared with each other: of several
+    trainings their group, of a run its last checkpoint."""
+    found = {}
+    for name in models:  # the steps of a run are in order
+        found.setdefault(name.partition("@")[0], []).append(name)
+    groups = {root: sorted(names) for root, names in found.items() if len(names) > 1 and "run" not in models[names[0]]}
+    return groups, [root if root in groups else names[-1] for root, names in found.items()]
 
 
-def compared_models(models: dict, groups: dict[str, list[str]]) -> list[str]:
-    """The models that are compared with each other: of a run its last checkpoint, of several trainings their group."""
-    group_of = {name: group for group, members in groups.items() for name in members}
-    compared = {}
-    for name, model in models.items():  # the steps of a run are in order
-        group = group_of.get(name, name)
-        compared[model.get("run", group)] = group
-    return list(compared.values())
-
-
-def find_pipeline(args: ScriptArguments, source: str, revision: str | None = None, tuned: bool = False) -> dict:
+def find_pipeline(source: str, revision: str | None = None, tuned: bool = False) -> dict:
     """A pipeline that draws from a prompt alone, with a scheduler that reads the model's output as what it is: its
     "index", model_index.json; "commit" on the Hub or what identifies its "files"; whether it "takes_length" of prompts.
     `tuned`: LoRAs or networks that predict noise are put into it."""
@@ -843,9 +805,9 @@ def find_pipeline(args: ScriptArguments, source: str, revision: str | None = Non
         if (matches or flow and tuned) if "unet" in index else not flow:
             predicts = "noise" if "unet" in index else "flow"
             raise ValueError(f"a {name} predicts {predicts}, and its scheduler, {used}, takes something else")
-    found = {"source": source, "pipeline": source, "index": index, "commit": commit}
-    found["takes_length"] = bool(args.max_sequence_length) and "max_sequence_length" in takes
-    return found | {"files": path_key(source) if os.path.isdir(source) else None}
+    files = path_key(source) if os.path.isdir(source) else None
+    found = {"kind": "pipeline", "source": source, "pipeline": source, "variant": None, "commit": commit}
+    return found | {"files": files, "lora": None, "index": index, "takes_length": "max_sequence_length" in takes}
 
 
 def find_network(base: dict, part: str, source: str) -> dict:
@@ -861,15 +823,15 @@ def find_network(base: dict, part: str, source: str) -> dict:
     for key in ("_class_name", *NETWORK_SHAPE):
         if found.get(key) != wanted.get(key):
             raise ValueError(f"its {key} is {found.get(key)}, that of the base's {part} {wanted.get(key)}")
-    return {"source": source, "part": part, "subfolder": subfolder, "network_files": commit or path_key(source)}
+    network = {"kind": "network", "source": source, "part": part, "subfolder": subfolder}
+    return network | {"network": f"{part}:{source}", "network_files": commit or path_key(source)}
 
 
 def find_lora(path: str) -> dict:
     """The "file" of a LoRA, which is a file, a folder or a repository on the Hub; and the rewards that ranked its
     training data, by the run.json of a trainer, as "trained_on"."""
-    if not os.path.exists(path):
-        path = HfApi().snapshot_download(path, allow_patterns=[LORA_FILE, "run.json"])
-    file = Path(path) if os.path.isfile(path) else Path(path, LORA_FILE)
+    found = path if os.path.exists(path) else HfApi().snapshot_download(path, allow_patterns=[LORA_FILE, "run.json"])
+    file = Path(found) if os.path.isfile(found) else Path(found, LORA_FILE)
     with safe_open(file, framework="pt") as stored:
         keys = [f"{key} {stored.get_slice(key).get_dtype()}" for key in stored.keys()]
     for key, (part, kind) in itertools.product(keys, OTHER_LORAS.items()):
@@ -877,28 +839,32 @@ def find_lora(path: str) -> dict:
             raise ValueError(f"it is {kind}, which diffusers draws with in part or not at all ({key})")
     record = file.with_name("run.json")
     trained_on = json.loads(record.read_text()).get("rewards", []) if record.exists() else []
-    return {"file": str(file), "lora": path_key(file), "trained_on": trained_on}
+    return {"kind": "lora", "source": path, "file": str(file), "lora": path_key(file), "trained_on": trained_on}
 
 
-def find_checkpoints(base: dict, run: str, path: str) -> dict[str, dict]:
-    """All checkpoints of a training run, each with the pairs or prompts that the run had "seen"."""
-    steps = [int(folder.name.partition("-")[2]) for folder in Path(path).glob("checkpoint-*[0-9]")]
-    if not steps:
+def find_checkpoints(path: str) -> list[tuple[int, dict]]:
+    """The steps and LoRAs of a training run, in order, each with the pairs or prompts that the run had "seen"."""
+    folders = {int(folder.name.partition("-")[2]): folder for folder in Path(path).glob("checkpoint-*[0-9]")}
+    if not folders:
         raise ValueError("not a training run's folder: it holds no checkpoint")
-    record, found = json.loads(Path(path, "run.json").read_text()), {}
-    for step in sorted(steps):
-        folder = os.path.join(path, f"checkpoint-{step}")
-        seen = {"run": run, "seen": step * record["global_batch_size"], "trained_on": record.get("rewards", [])}
-        found[f"{run}@{step}"] = base | {"kind": "lora", "source": folder} | find_lora(folder) | seen
-    return found
+    record = json.loads(Path(path, "run.json").read_text())
+    size, more = record["global_batch_size"], {"trained_on": record.get("rewards", [])}
+    return [(step, find_lora(str(folders[step])) | more | {"seen": step * size}) for step in sorted(folders)]
 
 
-def load_pipeline(args: ScriptArguments, settings: dict, device: torch.device) -> DiffusionPipeline:
-    """The pipeline that draws a model, without its LoRA or network."""
+def load_pipeline(args: ScriptArguments, model: dict, device: torch.device) -> DiffusionPipeline:
+    """The pipeline that draws a model, without its LoRA. Exits with one line if a network's weights do not fit."""
+    settings = model["settings"]
     options = {"dtype": getattr(torch, settings["dtype"]), "variant": settings["variant"]}
-    options |= {} if args.use_text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}
-    pipeline = DiffusionPipeline.from_pretrained(settings["model"], revision=settings["revision"], **options).to(device)
-    pipeline.set_progress_bar_config(disable=True)
+    parts = {} if args.use_text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}
+    if model["kind"] == "network":
+        network_class = getattr(diffusers, model["index"][model["part"]][1])
+        where = {"subfolder": model["subfolder"], "dtype": options["dtype"], "output_loading_info": True}
+        parts[model["part"]], info = network_class.from_pretrained(model["source"], **where)
+        if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+            raise SystemExit(f"{model['source']}: its weights do not fit its config.json: {wrong[0]}")
+    pipeline = DiffusionPipeline.from_pretrained(settings["model"], revision=settings["revision"], **options, **parts)
+    pipeline.to(device).set_progress_bar_config(disable=True)
     if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
         pipeline.vae.enable_slicing()  # decoding a whole batch at once runs out of memory first
     if getattr(pipeline, "safety_checker", None) is not None:
@@ -907,85 +873,80 @@ def load_pipeline(args: ScriptArguments, settings: dict, device: torch.device) -
 
 
 @contextmanager
-def fitted(name: str, model: dict, pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Puts a model's LoRA or network into the pipeline; afterwards it is as it was."""
-    where = f"{model['source']} ({name})"
-    if model["kind"] == "lora":
-        load_lora(where, pipeline, model["file"])
+def fitted(model: dict, pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Puts a model's LoRA, if it has one, into the pipeline; afterwards it is as it was. Exits with one line unless all
+    of the LoRA is used: what does not fit, diffusers leaves out with a warning, or without one."""
+    if model["kind"] != "lora":
         yield
-        pipeline.unload_lora_weights()
-    elif model["kind"] == "network":
-        part, device = model["part"], pipeline.device
-        original = getattr(pipeline, part)
-        options = {"subfolder": model["subfolder"], "dtype": original.dtype, "output_loading_info": True}
-        network, info = type(original).from_pretrained(model["source"], **options)
-        if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-            raise SystemExit(f"{where}: its weights do not fit its config.json: {wrong[0]}")
-        original.to("cpu")  # one of the two at a time
-        pipeline.register_modules(**{part: network.to(device)})
-        yield
-        pipeline.register_modules(**{part: original.to(device)})
-    else:
-        yield
-
-
-def load_lora(where: str, pipeline: DiffusionPipeline, file: str) -> None:
-    """Exits with one line unless all of a LoRA is used: what does not fit, diffusers leaves out with a warning, or
-    without one."""
+        return
     config = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
     try:
-        given = pipeline.lora_state_dict(file, **config)
-        pipeline.load_lora_weights(file)
+        given = pipeline.lora_state_dict(model["file"], **config)
+        pipeline.load_lora_weights(model["file"])
     except Exception as error:
-        raise SystemExit(f"{where}: cannot be read as a LoRA of the base: {one_line(error)[:300]}") from error
+        problem = f"cannot be read as a LoRA of the base: {one_line(error)[:300]}"
+        raise SystemExit(f"{model['source']}: {problem}") from error
     given = {key for key in (given[0] if isinstance(given, tuple) else given) if "alpha" not in key}
     components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     layers = {key: value for part in components for key, value in part.named_parameters() if ".lora_" in key}
     if len(layers) != len(given):
-        raise SystemExit(f"{where}: the base takes {len(layers)} of {len(given)} matrices: it would be used in part")
+        problem = f"the base takes {len(layers)} of {len(given)} matrices: it would be used in part"
+        raise SystemExit(f"{model['source']}: {problem}")
     if broken := [key for key, value in layers.items() if not value.isfinite().all()]:
-        raise SystemExit(f"{where}: {broken[0]} is not finite")
+        raise SystemExit(f"{model['source']}: {broken[0]} is not finite")
+    yield
+    pipeline.unload_lora_weights()
 
 
 def image_settings(args: ScriptArguments, rows: list[dict], name: str, model: dict, device: torch.device) -> dict:
     """What a model's images depend on."""
     prompts = short_hash("\n".join(row["prompt"] for row in rows))
     if model["kind"] == "images":
-        files = [(*item, file, file.stat()) for item, (file, _) in model["pictures"].items()]
-        stats = [f"{i},{n}:{file}:{stat.st_size}:{stat.st_mtime_ns}" for i, n, file, stat in files]
-        files = short_hash("\n".join([*stats, str(args.num_images_per_prompt)]))
-        return {"images": model["source"], "files": files, "prompts": prompts}
-    is_pipeline, default = model["kind"] == "pipeline", "float32"
+        return {"images": model["source"], "files": model["files"], "prompts": prompts}
+    default = "float32"
     if device.type == "cuda":  # U-Nets are published in float16, most transformers in bfloat16
         default = "bfloat16" if "unet" not in model["index"] and torch.cuda.is_bf16_supported(False) else "float16"
     # A folder keeps the type that it was begun with, for models that are added, and where only the report is written.
-    earlier = ({} if is_pipeline else earlier_settings(args, BASE)) | earlier_settings(args, name)
-    settings = {"model": model["pipeline"], "variant": None if is_pipeline else args.variant}
-    settings |= {"revision": model["commit"], "prompts": prompts}
-    settings |= {flag: getattr(args, flag) for flag in DRAWING_FLAGS}
-    settings |= {"dtype": args.dtype or earlier.get("dtype", default), "seed": args.seed}
+    base = {} if model["kind"] == "pipeline" else earlier_settings(args, BASE)
+    dtype = args.dtype or {"dtype": default, **base, **earlier_settings(args, name)}["dtype"]
+    settings = {"model": model["pipeline"], "variant": model["variant"], "revision": model["commit"]}
+    settings |= {"prompts": prompts} | {flag: getattr(args, flag) for flag in DRAWING_FLAGS}
+    settings |= {"dtype": dtype, "seed": args.seed}
     rare = {"max_sequence_length": None, "use_text_encoder_3": True, "image_seeds": "own"}
     settings |= {flag: getattr(args, flag) for flag, default in rare.items() if getattr(args, flag) != default}
-    settings |= {"files": model["files"], "lora": model.get("lora")}
-    if model["kind"] == "network":
-        settings |= {"network": f"{model['part']}:{model['source']}", "network_files": model["network_files"]}
-    return settings
+    return settings | {key: model[key] for key in ("files", "lora", "network", "network_files") if key in model}
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
 def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], template: str) -> dict:
-    """(prompt, number) → (file, cell), where a template's pictures lie; cell is (column, row, columns, rows) in a grid,
+    """The "pictures" of a template: (prompt, number) → (file, cell); cell is (column, row, columns, rows) in a grid,
     which `#2x2` at the template's end says, read row by row. Refuses a template that is wrong, a first picture that
-    does not open, and missing pictures without --allow_missing: with it they are left out."""
+    does not open, and missing pictures without --allow_missing: with it they are left out.
+
+    The fields of a template are {index}, the prompt's row in the source, and {number}; {image}, the number over all
+    rows; {prompt}, {row[COLUMN]}, {category}; {category_index} and {category_image}, the same among the category's
+    rows. They count from 0, and with +1, as {index+1:05d}, from 1. Rows that repeat a prompt count, but only the first
+    has pictures."""
     names, wide, high = re.fullmatch(r"(.*?)(?:#([1-9]\d*)x([1-9]\d*))?", template, re.DOTALL).groups(default="1")
     cells = [(column, row, int(wide), int(high)) for row in range(int(high)) for column in range(int(wide))]
-    asked = template_files(args, rows, places, names, len(cells))
+    per_prompt = math.ceil(args.num_images_per_prompt / len(cells))  # files
+
+    def file_of(names: str, i: int, n: int) -> Path:
+        index, number = places[i]["index"], n // len(cells)
+        in_category = places[i].get(args.category_column, index)
+        image, category_image = index * per_prompt + number, in_category * per_prompt + number
+        counted = dict(zip(COUNTED, (index, number, image, in_category, category_image)))
+        counted |= {f"{name}+1": value + 1 for name, value in counted.items()}
+        category = str(rows[i].get(args.category_column, ""))
+        return Path(names.format(prompt=rows[i]["prompt"], row=rows[i], category=category, **counted))
+
+    items = list(itertools.product(range(len(rows)), range(args.num_images_per_prompt)))
+    asked = {item: file_of(names, *item) for item in items}
     files = {item: file for item, file in asked.items() if os.path.isfile(file)}
-    missing = [item for item in asked if item not in files]
+    missing = [item for item in items if item not in files]
     for name in COUNTED if missing else ():
         from_one = re.sub(rf"\{{{name}\b(?!\+)", f"{{{name}+1", names)
-        shifted = template_files(args, rows, places, from_one, len(cells)).values()
-        if sum(map(os.path.isfile, shifted)) > len(files):
+        if sum(os.path.isfile(file_of(from_one, *item)) for item in items) > len(files):
             raise ValueError(f"no picture {asked[missing[0]]}: they count from 1: write {from_one}")
     if missing and not (args.allow_missing and files):
         (i, n), of = missing[0], f"{len(missing)} of {len(asked)} pictures are missing"
@@ -996,25 +957,10 @@ def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], t
         raise ValueError("gives the same picture to several images: use {index} and {number}")
     file, cell = next(iter(pictures.values()))
     cut(PILImage.open(file), cell)  # one that does not open, or is no such grid, ends the run now
-    return pictures
-
-
-def template_files(args: ScriptArguments, rows: list[dict], places: list[dict], names: str, cells: int) -> dict:
-    """(prompt, number) → file. The fields of a template are {index}, the prompt's row in the source, and {number};
-    {image}, the number over all rows; {prompt}, {row[COLUMN]}, {category}; {category_index} and {category_image}, the
-    same among the category's rows. They count from 0, and with +1, as {index+1:05d}, from 1. Rows that repeat a prompt
-    count, but only the first has pictures."""
-    files, column = {}, args.category_column
-    per_prompt = math.ceil(args.num_images_per_prompt / cells)  # files
-    for (i, row), n in itertools.product(enumerate(rows), range(args.num_images_per_prompt)):
-        index, number = places[i]["index"], n // cells
-        in_category = places[i].get(column, index)
-        image, category_image = index * per_prompt + number, in_category * per_prompt + number
-        counted = dict(zip(COUNTED, (index, number, image, in_category, category_image)))
-        counted |= {f"{name}+1": value + 1 for name, value in counted.items()}
-        texts = {"prompt": row["prompt"], "row": row, "category": str(row[column]) if column else ""}
-        files[i, n] = Path(names.format(**texts, **counted))
-    return files
+    stats = [(i, n, file, file.stat()) for (i, n), file in files.items()]
+    stats = [f"{i},{n}:{file}:{stat.st_size}:{stat.st_mtime_ns}" for i, n, file, stat in stats]
+    identity = short_hash("\n".join([*stats, str(args.num_images_per_prompt)]))
+    return {"kind": "images", "source": template, "pictures": pictures, "files": identity}
 
 
 def image_shards(args: ScriptArguments, n_prompts: int) -> list[list[tuple[int, int]]]:
@@ -1046,7 +992,7 @@ def hook(metric: str, name: str) -> Callable | None:
     """An optional function of a metric's class: prepare, check_rows or official. The last argument of the others than
     check_rows are all settings of the class, those that were not given too."""
     own = plugin(metric)
-    function = getattr(own.function, name, None) if own and inspect.isclass(own.function) else None
+    function = getattr(own and own.function, name, None)
     if function is None or name == "check_rows":
         return function
     parameters = inspect.signature(own.function).parameters
@@ -1076,30 +1022,26 @@ def scores_file(args: ScriptArguments, metric: str, model: str, shard: int) -> P
 
 
 def collect_scores(args: ScriptArguments, rows: list[dict], models: dict) -> tuple[dict, dict]:
-    """Joins the parts of all scores, and writes them as METRIC/MODEL.json. A metric that returns several values becomes
-    several, METRIC_KEY. NaN: a value does not apply to an image, or the image is missing. Returns metric → model →
-    float64 (n_prompts, num_images_per_prompt); and the names of each metric's values: metric → key → METRIC_KEY."""
-    results, names, shape = {}, {}, (len(rows), args.num_images_per_prompt)
+    """Joins the parts of all scores, and writes them as METRIC/MODEL.json. Returns metric → model → float64 (n_prompts,
+    n_images), NaN where a value does not apply or the image is missing; and the names of the values of metrics that
+    return several: metric → key → METRIC_KEY."""
+    results, names, shape = {}, {}, (len(models), len(rows), args.num_images_per_prompt)
     shards = range(len(image_shards(args, len(rows))))
     for metric in args.metrics:
-        column, scores, devices = reward_name(metric), {}, set()
-        for name in models:
-            parts = [json.loads(scores_file(args, metric, name, s).read_bytes()) for s in shards]
-            devices |= {part["device"] for part in parts if "device" in part}
-            values = [value for part in parts for value in part["scores"]]
-            values = [{} if value is None else value for value in values]
-            scores[name] = [value if isinstance(value, dict) else {"": value} for value in values]
-        if len(devices) > 1:
+        column = reward_name(metric)
+        files = [scores_file(args, metric, name, s) for name in models for s in shards]
+        parts = [json.loads(file.read_bytes()) for file in files]
+        if len(devices := {part["device"] for part in parts if "device" in part}) > 1:
             warn(f"metric {column}: scored on {' and '.join(sorted(devices))}, in another precision: delete its scores")
-        keys = dict.fromkeys(key for values in scores.values() for value in values for key in value) or {"": None}
+        values = [{} if value is None else value for part in parts for value in part["scores"]]
+        values = [value if isinstance(value, dict) else {"": value} for value in values]
+        keys = dict.fromkeys(itertools.chain(*values)) or {"": None}
         names[metric] = {key: f"{column}_{key}" if key else column for key in keys}
         for key, label in names[metric].items():
             if label in results or re.search(ENDINGS, label):
                 raise SystemExit(f"metric {label}: results.json uses this name for another figure: rename it")
-            results[label] = {
-                name: np.array([value.get(key) for value in values], dtype=np.float64).reshape(shape)  # null: NaN
-                for name, values in scores.items()
-            }
+            scores = np.array([value.get(key) for value in values], dtype=np.float64)  # null: NaN
+            results[label] = dict(zip(models, scores.reshape(shape)))
         for name, model in models.items():
             lists = {key: results[label][name].tolist() for key, label in names[metric].items()}
             content = {"settings": model["settings"], "scores": lists.get("", lists)}
@@ -1134,13 +1076,15 @@ def prepare_repositories(args: ScriptArguments, models: dict[str, dict]) -> None
         models[name]["repository"] = repo_id
 
 
-def earlier_card(repo_id: str) -> RepoCard | None:
-    """The card on the Hub, as people may have edited it."""
-    return RepoCard.load(repo_id, ignore_metadata_errors=False) if HfApi().file_exists(repo_id, "README.md") else None
+def earlier_card(repo_id: str) -> RepoCard:
+    """The card on the Hub, as people may have edited it. A new one has nothing between the marks."""
+    known = HfApi().file_exists(repo_id, "README.md")
+    return RepoCard.load(repo_id) if known else RepoCard(f"---\n\n---\n\n{CARD_BEGIN}{CARD_END}\n")
 
 
-def results_card(args: ScriptArguments, name: str, repo_id: str, record: dict, table: str) -> RepoCard:
-    """A card that holds only a LoRA's results, to be merged into the card on the Hub."""
+def write_card(args: ScriptArguments, card: RepoCard, name: str, repo_id: str, record: dict, table: str) -> None:
+    """Writes a LoRA's results into its card: into the metadata, where results on other prompts stay, and between the
+    marks, outside of which all text stays."""
     source = public_text(PROMPT_SETS.get(args.prompts, {}).get("source", args.prompts))
     title = args.prompts if args.prompts in PROMPT_SETS else os.path.basename(source)
     prompts = {"type": "prompts", "name": f"{title}, {record['n_prompts']} prompts"}
@@ -1156,10 +1100,12 @@ def results_card(args: ScriptArguments, name: str, repo_id: str, record: dict, t
             kind = "win_rate" if ending == "_win_rate" else metric
             values.append({"type": kind, "name": metric + label, "value": value})
     task = {"type": "text-to-image", "name": "Text-to-Image Generation"}
-    results = [{"task": task, "dataset": prompts, "metrics": values}]
-    base = args.pretrained_model_name_or_path
-    front = {} if os.path.isdir(base) else {"base_model": base}
-    front |= {"library_name": "diffusers", "model-index": [{"name": repo_id.split("/")[-1], "results": results}]}
+    base, (model, *models) = args.pretrained_model_name_or_path, card.data.get("model-index") or [{}]
+    kept = [result for result in model.get("results") or [] if result.get("dataset") != prompts]
+    results = [*kept, {"task": task, "dataset": prompts, "metrics": values}]
+    card.data["base_model"] = card.data.get("base_model", None if os.path.isdir(base) else base)
+    card.data["library_name"] = card.data.get("library_name", "diffusers")
+    card.data["model-index"] = [{"name": repo_id.split("/")[-1], **model, "results": results}, *models]
     settings = ", ".join(f"`{key}` {value}" for key, value in drawing.items())
     others = ", ".join(f"`{other}`" for other in record["settings"]["models"] if other not in (name, BASE))
     body = f"""## Evaluation
@@ -1170,42 +1116,21 @@ def results_card(args: ScriptArguments, name: str, repo_id: str, record: dict, t
 {table}
 ![The same prompts and seeds for all models](grid.png)
 
-All figures are in [results.json](results.json).
-"""
-    block = f"{CARD_BEGIN}\n{body.strip().replace('<!--', '<! --')}\n{CARD_END}\n"  # a prompt may hold a mark
-    return RepoCard(f"---\n{CardData(**front).to_yaml()}\n---\n\n{block}")
+All figures are in [results.json](results.json)."""
+    marked = re.fullmatch(f"(.*){re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}(.*)", card.text, re.S)
+    before, after = marked.groups() if marked else (f"{card.text.rstrip()}\n\n", "\n")
+    body = body.replace("<!--", "<! --")  # a prompt may hold a mark
+    card.text = f"{before}{CARD_BEGIN}\n{body}\n{CARD_END}{after}"
 
 
-def merge_results(mine: RepoCard, theirs: RepoCard) -> RepoCard:
-    """`merge_cards` that also keeps results on other prompts in `model-index`."""
-    (own,), (model, *others) = mine.data["model-index"], theirs.data.get("model-index") or [{}]
-    prompts = own["results"][0]["dataset"]
-    kept = [result for result in model.get("results") or [] if result.get("dataset") != prompts]
-    mine.data["model-index"] = [{**own, **model, "results": kept + own["results"]}, *others]
-    return merge_cards(mine, theirs)
-
-
-# Copied from build_synpic.merge_cards
-def merge_cards(mine: RepoCard, theirs: RepoCard) -> RepoCard:
-    """This run's card with what people wrote into an earlier one: text outside the marks, and the metadata, in which
-    CARD_FACTS are replaced, and what is lacking is added."""
-    licensed = "license" in theirs.data  # then name and link of this run's licence do not belong to it
-    for name, value in mine.data.to_dict().items():
-        if name in CARD_FACTS or name not in theirs.data and not (licensed and name.startswith("license_")):
-            theirs.data[name] = value
-    marked = f"(.*)({re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)})(.*)"
-    block, old = re.fullmatch(marked, mine.text, re.S)[2], re.fullmatch(marked, theirs.text, re.S)
-    theirs.text = f"{old[1]}{block}{old[3]}" if old else f"{theirs.text.rstrip()}\n\n{block}\n"
-    return theirs
-
-
-def publish(args: ScriptArguments, repo_id: str, card: RepoCard) -> None:
+def publish(args: ScriptArguments, name: str, repo_id: str, record: dict, table: str) -> None:
     """Sends the results to the repository of one LoRA, in one commit."""
-    theirs = earlier_card(repo_id)
+    card = earlier_card(repo_id)
+    write_card(args, card, name, repo_id, record, table)
     with TemporaryDirectory() as folder:
         for file in (file for file in map(Path(args.output_dir).joinpath, RESULTS) if file.exists()):
             shutil.copy(file, folder)
-        Path(folder, "README.md").write_text(str(merge_results(card, theirs) if theirs else card))
+        Path(folder, "README.md").write_text(str(card))
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Evaluation")
     print(f"published: {HfApi().endpoint}/{repo_id}")
 
@@ -1461,13 +1386,9 @@ class RewardModel:
     @torch.no_grad()
     def score(self, images: list, prompts: list[str], rows: list[dict] | None = None, bad: dict | None = None) -> list:
         """The reward of each image for its prompt, whatever else is in its batch. What occurs several times, an image,
-        a prompt or both together, is encoded and scored once.
-
-        Args:
-            images: PIL images, the bytes of their files, functions that return an image, or what `begin` returned.
-            rows: the whole row of each prompt, for the user's own metrics.
-            bad: takes position → reason of images that do not decode; they get NaN. Without it, the first is an error.
-        """
+        a prompt or both together, is encoded and scored once. images: PIL images, the bytes of their files, functions
+        that return an image, or what `begin` returned; rows: the whole row of each prompt, for the user's own metrics;
+        bad: takes position → reason of images that do not decode, which get NaN; without it, the first is an error."""
         self.cut, self.rows = set(), dict(zip(prompts, rows or []))
         pairs = list(zip(self.begin(images), prompts, strict=True))
         wanted = {}  # distinct image → its distinct prompts

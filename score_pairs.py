@@ -953,13 +953,9 @@ class RewardModel:
     @torch.no_grad()
     def score(self, images: list, prompts: list[str], rows: list[dict] | None = None, bad: dict | None = None) -> list:
         """The reward of each image for its prompt, whatever else is in its batch. What occurs several times, an image,
-        a prompt or both together, is encoded and scored once.
-
-        Args:
-            images: PIL images, the bytes of their files, functions that return an image, or what `begin` returned.
-            rows: the whole row of each prompt, for the user's own metrics.
-            bad: takes position → reason of images that do not decode; they get NaN. Without it, the first is an error.
-        """
+        a prompt or both together, is encoded and scored once. images: PIL images, the bytes of their files, functions
+        that return an image, or what `begin` returned; rows: the whole row of each prompt, for the user's own metrics;
+        bad: takes position → reason of images that do not decode, which get NaN; without it, the first is an error."""
         self.cut, self.rows = set(), dict(zip(prompts, rows or []))
         pairs = list(zip(self.begin(images), prompts, strict=True))
         wanted = {}  # distinct image → its distinct prompts

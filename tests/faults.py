@@ -70,7 +70,7 @@ class Moment:
     """Something that happens to a run by itself: before its n-th change of a file in the case's folder."""
 
     number: int
-    action: int | str  # a signal; or full: from here on nothing new can be made; or quota: of `number` bytes a file
+    action: int | str  # a signal; or quota: of `number` bytes a file
     again: int = 0  # a second signal, so many changes later
     after: str = ""  # count only from a change of a path on that contains this
     rank: int = 0  # of two processes the one that it happens to
@@ -193,11 +193,7 @@ def watch(folder: Path, file: Callable, moment: Moment | None) -> list[int]:
         count[0] += begun[0]
         if not moment or not begun[0]:
             return
-        if moment.action == "full":
-            if count[0] >= moment.number and event in ("open", "os.mkdir", "os.link", "os.symlink"):
-                file("came").touch()
-                raise OSError(28, "No space left on device", path)
-        elif moment.action != "quota" and count[0] in (moment.number, moment.number + moment.again):
+        if moment.action != "quota" and count[0] in (moment.number, moment.number + moment.again):
             file("came").touch()
             os.kill(os.getpid(), moment.action)
 
@@ -564,43 +560,28 @@ def mount(folder: Path, options: str) -> bool:
     return all(subprocess.run(words, capture_output=True).returncode == 0 for words in commands)
 
 
-def goes_on(case: Case, job: str, words: list, outcome: Outcome, root: Path) -> None:
-    """After a disk that failed: Python's own error, nothing half-written; with one that works the run goes on."""
-    case.faults += 1
-    case.refused(outcome, "space|inode|free|read-only|writ|large|quota", raises=True)
-    case.whole(root)
-    subprocess.run(["mount", "-o", "remount,rw,size=64m,nr_inodes=0", root], capture_output=True)
-    case.check(job, case.run(words), root)
-
-
-@fault("disk-full", build=6, pairs=5, sdxl=7, sd3=4, qsd=4, evaluate=5, tally=2, export=2)
+@fault("disk-full", build=9, pairs=7, sdxl=10, sd3=6, qsd=6, evaluate=7, tally=3, export=3)
 def disk_full(case: Case, job: str) -> None:
-    """A file system too small, in bytes or in files, or read-only since a kill; then it is large and writable."""
+    """A file system too small, in bytes or in files, or read-only since a kill; or no file may grow beyond a limit, as
+    with a quota. The run ends in Python's own error and leaves nothing half-written; on a large disk it goes on."""
     disk, kind, share = case.folder / "disk", case.seed % 4, case.rng.uniform(0.03, 0.9)
     files = [file for name in ("out", "cache") for file in (world / "golden" / job / name).rglob("*")]
     size = max(4096, int(share * sum(file.stat().st_size + 4096 for file in files)))
-    options = [f"size={size}", f"size={size}", f"nr_inodes={max(2, int(share * len(files)))}", "size=64m"][kind]
-    if not mount(disk, options):
-        return
-    words = command(job, disk)
-    if kind == 3:
+    options = [f"size={size}", f"nr_inodes={max(2, int(share * len(files)))}", "size=64m", "size=64m"][kind]
+    kind, words, moment = kind if mount(disk, options) else 3, command(job, disk), None
+    if kind == 2:
         case.run(words, Moment(case.rng.randint(1, golden[job].changes), signal.SIGKILL))
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    case.story.append(f"a disk of {options}, read-only: {kind == 3}")
-    outcome = case.run(words)
-    if outcome.code or kind == 3:
-        goes_on(case, job, words, outcome, disk)
-
-
-@fault("write-fails", build=6, pairs=5, sdxl=7, sd3=3, qsd=3, evaluate=5, tally=2, export=2)
-def write_fails(case: Case, job: str) -> None:
-    """From some change on nothing new can be written; or no file may grow beyond a limit, as with a quota."""
-    moment = Moment(case.rng.randint(1, golden[job].changes), "full")
-    if case.seed % 3 == 2:
+    if kind == 3:
         moment = Moment(case.rng.choice([1000, 3000, 6000, 9000, 14000, 24000]), "quota")
-    outcome = case.run(command(job, case.folder), moment)
-    if outcome.code:
-        goes_on(case, job, command(job, case.folder), outcome, case.folder)
+    case.story.append(f"a disk of {options}, read-only: {kind == 2}")
+    outcome = case.run(words, moment)
+    if outcome.code or kind == 2:
+        case.faults += 1
+        case.refused(outcome, "space|inode|free|read-only|writ|large|quota", raises=True)
+        case.whole(disk)
+        subprocess.run(["mount", "-o", "remount,rw,size=64m,nr_inodes=0", disk], capture_output=True)
+        case.check(job, case.run(words), disk)
 
 
 @fault("two-writers", build=2, pairs=2, sdxl=2, sd3=2, qsd=2, evaluate=2)

@@ -67,14 +67,9 @@ def test_an_image_is_counted_as_its_forwards(tmp_path):
     forward = train_speed.count_ours("sd3", tmp_path, rank=4, resolution=64)["reference"]
     pipeline = train_speed.make_pipeline("sd3", "tiny", torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    counted = {
-        steps: generate_speed.tflop_per_image(
-            pipeline, {"num_inference_steps": steps, "height": 64, "width": 64, "guidance_scale": 5.0}
-        )
-        for steps in (1, 4)
-    }
-    assert (counted[4] - counted[1]) / 6 == pytest.approx(forward, rel=0.01)
-    assert counted[1] > 2 * forward
+    size = {"height": 64, "width": 64, "guidance_scale": 5.0}
+    one, four = (generate_speed.tflop_per_image(pipeline, {"num_inference_steps": n, **size}) for n in (1, 4))
+    assert (four - one) / 6 == pytest.approx(forward, rel=0.01) and one > 2 * forward
 
 
 def test_drawing_is_timed_beside_the_bare_pipeline(tmp_path, capsys):

@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 import test_qalign
-import test_unidet
 import torch
 from conftest import ROOT, call, refused, run, torchrun
 from PIL import Image
@@ -16,7 +15,6 @@ from safetensors.torch import save_file
 from test_dpg_bench import inputs as dpg_inputs
 from test_dpg_bench import official_weights as mplug_weights
 from test_geneval import checkpoints  # noqa: F401 (a fixture)
-from test_t2i_compbench import models as compbench_models  # noqa: F401 (a fixture)
 
 
 BASE = ["--pretrained_model_name_or_path", ROOT / "shapes" / "models" / "base", "--num_inference_steps", 2]
@@ -40,12 +38,8 @@ def metrics(tmp_path_factory, checkpoints) -> list[str]:  # noqa: F811
     with np.load(ROOT / "tests" / "golden" / "qalign.npz") as file:
         golden = dict(file)
     (folder / "owl").mkdir()
+    test_qalign.write_files(folder / "owl", golden)
     owl, shapes = test_qalign.golden_script, json.loads(str(golden["keys"]))
-    files = {"config.json": owl.TINY | {"vocab_size": shapes["lm_head.weight"][0]}}
-    files |= {"preprocessor_config.json": owl.PREPROCESSOR, "tokenizer_config.json": owl.TOKENIZER}
-    for name, content in files.items():
-        (folder / "owl" / name).write_text(json.dumps(content))
-    (folder / "owl" / "tokenizer.model").write_bytes(golden["tokenizer"].tobytes())
     weights = {key: torch.from_numpy(owl.weight(key, shape)) for key, shape in shapes.items()}
     save_file(weights, folder / "owl" / "model.safetensors")
     detector, clip = checkpoints / "mmdet" / "detector.pth", checkpoints / "clip"
@@ -65,13 +59,8 @@ def test_geneval_dpg_and_qalign(tmp_path, metrics):
     rows = []
     for number, (tag, objects) in enumerate(OBJECTS.items()):
         questions = dpg_inputs.QUESTIONS[number : number + 3]
-        row = {
-            "prompt": f"a circle {number}",
-            "tag": tag,
-            **objects,
-            "item_id": f"item{number}",
-            "questions": questions,
-        }
+        row = {"prompt": f"a circle {number}", "tag": tag, **objects, "item_id": f"item{number}"}
+        row |= {"questions": questions}
         row |= {"proposition_ids": [1, 2, 3], "dependencies": [[0], [1], [0]], "csv_rows": [0, 1, 2]}
         row |= {"category_broad": ["entity"] * 2 + ["relation"]}
         rows.append(row | {"category_detailed": ["entity - whole", "entity - part", "relation - spatial"]})
@@ -123,38 +112,3 @@ def test_geneval_dpg_and_qalign(tmp_path, metrics):
     rows[1].pop("include")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "row 2" in refused("evaluate", *flags)
-
-
-def test_compbench(tmp_path, compbench_models):  # noqa: F811
-    """All six categories in one run; the official names of pictures."""
-    weights = test_unidet.tiny_weights()
-    (tmp_path / "unidet").mkdir()
-    unidet = test_unidet.save(tmp_path / "unidet", weights)
-    asked = {"parts": ["blip_vqa"], "questions": ["a red dog?", "the cat?"]}
-    spatial = {"objects": test_unidet.NAMES[:2], "relation": "next to"}
-    rows = [{"category": category, **asked} for category in ("color", "shape", "texture")]
-    rows.append({"category": "spatial", "parts": ["unidet"], **spatial})
-    rows.append({"category": "non_spatial", "parts": ["clip"], "clip_text": "a dog"})
-    rows.append({"category": "complex", **asked, **spatial, "parts": ["blip_vqa", "unidet"]})
-    rows = [{"prompt": f"a dog of {row['category']}", **row} for row in rows]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = ",".join(f"{key}={value}" for key, value in {**compbench_models, "unidet": unidet}.items())
-    flags = ["--prompts", tmp_path / "prompts.jsonl", "--category_column", "category", "--num_images_per_prompt", 2]
-    flags += [*COUNTED, "--metrics", f"metrics/t2i_compbench.py:T2ICompBench,{settings}"]
-    call("evaluate", *BASE, *flags, "--output_dir", tmp_path / "out")
-    results = read_results(tmp_path / "out")
-    (key,) = (key for key in results["base"] if key.endswith("_official"))
-    figures = results["base"][key]
-    assert list(figures) == [row["category"] for row in rows]
-    name = key.removesuffix("_official")
-    assert figures == pytest.approx({category: results["base"][f"{name}_{category}"] for category in figures})
-
-    for i, row in enumerate(rows):
-        for n in range(2):
-            picture = tmp_path / "out" / "images" / "base" / f"{i:05d}_{n}.png"
-            shutil.copy(picture, tmp_path / f"{row['prompt']}_{2 * i + n:06d}.png")
-    flags += ["--images", f"old={tmp_path}/{{prompt}}_{{image:06d}}.png", "--output_dir", tmp_path / "again"]
-    call("evaluate", *flags, "--baseline", "old")
-    assert read_results(tmp_path / "again")["old"][key] == pytest.approx(figures, rel=1e-5)
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a dog", "category": "color"}) + "\n")
-    assert "row 1 ('a dog'): column parts is None" in refused("evaluate", *flags, "--baseline", "old")

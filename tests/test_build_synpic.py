@@ -12,15 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import world
 import yaml
 from conftest import ROOT, call, check_card, make_tiny_pickscore, make_tiny_sdxl, refused, tiny_clip
 from datasets import Image, List, Value, load_dataset
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from filelock import FileLock
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 from scipy import stats
 from torch._dynamo.utils import counters
 from tqdm import tqdm
+from transformers import CLIPConfig, CLIPImageProcessor
 
 import build_synpic
 
@@ -34,19 +38,12 @@ def build(*words) -> None:
 
 
 @pytest.fixture(scope="session")
-def other_sdxl(tmp_path_factory):
-    return make_tiny_sdxl(tmp_path_factory.mktemp("models") / "other-sdxl", seed=1)
-
-
-@pytest.fixture(scope="session")
-def recipe(tiny_sdxl, other_sdxl, tmp_path_factory):
+def recipe(tiny_sdxl, tmp_path_factory):
     """Two generators in one file, three in the other."""
     folder = tmp_path_factory.mktemp("recipes")
-    entries = [
-        {"name": "one", "model": str(tiny_sdxl), "call": CALL},
-        {"name": "two", "model": str(other_sdxl), "call": {**CALL, "guidance_scale": 3.0}},
-        {"name": "three", "model": str(other_sdxl), "call": CALL},
-    ]
+    entries = [{"name": name, "model": str(tiny_sdxl), "call": CALL} for name in ("one", "two", "three")]
+    entries[1]["model"] = entries[2]["model"] = str(make_tiny_sdxl(folder / "other-sdxl", seed=1))
+    entries[1]["call"] = {**CALL, "guidance_scale": 3.0}
     (folder / "two.yaml").write_text(yaml.safe_dump(entries[:2]))
     (folder / "three.yaml").write_text(yaml.safe_dump(entries))
     return folder
@@ -100,9 +97,8 @@ def contents(folder: Path) -> dict:
 
 def written(before: dict, folder: Path, start: str = "") -> list[str]:
     """Files written anew, whose paths start so."""
-    return sorted(
-        name for name, file in snapshot(folder).items() if file != before.get(name) and name.startswith(start)
-    )
+    after = snapshot(folder)
+    return sorted(name for name in after if after[name] != before.get(name) and name.startswith(start))
 
 
 def test_dataset_has_the_schema_and_the_ranking(built):
@@ -115,8 +111,6 @@ def test_dataset_has_the_schema_and_the_ranking(built):
     names = ["color_reward", "shape_reward", "clean_reward"]
     assert dict(kinds["scores"]) == {name: List(Value("float32")) for name in names}
     assert len(dataset) == 10 == len(set(dataset["prompt_id"])) and dataset[0]["prompt"] == "a red circle"
-    import world
-
     for row in dataset:
         assert row["generators"] == ["one", "two"] and row["seeds"][0] != row["seeds"][1]
         matrix = np.array([row["scores"][name] for name in names])
@@ -132,8 +126,6 @@ def test_dataset_has_the_schema_and_the_ranking(built):
 
 
 def test_images_are_what_the_pipeline_draws_from_the_stored_seed(built, tiny_sdxl):
-    from diffusers import StableDiffusionXLPipeline
-
     row = load_dataset(str(built), split="train")[3]
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
     generator = torch.Generator("cpu").manual_seed(row["seeds"][0])
@@ -196,32 +188,23 @@ def test_a_second_run_makes_what_is_lost_alone(built, prompts, recipe, tmp_path,
     assert load_dataset("parquet", data_files=str(truncated), split="train")[0]["prompt"] == "a red circle"
 
 
-def test_new_generator_and_new_reward_cost_only_themselves(built, prompts, recipe, tmp_path):
-    output = shutil.copytree(built, tmp_path / "more")
-    before = snapshot(output)
-    build(*flags(prompts, recipe, output, generators="three"))
-    made = written(before, output, "work/")
-    assert made and all("/three/" in name for name in made)
-    dataset = load_dataset(str(output), split="train")
-    assert dataset[0]["generators"] == ["one", "two", "three"] and sorted(dataset[0]["rank"]) == [1, 2, 3]
-
-    before, rewards = snapshot(output), [*REWARDS, "shapes/world.py:count_reward"]
-    build(*flags(prompts, recipe, output, rewards, generators="three"))
-    made = written(before, output, "work/")
-    assert len(made) == 9 and all("/count_reward/" in name for name in made)
-    assert len(load_dataset(str(output), split="train")[0]["scores"]) == 4
-
-
-def test_more_prompts_cost_only_themselves(built, prompts, recipe, tmp_path):
-    output = shutil.copytree(built, tmp_path / "more")
-    before = snapshot(output)
+def test_new_generators_rewards_and_prompts_cost_only_themselves(built, prompts, recipe, tmp_path):
+    output, longer = shutil.copytree(built, tmp_path / "more"), tmp_path / "longer.txt"
     assert len(load_dataset(str(output), split="train")) == 10  # and is in the cache of datasets now
-    longer = tmp_path / "longer.txt"
     longer.write_text(prompts.read_text() + "a triangle\na blue cross\na green cross\n")
-    build(*flags(longer, recipe, output))
-    made = written(before, output, "work/")
-    assert len(made) == 2 + 3 * 2 and all("/00003.parquet" in name for name in made)  # a shard never changes
-    assert len(load_dataset(str(output), split="train")) == 13
+    rewards = [*REWARDS, "shapes/world.py:count_reward"]
+    for given, number, words in (
+        (flags(prompts, recipe, output, generators="three"), 3 + 3 * 3, "/three/"),
+        (flags(prompts, recipe, output, rewards, generators="three"), 3 * 3, "/count_reward/"),
+        (flags(longer, recipe, output, rewards, generators="three"), 3 + 4 * 3, "/00003.parquet"),  # no shard changes
+    ):
+        before = snapshot(output)
+        build(*given)
+        made = written(before, output, "work/")
+        assert len(made) == number and all(words in name for name in made)
+    dataset = load_dataset(str(output), split="train")
+    assert len(dataset) == 13 and len(dataset[0]["scores"]) == 4
+    assert dataset[0]["generators"] == ["one", "two", "three"] and sorted(dataset[0]["rank"]) == [1, 2, 3]
     assert "only grow" in refused("build_synpic", *flags(prompts, recipe, output))
 
 
@@ -233,8 +216,6 @@ def test_images_drawn_anew_are_scored_anew(built, prompts, recipe, tmp_path):
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(entries))
     shutil.rmtree(output / "work" / "images" / "one")
     build(*flags(prompts, tmp_path, output))
-    import world
-
     old, new = (load_dataset(str(folder), split="train") for folder in (built, output))
     for a, b in zip(old, new):
         assert not np.array_equal(np.asarray(a["images"][0]), np.asarray(b["images"][0]))
@@ -291,11 +272,7 @@ def test_default_generators_are_the_papers_four():
     assert entries == yaml.safe_load((ROOT / "recipes" / "synpic_paper.yaml").read_text())
 
 
-# tests/faults.py has more that is refused.
-BAD_REWARDS = {
-    "import": ("import no_such_module\n", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
-    "name": ("def g(images, prompts):\n    return []\n", "no attribute 'f'"),
-}
+# tests/faults.py has more that is refused. A generator's entries:
 BAD_ENTRIES = {
     "load": ({"load": {"torch_dtype": "float16"}}, "do you mean dtype?"),
     "dtype": ({"load": {"dtype": {"unnet": "float16", "default": "float32"}}}, "unet?"),
@@ -303,6 +280,8 @@ BAD_ENTRIES = {
     "text": ({"call": "fast"}, "load and call hold `name: value`"),
 }
 BAD_FLAGS = {
+    "--rewards TMP/mine.py:f": "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
+    "--rewards shapes/world.py:f": "no attribute 'f'",
     "--rewards beauty": "pickscore",
     "--rewards no/file.py:f": "no/file.py",
     "--generators TMP/single.yaml": "at least 2",
@@ -316,9 +295,7 @@ def test_what_is_wrong_is_named_before_anything_is_drawn(prompts, recipe, tiny_s
     monkeypatch.setattr(build_synpic, "Generator", lambda *a: pytest.fail("a generator was loaded"))
     (tmp_path / "single.yaml").write_text("[{name: a, model: x}]")
     cases = dict(BAD_FLAGS)
-    for name, (text, words) in BAD_REWARDS.items():
-        (tmp_path / f"{name}_reward.py").write_text(text)
-        cases[f"--rewards TMP/{name}_reward.py:f"] = words
+    (tmp_path / "mine.py").write_text("import no_such_module\n")
     for name, (entry, words) in BAD_ENTRIES.items():
         entries = [{"name": "a", "model": str(tiny_sdxl), **entry}, {"name": "b", "model": str(tiny_sdxl)}]
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(entries))
@@ -437,6 +414,7 @@ def test_rewards_at_once_decode_once_and_give_the_same_bytes(built, prompts, rec
         # Each once for all rewards that are held, and passed on to each; and two of noise, to try the function.
         assert len(decoded) == (2 if number == 2 else 3) * 20 + 3 * 20 + 2
     assert contents(outputs[1]) == contents(outputs[2]) and len(contents(outputs[1])) == 4
+    check_card(outputs[1])  # also of a reward that is constant for each prompt
 
     lost = outputs[2] / "work" / "scores" / "clipscore" / "two" / "00001.parquet"
     before = snapshot(outputs[2])
@@ -488,10 +466,6 @@ def test_a_file_of_many_shards_needs_the_memory_of_one(tmp_path):
 def test_what_no_drawing_should_do_to_a_dataset(tiny_sd, tmp_path, capsys):
     """A safety checker, which replaces images by black ones, does not draw; one text is the negative prompt of all; and
     what is black, or is read in part only, is said and stands on the card."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig, CLIPImageProcessor
-
     tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**tower, "image_size": 32, "patch_size": 8}
     config = CLIPConfig(text_config={**tower, "vocab_size": 100}, vision_config=vision, projection_dim=24)

@@ -137,40 +137,46 @@ def test_schedulers_that_read_the_output_as_something_else(tmp_path, tiny_sdxl, 
         assert words in message and named in message
 
 
+def estimated(values: dict, strata: list) -> dict:
+    """The figures of one model against another, or of itself."""
+    return evaluate.estimate({("a", "b", name): value for name, value in values.items()}, strata, seed=0)["a", "b"]
+
+
 def test_interval_equals_scipys_paired_bootstrap():
     rng = np.random.default_rng(0)
     base = rng.normal(size=(1, 60, 3))
     tuned = base + rng.normal(0.2, 0.5, size=(1, 60, 3))
-    found = evaluate.estimate(evaluate.compare(tuned, base), [np.arange(60)], seed=0)
+    found = estimated(evaluate.compare(tuned, base), [np.arange(60)])
     difference = (tuned - base)[0].mean(1)
     wanted = stats.bootstrap((difference,), np.mean, n_resamples=10_000, method="percentile", rng=1).confidence_interval
-    assert found["lift"]["mean"] == pytest.approx(difference.mean()) and "warning" not in found["lift"]
-    assert found["lift"]["ci95"] == pytest.approx((wanted.low, wanted.high), abs=0.01)
-    assert found["win_rate"]["mean"] == pytest.approx((tuned > base).mean())
+    assert found["lift"] == pytest.approx(difference.mean()) and "lift_warning" not in found
+    assert found["lift_ci95"] == pytest.approx((wanted.low, wanted.high), abs=0.01)
+    assert found["win_rate"] == pytest.approx((tuned > base).mean())
     # The same scores but for the noise of another batch: ties. An interval of zero width says so.
-    same = evaluate.estimate(evaluate.compare(base * (1 + 1e-8), base), [np.arange(60)], seed=0)
-    assert same["win_rate"] == {"mean": 0.5, "ci95": (0.5, 0.5), "warning": "an interval of zero width"}
-    assert same["lift"] == {"mean": 0.0, "ci95": (0.0, 0.0), "warning": "an interval of zero width"}
-    constant = evaluate.estimate({"x": np.full((1, 1, 60), 0.1)}, [np.arange(60)], seed=0)["x"]
-    assert constant["warning"] == "an interval of zero width"  # 0.1 has no exact mean
-    few = evaluate.estimate(evaluate.compare(tuned, base), [np.arange(24)], seed=0)
-    assert few["lift"]["warning"] == "only 24 prompts"
+    same = estimated(evaluate.compare(base * (1 + 1e-8), base), [np.arange(60)])
+    for figure, value in (("win_rate", 0.5), ("lift", 0.0)):
+        assert same[figure] == value and same[f"{figure}_ci95"] == (value, value)
+        assert same[f"{figure}_warning"] == "an interval of zero width"
+    constant = estimated({"x": np.full((1, 1, 60), 0.1)}, [np.arange(60)])
+    assert constant["x_warning"] == "an interval of zero width"  # 0.1 has no exact mean
+    few = estimated(evaluate.compare(tuned, base), [np.arange(24)])
+    assert few["lift_warning"] == "only 24 prompts"
 
 
 def test_strata_seeds_and_values_that_do_not_apply():
     rng = np.random.default_rng(0)
     values = rng.normal(size=60)
     strata = [np.arange(10), np.arange(10, 60)]
-    found = evaluate.estimate({"x": values[None, None]}, strata, seed=0)["x"]
-    assert found["mean"] == pytest.approx((values[:10].mean() + values[10:].mean()) / 2)
+    found = estimated({"x": values[None, None]}, strata)
+    assert found["x"] == pytest.approx((values[:10].mean() + values[10:].mean()) / 2)
     draws = [
         stats.bootstrap((values[s],), np.mean, n_resamples=10_000, rng=i).bootstrap_distribution
         for i, s in enumerate(strata)
     ]
-    assert found["ci95"] == pytest.approx(np.percentile(np.mean(draws, axis=0), [2.5, 97.5]), abs=0.02)
+    assert found["x_ci95"] == pytest.approx(np.percentile(np.mean(draws, axis=0), [2.5, 97.5]), abs=0.02)
 
-    small = evaluate.estimate({"x": values[None, None]}, [np.arange(1), np.arange(1, 60)], seed=0)["x"]
-    assert small["warning"] == "a category with only 1 prompt"
+    small = estimated({"x": values[None, None]}, [np.arange(1), np.arange(1, 60)])
+    assert small["x_warning"] == "a category with only 1 prompt"
 
     # Two seeds of one model against one of another: means and wins are averaged over the pairs of seeds.
     seeds, other = rng.normal(size=(2, 60, 2)), rng.normal(size=(1, 60, 2))
@@ -182,11 +188,11 @@ def test_strata_seeds_and_values_that_do_not_apply():
     scores = rng.normal(size=(1, 40, 2))
     scores[0, :10] = np.nan
     scores[0, 10, 1] = np.nan
-    found = evaluate.estimate(evaluate.compare(scores, np.zeros((1, 40, 2))), [np.arange(40)], seed=0)
+    found = estimated(evaluate.compare(scores, np.zeros((1, 40, 2))), [np.arange(40)])
     wanted = [scores[0, 10, 0], *scores[0, 11:].mean(axis=1)]
-    assert found["lift"]["mean"] == pytest.approx(np.mean(wanted))
+    assert found["lift"] == pytest.approx(np.mean(wanted))
     ours = stats.bootstrap((wanted,), np.mean, n_resamples=10_000, method="percentile", rng=1).confidence_interval
-    assert found["lift"]["ci95"] == pytest.approx((ours.low, ours.high), abs=0.02)
+    assert found["lift_ci95"] == pytest.approx((ours.low, ours.high), abs=0.02)
 
 
 @pytest.mark.parametrize("n", [2, 5])
@@ -198,21 +204,22 @@ def test_intervals_of_several_trainings_are_over_seeds_and_prompts(n):
     prompts, seeds = rng.normal(size=(1, 80, 1)), rng.normal(size=(n, 1, 1))
     ours = 0.5 + prompts + 0.3 * seeds + rng.normal(0, 0.2, size=(n, 80, 1))
     theirs = prompts + 0.3 * seeds + rng.normal(0, 0.2, size=(n, 80, 1))
-    columns = {("a", "mean"): evaluate.per_prompt(ours[:, None])}
+    columns = {("a", None, "mean"): evaluate.per_prompt(ours[:, None])}
     columns |= {("a", "b", figure): values for figure, values in evaluate.compare(ours, theirs).items()}
     labels = tuple(map(str, range(n)))
     found = evaluate.estimate(columns, [np.arange(80)], 0, {"a": labels, "b": labels})
     draws = reproduce.bootstrap(np.stack([ours[..., 0], theirs[..., 0]]))
     wanted = np.percentile(draws[:, 0], [2.5, 97.5]), np.percentile(draws[:, 0] - draws[:, 1], [2.5, 97.5])
-    for figure, ends in ((("a", "mean"), wanted[0]), (("a", "b", "lift"), wanted[1])):
+    for pair, figure, ends in ((("a", None), "mean", wanted[0]), (("a", "b"), "lift", wanted[1])):
         width = ends[1] - ends[0]
-        assert found[figure]["ci95"] == pytest.approx(ends, abs=0.06 * width)
-        assert found[figure].get("warning") == ("only 2 seeds" if n == 2 else None)  # too few for an interval
-    low, high = found["a", "b", "win_rate"]["ci95"]
-    assert 0 <= low < found["a", "b", "win_rate"]["mean"] < high <= 1
+        assert found[pair][f"{figure}_ci95"] == pytest.approx(ends, abs=0.06 * width)
+        # Two are too few for an interval.
+        assert found[pair].get(f"{figure}_warning") == ("only 2 seeds" if n == 2 else None)
+    low, high = found["a", "b"]["win_rate_ci95"]
+    assert 0 <= low < found["a", "b"]["win_rate"] < high <= 1
     # With other seeds nothing is paired: what the seeds change counts twice.
     other = evaluate.estimate(columns, [np.arange(80)], 0, {"a": labels, "b": tuple(map(str, range(n, 2 * n)))})
-    assert np.ptp(other["a", "b", "lift"]["ci95"]) > 1.2 * np.ptp(found["a", "b", "lift"]["ci95"])
+    assert np.ptp(other["a", "b"]["lift_ci95"]) > 1.2 * np.ptp(found["a", "b"]["lift_ci95"])
 
 
 def test_hpsv2s_own_figure():
@@ -682,7 +689,7 @@ def text_encoder_lora(width: int = 16) -> dict[str, torch.Tensor]:
 
 def test_a_lora_is_drawn_whole_or_refused(tmp_path, tiny_sdxl):
     """diffusers leaves out what does not fit, with a warning or without one: such a LoRA ends the run before anything
-    is drawn, in a line that says what is wrong."""
+    is drawn, in a line that says what is wrong. So does a network that lacks a weight, before it is drawn."""
     torch.manual_seed(0)
     config = UNet2DConditionModel.load_config(tiny_sdxl, subfolder="unet")
     unet = UNet2DConditionModel.from_config(config)
@@ -716,6 +723,13 @@ def test_a_lora_is_drawn_whole_or_refused(tmp_path, tiny_sdxl):
     whole[f"{first}.lora_up.weight"][0] = math.nan
     save_file(whole, tmp_path / "nan.safetensors")
     assert "is not finite" in refused("evaluate", *flags, "--loras", f"nan={tmp_path / 'nan.safetensors'}")
+    save_file(kohya(unet), tmp_path / "whole.safetensors")
+    flags += ["--loras", f"whole={tmp_path / 'whole.safetensors'}"]
+    unet.save_pretrained(tmp_path / "lacks")
+    weights = {key: value for key, value in unet.state_dict().items() if key != "conv_in.bias"}
+    save_file(weights, tmp_path / "lacks" / "diffusion_pytorch_model.safetensors")
+    message = refused("evaluate", *flags, "--models", f"lacks=unet:{tmp_path / 'lacks'}")
+    assert "lacks: its weights do not fit its config.json: conv_in.bias" in message
 
 
 def test_a_lora_of_a_text_encoder_alone_and_a_file_of_any_name(tmp_path, tiny_sdxl):

@@ -74,12 +74,6 @@ def write_evaluate(folder: Path, model, *more) -> list:
     return [*evaluate, "--output_dir", folder / "evaluation", "--push_to_hub", *more]
 
 
-def write_score(folder: Path, n: int) -> list:
-    pairs = write_pairs(folder / "pairs", pair_rows(n))
-    score = ["score_pairs.py", "--dataset_name", pairs, "--reward", "shapes/world.py:clean_reward", "--include_images"]
-    return [*score, "--output_dir", folder / "qsd", "--push_to_hub", "--hub_dataset_id", "user/qsd"]
-
-
 LOAD = """
 import sys
 from datasets import load_dataset
@@ -102,8 +96,7 @@ print(sum(tensor.abs().sum().item() > 0 for tensor in loaded))
 
 
 def test_from_a_prompt_list_to_a_lora_that_loads_from_the_hub(server, tiny_sdxl, tmp_path):
-    """Build and push, killed in the middle of the upload, and again; load_dataset, streaming too; train from that id
-    and push every checkpoint; load_lora_weights."""
+    """Killed in the middle of the upload, and again; load_dataset, streaming too; train; load_lora_weights."""
     build = write_build(tmp_path, tiny_sdxl)
     server.stall_after = 2
     process = start(server, tmp_path / "home", *build)
@@ -117,10 +110,8 @@ def test_from_a_prompt_list_to_a_lora_that_loads_from_the_hub(server, tiny_sdxl,
     client(server, tmp_path / "home", *build)
     files = server.files("datasets", "user/synpic")
     assert len(server.uploaded) == len(set(server.uploaded)) == sum(hub.is_lfs(name) for name in files)
-    assert sorted(files) == sorted(
-        [*(f"data/train-0000{i}-of-00003.parquet" for i in range(3)), "scores/train-00000-of-00001.parquet"]
-        + ["README.md", "grid.png"]
-    )
+    names = {f"data/train-0000{i}-of-00003.parquet" for i in range(3)} | {"README.md", "grid.png"}
+    assert files.keys() == names | {"scores/train-00000-of-00001.parquet"}
     commits = len(server.repos["datasets", "user/synpic"].commits)
     client(server, tmp_path / "home", *build)  # nothing is sent twice, and no empty commit is made
     assert len(server.uploaded) == len(set(server.uploaded))
@@ -206,7 +197,9 @@ def test_what_people_write_on_a_card_stays_and_a_grown_dataset_replaces_the_old_
 
 
 def test_sorted_pairs_are_published_and_the_next_fraction_replaces_them(server, tmp_path):
-    score = write_score(tmp_path, 24)
+    pairs = write_pairs(tmp_path / "pairs", pair_rows())
+    score = ["score_pairs.py", "--dataset_name", pairs, "--reward", "shapes/world.py:clean_reward", "--include_images"]
+    score += ["--output_dir", tmp_path / "qsd", "--push_to_hub", "--hub_dataset_id", "user/qsd"]
     server.commit("datasets", "user/qsd", {"data/train-00000-of-00001.parquet": b"somebody's"})
     line = last_line(client(server, tmp_path / "home", *score, check=False))
     assert "user/qsd holds other data (data/train-00000-of-00001.parquet)" in line and not (tmp_path / "qsd").exists()
@@ -291,9 +284,8 @@ BASE_CARD = "---\nlicense: openrail++\nlicense_link: LICENSE.md\n---\nThe base m
 def test_results_go_into_the_card_and_stay_there(server, tiny_sdxl, ranked_dataset, tmp_path):
     """Trained from a base model on the Hub, whose licence is carried over; evaluated, edited, evaluated and published
     again."""
-    base = {
-        path.relative_to(tiny_sdxl).as_posix(): path.read_bytes() for path in tiny_sdxl.rglob("*") if path.is_file()
-    }
+    files = [path for path in tiny_sdxl.rglob("*") if path.is_file()]
+    base = {path.relative_to(tiny_sdxl).as_posix(): path.read_bytes() for path in files}
     server.commit("models", "user/base", {**base, "README.md": BASE_CARD.encode()})
     train = write_train(tmp_path, "user/base", ranked_dataset)
     client(server, tmp_path / "home", *train)
@@ -311,9 +303,8 @@ def test_results_go_into_the_card_and_stay_there(server, tiny_sdxl, ranked_datas
     edited = edited.replace("license: openrail++", "license: openrail++\nnew_version: user/next")
     server.commit("models", "user/lora", {"README.md": edited.encode()})
 
-    client(
-        server, tmp_path / "home", *evaluate, "--metrics", *[f"shapes/world.py:{n}_reward" for n in ("clean", "color")]
-    )
+    metrics = [f"shapes/world.py:{name}_reward" for name in ("clean", "color")]
+    client(server, tmp_path / "home", *evaluate, "--metrics", *metrics)
     client(server, tmp_path / "home", *train, "--resume_from_checkpoint", "latest")
     card = server.files("models", "user/lora")["README.md"].decode()
     assert card.count("## Evaluation") == card.count("## Use it") == card.count("A remark of mine.") == 1

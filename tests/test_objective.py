@@ -7,22 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
+import train_dpo_qsd
+import train_rankdpo_sdxl
 from build_synpic import preference_probability, preference_rank
-from train_rankdpo_sdxl import (
-    ScriptArguments,
-    add_lora,
-    dcg_weights,
-    denoising_error,
-    rankdpo_loss,
-    safeguard_scale,
-    training_step,
-)
+from train_rankdpo_sdxl import dcg_weights, denoising_error, rankdpo_loss, safeguard_scale
 
 
 def brute_force(model, ref, phi, rank, beta, loss_type, weights=()):
-    """The loss of DESIGN.md section 2, in Python floats: its mean over prompts. And the weighted means of the errors of
-    the chosen and of the rejected images."""
+    """The loss of DESIGN.md section 2 in Python floats; the weighted mean errors of chosen and of rejected images."""
     total, chosen, rejected, sum_of_weights = 0.0, 0.0, 0.0, 0.0
     for n, (m, r, p, order) in enumerate(zip(model, ref, phi, rank)):
         k = len(p)
@@ -191,6 +185,22 @@ def test_ties_of_ranks_go_to_the_higher_mean_standardised_reward_then_to_the_pos
     assert preference_rank([[0.0, 5.0], [9.0, 0.0]]).tolist() == [1, 2]
 
 
+def test_probabilities_are_shares_of_the_comparisons_and_ranks_follow_them():
+    """With ties. Neither depends on scale or order of the rewards, nor do probabilities on the order of the images."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        n, k = rng.integers((1, 2), (6, 7))
+        scores, names, images = rng.uniform(-3, 3, (n, k)).round(1), rng.permutation(n), rng.permutation(k)
+        phi, rank = preference_probability(scores), preference_rank(scores)
+        wins = [sum(row[i] > row[j] for row in scores for j in range(k)) / (n * (k - 1)) for i in range(k)]
+        assert phi.tolist() == pytest.approx(wins) and phi.sum() <= k / 2 + 1e-9
+        assert sorted(rank.tolist()) == list(range(1, k + 1)) and (np.diff(phi[np.argsort(rank)]) <= 1e-12).all()
+        assert np.array_equal(preference_probability(scores[names]), phi)
+        assert np.array_equal(preference_probability(scores[:, images]), phi[images])
+        assert np.array_equal(preference_rank(scores[names]), rank)
+        assert np.array_equal(preference_rank(scores / 8), rank)  # a power of two, which rounds nothing
+
+
 def test_error_is_reduced_in_float32():
     generator = torch.Generator().manual_seed(0)
     prediction = torch.randn(2, 4, 64, 64, generator=generator).bfloat16()
@@ -201,87 +211,75 @@ def test_error_is_reduced_in_float32():
     assert torch.allclose(error.double(), wanted, rtol=1e-6)
 
 
-def make_batch(unet, batch=2, k=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    phi = torch.tensor([[0.9, 0.3, 0.6, 0.1], [0.2, 0.2, 0.8, 0.8]])[:batch, :k]
-    return {
-        "latents": torch.randn(batch, k, 4, 8, 8, generator=generator),
-        "noise": torch.randn(batch, 1, 4, 8, 8, generator=generator).expand(batch, k, 4, 8, 8),
-        "timesteps": torch.tensor([40, 910])[:batch],
-        "prompt_embeds": torch.randn(batch, 16, 32, generator=generator),
-        "pooled_prompt_embeds": torch.randn(batch, 16, generator=generator),
-        "time_ids": torch.tensor([32.0, 32, 0, 0, 32, 32]).expand(batch, k, 6),
-        "phi": phi,
-        "rank": (-phi).argsort(dim=1, stable=True).argsort(dim=1) + 1,
-    }
+# Trainer, its model, what the model predicts, whose sizes an SDXL UNet is told.
+STEPS = [
+    (train_rankdpo_sdxl, "tiny_sdxl", "epsilon", "resolution"),
+    (train_rankdpo_sdxl, "tiny_sdxl", "v_prediction", "image"),
+    (train_dpo_qsd, "tiny_sdxl", "epsilon", "resolution"),
+    (train_dpo_qsd, "tiny_sd", "epsilon", "resolution"),
+    (train_dpo_qsd, "tiny_sd", "v_prediction", "resolution"),
+]
 
 
-@pytest.fixture(scope="module")
-def lora_unet(tiny_sdxl):
-    from diffusers import DDPMScheduler, UNet2DConditionModel
-
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet")
-    unet.requires_grad_(False)
-    add_lora(unet, rank=4)
-    return unet.train(), DDPMScheduler.from_pretrained(tiny_sdxl, subfolder="scheduler")
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_untrained_lora_gives_exactly_log_2_times_the_weights(lora_unet, checkpointing):
-    unet, scheduler = lora_unet
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
-    args, batch = ScriptArguments(dataset_name="x", beta_dpo=5000), make_batch(unet)
-    loss, metrics = training_step(unet, unet, scheduler, batch, args)
-    pairs = dcg_weights(batch["phi"], batch["rank"]) * (batch["phi"][:, :, None] > batch["phi"][:, None, :])
-    log_2 = torch.tensor(math.log(2), dtype=torch.float32)
-    assert loss.item() == (pairs * log_2).sum((1, 2)).mean().item()
-    assert loss.item() == pytest.approx(math.log(2) * pairs.double().sum().item() / 2, rel=1e-6)
-    assert metrics["margin"].item() == 0 and metrics["implicit_accuracy"].item() == 0.5
-    loss.backward()
-    unet.disable_gradient_checkpointing()
-    trained = {name for name, p in unet.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    # B starts at 0, so A has no gradient yet, and every B has one.
-    assert trained == {name for name, _ in unet.named_parameters() if "lora_B" in name}
-    unet.zero_grad()
-
-
-@pytest.mark.parametrize("time_ids", ["resolution", "image"])
-def test_step_passes_its_options_to_the_loss(lora_unet, time_ids):
-    """Loss and gradient of a step with all options, against the loss called by hand on predictions made by hand."""
-    unet, scheduler = lora_unet
+@pytest.mark.parametrize("script, model, predicts, time_ids", STEPS)
+def test_step_passes_its_options_to_the_loss(script, model, predicts, time_ids, request):
+    """Loss and gradient with all options, against the loss of predictions by hand, with the textbook's noise."""
+    folder, k = request.getfixturevalue(model), 2 if script is train_dpo_qsd else 4
     torch.manual_seed(1)
-    for name, parameter in unet.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False)
+    script.add_lora(unet, rank=4)
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    batch = make_batch(unet)
-    sizes = [[96.0, 64, 8, 0], [40, 100, 0, 24], [32, 32, 0, 0], [64, 64, 0, 0]]
-    batch["time_ids"] = torch.tensor([[*size, 32, 32] for size in sizes]).expand(2, 4, 6)
-    options = {"dataset_name": "x", "beta_dpo": 50.0, "sft_weight": 0.7, "safeguard": 0.9}
-    args = ScriptArguments(**options, rank_source="predicted", time_ids=time_ids)
-    loss, _ = training_step(unet, unet, scheduler, batch, args)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    sizes = torch.tensor([[96.0, 64, 8, 0], [40, 100, 0, 24], [32, 32, 0, 0], [64, 64, 0, 0]])
+    batch = {
+        "latents": torch.randn(2, k, 4, 8, 8),
+        "noise": torch.randn(2, 1, 4, 8, 8).expand(2, k, 4, 8, 8),
+        "timesteps": torch.tensor([40, 910]),
+        "prompt_embeds": torch.randn(2, 16, unet.config.cross_attention_dim),
+        "pooled_prompt_embeds": torch.randn(2, 16),
+        "time_ids": torch.cat([sizes, torch.full((4, 2), 32.0)], dim=1)[:k].expand(2, k, 6),
+        "phi": torch.tensor([[0.9, 0.3, 0.6, 0.1], [0.2, 0.2, 0.8, 0.8]])[:, :k],
+        "rank": torch.tensor([[1, 3, 2, 4], [3, 4, 1, 2]])[:, :k],
+    }
+    options = {"orpo_lambda": 0.3} if script is train_dpo_qsd else {"rank_source": "predicted", "time_ids": time_ids}
+    args = script.ScriptArguments(dataset_name="x", beta_dpo=50.0, sft_weight=0.7, safeguard=0.9, **options)
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", prediction_type=predicts)
+    loss, _ = script.training_step(unet, unet, scheduler, batch, args)
     gradient = torch.autograd.grad(loss, parameters)
 
-    noise, latents = batch["noise"], batch["latents"]
-    noisy = scheduler.add_noise(latents, noise, batch["timesteps"])
-    ids = batch["time_ids"] if time_ids == "image" else torch.tensor([32.0, 32, 0, 0, 32, 32]).expand(2, 4, 6)
-    inputs = [noisy.flatten(0, 1), *(batch[name].repeat_interleave(4, 0) for name in ("timesteps", "prompt_embeds"))]
-    added = {"text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(4, 0), "time_ids": ids.flatten(0, 1)}
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    signal, spread = (share[batch["timesteps"]].view(2, 1, 1, 1, 1).sqrt() for share in (kept, 1 - kept))
+    latents, noise = batch["latents"].double(), batch["noise"].double()
+    target = (noise if predicts == "epsilon" else signal * noise - spread * latents).float()
+    ids = batch["time_ids"] if time_ids == "image" else torch.tensor([32.0, 32, 0, 0, 32, 32]).expand(2, k, 6)
+    added = {"text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(k, 0), "time_ids": ids.flatten(0, 1)}
+    inputs = [(signal * latents + spread * noise).float().flatten(0, 1)]
+    inputs += [batch[name].repeat_interleave(k, 0) for name in ("timesteps", "prompt_embeds")]
+
+    def predict() -> torch.Tensor:
+        return unet(*inputs, added_cond_kwargs=added).sample.view(noise.shape)
+
     unet.disable_adapters()
     with torch.no_grad():
-        reference = unet(*inputs, added_cond_kwargs=added).sample
+        reference = predict()
     unet.enable_adapters()
-    prediction = unet(*inputs, added_cond_kwargs=added).sample.view(noise.shape)
-    errors, references = ((p.view(noise.shape) - noise).square().mean((2, 3, 4)) for p in (prediction, reference))
-    scale = safeguard_scale(prediction, noise, 0.9)
+    prediction = predict()
+    errors, references = ((found - target).square().mean((2, 3, 4)) for found in (prediction, reference))
+    scale = safeguard_scale(prediction, target, 0.9)
     assert scale.min() < 1
-    settings = {"rank_source": "predicted", "sft_weight": 0.7, "loser_scale": scale}
-    wanted, _ = rankdpo_loss(errors, references, batch["phi"], 50.0, batch["rank"], **settings)
+    if script is train_dpo_qsd:
+        both = (*errors.unbind(1), *references.unbind(1))
+        wanted, _ = train_dpo_qsd.pair_loss(*both, 50.0, sft_weight=0.7, loser_scale=scale[:, 0, 1])
+    else:
+        settings = {"rank_source": "predicted", "sft_weight": 0.7, "loser_scale": scale}
+        wanted, _ = rankdpo_loss(errors, references, batch["phi"], 50.0, batch["rank"], **settings)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     for found, by_hand in zip(gradient, torch.autograd.grad(wanted, parameters)):
         assert torch.allclose(found, by_hand, rtol=1e-3, atol=1e-5)
-    for name, parameter in unet.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.zeros_(parameter)
+    if script is train_dpo_qsd:  # and without a reference
+        args.loss_type, args.safeguard = "orpo", None
+        loss, _ = script.training_step(unet, unet, scheduler, batch, args)
+        options = {"orpo_lambda": 0.3, "sft_weight": 0.7}
+        wanted, _ = train_dpo_qsd.pair_loss(*errors.unbind(1), None, None, 50.0, "orpo", **options)
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)

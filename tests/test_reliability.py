@@ -40,9 +40,6 @@ def finished(flags, tmp_path_factory):
     return folder
 
 
-# Signals --------------------------------------------------------------------------------------------------------------
-
-
 def wait_for(condition, *processes) -> None:
     while not condition():
         for process in processes:
@@ -77,9 +74,6 @@ def test_a_second_signal_ends_at_once(flags, tmp_path):
         time.sleep(pause)
     assert process.wait(30) == 130
     assert "Traceback" not in "".join(process.communicate())
-
-
-# Runs that go on ------------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_finished_again(flags, finished, tmp_path):
@@ -156,9 +150,6 @@ def test_steps_without_a_finite_loss_are_skipped_and_counted(flags, tmp_path, mo
     nan_at(monkeypatch, [1, 2])
     message = refused(TRAINER, *flags, *more, tmp_path / "other")
     assert message.startswith("step 2: 2 steps in a row") and "--learning_rate" in message
-
-
-# Inputs ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_dataset_without_any_order_is_refused(flags, tmp_path):

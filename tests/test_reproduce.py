@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import reproduce
+import world
 
 
 def test_rows_end_to_end_then_nothing_is_run_twice(tmp_path, monkeypatch, capsys):
@@ -38,8 +39,7 @@ def test_rows_end_to_end_then_nothing_is_run_twice(tmp_path, monkeypatch, capsys
 
 
 class FakeRunner(reproduce.Runner):
-    """Runs nothing. Of the four images of a prompt, len(name) % 5 are right. A reward gives a LoRA the length of the
-    reward's name / 10, and the base 0."""
+    """Runs nothing: len(name) % 5 of 4 images are right; a reward gives a LoRA its name's length / 10, the base 0."""
 
     def train(self, name, command, seed):
         self.trained = [*getattr(self, "trained", ()), command]
@@ -84,8 +84,7 @@ def test_differences_are_over_the_seeds_that_both_rows_have():
 
 
 def test_only_the_planned_seeds_carry_a_claim(tmp_path):
-    """A difference of planned rows is over the planned seeds alone; all others have no direction. No interval of an
-    accuracy leaves [0, 1]."""
+    """Of planned rows over the planned seeds alone; others have no direction. No interval leaves [0, 1]."""
     accuracy = {"dpo": "00000004", "dpo_gain": "22222224", "rankdpo": "44444444", "predicted": "00000004"}
     rows = {"base": {"accuracy": "00000000"}}
     for row, planned in {"dpo": True, "dpo_gain": True, "rankdpo": False, "predicted": False}.items():
@@ -105,9 +104,8 @@ def test_only_the_planned_seeds_carry_a_claim(tmp_path):
 
 
 def test_reward_hacking_is_told_of_the_rows_that_the_rewards_have_judged(tmp_path, capsys):
-    reproduce.reproduce(
-        FakeRunner(options(tmp_path)), ["dpo", "reward_count", "predicted"], range(2), {"dpo", "reward_count"}
-    )
+    rows = ["dpo", "reward_count", "predicted"]
+    reproduce.reproduce(FakeRunner(options(tmp_path)), rows, range(2), {"dpo", "reward_count"})
     reproduce.report(tmp_path, tmp_path / "report", [])
     printed = capsys.readouterr().out
     lifts = "**+0.500** | **+0.500** | **+0.500** | **+0.600** | **+0.500** |"  # colour, shape, count, layout, clean
@@ -132,9 +130,8 @@ def test_the_search_tries_what_is_missing_and_takes_the_best_over_the_seeds(tmp_
         assert f" {settings} " in command
     found = json.loads((tmp_path / "search.json").read_text())
     assert list(found["dpo"]["tried"]) == [first, second, *others] and found["sft"] == {"settings": "--x"}
-    assert {s: len(figures) for s, figures in found["dpo"]["tried"].items()} == {first: 3, second: 3} | dict.fromkeys(
-        others, 1
-    )
+    counts = {settings: len(figures) for settings, figures in found["dpo"]["tried"].items()}
+    assert counts == {first: 3, second: 3} | dict.fromkeys(others, 1)
     means = {s: np.mean(found["dpo"]["tried"][s]) for s in (first, second)}
     assert found["dpo"]["settings"] == max(means, key=means.get)
 
@@ -168,8 +165,6 @@ def test_a_record_of_other_data_is_not_taken(tmp_path):
 
 
 def test_the_search_trains_on_no_prompt_that_it_judges_by():
-    import world
-
     def texts(n, seed, exclude=frozenset()):
         return {row["prompt"] for row in world.sample_prompts("train", n, seed, exclude)}
 

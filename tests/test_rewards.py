@@ -141,21 +141,12 @@ def loaded(name: str):
 def hps(tmp_path_factory, clip_tokenizer):
     """hpsv2's fork of open_clip at a small size with ViT-H/14's head widths: (model, preprocessing, checkpoint)."""
     size = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = {"hidden_size": 160, "intermediate_size": 640, "image_size": 56, **size}
-    text = {"hidden_size": 128, "intermediate_size": 512, **size}
-    config = CLIPConfig(
-        vision_config={**official.VIT_H["vision_config"], **vision},
-        text_config={**official.VIT_H["text_config"], **text},
-        projection_dim=64,
-    )
-    open_clip = official.open_clip()
-    model = open_clip.CLIP(
-        64,
-        {"image_size": 56, "layers": 2, "width": 160, "head_width": 80, "patch_size": 14},
-        {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2},
-        output_dict=True,
-    )
-    official.seeded(model)
+    vision = official.VISION | size | {"hidden_size": 160, "intermediate_size": 640, "image_size": 56}
+    text = official.TEXT | size | {"hidden_size": 128, "intermediate_size": 512}
+    config, open_clip = CLIPConfig(vision_config=vision, text_config=text, projection_dim=64), official.open_clip()
+    vision = {"image_size": 56, "layers": 2, "width": 160, "head_width": 80, "patch_size": 14}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}
+    model = official.seeded(open_clip.CLIP(64, vision, text, output_dict=True))
     folder = with_files(tmp_path_factory.mktemp("hpsv2"), clip_tokenizer)
     config.save_pretrained(folder)
     for name in ("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"):
@@ -194,10 +185,8 @@ def test_hps_preprocessing_is_bit_exact(hps, without_antialias):
 
 
 def test_hps_antialias_is_todays_torchvision(hps):
-    _, transform, folder = hps
-    smooth, plain = loaded(f"hpsv2_antialias={folder}"), loaded(f"hpsv2={folder}")
-    image = noise(512, 300)
-    assert torch.equal(smooth.prepare(image), transform(image))
+    image, (smooth, plain) = noise(512, 300), (loaded(f"{name}={hps[2]}") for name in ("hpsv2_antialias", "hpsv2"))
+    assert torch.equal(smooth.prepare(image), hps[1](image))
     assert (smooth.prepare(image) - plain.prepare(image)).abs().mean() > 0.05
 
 
@@ -431,6 +420,12 @@ def publish_mps(weights: dict, source: Path, folder: Path) -> None:
     save_file({f"mps.{key}": value.clone() for key, value in weights.items()}, folder / "model.safetensors")
 
 
+def mps_tokens(folder: Path, prompts: list[str]) -> torch.Tensor:
+    """Of the prompts and of the condition."""
+    options = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}
+    return AutoTokenizer.from_pretrained(folder)([*prompts, build_synpic.MPSReward.CONDITION], **options).input_ids
+
+
 @pytest.mark.parametrize("name, threshold", [("mps", 0.3), ("mps_t0.01", 0.01)])
 def test_mps_is_the_official_score(name, threshold, mps, tmp_path):
     """`mps` from the copy on the Hub; `mps_t0.01` from a pickle with the official names."""
@@ -442,13 +437,7 @@ def test_mps_is_the_official_score(name, threshold, mps, tmp_path):
         torch.save(model.state_dict() | position_ids, folder / "pytorch_model.bin")
     images = list(pictures().values())[::2]
     prompts = [PROMPTS[i] for i in (2, 4, 0, 60, 18, 2, 70, 20)]
-    *ids, condition = AutoTokenizer.from_pretrained(folder)(
-        [*prompts, build_synpic.MPSReward.CONDITION],
-        padding="max_length",
-        truncation=True,
-        max_length=77,
-        return_tensors="pt",
-    ).input_ids
+    *ids, condition = mps_tokens(folder, prompts)
     rows = [model(pickscore_pixels(image, 56), row, condition, threshold) for image, row in zip(images, ids)]
     expected, seen = zip(*rows)
     reward = load_reward_model(f"{name}={folder}", batch_size=3)
@@ -469,9 +458,7 @@ def test_mps_turns_by_float16_angles(mps, tmp_path):
     publish_mps(half.state_dict(), mps[1], tmp_path)
     single = half.float()
     image, prompt = pictures()["large"], "a red bicycle"
-    ids = AutoTokenizer.from_pretrained(tmp_path)(
-        [prompt, build_synpic.MPSReward.CONDITION], padding="max_length", max_length=77, return_tensors="pt"
-    ).input_ids
+    ids = mps_tokens(tmp_path, [prompt])
     found = load_reward_model(f"mps={tmp_path}").score([image], [prompt])
     expected = [single(pickscore_pixels(image, 56), *ids, 0.3)[0]]
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
@@ -587,7 +574,7 @@ def image_reward(tmp_path_factory, bert_tokenizer):
     return model, folder
 
 
-def test_image_reward_is_the_official_score(image_reward):
+def test_image_reward_is_the_official_score(image_reward, tmp_path, monkeypatch):
     model, folder = image_reward
     reward, images = loaded(f"imagereward={folder}"), list(pictures().values())
     for prompt in (PROMPTS[0], PROMPTS[18]):
@@ -600,6 +587,11 @@ def test_image_reward_is_the_official_score(image_reward):
         assert np.std(expected) > 1e-3
     for name, image in pictures().items():
         assert torch.equal(reward.prepare(image), model.preprocess(image)), name
+    config = BlipConfig.from_pretrained(folder)
+    monkeypatch.setattr(build_synpic.ImageRewardReward, "VISION", config.vision_config.to_dict())
+    monkeypatch.setattr(build_synpic.ImageRewardReward, "TEXT", config.text_config.to_dict())
+    (with_files(tmp_path, folder) / "config.json").unlink()  # as it is published
+    assert load_reward_model(f"imagereward={tmp_path}", batch_size=5).score(images, [prompt] * len(images)) == found
     tokens = model.blip.tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
     ids, masks = map(torch.stack, zip(*reward.encode_prompts(PROMPTS)))
     assert torch.equal(ids, tokens.input_ids) and torch.equal(masks, tokens.attention_mask)
@@ -680,10 +672,8 @@ def vqascore(tmp_path_factory):
     small = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
     tower_folder = tmp_path_factory.mktemp("tower")
     processor.save_pretrained(tower_folder)
-    model = official_clip_t5(
-        {**T5_XXL, **small, "vocab_size": len(tokenizer) + 7}, {**tower, "num_attention_heads": 2}, tower_folder
-    )
-    official.seeded(model)
+    small |= {"vocab_size": len(tokenizer) + 7}
+    model = official.seeded(official_clip_t5(T5_XXL | small, tower | {"num_attention_heads": 2}, tower_folder))
     for part in (model.encoder, model.decoder):  # one tensor in the transformers of its day
         part.embed_tokens.weight = model.shared.weight
     model.config.save_pretrained(folder)
@@ -714,15 +704,10 @@ def test_vqascore_is_the_official_score(vqascore):
         before, after = (tokenizer(chunk).input_ids for chunk in question.split("<image>"))
         assert before[-1] == after[-1] == 1
         ids, labels = torch.tensor([[*before, -200, *after]]), torch.tensor([tokenizer("Yes").input_ids])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "return_dict": True}
+        inputs |= {"decoder_attention_mask": torch.ones_like(labels)}
         with torch.no_grad():
-            logits = model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                decoder_attention_mask=torch.ones_like(labels),
-                labels=labels,
-                images=processor(square, return_tensors="pt").pixel_values,
-                return_dict=True,
-            ).logits
+            logits = model(**inputs, images=processor(square, return_tensors="pt").pixel_values).logits
         expected.append((-torch.nn.functional.cross_entropy(logits[0], labels[0])).exp().item())
     found = reward.score(images, prompts)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-4)
@@ -771,10 +756,8 @@ def test_any_vlm_as_a_variant(tmp_path):
         "{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }}"
         "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
     )
-    processor = LlavaProcessor(
-        image_processor, tokenizer, patch_size=14, vision_feature_select_strategy="default", chat_template=template,
-        num_additional_image_tokens=1,
-    )  # fmt: skip
+    options = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = LlavaProcessor(image_processor, tokenizer, chat_template=template, **options)
     folder = tmp_path / "Tiny-LLaVA-1B"
     processor.save_pretrained(folder)
     tower = {**VISION_336, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "image_size": 56}
@@ -834,44 +817,34 @@ KEYS = {
 def test_other_weights_are_an_error(name, request, tmp_path):
     """Never a partial load: one key too few, one too many, one of another size, a NaN that attention on a CPU could
     swallow. And config.json says the architecture: the shapes of the weights are never taken instead."""
-    source = Path(checkpoint_of(name, request, tmp_path).partition("=")[2])
-    if source != tmp_path:
-        with_files(tmp_path, source)
     file_name, key, shown = KEYS[name]
+    with_files(tmp_path, Path(checkpoint_of(name, request, tmp_path).partition("=")[2]))
     file = tmp_path / file_name
-    is_safe = file.suffix == ".safetensors"
-    stored = load_file(file) if is_safe else torch.load(file)
+    load, save = (load_file, save_file) if file.suffix == ".safetensors" else (torch.load, torch.save)
+    stored = load(file)
+    weights = stored["state_dict"] if name == "hpsv2" else stored
 
-    def problem() -> str:
+    def problem(changes: dict) -> str:
+        changed = {key: value for key, value in (weights | changes).items() if value is not None}
+        save({"state_dict": changed} if name == "hpsv2" else changed, file)
         with pytest.raises(SystemExit) as stopped:
             load_reward_model(f"{name}={tmp_path}")
         message = str(stopped.value)
         assert "\n" not in message and message.startswith(f"reward {name}={tmp_path}: {tmp_path} cannot be loaded: ")
         return message
 
-    def changed(weights: dict) -> str:
-        content = {"state_dict": weights} if name == "hpsv2" else weights
-        save_file(content, file) if is_safe else torch.save(content, file)
-        return problem()
-
-    weights = stored["state_dict"] if name == "hpsv2" else stored
     value = weights[key]
-    assert shown in changed({other: weights[other] for other in weights if other != key})
-    assert shown in changed(weights | {f"{key}_ema": value.clone()})
+    assert shown in problem({key: None}) and shown in problem({f"{key}_ema": value.clone()})
     if name in ("hpsv2", "mps"):  # by transformers, by PyTorch
-        assert shown in changed(weights | {key: torch.zeros(len(value) + 1, *value.shape[1:])})
+        assert shown in problem({key: torch.zeros(len(value) + 1, *value.shape[1:])})
     if name == "vqascore":  # whose words are counted before they are loaded
-        assert "shared.weight has" in changed(weights | {"shared.weight": weights["shared.weight"][1:].clone()})
-    message = changed(weights | {key: torch.full_like(value, torch.nan)})
+        assert "shared.weight has" in problem({"shared.weight": weights["shared.weight"][1:].clone()})
+    message = problem({key: torch.full_like(value, torch.nan)})
     assert shown in message and "not finite" in message
-
-    save_file(stored, file) if is_safe else torch.save(stored, file)
-    file = tmp_path / "config.json"
-    config = json.loads(file.read_text())
-    part = config.get("vision_config", config)
-    part["num_layers" if name == "vqascore" else "num_hidden_layers"] += 1
-    file.write_text(json.dumps(config))
-    assert " missing keys: " in problem()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.get("vision_config", config)["num_layers" if name == "vqascore" else "num_hidden_layers"] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert " missing keys: " in problem({})
 
 
 def png(seed: int, text: int = 0) -> bytes:
@@ -923,8 +896,7 @@ def test_longer_prompts_are_counted(kind, read, request, tmp_path):
 
 @pytest.mark.parametrize("kind", ["hpsv2", "function"])
 def test_bad_images(hps, tmp_path, kind):
-    """They give NaN and a reason, and leave the others' scores as they are; without `bad`, the first is an error. Large
-    metadata makes no image bad."""
+    """NaN and a reason; the others' scores stay. Without `bad`, an error. Large metadata makes no image bad."""
     (tmp_path / "mine.py").write_text(
         "def bright(images, prompts):\n    return [im.getpixel((0, 0))[0] for im in images]\n"
     )
@@ -941,8 +913,7 @@ def test_bad_images(hps, tmp_path, kind):
 
 
 def test_settings_of_a_class(tmp_path):
-    """They have the types of its parameters. The content of a file or folder that one names is part of what scores
-    depend on: in a copy it is the same."""
+    """They have the types of its parameters. What a file or folder that one names holds is part of them."""
     (tmp_path / "mine.py").write_text(
         "class Mine:\n    def __init__(self, device, batch_size, size=3, rate: float = 1, on=False, model=None):\n"
         "        pass\n\n    def score(self, images, prompts):\n        return [0.0] * len(images)\n"

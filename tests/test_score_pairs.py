@@ -3,8 +3,9 @@
 
 import hashlib
 import json
+import os
 import re
-import signal
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import call, check_card, make_tiny_pickscore, refused, run, torchrun
+from conftest import call, check_card, count_items, make_tiny_pickscore, refused, run, torchrun
 from datasets import Dataset, DatasetDict, Features, Image, Value, get_dataset_config_names, load_dataset
 from filelock import FileLock
 from PIL import Image as PILImage
@@ -28,20 +29,6 @@ def mine(images, prompts):
     with open(Path(__file__).with_name("log.txt"), "a") as log:
         log.write("".join(f"{image.getpixel((0, 0))} {prompt}\\n" for image, prompt in zip(images, prompts)))
     return [image.getpixel((0, 0))[0] / 255 + len(prompt) / 1000 for image, prompt in zip(images, prompts)]
-"""
-# `score_pairs.py` as `python -c DIES N FLAGS`: when it has renamed N files into place, it kills itself.
-DIES = """
-import os, signal, sys
-import score_pairs
-left, replace = int(sys.argv.pop(1)), os.replace
-def dying(*names):
-    global left
-    replace(*names)
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = dying
-score_pairs.main(score_pairs.parse_arguments())
 """
 
 
@@ -78,6 +65,7 @@ def pick_a_pic(n: int, seed: int = 0, uids: bool = True) -> list[dict]:
 
 def write(folder: Path, rows: list[dict], files: int = 3, features: Features | None = None) -> Path:
     (folder / "data").mkdir(parents=True)
+    (folder / "data" / ".DS_Store").touch()  # as a Mac leaves it
     for number in range(files):
         part = rows[number * len(rows) // files : (number + 1) * len(rows) // files]
         target = folder / "data" / f"train-{number:05d}-of-{files:05d}.parquet"
@@ -134,34 +122,16 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-# Formulas -------------------------------------------------------------------------------------------------------------
-
-
-def test_pair_quality():
-    """Equation 1; the best pair is a sure winner against a sure loser."""
-    found = score_pairs.pair_quality([0.31, 1.0, 0.2, 0.0], [0.2, 0.0, 0.31, 1.0])
-    np.testing.assert_allclose(found, [0.31 * 0.8, 1.0, 0.2 * 0.69, 0.0], rtol=1e-15)
-
-
-def test_what_quality_follows():
-    """With cosines near 0.27 it follows the winner's score; with the softmax of the two, the difference."""
-    rng = np.random.default_rng(0)
-    cosines = rng.normal(0.27, 0.02, (4000, 2)).clip(0.2, 0.35)
-    cosines[:2] = [[0.30, 0.32], [0.26, 0.23]]  # a pair whose label the reward contradicts, and one that it supports
-    by_cosine = score_pairs.preference_score("hpsv2", "auto", cosines, 0.27, 0.02)
-    quality = score_pairs.pair_quality(*by_cosine.T)
-    assert quality[0] > quality[1] and np.corrcoef(quality, cosines[:, 0])[0, 1] > 0.9
+def test_softmax_of_the_two_images():
+    """By the temperature of the model; only of models that compare images."""
+    cosines = np.random.default_rng(0).normal(0.27, 0.02, (400, 2))
     for name, scale in {"hpsv2": 100, "hpsv2.1=folder": 100, "clipscore": 40, "pickscore": 1, "mine.py:f": 1}.items():
-        psi = score_pairs.preference_score(name, "softmax", cosines, 0.27, 0.02)
         weights = np.exp(scale * cosines)
-        np.testing.assert_allclose(psi, weights / weights.sum(axis=1, keepdims=True), atol=1e-12)
-        quality = score_pairs.pair_quality(*psi.T)
-        assert quality[0] < quality[1]
-        assert (np.argsort(quality) == np.argsort(cosines[:, 0] - cosines[:, 1])).mean() > 0.99
+        found = score_pairs.preference_score(name, "softmax", cosines, 0.27, 0.02)
+        np.testing.assert_allclose(found, weights / weights.sum(axis=1, keepdims=True), atol=1e-12)
     for name in ("aesthetic", "vqascore", "vqascore_vlm=x"):
-        flags = ["--dataset_name", "x", "--normalization", "softmax", "--reward", name]
-        with pytest.raises(SystemExit, match=f"softmax: {name} does not compare two images"):
-            score_pairs.parse_arguments(flags)
+        message = refused("score_pairs", "--dataset_name", "x", "--normalization", "softmax", "--reward", name)
+        assert f"softmax: {name} does not compare two images" in message
 
 
 def test_preference_scores_of_the_paper():
@@ -177,9 +147,6 @@ def test_preference_scores_of_the_paper():
     np.testing.assert_allclose(score("a.py:aesthetic"), score("pickscore"))
     with pytest.raises(SystemExit, match="must be in .0, 1."):
         score_pairs.preference_score("hpsv2", "none", rewards, 1.0, 2.0)
-
-
-# What the dataset holds -----------------------------------------------------------------------------------------------
 
 
 def test_sorted_dataset(tmp_path, reward):
@@ -208,8 +175,7 @@ def test_sorted_dataset(tmp_path, reward):
 
 
 def test_top_fraction_and_images(tmp_path, reward):
-    """The best tenth with its images; then, without scoring anything again, fewer examples, and another share without
-    images."""
+    """The best tenth with its images; then, with no new score, fewer examples, and another share without images."""
     rows = pick_a_pic(120)
     source, out = write(tmp_path / "pairs", rows), tmp_path / "out"
     call("score_pairs", *flags(source, reward, out, top_fraction=0.1), "--include_images")
@@ -251,24 +217,18 @@ def test_how_often_and_how_much_at_once_is_read(tmp_path, reward, monkeypatch):
     for number, size in ((0, 100), (2, 7)):
         Dataset.from_list(rows[65 * number // 2 :][:65]).to_parquet(str(folder / f"{number}.parquet"), size)
     pq.ParquetWriter(folder / "1.parquet", pq.read_schema(folder / "0.parquet")).close()
-    read, sizes, read_rows, write_tables = [], [], score_pairs.read_rows, score_pairs.write_tables
-
-    def counted(*arguments):
-        for row in read_rows(*arguments):
-            read.append(row)
-            yield row
+    read, sizes, write_tables = count_items(monkeypatch, score_pairs, "read_rows"), [], score_pairs.write_tables
 
     def noted(tables, file, *arguments):
         write_tables((sizes.append(len(table)) or table for table in tables), file, *arguments)
 
-    monkeypatch.setattr(score_pairs, "read_rows", counted)
     monkeypatch.setattr(score_pairs, "write_tables", noted)
     call("score_pairs", *flags(folder, reward, tmp_path / "out"))
-    assert len(read) == 130
+    assert read.total() == 130
     sizes.clear()
     call("score_pairs", *flags(folder, reward, tmp_path / "out"), "--include_images")
     expected = by_hand(rows)
-    assert len(read) == 130 + len(expected)
+    assert read.total() == 130 + len(expected)
     tables, rest = divmod(len(expected), 20)
     assert sizes == [20] * tables + [rest, len(expected)]
     found = load(tmp_path / "out")
@@ -277,7 +237,7 @@ def test_how_often_and_how_much_at_once_is_read(tmp_path, reward, monkeypatch):
     groups = pq.ParquetFile(next((tmp_path / "out" / "data").glob("*.parquet"))).metadata
     assert groups.row_group(0).num_rows == 20 and groups.num_row_groups == tables + 1
     call("score_pairs", *flags(folder, reward, tmp_path / "out"), "--include_images")
-    assert len(read) == 130 + len(expected), "a second run reads none"
+    assert read.total() == 130 + len(expected), "a second run reads none"
 
 
 def test_other_forms_of_pairs(tmp_path, reward):
@@ -290,7 +250,7 @@ def test_other_forms_of_pairs(tmp_path, reward):
     columns["label_0_column"] = "none"
 
     def check(name, *more, **given) -> Dataset:
-        out = tmp_path / f"out-{name.replace('/', '-')}"
+        out = tmp_path / f"out-{re.sub(r'[^a-z]', '-', name)}"
         call("score_pairs", *flags(tmp_path / name, reward, out, **given)[2 if more else 0 :], *more)
         found = load(out, "scores")
         np.testing.assert_allclose(found["quality"][:], expected, rtol=1e-6)
@@ -298,8 +258,8 @@ def test_other_forms_of_pairs(tmp_path, reward):
 
     images = [{**row, **{c: {"bytes": row[c], "path": None} for c in ("chosen", "rejected")}} for row in rows]
     features = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
-    write(tmp_path / "images", images, features=features)
-    check("images", **columns)
+    write(tmp_path / "run [12]", images, features=features)
+    check("run [12]", **columns)  # no pattern
     table = pa.Table.from_pylist(images)  # without the metadata of `datasets`
     table = table.set_column(0, "prompt", table["prompt"].cast(pa.large_string()))
     pq.write_table(table, tmp_path / "polars.parquet")
@@ -320,8 +280,8 @@ def test_other_forms_of_pairs(tmp_path, reward):
                 (root / files[name]).parent.mkdir(parents=True, exist_ok=True)
                 (root / files[name]).write_bytes(row[name])
             (root / files["chosen"]).with_suffix(".txt").write_text(row["prompt"] + "\n")
-    (tmp_path / "paths" / "train.jsonl").write_text("\n".join(map(json.dumps, paths)))
-    check("paths/train.jsonl", **columns)
+    (tmp_path / "paths" / "train [1].jsonl").write_text("\n".join(map(json.dumps, paths)))
+    check("paths/train [1].jsonl", **columns)
     check("paths", **columns)
     two = ("--winner_dir", tmp_path / "better", "--loser_dir", tmp_path / "worse")
     plain = check("folders", *two, "--include_images")
@@ -332,9 +292,6 @@ def test_other_forms_of_pairs(tmp_path, reward):
     assert "only one of the two folders: 000" in message
 
 
-# Resuming, processes, memory ------------------------------------------------------------------------------------------
-
-
 def check_same_dataset(folder: Path) -> None:
     """a/out and b/out hold the same bytes, except that each card names its own folder."""
     a, b = digests(folder / "a" / "out"), digests(folder / "b" / "out")
@@ -343,19 +300,32 @@ def check_same_dataset(folder: Path) -> None:
     assert text == (folder / "a" / "out" / "README.md").read_text()
 
 
-def test_killed_again_and_again(tmp_path, reward, monkeypatch):
-    """kill -9 when a file is whole: the next run goes on, nothing is scored or copied twice, the folder never holds a
-    part of the dataset, and the result is the same, byte for byte."""
+def ends_after(count: int, replace: Callable = os.replace) -> Callable:
+    """`os.replace` of a run that ends when so many files are in their places."""
+    done = []
+
+    def replace_and_end(*names):
+        replace(*names)
+        done.append(names)
+        if len(done) == count:
+            raise KeyboardInterrupt
+
+    return replace_and_end
+
+
+def test_what_an_end_in_the_middle_costs(tmp_path, reward, monkeypatch):
+    """After a file is in its place: the next run goes on, nothing is scored or copied twice, the folder never holds a
+    part of the dataset, and the result is the same, byte for byte. tests/faults.py kills such runs."""
     source, given = write(tmp_path / "pairs", ranked_rows(160)), {"include_images": "true", "top_fraction": 0.7}
     call("score_pairs", *flags(source, reward, tmp_path / "a" / "out", **given))
     alone, out = sorted(scored(reward)), tmp_path / "b" / "out"
     Path(reward.rpartition("/")[0], "log.txt").unlink()
-    for left in (5, 16):  # in the middle of the scores, and of the copies of images
-        result = run("-c", DIES, left, *flags(source, reward, out, **given), check=False)
-        assert result.returncode == -signal.SIGKILL, result.stderr
+    for count in (5, 16):  # in the middle of the scores, and of the copies of images
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", ends_after(count))
+            call("score_pairs", *flags(source, reward, out, **given))
         assert not list(out.glob("*/*.parquet")) and not (out / "README.md").exists()
-    copies = list(out.glob("work/building/*/images/*.arrow"))
-    assert len(copies) == 3
+    assert len(list(out.glob("work/building/*/images/*.arrow"))) == 3
     read, read_rows = [], score_pairs.read_rows
     monkeypatch.setattr(score_pairs, "read_rows", lambda pairs, rows: read.append(len(rows)) or read_rows(pairs, rows))
     call("score_pairs", *flags(source, reward, out, **given))
@@ -431,9 +401,6 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path, reward):
     assert size > 300 and peaks[1] < peaks[0] + 0.2 * size, (size, peaks)
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
-
-
 def test_bad_images_and_blank_prompts_are_counted_and_left_out(tmp_path, reward, capsys):
     """Blank prompts are no error where a pair is not used anyway."""
     rows = [{**row, "image_0_uid": f"{i}a", "image_1_uid": f"{i}b"} for i, row in enumerate(ranked_rows(40))]
@@ -481,6 +448,7 @@ BAD = [
     (lambda rows: rows[17].update(label_0=2.0), "row 17 of file 0: label 2.0 is not 0, 0.5 or 1"),
     (lambda rows: rows.clear(), "split 'train' has no rows"),
     # What only the scores tell.
+    (lambda rows: [row.update(jpg_0=picture(7), jpg_1=picture(7), caption="x") for row in rows], "the same score"),
     ({"top_fraction": 0.001}, "keeps none of 24 pairs"),
     (lambda rows: [row.update(label_0=0.5) for row in rows], "keeps none of 24 pairs: "),
 ]
@@ -500,7 +468,7 @@ def test_bad_input_is_one_line(tmp_path, reward):
             score_pairs.main(score_pairs.parse_arguments([f"--{name}={value}" for name, value in given.items()]))
         message = stopped.value.code
         assert "\n" not in message
-        assert not scored(reward) or "keeps none" in message, "it scored before it looked"
+        assert not scored(reward) or "keeps none" in message or "same score" in message, "it scored before it looked"
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path, reward):
@@ -567,9 +535,6 @@ def test_another_reward_adds_its_scores(tmp_path, reward):
     assert digests(tmp_path / "out") == first and scored(reward) == log
 
 
-# Kinds of input -------------------------------------------------------------------------------------------------------
-
-
 def test_folders_take_what_pillow_opens(tmp_path, reward, capsys):
     """Also files without an ending. What is no picture is named, but for captions and an operating system's files."""
     names = ("0.png", "1.jpg", "2.webp", "3.avif", "4.bmp", "5.TIF", "6")
@@ -596,27 +561,9 @@ def test_folders_take_what_pillow_opens(tmp_path, reward, capsys):
     assert "0.jpg" in message and "0.png" in message and "have the same name" in message
 
 
-def test_brackets_in_paths(tmp_path, reward):
-    """The folder and the file that were named are read, not another one that fits them as a pattern."""
-    rows = ranked_rows(24)
-    for name, count in (("run [12]", 24), ("run 1", 6)):
-        write(tmp_path / name, rows[:count], files=1)
-        lines = [{"caption": row["caption"], "label_0": 1.0, "jpg_0": f"{i}a.png", "jpg_1": f"{i}b.png"}
-                 for i, row in enumerate(rows[:count])]  # fmt: skip
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for i, row in enumerate(rows):
-        (tmp_path / f"{i}a.png").write_bytes(row["jpg_0"])
-        (tmp_path / f"{i}b.png").write_bytes(row["jpg_1"])
-    call("score_pairs", *flags(tmp_path / "run [12]", reward, tmp_path / "out [34]"), "--include_images")
-    assert pq.read_table(tmp_path / "out [34]" / "data" / "train-00000-of-00001.parquet").num_rows == 24
-    call("score_pairs", *flags(tmp_path / "run [12].jsonl", reward, tmp_path / "out"))
-    assert len(load(tmp_path / "out", "scores")) == 24
-
-
 @pytest.mark.parametrize("kind", ["images", "jsonl"])
 def test_images_that_are_drawn_anew_are_scored_anew(tmp_path, reward, kind, monkeypatch):
-    """Files behind paths belong to what the scores are made of; only shards that name such a file are scored again. A
-    start looks at each file once."""
+    """Only shards that name a file that has changed are scored again. A start looks at each file once."""
     rows = [{"caption": f"p{i}", "label_0": 1.0, "jpg_0": f"{i}a.png", "jpg_1": f"{i}b.png"} for i in range(32)]
     pairs, looked, file_facts = tmp_path / "pairs", [], score_pairs.file_facts
     given = [*flags(pairs, reward, tmp_path / "out"), "--include_images"]

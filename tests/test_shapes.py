@@ -2,14 +2,19 @@
 """The shapes world: the verifier is exact, the rewards are not, the shipped generators work, preferences teach."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import world
-from conftest import ROOT, call, encoded
+from conftest import ROOT, call, encoded, write_dataset
+from datasets import load_dataset
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from peft import set_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 
 from build_synpic import preference_probability, preference_rank
 
@@ -63,12 +68,8 @@ def test_mean_of_the_rewards_is_better_than_any_single_one():
 
 def test_noisy_pairs_are_labelled_by_the_verifier_and_flipped(tmp_path):
     import pairs
-    from datasets import load_dataset
 
-    truths_and_lies(tmp_path / "synpic", 40, seed=3)
-    dataset = load_dataset("parquet", data_files=str(tmp_path / "synpic" / "data" / "*.parquet"), split="train")
-    from io import BytesIO
-
+    dataset = load_dataset(str(truths_and_lies(tmp_path / "synpic", 40, seed=3)), split="train")
     for flip, low, high in ((0.0, 0, 0), (0.3, 25, 75)):
         rows, counts = pairs.make_pairs(dataset, flip, seed=1)
         wrong = 0
@@ -82,8 +83,6 @@ def test_noisy_pairs_are_labelled_by_the_verifier_and_flipped(tmp_path):
 
 
 def test_shipped_generators_draw_what_is_asked_and_differ_in_quality():
-    from diffusers import DiffusionPipeline
-
     size = sum(path.stat().st_size for path in (ROOT / "shapes" / "models").rglob("*") if path.is_file())
     assert size <= 24e6
     assert json.loads((ROOT / "shapes" / "models" / "TRAINING.json").read_text())["command"]
@@ -101,8 +100,6 @@ def test_shipped_generators_draw_what_is_asked_and_differ_in_quality():
 
 @pytest.mark.parametrize("t5", [True, False])
 def test_shipped_sd3_generator_draws_what_is_asked_also_without_t5(t5):
-    from diffusers import DiffusionPipeline
-
     folder = ROOT / "shapes" / "models" / "sd3"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 10e6
     assert json.loads((ROOT / "shapes" / "models" / "TRAINING_SD3.json").read_text())["command"]
@@ -118,37 +115,19 @@ def test_shipped_sd3_generator_draws_what_is_asked_also_without_t5(t5):
 
 def truths_and_lies(folder: Path, n: int, seed: int) -> Path:
     """A ranked dataset of rendered pictures: per prompt two truths and two lies, judged by the five rewards."""
-    from datasets import Dataset, Features, List, Value
-    from datasets import Image as ImageFeature
-
     rng, rows = np.random.default_rng(seed), []
     for i, row in enumerate(world.sample_prompts("train", n, seed)):
         scene = world.parse_prompt(row["prompt"])
         scenes = [scene, world.corrupt(scene, rng), scene, world.corrupt(scene, rng)]
         pixels = [world.render(each, rng) for each in scenes]
         scores = np.array([reward([Image.fromarray(p) for p in pixels], [row["prompt"]] * 4) for reward in REWARDS])
-        rows.append(
-            {
-                "prompt_id": str(i),
-                "prompt": row["prompt"],
-                "images": [encoded(p) for p in pixels],
-                "preference_probability": preference_probability(scores),
-                "rank": preference_rank(scores),
-            }
-        )
-    features = {"prompt_id": Value("string"), "prompt": Value("string"), "images": List(ImageFeature())}
-    features.update(preference_probability=List(Value("float32")), rank=List(Value("int32")))
-    (folder / "data").mkdir(parents=True)
-    Dataset.from_list(rows, features=Features(features)).to_parquet(str(folder / "data" / "train.parquet"))
-    return folder
+        rows.append({"prompt_id": str(i), "prompt": row["prompt"], "images": [encoded(p) for p in pixels]})
+        rows[i] |= {"preference_probability": preference_probability(scores), "rank": preference_rank(scores)}
+    return write_dataset(folder, rows, drop=("generators", "seeds", "scores"))
 
 
 def implicit_accuracy(lora: Path, cache: Path, rows: Path) -> float:
     """Share of the pairs of a dataset that the trained model orders right, at timesteps drawn as in training."""
-    from diffusers import DDPMScheduler, UNet2DConditionModel
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     import train_rankdpo_sdxl as script
 
     options = {"resolution": 32, "beta_dpo": 200.0, "rank": 8, "seed": 123, "cache_dir": str(cache)}

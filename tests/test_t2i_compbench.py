@@ -2,6 +2,8 @@
 
 import json
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import make_t2i_compbench as golden
 import numpy as np
@@ -10,7 +12,7 @@ import spacy
 import t2i_compbench as bench
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, check_unfit, make_tiny_pickscore
 from double import float64, in_float64
 from PIL import Image as PILImage
 
@@ -89,9 +91,6 @@ def test_three_in_one_and_text_of_complex_prompts(parsed):
     assert all(math.isnan(value) for key, value in scores[0].items() if key != "complex")
 
 
-# Models
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
     """Settings that name tiny models: BLIP with the weights of the golden file, CLIP with random ones."""
@@ -106,18 +105,7 @@ def models(tmp_path_factory) -> dict[str, str]:
     (folder / "bert/vocab.txt").write_text("\n".join(golden.vocabulary()) + "\n")
     tokenizer = transformers.BertTokenizer(str(folder / "bert/vocab.txt"), do_lower_case=True)
     tokenizer.save_pretrained(folder / "bert")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
-    letters = [chr(code) for code in range(33, 127)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    text = {**sizes, "vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
-    vision = {**sizes, "image_size": 32, "patch_size": 16}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    transformers.CLIPModel(config).save_pretrained(folder / "clip")
-    (folder / "clip/vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "clip/merges.txt").write_text("#version: 0.2\n")
-    clip = transformers.CLIPTokenizer(str(folder / "clip/vocab.json"), str(folder / "clip/merges.txt"))
-    clip.save_pretrained(folder / "clip")
+    make_tiny_pickscore(folder / "clip")
     return {"blip": f"{folder}/blip.pth", "tokenizer": f"{folder}/bert", "clip": f"{folder}/clip"}
 
 
@@ -172,11 +160,8 @@ def test_wrong_weights_are_named(models, tmp_path):
         "mismatched .*cls.predictions.bias": {f"{answer}.bias": torch.zeros(5), f"{answer}.decoder.bias": None},
         "decoder.weight differs": {f"{answer}.decoder.weight": torch.zeros(30524, 24)},
     }
-    for message, change in cases.items():
-        changed = {key: value for key, value in (weights | change).items() if value is not None}
-        torch.save({"model": changed}, tmp_path / "blip.pth")
-        with pytest.raises(ValueError, match=message):
-            bench.BlipVQA(torch.device("cpu"), 1, f"{tmp_path}/blip.pth", models["tokenizer"])
+    load = partial(bench.BlipVQA, torch.device("cpu"), 1, f"{tmp_path}/blip.pth", models["tokenizer"])
+    check_unfit(load, lambda changed: torch.save({"model": changed}, tmp_path / "blip.pth"), weights, cases)
     settings = {"detector": "unidet", "unidet": "official", **models}
     rows = [{"parts": ["clip", "blip_vqa"]}, {"parts": ["unidet"]}]
     bench.T2ICompBench.prepare(rows[:1], settings)  # no detector is needed
@@ -189,21 +174,11 @@ def test_wrong_weights_are_named(models, tmp_path):
         bench.T2ICompBench.prepare(rows[:1], {**settings, "blip": f"{tmp_path}/blip.pth"})
 
 
-class StubDetector:
-    """Finds a dog and a cat side by side, and says with what it was made."""
-
-    made = []
-
-    def __init__(self, device, weights="official", threshold=0.5):
-        self.made.append(weights)
-
-    def detect(self, images):
-        return [[("dog", 1.0, (0, 0, 10, 10)), ("cat", 0.5, (100, 0, 110, 10))] for _ in images]
-
-
 def test_scores_of_a_whole_file(models, monkeypatch):
     """Each image has its category's score and NaN elsewhere, whatever is scored beside it."""
-    monkeypatch.setattr(bench.unidet, "UniDet", StubDetector)
+    boxes, made = [("dog", 1.0, (0, 0, 10, 10)), ("cat", 0.5, (100, 0, 110, 10))], []
+    detector = SimpleNamespace(detect=lambda images: [boxes] * len(images))
+    monkeypatch.setattr(bench.unidet, "UniDet", lambda device, weights, **_: made.append(weights) or detector)
     asked = {"questions": ["a red dog?", "the cat?"]}
     spatial = {"objects": ["dog", "cat"], "relation": "on the left of"}
     text = {"clip_text": "A dog <&amp;  a cat"}
@@ -224,7 +199,7 @@ def test_scores_of_a_whole_file(models, monkeypatch):
         assert [key for key, value in one.items() if not math.isnan(value)] == [row["category"]]
         assert one == pytest.approx(other, abs=1e-6, nan_ok=True)
     color, spatial_score, cosine, mixed, empty = (one[row["category"]] for one, row in zip(together, rows))
-    assert spatial_score == 0.25 + 0.125 + 0.5 and empty == 1 and StubDetector.made == ["own.pth"]
+    assert spatial_score == 0.25 + 0.125 + 0.5 and empty == 1 and made == ["own.pth"]
     assert mixed == pytest.approx((color + spatial_score + cosine) / 3)
 
     clip = transformers.CLIPModel.from_pretrained(models["clip"])
@@ -269,9 +244,6 @@ def test_other_detectors(tmp_path):
     assert len(found) > 5 and {label for label, _, _ in found} <= {"dog", "cat"}
     assert [score for _, score, _ in found] == sorted({score for _, score, _ in found}, reverse=True)
     assert 100 < max(box[2] for _, _, box in found) <= 720  # of 480, not of 90 or 1
-
-
-# The prompts file
 
 
 def test_prompts_command(tmp_path, monkeypatch, parsed, capsys):

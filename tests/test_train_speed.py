@@ -91,8 +91,7 @@ def compiled_run(trainer_flags, script, folder, monkeypatch, *more) -> tuple[lis
 @needs_compiler
 @pytest.mark.parametrize("script", ["train_rankdpo_sdxl", "train_rankdpo_sd3"])
 def test_compiled_training_is_the_same_training(trainer_flags, script, tmp_path, monkeypatch):
-    """Scores of exactly 0 at the start, no graph after step 2, the losses of the eager run; for SDXL also the same bits
-    after a resume. The gallery is not compiled."""
+    """Scores of 0 at the start, no graph after step 2, the eager run's losses; for SDXL also the bits of a resume."""
     more = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--validation_steps", 1]
     more += ["--adam_epsilon", 1e-4]  # below it Adam turns rounding into whole steps
     eager, _ = compiled_run(trainer_flags, script, tmp_path / "eager", monkeypatch, *more)
@@ -127,50 +126,31 @@ def test_precomputed_reference_errors_give_the_same_bits(trainer_flags, tmp_path
             raise KeyboardInterrupt
         write_tensors(file, tensors)
 
-    monkeypatch.setattr(module, "predict", spied)
-    more = "--train_batch_size 4 --noise image --proportion_empty_prompts 0.3".split()
-    more += ["--cache_dir", tmp_path / "cache", "--max_train_steps", 7, "--output_dir"]
-    call(script, *trainer_flags(script), *more, tmp_path / "straight")
-    assert references == [4] * 7 and not list((tmp_path / "cache").glob("reference-*"))
+    def train(name: str, *more) -> list[int]:
+        """The batches of which the base made a forward."""
+        references.clear()
+        here = ["--train_batch_size", 4, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / name]
+        call(script, *flags, *here, *more)
+        return list(references)
 
-    references.clear()
+    flags = [*trainer_flags(script), *"--noise image --proportion_empty_prompts 0.3 --max_train_steps 7".split()]
+    monkeypatch.setattr(module, "predict", spied)
+    assert train("straight") == [4] * 7 and not list((tmp_path / "cache").glob("reference-*"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "write_tensors", interrupted)
-        call(script, *trainer_flags(script), *more, tmp_path / "first", "--precompute_ref")
+        train("first", "--precompute_ref")
     (folder,) = (tmp_path / "cache").glob("reference-*")
     assert len(list(folder.glob("*.safetensors"))) == 4 and references == [4] * 5
-    call(
-        script,
-        *trainer_flags(script),
-        *more,
-        tmp_path / "first",
-        "--precompute_ref",
-        "--resume_from_checkpoint",
-        "latest",
-    )
-    assert references == [4] * 8 and same_lora(tmp_path / "straight", tmp_path / "first")
-    references.clear()
-    other = ["--precompute_ref", "--beta_dpo", 50, "--rank", 2, "--max_train_steps"]
-    call(script, *trainer_flags(script), *more, tmp_path / "second", *other, 7)
-    assert not references
-    call(script, *trainer_flags(script), *more, tmp_path / "third", *other, 8)
-    assert references == [4]
-    references.clear()
-    call(script, *trainer_flags(script), *more, tmp_path / "other", "--precompute_ref", "--seed", 1)
-    assert references == [4] * 7
+    assert train("first", "--precompute_ref", "--resume_from_checkpoint", "latest") == [4] * 3
+    assert same_lora(tmp_path / "straight", tmp_path / "first")
+    other = ["--precompute_ref", "--beta_dpo", 50, "--rank", 2]
+    assert train("second", *other) == [] and train("third", *other, "--max_train_steps", 8) == [4]
+    assert train("other", "--precompute_ref", "--seed", 1) == [4] * 7
 
     references.clear()
-    pair = [
-        *trainer_flags(script),
-        *more,
-        tmp_path / "two",
-        "--cache_dir",
-        tmp_path / "cache-two",
-        "--train_batch_size",
-        2,
-    ]
-    run(*torchrun(2, f"{script}.py"), *pair, "--precompute_ref")
-    call(script, *pair, "--precompute_ref", "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one")
+    pair = [*flags, "--train_batch_size", 2, "--precompute_ref", "--cache_dir", tmp_path / "cache-two", "--output_dir"]
+    run(*torchrun(2, f"{script}.py"), *pair, tmp_path / "two")
+    call(script, *pair, tmp_path / "one", "--gradient_accumulation_steps", 2)
     assert not references and lora_difference(tmp_path / "one", tmp_path / "two") < 1e-4
 
 

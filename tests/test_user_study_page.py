@@ -60,8 +60,7 @@ def browser(tmp_path_factory):
 
 
 def wait_for_task(page, place: str = "") -> None:
-    """Until the page takes an answer, at "comparison/question". It asks at every frame: a selector would be asked for
-    every half second."""
+    """Until the page takes an answer, at "comparison/question". Asks at every frame, not every half second."""
     page.wait_for_function(
         """place => {
             const text = name => parseInt(document.querySelector(`[data-part=${name}]`)?.textContent);
