@@ -234,51 +234,32 @@ def tiny_sd3(tmp_path_factory) -> Path:
     return make_tiny_sd3(tmp_path_factory.mktemp("models") / "tiny-sd3")
 
 
-def make_tiny_zimage(folder: Path, seed: int = 0, shift: float = 6.0) -> Path:
+def make_tiny_zimage(folder: Path, seed: int = 0) -> Path:
     """A Z-Image pipeline of 390 thousand parameters for 32x32 images; most of them embed the time."""
     import train_zimage_generator
-    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-    from transformers import Qwen3Config, Qwen3Model
 
     torch.manual_seed(seed)
     tokenizer = train_zimage_generator.make_qwen_tokenizer()
-    text_encoder = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    transformer = ZImageTransformer2DModel(
-        in_channels=16,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[4, 6, 6],
-        axes_lens=[1024, 16, 16],
-    )
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    sizes |= {"num_key_value_heads": 1, "max_position_embeddings": 512, "vocab_size": len(tokenizer)}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    blocks = {"in_channels": 16, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    blocks |= {"cap_feat_dim": 16, "axes_dims": [4, 6, 6], "axes_lens": [1024, 16, 16]}
+    transformer = diffusers.ZImageTransformer2DModel(**blocks)
     for name, parameter in transformer.named_parameters():
         if name.endswith("pad_token"):  # zeros at first
             torch.nn.init.normal_(parameter, std=0.02)
-    vae = tiny_vae(
-        latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
-    )
-    ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        vae=vae,
-        text_encoder=Qwen3Model(text_encoder),
-        tokenizer=tokenizer,
-        transformer=transformer,
-    ).save_pretrained(folder)
+    parts = {"transformer": transformer, "tokenizer": tokenizer}
+    parts |= {"text_encoder": transformers.Qwen3Model(transformers.Qwen3Config(**sizes, **ends))}
+    parts |= {"vae": diffusers.AutoencoderKL(**VAE_16, scaling_factor=0.3611, shift_factor=0.1159)}
+    parts |= {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)}
+    diffusers.ZImagePipeline(**parts).save_pretrained(folder)
     return folder
 
 

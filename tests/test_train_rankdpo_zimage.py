@@ -10,11 +10,11 @@ from conftest import (
     call,
     check_card,
     check_gallery,
+    copy_of,
     learned,
     logged,
     lora_difference,
     ranked_rows,
-    refused,
     run,
     run_until,
     same_lora,
@@ -23,7 +23,6 @@ from conftest import (
 )
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from safetensors.torch import load_file
-from test_train_rankdpo_sdxl import copy_of
 from test_train_speed import needs_compiler
 
 import train_rankdpo_zimage as script
@@ -114,9 +113,8 @@ def make_batch(pipeline, prompts: list[str], k: int = 2) -> dict:
 
 
 def part_of(batch: dict, i: int) -> dict:
-    return {name: batch[name][i : i + 1] for name in ("latents", "noise", "sigmas")} | {
-        "prompt_0": batch[f"prompt_{i}"]
-    }
+    parts = {name: batch[name][i : i + 1] for name in ("latents", "noise", "sigmas")}
+    return parts | {"prompt_0": batch[f"prompt_{i}"]}
 
 
 def test_errors_are_those_of_the_pipeline_s_own_step_whatever_the_batch(pipeline):
@@ -182,16 +180,10 @@ def test_two_processes_agree_with_one(flags, tmp_path):
     learned(tmp_path / "one")
 
 
-def test_variants_train_and_turbo_is_warned_of(flags, tiny_zimage, tmp_path, capsys):
-    """The reference computed first, checkpointing, bf16, safeguard, cosmap; scores begin at exactly 0 in these too."""
-    more = "--mixed_precision bf16 --gradient_checkpointing --weighting_scheme cosmap --noise image --safeguard 0.6"
-    more += " --precompute_ref --use_8bit_adam --train_batch_size 3 --max_train_steps 2"
+def test_turbo_is_warned_of(flags, tiny_zimage, tmp_path, capsys):
     turbo = copy_of(tiny_zimage, tmp_path / "turbo", **{"scheduler/scheduler_config": {"shift": 3.0}})
-    here = ["--pretrained_model_name_or_path", turbo, "--output_dir", tmp_path / "lora"]
-    call("train_rankdpo_zimage", *flags, *here, *more.split())
-    learned(tmp_path / "lora")
-    first = logged(tmp_path / "lora")[0]
-    assert first["chosen_error"] == first["rejected_error"] == 0.0
+    here = ["--pretrained_model_name_or_path", turbo, "--output_dir", tmp_path / "lora", "--max_train_steps", 1]
+    call("train_rankdpo_zimage", *flags, *here)
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "Turbo" in line)
     assert line.startswith(f"--pretrained_model_name_or_path {turbo} has shift 3")
 
@@ -209,29 +201,3 @@ def test_compiled_blocks_take_prompts_of_any_length(flags, rows, tmp_path):
     assert compiled[0]["chosen_error"] == compiled[0]["rejected_error"] == 0.0
     for a, b in zip(eager, compiled, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-
-
-OTHER_MODELS = [
-    ("scheduler/scheduler_config", "use_dynamic_shifting", True),
-    ("transformer/config", "in_channels", 33),
-    ("vae/config", "latent_channels", 4),
-]
-
-
-def test_what_does_not_fit_is_refused(flags, tiny_zimage, tiny_sd3, tmp_path, monkeypatch):
-    """Before a model is loaded: fp16, resolutions, models that only look like Z-Image, other models."""
-    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
-    out = ("--output_dir", tmp_path / "out")
-    wrong = {"--mixed_precision fp16": "fp16", "--resolution 40": "multiple of 16", "--max_sequence_length 513": "512"}
-    for flag, word in wrong.items():
-        message = refused("train_rankdpo_zimage", *flags, *out, *flag.split())
-        assert flag.split()[0] in message and word in message
-    for i, (file, key, value) in enumerate(OTHER_MODELS):
-        model = copy_of(tiny_zimage, tmp_path / f"model-{i}", **{file: {key: value}})
-        message = refused("train_rankdpo_zimage", *flags, *out, "--pretrained_model_name_or_path", model)
-        assert message.startswith(f"--pretrained_model_name_or_path {model}") and f"has {key} {value}" in message
-    here = [*flags, *out, "--pretrained_model_name_or_path"]
-    assert "train_rankdpo_sd3.py" in refused("train_rankdpo_zimage", *here, tiny_sd3)
-    for other in ("train_rankdpo_sdxl", "train_rankdpo_sd3"):
-        assert "train_rankdpo_zimage.py" in refused(other, *here, tiny_zimage)
-    assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from conftest import (
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 
-SDXL, SD3, QSD = "train_rankdpo_sdxl", "train_rankdpo_sd3", "train_dpo_qsd"
+SDXL, SD3, ZIMAGE, QSD = "train_rankdpo_sdxl", "train_rankdpo_sd3", "train_rankdpo_zimage", "train_dpo_qsd"
 MODEL = "--pretrained_model_name_or_path"
 VARIANTS = [
     (SDXL, "--mixed_precision bf16 --gradient_checkpointing --use_8bit_adam --rank_source predicted"),
@@ -32,6 +32,11 @@ VARIANTS = [
     (SDXL, "--loss_type lair --rank_by second --lair_tau 0.1 --lair_lambda 0.01 --precompute_ref"),
     (SD3, "--mixed_precision bf16 --gradient_checkpointing --weighting_scheme cosmap --noise image --safeguard 0.6"),
     (SD3, "--loss_type sft --use_8bit_adam --weighting_scheme mode --use_text_encoder_3 false"),
+    (
+        ZIMAGE,
+        "--mixed_precision bf16 --gradient_checkpointing --weighting_scheme cosmap --noise image --precompute_ref",
+    ),
+    (ZIMAGE, "--safeguard 0.6 --use_8bit_adam --weighting_scheme none --train_batch_size 3"),
     (QSD, "--loss_type ipo --use_8bit_adam --order random --mixed_precision bf16 --safeguard 0.9 --sft_weight 0.1"),
     (QSD, "--loss_type orpo --proportion_empty_prompts 0.5 --noise image --cache_text_embeddings false"),
 ]
@@ -92,6 +97,11 @@ BAD_FLAGS = {
         "--resolution 40": "--resolution 40|multiple of 16",
         "--max_sequence_length 513": "--max_sequence_length 513|512",
         "--logit_std 0": "--logit_std 0|greater than 0",
+    },
+    ZIMAGE: {
+        "--mixed_precision fp16": "--mixed_precision|fp16",
+        "--resolution 40": "--resolution 40|multiple of 16",
+        "--max_sequence_length 513": "--max_sequence_length 513|512",
     },
     QSD: {
         "--top_fraction 0.001": "--top_fraction|none of 22",
@@ -168,6 +178,9 @@ OTHER_MODELS = [
     (SD3, "transformer/config", {"in_channels": 33}, "has in_channels 33"),
     (SD3, "transformer/config", {"_class_name": "FluxTransformer2DModel"}, "has _class_name FluxTransformer2DModel"),
     (SD3, "vae/config", {"latent_channels": 4}, "has latent_channels 4"),
+    (ZIMAGE, SCHEDULER, {"use_dynamic_shifting": True}, "has use_dynamic_shifting True"),
+    (ZIMAGE, "transformer/config", {"in_channels": 33}, "has in_channels 33"),
+    (ZIMAGE, "vae/config", {"latent_channels": 4}, "has latent_channels 4"),
     (QSD, "unet/config", {"in_channels": 9}, "in_channels"),
 ]
 
@@ -182,7 +195,7 @@ def test_models_that_the_objective_does_not_fit(trainer_flags, tmp_path, monkeyp
     assert message.startswith(f"{MODEL} {model}") and words in message and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script, other", [(SDXL, SD3), (SD3, SDXL), (QSD, SD3)])
+@pytest.mark.parametrize("script, other", [(SDXL, ZIMAGE), (SD3, SDXL), (ZIMAGE, SD3), (QSD, SD3)])
 def test_each_script_names_the_right_one_for_another_s_model(trainer_flags, tmp_path, script, other):
     more = (MODEL, trainer_flags(other)[1], "--output_dir", tmp_path / "out")
     assert f"{other}.py" in refused(script, *trainer_flags(script), *more) and not (tmp_path / "out").exists()
