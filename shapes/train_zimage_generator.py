@@ -152,7 +152,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("shapes/models"))
     parser.add_argument("--vae", type=Path, default=Path("shapes/models/sd3"), help="Pipeline to take the VAE of.")
     parser.add_argument("--num_images", type=int, default=24000)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.time()
