@@ -138,7 +138,7 @@ def check_card(folder: Path) -> str:
     return card
 
 
-def tiny_clip(tokenizer, width: int):
+def tiny_clip(tokenizer, width: int, layers: int = 2):
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
@@ -146,7 +146,7 @@ def tiny_clip(tokenizer, width: int):
         hidden_size=width,
         intermediate_size=2 * width,
         projection_dim=width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=16,
         bos_token_id=tokenizer.bos_token_id,
@@ -174,8 +174,8 @@ TINY_UNET = {"sample_size": 8, "block_out_channels": [8, 16], "layers_per_block"
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
-    """An SDXL pipeline of 40 thousand parameters for 32x32 images."""
+def make_tiny_sdxl(folder: Path, seed: int = 0, second: tuple = (16, 2)) -> Path:
+    """An SDXL pipeline of 40 thousand parameters for 32x32 images. second: width and layers of the second encoder."""
     import train_generators
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -189,17 +189,17 @@ def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
         up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
         attention_head_dim=[1, 2],
         transformer_layers_per_block=[1, 1],
-        cross_attention_dim=32,
+        cross_attention_dim=16 + second[0],
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 16,
+        projection_class_embeddings_input_dim=6 * 4 + second[0],
     )
     vae = tiny_vae(latent_channels=4)
     StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(config),
-        text_encoder_2=CLIPTextModelWithProjection(config),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_clip(tokenizer, *second)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,

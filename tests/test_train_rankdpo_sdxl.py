@@ -464,10 +464,11 @@ def test_models_that_the_objective_does_not_fit_are_refused(flags, tiny_sdxl, tm
 def test_files_that_are_no_diffusers_folder_are_refused(flags, tiny_sdxl, tmp_path):
     from diffusers import StableDiffusionXLPipeline
 
-    (tmp_path / "model.safetensors").touch()
-    for flag in ("--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"):
-        message = refused("train_rankdpo_sdxl", *flags, flag, tmp_path / "model.safetensors")
-        assert flag in message and "single file" in message and "from_single_file" in message
+    (tmp_path / "vae.safetensors").touch()
+    message = refused(
+        "train_rankdpo_sdxl", *flags, flag := "--pretrained_vae_model_name_or_path", tmp_path / "vae.safetensors"
+    )
+    assert flag in message and "single file" in message and "from_single_file" in message
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float16)
     pipeline.save_pretrained(tmp_path / "half", variant="fp16")
     half = ["--pretrained_model_name_or_path", tmp_path / "half", "--output_dir", tmp_path / "out"]
