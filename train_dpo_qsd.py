@@ -87,7 +87,6 @@ LOSS_TYPES = ("sigmoid", "hinge", "ipo", "orpo", "orpo_diff")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 WITHOUT_REFERENCE = ("orpo", "orpo_diff")
 UNUSED_BY = dict.fromkeys(("sft_weight", "safeguard", "precompute_ref"), WITHOUT_REFERENCE)  # what ignores an option
-# The paper's beta and learning rate for each family.
 DEFAULTS = {"sd": {"beta_dpo": 2000.0, "learning_rate": 1e-4}, "sdxl": {"beta_dpo": 5000.0, "learning_rate": 1e-5}}
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
@@ -266,9 +265,8 @@ def pair_loss(
 def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -> torch.Tensor:
     """Diffusion-SDPO's λ of each pair (arXiv 2511.03317): the share of the loser's gradient that keeps the winner safe.
     With residuals ρ = prediction − target, λ_ij = (1 − μ)·‖ρ_i‖² / ⟨ρ_i, ρ_j⟩ in [0, 1], and 1 where ⟨ρ_i, ρ_j⟩ ≤ 0. To
-    first order, in the space of predictions, a step on the pair then does not raise the winner's error. Published code
-    has one λ for a batch, not for each pair. prediction, target: (B, k, C, H, W); mu: μ in [0, 1], larger is safer.
-    Returns float32 (B, k, k), winner i and loser j; carries no gradient."""
+    first order, in the space of predictions, a step on the pair then does not raise the winner's error. prediction,
+    target: (B, k, C, H, W); mu: larger is safer. Returns float32 (B, k, k), winner i, loser j, without a gradient."""
     residuals = (prediction.detach().float() - target.float()).flatten(2)
     # No matrix product: autocast would compute it in half precision, where it overflows.
     products = torch.stack([(residuals * other[:, None]).sum(dim=2) for other in residuals.unbind(dim=1)], dim=2)
@@ -427,7 +425,7 @@ def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
     uids, optional = [args.image_0_uid_column, args.image_1_uid_column], {args.has_label_column}
     images = dict.fromkeys([args.image_0_column, args.image_1_column], "images")
     needed = {} if args.label_0_column == "none" else {args.label_0_column: "numbers"}
-    if args.needs_quality:
+    if needs_quality(args):
         needed[args.quality_column] = "numbers: score_pairs.py writes it; --order random --top_fraction 1 needs none"
     needed[args.prompt_column] = "text"
     if args.scores_dataset_name:
@@ -470,11 +468,15 @@ def content_ids(args: ScriptArguments, parts: list["Part"]) -> list[pa.ChunkedAr
     return [pa.chunked_array(side) for side in ids]
 
 
+def needs_quality(args: ScriptArguments) -> bool:
+    return args.order == "sorted" or args.top_fraction < 1 or args.min_quality is not None
+
+
 def select_pairs(args: ScriptArguments, table: pa.Table) -> dict:
     """The pairs to train on, in the order of the first epoch: the best `--top_fraction` of those with a label that is
     no tie. Returns `id`, Arrow's row of the table, `winner`, 0 or 1, `images`, both, and `settings`, the identity."""
     where, names = args.scores_dataset_name or args.dataset_name, [args.label_0_column, args.has_label_column]
-    names += [args.quality_column] * args.needs_quality
+    names += [args.quality_column] * needs_quality(args)
     if text := [name for name in names if "string" in str(table[name].type if name in table.column_names else "")]:
         raise SystemExit(f"{where}: column {text[0]!r} is text, not numbers or true and false")
     columns = {name: table[name].cast(pa.float64()).to_numpy() for name in names if name in table.column_names}
@@ -484,7 +486,7 @@ def select_pairs(args: ScriptArguments, table: pa.Table) -> dict:
         raise SystemExit(f"{where}: row {wrong[0]}: `{names[0]}` is {label[wrong[0]]}: must be 0, 0.5 or 1")
     ties = ~unlabelled & (label == 0.5)
     rows = labelled = np.flatnonzero(~unlabelled & ~ties)
-    if args.needs_quality:
+    if needs_quality(args):
         quality = columns[args.quality_column]
         if len(unknown := labelled[~np.isfinite(quality[labelled])]):
             value = f"`{args.quality_column}` is {quality[unknown[0]]}"
@@ -531,7 +533,7 @@ def quality_rewards(args: ScriptArguments) -> list[str]:
     place = name if os.path.isdir(name) else f"hf://datasets/{name}@{revision or 'main'}"
     with suppress(Exception):  # a dataset of another origin
         system, path = url_to_fs(f"{place}/statistics.json")
-        return [json.loads(system.cat_file(path))["reward"]["reward"].rpartition(":")[2]] * args.needs_quality
+        return [json.loads(system.cat_file(path))["reward"]["reward"].rpartition(":")[2]] * needs_quality(args)
     return []
 
 
@@ -575,7 +577,6 @@ def set_defaults(args: ScriptArguments) -> None:
     files = ("model_index.json", "unet/config.json", "vae/config.json")
     args.index, unet, vae = (json.loads(file_of(args.model, file, args.revision).read_text()) for file in files)
     args.sdxl = "XL" in args.index["_class_name"]
-    args.needs_quality = args.order == "sorted" or args.top_fraction < 1 or args.min_quality is not None
     if args.time_ids == "image" and not args.sdxl:
         raise SystemExit(f"--time_ids image: {args.model} has no micro-conditioning: leave it out")
     args.resolution = args.resolution or unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
@@ -695,13 +696,12 @@ def describe(args: ScriptArguments, run: "Run") -> dict:
     if args.loss_type in WITHOUT_REFERENCE:
         strength, learns = f"lambda {args.orpo_lambda:g}", "and the others worse than those"
     paper = "*Effective Text-to-Image Alignment with Quality Aware Pair Ranking* (DPO-QSD)"
-    loader = "from_pretrained" if args.model == model else "from_single_file"
     usage = f"""```python
 import torch
 from diffusers import {kind}
 
-pipeline = {kind}.{loader}("{model}", dtype=torch.float16).to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
+pipeline = {kind}.{"from_pretrained" if args.model == model else "from_single_file"}("{model}", dtype=torch.float16)
+pipeline.to("cuda").load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
 image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
 ```
 
