@@ -133,6 +133,20 @@ def test_a_distilled_file_is_warned_of_and_a_folder_needs_no_flags(models, train
     assert message.startswith("--prediction_type") and "single file" in message
 
 
+def test_evaluate_draws_a_single_file_as_its_folder(models, tmp_path):
+    folder, file = models["sdxl"]
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    flags = ["--prompts", tmp_path / "prompts.txt", "--metrics", "shapes/world.py:color_reward", "--resolution", 32]
+    flags += ["--num_inference_steps", 1, "--pretrained_model_name_or_path"]
+    call("evaluate", *flags, folder, "--output_dir", tmp_path / "folder")
+    call("evaluate", *flags, file, "--single_file_config", folder, "--output_dir", tmp_path / "file")
+    drawn = [
+        {f.relative_to(out): f.read_bytes() for f in out.rglob("images/**/*.png")}
+        for out in (tmp_path / "folder", tmp_path / "file")
+    ]
+    assert drawn[0] and drawn[0] == drawn[1]
+
+
 def test_lora_files_of_other_trainers_draw_the_same(models, tmp_path):
     """Of diffusers, of OneTrainer and ai-toolkit (with diffusers' paths), of kohya (with those of the single file)."""
     folder, _ = models["sdxl"]
