@@ -20,8 +20,7 @@ On several GPUs, with your own generators and reward, prompts of a dataset on th
         --generators recipes/synpic_sdxl.yaml --rewards pickscore my_rewards.py:sharpness \
         --output_dir outputs/synpic-sdxl --push_to_hub --hub_dataset_id user/synpic
 
-Its work lies in shards under `<output_dir>/work`: a shard that exists is done. Killed at any moment, the same command
-goes on and does only what is missing; so it does after you have added prompts, a generator or a reward.
+Killed at any moment, the same command goes on; new prompts, a new generator or reward cost only themselves.
 """
 
 import argparse
@@ -210,7 +209,7 @@ def begin_run(args: ScriptArguments, generators: list[dict]) -> FileLock:
     record = plan_shards(args, work / "prompts.json")
     settings = {work: {"seed": args.seed, "image_format": args.image_format}}
     for entry in generators:  # a local model by its content, which tells it from one trained again into its folder
-        files = [path_key(part["model"]) for part in generator_parts(entry) if os.path.isdir(part["model"])]
+        files = [path_key(part["model"]) for part in generator_parts(entry) if os.path.exists(part.get("model", ""))]
         settings[work / "images" / entry["name"]] = {**entry, "files": files}
     settings |= {work / "scores" / reward_name(name): reward_settings(name) for name in args.rewards}
     for folder, wanted in settings.items():
@@ -221,7 +220,7 @@ def begin_run(args: ScriptArguments, generators: list[dict]) -> FileLock:
                 raise SystemExit(f"{problem}: choose another --output_dir or another name, or delete that folder")
     if "generate" in args.stages:
         for entry in generators:
-            check_generator(entry)
+            check_generator(entry, list(itertools.chain(*record["shards"])))
         probe_rewards(args.rewards, generators[0], record["shards"][0])
     earlier_card(args)
     # A wrong token or name fails now, not after the work.
@@ -255,21 +254,19 @@ def plan_shards(args: ScriptArguments, file: Path) -> dict:
     earlier = json.loads(file.read_text()) if file.exists() else {"source": None, "shards": []}
     if earlier["source"] == source and not os.path.exists(args.prompts):
         return earlier
-    prompts = [row["prompt"] for row in read_prompts(*source)[0]]
-    known = [row["prompt"] for shard in earlier["shards"] for row in shard]
+    places = {row["prompt"]: {"index": n["index"], "index+1": n["index"] + 1} for row, n in zip(*read_prompts(*source))}
+    prompts, known = [*places], [row["prompt"] for shard in earlier["shards"] for row in shard]
     if prompts[: len(known)] != known:
         problem = "other prompts" if prompts != known[: len(prompts)] else f"{len(known)} prompts: it can only grow"
         raise SystemExit(f"--output_dir {args.output_dir} holds a run on {problem}: choose another folder")
-    new = [{"prompt_id": short_hash(prompt), "prompt": prompt} for prompt in prompts[len(known) :]]
+    new = [{"prompt_id": short_hash(p), "prompt": p, **places[p]} for p in prompts[len(known) :]]
     return {"source": source, "shards": earlier["shards"] + list(batches(new, args.shard_size))}
 
 
 def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
     """Draws the missing shards. Each generator is loaded once, draws its shards, and is freed."""
     own = range(args.task_index, len(shards), args.num_tasks)
-    todo = {
-        entry["name"]: [s for s in own if not images_of(image_file(args, entry["name"], s))] for entry in generators
-    }
+    todo = {e["name"]: [s for s in own if not images_of(image_file(args, e["name"], s))] for e in generators}
     state.wait_for_everyone()  # now all processes know of the same missing shards, which they share out
     device = torch.cuda.get_device_name() if state.device.type == "cuda" else "CPU"
     for entry in generators:
@@ -277,7 +274,7 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
         missing = todo[name][state.process_index :: state.num_processes]
         if not missing:
             continue
-        draw = Generator(entry, state.device, args)
+        draw = None if "images" in entry else Generator(entry, state.device, args)
         total, hidden = sum(len(shards[s]) for s in missing), not state.is_local_main_process
         with tqdm(total=total, desc=f"draw {name}", unit="image", disable=hidden) as bar, ThreadPoolExecutor(1) as pool:
             writing = None
@@ -286,8 +283,11 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
                 ids, prompts = ([row[column] for row in shards[s]] for column in ("prompt_id", "prompt"))
                 # The run's seed, the prompt and the generator give every image a seed of its own.
                 seeds = [int(short_hash(f"{args.seed}|{id}|{name}")[:8], 16) for id in ids]
-                columns = {"prompt_id": ids, "image": draw(prompts, seeds, bar), "seed": seeds}
-                facts = {"seconds": time.time() - started, "device": device, "cut": draw.count_cut(prompts)}
+                files = [entry["images"].format(**row) for row in shards[s]] if draw is None else []
+                images = [*map(PILImage.open, files)] or draw(prompts, seeds, bar)
+                columns = {"prompt_id": ids, "image": images, "seed": seeds}
+                facts = {"seconds": time.time() - started, "device": device}
+                facts["cut"] = draw.count_cut(prompts) if draw else 0
                 if writing:  # a thread encodes and writes a shard while the next is drawn: at most two are in memory
                     writing.result()
                 writing = pool.submit(write_images, args, name, s, columns, facts)
@@ -446,11 +446,12 @@ def read_generators(file: str | None) -> list[dict]:
         entries = yaml.safe_load(Path(file).read_text() if file else DEFAULT_GENERATORS)
         names = [entry["name"] for entry in entries]
         for part in (part for entry in entries for part in (entry, entry.get("prior")) if part):
-            known = {"model", "load", "call"} | ({"name", "prior"} if "name" in part else set())  # not of a prior
+            known = {"model", "load", "call"} | ({"name", "prior", "images"} if "name" in part else set())  # no prior's
             if unknown := sorted(set(part) - known):
                 raise ValueError(f"unknown key {', '.join(unknown)}; the keys are {', '.join(sorted(known))}")
-            if [type(part.get(key, {})) for key in ("model", "load", "call")] != [str, dict, dict]:
-                raise ValueError("model must be a folder or an id of the Hub, load and call hold `name: value`")
+            values = (part.get("images", part.get("model")), part.get("load", {}), part.get("call", {}))
+            if [*map(type, values)] != [str, dict, dict]:
+                raise ValueError("model must be a folder, file or id of the Hub, load and call hold `name: value`")
         if not all(re.fullmatch(r"\w[\w.-]{,99}", name) for name in names) or len(set(names)) < max(2, len(names)):
             raise ValueError(f"names {names}: at least 2, all different, of letters, digits, '.', '_', '-': of folders")
     except Exception as error:
@@ -464,9 +465,14 @@ def generator_parts(entry: dict) -> list[dict]:
     return [{"load": {}, "call": {}} | part for part in (entry, entry.get("prior")) if part]
 
 
-def check_generator(entry: dict) -> None:
+def check_generator(entry: dict, rows: list[dict]) -> None:
     """Exits with one line unless each model can be read (a gated one needs `hf auth login`), is a text-to-image
     pipeline of diffusers, and takes what `load` and `call` name. Reads `model_index.json` only."""
+    if "images" in entry:
+        files = Counter(entry["images"].format(**row) for row in rows)
+        if wrong := [file for file, count in files.items() if count > 1 or not os.path.isfile(file)]:
+            raise SystemExit(f"generator {entry['name']}: {len(wrong)} images are missing or shared: {wrong[0]}")
+        return
     for part in generator_parts(entry):
         load, where = part["load"], f"generator {entry['name']}: {part['model']}"
         try:

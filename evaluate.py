@@ -69,10 +69,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets.config import HF_HUB_OFFLINE
 from diffusers import AutoModel, DDPMScheduler, DiffusionPipeline
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from diffusers.training_utils import free_memory
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, RepoCard, hf_hub_download
+from huggingface_hub import HfApi, RepoCard, cached_assets_path, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session
 from matplotlib.figure import Figure
@@ -133,7 +134,10 @@ def flag(default, help: str, group: str | None = None, *, min=None, above=None, 
 
 @dataclass
 class ScriptArguments:
-    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "Hub id or folder.", "Models")
+    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "Id or path.", "Models")
+    single_file_config: str | None = flag(None, "Configuration of a base in one file: folder or Hub id.")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = flag(None, "Of a base in one file.")
+    rescale_betas_zero_snr: bool = flag(False, "Zero terminal SNR, of a base in one file.")
     revision: str | None = flag(None, "Revision of the model on the Hub.")
     variant: str | None = flag(None, "Variant of the model's files, e.g. fp16.")
     loras: list[str] = flag(list, "name=folder, name=file or name=Hub id of each LoRA of the base.")
@@ -734,7 +738,7 @@ def read_models(args: ScriptArguments, rows: list[dict], places: list[dict]) -> 
     given = [(flag, item) for flag in ("loras", "eval_checkpoints", "models", "images") for item in getattr(args, flag)]
     tuned = any(flag in ("loras", "eval_checkpoints") or NETWORK.match(item) for flag, item in given)
     if args.baseline == BASE or tuned:
-        given.insert(0, ("pretrained_model_name_or_path", args.pretrained_model_name_or_path))
+        given.insert(0, ("pretrained_model_name_or_path", single_file_folder(args)))
     models = {}
     for flag, item in given:
         try:
@@ -783,6 +787,40 @@ def families(models: dict) -> tuple[dict[str, list[str]], list[str]]:
         found.setdefault(name.partition("@")[0], []).append(name)
     groups = {root: sorted(names) for root, names in found.items() if len(names) > 1 and "run" not in models[names[0]]}
     return groups, [root if root in groups else names[-1] for root, names in found.items()]
+
+
+SINGLE_FILES = dict.fromkeys(("v1", "v2"), diffusers.StableDiffusionPipeline)
+SINGLE_FILES |= {"xl_base": diffusers.StableDiffusionXLPipeline}
+OTHERS = "give a base model of SD1.5, SD2.1 or SDXL with U-Net, VAE and text encoders"
+
+
+# Copied from train_rankdpo_sdxl.single_file_folder with content_key->short_hash
+def single_file_folder(args: ScriptArguments) -> str:
+    """Where the model is. A single file becomes a diffusers folder, once, in the Hub's cache. Of its configuration it
+    says no more than its kind, and NoobAI's that they predict v, by the keys `v_pred` and `ztsnr`."""
+    name, config = args.pretrained_model_name_or_path.replace("/resolve/", "/blob/"), args.single_file_config
+    scheduler = {key: getattr(args, key) for key in ("prediction_type", "rescale_betas_zero_snr") if getattr(args, key)}
+    if not name.endswith((".safetensors", ".ckpt")):
+        if config or scheduler:
+            raise SystemExit(f"--{[*scheduler, 'single_file_config'][0]}: {name} is no single file: leave it out")
+        return name
+    weights = load_single_file_checkpoint(name)
+    kind, unet = infer_diffusers_model_type(weights), weights.get("model.diffusion_model.input_blocks.0.0.weight")
+    if kind not in SINGLE_FILES or unet is None or "edm_vpred.sigma_max" in weights:
+        raise SystemExit(f"{name} is something else, e.g. a refiner, an inpainting model or a LoRA: {OTHERS}")
+    if re.search("turbo|lightning|lcm|dmd2", name, re.IGNORECASE):
+        PartialState().print(f"{name} is distilled, by its name: take the model that it was made from")
+    if "v_pred" in weights:
+        scheduler = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in weights} | scheduler
+    facts = [config, scheduler, *((key, weight.flatten()[:8].tolist()) for key, weight in weights.items())]
+    folder = cached_assets_path("diffusers", "single_file", short_hash(str(facts)))
+    with FileLock(folder / ".lock"):
+        if not (folder / "model_index.json").exists():  # it is written last
+            pipeline = SINGLE_FILES[kind].from_single_file(name, config=config, dtype=unet.dtype)
+            if scheduler:
+                pipeline.scheduler.register_to_config(**scheduler, timestep_spacing="trailing")
+            pipeline.save_pretrained(folder)
+    return str(folder)
 
 
 def find_pipeline(source: str, revision: str | None = None, tuned: bool = False) -> dict:
@@ -1101,9 +1139,10 @@ def write_card(args: ScriptArguments, card: RepoCard, name: str, repo_id: str, r
             values.append({"type": kind, "name": metric + label, "value": value})
     task = {"type": "text-to-image", "name": "Text-to-Image Generation"}
     base, (model, *models) = args.pretrained_model_name_or_path, card.data.get("model-index") or [{}]
+    hub_id = re.sub("^https://[^/]+/|/(blob|resolve)/.*", "", base)  # of a file on the Hub
     kept = [result for result in model.get("results") or [] if result.get("dataset") != prompts]
     results = [*kept, {"task": task, "dataset": prompts, "metrics": values}]
-    card.data["base_model"] = card.data.get("base_model", None if os.path.isdir(base) else base)
+    card.data["base_model"] = card.data.get("base_model", None if os.path.exists(base) else hub_id)
     card.data["library_name"] = card.data.get("library_name", "diffusers")
     card.data["model-index"] = [{"name": repo_id.split("/")[-1], **model, "results": results}, *models]
     settings = ", ".join(f"`{key}` {value}" for key, value in drawing.items())

@@ -12,18 +12,15 @@ SD1.5 on the best tenth of your own pairs, scored with `score_pairs.py --include
 
     accelerate launch train_dpo_qsd.py --dataset_name outputs/my-qsd --top_fraction 0.1 \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
-        --mixed_precision bf16 --train_batch_size 8 --gradient_accumulation_steps 16 --checkpointing_steps 50 \
-        --output_dir outputs/dpo-qsd-sd15
+        --mixed_precision bf16 --train_batch_size 8 --gradient_accumulation_steps 16 --output_dir outputs/qsd-sd15
 
-The paper's setting on Pick-a-Pic, with scores and images in two datasets; and its baseline, all pairs at random:
+The paper's setting on Pick-a-Pic, with scores and images in two datasets:
 
     accelerate launch train_dpo_qsd.py --config recipes/qsd_sd15.yaml \
         --dataset_name liuhuohuo2/pick-a-pic-v2 --scores_dataset_name outputs/pickapic-qsd
-    accelerate launch train_dpo_qsd.py --config recipes/qsd_sd15_baseline.yaml --dataset_name liuhuohuo2/pick-a-pic-v2
 
-Several GPUs: `accelerate launch --multi_gpu --num_processes 8 train_dpo_qsd.py ...`. With the same global batch
-(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same data and noise.
-The method is in `pair_loss`, `training_step`, `train` and `select_pairs`; the rest is data, model and files.
+Several GPUs: `accelerate launch --multi_gpu --num_processes 8 train_dpo_qsd.py ...`. Every number of processes sees the
+same data and noise, if `train_batch_size` x processes x `gradient_accumulation_steps` is the same.
 """
 
 import argparse
@@ -68,13 +65,14 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed, tqdm
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
 from diffusers import BitsAndBytesConfig, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
 from diffusers.utils import convert_state_dict_to_kohya
 from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
-from huggingface_hub import CardData, HfApi, RepoCard, hf_hub_download
+from huggingface_hub import CardData, HfApi, RepoCard, cached_assets_path, hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from PIL import Image as PILImage
@@ -89,7 +87,6 @@ LOSS_TYPES = ("sigmoid", "hinge", "ipo", "orpo", "orpo_diff")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 WITHOUT_REFERENCE = ("orpo", "orpo_diff")
 UNUSED_BY = dict.fromkeys(("sft_weight", "safeguard", "precompute_ref"), WITHOUT_REFERENCE)  # what ignores an option
-# The paper's beta and learning rate for each family.
 DEFAULTS = {"sd": {"beta_dpo": 2000.0, "learning_rate": 1e-4}, "sdxl": {"beta_dpo": 5000.0, "learning_rate": 1e-5}}
 VERSION = 2  # of run.json, checkpoints and cache: those of other versions are not read
 LORA_FILE, STATE_FILE, LOG_FILE = "pytorch_lora_weights.safetensors", "training_state.pt", "training_log.jsonl"
@@ -167,13 +164,20 @@ class TrainingArguments:  # the flags of all trainers; they carry diffusers' nam
     hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
     @property
+    def model(self) -> str:  # where it is read: in the folder that was made of a single file
+        return vars(self).get("folder", self.pretrained_model_name_or_path)
+
+    @property
     def weight_dtype(self) -> torch.dtype:  # of the frozen weights, and of the cached latents and embeddings
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
 
 
 @dataclass
 class ScriptArguments(TrainingArguments):  # and those of this one
-    pretrained_model_name_or_path: str = flag("stable-diffusion-v1-5/stable-diffusion-v1-5", "Id or folder.", "Pairs")
+    pretrained_model_name_or_path: str = flag("stable-diffusion-v1-5/stable-diffusion-v1-5", "Id or path.", "Pairs")
+    single_file_config: str | None = flag(None, "Configuration of a model in one file: folder or Hub id.")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = flag(None, "Of a model in one file.")
+    rescale_betas_zero_snr: bool = flag(False, "Zero terminal SNR, of a model in one file.")
     pretrained_vae_model_name_or_path: str | None = flag(None, "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
     scores_dataset_name: str | None = flag(None, "Pairs and qualities without images, joined by the images' ids.")
     scores_dataset_config_name: str | None = flag(None, "Configuration of the scores.")
@@ -221,26 +225,16 @@ def pair_loss(
     loser_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Losses of pairs, in TRL's names. With s = model error − reference error (lower is better) the margin is
-    m = −(β/2)(s_w − s_l), and a pair's loss is
+    m = −(β/2)(s_w − s_l), β/2 times a difference of *mean* squared errors, and a pair's loss is
 
-    - sigmoid (Diffusion-DPO): −log σ(m);
-    - hinge (SLiC-HF): max(0, 1 − m);
-    - ipo: (m − 1/2)². IPO's own (h − 1/(2β))², h = m/β, is this over β²: the same minimum, but gradients so small that
-      AdamW's epsilon would swallow them at these β;
-    - orpo (no reference): e_w − λ·log σ(log odds(p_w) − log odds(p_l)), with p = exp(−e) and odds(p) = p/(1 − p);
-    - orpo_diff (no reference): e_w − λ·log σ(e_l − e_w).
+    - sigmoid (Diffusion-DPO): −log σ(m); hinge (SLiC-HF): max(0, 1 − m);
+    - ipo: (m − 1/2)², IPO's own loss times β²: else AdamW's epsilon would swallow its gradients;
+    - without a reference, orpo: e_w − λ·log σ(log odds(p_w) − log odds(p_l)), with p = exp(−e) and odds(p) = p/(1 − p);
+      orpo_diff: e_w − λ·log σ(e_l − e_w).
 
-    Args:
-        model_errors_w, …: float32 (B,); ref_errors_w, …: of the reference, None for both kinds of orpo.
-        beta: β; the margin is β/2 times a difference of *mean* squared errors, Diffusion-DPO's convention.
-        orpo_lambda: λ; sft_weight: how much of e_w is added to the loss (RPO's anchor).
-        loser_scale: of `safeguard_scale`, (B,): scales the gradient of s_l, not its value.
-
-    Returns:
-        loss, the mean over pairs; metrics, detached scalars: `loss`, `implicit_accuracy` (share of the pairs with
-        m > 0; m = 0 counts half), `margin` (mean m; orpo's m is what log σ is taken of) and, with a reference,
-        `chosen_error` and `rejected_error` (mean s_w and s_l).
-    """
+    sft_weight: how much of e_w is added (RPO's anchor); loser_scale: of `safeguard_scale`, (B,), scales the gradient of
+    s_l, not its value. Returns the mean loss and metrics: `implicit_accuracy` (share of m > 0; m = 0 counts half),
+    `margin` (mean m; orpo's is what log σ is taken of), `chosen_error` and `rejected_error` (mean s_w and s_l)."""
     metrics = {}
     if loss_type in WITHOUT_REFERENCE:
         if loss_type == "orpo":  # log odds, log(p / (1 − p)) of p = exp(−error): exact for small errors too
@@ -271,10 +265,8 @@ def pair_loss(
 def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -> torch.Tensor:
     """Diffusion-SDPO's λ of each pair (arXiv 2511.03317): the share of the loser's gradient that keeps the winner safe.
     With residuals ρ = prediction − target, λ_ij = (1 − μ)·‖ρ_i‖² / ⟨ρ_i, ρ_j⟩ in [0, 1], and 1 where ⟨ρ_i, ρ_j⟩ ≤ 0. To
-    first order, in the space of predictions, a step on the pair then does not raise the winner's error. The published
-    code takes one λ for a whole batch; here every pair has its own, so that it does not depend on its batch.
-    prediction, target: (B, k, C, H, W); mu: μ in [0, 1], larger is safer. Returns float32 (B, k, k), winner i and loser
-    j; carries no gradient."""
+    first order, in the space of predictions, a step on the pair then does not raise the winner's error. prediction,
+    target: (B, k, C, H, W); mu: larger is safer. Returns float32 (B, k, k), winner i, loser j, without a gradient."""
     residuals = (prediction.detach().float() - target.float()).flatten(2)
     # No matrix product: autocast would compute it in half precision, where it overflows.
     products = torch.stack([(residuals * other[:, None]).sum(dim=2) for other in residuals.unbind(dim=1)], dim=2)
@@ -295,28 +287,22 @@ def sample_noise(args: ScriptArguments, noise_scheduler: DDPMScheduler, key: tup
 
 
 def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: ScriptArguments) -> tuple:
-    """One forward of both images of a batch of pairs. batch: latents and noise (B, 2, C, h, w), in the dataset's order;
-    timesteps (B,), prompt_embeds (B, tokens, width), rank (B, 2), 1 is the winner; for SDXL time_ids (B, 2, 6) and
-    pooled_prompt_embeds (B, width). Returns errors, float32 (B, 2), prediction and target, the winners first."""
+    """One forward of a batch of pairs, (B, 2, …) in the dataset's order; rank 1 is the winner. Returns errors, float32
+    (B, 2), prediction and target, (B, 2, C, h, w), the winners first."""
     order, shape = batch["rank"].argsort(dim=1), batch["latents"].shape
     latents = batch["latents"].take_along_dim(order[:, :, None, None, None], dim=1).flatten(0, 1).float()
     noise = batch["noise"].flatten(0, 1)
     timesteps = batch["timesteps"].repeat_interleave(2)
     epsilon = noise_scheduler.config.prediction_type == "epsilon"
     target = noise if epsilon else noise_scheduler.get_velocity(latents, noise, timesteps)
-    inputs = {
-        "sample": noise_scheduler.add_noise(latents, noise, timesteps).to(args.weight_dtype),
-        "timestep": timesteps,
-        "encoder_hidden_states": batch["prompt_embeds"].repeat_interleave(2, dim=0),
-    }
+    inputs = {"sample": noise_scheduler.add_noise(latents, noise, timesteps).to(args.weight_dtype)}
+    inputs |= {"timestep": timesteps, "encoder_hidden_states": batch["prompt_embeds"].repeat_interleave(2, dim=0)}
     if "pooled_prompt_embeds" in batch:
         time_ids = batch["time_ids"].take_along_dim(order[:, :, None], dim=1)
         if args.time_ids == "resolution":  # as the pipeline draws: the resolution, without a crop
             time_ids = torch.cat([time_ids[..., 4:], torch.zeros_like(time_ids[..., 4:]), time_ids[..., 4:]], dim=-1)
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(2, dim=0),
-            "time_ids": time_ids.flatten(0, 1).to(args.weight_dtype),
-        }
+        conditions = {"text_embeds": batch["pooled_prompt_embeds"].repeat_interleave(2, dim=0)}
+        inputs["added_cond_kwargs"] = conditions | {"time_ids": time_ids.flatten(0, 1).to(args.weight_dtype)}
     prediction = model(**inputs).sample
     return denoising_error(prediction, target).view(shape[:2]), prediction.view(shape), target.view(shape)
 
@@ -399,9 +385,9 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
 
 
 def main(args: ScriptArguments) -> None:
-    # What can be wrong with flags, folders and labels is found before a model is loaded. A start reads labels and an
-    # index, and lists the cache. Only `encode_dataset` reads images, each of them once, and only those that are used.
+    # What can be wrong is found before a model is loaded. Only `encode_dataset` reads images, each used one once.
     accelerator = make_accelerator(args)
+    args.folder = single_file_folder(args)
     check_model(args)
     set_defaults(args)
     table, parts = load_pairs(args)
@@ -433,8 +419,7 @@ def fit(args: ScriptArguments, run: "Run", parts: list, labels: dict) -> None:
 
 # Data: the pairs, which of them, and in which order -----------------------------------------------------------------
 def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
-    """The pairs without their images, and the parts that hold the images. With `--scores_dataset_name` the columns
-    `row` and `swapped` say where the images are: see `find_images`."""
+    """The pairs without their images, of which `find_images` may say where they are, and the parts that hold these."""
     uids, optional = [args.image_0_uid_column, args.image_1_uid_column], {args.has_label_column}
     images = dict.fromkeys([args.image_0_column, args.image_1_column], "images")
     needed = {} if args.label_0_column == "none" else {args.label_0_column: "numbers"}
@@ -451,14 +436,12 @@ def load_pairs(args: ScriptArguments) -> tuple[pa.Table, list["Part"]]:
 
 
 def find_images(args: ScriptArguments, table: pa.Table, images: pa.Table, parts: list["Part"]) -> pa.Table:
-    """The pairs with `row`, the dataset's first row that holds both of their images, or null, and `swapped`: the first
-    image of the pair is the second one there."""
+    """`row`: the dataset's first row that holds both images of a pair, or null; `swapped`: in the other order."""
     uids = [args.image_0_uid_column, args.image_1_uid_column]
     made = [None, None] if {*uids} <= {*images.column_names} else content_ids(args, parts)
 
     def joined(columns) -> pa.ChunkedArray:  # one id of both images
-        texts = [column.cast(pa.large_string()) for column in columns]
-        return pc.binary_join_element_wise(*texts, pa.scalar("\n", pa.large_string()))
+        return pc.binary_join_element_wise(*(column.cast(pa.string()) for column in columns), pa.scalar("\n"))
 
     known = joined(images[uid] if uid in images.column_names else ids for uid, ids in zip(uids, made))
     ids = (joined(table[uid] for uid in order) for order in (uids, uids[::-1]))
@@ -521,9 +504,8 @@ def select_pairs(args: ScriptArguments, table: pa.Table) -> dict:
 
 
 def make_labels(args: ScriptArguments, run: "Run", table: pa.Table, selected: dict) -> dict:
-    """The pairs that the run will come to; only those are checked and encoded. Besides `id`, which seeds timestep and
-    noise: `prompt`; arrays `row`, of the dataset, where the images are, `by_row`, the labels' numbers in that order,
-    `rank` (n, 2) by the dataset's columns, `images` (n, 2) and `count`: both of two are used."""
+    """The pairs that the run will come to: `id` seeds timestep and noise, `row` is where the images are, `by_row` the
+    labels in that order, `rank` (n, 2) by the dataset's columns; `images` (n, 2) and `count`: both of two are used."""
     used = min(len(selected["id"]), run.max_train_steps * run.rows_per_step)
     rows, winner, row = selected["id"][:used], selected["winner"][:used], selected["id"][:used].to_numpy()
     prompt = table[args.prompt_column].cast(pa.large_string()).take(rows)
@@ -569,6 +551,7 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
 
 # Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
 PIPELINE, DENOISER, DYNAMIC_SHAPES = StableDiffusionPipeline, "unet", False
+SINGLE_FILES = {"xl_base": StableDiffusionXLPipeline, "v1": PIPELINE, "v2": PIPELINE}  # as diffusers calls them
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 OTHERS = "this trains SD1.5, SD2.1 and SDXL; train_rankdpo_sd3.py trains SD3, train_rankdpo_zimage.py Z-Image"
 # What these base models have; absent: the first. Else: refiner, flow matching, EDM, inpainting, distilled, Playground.
@@ -582,42 +565,64 @@ PLAIN = {
     | dict.fromkeys(("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"), (None,)),
     "vae/config.json": {"latents_mean": (None,), "shift_factor": (None,), "latent_channels": (4,)},
 }
-# What cache and reference depend on.
 ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")
 REFERENCE_FLAGS = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
 REFERENCE_FLAGS += ["time_ids"]
 
 
-def is_sdxl(args: ScriptArguments) -> bool:
-    index = file_of(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    return "XL" in json.loads(index.read_text())["_class_name"]
-
-
 def set_defaults(args: ScriptArguments) -> None:
-    """Sets what depends on the model and was not given: resolution, beta, learning rate."""
-    model, sdxl = args.pretrained_model_name_or_path, is_sdxl(args)
-    if args.time_ids == "image" and not sdxl:
-        raise SystemExit(f"--time_ids image: {model} has no micro-conditioning: leave it out")
-    files = (file_of(model, f"{part}/config.json", args.revision) for part in ("unet", "vae"))
-    unet, vae = (json.loads(file.read_text()) for file in files)
+    """Sets what depends on the model: whether it is SDXL and, if not given, resolution, beta, learning rate."""
+    files = ("model_index.json", "unet/config.json", "vae/config.json")
+    args.index, unet, vae = (json.loads(file_of(args.model, file, args.revision).read_text()) for file in files)
+    args.sdxl = "XL" in args.index["_class_name"]
+    if args.time_ids == "image" and not args.sdxl:
+        raise SystemExit(f"--time_ids image: {args.model} has no micro-conditioning: leave it out")
     args.resolution = args.resolution or unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    for name, value in DEFAULTS["sdxl" if sdxl else "sd"].items():
+    for name, value in DEFAULTS["sdxl" if args.sdxl else "sd"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
+# Copied from train_rankdpo_sdxl.single_file_folder
+def single_file_folder(args: ScriptArguments) -> str:
+    """Where the model is. A single file becomes a diffusers folder, once, in the Hub's cache. Of its configuration it
+    says no more than its kind, and NoobAI's that they predict v, by the keys `v_pred` and `ztsnr`."""
+    name, config = args.pretrained_model_name_or_path.replace("/resolve/", "/blob/"), args.single_file_config
+    scheduler = {key: getattr(args, key) for key in ("prediction_type", "rescale_betas_zero_snr") if getattr(args, key)}
+    if not name.endswith((".safetensors", ".ckpt")):
+        if config or scheduler:
+            raise SystemExit(f"--{[*scheduler, 'single_file_config'][0]}: {name} is no single file: leave it out")
+        return name
+    weights = load_single_file_checkpoint(name)
+    kind, unet = infer_diffusers_model_type(weights), weights.get("model.diffusion_model.input_blocks.0.0.weight")
+    if kind not in SINGLE_FILES or unet is None or "edm_vpred.sigma_max" in weights:
+        raise SystemExit(f"{name} is something else, e.g. a refiner, an inpainting model or a LoRA: {OTHERS}")
+    if re.search("turbo|lightning|lcm|dmd2", name, re.IGNORECASE):
+        PartialState().print(f"{name} is distilled, by its name: take the model that it was made from")
+    if "v_pred" in weights:
+        scheduler = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in weights} | scheduler
+    facts = [config, scheduler, *((key, weight.flatten()[:8].tolist()) for key, weight in weights.items())]
+    folder = cached_assets_path("diffusers", "single_file", content_key(str(facts)))
+    with FileLock(folder / ".lock"):
+        if not (folder / "model_index.json").exists():  # it is written last
+            pipeline = SINGLE_FILES[kind].from_single_file(name, config=config, dtype=unet.dtype)
+            if scheduler:
+                pipeline.scheduler.register_to_config(**scheduler, timestep_spacing="trailing")
+            pipeline.save_pretrained(folder)
+    return str(folder)
+
+
 def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool = True):
     """The pipeline without its UNet, and without text encoders if nothing is left for them to encode."""
-    model, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    model, other = args.model, args.pretrained_vae_model_name_or_path
     options = {"revision": args.revision, "variant": args.variant}
     if other:
         vae = AutoencoderKL.from_pretrained(other, dtype=args.weight_dtype)
     else:  # the model's own VAE runs in float32: it overflows in fp16
         vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **options)
     absent = ("unet", "safety_checker", "feature_extractor", *(() if with_text else ("text_encoder", "tokenizer")))
-    names = json.loads(file_of(model, "model_index.json", args.revision).read_text())
-    options |= {"vae": vae.requires_grad_(False), **{name: None for name in names if name.startswith(absent)}}
-    kind, more = (StableDiffusionXLPipeline, {}) if is_sdxl(args) else (PIPELINE, {"requires_safety_checker": False})
+    options |= {"vae": vae.requires_grad_(False), **{name: None for name in args.index if name.startswith(absent)}}
+    kind, more = (StableDiffusionXLPipeline, {}) if args.sdxl else (PIPELINE, {"requires_safety_checker": False})
     pipeline = kind.from_pretrained(model, dtype=args.weight_dtype, **options, **more)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -625,8 +630,7 @@ def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool =
 
 @torch.no_grad()
 def encode_prompt(args: ScriptArguments, pipeline, prompts: list[str]) -> dict:
-    """prompts (n) → prompt_embeds (n, tokens, width) and, for SDXL, pooled_prompt_embeds (n, pooled width). Those of an
-    empty prompt are zeros where the pipeline has them so."""
+    """n prompts → prompt_embeds and, for SDXL, pooled_prompt_embeds: zeros of an empty prompt where it wants them."""
     # The pipeline's own device would be the VAE's, which may have left the GPU.
     options = {"device": pipeline.text_encoder.device, "do_classifier_free_guidance": False}
     found = pipeline.encode_prompt(prompts, num_images_per_prompt=1, **options)[::2]  # without negative ones
@@ -645,14 +649,13 @@ def pipeline_embeds(args: ScriptArguments, parts: dict) -> dict[str, torch.Tenso
 # Copied from train_rankdpo_sdxl.load_model
 def load_model(args: ScriptArguments) -> tuple[DDPMScheduler, UNet2DConditionModel]:
     """Scheduler and UNet, without LoRA. `--base_precision` quantises the linear layers."""
-    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    options = {"variant": args.variant, "dtype": args.weight_dtype}
+    options = {"revision": args.revision, "variant": args.variant, "dtype": args.weight_dtype}
     if args.base_precision:
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.weight_dtype}
         bits = {"load_in_8bit": True} if args.base_precision == "int8" else four
         options["quantization_config"] = BitsAndBytesConfig(**bits)
-    noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
-    return noise_scheduler, UNet2DConditionModel.from_pretrained(**model, subfolder="unet", **options)
+    noise_scheduler = DDPMScheduler.from_pretrained(args.model, subfolder="scheduler", revision=args.revision)
+    return noise_scheduler, UNet2DConditionModel.from_pretrained(args.model, subfolder="unet", **options)
 
 
 # Copied from train_rankdpo_sdxl.add_lora
@@ -683,7 +686,7 @@ def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
 
 def describe(args: ScriptArguments, run: "Run") -> dict:
     """What the card says of method, data and model."""
-    model, family = args.pretrained_model_name_or_path, "stable-diffusion-xl" if is_sdxl(args) else "stable-diffusion"
+    model, kind = args.pretrained_model_name_or_path, f"StableDiffusion{'XL' * args.sdxl}Pipeline"
     datasets = [name for name in (args.dataset_name, args.scores_dataset_name) if name]
     order = "the best first" if args.order == "sorted" else "in random order"
     pairs = f"{run.settings['rows']} of {run.settings['labelled']} labelled pairs of `{datasets[-1]}`, {order}"
@@ -693,16 +696,16 @@ def describe(args: ScriptArguments, run: "Run") -> dict:
     paper = "*Effective Text-to-Image Alignment with Quality Aware Pair Ranking* (DPO-QSD)"
     usage = f"""```python
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import {kind}
 
-pipeline = DiffusionPipeline.from_pretrained("{model}", dtype=torch.float16).to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
+pipeline = {kind}.{"from_pretrained" if args.model == model else "from_single_file"}("{model}", dtype=torch.float16)
+pipeline.to("cuda").load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
 image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
 ```
 
 With ComfyUI: put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` into `models/loras` and load it with the
 "Load LoRA" node at strength 1."""
-    about = {"tags": [family, "dpo", "dpo-qsd"], "datasets": datasets, "usage": usage}
+    about = {"tags": ["stable-diffusion" + "-xl" * args.sdxl, "dpo", "dpo-qsd"], "datasets": datasets, "usage": usage}
     about["facts"] = {"pairs": pairs, "objective": f"{args.loss_type}, {strength}"}
     return about | {"method": f"{pairs}, after\n{paper}:\nthe model learns to denoise preferred images {learns}."}
 
@@ -983,14 +986,13 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
 # Model: checks, LoRA, reference, optimizer --------------------------------------------------------------------------
 def check_model(args: ScriptArguments) -> None:
     """Exits with one line unless the model is one that the objective fits. Reads configurations only."""
-    model, other = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    model, other = args.model, getattr(args, "pretrained_vae_model_name_or_path", None)
     for file, rules in PLAIN.items():
         where, source = f"--pretrained_model_name_or_path {model}", (model, file, args.revision)
         if other and file == "vae/config.json":
             where, source = f"--pretrained_vae_model_name_or_path {other}", (other, "config.json")
         if os.path.isfile(source[0]):
-            convert = f'{PIPELINE.__name__}.from_single_file("{source[0]}").save_pretrained("FOLDER")'
-            raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
+            raise SystemExit(f"{where} is a single file: from_single_file and save_pretrained make a folder of it")
         config = json.loads(file_of(*source).read_text())
         name = config.get("_class_name", file)
         if file == "model_index.json" and name not in PIPELINES:
@@ -1087,7 +1089,6 @@ class Run:  # one training run: its size, its cache, and the step it continues f
 
 def make_accelerator(args: ScriptArguments) -> Accelerator:
     """Exits with one line if what accelerate is set to does not fit the flags."""
-    output_dir = Path(args.output_dir)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     accelerator = Accelerator(
         cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available(),  # several processes without a GPU: gloo
@@ -1095,7 +1096,7 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=Path(args.output_dir, args.logging_dir)),
         # The first process may draw, or write to a slow disk, for longer than NCCL's ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
@@ -1110,7 +1111,7 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
     """Counts the steps, finds the checkpoint to continue from, and refuses a folder that holds another run."""
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
-    model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    model, vae = args.model, getattr(args, "pretrained_vae_model_name_or_path", None)
     models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
     encoding = content_key(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
     settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
@@ -1181,10 +1182,9 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
     torch.save({name: part.state_dict() for name, part in state.items()}, temporary / STATE_FILE)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    if args.checkpoints_total_limit:
-        older = [path for saved, path in list_checkpoints(args).items() if saved <= step]
-        for path in older[: -args.checkpoints_total_limit]:
-            shutil.rmtree(path)
+    older = [path for saved, path in list_checkpoints(args).items() if saved <= step]
+    for path in older[: -(args.checkpoints_total_limit or len(older))]:
+        shutil.rmtree(path)
     if args.push_to_hub and args.hub_strategy == "checkpoint" and step < run.max_train_steps:
         lora = {"path_or_fileobj": (folder / LORA_FILE).read_bytes(), "path_in_repo": LORA_FILE}
         run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
@@ -1352,7 +1352,7 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
     model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
     front = {"library_name": "diffusers", **base_license(args), "widget": widgets}
     front["tags"] = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
-    front["base_model"] = None if os.path.isdir(model) else model  # the Hub cannot link to a folder of this machine
+    front["base_model"] = None if os.path.exists(model) else re.sub("^https://[^/]+/|/(blob|resolve)/.*", "", model)
     front["datasets"] = [name for name in about["datasets"] if not os.path.exists(name)] or None
     local = "output_dir cache_dir resume_from_checkpoint push_to_hub hub_model_id validation_prompts".split()
     command = ["accelerate", "launch", f"--num_processes={run.accelerator.num_processes}", Path(__file__).name]
@@ -1473,7 +1473,7 @@ def config_words(file: str) -> list[str]:
 
 def seeded_generator(*key) -> np.random.Generator:
     """A NumPy generator that is a function of the key alone, on every machine and in every process."""
-    digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
+    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 

@@ -164,6 +164,10 @@ class TrainingArguments:  # the flags of all trainers; they carry diffusers' nam
     hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
     @property
+    def model(self) -> str:  # where it is read: in the folder that was made of a single file
+        return vars(self).get("folder", self.pretrained_model_name_or_path)
+
+    @property
     def weight_dtype(self) -> torch.dtype:  # of the frozen weights, and of the cached latents and embeddings
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
 
@@ -300,10 +304,8 @@ def rankdpo_loss(
 def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -> torch.Tensor:
     """Diffusion-SDPO's λ of each pair (arXiv 2511.03317): the share of the loser's gradient that keeps the winner safe.
     With residuals ρ = prediction − target, λ_ij = (1 − μ)·‖ρ_i‖² / ⟨ρ_i, ρ_j⟩ in [0, 1], and 1 where ⟨ρ_i, ρ_j⟩ ≤ 0. To
-    first order, in the space of predictions, a step on the pair then does not raise the winner's error. The published
-    code takes one λ for a whole batch; here every pair has its own, so that it does not depend on its batch.
-    prediction, target: (B, k, C, H, W); mu: μ in [0, 1], larger is safer. Returns float32 (B, k, k), winner i and loser
-    j; carries no gradient."""
+    first order, in the space of predictions, a step on the pair then does not raise the winner's error. prediction,
+    target: (B, k, C, H, W); mu: larger is safer. Returns float32 (B, k, k), winner i, loser j, without a gradient."""
     residuals = (prediction.detach().float() - target.float()).flatten(2)
     # No matrix product: autocast would compute it in half precision, where it overflows.
     products = torch.stack([(residuals * other[:, None]).sum(dim=2) for other in residuals.unbind(dim=1)], dim=2)
@@ -348,9 +350,8 @@ def predict(model: Module, noise_scheduler, batch: dict, args: ScriptArguments) 
 
 # Copied from train_rankdpo_sdxl.training_step
 def training_step(model: Module, reference: Module, noise_scheduler, batch: dict, args: ScriptArguments) -> tuple:
-    """Loss and metrics of a batch of prompts: one forward, and one of the reference where the objective needs it.
-    model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off; batch: what
-    `predict` reads, phi, rank, weight of weighted_sft and ref_errors, if they were computed before, (B, k) each."""
+    """Loss and metrics of a batch of prompts: what `predict` reads, phi, rank, maybe weight and ref_errors, (B, k).
+    model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off."""
     ref_errors = batch.get("ref_errors")
     if ref_errors is None and args.loss_type not in SFT:
         with as_reference(reference):
@@ -985,14 +986,13 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
 # Model: checks, LoRA, reference, optimizer --------------------------------------------------------------------------
 def check_model(args: ScriptArguments) -> None:
     """Exits with one line unless the model is one that the objective fits. Reads configurations only."""
-    model, other = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    model, other = args.model, getattr(args, "pretrained_vae_model_name_or_path", None)
     for file, rules in PLAIN.items():
         where, source = f"--pretrained_model_name_or_path {model}", (model, file, args.revision)
         if other and file == "vae/config.json":
             where, source = f"--pretrained_vae_model_name_or_path {other}", (other, "config.json")
         if os.path.isfile(source[0]):
-            convert = f'{PIPELINE.__name__}.from_single_file("{source[0]}").save_pretrained("FOLDER")'
-            raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
+            raise SystemExit(f"{where} is a single file: from_single_file and save_pretrained make a folder of it")
         config = json.loads(file_of(*source).read_text())
         name = config.get("_class_name", file)
         if file == "model_index.json" and name not in PIPELINES:
@@ -1089,7 +1089,6 @@ class Run:  # one training run: its size, its cache, and the step it continues f
 
 def make_accelerator(args: ScriptArguments) -> Accelerator:
     """Exits with one line if what accelerate is set to does not fit the flags."""
-    output_dir = Path(args.output_dir)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     accelerator = Accelerator(
         cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available(),  # several processes without a GPU: gloo
@@ -1097,7 +1096,7 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=Path(args.output_dir, args.logging_dir)),
         # The first process may draw, or write to a slow disk, for longer than NCCL's ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
@@ -1112,7 +1111,7 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
     """Counts the steps, finds the checkpoint to continue from, and refuses a folder that holds another run."""
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
-    model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    model, vae = args.model, getattr(args, "pretrained_vae_model_name_or_path", None)
     models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
     encoding = content_key(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
     settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
@@ -1183,10 +1182,9 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
     torch.save({name: part.state_dict() for name, part in state.items()}, temporary / STATE_FILE)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    if args.checkpoints_total_limit:
-        older = [path for saved, path in list_checkpoints(args).items() if saved <= step]
-        for path in older[: -args.checkpoints_total_limit]:
-            shutil.rmtree(path)
+    older = [path for saved, path in list_checkpoints(args).items() if saved <= step]
+    for path in older[: -(args.checkpoints_total_limit or len(older))]:
+        shutil.rmtree(path)
     if args.push_to_hub and args.hub_strategy == "checkpoint" and step < run.max_train_steps:
         lora = {"path_or_fileobj": (folder / LORA_FILE).read_bytes(), "path_in_repo": LORA_FILE}
         run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
@@ -1354,7 +1352,7 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
     model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
     front = {"library_name": "diffusers", **base_license(args), "widget": widgets}
     front["tags"] = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
-    front["base_model"] = None if os.path.isdir(model) else model  # the Hub cannot link to a folder of this machine
+    front["base_model"] = None if os.path.exists(model) else re.sub("^https://[^/]+/|/(blob|resolve)/.*", "", model)
     front["datasets"] = [name for name in about["datasets"] if not os.path.exists(name)] or None
     local = "output_dir cache_dir resume_from_checkpoint push_to_hub hub_model_id validation_prompts".split()
     command = ["accelerate", "launch", f"--num_processes={run.accelerator.num_processes}", Path(__file__).name]
@@ -1475,7 +1473,7 @@ def config_words(file: str) -> list[str]:
 
 def seeded_generator(*key) -> np.random.Generator:
     """A NumPy generator that is a function of the key alone, on every machine and in every process."""
-    digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
+    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 

@@ -20,9 +20,8 @@ Settings from a file, which the command line overrides. `--resume_from_checkpoin
     accelerate launch train_rankdpo_sdxl.py --config recipes/rankdpo_sdxl.yaml --dataset_name outputs/synpic \
         --beta_dpo 2000 --resume_from_checkpoint latest
 
-Several GPUs: `accelerate launch --multi_gpu --num_processes 4 train_rankdpo_sdxl.py ...`. With the same global batch
-(`train_batch_size` x processes x `gradient_accumulation_steps`) every number of processes sees the same data and noise.
-The method is in `rankdpo_loss`, `training_step` and `train`; the rest is data, model and files.
+Several GPUs: `accelerate launch --multi_gpu --num_processes 4 train_rankdpo_sdxl.py ...`. Every number of processes
+sees the same data and noise, if `train_batch_size` x processes x `gradient_accumulation_steps` is the same.
 """
 
 import argparse
@@ -66,12 +65,13 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed, tqdm
 from datasets import Dataset, Image, load_dataset, load_dataset_builder, load_from_disk
 from diffusers import AutoencoderKL, BitsAndBytesConfig, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
 from diffusers.utils import convert_state_dict_to_kohya
 from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
-from huggingface_hub import CardData, HfApi, RepoCard, hf_hub_download
+from huggingface_hub import CardData, HfApi, RepoCard, cached_assets_path, hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from PIL import Image as PILImage
@@ -162,13 +162,20 @@ class TrainingArguments:  # the flags of all trainers; they carry diffusers' nam
     hub_strategy: Literal["end", "checkpoint"] = free("end", "checkpoint: also upload every checkpoint's LoRA.")
 
     @property
+    def model(self) -> str:  # where it is read: in the folder that was made of a single file
+        return vars(self).get("folder", self.pretrained_model_name_or_path)
+
+    @property
     def weight_dtype(self) -> torch.dtype:  # of the frozen weights, and of the cached latents and embeddings
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
 
 
 @dataclass
 class ScriptArguments(TrainingArguments):  # and those of this one
-    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "Hub id or folder.", "SDXL")
+    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "Id, folder or file.", "SDXL")
+    single_file_config: str | None = flag(None, "Configuration of a model in one file: folder or Hub id.")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = flag(None, "Of a model in one file.")
+    rescale_betas_zero_snr: bool = flag(False, "Zero terminal SNR, of a model in one file.")
     pretrained_vae_model_name_or_path: str | None = flag(None, "Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
     prompt_column: str = flag("prompt", "Column of the prompts.")
     images_column: str = flag("images", "Column of the lists of k images.")
@@ -288,10 +295,8 @@ def rankdpo_loss(
 def safeguard_scale(prediction: torch.Tensor, target: torch.Tensor, mu: float) -> torch.Tensor:
     """Diffusion-SDPO's λ of each pair (arXiv 2511.03317): the share of the loser's gradient that keeps the winner safe.
     With residuals ρ = prediction − target, λ_ij = (1 − μ)·‖ρ_i‖² / ⟨ρ_i, ρ_j⟩ in [0, 1], and 1 where ⟨ρ_i, ρ_j⟩ ≤ 0. To
-    first order, in the space of predictions, a step on the pair then does not raise the winner's error. The published
-    code takes one λ for a whole batch; here every pair has its own, so that it does not depend on its batch.
-    prediction, target: (B, k, C, H, W); mu: μ in [0, 1], larger is safer. Returns float32 (B, k, k), winner i and loser
-    j; carries no gradient."""
+    first order, in the space of predictions, a step on the pair then does not raise the winner's error. prediction,
+    target: (B, k, C, H, W); mu: larger is safer. Returns float32 (B, k, k), winner i, loser j, without a gradient."""
     residuals = (prediction.detach().float() - target.float()).flatten(2)
     # No matrix product: autocast would compute it in half precision, where it overflows.
     products = torch.stack([(residuals * other[:, None]).sum(dim=2) for other in residuals.unbind(dim=1)], dim=2)
@@ -311,9 +316,9 @@ def sample_noise(args: ScriptArguments, noise_scheduler: DDPMScheduler, key: tup
 
 
 def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: ScriptArguments) -> tuple:
-    """One forward of all k images of a batch of prompts.
-    batch: latents and noise (B, k, C, h, w), timesteps (B,), prompt_embeds (B, tokens, width), pooled_prompt_embeds
-    (B, width), time_ids (B, k, 6). Returns errors, float32 (B, k); prediction and target, (B, k, C, h, w)."""
+    """One forward of a batch of prompts: latents and noise (B, k, C, h, w), timesteps (B,), prompt_embeds (B, tokens,
+    width), pooled_prompt_embeds (B, width), time_ids (B, k, 6). Returns errors, float32 (B, k); prediction and target,
+    (B, k, C, h, w)."""
     shape, k = batch["latents"].shape, batch["latents"].shape[1]
     latents = batch["latents"].flatten(0, 1).float()
     noise = batch["noise"].flatten(0, 1)
@@ -337,9 +342,8 @@ def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: Sc
 
 
 def training_step(model: Module, reference: Module, noise_scheduler, batch: dict, args: ScriptArguments) -> tuple:
-    """Loss and metrics of a batch of prompts: one forward, and one of the reference where the objective needs it.
-    model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off; batch: what
-    `predict` reads, phi, rank, weight of weighted_sft and ref_errors, if they were computed before, (B, k) each."""
+    """Loss and metrics of a batch of prompts: what `predict` reads, phi, rank, maybe weight and ref_errors, (B, k).
+    model: as prepared for training; reference: the same model unwrapped, whose adapter is switched off."""
     ref_errors = batch.get("ref_errors")
     if ref_errors is None and args.loss_type not in SFT:
         with as_reference(reference):
@@ -414,9 +418,9 @@ def train(args: ScriptArguments, run: "Run", model: Module, noise_scheduler, bat
 
 
 def main(args: ScriptArguments) -> None:
-    # What can be wrong with flags, folders and labels is found before a model is loaded. A start reads labels and an
-    # index, and lists the cache. Only `encode_dataset` reads images, each of them once.
+    # What can be wrong is found before a model is loaded. Only `encode_dataset` reads images, each of them once.
     accelerator = make_accelerator(args)
+    args.folder = single_file_folder(args)
     check_model(args)
     table, parts = load_ranked_dataset(args)
     labels = make_labels(args, table)
@@ -572,8 +576,8 @@ def epoch_order(args: ScriptArguments, epoch: int, length: int) -> np.ndarray:
 # Model: what is refused, the pipeline without its UNet, the UNet with its LoRA --------------------------------------
 PIPELINE, DENOISER, DYNAMIC_SHAPES = StableDiffusionXLPipeline, "unet", False
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+SINGLE_FILES = {"xl_base": PIPELINE}  # what diffusers finds in a file → the pipeline of it
 OTHERS = "this trains SDXL; train_rankdpo_sd3.py, train_rankdpo_zimage.py and train_dpo_qsd.py train other models"
-# What cache and reference depend on.
 ENCODING_FLAGS = ("variant", "resolution", "mixed_precision")
 REFERENCE_FLAGS = "seed noise proportion_empty_prompts base_precision allow_tf32 compile train_batch_size".split()
 REFERENCE_FLAGS += ["time_ids"]
@@ -590,9 +594,37 @@ PLAIN = {
 }
 
 
+def single_file_folder(args: ScriptArguments) -> str:
+    """Where the model is. A single file becomes a diffusers folder, once, in the Hub's cache. Of its configuration it
+    says no more than its kind, and NoobAI's that they predict v, by the keys `v_pred` and `ztsnr`."""
+    name, config = args.pretrained_model_name_or_path.replace("/resolve/", "/blob/"), args.single_file_config
+    scheduler = {key: getattr(args, key) for key in ("prediction_type", "rescale_betas_zero_snr") if getattr(args, key)}
+    if not name.endswith((".safetensors", ".ckpt")):
+        if config or scheduler:
+            raise SystemExit(f"--{[*scheduler, 'single_file_config'][0]}: {name} is no single file: leave it out")
+        return name
+    weights = load_single_file_checkpoint(name)
+    kind, unet = infer_diffusers_model_type(weights), weights.get("model.diffusion_model.input_blocks.0.0.weight")
+    if kind not in SINGLE_FILES or unet is None or "edm_vpred.sigma_max" in weights:
+        raise SystemExit(f"{name} is something else, e.g. a refiner, an inpainting model or a LoRA: {OTHERS}")
+    if re.search("turbo|lightning|lcm|dmd2", name, re.IGNORECASE):
+        PartialState().print(f"{name} is distilled, by its name: take the model that it was made from")
+    if "v_pred" in weights:
+        scheduler = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in weights} | scheduler
+    facts = [config, scheduler, *((key, weight.flatten()[:8].tolist()) for key, weight in weights.items())]
+    folder = cached_assets_path("diffusers", "single_file", content_key(str(facts)))
+    with FileLock(folder / ".lock"):
+        if not (folder / "model_index.json").exists():  # it is written last
+            pipeline = SINGLE_FILES[kind].from_single_file(name, config=config, dtype=unet.dtype)
+            if scheduler:
+                pipeline.scheduler.register_to_config(**scheduler, timestep_spacing="trailing")
+            pipeline.save_pretrained(folder)
+    return str(folder)
+
+
 def load_pipeline(args: ScriptArguments, device: torch.device, with_text: bool = True) -> StableDiffusionXLPipeline:
     """The pipeline without its UNet, and without text encoders if nothing is left for them to encode."""
-    model, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    model, other = args.model, args.pretrained_vae_model_name_or_path
     options = {"revision": args.revision, "variant": args.variant}
     if other:
         vae = AutoencoderKL.from_pretrained(other, dtype=args.weight_dtype)
@@ -625,14 +657,13 @@ def pipeline_embeds(args: ScriptArguments, parts: dict) -> dict[str, torch.Tenso
 
 def load_model(args: ScriptArguments) -> tuple[DDPMScheduler, UNet2DConditionModel]:
     """Scheduler and UNet, without LoRA. `--base_precision` quantises the linear layers."""
-    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    options = {"variant": args.variant, "dtype": args.weight_dtype}
+    options = {"revision": args.revision, "variant": args.variant, "dtype": args.weight_dtype}
     if args.base_precision:
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.weight_dtype}
         bits = {"load_in_8bit": True} if args.base_precision == "int8" else four
         options["quantization_config"] = BitsAndBytesConfig(**bits)
-    noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
-    return noise_scheduler, UNet2DConditionModel.from_pretrained(**model, subfolder="unet", **options)
+    noise_scheduler = DDPMScheduler.from_pretrained(args.model, subfolder="scheduler", revision=args.revision)
+    return noise_scheduler, UNet2DConditionModel.from_pretrained(args.model, subfolder="unet", **options)
 
 
 def add_lora(model: UNet2DConditionModel, rank: int) -> None:
@@ -662,12 +693,13 @@ def describe(args: ScriptArguments, run: "Run") -> dict:
     learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
     if args.loss_type in SFT:
         learns = "one of its baselines: the model learns to denoise images, the better ones more"
+    loader = "from_pretrained" if args.model == args.pretrained_model_name_or_path else "from_single_file"
     data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
     usage = f"""```python
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.float16)
+pipeline = StableDiffusionXLPipeline.{loader}("{args.pretrained_model_name_or_path}", dtype=torch.float16)
 pipeline.to("cuda").load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
 image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
 ```
@@ -956,14 +988,13 @@ def precompute_reference(args: ScriptArguments, run: "Run", model: Module, noise
 # Model: checks, LoRA, reference, optimizer --------------------------------------------------------------------------
 def check_model(args: ScriptArguments) -> None:
     """Exits with one line unless the model is one that the objective fits. Reads configurations only."""
-    model, other = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    model, other = args.model, getattr(args, "pretrained_vae_model_name_or_path", None)
     for file, rules in PLAIN.items():
         where, source = f"--pretrained_model_name_or_path {model}", (model, file, args.revision)
         if other and file == "vae/config.json":
             where, source = f"--pretrained_vae_model_name_or_path {other}", (other, "config.json")
         if os.path.isfile(source[0]):
-            convert = f'{PIPELINE.__name__}.from_single_file("{source[0]}").save_pretrained("FOLDER")'
-            raise SystemExit(f"{where} is a single file, and this takes a diffusers folder: {convert} makes it")
+            raise SystemExit(f"{where} is a single file: from_single_file and save_pretrained make a folder of it")
         config = json.loads(file_of(*source).read_text())
         name = config.get("_class_name", file)
         if file == "model_index.json" and name not in PIPELINES:
@@ -1060,7 +1091,6 @@ class Run:  # one training run: its size, its cache, and the step it continues f
 
 def make_accelerator(args: ScriptArguments) -> Accelerator:
     """Exits with one line if what accelerate is set to does not fit the flags."""
-    output_dir = Path(args.output_dir)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     accelerator = Accelerator(
         cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available(),  # several processes without a GPU: gloo
@@ -1068,7 +1098,7 @@ def make_accelerator(args: ScriptArguments) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=Path(args.output_dir, args.logging_dir)),
         # The first process may draw, or write to a slow disk, for longer than NCCL's ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
@@ -1083,7 +1113,7 @@ def plan_run(args: ScriptArguments, accelerator: Accelerator, labels: dict) -> R
     """Counts the steps, finds the checkpoint to continue from, and refuses a folder that holds another run."""
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     # What latents and embeddings depend on besides the row: the content of the model, not its place, and preprocessing.
-    model, vae = args.pretrained_model_name_or_path, getattr(args, "pretrained_vae_model_name_or_path", None)
+    model, vae = args.model, getattr(args, "pretrained_vae_model_name_or_path", None)
     models = [model_key(model, "model_index.json", args.revision), vae and model_key(vae, "config.json")]
     encoding = content_key(json.dumps([VERSION, *models, *(getattr(args, name) for name in ENCODING_FLAGS)]))
     settings = {spec.name: getattr(args, spec.name) for spec in fields(args) if not spec.metadata["free"]}
@@ -1154,10 +1184,9 @@ def save_checkpoint(args: ScriptArguments, run: Run, step: int, model: Module, s
     torch.save({name: part.state_dict() for name, part in state.items()}, temporary / STATE_FILE)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    if args.checkpoints_total_limit:
-        older = [path for saved, path in list_checkpoints(args).items() if saved <= step]
-        for path in older[: -args.checkpoints_total_limit]:
-            shutil.rmtree(path)
+    older = [path for saved, path in list_checkpoints(args).items() if saved <= step]
+    for path in older[: -(args.checkpoints_total_limit or len(older))]:
+        shutil.rmtree(path)
     if args.push_to_hub and args.hub_strategy == "checkpoint" and step < run.max_train_steps:
         lora = {"path_or_fileobj": (folder / LORA_FILE).read_bytes(), "path_in_repo": LORA_FILE}
         run.upload = HfApi().upload_file(repo_id=args.hub_model_id, **lora, run_as_future=True)
@@ -1325,7 +1354,7 @@ def write_card(args: ScriptArguments, run: Run, before: list, after: list, facts
     model, name = args.pretrained_model_name_or_path, output_dir.resolve().name
     front = {"library_name": "diffusers", **base_license(args), "widget": widgets}
     front["tags"] = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *about["tags"]]
-    front["base_model"] = None if os.path.isdir(model) else model  # the Hub cannot link to a folder of this machine
+    front["base_model"] = None if os.path.exists(model) else re.sub("^https://[^/]+/|/(blob|resolve)/.*", "", model)
     front["datasets"] = [name for name in about["datasets"] if not os.path.exists(name)] or None
     local = "output_dir cache_dir resume_from_checkpoint push_to_hub hub_model_id validation_prompts".split()
     command = ["accelerate", "launch", f"--num_processes={run.accelerator.num_processes}", Path(__file__).name]
@@ -1446,7 +1475,7 @@ def config_words(file: str) -> list[str]:
 
 def seeded_generator(*key) -> np.random.Generator:
     """A NumPy generator that is a function of the key alone, on every machine and in every process."""
-    digest = hashlib.sha256("|".join(str(part) for part in key).encode()).digest()
+    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 

@@ -163,6 +163,7 @@ def count_ours(family: str, folder: Path, rank: int, resolution: int, settings: 
     script = importlib.import_module(SCRIPTS[family])
     flags = ["--pretrained_model_name_or_path", str(folder), "--dataset_name", "none"]
     args = script.parse_arguments([*flags, "--rank", str(rank), "--resolution", str(resolution)])
+    getattr(script, "set_defaults", lambda args: None)(args)
     with without_weights():
         noise_scheduler, model = script.load_model(args)
     place = types.SimpleNamespace(device=torch.device("meta"))
@@ -412,6 +413,7 @@ def count_encoding(family: str, folder: Path, resolution: int, images: int) -> f
     flags = ["--pretrained_model_name_or_path", str(folder), "--dataset_name", "none", "--mixed_precision", "bf16"]
     flags += ["--pretrained_vae_model_name_or_path", str(folder / "vae")] if family == "sdxl" else []
     args = script.parse_arguments([*flags, "--resolution", str(resolution)])
+    getattr(script, "set_defaults", lambda args: None)(args)
     with sizes_only():
         vae = script.load_pipeline(args, torch.device("cpu"), with_text=False).vae
         pixels = torch.empty(images, 3, resolution, resolution, dtype=torch.uint8)

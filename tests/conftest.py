@@ -149,8 +149,8 @@ def check_card(folder: Path) -> str:
     return card
 
 
-def tiny_clip(tokenizer, width: int):
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width, "num_hidden_layers": 2}
+def tiny_clip(tokenizer, width: int, layers: int = 2):
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": 2, "max_position_embeddings": 16, "vocab_size": len(tokenizer)}
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return transformers.CLIPTextConfig(**sizes, **ends)
@@ -164,8 +164,8 @@ VAE_16 = {**TINY_VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
-    """An SDXL pipeline of 40 thousand parameters for 32x32 images; its latents are a quarter as large."""
+def make_tiny_sdxl(folder: Path, seed: int = 0, second: tuple = (16, 2)) -> Path:
+    """An SDXL pipeline of 40 thousand parameters for 32x32 images. second: width and layers of the second encoder."""
     import train_generators
 
     torch.manual_seed(seed)
@@ -173,12 +173,12 @@ def make_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     config = tiny_clip(tokenizer, 16)
     blocks = {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "attention_head_dim": [1, 2]}
     blocks |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 1]}
-    blocks |= {"cross_attention_dim": 32, "use_linear_projection": True, "addition_embed_type": "text_time"}
-    blocks |= {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + 16}
+    blocks |= {"cross_attention_dim": 16 + second[0], "use_linear_projection": True, "addition_embed_type": "text_time"}
+    blocks |= {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + second[0]}
     parts = {"unet": diffusers.UNet2DConditionModel(**TINY_UNET, **blocks)}
     parts |= {"vae": diffusers.AutoencoderKL(**TINY_VAE), "tokenizer": tokenizer, "tokenizer_2": tokenizer}
     parts |= {"text_encoder": transformers.CLIPTextModel(config)}
-    parts |= {"text_encoder_2": transformers.CLIPTextModelWithProjection(config)}
+    parts |= {"text_encoder_2": transformers.CLIPTextModelWithProjection(tiny_clip(tokenizer, *second))}
     parts |= {"scheduler": diffusers.EulerDiscreteScheduler(**SCHEDULE), "add_watermarker": False}
     diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=True).save_pretrained(folder)
     return folder

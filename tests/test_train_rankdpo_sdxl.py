@@ -367,10 +367,10 @@ def test_checkpoints_are_named_as_people_name_them(flags, tmp_path):
 
 
 def test_files_that_are_no_diffusers_folder_are_refused(flags, tiny_sdxl, tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    for flag in ("--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"):
-        message = refused("train_rankdpo_sdxl", *flags, flag, tmp_path / "model.safetensors")
-        assert flag in message and "single file" in message and "from_single_file" in message
+    (tmp_path / "vae.safetensors").touch()
+    flag = "--pretrained_vae_model_name_or_path"
+    message = refused("train_rankdpo_sdxl", *flags, flag, tmp_path / "vae.safetensors")
+    assert flag in message and "single file" in message and "from_single_file" in message
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float16)
     pipeline.save_pretrained(tmp_path / "half", variant="fp16")
     half = ["--pretrained_model_name_or_path", tmp_path / "half", "--output_dir", tmp_path / "out"]
