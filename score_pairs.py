@@ -76,7 +76,6 @@ from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 
-PLOTS = ["figures/difference.png", "figures/quality.png"]  # the figures without pictures of the dataset
 DATA_FILES = ["data/train-*-of-*.parquet", "scores/train-*-of-*.parquet"]
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
 CARD_BEGIN = "<!-- score_pairs.py writes from here to its second mark; text before and after is kept. -->"
@@ -119,13 +118,12 @@ class ScriptArguments:
     on_bad_image: str = flag("skip", "Broken images: skip their pairs, or fail.", choices=("skip", "fail"))
     reward: str = flag("hpsv2", "Name (see REWARD_MODELS), name=checkpoint or file.py:function.", "Quality")
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
-    # auto: as in the paper, standardize for your own functions; standardize: over the dataset, clipped at 3 deviations;
-    # softmax: the model's probability that it is the better of the two; none: it is a probability already.
+    # auto: as in the paper, for functions as standardize: over the dataset, cut at 3 deviations; none: is in [0, 1].
     normalization: str = flag("auto", "How a reward becomes ψ.", choices="auto standardize softmax none".split())
     top_fraction: float = flag(1.0, "Share of the ranked pairs to keep, the best.", above=0, max=1)
     output_dir: str = flag("outputs/qsd", "Folder for the dataset, figures, card, and the shards in work/.", "Work")
     include_images: bool = flag(False, "Write, and push, the images too, not only other columns.")
-    num_examples: int = flag(5, "Best and worst pairs to show in pictures; 0: none.", min=0)
+    num_examples: int = flag(5, "With --include_images, best and worst pairs to show on the card.", min=0)
     shard_size: int = flag(512, "Pairs per shard of work: what a crash can lose.", min=1)
     stages: list[str] = flag(lambda: ["score", "sort"], "Stages to run.", choices=("score", "sort"))
     task_index: int = flag(0, "Which of --num_tasks this is, from 0, e.g. $SLURM_ARRAY_TASK_ID.", min=0)
@@ -198,8 +196,8 @@ def main(args: ScriptArguments) -> None:
         draw_figures(args, pairs, ranking)
         write_card(args, pairs, ranking)
         if args.push_to_hub:
-            files = [*DATA_FILES, "figures/*.png"] if args.include_images else [DATA_FILES[1], *PLOTS]
-            publish(args, ["README.md", "statistics.json", *files])
+            data = DATA_FILES if args.include_images else DATA_FILES[1:]
+            publish(args, ["README.md", "statistics.json", "figures/*.png", *data])
         print(f"{ranking.summary}; the best {ranking.kept} of them, sorted, in {args.output_dir}")
 
 
@@ -238,8 +236,8 @@ def score_shard(args: ScriptArguments, pairs: "Pairs", reward: "RewardModel", sh
     write_tables(iter([table]), shard.scores, {"files": work.files, "errors": errors, "cut": too_long}, len(table))
 
 
-# The ranked pairs without images, best first; how many of them to keep; for the card: statistics.json, the counts in
-# words, bad images, prompts that are too long, a hash of the kept pairs, their order and ψ; a key of what made them.
+# The ranked pairs without images, best first; how many to keep; statistics.json; for the card the counts in words, bad
+# images, prompts that are too long, and a hash of the kept pairs, their order and ψ; a key of what made them.
 Ranking = namedtuple("Ranking", "table kept statistics summary errors cut hash key")
 
 
@@ -561,8 +559,7 @@ class Pairs:
 
 
 def read_rows(pairs: Pairs, wanted: list[int]) -> Iterator[tuple[int, dict]]:
-    """Yields these rows, in the dataset's order. Reads only row groups that hold one, of each column at most 16 MB at
-    once, and decodes 16 rows at once."""
+    """Yields these rows in order. Reads only row groups that hold one: of a column 16 MB at once, decoded 16 rows."""
     wanted, columns, end = set(wanted), list(dict.fromkeys([*pairs.read, *pairs.images])), 0
     for part in pairs.files:
         groups = {}
@@ -673,22 +670,27 @@ def draw_figures(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
     curve.set(title=title, xlabel="rank of the pair", ylabel="quality Q")
     curve.legend()
     pictures = {"difference": bars.figure.savefig, "quality": curve.figure.savefig}
-    if args.num_examples:
-        pictures["best"] = draw_examples(args, pairs, ranking.table[: args.num_examples].to_pylist()).save
-        pictures["worst"] = draw_examples(args, pairs, ranking.table[-args.num_examples :].to_pylist()[::-1]).save
+    if args.include_images and (count := min(args.num_examples, ranking.kept)):
+        pictures["best"] = draw_examples(args, pairs, range(count)).save
+        pictures["worst"] = draw_examples(args, pairs, range(ranking.kept - 1, ranking.kept - 1 - count, -1)).save
     shutil.rmtree(Path(args.output_dir, "figures"), ignore_errors=True)
     for name, save in pictures.items():
         with replacing(Path(args.output_dir, "figures", f"{name}.png")) as file:
             save(file, format="png")
 
 
-def draw_examples(args: ScriptArguments, pairs: Pairs, rows: list[dict], cell: int = 224) -> PILImage.Image:
-    """A strip of pairs: winners above, losers below, in squares of `cell` pixels."""
+def draw_examples(args: ScriptArguments, pairs: Pairs, rows: range, cell: int = 224) -> PILImage.Image:
+    """A strip of rows of the dataset: winners above, losers below, in squares of `cell` pixels."""
+    files = sorted(Path(args.output_dir, "data").glob("*.parquet"))
+    places = (divmod(row, pq.read_metadata(files[0]).num_rows) for row in rows)
+    groups = ((pq.ParquetFile(files[file]).read_row_group(row // 20), row % 20) for file, row in places)
     canvas = PILImage.new("RGB", (cell * len(rows), 2 * cell + 22), "white")
-    drawing, found = ImageDraw.Draw(canvas), dict(read_rows(pairs, sorted(row["_row"] for row in rows)))
-    for left, row in zip(range(0, canvas.width, cell), rows):
-        for top, side in ((0, row["_winner"]), (cell, 1 - row["_winner"])):
-            image = decode_image(pairs.image_of(found[row["_row"]][pairs.images[side]])["bytes"]).convert("RGB")
+    drawing = ImageDraw.Draw(canvas)
+    for left, (group, place) in zip(range(0, canvas.width, cell), groups):
+        row = group.slice(place, 1).to_pylist()[0]
+        for top, is_winner in ((0, True), (cell, False)):
+            name = pairs.images[(pair_label(args, row) == 1) ^ is_winner]
+            image = decode_image(pairs.image_of(row[name])["bytes"]).convert("RGB")
             resample = PILImage.NEAREST if max(image.size) < cell else PILImage.LANCZOS
             size = [max(1, round(length * (cell / max(image.size)))) for length in image.size]
             canvas.paste(image.resize(size, resample), (left, top))
@@ -709,11 +711,9 @@ def write_card(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
         is_hash = pairs.uids[0] not in pairs.read and pairs.images[0] not in pairs.read
         images += " (BLAKE2b of the image's file, 16 bytes in hexadecimal)." if is_hash else "."
     elif args.num_examples:
-        figures |= {"best": "The best pairs, winners above losers", "worst": "The worst pairs, of the smallest Q"}
+        figures |= {"best": "The best pairs, winners above losers", "worst": "The worst pairs that were kept"}
     figures = "\n\n".join(f"{text}:\n\n![{text}](figures/{file}.png)" for file, text in figures.items())
     remarks = [f"\n- {error}" for error in ranking.errors[:20]]
-    if len(ranking.errors) > 20:
-        remarks.append(f"\n- and {len(ranking.errors) - 20} more")
     if ranking.cut:
         remarks.append(f"\n\nOf {ranking.cut} pairs the reward model reads only the beginning of the prompt.")
         warn(remarks[-1].strip())
