@@ -75,6 +75,7 @@ from accelerate import PartialState
 from datasets import Features, Image, List, Value
 from datasets.config import HF_HUB_OFFLINE
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.training_utils import free_memory
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock, Timeout
@@ -137,8 +138,6 @@ class ScriptArguments:
 
     def __post_init__(self):
         complete_prompt_flags(self)
-        if "publish" in self.stages:  # where nothing has changed, ranking writes no more than the card
-            self.stages = [*self.stages, "rank"]
         if self.num_tasks > 1:  # a run of its own ranks and publishes after all tasks
             self.stages = [stage for stage in self.stages if stage in ("generate", "score")]
         size = self.generation_batch_size
@@ -189,7 +188,8 @@ def main(args: ScriptArguments) -> None:
     state.wait_for_everyone()
     shards = json.loads((output_dir / "work" / "prompts.json").read_text())["shards"]
     for stage in (generate, score, rank):
-        if stage.__name__ in args.stages:
+        # Publishing ranks first: where nothing has changed, that writes the card alone, which names the repository.
+        if stage.__name__ in args.stages or (stage is rank and "publish" in args.stages):
             stage(args, shards, generators, state)
             state.wait_for_everyone()
     if state.is_main_process:
@@ -223,8 +223,7 @@ def begin_run(args: ScriptArguments, generators: list[dict]) -> FileLock:
             check_generator(entry, list(itertools.chain(*record["shards"])))
         probe_rewards(args.rewards, generators[0], record["shards"][0])
     earlier_card(args)
-    # A wrong token or name fails now, not after the work.
-    if args.push_to_hub and args.num_tasks == 1 and "publish" in args.stages:
+    if args.push_to_hub and args.num_tasks == 1 and "publish" in args.stages:  # a wrong token or name fails now
         prepare_repository(args)
     lock = lock_folder(args)
     write_bytes(work / "prompts.json", json.dumps(record, indent=1).encode())
@@ -270,8 +269,7 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
     state.wait_for_everyone()  # now all processes know of the same missing shards, which they share out
     device = torch.cuda.get_device_name() if state.device.type == "cuda" else "CPU"
     for entry in generators:
-        name = entry["name"]
-        missing = todo[name][state.process_index :: state.num_processes]
+        name, missing = entry["name"], todo[entry["name"]][state.process_index :: state.num_processes]
         if not missing:
             continue
         draw = None if "images" in entry else Generator(entry, state.device, args)
@@ -286,8 +284,8 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
                 files = [entry["images"].format(**row) for row in shards[s]] if draw is None else []
                 images = [*map(PILImage.open, files)] or draw(prompts, seeds, bar)
                 columns = {"prompt_id": ids, "image": images, "seed": seeds}
-                facts = {"seconds": time.time() - started, "device": device}
-                facts["cut"] = draw.count_cut(prompts) if draw else 0
+                seconds, cut = time.time() - started, draw.count_cut(prompts) if draw else 0
+                facts = {"seconds": seconds, "device": device, "cut": cut}
                 if writing:  # a thread encodes and writes a shard while the next is drawn: at most two are in memory
                     writing.result()
                 writing = pool.submit(write_images, args, name, s, columns, facts)
@@ -437,7 +435,7 @@ DEFAULT_GENERATORS = """
 GIVEN_BY_SCRIPT = """self prompt prompt_embeds generator latents num_images_per_prompt output_type return_dict
     image_embeddings callback_on_step_end""".split()
 # What `load` may have besides the pipeline's components: of the options of from_pretrained, those about the files.
-LOAD_OPTIONS = ("dtype", "variant", "revision", "use_safetensors", "cache_dir")
+LOAD_OPTIONS = ("dtype", "variant", "revision", "use_safetensors", "cache_dir", "config")
 
 
 def read_generators(file: str | None) -> list[dict]:
@@ -476,7 +474,8 @@ def check_generator(entry: dict, rows: list[dict]) -> None:
     for part in generator_parts(entry):
         load, where = part["load"], f"generator {entry['name']}: {part['model']}"
         try:
-            class_name = DiffusionPipeline.load_config(part["model"], revision=load.get("revision"))["_class_name"]
+            config = load.get("config", part["model"])  # of a model in one file: a folder or Hub id
+            class_name = DiffusionPipeline.load_config(config, revision=load.get("revision"))["_class_name"]
         except Exception as error:
             raise SystemExit(f"{where} is no diffusers pipeline that can be read: {one_line(error)}") from None
         kind = getattr(diffusers, class_name, DiffusionPipeline)
@@ -522,7 +521,13 @@ class Generator:
         dtype = "float32" if device.type == "cpu" else part["load"].get("dtype", "float32")  # half is slow on a CPU
         by_component = {name: getattr(torch, kind) for name, kind in dtype.items()} if isinstance(dtype, dict) else None
         options = part["load"] | {"dtype": by_component or getattr(torch, dtype)}
-        pipeline = DiffusionPipeline.from_pretrained(part["model"], **options).to(device)
+        config = options.get("config")  # of a model in one file
+        kind = getattr(diffusers, DiffusionPipeline.load_config(config)["_class_name"]) if config else DiffusionPipeline
+        pipeline = (kind.from_single_file if config else kind.from_pretrained)(part["model"], **options).to(device)
+        if config and "v_pred" in (weights := load_single_file_checkpoint(part["model"])):  # files like NoobAI's say so
+            changes = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+            changes["rescale_betas_zero_snr"] = "ztsnr" in weights
+            pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
         pipeline.set_progress_bar_config(disable=True)
         if getattr(pipeline, "safety_checker", None) is not None:
             pipeline.safety_checker = None  # it would replace images by black ones, which would be ranked
@@ -627,10 +632,9 @@ def path_key(path: str) -> str:
 
 
 def write_images(args: ScriptArguments, generator: str, shard: int, columns: dict, facts: dict) -> None:
-    images = columns["image"]
-    if black := sum(image.convert("L").getbbox() is None for image in images):
+    if black := sum(image.convert("L").getbbox() is None for image in columns["image"]):
         warn(f"generator {generator}: {black} images are black all over: an overflow in half precision?")
-    files = list(WORKERS.map(partial(encode_image, image_format=args.image_format), images))
+    files = list(WORKERS.map(partial(encode_image, image_format=args.image_format), columns["image"]))
     facts |= {"black": black, "images": short_hash(b"|".join([*map(str.encode, columns["prompt_id"]), *files]))}
     table = pa.table(columns | {"image": pa.array(files, pa.large_binary())})
     write_tables(iter([table]), image_file(args, generator, shard), facts)

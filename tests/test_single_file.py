@@ -5,9 +5,10 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import call, load, logged, make_tiny_sdxl, refused, same_lora
+from conftest import call, copy_of, load, logged, make_tiny_sdxl, refused, same_lora
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from single_file import single_file, unet_key
@@ -174,3 +175,20 @@ def test_lora_files_of_other_trainers_draw_the_same(models, tmp_path):
     call("evaluate", *flags, "--loras", *(f"{name}={tmp_path}/{name}.safetensors" for name in files))
     drawn = {name: (tmp_path / "out/images" / name / "00000_0.png").read_bytes() for name in ("base", *files)}
     assert drawn["diffusers"] == drawn["onetrainer"] == drawn["kohya"] != drawn["base"]
+
+
+def test_build_synpic_draws_a_single_file_as_its_folder(models, tmp_path):
+    """And one of NoobAI's, which predicts v, as a folder whose scheduler says so, to a rounding."""
+    folder, file = models["sdxl"]
+    noobai = copy_of(folder, tmp_path / "noobai", **{"scheduler/scheduler_config": V_PREDICTION})
+    save_file(load_file(file) | NOOBAI, one := tmp_path / "noobai.safetensors")
+    script, images = load("build_synpic"), []
+    for model, options in ((folder, {}), (file, {"config": str(folder)}), (noobai, {}), (one, {"config": str(folder)})):
+        entry = {"name": "a", "model": str(model), "load": options}
+        entry["call"] = {"num_inference_steps": 2, "height": 32, "width": 32}
+        script.check_generator(entry, [])
+        draw = script.Generator(entry, torch.device("cpu"), SimpleNamespace(generation_batch_size="1", compile=False))
+        images.append(np.asarray(draw.draw(["a red circle"], [1])[0], dtype=int))
+    assert (
+        np.array_equal(*images[:2]) and np.abs(images[2] - images[3]).max() <= 1 < np.abs(images[1] - images[2]).max()
+    )
