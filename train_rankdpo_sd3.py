@@ -1216,7 +1216,8 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
+        size, warm_up = f"{run.rows_per_step} x {run.images_per_row} images", f"warm-up: {args.lr_warmup_steps} steps"
+        self.accelerator.print(f"{total} steps of {size}; {warm_up}")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers(Path(__file__).stem, config=config)

@@ -316,9 +316,8 @@ def sample_noise(args: ScriptArguments, noise_scheduler: DDPMScheduler, key: tup
 
 
 def predict(model: Module, noise_scheduler: DDPMScheduler, batch: dict, args: ScriptArguments) -> tuple:
-    """One forward of a batch of prompts: latents and noise (B, k, C, h, w), timesteps (B,), prompt_embeds (B, tokens,
-    width), pooled_prompt_embeds (B, width), time_ids (B, k, 6). Returns errors, float32 (B, k); prediction and target,
-    (B, k, C, h, w)."""
+    """Forward of latents, noise (B, k, C, h, w), timesteps (B,), time_ids (B, k, 6), prompt_embeds (B, tokens, width),
+    pooled_prompt_embeds (B, width). Returns errors, float32 (B, k); prediction and target, (B, k, C, h, w)."""
     shape, k = batch["latents"].shape, batch["latents"].shape[1]
     latents = batch["latents"].flatten(0, 1).float()
     noise = batch["noise"].flatten(0, 1)
@@ -1218,7 +1217,8 @@ def stop(args: ScriptArguments, run: Run, step: int, model: Module, state: dict,
 class TrainingLog:  # progress bar, trackers, `training_log.jsonl`, and the clock
     def __init__(self, args: ScriptArguments, run: Run):
         self.args, self.run, self.accelerator, total = args, run, run.accelerator, run.max_train_steps
-        self.accelerator.print(f"{total} steps of {run.rows_per_step} x {run.images_per_row} images")
+        size, warm_up = f"{run.rows_per_step} x {run.images_per_row} images", f"warm-up: {args.lr_warmup_steps} steps"
+        self.accelerator.print(f"{total} steps of {size}; {warm_up}")
         if self.accelerator.is_main_process:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers(Path(__file__).stem, config=config)

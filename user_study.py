@@ -318,17 +318,16 @@ def verdict(name: str, other: str, figures: dict) -> str:
     """What the interval of the win rate says, in plain words."""
     low, high = figures["win_rate_ci95"]
     shown = f"{figures['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%})"
+    count, raters = figures["n_comparisons"], figures["n_raters"]
+    few = count < FEW_PROMPTS or raters < FEW_RATERS
+    cause = "" if few else " Chance alone is an unlikely cause."
     if low > 0.5:
-        text = f"People prefer {name} to {other}: {shown}. Chance alone is an unlikely cause."
+        text = f"People prefer {name} to {other}: {shown}.{cause}"
     elif high < 0.5:
-        text = f"People prefer {other} to {name}: {name} wins {shown}. Chance alone is an unlikely cause."
+        text = f"People prefer {other} to {name}: {name} wins {shown}.{cause}"
     else:
         text = f"No preference is shown: {name} wins {shown}, which contains 50 %."
-    if figures["n_comparisons"] < FEW_PROMPTS:
-        text += f" Only {figures['n_comparisons']} comparisons: the interval says little."
-    if figures["n_raters"] < FEW_RATERS:
-        text += f" Only {figures['n_raters']} raters: other people may judge otherwise, and the interval is too narrow."
-    return text
+    return text + f" Only {count} comparisons by {raters} raters: the interval says little." * few
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
