@@ -80,6 +80,7 @@ DATA_FILES = ["data/train-*-of-*.parquet", "scores/train-*-of-*.parquet"]
 CARD_FACTS = ("size_categories", "configs", "dataset_info")  # the metadata of the card that every run replaces
 CARD_BEGIN = "<!-- score_pairs.py writes from here to its second mark; text before and after is kept. -->"
 CARD_END = "<!-- End of what score_pairs.py wrote. -->"
+IMAGE_ROWS = 20  # of the dataset with images: in a row group, and in memory at once
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
 # What becomes of a pair; a label comes before prompt and images. In this order: names in statistics.json, and words.
 TIE, UNLABELLED, BLANK, BAD, RANKED = range(5)
@@ -302,7 +303,7 @@ def write_dataset(args: ScriptArguments, pairs: "Pairs", ranking: Ranking) -> No
             schema = folders[folder].arrow_schema
             tables = with_images(args, ranking, part, building / "images") if folder == "data" else [part]
             tables = (table.select(schema.names).cast(schema) for table in tables)
-            write_tables(tables, file, {"key": key}, 20 if folder == "data" else 1000)
+            write_tables(tables, file, {"key": key}, IMAGE_ROWS if folder == "data" else 1000)
     for folder in ("data", "scores"):  # data/ of an earlier run with images would not fit this one
         shutil.rmtree(output_dir / folder, ignore_errors=True)
         if folder in folders:
@@ -333,7 +334,7 @@ def copy_images(args: ScriptArguments, pairs: "Pairs", ranking: Ranking, folder:
 def with_images(args: ScriptArguments, ranking: Ranking, part: pa.Table, folder: Path) -> Iterator[pa.Table]:
     """The rows of one output file with their images, a few at a time: one column of all would overflow beyond 2 GiB."""
     kept = np.sort(ranking.table["_row"].to_numpy()[: ranking.kept])
-    for few in batches(part, 20):
+    for few in batches(part, IMAGE_ROWS):
         places = zip(*np.divmod(np.searchsorted(kept, few["_row"].to_numpy()), args.shard_size))
         files = ((pa.ipc.open_file(pa.memory_map(f"{folder}/{file}.arrow")), batch) for file, batch in places)
         images = pa.Table.from_batches([file.get_batch(batch) for file, batch in files])
@@ -682,12 +683,13 @@ def draw_figures(args: ScriptArguments, pairs: Pairs, ranking: Ranking) -> None:
 def draw_examples(args: ScriptArguments, pairs: Pairs, rows: range, cell: int = 224) -> PILImage.Image:
     """A strip of rows of the dataset: winners above, losers below, in squares of `cell` pixels."""
     files = sorted(Path(args.output_dir, "data").glob("*.parquet"))
-    places = (divmod(row, pq.read_metadata(files[0]).num_rows) for row in rows)
-    groups = ((pq.ParquetFile(files[file]).read_row_group(row // 20), row % 20) for file, row in places)
+    size = pq.read_metadata(files[0]).num_rows
+    places = [(row // size, *divmod(row % size, IMAGE_ROWS)) for row in rows]
+    groups = {key: pq.ParquetFile(files[key[0]]).read_row_group(key[1]) for key in {place[:2] for place in places}}
     canvas = PILImage.new("RGB", (cell * len(rows), 2 * cell + 22), "white")
     drawing = ImageDraw.Draw(canvas)
-    for left, (group, place) in zip(range(0, canvas.width, cell), groups):
-        row = group.slice(place, 1).to_pylist()[0]
+    for left, (file, group, place) in zip(range(0, canvas.width, cell), places):
+        row = groups[file, group].slice(place, 1).to_pylist()[0]
         for top, is_winner in ((0, True), (cell, False)):
             name = pairs.images[(pair_label(args, row) == 1) ^ is_winner]
             image = decode_image(pairs.image_of(row[name])["bytes"]).convert("RGB")
