@@ -1074,6 +1074,8 @@ def collect_scores(args: ScriptArguments, rows: list[dict], models: dict) -> tup
         values = [{} if value is None else value for part in parts for value in part["scores"]]
         values = [value if isinstance(value, dict) else {"": value} for value in values]
         keys = dict.fromkeys(itertools.chain(*values)) or {"": None}
+        if "" in keys and len(keys) > 1:
+            raise SystemExit(f"metric {column}: gives numbers and dicts: all images need the same")
         names[metric] = {key: f"{column}_{key}" if key else column for key in keys}
         for key, label in names[metric].items():
             if label in results or re.search(ENDINGS, label):

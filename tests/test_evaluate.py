@@ -338,6 +338,7 @@ def test_pictures_alone_with_metrics_of_all_kinds(tmp_path):
         "    return [{'red': r * row['scale'], **({'high': r} if r > 150 else {})} for r, row in zip(red, rows)]\n"
         "def red_lift(images, prompts):\n    return [1.0 for _ in images]\n"
         "def wrong(images, prompts):\n    return [None for _ in images]\n"
+        "def mixed(images, prompts):\n    return [{'a': 1.0} if np.asarray(i)[0, 0, 0] % 2 else 1.0 for i in images]\n"
     )
     flags = ["--prompts", tmp_path / "prompts.jsonl", "--output_dir", tmp_path / "out"]
     template = f"{tmp_path}/{{}}/{{{{index}}}}_{{{{number}}}}.png"
@@ -354,6 +355,7 @@ def test_pictures_alone_with_metrics_of_all_kinds(tmp_path):
     assert results["two@0"]["keys_red"] == pytest.approx(402)
 
     wrong = {"red_lift": "metric red_lift: results.json uses this name", "wrong": "must be a finite number"}
+    wrong |= {"mixed": "numbers and dicts"}
     for name, text in wrong.items():
         assert text in refused("evaluate", *flags, "--metrics", f"{tmp_path}/own.py:{name}")
     (tmp_path / "two" / "1_0.png").write_bytes((tmp_path / "two" / "1_0.png").read_bytes()[:45])
