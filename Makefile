@@ -1,12 +1,12 @@
-# make demo · demo-sd3 · demo-qsd · reproduce · test · test-faults · coverage · quality · fix-copies · bench · bench-gpu ·
-# models: each makes and reuses .venv by itself; bench-gpu takes it if it is there.
+# make demo · demo-sd3 · demo-zimage · demo-qsd · reproduce · test · test-faults · coverage · quality · fix-copies · bench ·
+# bench-gpu · models: each makes and reuses .venv by itself; bench-gpu takes it if it is there.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-sd3 demo-qsd reproduce test test-faults coverage quality fix-copies models bench bench-gpu
+.PHONY: demo demo-sd3 demo-zimage demo-qsd reproduce test test-faults coverage quality fix-copies models bench bench-gpu
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,20 @@ demo-sd3: .venv/ready
 		--cache_dir $(DEMO)/cache --output_dir $(DEMO)/lora --resume_from_checkpoint latest
 	$(BIN)/python evaluate.py --config shapes/evaluate_sd3.yaml --prompts $(DEMO)/heldout.jsonl \
 		--loras rankdpo=$(DEMO)/lora --output_dir $(DEMO)/evaluation
+	$(BIN)/python shapes/report.py $(DEMO)
+
+# The same for Z-Image, and once more with the safeguard: does it keep the winners' error down?
+demo-zimage: DEMO := outputs/demo-zimage
+demo-zimage: .venv/ready
+	$(BIN)/python shapes/world.py --split train --num_prompts 800 --output $(DEMO)/train.jsonl
+	$(BIN)/python shapes/world.py --split heldout --num_prompts 400 --seed 1 --output $(DEMO)/heldout.jsonl
+	$(BIN)/python build_synpic.py --config shapes/synpic_zimage.yaml --prompts $(DEMO)/train.jsonl --output_dir $(DEMO)/synpic
+	$(BIN)/python train_rankdpo_zimage.py --config shapes/rankdpo_zimage.yaml --dataset_name $(DEMO)/synpic \
+		--cache_dir $(DEMO)/cache --output_dir $(DEMO)/lora --resume_from_checkpoint latest
+	$(BIN)/python train_rankdpo_zimage.py --config shapes/rankdpo_zimage.yaml --dataset_name $(DEMO)/synpic --safeguard 0.6 \
+		--cache_dir $(DEMO)/cache --output_dir $(DEMO)/lora-safeguard --resume_from_checkpoint latest
+	$(BIN)/python evaluate.py --config shapes/evaluate_zimage.yaml --prompts $(DEMO)/heldout.jsonl \
+		--loras rankdpo=$(DEMO)/lora safeguard=$(DEMO)/lora-safeguard --output_dir $(DEMO)/evaluation
 	$(BIN)/python shapes/report.py $(DEMO)
 
 # DPO on noisy pairs (30 % of the labels wrong): the best by quality, in order, against all of them at random, for as many
@@ -123,3 +137,4 @@ bench-gpu:
 models: .venv/ready
 	$(BIN)/python shapes/train_generators.py --output_dir shapes/models
 	$(BIN)/python shapes/train_sd3_generator.py --output_dir shapes/models
+	$(BIN)/python shapes/train_zimage_generator.py --output_dir shapes/models

@@ -234,50 +234,12 @@ def tiny_sd3(tmp_path_factory) -> Path:
     return make_tiny_sd3(tmp_path_factory.mktemp("models") / "tiny-sd3")
 
 
-# As Z-Image's template writes one turn of a user with `enable_thinking=True`.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def make_qwen_tokenizer() -> transformers.Qwen2Tokenizer:
-    """A Qwen tokenizer whose merges spell the world's words, with and without a space before them; any other text falls
-    into bytes. The same at every build."""
-    import world
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    words = {word for category in world.CATEGORIES for scene in world.scenes(category) for word in scene.text.split()}
-    words |= {word for prefix in world.PREFIXES for word in prefix.split()} | {"user", "assistant"}
-    vocab, merges = sorted(ByteLevel.alphabet()), []
-    for word in sorted(words):
-        for start in ("", "Ġ"):  # a space, as byte-level tokenizers write it
-            pieces = [*start, *word]
-            while len(pieces) > 1:  # apply what is merged already, first learnt first; then learn the leftmost pair
-                pairs = list(zip(pieces, pieces[1:]))
-                known = [pair for pair in merges if pair in pairs]
-                if not known:
-                    merges.append(pairs[0])
-                    vocab.append("".join(pairs[0]))
-                at = pairs.index(known[0] if known else pairs[0])
-                pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab={token: index for index, token in enumerate(dict.fromkeys([*vocab, *special]))},
-        merges=merges,
-        unk_token=None,
-        pad_token=special[0],
-        eos_token=special[2],
-        additional_special_tokens=special[1:],
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
 def make_tiny_zimage(folder: Path, seed: int = 0) -> Path:
     """A Z-Image pipeline of 390 thousand parameters for 32x32 images; most of them embed the time."""
+    import train_zimage_generator
+
     torch.manual_seed(seed)
-    tokenizer = make_qwen_tokenizer()
+    tokenizer = train_zimage_generator.make_qwen_tokenizer()
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 32,

@@ -98,19 +98,28 @@ def test_shipped_generators_draw_what_is_asked_and_differ_in_quality():
     assert found["base"] > 0.25 and found["base"] > found["early"]
 
 
-@pytest.mark.parametrize("t5", [True, False])
-def test_shipped_sd3_generator_draws_what_is_asked_also_without_t5(t5):
-    folder = ROOT / "shapes" / "models" / "sd3"
+ABSENT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+SD3_CALL, ZIMAGE_CALL = (
+    {"num_inference_steps": 10, "guidance_scale": guidance, "max_sequence_length": length}
+    for guidance, length in ((3.0, 16), (2.0, 64))
+)
+
+
+@pytest.mark.parametrize(
+    "name, call, absent", [("sd3", SD3_CALL, {}), ("sd3", SD3_CALL, ABSENT_T5), ("zimage", ZIMAGE_CALL, {})]
+)
+def test_shipped_transformers_draw_what_is_asked_sd3_also_without_t5(name, call, absent):
+    folder = ROOT / "shapes" / "models" / name
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 10e6
-    assert json.loads((ROOT / "shapes" / "models" / "TRAINING_SD3.json").read_text())["command"]
-    absent = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    assert json.loads((ROOT / "shapes" / "models" / f"TRAINING_{name.upper()}.json").read_text())["command"]
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **absent)
-    assert type(pipeline).__name__ == "StableDiffusion3Pipeline" and pipeline.vae.config.latent_channels == 16
+    assert pipeline.vae.config.latent_channels == 16
     pipeline.set_progress_bar_config(disable=True)
     prompts = [row["prompt"] for row in world.sample_prompts("train", 64, seed=2)]
     generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
-    call = {"num_inference_steps": 10, "guidance_scale": 3.0, "max_sequence_length": 16}
-    assert np.mean(world.accuracy(pipeline(prompts, generator=generators, **call).images, prompts)) > 0.2
+    size = {"height": 32, "width": 32}
+    images = pipeline([*prompts], generator=generators, **size, **call).images
+    assert np.mean(world.accuracy(images, prompts)) > 0.2
 
 
 def truths_and_lies(folder: Path, n: int, seed: int) -> Path:
