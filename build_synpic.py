@@ -1161,7 +1161,7 @@ class RewardModel:
 
     def prepare(self, image: PILImage.Image):
         """OpenAI CLIP's transform: PIL image → float32 (3, size, size)."""
-        image = center_crop(resize_shorter(image, self.size), self.size).convert("RGB")
+        image = center_crop(resize(image, self.size, InterpolationMode.BICUBIC), self.size).convert("RGB")
         return normalize(to_tensor(image), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
     def encode_images(self, images: list):
@@ -1287,9 +1287,6 @@ class HPSReward(RewardModel):
     (`hpsv2.evaluate` shows it times 100)."""
 
     FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
-    # HPSv2's tokenizer takes these words in a prompt as its special tokens, unless they follow punctuation. OpenAI's
-    # words for them ("<|endoftext|>") are ordinary text to it.
-    SPECIAL = re.compile(r"(?<![^\s\w])(?<!_)((?:<(?:start|end)_of_text>)+)")
 
     def load(self):
         file = self.FILES[self.kind.removesuffix("_antialias")]
@@ -1324,19 +1321,8 @@ class HPSReward(RewardModel):
         return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
-        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": True, "max_length": 76}
-        rows = []
-        for prompt in prompts:
-            row = []
-            for part in self.SPECIAL.split(clean_text(prompt)):
-                if self.SPECIAL.fullmatch(part):
-                    row += [start if word == "start" else end for word in re.findall("start|end", part)]
-                else:
-                    row += self.tokenizer(part, **options).input_ids
-            rows.append([start, *row[:75], end])
-            self.cut.update([prompt] if len(row) > 75 else [])
-        return rows
+        # "<|endoftext|>" in a prompt is ordinary text to HPSv2's tokenizer.
+        return self.tokens([clean_text(text) for text in prompts], 77, prompts, split_special_tokens=True).input_ids
 
 
 class PickScoreReward(HPSReward):
@@ -1355,111 +1341,15 @@ class PickScoreReward(HPSReward):
         self.image_processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil")
 
     def prepare(self, image) -> torch.Tensor:
-        image = resize_shorter(image.convert("RGB"), self.image_processor.size["shortest_edge"])
+        image = image.convert("RGB")
         image.info.pop("transparency", None)  # of a palette image: the processor would blend it, PickScore's did not
-        return self.image_processor(image, do_resize=False, return_tensors="pt").pixel_values[0]
+        return self.image_processor(image, return_tensors="pt").pixel_values[0]
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
         return self.tokens(prompts, 77).input_ids
 
     def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
         return self.logit_scale * super().compare(images, texts)
-
-
-class MPSReward(PickScoreReward):
-    """MPS (Zhang et al., 2024), the overall model: exp(logit scale) · cosine like PickScore, but the image's tokens
-    attend to the prompt's before they are compared with it: to those that have to do with the condition, a list of what
-    people judge. A token's similarity is its largest dot product with a token of the condition; divided by the largest
-    of the prompt (officially of the whole batch, which in its evaluation is one prompt), it must be above a threshold:
-    0.3 in the official evaluation (`mps`), 0.01 in the official model class (`mps_t0.01`)."""
-
-    CONDITION = (
-        "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
-        "texture, quantity, attributes, position, number, location, word, things."
-    )
-
-    def load(self):
-        self.threshold = 0.01 if self.kind == "mps_t0.01" else 0.3
-        config = transformers.CLIPConfig.from_pretrained(self.source_of("config.json"))
-        positions = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
-        clip, layers = mps_weights(checkpoint_weights(self.checkpoint), positions)
-        self.use_clip(self.load_model(transformers.CLIPModel, config=config, state_dict=clip, dtype=torch.float32))
-        dim = config.projection_dim
-        blocks = (torch.nn.ModuleList([MPSBlock(dim), MPSBlock(dim, positions)]) for _ in range(4))
-        self.layers = torch.nn.ModuleList(blocks)
-        self.layers.load_state_dict(layers)
-        self.ready(self.layers, self.dtype)
-        self.condition = self.text_features([self.CONDITION])[0][0].float()
-
-    def text_features(self, prompts: list[str]) -> list[torch.Tensor]:
-        """Of all 77 tokens, padding included, (n, 77, dim); and of the end token, (n, dim)."""
-        tokens = self.tokens(prompts, 77, padding="max_length", return_tensors="pt")
-        output = self.model.text_model(tokens.input_ids.to(self.device))
-        return [self.model.text_projection(part) for part in (output.last_hidden_state, output.pooler_output)]
-
-    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        # All tokens, and without the layer norm that CLIP puts behind its pooled one.
-        return self.model.visual_projection(self.model.vision_model(self.stack(pixels)).last_hidden_state)
-
-    def encode_prompts(self, prompts: list[str]) -> list:
-        tokens, end = self.text_features(prompts)
-        similarity = (tokens.float() @ self.condition.T).amax(dim=-1)
-        seen = similarity / similarity.amax(dim=-1, keepdim=True) > self.threshold
-        return list(zip(tokens, seen, unit(end)))
-
-    def compare(self, images: list[torch.Tensor], texts: list) -> torch.Tensor:
-        images, (tokens, seen, end) = torch.stack(images), map(torch.stack, zip(*texts))
-        for text_block, image_block in self.layers:
-            images = image_block(text_block(images, tokens, seen[:, None, None]))
-        return self.logit_scale * (unit(images[:, 0]) * end).sum(dim=-1)
-
-
-class MPSBlock(torch.nn.Module):
-    """Image tokens (n, positions, dim) attend to text tokens (n, t, dim) of which some are seen, or with `positions` to
-    each other with rotary positions, beside a SwiGLU feed-forward. All heads, 64 wide, share one key and value."""
-
-    def __init__(self, dim: int, positions: int = 0):
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(dim)
-        self.to_q = torch.nn.Linear(dim, dim, bias=False)
-        self.to_kv = torch.nn.Linear(dim, 128, bias=False)
-        self.to_out = torch.nn.Linear(dim, dim, bias=False)
-        self.ff_in = torch.nn.Linear(dim, 8 * dim, bias=False)
-        self.ff_out = torch.nn.Linear(4 * dim, dim, bias=False)
-        for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(positions, 64) if positions else None)
-
-    def forward(self, images: torch.Tensor, texts=None, seen=None) -> torch.Tensor:
-        inputs = self.norm(images)
-        query = self.to_q(inputs).unflatten(-1, (-1, 64))  # (n, positions, heads, 64)
-        key, value = self.to_kv(inputs if texts is None else texts).chunk(2, dim=-1)
-        if texts is None:
-            query = query * self.cos[:, None] + rotate_half(query) * self.sin[:, None]
-            key = key * self.cos + rotate_half(key) * self.sin
-        # With one key and one value, the heads of a token are no more than further queries of one head.
-        query, key, value = query.flatten(1, 2)[:, None], key[:, None], value[:, None]
-        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen)
-        inner, gate = self.ff_in(inputs).chunk(2, dim=-1)
-        feed_forward = self.ff_out(torch.nn.functional.silu(gate) * inner)
-        return images + self.to_out(attended.reshape(images.shape)) + feed_forward
-
-
-def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
-    """MPS's state dict as those of transformers.CLIPModel and of the layers in MPSReward."""
-    # "mps." is a prefix in the copy on the Hub.
-    clip, layers = {key.removeprefix("mps.").removeprefix("model."): value for key, value in weights.items()}, {}
-    for key, value in split_keys(clip, "cross_model.layers.").items():
-        block, _, name = key.partition(".fn.")
-        if name == "fused_attn_ff_proj.weight":
-            parts = value.tensor_split((value.shape[1], value.shape[1] + 128))
-            layers |= {f"{block}.{part}.weight": value for part, value in zip(("to_q", "to_kv", "ff_in"), parts)}
-        elif name == "rotary_emb.inv_freq":
-            # As in the official code in the type of the weights: in float16, these angles are off by up to 0.1.
-            angles = torch.outer(torch.arange(positions).to(value), value).repeat(1, 2).float()
-            layers |= {f"{block}.cos": angles.cos(), f"{block}.sin": angles.sin()}
-        else:
-            layers[f"{block}.{rename(name, 'ff.0=ff_in ff.2=ff_out ff_out.1=ff_out attn_out=to_out')}"] = value
-    return clip, layers
 
 
 class CLIPScoreReward(HPSReward):
@@ -1596,33 +1486,6 @@ class VQAScoreReward(RewardModel):
         return logits.log_softmax(dim=-1).gather(-1, answer[..., None]).mean(dim=(1, 2)).exp()
 
 
-class VLMReward(RewardModel):
-    """Asks an image-text-to-text model of transformers a question like VQAScore's: the probability of "Yes" as the
-    first token. A variant: its numbers are not those of CLIP-FlanT5."""
-
-    QUESTION = 'Does this image show "{}"? Answer the question with Yes or No.'
-
-    def load(self):
-        self.processor = transformers.AutoProcessor.from_pretrained(self.checkpoint)
-        self.processor.tokenizer.padding_side = "left"  # the answer follows the last token
-        self.model = self.load_model(transformers.AutoModelForImageTextToText, self.checkpoint)
-        self.yes = self.processor.tokenizer("Yes", add_special_tokens=False).input_ids[0]
-
-    def prepare(self, image) -> PILImage.Image:
-        return image.convert("RGB")
-
-    def encode_prompts(self, prompts: list[str]) -> list[str]:
-        contents = ([{"type": "image"}, {"type": "text", "text": self.QUESTION.format(text)}] for text in prompts)
-        chats = [[{"role": "user", "content": content}] for content in contents]
-        return [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-
-    def compare(self, images: list, texts: list[str]) -> torch.Tensor:
-        images = [[image] for image in images]  # a flat list would be many images for the first text
-        inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
-        logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
-        return logits.softmax(dim=-1)[:, self.yes]
-
-
 # The threads that decode and prepare images. Each has one core: teams of OpenMP's threads would be too many.
 WORKERS = ThreadPoolExecutor(min(16, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # a picture may hold the workflow that made it
@@ -1638,19 +1501,6 @@ def decode_image(image) -> PILImage.Image:
     if image.mode == "F" or max(image.getextrema()) > 65535:
         raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
     return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-
-
-def resize_shorter(image: PILImage.Image, size: int) -> PILImage.Image:
-    """Bicubic, the shorter side to `size`: the width in one call, then the height in another. In a single call Pillow
-    does the same up to version 12, but from 13.0 on it takes the height of very high images first, and rounds other
-    pixels. The models were trained, and published, with the old order."""
-    wide, high = image.size
-    new = (size, int(size * high / wide)) if wide <= high else (int(size * wide / high), size)
-    if new == image.size:
-        return image
-    mode = {"LA": "La", "RGBA": "RGBa"}.get(image.mode, image.mode)  # in which Pillow resizes them
-    narrow = image.convert(mode).resize((new[0], high), PILImage.Resampling.BICUBIC)
-    return narrow.resize(new, PILImage.Resampling.BICUBIC).convert(image.mode)
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
@@ -1731,17 +1581,147 @@ REWARD_MODELS = {
     "hpsv2": (HPSReward, "xswu/HPSv2", VIT_H),
     "hpsv2.1": (HPSReward, "xswu/HPSv2", VIT_H),
     "pickscore": (PickScoreReward, "yuvalkirstain/PickScore_v1", VIT_H),
-    "mps": (MPSReward, "RE-N-Y/mpsv1", VIT_H),
     "imagereward": (ImageRewardReward, "zai-org/ImageReward", "google-bert/bert-base-uncased"),
     "aesthetic": (AestheticReward, "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", None),
     "clipscore": (CLIPScoreReward, "openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     "vqascore": (VQAScoreReward, "zhiqiulin/clip-flant5-xxl", "google/flan-t5-xxl"),
-    # Variants: HPSv2 with an antialiased resize, MPS with its model class's threshold, VQAScore's question to a VLM.
+    # Variants: HPSv2 with an antialiased resize.
     "hpsv2_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
     "hpsv2.1_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
-    "mps_t0.01": (MPSReward, "RE-N-Y/mpsv1", VIT_H),
-    "vqascore_vlm": (VLMReward, "Qwen/Qwen2.5-VL-7B-Instruct", None),
 }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared: MPS and VLMs (build_synpic.py; `make fix-copies` writes it into the other scripts)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class MPSReward(PickScoreReward):
+    """MPS (Zhang et al., 2024), the overall model: exp(logit scale) · cosine like PickScore, but the image's tokens
+    attend to the prompt's before they are compared with it: to those that have to do with the condition, a list of what
+    people judge. A token's similarity is its largest dot product with a token of the condition; divided by the largest
+    of the prompt (officially of the whole batch, which in its evaluation is one prompt), it must be above a threshold:
+    0.3 in the official evaluation (`mps`), 0.01 in the official model class (`mps_t0.01`)."""
+
+    CONDITION = (
+        "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
+        "texture, quantity, attributes, position, number, location, word, things."
+    )
+
+    def load(self):
+        self.threshold = 0.01 if self.kind == "mps_t0.01" else 0.3
+        config = transformers.CLIPConfig.from_pretrained(self.source_of("config.json"))
+        positions = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+        clip, layers = mps_weights(checkpoint_weights(self.checkpoint), positions)
+        self.use_clip(self.load_model(transformers.CLIPModel, config=config, state_dict=clip, dtype=torch.float32))
+        dim = config.projection_dim
+        blocks = (torch.nn.ModuleList([MPSBlock(dim), MPSBlock(dim, positions)]) for _ in range(4))
+        self.layers = torch.nn.ModuleList(blocks)
+        self.layers.load_state_dict(layers)
+        self.ready(self.layers, self.dtype)
+        self.condition = self.text_features([self.CONDITION])[0][0].float()
+
+    def text_features(self, prompts: list[str]) -> list[torch.Tensor]:
+        """Of all 77 tokens, padding included, (n, 77, dim); and of the end token, (n, dim)."""
+        tokens = self.tokens(prompts, 77, padding="max_length", return_tensors="pt")
+        output = self.model.text_model(tokens.input_ids.to(self.device))
+        return [self.model.text_projection(part) for part in (output.last_hidden_state, output.pooler_output)]
+
+    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        # All tokens, and without the layer norm that CLIP puts behind its pooled one.
+        return self.model.visual_projection(self.model.vision_model(self.stack(pixels)).last_hidden_state)
+
+    def encode_prompts(self, prompts: list[str]) -> list:
+        tokens, end = self.text_features(prompts)
+        similarity = (tokens.float() @ self.condition.T).amax(dim=-1)
+        seen = similarity / similarity.amax(dim=-1, keepdim=True) > self.threshold
+        return list(zip(tokens, seen, unit(end)))
+
+    def compare(self, images: list[torch.Tensor], texts: list) -> torch.Tensor:
+        images, (tokens, seen, end) = torch.stack(images), map(torch.stack, zip(*texts))
+        for text_block, image_block in self.layers:
+            images = image_block(text_block(images, tokens, seen[:, None, None]))
+        return self.logit_scale * (unit(images[:, 0]) * end).sum(dim=-1)
+
+
+class MPSBlock(torch.nn.Module):
+    """Image tokens (n, positions, dim) attend to text tokens (n, t, dim) of which some are seen, or with `positions` to
+    each other with rotary positions, beside a SwiGLU feed-forward. All heads, 64 wide, share one key and value."""
+
+    def __init__(self, dim: int, positions: int = 0):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(dim)
+        self.to_q = torch.nn.Linear(dim, dim, bias=False)
+        self.to_kv = torch.nn.Linear(dim, 128, bias=False)
+        self.to_out = torch.nn.Linear(dim, dim, bias=False)
+        self.ff_in = torch.nn.Linear(dim, 8 * dim, bias=False)
+        self.ff_out = torch.nn.Linear(4 * dim, dim, bias=False)
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(positions, 64) if positions else None)
+
+    def forward(self, images: torch.Tensor, texts=None, seen=None) -> torch.Tensor:
+        inputs = self.norm(images)
+        query = self.to_q(inputs).unflatten(-1, (-1, 64))  # (n, positions, heads, 64)
+        key, value = self.to_kv(inputs if texts is None else texts).chunk(2, dim=-1)
+        if texts is None:
+            query = query * self.cos[:, None] + rotate_half(query) * self.sin[:, None]
+            key = key * self.cos + rotate_half(key) * self.sin
+        # With one key and one value, the heads of a token are no more than further queries of one head.
+        query, key, value = query.flatten(1, 2)[:, None], key[:, None], value[:, None]
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen)
+        inner, gate = self.ff_in(inputs).chunk(2, dim=-1)
+        feed_forward = self.ff_out(torch.nn.functional.silu(gate) * inner)
+        return images + self.to_out(attended.reshape(images.shape)) + feed_forward
+
+
+def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
+    """MPS's state dict as those of transformers.CLIPModel and of the layers in MPSReward."""
+    # "mps." is a prefix in the copy on the Hub.
+    clip, layers = {key.removeprefix("mps.").removeprefix("model."): value for key, value in weights.items()}, {}
+    for key, value in split_keys(clip, "cross_model.layers.").items():
+        block, _, name = key.partition(".fn.")
+        if name == "fused_attn_ff_proj.weight":
+            parts = value.tensor_split((value.shape[1], value.shape[1] + 128))
+            layers |= {f"{block}.{part}.weight": value for part, value in zip(("to_q", "to_kv", "ff_in"), parts)}
+        elif name == "rotary_emb.inv_freq":
+            # As in the official code in the type of the weights: in float16, these angles are off by up to 0.1.
+            angles = torch.outer(torch.arange(positions).to(value), value).repeat(1, 2).float()
+            layers |= {f"{block}.cos": angles.cos(), f"{block}.sin": angles.sin()}
+        else:
+            layers[f"{block}.{rename(name, 'ff.0=ff_in ff.2=ff_out ff_out.1=ff_out attn_out=to_out')}"] = value
+    return clip, layers
+
+
+class VLMReward(RewardModel):
+    """Asks an image-text-to-text model of transformers a question like VQAScore's: the probability of "Yes" as the
+    first token. A variant: its numbers are not those of CLIP-FlanT5."""
+
+    QUESTION = 'Does this image show "{}"? Answer the question with Yes or No.'
+
+    def load(self):
+        self.processor = transformers.AutoProcessor.from_pretrained(self.checkpoint)
+        self.processor.tokenizer.padding_side = "left"  # the answer follows the last token
+        self.model = self.load_model(transformers.AutoModelForImageTextToText, self.checkpoint)
+        self.yes = self.processor.tokenizer("Yes", add_special_tokens=False).input_ids[0]
+
+    def prepare(self, image) -> PILImage.Image:
+        return image.convert("RGB")
+
+    def encode_prompts(self, prompts: list[str]) -> list[str]:
+        contents = ([{"type": "image"}, {"type": "text", "text": self.QUESTION.format(text)}] for text in prompts)
+        chats = [[{"role": "user", "content": content}] for content in contents]
+        return [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+
+    def compare(self, images: list, texts: list[str]) -> torch.Tensor:
+        images = [[image] for image in images]  # a flat list would be many images for the first text
+        inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
+        logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
+        return logits.softmax(dim=-1)[:, self.yes]
+
+
+# Variants: MPS with its model class's threshold; VQAScore's question to a VLM.
+REWARD_MODELS |= dict.fromkeys(("mps", "mps_t0.01"), (MPSReward, "RE-N-Y/mpsv1", VIT_H))
+REWARD_MODELS["vqascore_vlm"] = (VLMReward, "Qwen/Qwen2.5-VL-7B-Instruct", None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

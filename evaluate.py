@@ -73,7 +73,7 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load
 from diffusers.training_utils import free_memory
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, RepoCard, cached_assets_path, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, RepoCard, cached_assets_path, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session
 from matplotlib.figure import Figure
@@ -86,7 +86,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, normalize, pad, resize, to_tensor
 from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.llama.modeling_llama import rotate_half
 from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
@@ -118,8 +117,8 @@ CARD_BEGIN = "<!-- evaluate.py writes from here to its second mark; text before 
 CARD_END = "<!-- End of what evaluate.py wrote. -->"
 DEFAULT_METRICS = "hpsv2.1 pickscore imagereward aesthetic clipscore"  # models that one 24 GB GPU carries
 HALF = "Type of the weights. Default: float32 on a CPU; on a GPU float16 for U-Nets, bfloat16 for transformers."
-KNOWN_METRICS = "hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, and variants, each "
-KNOWN_METRICS += "also as name=checkpoint (REWARD_MODELS); file.py:function or file.py:Class,key=value of your own."
+KNOWN_METRICS = "hpsv2, hpsv2.1, pickscore, imagereward, aesthetic, clipscore, vqascore, each also as name=checkpoint; "
+KNOWN_METRICS += "metrics/FILE.py:NAME; file.py:function or file.py:Class,key=value of your own."
 # Copied from build_synpic.COMPARE
 COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le, "less than": operator.lt}
 
@@ -178,8 +177,6 @@ class ScriptArguments:
         if not self.prompts:
             raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
-        if self.resolution and self.resolution % 8:
-            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 8")
         if self.task_index >= self.num_tasks:
             raise SystemExit(f"--task_index {self.task_index}: must be less than --num_tasks {self.num_tasks}")
         if self.num_tasks > 1:  # a run of its own reports after all tasks
@@ -308,17 +305,6 @@ def named_figures(metric: str, figures: dict, name: str, baseline: str) -> dict:
     return {metric + f"_{figure}".removeprefix("_mean"): value for figure, value in figures.items()}
 
 
-def hpsv2_figure(scores: np.ndarray, categories: list[str]) -> dict:
-    """HPSv2's own report: for each style the mean and the standard deviation of ten chunks' means, times 100, of raw
-    cosines (n_prompts, n_images) in the benchmark's order."""
-    figure = {}
-    for style in dict.fromkeys(categories):
-        chosen = scores[np.array(categories) == style].mean(axis=1)
-        chunks = [chunk.mean() * 100 for chunk in np.array_split(chosen, 10)]
-        figure[style] = {"mean": float(np.mean(chunks)), "std": float(np.std(chunks))}
-    return {**figure, "overall": float(np.mean([style["mean"] for style in figure.values()]))}
-
-
 # Stages: draw, score, report ------------------------------------------------------------------------------------------
 def main(args: ScriptArguments) -> None:
     diffusers_logging.disable_progress_bar()  # of loading pipelines
@@ -348,8 +334,6 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
     """Checks what can be checked before the work, locks the folder, and records what images are made with. Returns the
     rows of the prompts, and the models (see `read_models`), each with the settings of its images."""
     output_dir, keep = Path(args.output_dir), (args.category_column,) if args.category_column else ()
-    if others := {path.name for path in output_dir.glob("[!.]*")} - {"images", "scores", *RESULTS}:
-        raise SystemExit(f"--output_dir {output_dir} holds other files ({min(others)}): choose another folder")
     check_rewards(args.metrics)
     whole_rows = any(map(takes_rows, args.metrics)) or any("{row[" in template for template in args.images)
     rows, places = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep, whole_rows)
@@ -367,8 +351,6 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
         folder, items = output_dir / "images" / name, itertools.chain(*image_shards(args, len(rows)))
         model.setdefault("pictures", {(i, n): (folder / f"{i:05d}_{n}.png", None) for i, n in items})
         model["settings"] = image_settings(args, rows, name, model, state.device)
-        if model["kind"] != "images" and not args.dtype and state.device.type == "cuda":
-            print(f"{name} is drawn in {model['settings']['dtype']}")
     if args.push_to_hub and "report" in args.stages:  # a wrong token or name fails now, not after the work
         prepare_repositories(args, models)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -493,8 +475,7 @@ def score(args: ScriptArguments, rows: list[dict], models: dict, state: PartialS
                 if bad:
                     file, _ = list(pictures.values())[min(bad)]
                     raise SystemExit(f"{name}: {file} cannot be read: {bad[min(bad)]}")
-                content = {"key": keys[metric, name], "device": state.device.type}
-                content["scores"] = [scores.get(item) for item in shards[s]]
+                content = {"key": keys[metric, name], "scores": [scores.get(item) for item in shards[s]]}
                 write_bytes(scores_file(args, metric, name, s), as_json(content))
         del rewards, opened
         free_memory()
@@ -588,8 +569,6 @@ def markdown_report(record: dict, metrics: list[str], compared: list[str], verdi
             row.append(as_text(figures.get(row[0]), ".4g"))
         parts.append(f"{key.removesuffix('_official')} as the benchmark reports it, {over}")
         parts.append(markdown_table(["", *by_model], rows))
-        if any("±" in cell for row in rows for cell in row):
-            parts.append("A style's mean and deviation are those of ten chunks' means, times 100.")
     for name, count in record.get("missing_images", {}).items():
         parts.append(f"Of `{name}`, {count} of these images are missing and left out.")
     drawn = not any(text.startswith("images ") for text in record["settings"]["models"].values())
@@ -958,8 +937,7 @@ def image_settings(args: ScriptArguments, rows: list[dict], name: str, model: di
 # Pictures -------------------------------------------------------------------------------------------------------------
 def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], template: str) -> dict:
     """The "pictures" of a template: (prompt, number) → (file, cell); cell is (column, row, columns, rows) in a grid,
-    which `#2x2` at the template's end says, read row by row. Refuses a template that is wrong, a first picture that
-    does not open, and missing pictures without --allow_missing: with it they are left out.
+    which `#2x2` at the template's end says, read row by row.
 
     The fields of a template are {index}, the prompt's row in the source, and {number}; {image}, the number over all
     rows; {prompt}, {row[COLUMN]}, {category}; {category_index} and {category_image}, the same among the category's
@@ -979,7 +957,11 @@ def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], t
         return Path(names.format(prompt=rows[i]["prompt"], row=rows[i], category=category, **counted))
 
     items = list(itertools.product(range(len(rows)), range(args.num_images_per_prompt)))
-    asked = {item: file_of(names, *item) for item in items}
+    try:
+        asked = {item: file_of(names, *item) for item in items}
+    except KeyError as error:
+        fields = ", ".join(("prompt", "row", "category", *COUNTED))
+        raise ValueError(f"no column or field {error}; the fields are {fields}") from error
     files = {item: file for item, file in asked.items() if os.path.isfile(file)}
     missing = [item for item in items if item not in files]
     for name in COUNTED if missing else ():
@@ -995,9 +977,8 @@ def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], t
         raise ValueError("gives the same picture to several images: use {index} and {number}")
     file, cell = next(iter(pictures.values()))
     cut(PILImage.open(file), cell)  # one that does not open, or is no such grid, ends the run now
-    stats = [(i, n, file, file.stat()) for (i, n), file in files.items()]
-    stats = [f"{i},{n}:{file}:{stat.st_size}:{stat.st_mtime_ns}" for i, n, file, stat in stats]
-    identity = short_hash("\n".join([*stats, str(args.num_images_per_prompt)]))
+    facts = [f"{i},{n}:{file}:{(stat := file.stat()).st_size}:{stat.st_mtime_ns}" for (i, n), file in files.items()]
+    identity = short_hash("\n".join([*facts, str(args.num_images_per_prompt)]))
     return {"kind": "images", "source": template, "pictures": pictures, "files": identity}
 
 
@@ -1050,9 +1031,14 @@ def official_figures(args: ScriptArguments, metric: str, rows: list, categories:
     if function := hook(metric, "official"):
         return {str(name): float(figure) for name, figure in function(rows, scores).items()}
     whole = args.prompts == "hpsv2" and args.category_column == "style" and not args.max_prompts
-    if plugin(metric) is None and metric.startswith("hpsv2") and whole and not np.isnan(scores[""]).any():
-        return hpsv2_figure(scores[""], categories)
-    return {}
+    if plugin(metric) or not metric.startswith("hpsv2") or not whole or np.isnan(scores[""]).any():
+        return {}
+    figure = {}  # for each style the mean and the standard deviation of ten chunks' means, times 100, of raw cosines
+    for style in dict.fromkeys(categories):
+        chosen = scores[""][np.array(categories) == style].mean(axis=1)
+        chunks = [chunk.mean() * 100 for chunk in np.array_split(chosen, 10)]
+        figure[style] = {"mean": float(np.mean(chunks)), "std": float(np.std(chunks))}
+    return {**figure, "overall": float(np.mean([style["mean"] for style in figure.values()]))}
 
 
 def scores_file(args: ScriptArguments, metric: str, model: str, shard: int) -> Path:
@@ -1069,8 +1055,6 @@ def collect_scores(args: ScriptArguments, rows: list[dict], models: dict) -> tup
         column = reward_name(metric)
         files = [scores_file(args, metric, name, s) for name in models for s in shards]
         parts = [json.loads(file.read_bytes()) for file in files]
-        if len(devices := {part["device"] for part in parts if "device" in part}) > 1:
-            warn(f"metric {column}: scored on {' and '.join(sorted(devices))}, in another precision: delete its scores")
         values = [{} if value is None else value for part in parts for value in part["scores"]]
         values = [value if isinstance(value, dict) else {"": value} for value in values]
         keys = dict.fromkeys(itertools.chain(*values)) or {"": None}
@@ -1160,7 +1144,6 @@ def write_card(args: ScriptArguments, card: RepoCard, name: str, repo_id: str, r
 All figures are in [results.json](results.json)."""
     marked = re.fullmatch(f"(.*){re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}(.*)", card.text, re.S)
     before, after = marked.groups() if marked else (f"{card.text.rstrip()}\n\n", "\n")
-    body = body.replace("<!--", "<! --")  # a prompt may hold a mark
     card.text = f"{before}{CARD_BEGIN}\n{body}\n{CARD_END}{after}"
 
 
@@ -1168,11 +1151,10 @@ def publish(args: ScriptArguments, name: str, repo_id: str, record: dict, table:
     """Sends the results to the repository of one LoRA, in one commit."""
     card = earlier_card(repo_id)
     write_card(args, card, name, repo_id, record, table)
-    with TemporaryDirectory() as folder:
-        for file in (file for file in map(Path(args.output_dir).joinpath, RESULTS) if file.exists()):
-            shutil.copy(file, folder)
-        Path(folder, "README.md").write_text(str(card))
-        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Evaluation")
+    files = {file: Path(args.output_dir, file) for file in RESULTS if Path(args.output_dir, file).exists()}
+    files["README.md"] = str(card).encode()
+    operations = list(itertools.starmap(CommitOperationAdd, files.items()))
+    HfApi().create_commit(repo_id, operations, commit_message="Evaluation")
     print(f"published: {HfApi().endpoint}/{repo_id}")
 
 
@@ -1481,7 +1463,7 @@ class RewardModel:
 
     def prepare(self, image: PILImage.Image):
         """OpenAI CLIP's transform: PIL image → float32 (3, size, size)."""
-        image = center_crop(resize_shorter(image, self.size), self.size).convert("RGB")
+        image = center_crop(resize(image, self.size, InterpolationMode.BICUBIC), self.size).convert("RGB")
         return normalize(to_tensor(image), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
     def encode_images(self, images: list):
@@ -1607,9 +1589,6 @@ class HPSReward(RewardModel):
     (`hpsv2.evaluate` shows it times 100)."""
 
     FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
-    # HPSv2's tokenizer takes these words in a prompt as its special tokens, unless they follow punctuation. OpenAI's
-    # words for them ("<|endoftext|>") are ordinary text to it.
-    SPECIAL = re.compile(r"(?<![^\s\w])(?<!_)((?:<(?:start|end)_of_text>)+)")
 
     def load(self):
         file = self.FILES[self.kind.removesuffix("_antialias")]
@@ -1644,19 +1623,8 @@ class HPSReward(RewardModel):
         return (torch.stack(images) * torch.stack(texts)).sum(dim=-1)
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
-        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": True, "max_length": 76}
-        rows = []
-        for prompt in prompts:
-            row = []
-            for part in self.SPECIAL.split(clean_text(prompt)):
-                if self.SPECIAL.fullmatch(part):
-                    row += [start if word == "start" else end for word in re.findall("start|end", part)]
-                else:
-                    row += self.tokenizer(part, **options).input_ids
-            rows.append([start, *row[:75], end])
-            self.cut.update([prompt] if len(row) > 75 else [])
-        return rows
+        # "<|endoftext|>" in a prompt is ordinary text to HPSv2's tokenizer.
+        return self.tokens([clean_text(text) for text in prompts], 77, prompts, split_special_tokens=True).input_ids
 
 
 class PickScoreReward(HPSReward):
@@ -1675,111 +1643,15 @@ class PickScoreReward(HPSReward):
         self.image_processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil")
 
     def prepare(self, image) -> torch.Tensor:
-        image = resize_shorter(image.convert("RGB"), self.image_processor.size["shortest_edge"])
+        image = image.convert("RGB")
         image.info.pop("transparency", None)  # of a palette image: the processor would blend it, PickScore's did not
-        return self.image_processor(image, do_resize=False, return_tensors="pt").pixel_values[0]
+        return self.image_processor(image, return_tensors="pt").pixel_values[0]
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
         return self.tokens(prompts, 77).input_ids
 
     def compare(self, images: list[torch.Tensor], texts: list[torch.Tensor]) -> torch.Tensor:
         return self.logit_scale * super().compare(images, texts)
-
-
-class MPSReward(PickScoreReward):
-    """MPS (Zhang et al., 2024), the overall model: exp(logit scale) · cosine like PickScore, but the image's tokens
-    attend to the prompt's before they are compared with it: to those that have to do with the condition, a list of what
-    people judge. A token's similarity is its largest dot product with a token of the condition; divided by the largest
-    of the prompt (officially of the whole batch, which in its evaluation is one prompt), it must be above a threshold:
-    0.3 in the official evaluation (`mps`), 0.01 in the official model class (`mps_t0.01`)."""
-
-    CONDITION = (
-        "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
-        "texture, quantity, attributes, position, number, location, word, things."
-    )
-
-    def load(self):
-        self.threshold = 0.01 if self.kind == "mps_t0.01" else 0.3
-        config = transformers.CLIPConfig.from_pretrained(self.source_of("config.json"))
-        positions = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
-        clip, layers = mps_weights(checkpoint_weights(self.checkpoint), positions)
-        self.use_clip(self.load_model(transformers.CLIPModel, config=config, state_dict=clip, dtype=torch.float32))
-        dim = config.projection_dim
-        blocks = (torch.nn.ModuleList([MPSBlock(dim), MPSBlock(dim, positions)]) for _ in range(4))
-        self.layers = torch.nn.ModuleList(blocks)
-        self.layers.load_state_dict(layers)
-        self.ready(self.layers, self.dtype)
-        self.condition = self.text_features([self.CONDITION])[0][0].float()
-
-    def text_features(self, prompts: list[str]) -> list[torch.Tensor]:
-        """Of all 77 tokens, padding included, (n, 77, dim); and of the end token, (n, dim)."""
-        tokens = self.tokens(prompts, 77, padding="max_length", return_tensors="pt")
-        output = self.model.text_model(tokens.input_ids.to(self.device))
-        return [self.model.text_projection(part) for part in (output.last_hidden_state, output.pooler_output)]
-
-    def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        # All tokens, and without the layer norm that CLIP puts behind its pooled one.
-        return self.model.visual_projection(self.model.vision_model(self.stack(pixels)).last_hidden_state)
-
-    def encode_prompts(self, prompts: list[str]) -> list:
-        tokens, end = self.text_features(prompts)
-        similarity = (tokens.float() @ self.condition.T).amax(dim=-1)
-        seen = similarity / similarity.amax(dim=-1, keepdim=True) > self.threshold
-        return list(zip(tokens, seen, unit(end)))
-
-    def compare(self, images: list[torch.Tensor], texts: list) -> torch.Tensor:
-        images, (tokens, seen, end) = torch.stack(images), map(torch.stack, zip(*texts))
-        for text_block, image_block in self.layers:
-            images = image_block(text_block(images, tokens, seen[:, None, None]))
-        return self.logit_scale * (unit(images[:, 0]) * end).sum(dim=-1)
-
-
-class MPSBlock(torch.nn.Module):
-    """Image tokens (n, positions, dim) attend to text tokens (n, t, dim) of which some are seen, or with `positions` to
-    each other with rotary positions, beside a SwiGLU feed-forward. All heads, 64 wide, share one key and value."""
-
-    def __init__(self, dim: int, positions: int = 0):
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(dim)
-        self.to_q = torch.nn.Linear(dim, dim, bias=False)
-        self.to_kv = torch.nn.Linear(dim, 128, bias=False)
-        self.to_out = torch.nn.Linear(dim, dim, bias=False)
-        self.ff_in = torch.nn.Linear(dim, 8 * dim, bias=False)
-        self.ff_out = torch.nn.Linear(4 * dim, dim, bias=False)
-        for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(positions, 64) if positions else None)
-
-    def forward(self, images: torch.Tensor, texts=None, seen=None) -> torch.Tensor:
-        inputs = self.norm(images)
-        query = self.to_q(inputs).unflatten(-1, (-1, 64))  # (n, positions, heads, 64)
-        key, value = self.to_kv(inputs if texts is None else texts).chunk(2, dim=-1)
-        if texts is None:
-            query = query * self.cos[:, None] + rotate_half(query) * self.sin[:, None]
-            key = key * self.cos + rotate_half(key) * self.sin
-        # With one key and one value, the heads of a token are no more than further queries of one head.
-        query, key, value = query.flatten(1, 2)[:, None], key[:, None], value[:, None]
-        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen)
-        inner, gate = self.ff_in(inputs).chunk(2, dim=-1)
-        feed_forward = self.ff_out(torch.nn.functional.silu(gate) * inner)
-        return images + self.to_out(attended.reshape(images.shape)) + feed_forward
-
-
-def mps_weights(weights: dict, positions: int) -> tuple[dict, dict]:
-    """MPS's state dict as those of transformers.CLIPModel and of the layers in MPSReward."""
-    # "mps." is a prefix in the copy on the Hub.
-    clip, layers = {key.removeprefix("mps.").removeprefix("model."): value for key, value in weights.items()}, {}
-    for key, value in split_keys(clip, "cross_model.layers.").items():
-        block, _, name = key.partition(".fn.")
-        if name == "fused_attn_ff_proj.weight":
-            parts = value.tensor_split((value.shape[1], value.shape[1] + 128))
-            layers |= {f"{block}.{part}.weight": value for part, value in zip(("to_q", "to_kv", "ff_in"), parts)}
-        elif name == "rotary_emb.inv_freq":
-            # As in the official code in the type of the weights: in float16, these angles are off by up to 0.1.
-            angles = torch.outer(torch.arange(positions).to(value), value).repeat(1, 2).float()
-            layers |= {f"{block}.cos": angles.cos(), f"{block}.sin": angles.sin()}
-        else:
-            layers[f"{block}.{rename(name, 'ff.0=ff_in ff.2=ff_out ff_out.1=ff_out attn_out=to_out')}"] = value
-    return clip, layers
 
 
 class CLIPScoreReward(HPSReward):
@@ -1916,33 +1788,6 @@ class VQAScoreReward(RewardModel):
         return logits.log_softmax(dim=-1).gather(-1, answer[..., None]).mean(dim=(1, 2)).exp()
 
 
-class VLMReward(RewardModel):
-    """Asks an image-text-to-text model of transformers a question like VQAScore's: the probability of "Yes" as the
-    first token. A variant: its numbers are not those of CLIP-FlanT5."""
-
-    QUESTION = 'Does this image show "{}"? Answer the question with Yes or No.'
-
-    def load(self):
-        self.processor = transformers.AutoProcessor.from_pretrained(self.checkpoint)
-        self.processor.tokenizer.padding_side = "left"  # the answer follows the last token
-        self.model = self.load_model(transformers.AutoModelForImageTextToText, self.checkpoint)
-        self.yes = self.processor.tokenizer("Yes", add_special_tokens=False).input_ids[0]
-
-    def prepare(self, image) -> PILImage.Image:
-        return image.convert("RGB")
-
-    def encode_prompts(self, prompts: list[str]) -> list[str]:
-        contents = ([{"type": "image"}, {"type": "text", "text": self.QUESTION.format(text)}] for text in prompts)
-        chats = [[{"role": "user", "content": content}] for content in contents]
-        return [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-
-    def compare(self, images: list, texts: list[str]) -> torch.Tensor:
-        images = [[image] for image in images]  # a flat list would be many images for the first text
-        inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
-        logits = self.model(**inputs.to(self.device, self.dtype), logits_to_keep=1).logits[:, -1].float()
-        return logits.softmax(dim=-1)[:, self.yes]
-
-
 # The threads that decode and prepare images. Each has one core: teams of OpenMP's threads would be too many.
 WORKERS = ThreadPoolExecutor(min(16, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # a picture may hold the workflow that made it
@@ -1958,19 +1803,6 @@ def decode_image(image) -> PILImage.Image:
     if image.mode == "F" or max(image.getextrema()) > 65535:
         raise ValueError("its pixels are not of 8 or 16 bits: convert the image")
     return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-
-
-def resize_shorter(image: PILImage.Image, size: int) -> PILImage.Image:
-    """Bicubic, the shorter side to `size`: the width in one call, then the height in another. In a single call Pillow
-    does the same up to version 12, but from 13.0 on it takes the height of very high images first, and rounds other
-    pixels. The models were trained, and published, with the old order."""
-    wide, high = image.size
-    new = (size, int(size * high / wide)) if wide <= high else (int(size * wide / high), size)
-    if new == image.size:
-        return image
-    mode = {"LA": "La", "RGBA": "RGBa"}.get(image.mode, image.mode)  # in which Pillow resizes them
-    narrow = image.convert(mode).resize((new[0], high), PILImage.Resampling.BICUBIC)
-    return narrow.resize(new, PILImage.Resampling.BICUBIC).convert(image.mode)
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
@@ -2051,16 +1883,13 @@ REWARD_MODELS = {
     "hpsv2": (HPSReward, "xswu/HPSv2", VIT_H),
     "hpsv2.1": (HPSReward, "xswu/HPSv2", VIT_H),
     "pickscore": (PickScoreReward, "yuvalkirstain/PickScore_v1", VIT_H),
-    "mps": (MPSReward, "RE-N-Y/mpsv1", VIT_H),
     "imagereward": (ImageRewardReward, "zai-org/ImageReward", "google-bert/bert-base-uncased"),
     "aesthetic": (AestheticReward, "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", None),
     "clipscore": (CLIPScoreReward, "openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     "vqascore": (VQAScoreReward, "zhiqiulin/clip-flant5-xxl", "google/flan-t5-xxl"),
-    # Variants: HPSv2 with an antialiased resize, MPS with its model class's threshold, VQAScore's question to a VLM.
+    # Variants: HPSv2 with an antialiased resize.
     "hpsv2_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
     "hpsv2.1_antialias": (HPSReward, "xswu/HPSv2", VIT_H),
-    "mps_t0.01": (MPSReward, "RE-N-Y/mpsv1", VIT_H),
-    "vqascore_vlm": (VLMReward, "Qwen/Qwen2.5-VL-7B-Instruct", None),
 }
 
 

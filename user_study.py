@@ -103,7 +103,7 @@ class ScriptArguments:
     prompt_split: str | None = flag(None, "Split of a dataset. Default: train, or the named set's.")
     category_column: str | None = flag(None, "Column of categories. Default: the named set's.")
     max_prompts: int | None = flag(None, "The images are of the first N distinct prompts.", min=1)
-    num_prompts: int = flag(100, "Prompts to sample.", min=1)
+    num_prompts: int | None = flag(None, "Prompts to sample. Default: 100, or all if there are fewer.", min=1)
     per_category: int | None = flag(None, "Prompts to sample from each category, instead of --num_prompts.", min=1)
     questions: list[str] = flag(lambda: list(QUESTIONS)[:3], f"{', '.join(QUESTIONS)}, or name=text: what is better?")
     allow_ties: bool = flag(False, "Raters may answer that they see no difference.")
@@ -489,8 +489,7 @@ def make_study(args: ScriptArguments) -> None:
     whole_rows = any("{row[" in item for item in args.images)
     rows, places = read_prompts(*source, (by_category,) if by_category else (), whole_rows)
     categories = [str(row[by_category]) if by_category else "" for row in rows]
-    # The hash of the prompts is the one that evaluate.py records with its images.
-    digest = short_hash("\n".join(row["prompt"] for row in rows))
+    digest = short_hash("\n".join(row["prompt"] for row in rows))  # as evaluate.py records it with its images
     settings = {name: getattr(args, name) for name in MAKING} | {"all_prompts": digest}
     if (folder / STUDY).exists():
         return check_settings(folder, settings)
@@ -500,7 +499,7 @@ def make_study(args: ScriptArguments) -> None:
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(models)}")
     pairs = [pair for pair in itertools.combinations(models, 2) if not args.baseline]
     pairs += [(name, args.baseline) for name in models if args.baseline not in (None, name)]
-    chosen = sample_prompts(categories, args.num_prompts, args.per_category, args.seed)
+    chosen = sample_prompts(categories, args.num_prompts or min(100, len(rows)), args.per_category, args.seed)
     rng, checks = np.random.default_rng([args.seed, 1]), []
     for number in range(args.attention_checks):
         check = {"prompt": int(rng.integers(len(chosen))), "model": models[number % len(models)]}
@@ -540,9 +539,11 @@ def find_images(args: ScriptArguments, rows: list[dict], places: list[dict], dig
         folder = Path(args.evaluation_dir, "images")
         names = sorted(path.parent.name for path in folder.glob("*/settings.json"))
         names.sort(key=lambda name: name == "base")  # win rates are those of the others over the base
+        if not names:
+            raise SystemExit(f"--evaluation_dir {args.evaluation_dir}: holds no images of evaluate.py")
         for name in args.models or names:
             if name not in names:
-                raise SystemExit(f"--models {name}: {folder} holds images of {', '.join(names) or 'none'}")
+                raise SystemExit(f"--models {name}: {folder} holds images of {', '.join(names)}")
             if json.loads((folder / name / "settings.json").read_text()).get("prompts") != digest:
                 raise SystemExit(f"{folder / name} was drawn from other prompts: give evaluate.py's --prompts")
             found[name] = [folder / name / f"{i:05d}_0.png" for i in range(len(rows))]

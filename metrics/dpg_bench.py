@@ -53,8 +53,9 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.functional import normalize, to_tensor
-from transformers import BertTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import BertConfig, BertTokenizer, CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.bert import modeling_bert as bert
 
 
 CSV = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
@@ -104,14 +105,10 @@ def apply_dependencies(asked: dict[int, Proposition], right: dict[int, bool], qu
     because it looks for a parent that is not there."""
     right = dict(right)
     for number, proposition in asked.items():
-        for parent in proposition.parents:
-            if parent == 0:
-                continue
-            if parent not in right:
-                if quirks:
-                    return None
-                continue
-            if not right[parent]:
+        for parent in filter(None, proposition.parents):
+            if quirks and parent not in right:
+                return None
+            if not right.get(parent, True):
                 right[number] = False
                 break
     return right
@@ -124,16 +121,10 @@ def image_scores(asked: dict[int, Proposition], right: dict[int, bool], quirks: 
     final = apply_dependencies(asked, right, quirks)
     if not final:  # dropped, or there is no question
         return dict.fromkeys(["score", *keys], math.nan)
-    by_category = {
-        key: mean([right[number] for number, proposition in asked.items() if key in proposition.categories])
-        for key in keys
-    }
-    return {"score": 100 * mean(final.values())} | {key: 100 * value for key, value in by_category.items()}
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else math.nan
+    counted = {"score": [*final.values()]}
+    for key in keys:
+        counted[key] = [right[number] for number, proposition in asked.items() if key in proposition.categories]
+    return {key: 100 * pd.Series(values, dtype=float).mean() for key, values in counted.items()}
 
 
 def beam_search(
@@ -297,13 +288,12 @@ class MPlug(torch.nn.Module):
         self.vision = getattr(vision, "vision_model", vision)  # older versions of transformers nest it
         self.visn_fc = torch.nn.Linear(config["clip_vision_width"], width)
         self.visn_layer_norm = torch.nn.LayerNorm(width, eps=1e-12)
-        self.text_embeddings, self.answer_embeddings = BertEmbeddings(config), BertEmbeddings(config)
-        layers = [config[name] for name in ("text_encoder_layers", "fusion_layers", "text_decode_layers")]
-        self.text_encoder = torch.nn.ModuleList(BertLayer(config, cross=False) for _ in range(layers[0]))
-        self.fusion = torch.nn.ModuleList(BertLayer(config, cross=True) for _ in range(layers[1]))
-        self.decoder = torch.nn.ModuleList(BertLayer(config, cross=True) for _ in range(layers[2]))
-        self.transform = torch.nn.Linear(width, width)
-        self.transform_norm = torch.nn.LayerNorm(width, eps=config["layer_norm_eps"])
+        sizes = BertConfig(**{name: config[name] for name in BERT})
+        self.text_embeddings, self.answer_embeddings = bert.BertEmbeddings(sizes), bert.BertEmbeddings(sizes)
+        self.text_encoder = torch.nn.ModuleList(BertLayer(sizes, cross=False) for _ in range(sizes.text_encoder_layers))
+        self.fusion = torch.nn.ModuleList(BertLayer(sizes, cross=True) for _ in range(sizes.fusion_layers))
+        self.decoder = torch.nn.ModuleList(BertLayer(sizes, cross=True) for _ in range(sizes.text_decode_layers))
+        self.transform = bert.BertPredictionHeadTransform(sizes)
         self.vocabulary_bias = torch.nn.Parameter(torch.zeros(config["vocab_size"]))
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -348,9 +338,8 @@ class MPlug(torch.nn.Module):
             # The beams of a question have the same context, so they can be one sequence here.
             tokens = layer.crossattention(tokens.reshape(n, beams * length, -1), context)
             tokens = layer.feed_forward(tokens).reshape(n * beams, length, -1)
-        last = torch.nn.functional.gelu(self.transform(tokens[:, -1]))
         words = self.answer_embeddings.word_embeddings.weight
-        return (self.transform_norm(last) @ words.T + self.vocabulary_bias).reshape(n, beams, -1)
+        return (self.transform(tokens[:, -1]) @ words.T + self.vocabulary_bias).reshape(n, beams, -1)
 
     def answer(self, image: torch.Tensor, ids: torch.Tensor, seen: torch.Tensor) -> list[tuple[list[int], float]]:
         """Arguments as for `fuse`. The tokens and the score of each answer (see `beam_search`)."""
@@ -369,31 +358,14 @@ def choose(part: tuple, questions: torch.Tensor) -> tuple:
     return tuple(tensor if tensor is None or len(tensor) == 1 else tensor[questions] for tensor in part)
 
 
-class BertEmbeddings(torch.nn.Module):
-    """Word, position and type 0."""
-
-    def __init__(self, config: dict):
-        super().__init__()
-        width = config["hidden_size"]
-        self.word_embeddings = torch.nn.Embedding(config["vocab_size"], width)
-        self.position_embeddings = torch.nn.Embedding(config["max_position_embeddings"], width)
-        self.token_type_embeddings = torch.nn.Embedding(config["type_vocab_size"], width)
-        self.LayerNorm = torch.nn.LayerNorm(width, eps=config["layer_norm_eps"])
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """int64 (n, length) → (n, length, width)"""
-        tokens = self.word_embeddings(ids) + self.token_type_embeddings.weight[0]
-        return self.LayerNorm(tokens + self.position_embeddings.weight[: ids.shape[1]])
-
-
 class BertAttention(torch.nn.Module):
     """Attention over one or more groups of tokens, then a linear layer, the residual and a layer norm."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config: BertConfig):
         super().__init__()
-        width, self.heads = config["hidden_size"], config["num_attention_heads"]
-        self.query, self.key, self.value, self.dense = (torch.nn.Linear(width, width) for _ in range(4))
-        self.LayerNorm = torch.nn.LayerNorm(width, eps=config["layer_norm_eps"])
+        width, self.heads = config.hidden_size, config.num_attention_heads
+        self.query, self.key, self.value = (torch.nn.Linear(width, width) for _ in range(3))
+        self.output = bert.BertSelfOutput(config)
 
     def split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -411,7 +383,7 @@ class BertAttention(torch.nn.Module):
             scores.append(found if mask is None else found.masked_fill(~mask, -math.inf))
         weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([part.shape[-1] for part in scores], dim=-1)
         mixed = sum(shared_matmul(weight, values) for weight, (_, values, _) in zip(weights, context))
-        return self.LayerNorm(self.dense(mixed.transpose(1, 2).flatten(2)) + tokens)
+        return self.output(mixed.transpose(1, 2).flatten(2), tokens)
 
 
 def shared_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -422,14 +394,12 @@ def shared_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 class BertLayer(torch.nn.Module):
     """A layer of BERT, with or without cross-attention."""
 
-    def __init__(self, config: dict, cross: bool):
+    def __init__(self, config: BertConfig, cross: bool):
         super().__init__()
-        width, inner = config["hidden_size"], config["intermediate_size"]
         self.attention = BertAttention(config)
         if cross:
             self.crossattention = BertAttention(config)
-        self.intermediate, self.output = torch.nn.Linear(width, inner), torch.nn.Linear(inner, width)
-        self.LayerNorm = torch.nn.LayerNorm(width, eps=config["layer_norm_eps"])
+        self.intermediate, self.output = bert.BertIntermediate(config), bert.BertOutput(config)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor, context: list[tuple] = ()) -> torch.Tensor:
         tokens = self.attend(tokens, mask)
@@ -439,7 +409,7 @@ class BertLayer(torch.nn.Module):
         return self.attention(tokens, [(*self.attention.keys_and_values(tokens), mask)])
 
     def feed_forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.output(torch.nn.functional.gelu(self.intermediate(tokens))) + tokens)
+        return self.output(self.intermediate(tokens), tokens)
 
 
 def model_folder(model: str) -> Path:
@@ -489,16 +459,12 @@ RENAMES = {
     r"mlp\.fc1": "mlp.c_fc",
     r"mlp\.fc2": "mlp.c_proj",
     r"attention\.(query|key|value)\.": r"attention.self.\1.",
-    r"attention\.(dense|LayerNorm)\.": r"attention.output.\1.",
-    r"(\.\d+)\.(intermediate|output)\.": r"\1.\2.dense.",
-    r"(\.\d+)\.LayerNorm\.": r"\1.output.LayerNorm.",
     r"^text_encoder\.": "text_encoder.encoder.layer.",
     r"^text_embeddings\.": "text_encoder.embeddings.",
     r"^fusion\.": "fusion_encoder.encoder.layer.",
     r"^decoder\.": "text_decoder.bert.encoder.layer.",
     r"^answer_embeddings\.": "text_decoder.bert.embeddings.",
-    r"^transform\.": "text_decoder.cls.predictions.transform.dense.",
-    r"^transform_norm\.": "text_decoder.cls.predictions.transform.LayerNorm.",
+    r"^transform\.": "text_decoder.cls.predictions.transform.",
     r"^vocabulary_bias": "text_decoder.cls.predictions.bias",
 }
 # The official checkpoint has these twice. The official code loads both into one tensor, and what it loads last counts.

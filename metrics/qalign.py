@@ -47,6 +47,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, LlamaTokenizer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 
 LEVELS = {"excellent": 1.0, "good": 0.75, "fair": 0.5, "poor": 0.25, "bad": 0.0}
@@ -163,7 +164,7 @@ class QAlignModel(nn.Module):
         self.abstractor = Abstractor(config.abstractor, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.head_size, self.rope_theta = config.hidden_size // config.num_attention_heads, config.rope_theta
 
@@ -275,21 +276,21 @@ class DecoderLayer(nn.Module):
         super().__init__()
         width, middle, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
         self.heads = config.num_attention_heads
-        self.input_layernorm = ByModality(RMSNorm(width, eps) for _ in range(2))
+        self.input_layernorm = ByModality(LlamaRMSNorm(width, eps) for _ in range(2))
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = ByModality(nn.Linear(width, width, bias=False) for _ in range(2))
         self.v_proj = ByModality(nn.Linear(width, width, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(width, width, bias=False)
-        self.post_attention_layernorm = ByModality(RMSNorm(width, eps) for _ in range(2))
+        self.post_attention_layernorm = ByModality(LlamaRMSNorm(width, eps) for _ in range(2))
         self.gate_proj = nn.Linear(width, middle, bias=False)
         self.up_proj = nn.Linear(width, middle, bias=False)
         self.down_proj = nn.Linear(middle, width, bias=False)
 
     def forward(self, hidden: torch.Tensor, lengths: list[int], rotation: tuple[torch.Tensor, ...]) -> torch.Tensor:
         normed = self.input_layernorm(hidden, lengths)
-        query = rotate(split_heads(self.q_proj(normed), self.heads), *rotation)
-        key = rotate(split_heads(self.k_proj(normed, lengths), self.heads), *rotation)
-        value = split_heads(self.v_proj(normed, lengths), self.heads)
+        projected = (self.q_proj(normed), self.k_proj(normed, lengths), self.v_proj(normed, lengths))
+        query, key, value = (split_heads(each, self.heads) for each in projected)
+        query, key = apply_rotary_pos_emb(query, key, *rotation)
         hidden = hidden + self.o_proj(attention(query, key, value, is_causal=True))
         normed = self.post_attention_layernorm(hidden, lengths)
         return hidden + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
@@ -305,19 +306,6 @@ class ByModality(nn.ModuleList):
         return torch.cat([text[:, : lengths[0]], self[1](image), text[:, lengths[0] :]], dim=1)
 
 
-class RMSNorm(nn.Module):
-    """LLaMA's: the mean square in float32, rounded before the weight."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        full = hidden.float()
-        scale = torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * (full * scale).to(hidden.dtype)
-
-
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
     """Takes (images, heads, tokens, head size), returns (images, tokens, width)."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal).transpose(1, 2).flatten(2)
@@ -329,15 +317,10 @@ def split_heads(hidden: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def rotary_angles(length: int, head_size: int, theta: float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """LLaMA's rotary positions: cosines and sines (length, head size), computed in float32, in the dtype of `like`."""
+    """LLaMA's rotary positions: cosines and sines (1, length, head size), from float32, in the dtype of `like`."""
     exponents = torch.arange(0, head_size, 2, device=like.device).float() / head_size
-    angles = torch.outer(torch.arange(length, device=like.device).float(), 1 / theta**exponents).repeat(1, 2)
+    angles = torch.outer(torch.arange(length, device=like.device).float(), 1 / theta**exponents).repeat(1, 1, 2)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ import transformers
 import unidet
 from huggingface_hub import snapshot_download
 from PIL import Image as PILImage
+from torchvision.ops import box_iou
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, normalize, resize, to_tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -225,16 +226,8 @@ def position_score(relation: str, box1: Box, box2: Box) -> float:
     axis, sign = DIRECTIONS.get(relation, (0, 0))
     if delta[axis] * sign <= 0 or distances[axis] <= distances[1 - axis]:
         return 0.0
-    iou = intersection_over_union(box1, box2)
-    return 1.0 if iou < TOUCHING_IOU else TOUCHING_IOU / iou
-
-
-def intersection_over_union(box1: Box, box2: Box) -> float:
-    wide = max(0, min(box1[2], box2[2]) - max(box1[0], box2[0]))
-    high = max(0, min(box1[3], box2[3]) - max(box1[1], box2[1]))
-    areas = [(right - left) * (bottom - top) for left, top, right, bottom in (box1, box2)]
-    union = sum(areas) - wide * high
-    return wide * high / union if union else 0.0
+    iou = box_iou(*torch.tensor([[box1], [box2]], dtype=torch.float64)).item()  # NaN for two boxes without area
+    return TOUCHING_IOU / iou if iou >= TOUCHING_IOU else 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------

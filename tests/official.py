@@ -6,7 +6,6 @@ put in their way. Nothing of what they compute is touched.
 - image-reward 1.5: `med.py` imports and inherits what transformers 5 moved or dropped. `apply_chunking_to_forward` and
   `prune_linear_layer` are transformers' own, pruning is never called; the head mask (none) and the inverted mask of the
   cross-attention (all ones) are made as transformers 4.30 made them; timm's names are given where they are today.
-- torchvision's resize of PIL images, which clip and image-reward call: width first, as Pillow before 13.0 did it.
 - t2v-metrics 3.0: only the CLIP-FlanT5 model, without the package around it, which imports a dozen others.
 """
 
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision.transforms._functional_pil as torchvision_pil
 
 
 def folder_of(package: str) -> Path:
@@ -70,21 +68,7 @@ def hpsv2():
     return importlib.import_module("hpsv2.img_score")
 
 
-ORIGINAL_RESIZE = torchvision_pil.resize
-
-
-def resize_width_first(image, size, interpolation):
-    """The bicubic `image.resize` of Pillow before 13.0: 13.0 takes the height of a high image first. Other resizes are
-    torchvision's own, because this stays in place for the tests that follow."""
-    if interpolation != 3:
-        return ORIGINAL_RESIZE(image, size, interpolation)
-    high, wide = size
-    mode = {"LA": "La", "RGBA": "RGBa"}.get(image.mode, image.mode)
-    return image.convert(mode).resize((wide, image.height), 3).resize((wide, high), 3).convert(image.mode)
-
-
 def clip():
-    torchvision_pil.resize = resize_width_first
     stub("pkg_resources", packaging=importlib.import_module("packaging"))
     importlib.import_module("packaging.version")
     return importlib.import_module("clip")

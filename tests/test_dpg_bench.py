@@ -135,7 +135,7 @@ def test_other_weights_and_incomplete_files_are_an_error(tmp_path):
     inputs.write_model(tmp_path, 6)
     layer, weights, file = "encoder.layer.1.output.dense.bias", official_weights("published"), "pytorch_model.bin"
     changes = {
-        "Missing.*text_encoder.1.output.bias": {f"text_encoder.{layer}": None},
+        "Missing.*text_encoder.1.output.dense.bias": {f"text_encoder.{layer}": None},
         f"Unexpected.*fusion_encoder.bert.{layer}": {f"fusion_encoder.bert.{layer}": torch.zeros(32)},
         "size mismatch for visn_fc.weight": {"visn_fc.weight": torch.zeros(32, 64)},
         "not finite: visn_fc.bias": {"visn_fc.bias": torch.full((32,), math.inf)},

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import hub
 import yaml
-from conftest import ROOT, pair_rows, write_pairs
+from conftest import ROOT, make_tiny_sdxl, pair_rows, write_pairs
+from diffusers import StableDiffusionXLPipeline
 from forks import Process, zygote
 from huggingface_hub import ModelCard, RepoCard
-from safetensors.torch import load
+from safetensors.torch import load, save_file
+from single_file import single_file
 
 from train_rankdpo_sdxl import CARD_BEGIN, CARD_END, LORA_FILE, merge_cards
 
@@ -249,6 +251,31 @@ def test_an_upload_that_fails_costs_no_weights_and_is_repeated(server, tiny_sdxl
     files = server.files("models", "user/lora")
     assert {"pytorch_lora_weights.safetensors", "README.md", "comfyui/lora.safetensors"} <= files.keys()
     assert not any("checkpoint" in name or "state" in name for name in files) and files["training_log.jsonl"] == log
+
+
+def test_a_base_in_one_file_on_the_hub(server, tmp_path):
+    folder = make_tiny_sdxl(tmp_path / "sdxl", second=(24, 10))  # by which diffusers knows SDXL
+    save_file(single_file(StableDiffusionXLPipeline.from_pretrained(folder)), tmp_path / "one.safetensors")
+    server.commit("models", "user/noobai", {"one.safetensors": (tmp_path / "one.safetensors").read_bytes()})
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    command = ["evaluate.py", "--prompts", tmp_path / "prompts.txt", "--metrics", "shapes/world.py:color_reward"]
+    command += ["--resolution", 32, "--num_inference_steps", 1, "--single_file_config", folder]
+    drawn = []
+    for name, file in (
+        ("here", tmp_path / "one.safetensors"),
+        ("hub", "https://huggingface.co/user/noobai/resolve/main/one.safetensors"),
+    ):
+        client(
+            server,
+            tmp_path / "home",
+            *command,
+            "--pretrained_model_name_or_path",
+            file,
+            "--output_dir",
+            tmp_path / name,
+        )
+        drawn.append((tmp_path / name / "images" / "base" / "00000_0.png").read_bytes())
+    assert drawn[0] == drawn[1]
 
 
 def test_merged_card():

@@ -39,6 +39,7 @@ from transformers import (
 )
 
 import build_synpic
+import evaluate
 from build_synpic import load_reward_model
 
 
@@ -192,11 +193,7 @@ def test_hps_antialias_is_todays_torchvision(hps):
 
 def test_hps_tokens(hps):
     assert len(PROMPTS) == 200
-    special = ["a <start_of_text>b<END_OF_TEXT> c", "<end_of_text><start_of_text> 's<end_of_text>", "!<end_of_text>_<"]
-    special += ["4<start_of_text>.<end_of_text>", "e\u0301<end_of_text>é<end_of_text>", "<end_of_text> " * 90]
-    special += ["word " * 74 + "<start_of_text> word word", "> <start_of_text> <end_of_text", "&lt;end_of_text&gt;"]
-    prompts = PROMPTS + special
-    same_tokens(loaded(f"hpsv2={hps[2]}"), prompts, official.open_clip().tokenize(prompts))
+    same_tokens(loaded(f"hpsv2={hps[2]}"), PROMPTS, official.open_clip().tokenize(PROMPTS))
 
 
 def same_tokens(reward, prompts: list[str], expected: torch.Tensor) -> None:
@@ -445,8 +442,11 @@ def test_mps_is_the_official_score(name, threshold, mps, tmp_path):
         assert torch.equal(found, mask)
     assert 2 < sum(not mask.all() for mask in seen)
     # A millionth of the scale, 100.
-    np.testing.assert_allclose(reward.score(images, prompts), expected, atol=1e-4, rtol=0)
+    scores = reward.score(images, prompts)
+    np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
     assert np.std(expected) > 1
+    metric = f"metrics/rewards.py:{name.replace('.', '')},model={folder}"
+    assert evaluate.load_reward_model(metric, batch_size=3).score(images, prompts) == scores
 
 
 def test_mps_turns_by_float16_angles(mps, tmp_path):
@@ -781,6 +781,10 @@ def test_any_vlm_as_a_variant(tmp_path):
     found = load_reward_model(name, batch_size=4).score(images, prompts)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-4)
     assert np.std(expected) > 0.05 * np.mean(expected)
+    metric = f"metrics/rewards.py:vqascore_vlm,model={folder}"
+    assert evaluate.load_reward_model(metric, batch_size=4).score(images, prompts) == found
+    with pytest.raises(SystemExit, match="/nothing is no folder, and no model of the Hub that you can read"):
+        evaluate.hook(f"metrics/rewards.py:vqascore_vlm,model={tmp_path}/nothing", "prepare")([])
 
 
 # Common behaviour

@@ -68,8 +68,9 @@ def test_positions_are_the_official_ones():
     cases = golden.position_cases(1500)
     scores = [bench.position_score(*case) for case in cases]
     assert scores == pytest.approx(RULES["position"], abs=1e-12)
-    ious = [bench.intersection_over_union(box1, box2) for _, box1, box2 in cases]
+    ious = [bench.box_iou(torch.tensor([box1]), torch.tensor([box2])).item() for _, box1, box2 in cases]
     assert min(ious) == 0 and max(ious) > 0.5 and 50 < sum(0 < score < 1 for score in scores)
+    assert bench.position_score("on the left of", (0, 0, 0, 0), (9, 0, 9, 0)) == 1  # boxes without area do not overlap
 
 
 def test_three_in_one_and_text_of_complex_prompts(parsed):

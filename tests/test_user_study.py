@@ -70,7 +70,7 @@ def study_of(*flags) -> user_study.Study:
 
 
 def make_study(tmp_path, *more, models=MODELS) -> user_study.Study:
-    flags = ["--study_dir", tmp_path / "study", "--prompts", make_prompts(tmp_path), "--num_prompts", 12]
+    flags = ["--study_dir", tmp_path / "study", "--prompts", make_prompts(tmp_path)]
     return study_of(*flags, "--images", *make_images(tmp_path, models), *more)
 
 
@@ -447,6 +447,7 @@ def test_images_of_evaluate(tmp_path):
 # The command, what is refused. NEW and the like are paths.
 REFUSALS = {
     "tally --study_dir NEW": "holds no study",
+    "serve --study_dir NEW --prompts PROMPTS --evaluation_dir NEW": "new: holds no images of evaluate.py",
     "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE b={here}": "wrong template",
     "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE b=none{index}": "cannot be read",
     "serve --study_dir NEW --num_prompts 2 --prompts PROMPTS --images ONE tie=x": "may not be called tie",
