@@ -126,7 +126,7 @@ COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": oper
 # Copied from build_synpic.flag
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    help += "" if default is None or callable(default) else f" Default: {default}."
+    help += "" if default in (None, list) else f" Default: {' '.join(default()) if callable(default) else default}."
     metadata = {"help": help, "group": group, "limits": dict(zip(COMPARE, (min, above, max, below))), **options}
     return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
@@ -322,11 +322,11 @@ def main(args: ScriptArguments) -> None:
     if {*args.stages} & {"score", "report"}:
         score(args, rows, models, state)
         state.wait_for_everyone()
-    if state.is_main_process and args.num_tasks > 1:
-        last = "--num_tasks 1 --stages report"
-        print(f"task {args.task_index} of {args.num_tasks} is done. After all of them: the same with {last}")
-    elif state.is_main_process and "report" in args.stages:
+    if state.is_main_process and "report" in args.stages:
         report(args, rows, models)
+    elif state.is_main_process:
+        print(f"{' and '.join(args.stages)}: task {args.task_index} of {args.num_tasks} is done. After all tasks and")
+        print("both stages: the same with --num_tasks 1 --stages report")
     lock.release()
 
 
@@ -403,7 +403,7 @@ def draw(args: ScriptArguments, rows: list[dict], models: dict, state: PartialSt
         names, pipeline = list(group), None
         free_memory()
         pipeline = load_pipeline(args, models[names[0]], state.device)
-        for name in names:  # a LoRA that does not fit ends the run before anything is drawn
+        for name in names[1:]:  # one that does not fit ends the run before anything is drawn; the first one below
             with fitted(models[name], pipeline):
                 pass
         for name in names:
@@ -414,7 +414,7 @@ def draw(args: ScriptArguments, rows: list[dict], models: dict, state: PartialSt
                     images = dict(zip(batch, draw_batch(args, rows, models[name], pipeline, batch)))
                     for earlier in writing:  # threads encode and write a batch while the next one is drawn
                         earlier.result()
-                    files = {item: file for item, file in missing[name].items() if item in images}
+                    files = {item: missing[name][item] for item in batch if item in missing[name]}
                     writing = [WORKERS.submit(save_picture, images[item], file) for item, file in files.items()]
     for last in writing:
         last.result()
@@ -530,7 +530,8 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     save_picture(grid_picture(args, rows, models, pictured, results.get(verdict)), output_dir / "grid.png")
     if checkpoints:
         save_picture(curves_picture(record, metrics), output_dir / "curves.png")
-    print(table, ", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]), sep="\n")
+    then = f"what do people say? user_study.py serve --evaluation_dir {output_dir} --prompts {args.prompts}"
+    print(table, ", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]), then, sep="\n")
     for name, model in models.items():
         if repo_id := model.get("repository"):
             publish(args, name, repo_id, known, table)
@@ -819,8 +820,8 @@ def find_pipeline(source: str, revision: str | None = None, tuned: bool = False)
         flow = matches or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
         if any((part in used) != (part in written) for part in ("FlowMatch", "EDM")):
             raise ValueError(f"its model_index.json names {used}, its scheduler_config.json is {written}'s")
-        if (matches or flow and tuned) if "unet" in index else not flow:
-            predicts = "noise" if "unet" in index else "flow"
+        predicts, wrong = ("noise", matches or flow and tuned) if "unet" in index else ("flow", not flow)
+        if wrong:
             raise ValueError(f"a {name} predicts {predicts}, and its scheduler, {used}, takes something else")
     files = path_key(source) if os.path.isdir(source) else None
     found = {"kind": "pipeline", "source": source, "pipeline": source, "variant": None, "commit": commit}
@@ -907,7 +908,9 @@ def fitted(model: dict, pipeline: DiffusionPipeline) -> Iterator[None]:
     components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     layers = {key: value for part in components for key, value in part.named_parameters() if ".lora_" in key}
     if len(layers) != len(given):
-        problem = f"the base takes {len(layers)} of {len(given)} matrices: it would be used in part"
+        paths = {key.partition(".lora_")[0].removesuffix(".0") for key in layers}
+        left = [key for key in sorted(given) if not any(path in key.replace(".processor", "") for path in paths)]
+        problem = f"the base takes {len(layers)} of {len(given)} matrices: it would be used in part, without {left[:1]}"
         raise SystemExit(f"{model['source']}: {problem}")
     if broken := [key for key, value in layers.items() if not value.isfinite().all()]:
         raise SystemExit(f"{model['source']}: {broken[0]} is not finite")
@@ -1021,8 +1024,7 @@ def hook(metric: str, name: str) -> Callable | None:
 
 def takes_rows(metric: str) -> bool:
     """Whether a metric wants the whole row of each prompt, to score, to check or to report."""
-    own = plugin(metric)
-    return own is not None and bool(own.takes_rows or hook(metric, "check_rows") or hook(metric, "official"))
+    return bool((own := plugin(metric)) and (own.takes_rows or hook(metric, "check_rows") or hook(metric, "official")))
 
 
 def official_figures(args: ScriptArguments, metric: str, rows: list, categories: list | None, scores: dict) -> dict:
@@ -1088,7 +1090,7 @@ def prepare_repositories(args: ScriptArguments, models: dict[str, dict]) -> None
     if args.hub_model_id and len(wanted) > 1:
         raise SystemExit(f"--hub_model_id {args.hub_model_id}: is for one LoRA, and --loras has {len(wanted)}")
     if not wanted:
-        raise SystemExit("--push_to_hub: no LoRA in --loras is a Hub id: say with --hub_model_id where results go")
+        raise SystemExit("--push_to_hub: no LoRA in --loras is a Hub id: name one with --loras and --hub_model_id")
     for name, repo_id in wanted.items():
         try:
             repo_id = HfApi().create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True).repo_id
@@ -1133,13 +1135,14 @@ def write_card(args: ScriptArguments, card: RepoCard, name: str, repo_id: str, r
     card.data["model-index"] = [{"name": repo_id.split("/")[-1], **model, "results": results}, *models]
     settings = ", ".join(f"`{key}` {value}" for key, value in drawing.items())
     others = ", ".join(f"`{other}`" for other in record["settings"]["models"] if other not in (name, BASE))
+    curves = "\n\n![All checkpoints](curves.png)" if "checkpoints" in record else ""
     body = f"""## Evaluation
 
 `{name}` is this LoRA{f"; {others}: others" if others else ""}. Base model: `{public_name(base)}`. Prompts:
 {prompts["name"]}. {settings}.
 
 {table}
-![The same prompts and seeds for all models](grid.png)
+![The same prompts and seeds for all models](grid.png){curves}
 
 All figures are in [results.json](results.json)."""
     marked = re.fullmatch(f"(.*){re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}(.*)", card.text, re.S)
@@ -1334,10 +1337,8 @@ def reward_name(name: str) -> str:
     """The column of a reward: `shapes/world.py:color_reward` → `color_reward`, `pickscore=folder` → `pickscore`,
     `my.py:Score,model=user/name` → `Score_model=name`."""
     kind, _, checkpoint = name.partition("=")
-    if kind == "vqascore_vlm":  # scores of different models are not comparable
-        return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][1]).name}"
-    if kind in REWARD_MODELS:
-        return kind
+    if kind in REWARD_MODELS:  # scores of different VLMs are not comparable
+        return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][1]).name}" if kind == "vqascore_vlm" else kind
     _, function, settings = split_function(name)
     return "_".join([function, *(f"{key}={Path(value).name}" for key, value in settings.items())])
 
@@ -1346,7 +1347,7 @@ def split_function(name: str) -> tuple[str, str, dict[str, str]]:
     """`file.py:Class,key=value,…` → file, name, settings. Exits with one line if it is nothing of the kind."""
     match = re.fullmatch(r"(.+?\.py):(\w+)((?:,\w+=[^,]+)*)", name)
     if not match:
-        own = "path/to/file.py:function or path/to/file.py:Class,key=value (in YAML in quotes)"
+        own = "path/to/file.py:function or path/to/file.py:Class,key=value (in YAML in quotes), as in metrics/"
         raise SystemExit(f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or {own}")
     return match[1], match[2], dict(word.split("=", 1) for word in match[3].split(",")[1:])
 
