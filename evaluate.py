@@ -608,8 +608,8 @@ def markdown_report(record: dict, metrics: list[str], compared: list[str], verdi
             row.append(pair_cell(pairs[row[0]].get(other), bool(lone & {row[0], other})))
         parts.append(f"{metric}, row minus column (win rate of the row); bold where the interval excludes 0:")
         parts.append(markdown_table(["", *compared], rows))
-    if lone and len(compared) > 2:
-        parts.append("A model of one seed is never bold: its interval says nothing about other trainings of it.")
+    if lone:
+        parts.append("The interval of a model of one seed says nothing about other trainings of it, and is never bold.")
     for metric in (metric for metric in metrics if len(categories[metric]) > 1):
         found, rows = [entry[f"{metric}_by_category"] for entry in summary.values()], []
         for c in categories[metric]:
