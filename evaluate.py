@@ -325,8 +325,7 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process and "report" in args.stages:
         report(args, rows, models)
     elif state.is_main_process:
-        print(f"{' and '.join(args.stages)}: task {args.task_index} of {args.num_tasks} is done. After all tasks and")
-        print("both stages: the same with --num_tasks 1 --stages report")
+        print(f"task {args.task_index} of {args.num_tasks} is done. After all: --num_tasks 1 --stages score report")
     lock.release()
 
 
@@ -776,29 +775,30 @@ OTHERS = "give a base model of SD1.5, SD2.1 or SDXL with U-Net, VAE and text enc
 
 # Copied from train_rankdpo_sdxl.single_file_folder with content_key->short_hash
 def single_file_folder(args: ScriptArguments) -> str:
-    """Where the model is. A single file becomes a diffusers folder, once, in the Hub's cache. Of its configuration it
-    says no more than its kind, and NoobAI's that they predict v, by the keys `v_pred` and `ztsnr`."""
+    """Where the model is: of a single file, a folder in the Hub's cache. Keys like NoobAI's tell that it predicts v."""
     name, config = args.pretrained_model_name_or_path.replace("/resolve/", "/blob/"), args.single_file_config
-    scheduler = {key: getattr(args, key) for key in ("prediction_type", "rescale_betas_zero_snr") if getattr(args, key)}
+    given = [key for key in ("prediction_type", "rescale_betas_zero_snr", "single_file_config") if getattr(args, key)]
+    if re.search("turbo|lightning|lcm|dmd2", name, re.IGNORECASE):
+        PartialState().print(f"{name} is distilled, by its name: take the model that it was made from")
     if not name.endswith((".safetensors", ".ckpt")):
-        if config or scheduler:
-            raise SystemExit(f"--{[*scheduler, 'single_file_config'][0]}: {name} is no single file: leave it out")
+        if given:
+            raise SystemExit(f"--{given[0]}: {name} is no single file: leave it out")
         return name
+    args.variant = args.revision = None  # these are of folders
     weights = load_single_file_checkpoint(name)
     kind, unet = infer_diffusers_model_type(weights), weights.get("model.diffusion_model.input_blocks.0.0.weight")
     if kind not in SINGLE_FILES or unet is None or "edm_vpred.sigma_max" in weights:
         raise SystemExit(f"{name} is something else, e.g. a refiner, an inpainting model or a LoRA: {OTHERS}")
-    if re.search("turbo|lightning|lcm|dmd2", name, re.IGNORECASE):
-        PartialState().print(f"{name} is distilled, by its name: take the model that it was made from")
-    if "v_pred" in weights:
-        scheduler = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in weights} | scheduler
-    facts = [config, scheduler, *((key, weight.flatten()[:8].tolist()) for key, weight in weights.items())]
+    zero = args.rescale_betas_zero_snr or "ztsnr" in weights
+    is_v = args.prediction_type != "epsilon" and (args.prediction_type or zero or "v_pred" in weights)
+    v = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero, "timestep_spacing": "trailing"}
+    args.scheduler = v if is_v else {}
+    facts = [config, args.scheduler, *((key, weight.flatten()[:8].tolist()) for key, weight in weights.items())]
     folder = cached_assets_path("diffusers", "single_file", short_hash(str(facts)))
     with FileLock(folder / ".lock"):
         if not (folder / "model_index.json").exists():  # it is written last
             pipeline = SINGLE_FILES[kind].from_single_file(name, config=config, dtype=unet.dtype)
-            if scheduler:
-                pipeline.scheduler.register_to_config(**scheduler, timestep_spacing="trailing")
+            pipeline.scheduler.register_to_config(**args.scheduler)
             pipeline.save_pretrained(folder)
     return str(folder)
 

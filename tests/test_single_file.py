@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,10 +55,10 @@ def test_a_single_file_trains_as_its_folder(script, family, models, trainer_flag
     assert f'from_single_file("{file}"' in card and "base_model" not in card
 
 
-@pytest.mark.parametrize("says", ["file", "flags"])
+@pytest.mark.parametrize("says", ["file", "flags", "one flag"])
 def test_v_prediction_with_zero_terminal_snr_is_trained_and_drawn(says, models, trainer_flags, tmp_path, cache):
     folder, file = models["sdxl"]
-    more = ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr"]
+    more = ["--rescale_betas_zero_snr", *(["--prediction_type", "v_prediction"] if says == "flags" else [])]
     if says == "file":
         save_file(load_file(file) | NOOBAI, file := tmp_path / "noobai.safetensors")
         more = []
@@ -68,6 +69,23 @@ def test_v_prediction_with_zero_terminal_snr_is_trained_and_drawn(says, models, 
     config = json.loads((made / "scheduler" / "scheduler_config.json").read_text())
     assert config["_class_name"] == "EulerDiscreteScheduler" and V_PREDICTION.items() <= config.items()
     assert logged(tmp_path / "out")[0]["grad_norm"] > 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"pipeline.scheduler.from_config(pipeline.scheduler.config, **{V_PREDICTION})" in card
+
+
+def test_a_flag_overrides_what_the_file_says(models, trainer_flags, tmp_path, cache):
+    folder, file = models["sdxl"]
+    save_file(load_file(file) | NOOBAI, noobai := tmp_path / "noobai.safetensors")
+    flags = [*trainer_flags("train_rankdpo_sdxl"), "--pretrained_model_name_or_path", noobai, "--max_train_steps", 1]
+    flags += ["--single_file_config", folder, "--prediction_type", "epsilon", "--variant", "fp16"]  # of folders
+    call("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "out")
+    (made,) = cache.iterdir()
+    config, as_published = (
+        json.loads((path / "scheduler" / "scheduler_config.json").read_text()) for path in (made, folder)
+    )
+    keys = V_PREDICTION.keys() & as_published.keys()
+    assert {key: config[key] for key in keys} == {key: as_published[key] for key in keys}
+    assert "from_config" not in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("script", ["train_rankdpo_sdxl", "train_dpo_qsd"])
@@ -130,17 +148,26 @@ def test_a_distilled_file_is_warned_of_and_a_folder_needs_no_flags(models, train
     flags = [*trainer_flags("train_rankdpo_sdxl"), "--output_dir", tmp_path / "out", "--max_train_steps", 1]
     call("train_rankdpo_sdxl", *flags, "--pretrained_model_name_or_path", turbo, "--single_file_config", folder)
     assert "distilled" in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path / "sdxl-turbo")
+    flags = [*flags, "--output_dir", tmp_path / "other"]
+    call("train_rankdpo_sdxl", *flags, "--pretrained_model_name_or_path", tmp_path / "sdxl-turbo")
+    assert "sdxl-turbo is distilled" in capsys.readouterr().out
     message = refused("train_rankdpo_sdxl", *flags, "--prediction_type", "v_prediction")
     assert message.startswith("--prediction_type") and "single file" in message
 
 
-def test_evaluate_draws_a_single_file_as_its_folder(models, tmp_path):
+@pytest.mark.parametrize("predicts", ["noise", "v"])
+def test_evaluate_draws_a_single_file_as_its_folder(predicts, models, tmp_path):
     folder, file = models["sdxl"]
+    if predicts == "v":
+        save_file(load_file(file) | NOOBAI, file := tmp_path / "noobai.safetensors")
+        folder = copy_of(folder, tmp_path / "noobai", **{"scheduler/scheduler_config": V_PREDICTION})
     (tmp_path / "prompts.txt").write_text("a red circle")
     flags = ["--prompts", tmp_path / "prompts.txt", "--metrics", "shapes/world.py:color_reward", "--resolution", 32]
     flags += ["--num_inference_steps", 1, "--pretrained_model_name_or_path"]
     call("evaluate", *flags, folder, "--output_dir", tmp_path / "folder")
-    call("evaluate", *flags, file, "--single_file_config", folder, "--output_dir", tmp_path / "file")
+    more = ["--single_file_config", models["sdxl"][0], "--variant", "fp16"]  # as in README's command; it is of folders
+    call("evaluate", *flags, file, *more, "--output_dir", tmp_path / "file")
     drawn = [
         {f.relative_to(out): f.read_bytes() for f in out.rglob("images/**/*.png")}
         for out in (tmp_path / "folder", tmp_path / "file")
