@@ -204,18 +204,45 @@ def test_lora_files_of_other_trainers_draw_the_same(models, tmp_path):
     assert drawn["diffusers"] == drawn["onetrainer"] == drawn["kohya"] != drawn["base"]
 
 
-def test_build_synpic_draws_a_single_file_as_its_folder(models, tmp_path):
-    """And one of NoobAI's, which predicts v, as a folder whose scheduler says so, to a rounding."""
-    folder, file = models["sdxl"]
-    noobai = copy_of(folder, tmp_path / "noobai", **{"scheduler/scheduler_config": V_PREDICTION})
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_build_synpic_draws_a_single_file_as_its_folder(family, models, tmp_path):
+    """One that predicts v, by NoobAI's keys or as its configuration says, is drawn as a folder that says so."""
+    folder, file = models[family]
+    euler, pndm = (
+        {"model_index": {"scheduler": ["diffusers", f"{kind}Scheduler"]}} for kind in ("EulerDiscrete", "PNDM")
+    )
+    noobai = copy_of(folder, tmp_path / "noobai", **{"scheduler/scheduler_config": V_PREDICTION}, **euler)
+    plain = copy_of(folder, tmp_path / "plain", **(pndm if family == "sd" else {}))  # which has no zero terminal SNR
     save_file(load_file(file) | NOOBAI, one := tmp_path / "noobai.safetensors")
     script, images = load("build_synpic"), []
-    for model, options in ((folder, {}), (file, {"config": str(folder)}), (noobai, {}), (one, {"config": str(folder)})):
-        entry = {"name": "a", "model": str(model), "load": options}
+    for model, config in ((folder, None), (file, folder), (noobai, None), (file, noobai), (one, plain)):
+        entry = {"name": "a", "model": str(model), "load": {"config": str(config)} if config else {}}
         entry["call"] = {"num_inference_steps": 2, "height": 32, "width": 32}
         script.check_generator(entry, [])
         draw = script.Generator(entry, torch.device("cpu"), SimpleNamespace(generation_batch_size="1", compile=False))
         images.append(np.asarray(draw.draw(["a red circle"], [1])[0], dtype=int))
+    away = [np.abs(image - images[2]).max() for image in images]
+    assert np.array_equal(*images[:2]) and max(away[3:]) <= 1 < min(away[:2]), away
+
+
+def test_build_synpic_tells_what_a_single_file_is(models, tmp_path, capsys):
+    check, folder = load("build_synpic").check_generator, models["sdxl"][0]
+    for name, weights in OTHERS.items():
+        save_file(weights, file := tmp_path / f"{name}.safetensors")
+        for config, _ in models.values():
+            entry = {"name": "a", "model": str(file), "load": {"config": str(config)}}
+            with pytest.raises(SystemExit, match=rf"{name}.safetensors is no StableDiffusion\w*, but e.g. a refiner"):
+                check(entry, [])
+    missing = {"name": "a", "model": str(tmp_path / "no.safetensors"), "load": {"config": str(folder)}}
+    with pytest.raises(SystemExit, match="no.safetensors is no diffusers pipeline that can be read"):
+        check(missing, [])
+    save_file(load_file(models["sdxl"][1]), file := tmp_path / "xlLightning.safetensors")
+    call = {"num_inference_steps": 6, "guidance_scale": 1.0}
+    check(entry := {"name": "a", "model": str(file), "load": {"config": str(folder)}, "call": call}, [])
+    assert not capsys.readouterr().err
+    check(entry | {"call": {}}, [])
     assert (
-        np.array_equal(*images[:2]) and np.abs(images[2] - images[3]).max() <= 1 < np.abs(images[1] - images[2]).max()
+        capsys.readouterr().err
+        == f"warning: generator a: {file} is distilled, by its name: it needs at most 10 "
+        + ("steps, and a guidance of at most 3\n")
     )
