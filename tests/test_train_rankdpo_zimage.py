@@ -82,7 +82,7 @@ def test_one_lora_file_changes_the_images_exactly_as_the_trained_model_does(trai
     check_gallery(pipeline, trained, [row["prompt"] for row in rows[:4]], files, guidance_scale=4.0)
     card = check_card(trained)
     assert "ZImagePipeline" in card and "- z-image" in card and "models/loras" in card and "comfyui/" not in card
-    assert "| timesteps | logit_normal of mean 1.1 |" in card
+    assert "| timesteps | logit_normal, logit_mean 1.1, logit_std 1 |" in card and "max_sequence_length=" not in card
 
 
 def test_prompts_are_cached_trimmed_as_the_pipeline_encodes_them(flags, trained, pipeline, rows, tmp_path):
@@ -219,11 +219,14 @@ def test_two_processes_agree_with_one(flags, tmp_path):
 
 
 def test_turbo_is_warned_of(flags, tiny_zimage, tmp_path, capsys):
+    """And the card's code cuts prompts where the training did."""
     turbo = copy_of(tiny_zimage, tmp_path / "turbo", **{"scheduler/scheduler_config": {"shift": 3.0}})
     here = ["--pretrained_model_name_or_path", turbo, "--output_dir", tmp_path / "lora", "--max_train_steps", 1]
-    call("train_rankdpo_zimage", *flags, *here)
+    call("train_rankdpo_zimage", *flags, *here, "--max_sequence_length", 64, "--weighting_scheme", "mode")
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "Turbo" in line)
     assert line.startswith(f"--pretrained_model_name_or_path {turbo} has shift 3")
+    card = check_card(tmp_path / "lora")
+    assert "**options, max_sequence_length=64).images" in card and "| timesteps | mode, mode_scale 1.29 |" in card
 
 
 @needs_compiler
