@@ -684,9 +684,6 @@ def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
 
 def describe(args: ScriptArguments, run: "Run") -> dict:
     """What the card says of method, data and model."""
-    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if args.loss_type in SFT:
-        learns = "one of its baselines: the model learns to denoise images, the better ones more"
     data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
     model, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
     tokens = "" if args.max_sequence_length == 512 else f", max_sequence_length={args.max_sequence_length}"
@@ -707,7 +704,7 @@ the "Load LoRA" node at strength 1. A CFG of 5 there is a guidance scale of 4 he
     density = "".join(f", {name} {getattr(args, name):g}" for name in options)
     about["facts"] = {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}"}
     about["facts"]["timesteps"] = f"{args.weighting_scheme}{density}"
-    return about | {"method": f"{data}, after\n{paper}: {learns}."}
+    return about | {"method": f"{data}, after\n{paper}: the model learns to denoise preferred images better."}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
