@@ -75,15 +75,14 @@ from accelerate import PartialState
 from datasets import Features, Image, List, Value
 from datasets.config import HF_HUB_OFFLINE
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from diffusers.training_utils import free_memory
-from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock, Timeout
 from huggingface_hub import CardData, HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session
 from PIL import Image as PILImage
-from PIL import ImageDraw, PngImagePlugin
+from PIL import ImageDraw, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, normalize, pad, resize, to_tensor
@@ -106,7 +105,7 @@ COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": oper
 
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    help += "" if default is None or callable(default) else f" Default: {default}."
+    help += "" if default in (None, list) else f" Default: {' '.join(default()) if callable(default) else default}."
     metadata = {"help": help, "group": group, "limits": dict(zip(COMPARE, (min, above, max, below))), **options}
     return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
@@ -122,7 +121,6 @@ class ScriptArguments:
     compile: bool = flag(False, "Compile the denoisers' blocks: faster drawing after a slow first batch.")
     image_format: str = flag("jpg", "jpg has quality 95, and the Hub's viewer shows it.", choices=("jpg", "png"))
     seed: int = flag(0, "Seeds the images, together with the prompt and the generator's name.", min=0, max=2**32 - 1)
-    # hpsv2, hpsv2.1, pickscore, mps, imagereward, aesthetic, clipscore, vqascore, or a variant: see REWARD_MODELS.
     rewards: list[str] = flag(lambda: [*DEFAULT_REWARDS], "Name, name=checkpoint or file.py:function.", "Rewards")
     reward_batch_size: int = flag(32, "Images scored together.", min=1)
     rewards_at_once: int | None = flag(None, "Reward models held at once. Default: all; images are read once.", min=1)
@@ -177,8 +175,8 @@ def preference_rank(scores: np.ndarray) -> np.ndarray:
 
 # Stages: draw, score, rank --------------------------------------------------------------------------------------------
 def main(args: ScriptArguments) -> None:
-    diffusers_logging.disable_progress_bar()  # of loading pipelines
-    diffusers_logging.set_verbosity_error()  # that a prompt is cut, prompt by prompt: the card counts them
+    diffusers.utils.logging.disable_progress_bar()  # of loading pipelines
+    diffusers.utils.logging.set_verbosity_error()  # that a prompt is cut, prompt by prompt: the card counts them
     transformers_logging.disable_progress_bar()
     # Several processes talk through gloo if there is no GPU. The first to finish a stage may wait hours for the last.
     several = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(days=1)}
@@ -195,9 +193,10 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process:
         if "publish" in args.stages and args.push_to_hub:
             publish(args, [*DATA_FILES, "README.md", "grid.png"])
-        print(f"{sum(map(len, shards))} prompts x {len(generators)} images in {output_dir}")
+        then = f"train on them: train_rankdpo_sdxl.py --dataset_name {output_dir}"
         if args.num_tasks > 1:
-            print(f"task {args.task_index} is done. After all tasks: the same with --num_tasks 1 --stages rank publish")
+            then = f"task {args.task_index} is done. After all tasks: the same with --num_tasks 1 --stages rank publish"
+        print(f"{sum(map(len, shards))} prompts x {len(generators)} images in {output_dir}; {then}")
 
 
 def begin_run(args: ScriptArguments, generators: list[dict]) -> FileLock:
@@ -265,7 +264,8 @@ def plan_shards(args: ScriptArguments, file: Path) -> dict:
 def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
     """Draws the missing shards. Each generator is loaded once, draws its shards, and is freed."""
     own = range(args.task_index, len(shards), args.num_tasks)
-    todo = {e["name"]: [s for s in own if not images_of(image_file(args, e["name"], s))] for e in generators}
+    files = {entry["name"]: [existing_files(entry, rows) for rows in shards] for entry in generators}
+    todo = {e: [s for s in own if not images_of(image_file(args, e, s), files=files[e][s])] for e in files}
     state.wait_for_everyone()  # now all processes know of the same missing shards, which they share out
     device = torch.cuda.get_device_name() if state.device.type == "cuda" else "CPU"
     for entry in generators:
@@ -281,11 +281,11 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
                 ids, prompts = ([row[column] for row in shards[s]] for column in ("prompt_id", "prompt"))
                 # The run's seed, the prompt and the generator give every image a seed of its own.
                 seeds = [int(short_hash(f"{args.seed}|{id}|{name}")[:8], 16) for id in ids]
-                files = [entry["images"].format(**row) for row in shards[s]] if draw is None else []
-                images = [*map(PILImage.open, files)] or draw(prompts, seeds, bar)
+                images = draw(prompts, seeds, bar) if draw else [*WORKERS.map(read_picture, files[name][s])]
+                bar.update(len(files[name][s]))
                 columns = {"prompt_id": ids, "image": images, "seed": seeds}
                 seconds, cut = time.time() - started, draw.count_cut(prompts) if draw else 0
-                facts = {"seconds": seconds, "device": device, "cut": cut}
+                facts = {"seconds": seconds, "device": device, "cut": cut, "files": files[name][s]}
                 if writing:  # a thread encodes and writes a shard while the next is drawn: at most two are in memory
                     writing.result()
                 writing = pool.submit(write_images, args, name, s, columns, facts)
@@ -295,8 +295,7 @@ def generate(args: ScriptArguments, shards: list[list[dict]], generators: list[d
 
 
 def score(args: ScriptArguments, shards: list[list[dict]], generators: list[dict], state: PartialState) -> None:
-    """Scores the images without a score. An image is read and decoded once for all rewards that are held together. A
-    score belongs to the images of its shard by their hash, so images that are drawn again are scored again."""
+    """Scores what has no score of its images' hash. An image is decoded once for all rewards that are held together."""
     own = range(args.task_index, len(shards), args.num_tasks)
     jobs = [(entry["name"], s) for entry in generators for s in own][state.process_index :: state.num_processes]
     hashes = {job: images_of(image_file(args, *job), "generate") for job in jobs}
@@ -357,19 +356,19 @@ def rank(args: ScriptArguments, shards: list[list[dict]], generators: list[dict]
     state.wait_for_everyone()
     if not state.is_main_process:
         return
-    tables = (pq.read_table(building / file, columns=list(without_images)) for file in files)
-    tables = (table.cast(without_images.arrow_schema) for table in tables)
-    key = short_hash("".join(shard_facts(building / file)["key"] for file in files))
+    paths, schema = [building / file for file in files], without_images.arrow_schema
+    tables = (pq.read_table(path, columns=schema.names).cast(schema) for path in paths)
+    key = short_hash("".join(shard_facts(path)["key"] for path in paths))
     scores = "scores/train-00000-of-00001.parquet"
     build_file(output_dir, scores, key, tables, row_group_size=1000)
-    old = set(building.rglob("*.parquet")) - {building / name for name in [*files, scores]}
+    old = set(building.rglob("*.parquet")) - {*paths, building / scores}
     for file in [*old, *building.parent.rglob(".*.tmp")]:  # of runs that were killed; here all tasks have ended
         file.unlink()
     for folder in ("data", "scores"):
         shutil.rmtree(output_dir / folder, ignore_errors=True)
         os.rename(building / folder, output_dir / folder)
     configs = {"default": ("data", features), "scores": ("scores", without_images)}
-    write_card(args, sum(map(len, shards)), generators, configs)
+    write_card(args, sum(map(len, shards)), generators, configs, key)
 
 
 def made_of(args: ScriptArguments, shards: range, names: list[str]) -> str:
@@ -432,10 +431,12 @@ DEFAULT_GENERATORS = """
            call: {num_inference_steps: 20, guidance_scale: 4.0, height: 1024, width: 1024}}}
 """
 # What every call of a pipeline gets from this script: one picture for each prompt and seed.
-GIVEN_BY_SCRIPT = """self prompt prompt_embeds generator latents num_images_per_prompt output_type return_dict
-    image_embeddings callback_on_step_end""".split()
+GIVEN_BY_SCRIPT = {"self", "prompt", "prompt_embeds", "generator", "latents", "num_images_per_prompt", "output_type"}
+GIVEN_BY_SCRIPT |= {"return_dict", "image_embeddings", "callback_on_step_end"}
+# Pipeline → what diffusers must find in a file of its kind.
+SINGLE_FILES = {"StableDiffusionPipeline": ("v1", "v2"), "StableDiffusionXLPipeline": ("xl_base", "playground-v2-5")}
 # What `load` may have besides the pipeline's components: of the options of from_pretrained, those about the files.
-LOAD_OPTIONS = ("dtype", "variant", "revision", "use_safetensors", "cache_dir", "config")
+LOAD_OPTIONS = {"dtype", "variant", "revision", "use_safetensors", "cache_dir", "config"}
 
 
 def read_generators(file: str | None) -> list[dict]:
@@ -464,33 +465,36 @@ def generator_parts(entry: dict) -> list[dict]:
 
 
 def check_generator(entry: dict, rows: list[dict]) -> None:
-    """Exits with one line unless each model can be read (a gated one needs `hf auth login`), is a text-to-image
-    pipeline of diffusers, and takes what `load` and `call` name. Reads `model_index.json` only."""
-    if "images" in entry:
-        files = Counter(entry["images"].format(**row) for row in rows)
-        if wrong := [file for file, count in files.items() if count > 1 or not os.path.isfile(file)]:
-            raise SystemExit(f"generator {entry['name']}: {len(wrong)} images are missing or shared: {wrong[0]}")
-        return
-    for part in generator_parts(entry):
-        load, where = part["load"], f"generator {entry['name']}: {part['model']}"
+    """Exits with one line unless each image or model can be read, and the model takes what `load` and `call` name."""
+    existing_files(entry, rows)
+    for part in generator_parts(entry) if "images" not in entry else ():
+        load, call, where = part["load"], part["call"], f"generator {entry['name']}: {part['model']}"
+        single = part["model"].endswith((".safetensors", ".ckpt"))
+        if single != bool(load.get("config")):
+            raise SystemExit(f"{where}: a single file, and no other model, needs `load: {{config: Hub id or folder}}`")
         try:
-            config = load.get("config", part["model"])  # of a model in one file: a folder or Hub id
-            class_name = DiffusionPipeline.load_config(config, revision=load.get("revision"))["_class_name"]
+            config = DiffusionPipeline.load_config(load.get("config", part["model"]), revision=load.get("revision"))
+            class_name, weights = config["_class_name"], load_single_file_checkpoint(part["model"]) if single else {}
         except Exception as error:
             raise SystemExit(f"{where} is no diffusers pipeline that can be read: {one_line(error)}") from None
         kind = getattr(diffusers, class_name, DiffusionPipeline)
         takes, components = ({*inspect.signature(function).parameters} for function in (kind.__call__, kind))
         if "prompt" not in takes or re.search("Img2Img|Inpaint|Edit|ControlNet|Layered", class_name):
             raise SystemExit(f"{where} is a {class_name}: no pipeline of diffusers that draws from a prompt alone")
+        if single and class_name in SINGLE_FILES:
+            fits = infer_diffusers_model_type(weights) in SINGLE_FILES[class_name]
+            fits &= "model.diffusion_model.input_blocks.0.0.weight" in weights
+            if not fits or any(key.startswith("edm_") for key in weights) and "EDM" not in config["scheduler"][1]:
+                raise SystemExit(f"{where} is no {class_name}, but e.g. a refiner, an inpainting model or a LoRA")
+        distilled = re.search("turbo|lightning|lcm|dmd2", Path(part["model"]).name, re.IGNORECASE)
+        if distilled and (call.get("num_inference_steps", 50) > 10 or call.get("guidance_scale", 5) > 3):
+            warn(f"{where} is distilled, by its name: it needs at most 10 steps, and a guidance of at most 3")
         dtypes = dtype if isinstance(dtype := load.get("dtype", "float32"), dict) else {"default": dtype}
-        for key, given, known in (
-            ("call", part["call"], takes - set(GIVEN_BY_SCRIPT)),
-            ("load", load, components | set(LOAD_OPTIONS)),
-            ("dtype", dtypes, components | {"default"}),
-        ):
-            for name in set(given) - known:
-                guess = "".join(f": do you mean {close}?" for close in difflib.get_close_matches(name, known, 1))
-                raise SystemExit(f"{where}: `{key}` has {name}, which {class_name} does not take from a recipe{guess}")
+        given = {"call": call, "load": load, "dtype": dtypes}
+        known = {"call": takes - GIVEN_BY_SCRIPT, "load": components | LOAD_OPTIONS, "dtype": components | {"default"}}
+        for key, name in ((k, name) for k in given for name in set(given[k]) - known[k]):
+            guess = "".join(f": do you mean {close}?" for close in difflib.get_close_matches(name, known[key], 1))
+            raise SystemExit(f"{where}: `{key}` has {name}, which {class_name} does not take from a recipe{guess}")
         if not {*dtypes.values()} <= {"float32", "float16", "bfloat16"}:
             raise SystemExit(f"{where}: dtype {dtype}: choose from float32, float16, bfloat16")
 
@@ -527,15 +531,13 @@ class Generator:
         if config and "v_pred" in (weights := load_single_file_checkpoint(part["model"])):  # files like NoobAI's say so
             changes = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
             changes["rescale_betas_zero_snr"] = "ztsnr" in weights
-            pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
+            pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **changes)
         pipeline.set_progress_bar_config(disable=True)
-        if getattr(pipeline, "safety_checker", None) is not None:
-            pipeline.safety_checker = None  # it would replace images by black ones, which would be ranked
+        pipeline.safety_checker = None  # it would replace images by black ones, which would be ranked
         if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
             pipeline.vae.enable_slicing()  # decoding a whole batch at once runs out of memory first
-        for name in ("unet", "transformer", "prior", "decoder") if self.compile else ():
-            model = getattr(pipeline, name, None)
-            if isinstance(model, torch.nn.Module):
+        for name, model in pipeline.components.items() if self.compile else ():
+            if name in ("unet", "transformer", "prior", "decoder") and isinstance(model, torch.nn.Module):
                 blocks = [kind for kind in model._no_split_modules or () if kind.endswith("Block")]
                 model._repeated_blocks = model._repeated_blocks or blocks
                 if {type(module).__name__ for module in model.modules()}.intersection(model._repeated_blocks):
@@ -585,6 +587,28 @@ class Generator:
         return sum(map(all, zip(*longer)))
 
 
+def existing_files(entry: dict, rows: list[dict]) -> dict[str, list[int]]:
+    """Of images that exist, each row's file with its size and time; {} of a model. Exits with one line if one lacks."""
+    where, template = f"generator {entry['name']}", entry.get("images")
+    try:
+        files = [template.format(**row) for row in rows] if template else []
+    except Exception as error:
+        problem = f"no field {error}" if isinstance(error, KeyError) else one_line(error)
+        raise SystemExit(f"{where}: images {template}: {problem}; the fields are {', '.join(rows[0])}") from None
+    if wrong := [file for file, count in Counter(files).items() if count > 1 or not os.path.isfile(file)]:
+        raise SystemExit(f"{where}: {len(wrong)} images are missing or shared: {wrong[0]}")
+    return {file: [state.st_size, state.st_mtime_ns] for file, state in zip(files, map(os.stat, files))}
+
+
+def read_picture(file: str) -> PILImage.Image:
+    """A picture that exists, as 8-bit RGB: turned as its EXIF data say, what is transparent becomes white."""
+    try:
+        picture = decode_image(ImageOps.exif_transpose(PILImage.open(file))).convert("RGBA")
+    except Exception as error:  # PIL raises many kinds
+        raise SystemExit(f"{file} cannot be read: {one_line(error)}") from None
+    return PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
 def for_each(call: dict, count: int) -> dict:
     """A negative prompt is one text in the recipe, and some pipelines want one for each prompt."""
     texts = {name for name in call if "negative_prompt" in name and isinstance(call[name], str)}
@@ -601,12 +625,12 @@ def score_file(args: ScriptArguments, reward: str, generator: str, shard: int) -
     return Path(args.output_dir, "work", "scores", reward_name(reward), generator, f"{shard:05d}.parquet")
 
 
-def images_of(file: Path, stage: str = "") -> str | None:
-    """The hash of a shard's images, or of those that its scores are of; None without one. `stage` had to make it."""
-    images = shard_facts(file).get("images")
-    if stage and not images:
+def images_of(file: Path, stage: str = "", files: dict | None = None) -> str | None:
+    """The hash of a shard's images, if these are of `files`, or of those it has scores of. `stage` had to make it."""
+    facts = shard_facts(file)
+    if stage and "images" not in facts:
         raise SystemExit(f"{file} is missing: run the {stage} stage first")
-    return images
+    return facts.get("images") if files in (None, facts.get("files", {})) else None
 
 
 def shard_facts(file: Path) -> dict:
@@ -657,8 +681,7 @@ def dataset_statistics(files: list[Path], rewards: list[str]) -> tuple[np.ndarra
         order = np.sign(scores[..., :, None] - scores[..., None, :])  # 1: the first image is better, 0: equal
         won = (order > 0).sum(axis=-1) / (scores.shape[-1] - 1)
         shares.append([*won, np.array(table["preference_probability"].to_pylist())])
-        flat = order.reshape(*order.shape[:2], -1)
-        products = np.einsum("arp,brp->rab", flat, flat)
+        products = np.einsum("arij,brij->rab", order, order)
         length = np.einsum("raa->ra", products)
         with np.errstate(invalid="ignore"):  # tau-b is the cosine of two orders
             taus.append(products / np.sqrt(length[:, :, None] * length[:, None, :]))
@@ -713,7 +736,7 @@ def grid_picture(file: Path, names: list[str], rows: int = 6, cell: int = 256) -
     return canvas
 
 
-def write_card(args: ScriptArguments, n_prompts: int, generators: list[dict], configs: dict) -> None:
+def write_card(args: ScriptArguments, n_prompts: int, generators: list[dict], configs: dict, key: str) -> None:
     """Writes README.md and grid.png."""
     output_dir = Path(args.output_dir)
     files = sorted((output_dir / "data").glob("train-*.parquet"))
@@ -729,7 +752,6 @@ def write_card(args: ScriptArguments, n_prompts: int, generators: list[dict], co
         warn(remark)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "datasets"))
     dataset, title = args.hub_dataset_id or output_dir, output_dir.resolve().name
-    key = short_hash("".join(shard_facts(file)["key"] for file in files))
     body = f"""# {title}
 
 {len(names)} text-to-image models drew each of {n_prompts} prompts, and {len(rewards)} reward models ranked the images:
@@ -1032,10 +1054,8 @@ def reward_name(name: str) -> str:
     """The column of a reward: `shapes/world.py:color_reward` → `color_reward`, `pickscore=folder` → `pickscore`,
     `my.py:Score,model=user/name` → `Score_model=name`."""
     kind, _, checkpoint = name.partition("=")
-    if kind == "vqascore_vlm":  # scores of different models are not comparable
-        return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][1]).name}"
-    if kind in REWARD_MODELS:
-        return kind
+    if kind in REWARD_MODELS:  # scores of different VLMs are not comparable
+        return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][1]).name}" if kind == "vqascore_vlm" else kind
     _, function, settings = split_function(name)
     return "_".join([function, *(f"{key}={Path(value).name}" for key, value in settings.items())])
 
@@ -1044,7 +1064,7 @@ def split_function(name: str) -> tuple[str, str, dict[str, str]]:
     """`file.py:Class,key=value,…` → file, name, settings. Exits with one line if it is nothing of the kind."""
     match = re.fullmatch(r"(.+?\.py):(\w+)((?:,\w+=[^,]+)*)", name)
     if not match:
-        own = "path/to/file.py:function or path/to/file.py:Class,key=value (in YAML in quotes)"
+        own = "path/to/file.py:function or path/to/file.py:Class,key=value (in YAML in quotes), as in metrics/"
         raise SystemExit(f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or {own}")
     return match[1], match[2], dict(word.split("=", 1) for word in match[3].split(",")[1:])
 

@@ -126,7 +126,7 @@ COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": oper
 # Copied from build_synpic.flag
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    help += "" if default is None or callable(default) else f" Default: {default}."
+    help += "" if default in (None, list) else f" Default: {' '.join(default()) if callable(default) else default}."
     metadata = {"help": help, "group": group, "limits": dict(zip(COMPARE, (min, above, max, below))), **options}
     return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
@@ -155,7 +155,7 @@ class ScriptArguments:
     num_inference_steps: int = flag(50, "Denoising steps.", min=1)
     guidance_scale: float = flag(5.0, "Scale of classifier-free guidance.", min=-1e6, max=1e6)
     resolution: int | None = flag(None, "Pixels per side. Default: the model's own.", min=8, max=8192)
-    max_sequence_length: int | None = flag(None, "T5 tokens of a prompt. Default: the pipeline's own.", min=1)
+    max_sequence_length: int | None = flag(None, "Tokens of a prompt (SD3, Z-Image). Default: the pipeline's own.", min=1)
     use_text_encoder_3: bool = flag(True, "SD3's T5. false: draw without it, as for a LoRA trained without it.")
     batch_size: int = flag(4, "Images drawn together.", min=1)
     seed: int = flag(0, "Seeds the images and the bootstrap.", min=0, max=2**32 - 1)
@@ -322,11 +322,10 @@ def main(args: ScriptArguments) -> None:
     if {*args.stages} & {"score", "report"}:
         score(args, rows, models, state)
         state.wait_for_everyone()
-    if state.is_main_process and args.num_tasks > 1:
-        last = "--num_tasks 1 --stages report"
-        print(f"task {args.task_index} of {args.num_tasks} is done. After all of them: the same with {last}")
-    elif state.is_main_process and "report" in args.stages:
+    if state.is_main_process and "report" in args.stages:
         report(args, rows, models)
+    elif state.is_main_process:
+        print(f"task {args.task_index} of {args.num_tasks} is done. After all: --num_tasks 1 --stages score report")
     lock.release()
 
 
@@ -403,7 +402,7 @@ def draw(args: ScriptArguments, rows: list[dict], models: dict, state: PartialSt
         names, pipeline = list(group), None
         free_memory()
         pipeline = load_pipeline(args, models[names[0]], state.device)
-        for name in names:  # a LoRA that does not fit ends the run before anything is drawn
+        for name in names[1:]:  # one that does not fit ends the run before anything is drawn; the first one below
             with fitted(models[name], pipeline):
                 pass
         for name in names:
@@ -414,7 +413,7 @@ def draw(args: ScriptArguments, rows: list[dict], models: dict, state: PartialSt
                     images = dict(zip(batch, draw_batch(args, rows, models[name], pipeline, batch)))
                     for earlier in writing:  # threads encode and write a batch while the next one is drawn
                         earlier.result()
-                    files = {item: file for item, file in missing[name].items() if item in images}
+                    files = {item: missing[name][item] for item in batch if item in missing[name]}
                     writing = [WORKERS.submit(save_picture, images[item], file) for item, file in files.items()]
     for last in writing:
         last.result()
@@ -530,7 +529,8 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     save_picture(grid_picture(args, rows, models, pictured, results.get(verdict)), output_dir / "grid.png")
     if checkpoints:
         save_picture(curves_picture(record, metrics), output_dir / "curves.png")
-    print(table, ", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]), sep="\n")
+    then = f"what do people say? user_study.py serve --evaluation_dir {output_dir} --prompts {args.prompts}"
+    print(table, ", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]), then, sep="\n")
     for name, model in models.items():
         if repo_id := model.get("repository"):
             publish(args, name, repo_id, known, table)
@@ -607,8 +607,8 @@ def markdown_report(record: dict, metrics: list[str], compared: list[str], verdi
             row.append(pair_cell(pairs[row[0]].get(other), bool(lone & {row[0], other})))
         parts.append(f"{metric}, row minus column (win rate of the row); bold where the interval excludes 0:")
         parts.append(markdown_table(["", *compared], rows))
-    if lone and len(compared) > 2:
-        parts.append("A model of one seed is never bold: its interval says nothing about other trainings of it.")
+    if lone:
+        parts.append("The interval of a model of one seed says nothing about other trainings of it, and is never bold.")
     for metric in (metric for metric in metrics if len(categories[metric]) > 1):
         found, rows = [entry[f"{metric}_by_category"] for entry in summary.values()], []
         for c in categories[metric]:
@@ -775,29 +775,30 @@ OTHERS = "give a base model of SD1.5, SD2.1 or SDXL with U-Net, VAE and text enc
 
 # Copied from train_rankdpo_sdxl.single_file_folder with content_key->short_hash
 def single_file_folder(args: ScriptArguments) -> str:
-    """Where the model is. A single file becomes a diffusers folder, once, in the Hub's cache. Of its configuration it
-    says no more than its kind, and NoobAI's that they predict v, by the keys `v_pred` and `ztsnr`."""
+    """Where the model is: of a single file, a folder in the Hub's cache. Keys like NoobAI's tell that it predicts v."""
     name, config = args.pretrained_model_name_or_path.replace("/resolve/", "/blob/"), args.single_file_config
-    scheduler = {key: getattr(args, key) for key in ("prediction_type", "rescale_betas_zero_snr") if getattr(args, key)}
+    given = [key for key in ("prediction_type", "rescale_betas_zero_snr", "single_file_config") if getattr(args, key)]
+    if re.search("turbo|lightning|lcm|dmd2", name, re.IGNORECASE):
+        PartialState().print(f"{name} is distilled, by its name: take the model that it was made from")
     if not name.endswith((".safetensors", ".ckpt")):
-        if config or scheduler:
-            raise SystemExit(f"--{[*scheduler, 'single_file_config'][0]}: {name} is no single file: leave it out")
+        if given:
+            raise SystemExit(f"--{given[0]}: {name} is no single file: leave it out")
         return name
+    args.variant = args.revision = None  # these are of folders
     weights = load_single_file_checkpoint(name)
     kind, unet = infer_diffusers_model_type(weights), weights.get("model.diffusion_model.input_blocks.0.0.weight")
     if kind not in SINGLE_FILES or unet is None or "edm_vpred.sigma_max" in weights:
         raise SystemExit(f"{name} is something else, e.g. a refiner, an inpainting model or a LoRA: {OTHERS}")
-    if re.search("turbo|lightning|lcm|dmd2", name, re.IGNORECASE):
-        PartialState().print(f"{name} is distilled, by its name: take the model that it was made from")
-    if "v_pred" in weights:
-        scheduler = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in weights} | scheduler
-    facts = [config, scheduler, *((key, weight.flatten()[:8].tolist()) for key, weight in weights.items())]
+    zero = args.rescale_betas_zero_snr or "ztsnr" in weights
+    is_v = args.prediction_type != "epsilon" and (args.prediction_type or zero or "v_pred" in weights)
+    v = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero, "timestep_spacing": "trailing"}
+    args.scheduler = v if is_v else {}
+    facts = [config, args.scheduler, *((key, weight.flatten()[:8].tolist()) for key, weight in weights.items())]
     folder = cached_assets_path("diffusers", "single_file", short_hash(str(facts)))
     with FileLock(folder / ".lock"):
         if not (folder / "model_index.json").exists():  # it is written last
             pipeline = SINGLE_FILES[kind].from_single_file(name, config=config, dtype=unet.dtype)
-            if scheduler:
-                pipeline.scheduler.register_to_config(**scheduler, timestep_spacing="trailing")
+            pipeline.scheduler.register_to_config(**args.scheduler)
             pipeline.save_pretrained(folder)
     return str(folder)
 
@@ -819,8 +820,8 @@ def find_pipeline(source: str, revision: str | None = None, tuned: bool = False)
         flow = matches or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
         if any((part in used) != (part in written) for part in ("FlowMatch", "EDM")):
             raise ValueError(f"its model_index.json names {used}, its scheduler_config.json is {written}'s")
-        if (matches or flow and tuned) if "unet" in index else not flow:
-            predicts = "noise" if "unet" in index else "flow"
+        predicts, wrong = ("noise", matches or flow and tuned) if "unet" in index else ("flow", not flow)
+        if wrong:
             raise ValueError(f"a {name} predicts {predicts}, and its scheduler, {used}, takes something else")
     files = path_key(source) if os.path.isdir(source) else None
     found = {"kind": "pipeline", "source": source, "pipeline": source, "variant": None, "commit": commit}
@@ -907,7 +908,9 @@ def fitted(model: dict, pipeline: DiffusionPipeline) -> Iterator[None]:
     components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     layers = {key: value for part in components for key, value in part.named_parameters() if ".lora_" in key}
     if len(layers) != len(given):
-        problem = f"the base takes {len(layers)} of {len(given)} matrices: it would be used in part"
+        paths = {key.partition(".lora_")[0].removesuffix(".0") for key in layers}
+        left = [key for key in sorted(given) if not any(path in key.replace(".processor", "") for path in paths)]
+        problem = f"the base takes {len(layers)} of {len(given)} matrices: it would be used in part, without {left[:1]}"
         raise SystemExit(f"{model['source']}: {problem}")
     if broken := [key for key, value in layers.items() if not value.isfinite().all()]:
         raise SystemExit(f"{model['source']}: {broken[0]} is not finite")
@@ -1021,8 +1024,7 @@ def hook(metric: str, name: str) -> Callable | None:
 
 def takes_rows(metric: str) -> bool:
     """Whether a metric wants the whole row of each prompt, to score, to check or to report."""
-    own = plugin(metric)
-    return own is not None and bool(own.takes_rows or hook(metric, "check_rows") or hook(metric, "official"))
+    return bool((own := plugin(metric)) and (own.takes_rows or hook(metric, "check_rows") or hook(metric, "official")))
 
 
 def official_figures(args: ScriptArguments, metric: str, rows: list, categories: list | None, scores: dict) -> dict:
@@ -1088,7 +1090,7 @@ def prepare_repositories(args: ScriptArguments, models: dict[str, dict]) -> None
     if args.hub_model_id and len(wanted) > 1:
         raise SystemExit(f"--hub_model_id {args.hub_model_id}: is for one LoRA, and --loras has {len(wanted)}")
     if not wanted:
-        raise SystemExit("--push_to_hub: no LoRA in --loras is a Hub id: say with --hub_model_id where results go")
+        raise SystemExit("--push_to_hub: no LoRA in --loras is a Hub id: name one with --loras and --hub_model_id")
     for name, repo_id in wanted.items():
         try:
             repo_id = HfApi().create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True).repo_id
@@ -1133,13 +1135,14 @@ def write_card(args: ScriptArguments, card: RepoCard, name: str, repo_id: str, r
     card.data["model-index"] = [{"name": repo_id.split("/")[-1], **model, "results": results}, *models]
     settings = ", ".join(f"`{key}` {value}" for key, value in drawing.items())
     others = ", ".join(f"`{other}`" for other in record["settings"]["models"] if other not in (name, BASE))
+    curves = "\n\n![All checkpoints](curves.png)" if "checkpoints" in record else ""
     body = f"""## Evaluation
 
 `{name}` is this LoRA{f"; {others}: others" if others else ""}. Base model: `{public_name(base)}`. Prompts:
 {prompts["name"]}. {settings}.
 
 {table}
-![The same prompts and seeds for all models](grid.png)
+![The same prompts and seeds for all models](grid.png){curves}
 
 All figures are in [results.json](results.json)."""
     marked = re.fullmatch(f"(.*){re.escape(CARD_BEGIN)}.*?{re.escape(CARD_END)}(.*)", card.text, re.S)
@@ -1334,10 +1337,8 @@ def reward_name(name: str) -> str:
     """The column of a reward: `shapes/world.py:color_reward` → `color_reward`, `pickscore=folder` → `pickscore`,
     `my.py:Score,model=user/name` → `Score_model=name`."""
     kind, _, checkpoint = name.partition("=")
-    if kind == "vqascore_vlm":  # scores of different models are not comparable
-        return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][1]).name}"
-    if kind in REWARD_MODELS:
-        return kind
+    if kind in REWARD_MODELS:  # scores of different VLMs are not comparable
+        return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][1]).name}" if kind == "vqascore_vlm" else kind
     _, function, settings = split_function(name)
     return "_".join([function, *(f"{key}={Path(value).name}" for key, value in settings.items())])
 
@@ -1346,7 +1347,7 @@ def split_function(name: str) -> tuple[str, str, dict[str, str]]:
     """`file.py:Class,key=value,…` → file, name, settings. Exits with one line if it is nothing of the kind."""
     match = re.fullmatch(r"(.+?\.py):(\w+)((?:,\w+=[^,]+)*)", name)
     if not match:
-        own = "path/to/file.py:function or path/to/file.py:Class,key=value (in YAML in quotes)"
+        own = "path/to/file.py:function or path/to/file.py:Class,key=value (in YAML in quotes), as in metrics/"
         raise SystemExit(f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or {own}")
     return match[1], match[2], dict(word.split("=", 1) for word in match[3].split(",")[1:])
 

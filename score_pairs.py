@@ -96,7 +96,7 @@ RANGES |= {"imagereward": (-3, 3), "aesthetic": (0, 10)}
 # Copied from build_synpic.flag
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    help += "" if default is None or callable(default) else f" Default: {default}."
+    help += "" if default in (None, list) else f" Default: {' '.join(default()) if callable(default) else default}."
     metadata = {"help": help, "group": group, "limits": dict(zip(COMPARE, (min, above, max, below))), **options}
     return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
@@ -199,7 +199,8 @@ def main(args: ScriptArguments) -> None:
         if args.push_to_hub:
             data = DATA_FILES if args.include_images else DATA_FILES[1:]
             publish(args, ["README.md", "statistics.json", "figures/*.png", *data])
-        print(f"{ranking.summary}; the best {ranking.kept} of them, sorted, in {args.output_dir}")
+        then = f"train on them: train_dpo_qsd.py --dataset_name {args.output_dir}"
+        print(f"{ranking.summary}; the best {ranking.kept} of them, sorted, in {args.output_dir}; {then}")
 
 
 def score(args: ScriptArguments, pairs: "Pairs", state: PartialState) -> None:
@@ -880,10 +881,8 @@ def reward_name(name: str) -> str:
     """The column of a reward: `shapes/world.py:color_reward` → `color_reward`, `pickscore=folder` → `pickscore`,
     `my.py:Score,model=user/name` → `Score_model=name`."""
     kind, _, checkpoint = name.partition("=")
-    if kind == "vqascore_vlm":  # scores of different models are not comparable
-        return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][1]).name}"
-    if kind in REWARD_MODELS:
-        return kind
+    if kind in REWARD_MODELS:  # scores of different VLMs are not comparable
+        return f"{kind}_{Path(checkpoint or REWARD_MODELS[kind][1]).name}" if kind == "vqascore_vlm" else kind
     _, function, settings = split_function(name)
     return "_".join([function, *(f"{key}={Path(value).name}" for key, value in settings.items())])
 
@@ -892,7 +891,7 @@ def split_function(name: str) -> tuple[str, str, dict[str, str]]:
     """`file.py:Class,key=value,…` → file, name, settings. Exits with one line if it is nothing of the kind."""
     match = re.fullmatch(r"(.+?\.py):(\w+)((?:,\w+=[^,]+)*)", name)
     if not match:
-        own = "path/to/file.py:function or path/to/file.py:Class,key=value (in YAML in quotes)"
+        own = "path/to/file.py:function or path/to/file.py:Class,key=value (in YAML in quotes), as in metrics/"
         raise SystemExit(f"reward {name}: unknown; choose from {', '.join(REWARD_MODELS)}, or {own}")
     return match[1], match[2], dict(word.split("=", 1) for word in match[3].split(",")[1:])
 

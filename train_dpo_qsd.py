@@ -585,29 +585,30 @@ def set_defaults(args: ScriptArguments) -> None:
 
 # Copied from train_rankdpo_sdxl.single_file_folder
 def single_file_folder(args: ScriptArguments) -> str:
-    """Where the model is. A single file becomes a diffusers folder, once, in the Hub's cache. Of its configuration it
-    says no more than its kind, and NoobAI's that they predict v, by the keys `v_pred` and `ztsnr`."""
+    """Where the model is: of a single file, a folder in the Hub's cache. Keys like NoobAI's tell that it predicts v."""
     name, config = args.pretrained_model_name_or_path.replace("/resolve/", "/blob/"), args.single_file_config
-    scheduler = {key: getattr(args, key) for key in ("prediction_type", "rescale_betas_zero_snr") if getattr(args, key)}
+    given = [key for key in ("prediction_type", "rescale_betas_zero_snr", "single_file_config") if getattr(args, key)]
+    if re.search("turbo|lightning|lcm|dmd2", name, re.IGNORECASE):
+        PartialState().print(f"{name} is distilled, by its name: take the model that it was made from")
     if not name.endswith((".safetensors", ".ckpt")):
-        if config or scheduler:
-            raise SystemExit(f"--{[*scheduler, 'single_file_config'][0]}: {name} is no single file: leave it out")
+        if given:
+            raise SystemExit(f"--{given[0]}: {name} is no single file: leave it out")
         return name
+    args.variant = args.revision = None  # these are of folders
     weights = load_single_file_checkpoint(name)
     kind, unet = infer_diffusers_model_type(weights), weights.get("model.diffusion_model.input_blocks.0.0.weight")
     if kind not in SINGLE_FILES or unet is None or "edm_vpred.sigma_max" in weights:
         raise SystemExit(f"{name} is something else, e.g. a refiner, an inpainting model or a LoRA: {OTHERS}")
-    if re.search("turbo|lightning|lcm|dmd2", name, re.IGNORECASE):
-        PartialState().print(f"{name} is distilled, by its name: take the model that it was made from")
-    if "v_pred" in weights:
-        scheduler = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in weights} | scheduler
-    facts = [config, scheduler, *((key, weight.flatten()[:8].tolist()) for key, weight in weights.items())]
+    zero = args.rescale_betas_zero_snr or "ztsnr" in weights
+    is_v = args.prediction_type != "epsilon" and (args.prediction_type or zero or "v_pred" in weights)
+    v = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero, "timestep_spacing": "trailing"}
+    args.scheduler = v if is_v else {}
+    facts = [config, args.scheduler, *((key, weight.flatten()[:8].tolist()) for key, weight in weights.items())]
     folder = cached_assets_path("diffusers", "single_file", content_key(str(facts)))
     with FileLock(folder / ".lock"):
         if not (folder / "model_index.json").exists():  # it is written last
             pipeline = SINGLE_FILES[kind].from_single_file(name, config=config, dtype=unet.dtype)
-            if scheduler:
-                pipeline.scheduler.register_to_config(**scheduler, timestep_spacing="trailing")
+            pipeline.scheduler.register_to_config(**args.scheduler)
             pipeline.save_pretrained(folder)
     return str(folder)
 
@@ -690,16 +691,16 @@ def describe(args: ScriptArguments, run: "Run") -> dict:
     datasets = [name for name in (args.dataset_name, args.scores_dataset_name) if name]
     order = "the best first" if args.order == "sorted" else "in random order"
     pairs = f"{run.settings['rows']} of {run.settings['labelled']} labelled pairs of `{datasets[-1]}`, {order}"
-    strength, learns = f"beta {args.beta_dpo:g}", "better than the base model does, and the others worse"
-    if args.loss_type in WITHOUT_REFERENCE:
-        strength, learns = f"lambda {args.orpo_lambda:g}", "and the others worse than those"
+    strength = f"lambda {args.orpo_lambda:g}" if args.loss_type in WITHOUT_REFERENCE else f"beta {args.beta_dpo:g}"
+    new = vars(args).get("scheduler")  # of a single file that predicts v
+    change = f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **{new})\n" * bool(new)
     paper = "*Effective Text-to-Image Alignment with Quality Aware Pair Ranking* (DPO-QSD)"
     usage = f"""```python
 import torch
 from diffusers import {kind}
 
 pipeline = {kind}.{"from_pretrained" if args.model == model else "from_single_file"}("{model}", dtype=torch.float16)
-pipeline.to("cuda").load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
+{change}pipeline.to("cuda").load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
 image = pipeline({json.dumps(args.validation_prompts[0])}).images[0]
 ```
 
@@ -707,7 +708,7 @@ With ComfyUI: put `comfyui/{Path(args.output_dir).resolve().name}.safetensors` i
 "Load LoRA" node at strength 1."""
     about = {"tags": ["stable-diffusion" + "-xl" * args.sdxl, "dpo", "dpo-qsd"], "datasets": datasets, "usage": usage}
     about["facts"] = {"pairs": pairs, "objective": f"{args.loss_type}, {strength}"}
-    return about | {"method": f"{pairs}, after\n{paper}:\nthe model learns to denoise preferred images {learns}."}
+    return about | {"method": f"{pairs}, after\n{paper}:\nthe model learns to denoise preferred images better."}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1301,7 +1302,7 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
     before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
     log_images(args, run.accelerator, after, run.max_train_steps)
     write_card(args, run, before, after, facts)
-    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
+    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}; next: evaluate.py --loras a={output_dir}")
     if args.push_to_hub:
         if run.upload:
             run.upload.exception()  # waits; what follows replaces it, failed or not

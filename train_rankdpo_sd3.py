@@ -686,9 +686,6 @@ def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
 
 def describe(args: ScriptArguments, run: "Run") -> dict:
     """What the card says of method, data and model. The LoRA is to be used with the T5 tokens of its training."""
-    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if args.loss_type in SFT:
-        learns = "one of its baselines: the model learns to denoise images, the better ones more"
     data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
     model, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
     without = "" if args.use_text_encoder_3 else ", text_encoder_3=None, tokenizer_3=None"
@@ -707,7 +704,7 @@ the "Load LoRA" node at strength 1."""
     about = {"tags": ["sd3", "rankdpo"], "datasets": [args.dataset_name], "usage": usage}
     t5 = f"{args.max_sequence_length} tokens" if args.use_text_encoder_3 else "without"
     about["facts"] = {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}", "T5": t5}
-    return about | {"method": f"{data}, after\n{paper}: {learns}."}
+    return about | {"method": f"{data}, after\n{paper}: the model learns to denoise preferred images better."}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1301,7 +1298,7 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
     before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
     log_images(args, run.accelerator, after, run.max_train_steps)
     write_card(args, run, before, after, facts)
-    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
+    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}; next: evaluate.py --loras a={output_dir}")
     if args.push_to_hub:
         if run.upload:
             run.upload.exception()  # waits; what follows replaces it, failed or not

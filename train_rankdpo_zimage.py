@@ -684,11 +684,9 @@ def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
 
 def describe(args: ScriptArguments, run: "Run") -> dict:
     """What the card says of method, data and model."""
-    learns = "the model learns to denoise preferred images better than the base model does, and the others worse"
-    if args.loss_type in SFT:
-        learns = "one of its baselines: the model learns to denoise images, the better ones more"
     data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
     model, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
+    tokens = "" if args.max_sequence_length == 512 else f", max_sequence_length={args.max_sequence_length}"
     usage = f"""```python
 import torch
 from diffusers import ZImagePipeline
@@ -696,16 +694,17 @@ from diffusers import ZImagePipeline
 pipeline = ZImagePipeline.from_pretrained("{model}", dtype=torch.bfloat16)
 pipeline.to("cuda").load_lora_weights("{args.hub_model_id or args.output_dir}", weight_name="{LORA_FILE}")
 options = {{"height": {args.resolution}, "width": {args.resolution}, "num_inference_steps": 28, "guidance_scale": 4.0}}
-image = pipeline({json.dumps(args.validation_prompts[0])}, **options).images[0]
+image = pipeline({json.dumps(args.validation_prompts[0])}, **options{tokens}).images[0]
 ```
 
 With ComfyUI: put `{LORA_FILE}` into `models/loras` as `{name}.safetensors` and load it with
 the "Load LoRA" node at strength 1. A CFG of 5 there is a guidance scale of 4 here."""
     about = {"tags": ["z-image", "rankdpo"], "datasets": [args.dataset_name], "usage": usage}
-    density = f" of mean {args.logit_mean:g}" if args.weighting_scheme == "logit_normal" else ""
+    options = {"logit_normal": ["logit_mean", "logit_std"], "mode": ["mode_scale"]}.get(args.weighting_scheme, [])
+    density = "".join(f", {name} {getattr(args, name):g}" for name in options)
     about["facts"] = {"objective": f"{args.loss_type}, beta {args.beta_dpo:g}"}
     about["facts"]["timesteps"] = f"{args.weighting_scheme}{density}"
-    return about | {"method": f"{data}, after\n{paper}: {learns}."}
+    return about | {"method": f"{data}, after\n{paper}: the model learns to denoise preferred images better."}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1299,7 +1298,7 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
     before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
     log_images(args, run.accelerator, after, run.max_train_steps)
     write_card(args, run, before, after, facts)
-    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}")
+    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}; next: evaluate.py --loras a={output_dir}")
     if args.push_to_hub:
         if run.upload:
             run.upload.exception()  # waits; what follows replaces it, failed or not

@@ -83,7 +83,7 @@ COMPARE = {"at least": operator.ge, "greater than": operator.gt, "at most": oper
 # Copied from build_synpic.flag
 def flag(default, help: str, group: str | None = None, *, min=None, above=None, max=None, below=None, **options):
     """A field of the command line, with its range. `group`: the title in --help of the flags from here on."""
-    help += "" if default is None or callable(default) else f" Default: {default}."
+    help += "" if default in (None, list) else f" Default: {' '.join(default()) if callable(default) else default}."
     metadata = {"help": help, "group": group, "limits": dict(zip(COMPARE, (min, above, max, below))), **options}
     return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
@@ -389,7 +389,8 @@ def report(args: ScriptArguments) -> None:
     write_text(output_dir / "results.md", table)
     draw_chart(results, output_dir / "chart.png")
     print(table)
-    print(", ".join(str(output_dir / name) for name in ("results.json", "results.md", "chart.png")))
+    files = ", ".join(str(output_dir / name) for name in ("results.json", "results.md", "chart.png"))
+    print(f"{files}; the votes as a dataset to train on: user_study.py export --study_dir {folder}")
     if args.push_to_hub:
         publish_results(args, settings, results, table)
 
@@ -440,7 +441,7 @@ def write_space(args: ScriptArguments) -> None:
     pictures = {picture_file(folder, record, *key) for key in picture_keys(record)}
     for file in pictures:
         shutil.copyfile(file, output_dir / PICTURES / file.name)
-    print(f"the Space is in {output_dir}")
+    print(f"the Space is in {output_dir}; --push_to_hub publishes it")
     if args.push_to_hub:
         sync_study(args.hub_dataset_id, folder)
         names = ["app.py", "requirements.txt", "README.md", script.name, *(f"{PICTURES}/{f.name}" for f in pictures)]
@@ -528,7 +529,7 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 def find_images(args: ScriptArguments, rows: list[dict], places: list[dict], digest: str) -> dict[str, list[Path]]:
     """Model → the file of every prompt's picture, the first one of several. Exits with one line if a model is not there
-    or its images belong to other prompts. The fields of a template are those of evaluate.py."""
+    or its images belong to other prompts. The fields of a template are as in evaluate.py."""
     fields_of, column = [], args.category_column
     for row, place in zip(rows, places):
         counted = {"index": place["index"], "category_index": place.get(column, place["index"]), "number": 0}
@@ -1422,9 +1423,8 @@ def parse_arguments(words: list[str] | None = None) -> ScriptArguments:
             options = {"nargs": "?", "const": True, "type": yaml.safe_load, "choices": (True, False)}
         elif get_origin(spec.type) is list:
             options |= {"nargs": "+"}
-        shown = f" [{spec.default}]" if isinstance(spec.default, int | str) and spec.default != CONSENT else ""
         names = dict.fromkeys([f"--{spec.name}", f"--{spec.name.replace('_', '-')}"])
-        group.add_argument(*names, **options, default=argparse.SUPPRESS, help=spec.metadata["help"] + shown)
+        group.add_argument(*names, **options, default=argparse.SUPPRESS, help=spec.metadata["help"])
     parser.add_argument("--config", type=config_words, default=[], metavar="FILE", help="YAML file of flags.")
     words = [*parser.parse_known_args(words)[0].config, *words]
     # The shell leaves ~/x in --flag=~/x and in name=~/x, and YAML has none.

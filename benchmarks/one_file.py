@@ -4,7 +4,7 @@
     python benchmarks/one_file.py outputs/single-file
 
 It writes a file of 7 GB, and the script another 7 GB in the Hub's cache (HF_ASSETS_CACHE). On a CPU the step takes a
-few minutes and 16 GB of memory. The configuration is SDXL's, written here, and the tokenizers are tiny: it needs no
+few minutes and 10 GB of memory. The configuration is SDXL's, written here, and the tokenizers are tiny: it needs no
 network.
 """
 

@@ -4,9 +4,11 @@
 Counted, without weights and without a GPU, at full size (1024², 4 images a prompt, rank 64):
 
     python benchmarks/train_speed.py --flops --peer path/to/train_diffusion_dpo_sdxl.py
+    python benchmarks/train_speed.py --flops --families zimage --resolution 768
 
 Memory, counted: the largest sum of all tensors that a training step holds at once, at each operation of the step, for
-SDXL, SD3 and SD1.5, 1, 2 and 4 prompts (or pairs) in a step, with and without gradient checkpointing, bf16 and nf4:
+SDXL, SD3, SD1.5 and Z-Image, 1, 2 and 4 prompts (or pairs) in a step, with and without gradient checkpointing, bf16 and
+nf4:
 
     python benchmarks/train_speed.py --memory --json outputs/memory.json
 
@@ -72,6 +74,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 K = 4  # images of a prompt: two pairs of the peer's
 SCRIPTS = {"sdxl": "train_rankdpo_sdxl", "sd3": "train_rankdpo_sd3", "sd15": "train_dpo_qsd"}
+SCRIPTS |= {"zimage": "train_rankdpo_zimage"}
 PLAIN_ATTENTION = F.scaled_dot_product_attention
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -80,14 +83,16 @@ SETTINGS = ("step", "checkpointing")  # of a count: without and with gradient ch
 REPEATS = (1, 2, 4, 10)  # epochs, or runs, that share what is computed once
 WARM_UP = 2  # steps that are not timed
 # scaled: a fifth of SDXL's width, with a VAE of a quarter and one layer of each text encoder, so that these have about
-# the share of a step's FLOPs that they have at full size.
+# the share of a step's FLOPs that they have at full size. zimage: what differs from the class's own sizes.
 SIZES = {
     "full": {"resolution": 1024, "channels": (320, 640, 1280), "heads": (5, 10, 20), "depths": (1, 2, 10)}
-    | {"vae": (128, 256, 512, 512), "text": ((768, 12, 12), (1280, 32, 20)), "sd3": (24, 24)},
+    | {"vae": (128, 256, 512, 512), "text": ((768, 12, 12), (1280, 32, 20)), "sd3": (24, 24), "zimage": {}},
     "scaled": {"resolution": 256, "channels": (64, 128, 256), "heads": (1, 2, 4), "depths": (1, 2, 10)}
-    | {"vae": (32, 64, 128, 128), "text": ((768, 1, 12), (1280, 1, 20)), "sd3": (12, 5)},
+    | {"vae": (32, 64, 128, 128), "text": ((768, 1, 12), (1280, 1, 20)), "sd3": (12, 5)}
+    | {"zimage": {"dim": 640, "n_heads": 5, "n_kv_heads": 5}},
     "tiny": {"resolution": 64, "channels": (32, 64, 64), "heads": (1, 2, 2), "depths": (1, 1, 1)}
-    | {"vae": (32, 32, 32, 32), "text": ((32, 1, 2), (32, 1, 2)), "sd3": (2, 1)},
+    | {"vae": (32, 32, 32, 32), "text": ((32, 1, 2), (32, 1, 2)), "sd3": (2, 1)}
+    | {"zimage": {"dim": 128, "n_heads": 1, "n_kv_heads": 1, "n_layers": 2, "cap_feat_dim": 32}},
 }
 
 
@@ -148,6 +153,9 @@ def make_batch(family: str, model, resolution: int, rows: int = 1, device: str =
             batch |= {"sigmas": torch.empty(rows), "clip_embeds": torch.empty(rows, 77, config.pooled_projection_dim)}
             batch["t5_embeds"] = torch.empty(rows, 256, config.joint_attention_dim)
             return batch | {"pooled_prompt_embeds": torch.empty(rows, config.pooled_projection_dim)}
+        if family == "zimage":  # captions of 64 tokens, those of the template included
+            prompts = {f"prompt_{row}": torch.empty(1, 64, config.cap_feat_dim) for row in range(rows)}
+            return batch | prompts | {"sigmas": torch.empty(rows)}
         batch["timesteps"] = torch.ones(rows, dtype=torch.long)
         batch["prompt_embeds"] = torch.empty(rows, 77, config.cross_attention_dim)
         if family == "sdxl":
@@ -169,19 +177,20 @@ def count_ours(family: str, folder: Path, rank: int, resolution: int, settings: 
     place = types.SimpleNamespace(device=torch.device("meta"))
     script.prepare_model(args, types.SimpleNamespace(checkpoint=None, accelerator=place), model)
     calls = []
-    model.register_forward_pre_hook(lambda _, __, inputs: calls.append(inputs), with_kwargs=True)
-    step = (our_step, script, model, noise_scheduler, make_batch(family, model, resolution), args)
+    model.register_forward_pre_hook(lambda _, *inputs: calls.append(inputs), with_kwargs=True)
+    batch = make_batch(family, model, resolution)
+    step, images = (our_step, script, model, noise_scheduler, batch, args), batch["latents"].shape[1]
     counted = {}
     for setting in (name for name in SETTINGS if name in settings):
         if setting == "checkpointing":
             model.enable_gradient_checkpointing()
-        counted[setting] = count(*step) / K
+        counted[setting] = count(*step) / images
     model.disable_gradient_checkpointing()
     inputs = calls[0]  # what the script gives to the model
-    counted["lora"] = count(forward_and_backward, model, inputs) / K
-    counted["compile"] = counted["lora"] + count(forward, model, inputs) / K
+    counted["lora"] = count(forward_and_backward, model, inputs) / images
+    counted["compile"] = counted["lora"] + count(forward, model, inputs) / images
     model.disable_adapters()
-    counted["reference"] = count(forward, model, inputs) / K
+    counted["reference"] = count(forward, model, inputs) / images
     with without_weights():
         vae = script.load_pipeline(args, torch.device("meta"), with_text=False).vae
     pixels = torch.empty(1, 3, resolution, resolution, device="meta")
@@ -207,13 +216,16 @@ def our_step(script, model, noise_scheduler, batch: dict, args) -> None:
     loss.backward()
 
 
-def forward_and_backward(model, inputs: dict) -> None:
-    model(**inputs).sample.square().mean().backward()
+def forward_and_backward(model, inputs: tuple[tuple, dict]) -> None:
+    positional, named = inputs
+    sample = model(*positional, **named).sample  # a tensor, or of Z-Image a list
+    torch.stack([*sample]).square().mean().backward()
 
 
 @torch.no_grad()
-def forward(model, inputs: dict) -> None:
-    model(**inputs)
+def forward(model, inputs: tuple[tuple, dict]) -> None:
+    positional, named = inputs
+    model(*positional, **named)
 
 
 class StepDone(Exception):
@@ -260,11 +272,16 @@ def peer_settings(options, work: Path) -> dict[str, list[str]]:
     return {"step": rank, "checkpointing": [*rank, *checkpointing], "readme": ["--rank", "8", *checkpointing, *vae]}
 
 
-def count_all(options, work: Path, families: tuple, settings: tuple) -> dict:
+def resolution_of(options, family: str) -> int:
+    return options.resolution // (2 if family == "sd15" else 1)
+
+
+def count_all(options, work: Path, families: list[str], settings: tuple) -> dict:
     """Counts the trainers and the peer, prints and returns the figures."""
-    resolution, found = SIZES[options.size]["resolution"], {}
+    found = {}
     for family in families:
         make_model(work / family, family, options.size, None)
+        resolution = resolution_of(options, family)
         found[family] = ours = count_ours(family, work / family, options.rank, resolution, settings)
         parts = f"{ours['reference']:.4g} for the reference and {ours['lora']:.4g} for the LoRA"
         for name, setting in {"step": "no checkpointing", "checkpointing": "checkpointing"}.items():
@@ -275,7 +292,7 @@ def count_all(options, work: Path, families: tuple, settings: tuple) -> dict:
             epochs, runs = repeated(ours, n)
             print(f"    with the VAE: {epochs:.4g} in {n} epochs; {runs:.4g} in {n} runs with --precompute_ref")
     if options.peer:
-        make_datasets(work, 2, resolution)
+        make_datasets(work, 2, options.resolution)
         ours, found["peer"], found["ratios"] = found["sdxl"], {}, {}
         titles = {
             "step": (f"rank {options.rank}, no checkpointing", "the same"),
@@ -284,7 +301,7 @@ def count_all(options, work: Path, families: tuple, settings: tuple) -> dict:
         }
         for name, flags in peer_settings(options, work).items():
             if name in settings:
-                flags = [*peer_flags(work, work / f"peer-{name}", resolution, 1), *flags]
+                flags = [*peer_flags(work, work / f"peer-{name}", options.resolution, 1), *flags]
                 found["peer"][name] = tflop = count_peer(options.peer, flags, K)
                 found["ratios"][name] = ratio = tflop / ours["step" if name == "readme" else name]
                 setting, other = titles[name]
@@ -426,9 +443,8 @@ def count_encoding(family: str, folder: Path, resolution: int, images: int) -> f
 def memory_table(options, work: Path) -> dict:
     """Counts and prints the memory of all settings."""
     found = {}
-    for family in SCRIPTS:
-        size = SIZES[options.size]
-        resolution = size["resolution"] // (2 if family == "sd15" else 1)
+    for family in options.families or SCRIPTS:
+        resolution = resolution_of(options, family)
         make_model(work / family, family, options.size, None)
         found[family] = rows = []
         encoding = {images: count_encoding(family, work / family, resolution, images) for images in (1, 4)}
@@ -542,7 +558,7 @@ def synchronized() -> float:
 
 def compare(options, work: Path, found: dict) -> None:
     """Ours and the peer in turn, A B A B."""
-    resolution, batch = SIZES[options.size]["resolution"], options.batch
+    resolution, batch = options.resolution, options.batch
     cost = "checkpointing" if options.gradient_checkpointing else "step"
     found["counted"] = counted = count_all(options, work / "counted", ("sdxl",), (cost,))
     found["runs"] = []
@@ -575,7 +591,7 @@ def compare(options, work: Path, found: dict) -> None:
 
 def sweep(options, work: Path, found: dict) -> None:
     """Ours alone, both models, from one prompt a batch on until memory or time ends."""
-    resolution, ended = SIZES[options.size]["resolution"], time.time() + 60 * options.minutes
+    resolution, ended = options.resolution, time.time() + 60 * options.minutes
     found |= {"counted": {}, "runs": []}
     counted, full, left_out = found["counted"], set(), 0
     make_datasets(work, 16, resolution)
@@ -631,13 +647,17 @@ def describe(row: dict) -> str:
 
 def make_pipeline(family: str, size: str, dtype: torch.dtype | None) -> diffusers.DiffusionPipeline:
     """A pipeline with random weights of this type on the GPU, if there is one; with None without weights. SD3 goes
-    without T5: its place among the tokens is filled with zeros, at the same cost."""
+    without T5: its place among the tokens is filled with zeros, at the same cost. Z-Image has no text encoder: it is
+    counted only."""
     device = "cuda" if CUDA else "cpu"
     torch.manual_seed(0)
     torch.set_default_dtype(dtype or torch.float32)
     with torch.device(device if dtype else "meta"):
         parts = make_parts(family, SIZES[size])
     torch.set_default_dtype(torch.float32)
+    if family == "zimage":
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+        return diffusers.ZImagePipeline(**parts)
     for suffix in ("", "_2"):
         parts[f"tokenizer{suffix}"] = tokenizer = transformers.AutoTokenizer.from_pretrained(
             ROOT / "shapes/models" / ("sd3" if family == "sd3" else "base") / f"tokenizer{suffix}"
@@ -705,6 +725,11 @@ def make_parts(family: str, size: dict) -> dict:
             attention_head_dim=8,  # diffusers' name for their number
             cross_attention_dim=widths[0],
         )
+    elif family == "zimage":
+        parts["transformer"] = diffusers.ZImageTransformer2DModel(**size["zimage"])
+        parts |= dict.fromkeys(("text_encoder", "tokenizer"))
+        del parts["text_encoder_2"]
+        vae = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
     else:
         layers, heads = size["sd3"]
         parts["transformer"] = diffusers.SD3Transformer2DModel(
@@ -720,8 +745,9 @@ def make_parts(family: str, size: dict) -> dict:
             pooled_projection_dim=sum(widths),
             pos_embed_max_size=192,
         )
-        vae = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
-        vae |= {"use_quant_conv": False, "use_post_quant_conv": False}
+        vae = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+    if "transformer" in parts:
+        vae |= {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
     parts["vae"] = diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
@@ -786,11 +812,13 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flops", action="store_true", help="Count, at full size; nothing is run.")
     parser.add_argument("--memory", action="store_true", help="Count the memory of a step; nothing is run.")
+    parser.add_argument("--families", nargs="+", choices=SCRIPTS, help="To count. Default: sd3 sdxl; of memory all.")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4], help="Prompts or pairs in a step.")
     parser.add_argument("--sweep", action="store_true", help="Time ours alone, SDXL and SD3, at growing batches.")
     parser.add_argument("--peer", type=Path, help="diffusers' train_diffusion_dpo_sdxl.py.")
     parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
     parser.add_argument("--size", choices=SIZES, help="Default: full if counted or on a GPU, scaled on a CPU.")
+    parser.add_argument("--resolution", type=int, help="Pixels; SD1.5 takes half of them. Default: the size's own.")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1, help=f"Prompts of {K} images a step; the peer: as many images.")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="For both.")
@@ -800,8 +828,11 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=6.0, help="A sweep begins no run after this time.")
     options = parser.parse_args(words)
     options.size = options.size or ("full" if options.flops or options.memory or CUDA else "scaled")
+    options.resolution = options.resolution or SIZES[options.size]["resolution"]
     if options.peer and not options.peer.is_file():
         parser.error(f"--peer {options.peer}: no such file")
+    if options.peer and "sdxl" not in (options.families or ["sdxl"]):
+        parser.error("--peer: it trains SDXL: name sdxl in --families, too")
     if options.steps < WARM_UP + 1:
         parser.error(f"--steps {options.steps}: must be at least {WARM_UP + 1}")
     return options
@@ -834,13 +865,14 @@ def main() -> None:
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    found = {"machine": machine(), "size": options.size, "resolution": SIZES[options.size]["resolution"]}
+    found = {"machine": machine(), "size": options.size, "resolution": options.resolution}
     with tempfile.TemporaryDirectory(prefix="train-speed-") as name:
         work, last = Path(name), None
         if options.flops:
-            found |= count_all(options, work, ("sd3", "sdxl"), (*SETTINGS, "readme"))
-            step, floor = found["sdxl"]["step"], found["sdxl"]["floor"]
-            last = f"TFLOP per image: {step:.1f} (floor {floor:.1f})"
+            families = options.families or ["sd3", "sdxl"]
+            found |= count_all(options, work, families, (*SETTINGS, "readme"))
+            ours = found[families[-1]]
+            last = f"TFLOP per image: {ours['step']:.1f} (floor {ours['floor']:.1f})"
         elif options.memory:
             found |= memory_table(options, work)
         else:

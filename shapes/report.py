@@ -32,6 +32,8 @@ def draw_picture(demo: Path) -> Image.Image:
     picture = Image.new("RGB", (2 * width + 3 * GAP, 24 + len(rows) * (CELL + 32)), "white")
     drawing, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     for place, title in enumerate(MODELS.values()):
+        shown = [right for *_, verdicts in rows.values() for right in verdicts[place]]
+        title = f"{title}: {sum(shown):.0f} of {len(shown)} right"
         drawing.text((GAP + place * (width + GAP), 4), title, "black", font)
     for line, (number, prompt, verdicts) in enumerate(rows.values()):
         top = 24 + line * (CELL + 32)

@@ -14,7 +14,7 @@ import train_speed
 from conftest import ROOT
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "zimage"])
 def test_a_step_costs_no_more_than_its_least_parts(family, tmp_path):
     train_speed.make_model(tmp_path, family, "tiny", None)
     counted = train_speed.count_ours(family, tmp_path, rank=4, resolution=64)

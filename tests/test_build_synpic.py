@@ -222,6 +222,54 @@ def test_images_drawn_anew_are_scored_anew(built, prompts, recipe, tmp_path):
         assert np.allclose(b["scores"]["color_reward"], world.color_reward(b["images"], [b["prompt"]] * 2), atol=1e-6)
 
 
+def test_images_that_exist_look_as_in_a_viewer_and_are_read_again_when_they_change(tmp_path, monkeypatch, capsys):
+    """16 bits keep their brightness, what is transparent is white, a camera's picture stands upright."""
+    (tmp_path / "prompts.txt").write_text("p0\np1\np2\n")
+    (tmp_path / "mine.py").write_text(
+        "def red(images, prompts):\n    return [image.getpixel((0, 0))[0] for image in images]\n"
+    )
+    recipe = [{"name": name, "images": f"{tmp_path}/{name}{{index}}.png"} for name in "ab"]
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe))
+    PILImage.fromarray(np.full((4, 6), 100 << 8, dtype=np.uint16)).save(tmp_path / "a0.png")
+    hidden = PILImage.new("RGBA", (6, 4), (255, 0, 0, 0))
+    hidden.putpixel((0, 0), (1, 2, 3, 255))
+    hidden.save(tmp_path / "a1.png")
+    upright = PILImage.new("RGB", (4, 6), (9, 8, 7))
+    upright.putpixel((0, 0), (3, 2, 1))
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    upright.transpose(PILImage.Transpose.ROTATE_90).save(tmp_path / "a2.png", exif=exif)
+    for i in range(3):
+        PILImage.new("RGB", (6, 4), (40, 50, i)).save(tmp_path / f"b{i}.png")
+    given = flags(tmp_path / "prompts.txt", tmp_path, tmp_path / "out", [f"{tmp_path / 'mine.py'}:red"])
+    given += ["--shard_size", 1]
+    build(*given)
+    assert "draw a: 100%" in (said := capsys.readouterr().err) and "3/3" in said
+    grey, clear, turned = [row["images"][0] for row in load_dataset(str(tmp_path / "out"), split="train")]
+    assert np.all(np.asarray(grey) == 100) and grey.mode == clear.mode == turned.mode == "RGB"
+    assert clear.getpixel((0, 0)) == (1, 2, 3) and clear.getpixel((5, 3)) == (255, 255, 255)
+    assert np.array_equal(np.asarray(turned), np.asarray(upright))
+
+    before, read, picture = snapshot(tmp_path / "out"), [], build_synpic.read_picture
+    monkeypatch.setattr(build_synpic, "read_picture", lambda file: read.append(file) or picture(file))
+    build(*given)
+    assert snapshot(tmp_path / "out") == before and not read
+    changed = tmp_path / "b1.png"
+    time = changed.stat().st_mtime_ns
+    PILImage.new("RGB", (6, 4), (30, 50, 1)).save(changed)  # of the same size
+    os.utime(changed, ns=(time, time + 1))
+    build(*given)
+    assert read == [str(changed)]
+    assert written(before, tmp_path / "out", "work") == [
+        "work/images/b/00001.parquet",
+        "work/scores/red/b/00001.parquet",
+    ]
+    row = load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "new")[1]
+    assert row["scores"]["red"][1] == 30 == row["images"][1].getpixel((0, 0))[0]
+    os.truncate(changed, 40)
+    assert f"{changed} cannot be read" in refused("build_synpic", *given)
+
+
 def test_stable_cascade_draws_with_its_prior(tmp_path):
     """Real Stable Cascade classes, tiny: the decoder gets what the prior made of the same prompt and seed."""
     from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline, StableCascadePriorPipeline
@@ -278,6 +326,13 @@ BAD_ENTRIES = {
     "dtype": ({"load": {"dtype": {"unnet": "float16", "default": "float32"}}}, "unet?"),
     "prior": ({"prior": {"model": "x", "cal": {}}}, "unknown key cal; the keys are call, load, model"),
     "text": ({"call": "fast"}, "load and call hold `name: value`"),
+    "field": (
+        {"images": "x/{idx}.png"},
+        "generator a: images x/{idx}.png: no field 'idx'; the fields are prompt_id, prompt, index, index+1",
+    ),
+    "format": ({"images": "x/{index.no}.png"}, "no attribute 'no'; the fields are"),
+    "no_config": ({"model": "x.safetensors"}, "generator a: x.safetensors: a single file, and no other model, needs"),
+    "config": ({"load": {"config": "x"}}, "needs `load: {config: Hub id or folder}`"),
 }
 BAD_FLAGS = {
     "--rewards TMP/mine.py:f": "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",

@@ -7,6 +7,7 @@ import shlex
 import tarfile
 from io import BytesIO
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT, SHORT, call, learned, pair_rows, ranked_rows, refused
@@ -47,7 +48,8 @@ def rapidata(folder) -> None:
     name = "Rapidata/700k_Human_Preference_Dataset_FLUX_SD3_MJ_DALLE3/data/train_0001-00000-of-00001.parquet"
     columns = {"prompt": PROMPTS, "image1": encoded(0), "image2": encoded(1), "model1": ["flux"] * 6}
     votes = {"votes_image1": [3, 1, 2, 0, 5, 4], "votes_image2": [1, 3, 2, 4, 0, 1], "model2": ["sd3"] * 6}
-    parquet(folder / name, ("image1", "image2"), **columns, **votes, detailed_results=["{}"] * 6)
+    newer = {f"weighted_results_image{n}_preference": [v / 7 for v in votes[f"votes_image{n}"]] for n in (1, 2)}
+    parquet(folder / name, ("image1", "image2"), **columns, **votes, **newer, detailed_results=["{}"] * 6)
 
 
 def hpdv3(folder) -> None:
@@ -129,6 +131,15 @@ LAYOUTS = {  # how the part of the page begins → what makes small files of it,
     "HPDv2's test split": (hpdv2, "1 steps of 1 x 4 images"),
     "ImageRewardDB": (imagerewarddb, "1 steps of 1 x 4 images"),
 }
+
+
+def test_newer_columns_of_votes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
+    rapidata(tmp_path)
+    block = re.search(r"\*\*Rapidata's votes.*?```python\n(.*?)```", PAGE, re.S)[1]
+    exec(re.sub(r"votes_image(\d)", r"weighted_results_image\1_preference", block), {})
+    assert pq.read_table("rapidata.parquet")["label_0"].to_pylist() == [1, 0, 0.5, 0, 1, 1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

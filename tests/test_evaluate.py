@@ -508,7 +508,7 @@ BAD_FLAGS = [
     (["--models", "a=unet:OTHER"], ["its cross_attention_dim is 7", "base's unet 32"]),
     (["--models", "..=TINY"], ["..=", "name of letters"]),
     (["--images", "a=BAD/{index}_{number}.png"], ["cannot identify image file", "0_0.png"]),
-    (["--images", "a=x/{index:05d}_{numbers}.png"], ["a=x/{index:05d}_{numbers}.png: 'numbers'"]),
+    (["--images", "a=x/{index:05d}_{numbers}.png"], ["field 'numbers'; the fields are prompt, row, cat"]),
     (["--images", "a=x/{index}_{number}.png"], ["no picture x/0_0.png", "prompt 0, image 0"]),
     (["--images", "a=ONE"], ["same picture", "{index}"]),
     (["--baseline", "mien"], ["--baseline mien", "base, mine"]),
@@ -685,6 +685,19 @@ def text_encoder_lora(width: int = 16) -> dict[str, torch.Tensor]:
     return down | {f"{name}.lora_B.weight": torch.randn(width, 4) for name in names}
 
 
+def test_types_on_a_gpu(monkeypatch):
+    args = evaluate.ScriptArguments(prompts="parti", output_dir="none")
+    model = {"kind": "base", "pipeline": "a", "variant": None, "commit": None}
+    for network, has_bf16, dtype in (
+        ("unet", True, "float16"),
+        ("transformer", True, "bfloat16"),
+        ("transformer", False, "float16"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, has_bf16=has_bf16: has_bf16)
+        found = evaluate.image_settings(args, [], "base", model | {"index": {network: []}}, torch.device("cuda"))
+        assert found["dtype"] == dtype
+
+
 def test_a_lora_is_drawn_whole_or_refused(tmp_path, tiny_sdxl):
     """diffusers leaves out what does not fit, with a warning or without one: such a LoRA ends the run before anything
     is drawn, in a line that says what is wrong. So does a network that lacks a weight, before it is drawn."""
@@ -697,7 +710,7 @@ def test_a_lora_is_drawn_whole_or_refused(tmp_path, tiny_sdxl):
         for name in ("down_blocks.1.attentions.0.proj_in",)
         for side, shape in (("A", (4, 16)), ("B", (16, 4)))
     }
-    part = "would be used in part|cannot be read as a LoRA of the base"  # by how diffusers takes it
+    part = "would be used in part, without|cannot be read as a LoRA of the base"  # by how diffusers takes it
     cases = {
         "deep": (kohya(UNet2DConditionModel.from_config({**config, "transformer_layers_per_block": [2, 2]})), part),
         "wide": (kohya(UNet2DConditionModel.from_config({**config, "cross_attention_dim": 24})), part),
@@ -717,6 +730,7 @@ def test_a_lora_is_drawn_whole_or_refused(tmp_path, tiny_sdxl):
         save_file(tensors, tmp_path / name / evaluate.LORA_FILE)
         message = refused("evaluate", *flags, "--loras", f"{name}={tmp_path / name}")
         assert name in message and any(word in message for word in words.split("|")), message
+        assert name != "deep" or "without ['unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1." in message
     assert not list((tmp_path / "out").rglob("*.png"))
     whole[f"{first}.lora_up.weight"][0] = math.nan
     save_file(whole, tmp_path / "nan.safetensors")

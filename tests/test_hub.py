@@ -159,7 +159,7 @@ def test_a_token_that_may_not_write_fails_before_any_work(server, tiny_sdxl, ran
 
     evaluate = write_evaluate(tmp_path, tiny_sdxl)
     line = last_line(client(server, tmp_path / "home", *evaluate, check=False))
-    assert line == "--push_to_hub: no LoRA in --loras is a Hub id: say with --hub_model_id where results go"
+    assert line == "--push_to_hub: no LoRA in --loras is a Hub id: name one with --loras and --hub_model_id"
     assert not (tmp_path / "evaluation").exists()
 
 

@@ -2,6 +2,7 @@
 """The documents: every command parses, every link leads somewhere, every flag and every logged figure is explained."""
 
 import ast
+import dataclasses
 import importlib
 import re
 import shlex
@@ -164,6 +165,10 @@ def test_help_and_page_name_every_flag(script, capsys):
         text = re.sub(r"\s", "", spec.metadata["help"]).replace("%%", "%")
         assert f"--{name}" in squeezed and len(text) > 5 and text in squeezed, name
         assert re.search(rf"--{name}(?![\w-])", page), name
+        default = spec.default_factory() if callable(spec.default_factory) else spec.default
+        if not (default is dataclasses.MISSING or default in (None, [])):
+            shown = " ".join(default) if isinstance(default, list | tuple) else str(default)
+            assert text.count("Default:" + shown.replace(" ", "")) == 1, name
 
 
 # What a script's own imports use without its being imported by name, and `uv run` must install all the same.

@@ -785,6 +785,8 @@ def test_any_vlm_as_a_variant(tmp_path):
     assert evaluate.load_reward_model(metric, batch_size=4).score(images, prompts) == found
     with pytest.raises(SystemExit, match="/nothing is no folder, and no model of the Hub that you can read"):
         evaluate.hook(f"metrics/rewards.py:vqascore_vlm,model={tmp_path}/nothing", "prepare")([])
+    with pytest.raises(SystemExit, match="reward vqascore_vlm=x: unknown; choose from .* as in metrics/$"):
+        evaluate.reward_name("vqascore_vlm=x")
 
 
 # Common behaviour

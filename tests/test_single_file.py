@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,10 +55,10 @@ def test_a_single_file_trains_as_its_folder(script, family, models, trainer_flag
     assert f'from_single_file("{file}"' in card and "base_model" not in card
 
 
-@pytest.mark.parametrize("says", ["file", "flags"])
+@pytest.mark.parametrize("says", ["file", "flags", "one flag"])
 def test_v_prediction_with_zero_terminal_snr_is_trained_and_drawn(says, models, trainer_flags, tmp_path, cache):
     folder, file = models["sdxl"]
-    more = ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr"]
+    more = ["--rescale_betas_zero_snr", *(["--prediction_type", "v_prediction"] if says == "flags" else [])]
     if says == "file":
         save_file(load_file(file) | NOOBAI, file := tmp_path / "noobai.safetensors")
         more = []
@@ -68,6 +69,23 @@ def test_v_prediction_with_zero_terminal_snr_is_trained_and_drawn(says, models, 
     config = json.loads((made / "scheduler" / "scheduler_config.json").read_text())
     assert config["_class_name"] == "EulerDiscreteScheduler" and V_PREDICTION.items() <= config.items()
     assert logged(tmp_path / "out")[0]["grad_norm"] > 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"pipeline.scheduler.from_config(pipeline.scheduler.config, **{V_PREDICTION})" in card
+
+
+def test_a_flag_overrides_what_the_file_says(models, trainer_flags, tmp_path, cache):
+    folder, file = models["sdxl"]
+    save_file(load_file(file) | NOOBAI, noobai := tmp_path / "noobai.safetensors")
+    flags = [*trainer_flags("train_rankdpo_sdxl"), "--pretrained_model_name_or_path", noobai, "--max_train_steps", 1]
+    flags += ["--single_file_config", folder, "--prediction_type", "epsilon", "--variant", "fp16"]  # of folders
+    call("train_rankdpo_sdxl", *flags, "--output_dir", tmp_path / "out")
+    (made,) = cache.iterdir()
+    config, as_published = (
+        json.loads((path / "scheduler" / "scheduler_config.json").read_text()) for path in (made, folder)
+    )
+    keys = V_PREDICTION.keys() & as_published.keys()
+    assert {key: config[key] for key in keys} == {key: as_published[key] for key in keys}
+    assert "from_config" not in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("script", ["train_rankdpo_sdxl", "train_dpo_qsd"])
@@ -130,17 +148,26 @@ def test_a_distilled_file_is_warned_of_and_a_folder_needs_no_flags(models, train
     flags = [*trainer_flags("train_rankdpo_sdxl"), "--output_dir", tmp_path / "out", "--max_train_steps", 1]
     call("train_rankdpo_sdxl", *flags, "--pretrained_model_name_or_path", turbo, "--single_file_config", folder)
     assert "distilled" in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path / "sdxl-turbo")
+    flags = [*flags, "--output_dir", tmp_path / "other"]
+    call("train_rankdpo_sdxl", *flags, "--pretrained_model_name_or_path", tmp_path / "sdxl-turbo")
+    assert "sdxl-turbo is distilled" in capsys.readouterr().out
     message = refused("train_rankdpo_sdxl", *flags, "--prediction_type", "v_prediction")
     assert message.startswith("--prediction_type") and "single file" in message
 
 
-def test_evaluate_draws_a_single_file_as_its_folder(models, tmp_path):
+@pytest.mark.parametrize("predicts", ["noise", "v"])
+def test_evaluate_draws_a_single_file_as_its_folder(predicts, models, tmp_path):
     folder, file = models["sdxl"]
+    if predicts == "v":
+        save_file(load_file(file) | NOOBAI, file := tmp_path / "noobai.safetensors")
+        folder = copy_of(folder, tmp_path / "noobai", **{"scheduler/scheduler_config": V_PREDICTION})
     (tmp_path / "prompts.txt").write_text("a red circle")
     flags = ["--prompts", tmp_path / "prompts.txt", "--metrics", "shapes/world.py:color_reward", "--resolution", 32]
     flags += ["--num_inference_steps", 1, "--pretrained_model_name_or_path"]
     call("evaluate", *flags, folder, "--output_dir", tmp_path / "folder")
-    call("evaluate", *flags, file, "--single_file_config", folder, "--output_dir", tmp_path / "file")
+    more = ["--single_file_config", models["sdxl"][0], "--variant", "fp16"]  # as in README's command; it is of folders
+    call("evaluate", *flags, file, *more, "--output_dir", tmp_path / "file")
     drawn = [
         {f.relative_to(out): f.read_bytes() for f in out.rglob("images/**/*.png")}
         for out in (tmp_path / "folder", tmp_path / "file")
@@ -177,18 +204,45 @@ def test_lora_files_of_other_trainers_draw_the_same(models, tmp_path):
     assert drawn["diffusers"] == drawn["onetrainer"] == drawn["kohya"] != drawn["base"]
 
 
-def test_build_synpic_draws_a_single_file_as_its_folder(models, tmp_path):
-    """And one of NoobAI's, which predicts v, as a folder whose scheduler says so, to a rounding."""
-    folder, file = models["sdxl"]
-    noobai = copy_of(folder, tmp_path / "noobai", **{"scheduler/scheduler_config": V_PREDICTION})
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_build_synpic_draws_a_single_file_as_its_folder(family, models, tmp_path):
+    """One that predicts v, by NoobAI's keys or as its configuration says, is drawn as a folder that says so."""
+    folder, file = models[family]
+    euler, pndm = (
+        {"model_index": {"scheduler": ["diffusers", f"{kind}Scheduler"]}} for kind in ("EulerDiscrete", "PNDM")
+    )
+    noobai = copy_of(folder, tmp_path / "noobai", **{"scheduler/scheduler_config": V_PREDICTION}, **euler)
+    plain = copy_of(folder, tmp_path / "plain", **(pndm if family == "sd" else {}))  # which has no zero terminal SNR
     save_file(load_file(file) | NOOBAI, one := tmp_path / "noobai.safetensors")
     script, images = load("build_synpic"), []
-    for model, options in ((folder, {}), (file, {"config": str(folder)}), (noobai, {}), (one, {"config": str(folder)})):
-        entry = {"name": "a", "model": str(model), "load": options}
+    for model, config in ((folder, None), (file, folder), (noobai, None), (file, noobai), (one, plain)):
+        entry = {"name": "a", "model": str(model), "load": {"config": str(config)} if config else {}}
         entry["call"] = {"num_inference_steps": 2, "height": 32, "width": 32}
         script.check_generator(entry, [])
         draw = script.Generator(entry, torch.device("cpu"), SimpleNamespace(generation_batch_size="1", compile=False))
         images.append(np.asarray(draw.draw(["a red circle"], [1])[0], dtype=int))
+    away = [np.abs(image - images[2]).max() for image in images]
+    assert np.array_equal(*images[:2]) and max(away[3:]) <= 1 < min(away[:2]), away
+
+
+def test_build_synpic_tells_what_a_single_file_is(models, tmp_path, capsys):
+    check, folder = load("build_synpic").check_generator, models["sdxl"][0]
+    for name, weights in OTHERS.items():
+        save_file(weights, file := tmp_path / f"{name}.safetensors")
+        for config, _ in models.values():
+            entry = {"name": "a", "model": str(file), "load": {"config": str(config)}}
+            with pytest.raises(SystemExit, match=rf"{name}.safetensors is no StableDiffusion\w*, but e.g. a refiner"):
+                check(entry, [])
+    missing = {"name": "a", "model": str(tmp_path / "no.safetensors"), "load": {"config": str(folder)}}
+    with pytest.raises(SystemExit, match="no.safetensors is no diffusers pipeline that can be read"):
+        check(missing, [])
+    save_file(load_file(models["sdxl"][1]), file := tmp_path / "xlLightning.safetensors")
+    call = {"num_inference_steps": 6, "guidance_scale": 1.0}
+    check(entry := {"name": "a", "model": str(file), "load": {"config": str(folder)}, "call": call}, [])
+    assert not capsys.readouterr().err
+    check(entry | {"call": {}}, [])
     assert (
-        np.array_equal(*images[:2]) and np.abs(images[2] - images[3]).max() <= 1 < np.abs(images[1] - images[2]).max()
+        capsys.readouterr().err
+        == f"warning: generator a: {file} is distilled, by its name: it needs at most 10 "
+        + ("steps, and a guidance of at most 3\n")
     )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user of train_rankdpo_zimage.py sees, and what it computes, against diffusers' scheduler and pipeline."""
 
+import itertools
+import json
 import math
 
 import numpy as np
@@ -21,11 +23,15 @@ from conftest import (
     torchrun,
     write_dataset,
 )
+from datasets import load_dataset
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from PIL import Image
 from safetensors.torch import load_file
 from test_train_speed import needs_compiler
+from test_user_study import study_of
 
 import train_rankdpo_zimage as script
+import user_study
 
 
 FLAGS = (
@@ -76,7 +82,7 @@ def test_one_lora_file_changes_the_images_exactly_as_the_trained_model_does(trai
     check_gallery(pipeline, trained, [row["prompt"] for row in rows[:4]], files, guidance_scale=4.0)
     card = check_card(trained)
     assert "ZImagePipeline" in card and "- z-image" in card and "models/loras" in card and "comfyui/" not in card
-    assert "| timesteps | logit_normal of mean 1.1 |" in card
+    assert "| timesteps | logit_normal, logit_mean 1.1, logit_std 1 |" in card and "max_sequence_length=" not in card
 
 
 def test_prompts_are_cached_trimmed_as_the_pipeline_encodes_them(flags, trained, pipeline, rows, tmp_path):
@@ -93,6 +99,38 @@ def test_prompts_are_cached_trimmed_as_the_pipeline_encodes_them(flags, trained,
     more = "--max_train_steps 4 --train_batch_size 5 --cache_text_embeddings false --output_dir".split()
     call("train_rankdpo_zimage", *flags, *more, tmp_path / "fly")
     assert lora_difference(trained, tmp_path / "fly") < 1e-6
+
+
+def test_model_and_lora_work_in_the_other_scripts(trained, pipeline, tiny_zimage, tmp_path):
+    """build_synpic.py draws prompts of unequal lengths in one batch, evaluate.py the LoRA beside its base in bf16, and
+    user_study.py takes the pictures; the prompts are the user's, not the pipeline's template around them."""
+    size = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 64}
+    calls = {"free": size | {"guidance_scale": 0.0}, "guided": size | {"guidance_scale": 4.0}}
+    entries = [{"name": name, "model": str(tiny_zimage), "call": call} for name, call in calls.items()]
+    (tmp_path / "generators.yaml").write_text(json.dumps(entries))
+    (tmp_path / "prompts.txt").write_text("\n".join([PROMPTS[0], PROMPTS[2]]))
+    metric = tmp_path / "metric.py"
+    metric.write_text("def red(images, prompts):\n    return [image.getpixel((0, 0))[0] for image in images]\n")
+    flags = ["--prompts", tmp_path / "prompts.txt", "--output_dir"]
+    more = ["--generators", tmp_path / "generators.yaml", "--image_format", "png", "--rewards", f"{metric}:red"]
+    call("build_synpic", *flags, tmp_path / "synpic", *more)
+    built = load_dataset(str(tmp_path / "synpic"), split="train")
+    assert sorted(built["prompt"]) == sorted([PROMPTS[0], PROMPTS[2]])
+    for row in built:
+        for name, seed, image in zip(row["generators"], row["seeds"], row["images"]):
+            drawn = pipeline(row["prompt"], generator=torch.Generator().manual_seed(seed), **calls[name]).images[0]
+            assert np.abs(np.int16(drawn) - np.int16(image)).max() <= 1
+
+    more = ["--pretrained_model_name_or_path", tiny_zimage, "--loras", f"mine={trained}", "--metrics", f"{metric}:red"]
+    more += "--dtype bfloat16 --resolution 32 --max_sequence_length 64 --num_inference_steps 1".split()
+    call("evaluate", *flags, tmp_path / "evaluation", *more, "--guidance_scale", 4)
+    files = [sorted((tmp_path / "evaluation/images" / name).glob("*.png")) for name in ("base", "mine")]
+    assert [len(part) for part in files] == [2, 2]
+    assert all(not np.array_equal(Image.open(base), Image.open(mine)) for base, mine in zip(*files))
+    study = study_of(*flags[:2], "--evaluation_dir", tmp_path / "evaluation", "--study_dir", tmp_path / "study")
+    assert [row["prompt"] for row in study.record["prompts"]] == [PROMPTS[0], PROMPTS[2]]
+    for number, name in itertools.product(range(2), ("base", "mine")):
+        assert Image.open(user_study.picture_file(study.folder, study.record, number, name)).size == (32, 32)
 
 
 def make_batch(pipeline, prompts: list[str], k: int = 2) -> dict:
@@ -181,11 +219,14 @@ def test_two_processes_agree_with_one(flags, tmp_path):
 
 
 def test_turbo_is_warned_of(flags, tiny_zimage, tmp_path, capsys):
+    """And the card's code cuts prompts where the training did."""
     turbo = copy_of(tiny_zimage, tmp_path / "turbo", **{"scheduler/scheduler_config": {"shift": 3.0}})
     here = ["--pretrained_model_name_or_path", turbo, "--output_dir", tmp_path / "lora", "--max_train_steps", 1]
-    call("train_rankdpo_zimage", *flags, *here)
+    call("train_rankdpo_zimage", *flags, *here, "--max_sequence_length", 64, "--weighting_scheme", "mode")
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "Turbo" in line)
     assert line.startswith(f"--pretrained_model_name_or_path {turbo} has shift 3")
+    card = check_card(tmp_path / "lora")
+    assert "**options, max_sequence_length=64).images" in card and "| timesteps | mode, mode_scale 1.29 |" in card
 
 
 @needs_compiler
