@@ -137,4 +137,5 @@ bench-gpu:
 models: .venv/ready
 	$(BIN)/python shapes/train_generators.py --output_dir shapes/models
 	$(BIN)/python shapes/train_sd3_generator.py --output_dir shapes/models
-	$(BIN)/python shapes/train_zimage_generator.py --output_dir shapes/models
+	$(BIN)/python shapes/train_zimage_generator.py --steps 3600 --output_dir shapes/models
+	$(BIN)/python shapes/train_zimage_generator.py --steps 5000 --seed 1 --start_from shapes/models/zimage --output_dir shapes/models

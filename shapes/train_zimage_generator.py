@@ -152,7 +152,8 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("shapes/models"))
     parser.add_argument("--vae", type=Path, default=Path("shapes/models/sd3"), help="Pipeline to take the VAE of.")
     parser.add_argument("--num_images", type=int, default=24000)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--start_from", type=Path, help="Pipeline of an earlier training whose weights to go on with.")
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.time()
@@ -169,6 +170,10 @@ def main():
         tokenizer=tokenizer,
         transformer=make_transformer(),
     )
+    if args.start_from:
+        earlier = ZImagePipeline.from_pretrained(args.start_from, dtype=torch.float32)
+        for name in MODULES:
+            getattr(pipeline, name).load_state_dict(getattr(earlier, name).state_dict())
     averaged = train_generator(pipeline, latents, captions, args.steps)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     save(pipeline, dict(zip(MODULES, averaged)), args.output_dir / "zimage")
