@@ -155,7 +155,7 @@ class ScriptArguments:
     num_inference_steps: int = flag(50, "Denoising steps.", min=1)
     guidance_scale: float = flag(5.0, "Scale of classifier-free guidance.", min=-1e6, max=1e6)
     resolution: int | None = flag(None, "Pixels per side. Default: the model's own.", min=8, max=8192)
-    max_sequence_length: int | None = flag(None, "Tokens of a prompt (SD3, Z-Image). Default: the pipeline's own.", min=1)
+    max_sequence_length: int | None = flag(None, "Tokens of a prompt (SD3, Z-Image). Default: the pipeline's.", min=1)
     use_text_encoder_3: bool = flag(True, "SD3's T5. false: draw without it, as for a LoRA trained without it.")
     batch_size: int = flag(4, "Images drawn together.", min=1)
     seed: int = flag(0, "Seeds the images and the bootstrap.", min=0, max=2**32 - 1)
