@@ -193,9 +193,9 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process:
         if "publish" in args.stages and args.push_to_hub:
             publish(args, [*DATA_FILES, "README.md", "grid.png"])
-        then = f"train on them: train_rankdpo_sdxl.py --dataset_name {output_dir}"
+        then = f"next: train_rankdpo_sdxl.py --dataset_name {output_dir}" if "rank" in args.stages else "next: the rest"
         if args.num_tasks > 1:
-            then = f"task {args.task_index} is done. After all tasks: the same with --num_tasks 1 --stages rank publish"
+            then = f"task {args.task_index} is done; last, --task_index 0 --num_tasks 1 --stages rank publish"
         print(f"{sum(map(len, shards))} prompts x {len(generators)} images in {output_dir}; {then}")
 
 
@@ -487,7 +487,7 @@ def check_generator(entry: dict, rows: list[dict]) -> None:
             if not fits or any(key.startswith("edm_") for key in weights) and "EDM" not in config["scheduler"][1]:
                 raise SystemExit(f"{where} is no {class_name}, but e.g. a refiner, an inpainting model or a LoRA")
         distilled = re.search("turbo|lightning|lcm|dmd2", Path(part["model"]).name, re.IGNORECASE)
-        if distilled and (call.get("num_inference_steps", 50) > 10 or call.get("guidance_scale", 5) > 3):
+        if distilled and ((call.get("num_inference_steps") or 50) > 10 or call.get("guidance_scale", 5) > 3):
             warn(f"{where} is distilled, by its name: it needs at most 10 steps, and a guidance of at most 3")
         dtypes = dtype if isinstance(dtype := load.get("dtype", "float32"), dict) else {"default": dtype}
         given = {"call": call, "load": load, "dtype": dtypes}

@@ -177,6 +177,8 @@ class ScriptArguments:
         if not self.prompts:
             raise SystemExit(f"--prompts is missing: a file, a URL, a dataset, or one of {', '.join(PROMPT_SETS)}")
         complete_prompt_flags(self)
+        if self.resolution and self.resolution % 8:
+            raise SystemExit(f"--resolution {self.resolution}: must be a multiple of 8")
         if self.task_index >= self.num_tasks:
             raise SystemExit(f"--task_index {self.task_index}: must be less than --num_tasks {self.num_tasks}")
         if self.num_tasks > 1:  # a run of its own reports after all tasks
@@ -325,7 +327,7 @@ def main(args: ScriptArguments) -> None:
     if state.is_main_process and "report" in args.stages:
         report(args, rows, models)
     elif state.is_main_process:
-        print(f"task {args.task_index} of {args.num_tasks} is done. After all: --num_tasks 1 --stages score report")
+        print(f"task {args.task_index} is done. Last: the same with --task_index 0 --num_tasks 1 --stages score report")
     lock.release()
 
 
@@ -333,6 +335,8 @@ def begin_run(args: ScriptArguments, state: PartialState, lock: FileLock) -> tup
     """Checks what can be checked before the work, locks the folder, and records what images are made with. Returns the
     rows of the prompts, and the models (see `read_models`), each with the settings of its images."""
     output_dir, keep = Path(args.output_dir), (args.category_column,) if args.category_column else ()
+    if others := {path.name for path in output_dir.glob("[!.]*")} - {"images", "scores", *RESULTS}:
+        raise SystemExit(f"--output_dir {output_dir} holds other files ({min(others)}): choose another folder")
     check_rewards(args.metrics)
     whole_rows = any(map(takes_rows, args.metrics)) or any("{row[" in template for template in args.images)
     rows, places = read_prompts(args.prompts, args.prompt_column, args.prompt_split, args.max_prompts, keep, whole_rows)
@@ -529,8 +533,8 @@ def report(args: ScriptArguments, rows: list[dict], models: dict) -> None:
     save_picture(grid_picture(args, rows, models, pictured, results.get(verdict)), output_dir / "grid.png")
     if checkpoints:
         save_picture(curves_picture(record, metrics), output_dir / "curves.png")
-    then = f"what do people say? user_study.py serve --evaluation_dir {output_dir} --prompts {args.prompts}"
-    print(table, ", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]), then, sep="\n")
+    print(table, ", ".join(str(output_dir / file) for file in RESULTS[: 4 if checkpoints else 3]), sep="\n", end="; ")
+    print(f"what do people say? user_study.py serve --evaluation_dir {output_dir}, with the same flags for prompts")
     for name, model in models.items():
         if repo_id := model.get("repository"):
             publish(args, name, repo_id, known, table)
@@ -778,7 +782,7 @@ def single_file_folder(args: ScriptArguments) -> str:
     """Where the model is: of a single file, a folder in the Hub's cache. Keys like NoobAI's tell that it predicts v."""
     name, config = args.pretrained_model_name_or_path.replace("/resolve/", "/blob/"), args.single_file_config
     given = [key for key in ("prediction_type", "rescale_betas_zero_snr", "single_file_config") if getattr(args, key)]
-    if re.search("turbo|lightning|lcm|dmd2", name, re.IGNORECASE):
+    if re.search("turbo|lightning|lcm|dmd2", os.path.basename(name.rstrip("/")), re.IGNORECASE):
         PartialState().print(f"{name} is distilled, by its name: take the model that it was made from")
     if not name.endswith((".safetensors", ".ckpt")):
         if given:
@@ -792,7 +796,7 @@ def single_file_folder(args: ScriptArguments) -> str:
     zero = args.rescale_betas_zero_snr or "ztsnr" in weights
     is_v = args.prediction_type != "epsilon" and (args.prediction_type or zero or "v_pred" in weights)
     v = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero, "timestep_spacing": "trailing"}
-    args.scheduler = v if is_v else {}
+    args.scheduler = v if is_v else {"prediction_type": "epsilon"} if args.prediction_type else {}
     facts = [config, args.scheduler, *((key, weight.flatten()[:8].tolist()) for key, weight in weights.items())]
     folder = cached_assets_path("diffusers", "single_file", short_hash(str(facts)))
     with FileLock(folder / ".lock"):
@@ -892,8 +896,7 @@ def load_pipeline(args: ScriptArguments, model: dict, device: torch.device) -> D
 
 @contextmanager
 def fitted(model: dict, pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Puts a model's LoRA, if it has one, into the pipeline; afterwards it is as it was. Exits with one line unless all
-    of the LoRA is used: what does not fit, diffusers leaves out with a warning, or without one."""
+    """The pipeline has the model's whole LoRA in the block. What does not fit, diffusers leaves out: here it ends."""
     if model["kind"] != "lora":
         yield
         return
@@ -902,16 +905,14 @@ def fitted(model: dict, pipeline: DiffusionPipeline) -> Iterator[None]:
         given = pipeline.lora_state_dict(model["file"], **config)
         pipeline.load_lora_weights(model["file"])
     except Exception as error:
-        problem = f"cannot be read as a LoRA of the base: {one_line(error)[:300]}"
-        raise SystemExit(f"{model['source']}: {problem}") from error
+        raise SystemExit(f"{model['source']}: cannot be read as a LoRA of the base: {one_line(error)[:300]}") from error
     given = {key for key in (given[0] if isinstance(given, tuple) else given) if "alpha" not in key}
     components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     layers = {key: value for part in components for key, value in part.named_parameters() if ".lora_" in key}
     if len(layers) != len(given):
         paths = {key.partition(".lora_")[0].removesuffix(".0") for key in layers}
         left = [key for key in sorted(given) if not any(path in key.replace(".processor", "") for path in paths)]
-        problem = f"the base takes {len(layers)} of {len(given)} matrices: it would be used in part, without {left[:1]}"
-        raise SystemExit(f"{model['source']}: {problem}")
+        raise SystemExit(f"{model['source']}: would be used in part, without {', '.join(left[:1]) or 'half a pair'}")
     if broken := [key for key, value in layers.items() if not value.isfinite().all()]:
         raise SystemExit(f"{model['source']}: {broken[0]} is not finite")
     yield
@@ -963,8 +964,7 @@ def find_pictures(args: ScriptArguments, rows: list[dict], places: list[dict], t
     try:
         asked = {item: file_of(names, *item) for item in items}
     except KeyError as error:
-        fields = ", ".join(("prompt", "row", "category", *COUNTED))
-        raise ValueError(f"no column or field {error}; the fields are {fields}") from error
+        raise ValueError(f"no field {error}; the fields are prompt, row, category, {', '.join(COUNTED)}") from error
     files = {item: file for item, file in asked.items() if os.path.isfile(file)}
     missing = [item for item in items if item not in files]
     for name in COUNTED if missing else ():

@@ -189,7 +189,9 @@ def main(args: ScriptArguments) -> None:
         score(args, pairs, state)
         state.wait_for_everyone()
     if args.num_tasks > 1:
-        state.print(f"task {args.task_index} is done. After all tasks: the same with --num_tasks 1 --stages sort")
+        state.print(
+            f"task {args.task_index} is done. After all: the same with --task_index 0 --num_tasks 1 --stages sort"
+        )
     elif state.is_main_process and "sort" in args.stages:
         ranking = rank_pairs(args, pairs)
         write_dataset(args, pairs, ranking)
@@ -199,7 +201,8 @@ def main(args: ScriptArguments) -> None:
         if args.push_to_hub:
             data = DATA_FILES if args.include_images else DATA_FILES[1:]
             publish(args, ["README.md", "statistics.json", "figures/*.png", *data])
-        then = f"train on them: train_dpo_qsd.py --dataset_name {args.output_dir}"
+        data = "" if args.include_images else f"{args.dataset_name} --scores_dataset_name "
+        then = f"train on them: train_dpo_qsd.py --dataset_name {data}{args.output_dir}"
         print(f"{ranking.summary}; the best {ranking.kept} of them, sorted, in {args.output_dir}; {then}")
 
 

@@ -588,7 +588,7 @@ def single_file_folder(args: ScriptArguments) -> str:
     """Where the model is: of a single file, a folder in the Hub's cache. Keys like NoobAI's tell that it predicts v."""
     name, config = args.pretrained_model_name_or_path.replace("/resolve/", "/blob/"), args.single_file_config
     given = [key for key in ("prediction_type", "rescale_betas_zero_snr", "single_file_config") if getattr(args, key)]
-    if re.search("turbo|lightning|lcm|dmd2", name, re.IGNORECASE):
+    if re.search("turbo|lightning|lcm|dmd2", os.path.basename(name.rstrip("/")), re.IGNORECASE):
         PartialState().print(f"{name} is distilled, by its name: take the model that it was made from")
     if not name.endswith((".safetensors", ".ckpt")):
         if given:
@@ -602,7 +602,7 @@ def single_file_folder(args: ScriptArguments) -> str:
     zero = args.rescale_betas_zero_snr or "ztsnr" in weights
     is_v = args.prediction_type != "epsilon" and (args.prediction_type or zero or "v_pred" in weights)
     v = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero, "timestep_spacing": "trailing"}
-    args.scheduler = v if is_v else {}
+    args.scheduler = v if is_v else {"prediction_type": "epsilon"} if args.prediction_type else {}
     facts = [config, args.scheduler, *((key, weight.flatten()[:8].tolist()) for key, weight in weights.items())]
     folder = cached_assets_path("diffusers", "single_file", content_key(str(facts)))
     with FileLock(folder / ".lock"):
@@ -692,7 +692,7 @@ def describe(args: ScriptArguments, run: "Run") -> dict:
     order = "the best first" if args.order == "sorted" else "in random order"
     pairs = f"{run.settings['rows']} of {run.settings['labelled']} labelled pairs of `{datasets[-1]}`, {order}"
     strength = f"lambda {args.orpo_lambda:g}" if args.loss_type in WITHOUT_REFERENCE else f"beta {args.beta_dpo:g}"
-    new = vars(args).get("scheduler")  # of a single file that predicts v
+    new = vars(args).get("scheduler")  # of a single file, whose keys or flags say what it predicts
     change = f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **{new})\n" * bool(new)
     paper = "*Effective Text-to-Image Alignment with Quality Aware Pair Ranking* (DPO-QSD)"
     usage = f"""```python
@@ -1302,7 +1302,7 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
     before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
     log_images(args, run.accelerator, after, run.max_train_steps)
     write_card(args, run, before, after, facts)
-    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}; next: evaluate.py --loras a={output_dir}")
+    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}; next: judge it with evaluate.py")
     if args.push_to_hub:
         if run.upload:
             run.upload.exception()  # waits; what follows replaces it, failed or not

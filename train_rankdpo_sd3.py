@@ -687,6 +687,7 @@ def record_run(args: ScriptArguments, run: "Run", labels: dict) -> None:
 def describe(args: ScriptArguments, run: "Run") -> dict:
     """What the card says of method, data and model. The LoRA is to be used with the T5 tokens of its training."""
     data, paper = f"ranked images (`{args.dataset_name}`)", "[RankDPO](https://arxiv.org/abs/2410.18013)"
+    paper = "one of the baselines of " * (args.loss_type in SFT) + paper
     model, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
     without = "" if args.use_text_encoder_3 else ", text_encoder_3=None, tokenizer_3=None"
     tokens = "" if args.max_sequence_length == 256 else f", max_sequence_length={args.max_sequence_length}"
@@ -1298,7 +1299,7 @@ def finish(args: ScriptArguments, run: Run, model: Module, pipeline, parts: list
     before, after = (draw_gallery(args, run, pipeline, model, lora) for lora in (False, True))
     log_images(args, run.accelerator, after, run.max_train_steps)
     write_card(args, run, before, after, facts)
-    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}; next: evaluate.py --loras a={output_dir}")
+    print(f"LoRA: {output_dir / LORA_FILE}, card: {output_dir / 'README.md'}; next: judge it with evaluate.py")
     if args.push_to_hub:
         if run.upload:
             run.upload.exception()  # waits; what follows replaces it, failed or not

@@ -441,7 +441,7 @@ def write_space(args: ScriptArguments) -> None:
     pictures = {picture_file(folder, record, *key) for key in picture_keys(record)}
     for file in pictures:
         shutil.copyfile(file, output_dir / PICTURES / file.name)
-    print(f"the Space is in {output_dir}; --push_to_hub publishes it")
+    print(f"the Space is in {output_dir}" + "; --push_to_hub publishes it" * (not args.push_to_hub))
     if args.push_to_hub:
         sync_study(args.hub_dataset_id, folder)
         names = ["app.py", "requirements.txt", "README.md", script.name, *(f"{PICTURES}/{f.name}" for f in pictures)]
@@ -487,8 +487,8 @@ def make_study(args: ScriptArguments) -> None:
     if args.per_category and not by_category:
         raise SystemExit("--per_category needs --category_column, the column of the categories")
     source = (args.prompts, args.prompt_column, args.prompt_split, args.max_prompts)
-    whole_rows = any("{row[" in item for item in args.images)
-    rows, places = read_prompts(*source, (by_category,) if by_category else (), whole_rows)
+    rows, places = read_prompts(*source, (by_category,) * bool(by_category), any("{row[" in t for t in args.images))
+    args.num_prompts = args.num_prompts or min(100, len(rows))
     categories = [str(row[by_category]) if by_category else "" for row in rows]
     digest = short_hash("\n".join(row["prompt"] for row in rows))  # as evaluate.py records it with its images
     settings = {name: getattr(args, name) for name in MAKING} | {"all_prompts": digest}
@@ -500,7 +500,7 @@ def make_study(args: ScriptArguments) -> None:
         raise SystemExit(f"--baseline {args.baseline}: no such model; the models are {', '.join(models)}")
     pairs = [pair for pair in itertools.combinations(models, 2) if not args.baseline]
     pairs += [(name, args.baseline) for name in models if args.baseline not in (None, name)]
-    chosen = sample_prompts(categories, args.num_prompts or min(100, len(rows)), args.per_category, args.seed)
+    chosen = sample_prompts(categories, args.num_prompts, args.per_category, args.seed)
     rng, checks = np.random.default_rng([args.seed, 1]), []
     for number in range(args.attention_checks):
         check = {"prompt": int(rng.integers(len(chosen))), "model": models[number % len(models)]}

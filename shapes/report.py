@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends the demos that train with RankDPO: writes `results.json` and a picture, and says in a few lines what came out."""
+"""Ends the RankDPO demos: writes `results.json` and a picture, and says in a few lines what came out."""
 
 import json
 import os

@@ -8,7 +8,8 @@ diffusion transformer on 16-channel latents, whose time runs from noise to image
 Qwen3 that reads prompts of unequal lengths in its chat template. The VAE is that of the SD3 generator. It learns from
 the same images as the others, a quarter of them with a wrong caption (see train_generators.py).
 
-`TRAINING_ZIMAGE.json` beside the models records the command, seed, versions and time that made it.
+`TRAINING_ZIMAGE.json` beside the models records the command, seed, versions and time that made it: the one that is
+shipped, of both trainings (see `make models`).
 """
 
 import argparse

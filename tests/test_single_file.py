@@ -85,7 +85,8 @@ def test_a_flag_overrides_what_the_file_says(models, trainer_flags, tmp_path, ca
     )
     keys = V_PREDICTION.keys() & as_published.keys()
     assert {key: config[key] for key in keys} == {key: as_published[key] for key in keys}
-    assert "from_config" not in (tmp_path / "out" / "README.md").read_text()
+    assert config["prediction_type"] == "epsilon"
+    assert "**{'prediction_type': 'epsilon'})" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("script", ["train_rankdpo_sdxl", "train_dpo_qsd"])
