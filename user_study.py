@@ -491,7 +491,7 @@ def make_study(args: ScriptArguments) -> None:
     args.num_prompts = args.num_prompts or min(100, len(rows))
     categories = [str(row[by_category]) if by_category else "" for row in rows]
     digest = short_hash("\n".join(row["prompt"] for row in rows))  # as evaluate.py records it with its images
-    settings = {name: getattr(args, name) for name in MAKING} | {"all_prompts": digest}
+    settings = {"all_prompts": digest} | {name: getattr(args, name) for name in MAKING}
     if (folder / STUDY).exists():
         return check_settings(folder, settings)
     sources = find_images(args, rows, places, digest)
