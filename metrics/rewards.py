@@ -24,12 +24,16 @@ class Reward:
     name = None
 
     def __init__(self, device: torch.device, batch_size: int, model: str = ""):
-        self.reward = load_reward_model(self.name + f"={model}" * bool(model), device, batch_size=batch_size)
+        self.reward = load_reward_model(self.with_checkpoint(model), device, batch_size=batch_size)
+
+    @classmethod
+    def with_checkpoint(cls, model: str) -> str:
+        return f"{cls.name}={model}" if model else cls.name
 
     @classmethod
     def prepare(cls, rows: list[dict], settings: dict) -> None:
         """Exits with one line if there is no such model."""
-        check_rewards([cls.name + f"={settings['model']}" * bool(settings["model"])])
+        check_rewards([cls.with_checkpoint(settings["model"])])
 
     def score(self, images: list[PILImage.Image], prompts: list[str]) -> list[float]:
         return self.reward.score(images, prompts)
